@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 OR BSD-3-Clause
+
+//! Command ids of free page hinting.
+//!
+//! The device shows one in config space; the driver repeats it on the free page queue when it
+//! begins, and sends STOP when it ends. Source: virtio specification, "Traditional Memory Balloon
+//! Device / Free Page Hinting", and `VIRTIO_BALLOON_CMD_ID_*`. The range of hinting ids is QEMU's
+//! (`VIRTIO_BALLOON_FREE_PAGE_HINT_CMD_ID_MIN`); the rest below it is reserved for commands to come.
+
+/// The id of one round of hinting: `0x8000_0000 ..= u32::MAX`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HintId(u32);
+
+impl HintId {
+    /// The lowest id.
+    pub const FIRST: Self = Self(0x8000_0000);
+    /// The highest id; its successor is [`FIRST`](Self::FIRST).
+    pub const LAST: Self = Self(u32::MAX);
+
+    /// The id with this number, or `None` outside the range.
+    pub const fn new(number: u32) -> Option<Self> {
+        if number >= Self::FIRST.0 {
+            Some(Self(number))
+        } else {
+            None
+        }
+    }
+
+    /// The number, as config space and queue show it.
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+
+    /// The next id. Wraps inside the range, so that it never becomes STOP, DONE or reserved.
+    #[must_use]
+    pub const fn successor(self) -> Self {
+        // Every id has the top bit set; a carry out of the lower 31 bits is the wrap.
+        Self(self.0.wrapping_add(1) | Self::FIRST.0)
+    }
+
+    /// How many times [`successor`](Self::successor) leads from `earlier` to `self`:
+    /// `0 ..= 0x7fff_ffff`.
+    pub const fn steps_since(self, earlier: Self) -> u32 {
+        self.0.wrapping_sub(earlier.0) & (Self::FIRST.0 - 1)
+    }
+}
+
+/// What a command id says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CommandId {
+    /// 0: hints are not wanted now; the driver keeps the blocks that it holds.
+    Stop,
+    /// 1: the device has no more use for the hinted blocks; the driver takes them back.
+    Done,
+    /// Below `0x8000_0000`, and neither STOP nor DONE: means nothing yet.
+    Reserved(u32),
+    /// A round of hinting.
+    Hint(HintId),
+}
+
+impl CommandId {
+    /// What this number says. Every number says something.
+    pub const fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Stop,
+            1 => Self::Done,
+            _ => match HintId::new(number) {
+                Some(id) => Self::Hint(id),
+                None => Self::Reserved(number),
+            },
+        }
+    }
+
+    /// The number, as config space and queue show it.
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Stop => 0,
+            Self::Done => 1,
+            Self::Reserved(number) => number,
+            Self::Hint(id) => id.number(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn r8_ids_wrap_inside_their_range() {
+        assert_eq!(HintId::LAST.successor(), HintId::FIRST);
+        assert_eq!(HintId::FIRST.successor().number(), 0x8000_0001);
+        assert_eq!(HintId::FIRST.steps_since(HintId::LAST), 1);
+        assert_eq!(HintId::LAST.steps_since(HintId::FIRST), 0x7fff_ffff);
+        assert_eq!(HintId::new(0x7fff_ffff), None);
+    }
+
+    #[test]
+    fn r8_stop_done_and_reserved_are_no_hint_ids() {
+        assert_eq!(CommandId::from_number(0), CommandId::Stop);
+        assert_eq!(CommandId::from_number(1), CommandId::Done);
+        assert_eq!(CommandId::from_number(2), CommandId::Reserved(2));
+        assert_eq!(
+            CommandId::from_number(0x7fff_ffff),
+            CommandId::Reserved(0x7fff_ffff)
+        );
+        assert_eq!(
+            CommandId::from_number(0x8000_0000),
+            CommandId::Hint(HintId::FIRST)
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn numbers_round_trip(number in any::<u32>()) {
+            prop_assert_eq!(CommandId::from_number(number).number(), number);
+        }
+
+        #[test]
+        fn r8_successor_is_one_step_and_in_range(number in 0x8000_0000u32..) {
+            let id = HintId::new(number).unwrap();
+            prop_assert!(id.successor().number() >= 0x8000_0000);
+            prop_assert_eq!(id.successor().steps_since(id), 1);
+        }
+    }
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 OR BSD-3-Clause
+
+//! The driver's side of free page hinting.
+//!
+//! The driver *offers* blocks of free pages while a round runs, and *holds* the offered blocks
+//! until the device says that it is done with them.
+
+use super::super::command::{CommandId, HintId};
+
+/// Where the driver stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum State {
+    /// No round since the device was last done; nothing is held.
+    #[default]
+    Idle,
+    /// The start of this round was sent and blocks are being offered.
+    Offering(HintId),
+    /// The stop of this round was sent; its blocks are held until the device is done.
+    Holding(HintId),
+}
+
+/// What happens to the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Config space changed and shows this command id.
+    ///
+    /// To be fed only with what was read after a config change: QEMU's device shows STOP again as
+    /// soon as it has seen the start of a round, without meaning the driver to stop.
+    Config(CommandId),
+    /// There is no free block left that the driver may offer.
+    Exhausted,
+    /// The device was reset or is gone; nothing can be sent.
+    Reset,
+}
+
+/// What the driver shall do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send this id on the free page queue, and then offer free blocks.
+    SendStart(HintId),
+    /// Offer the blocks that are still held from an earlier round again, before new ones.
+    ///
+    /// The new id may be the first of another migration, whose destination lacks those pages: DONE
+    /// of the earlier one may have been overwritten in config space before the driver could read it.
+    OfferHeld,
+    /// Offer no more, and send STOP on the free page queue.
+    SendStop,
+    /// Give every held block back to the guest, as soon as its buffer has come back.
+    ReleaseHeld,
+}
+
+/// What the driver shall do, in this order: at most three things.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Actions([Option<Action>; 3]);
+
+impl Actions {
+    const NONE: Self = Self([None; 3]);
+
+    const fn one(a: Action) -> Self {
+        Self([Some(a), None, None])
+    }
+
+    const fn two(a: Action, b: Action) -> Self {
+        Self([Some(a), Some(b), None])
+    }
+
+    const fn three(a: Action, b: Action, c: Action) -> Self {
+        Self([Some(a), Some(b), Some(c)])
+    }
+}
+
+impl IntoIterator for Actions {
+    type Item = Action;
+    type IntoIter = core::iter::Flatten<core::array::IntoIter<Option<Action>, 3>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter().flatten()
+    }
+}
+
+impl State {
+    /// The round whose blocks are being offered, if one runs.
+    pub const fn offering(self) -> Option<HintId> {
+        match self {
+            Self::Offering(id) => Some(id),
+            Self::Idle | Self::Holding(_) => None,
+        }
+    }
+
+    /// Takes an event; gives the next state and what to do.
+    #[must_use]
+    pub const fn step(self, event: Event) -> (Self, Actions) {
+        use Action::{OfferHeld, ReleaseHeld, SendStart, SendStop};
+
+        match (self, event) {
+            (_, Event::Reset) => (Self::Idle, Actions::one(ReleaseHeld)),
+
+            // A reserved id is a command of a newer device: not for this driver.
+            (_, Event::Config(CommandId::Reserved(_))) => (self, Actions::NONE),
+
+            (Self::Idle, Event::Config(CommandId::Hint(id))) => {
+                (Self::Offering(id), Actions::one(SendStart(id)))
+            }
+            (Self::Idle, Event::Config(CommandId::Done)) => (self, Actions::one(ReleaseHeld)),
+            (Self::Idle, Event::Config(CommandId::Stop)) => (self, Actions::NONE),
+
+            (Self::Offering(now), Event::Config(CommandId::Hint(id))) => {
+                if now.number() == id.number() {
+                    (self, Actions::NONE)
+                } else {
+                    (
+                        Self::Offering(id),
+                        Actions::three(SendStop, SendStart(id), OfferHeld),
+                    )
+                }
+            }
+            (Self::Offering(id), Event::Config(CommandId::Stop) | Event::Exhausted) => {
+                (Self::Holding(id), Actions::one(SendStop))
+            }
+            (Self::Offering(_), Event::Config(CommandId::Done)) => {
+                (Self::Idle, Actions::two(SendStop, ReleaseHeld))
+            }
+
+            (Self::Holding(last), Event::Config(CommandId::Hint(id))) => {
+                // The id of the round that has ended still stands in config space.
+                if last.number() == id.number() {
+                    (self, Actions::NONE)
+                } else {
+                    (Self::Offering(id), Actions::two(SendStart(id), OfferHeld))
+                }
+            }
+            (Self::Holding(_), Event::Config(CommandId::Done)) => {
+                (Self::Idle, Actions::one(ReleaseHeld))
+            }
+            (Self::Holding(_), Event::Config(CommandId::Stop)) => (self, Actions::NONE),
+
+            (Self::Idle | Self::Holding(_), Event::Exhausted) => (self, Actions::NONE),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::vec::Vec;
+
+    const A: HintId = HintId::FIRST;
+    const B: HintId = HintId::FIRST.successor();
+
+    fn run(events: &[Event]) -> (State, Vec<Action>) {
+        let mut state = State::default();
+        let mut all = Vec::new();
+        for event in events {
+            let (next, actions) = state.step(*event);
+            state = next;
+            all.extend(actions);
+        }
+        (state, all)
+    }
+
+    fn hint(id: HintId) -> Event {
+        Event::Config(CommandId::Hint(id))
+    }
+
+    #[test]
+    fn a_whole_round() {
+        let (state, actions) = run(&[
+            hint(A),
+            Event::Exhausted,
+            hint(A),
+            Event::Config(CommandId::Stop),
+            Event::Config(CommandId::Done),
+        ]);
+        assert_eq!(state, State::Idle);
+        assert_eq!(
+            actions,
+            [Action::SendStart(A), Action::SendStop, Action::ReleaseHeld]
+        );
+    }
+
+    #[test]
+    fn r2_a_new_round_ends_the_old_one_before_it_starts() {
+        let (state, actions) = run(&[hint(A), hint(B)]);
+        assert_eq!(state, State::Offering(B));
+        assert_eq!(
+            actions,
+            [
+                Action::SendStart(A),
+                Action::SendStop,
+                Action::SendStart(B),
+                Action::OfferHeld
+            ]
+        );
+    }
+
+    #[test]
+    fn r2_reserved_ids_change_nothing() {
+        for state in [State::Idle, State::Offering(A), State::Holding(A)] {
+            let (next, actions) = state.step(Event::Config(CommandId::Reserved(7)));
+            assert_eq!(next, state);
+            assert_eq!(actions.into_iter().count(), 0);
+        }
+    }
+
+    #[test]
+    fn r16_done_and_reset_release_in_every_state() {
+        for state in [State::Idle, State::Offering(A), State::Holding(A)] {
+            for event in [Event::Config(CommandId::Done), Event::Reset] {
+                let (next, actions) = state.step(event);
+                assert_eq!(next, State::Idle);
+                assert_eq!(actions.into_iter().last(), Some(Action::ReleaseHeld));
+            }
+        }
+    }
+}
