@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The migration side of free page hinting.
+//!
+//! A migration keeps one bit for each page of guest memory that it still has to send. A *hint* says that a
+//! range of guest memory holds nothing worth sending, and clears its bits. This crate owns both, and knows
+//! neither who gives the hints nor how: a balloon is one source of them.
+//!
+//! - [`Regions`] says where guest memory lies.
+//! - [`DirtyBitmap`] is the bits, shared by whoever sends pages and whoever asks how much is left.
+//! - [`SyncPhase`] and [`HintWindow`] are the two states of a migration round, each owning the right to do
+//!   what only that state allows: bits are set in a `SyncPhase`, hints are taken in a `HintWindow`, and each
+//!   is consumed to make the other. A hint that comes too late has no value to be given to.
+//!
+//! ```
+//! use migration::{Region, Regions, SyncPhase, PAGE_SIZE};
+//!
+//! let regions = Regions::new([Region::new(0x10_0000, 64 * PAGE_SIZE)?])?;
+//! let sync = SyncPhase::new(&regions)?;
+//! sync.set_all();
+//!
+//! let window = sync.finish();
+//! let hinted = window.hint(0x10_0000, 16 * PAGE_SIZE)?;
+//! assert_eq!(hinted.cleared, 16);
+//! assert_eq!(window.bitmap().dirty_pages(), 48);
+//!
+//! let sync = window.close();
+//! sync.mark_dirty(0x10_0000, 1)?;
+//! assert_eq!(sync.bitmap().dirty_pages(), 49);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod bitmap;
+mod bits;
+mod region;
+mod runs;
+mod window;
+
+pub use bitmap::DirtyBitmap;
+pub use region::{Region, RegionError, Regions};
+pub use runs::{Run, Runs};
+pub use window::{HintError, HintWindow, Hinted, SyncPhase};
+
+/// Bytes of guest memory that one bit stands for.
+pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
+
+/// Binary logarithm of [`PAGE_SIZE`].
+pub const PAGE_SHIFT: u32 = 12;

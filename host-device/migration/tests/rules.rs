@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The rules of hinting, against a model that looks at each page by itself.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::RwLock;
+
+use migration::{HintError, HintWindow, Region, Regions, SyncPhase, PAGE_SIZE};
+use proptest::prelude::*;
+
+/// Page numbers below this are in play; everything above is outside.
+const SPACE: u64 = 400;
+
+/// Regions from alternating gaps and lengths in pages. A gap of none makes regions that touch.
+fn regions() -> impl Strategy<Value = Regions> {
+    prop::collection::vec((0u64..40, 1u64..150), 1..4).prop_map(|pieces| {
+        let mut at = 0;
+        let regions = pieces.into_iter().map(|(gap, pages)| {
+            let start = at + gap;
+            at = start + pages;
+            Region::new(start * PAGE_SIZE, pages * PAGE_SIZE).unwrap()
+        });
+        Regions::new(regions).unwrap()
+    })
+}
+
+/// Byte ranges: aligned and not, short and long, near the ends of the address space.
+fn ranges() -> impl Strategy<Value = (u64, u64)> {
+    let start = prop_oneof![
+        4 => (0..SPACE).prop_map(|page| page * PAGE_SIZE),
+        3 => 0..SPACE * PAGE_SIZE,
+        1 => (u64::MAX - 3 * PAGE_SIZE)..=u64::MAX,
+        1 => any::<u64>(),
+    ];
+    let length = prop_oneof![
+        4 => (0..64u64).prop_map(|pages| pages * PAGE_SIZE),
+        3 => 0..64 * PAGE_SIZE,
+        1 => any::<u64>(),
+    ];
+    (start, length)
+}
+
+/// Guest memory as a set of page numbers.
+fn pages_of(regions: &Regions) -> BTreeSet<u64> {
+    regions
+        .iter()
+        .flat_map(|region| region.start() / PAGE_SIZE..region.end() / PAGE_SIZE)
+        .collect()
+}
+
+/// The dirty pages as the bitmap's runs give them, checked for order and for being as long as can be.
+fn dirty(window: &HintWindow) -> BTreeSet<u64> {
+    let mut pages = BTreeSet::new();
+    for run in window.bitmap().dirty_runs() {
+        assert!(run.pages > 0);
+        let first = run.start / PAGE_SIZE;
+        assert!(pages.last().is_none_or(|last| *last < first), "runs ascend");
+        pages.extend(first..first + run.pages);
+    }
+    pages
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn r5_r11_r12_hints_clear_exactly_the_whole_pages_inside(
+        regions in regions(),
+        clean in prop::collection::vec(ranges(), 0..4),
+        hints in prop::collection::vec(ranges(), 1..20),
+    ) {
+        let memory = pages_of(&regions);
+        let mut model = memory.clone();
+        let sync = SyncPhase::new(&regions).unwrap();
+        sync.set_all();
+        prop_assert_eq!(sync.bitmap().pages(), memory.len() as u64);
+        let window = sync.finish();
+
+        for (start, length) in clean.into_iter().chain(hints) {
+            let before = model.len();
+            match window.hint(start, length) {
+                Ok(hinted) => {
+                    let end = start + length;
+                    let inside = |page: &u64| page * PAGE_SIZE >= start && (page + 1) * PAGE_SIZE <= end;
+                    let whole = memory.iter().filter(|page| inside(page)).count() as u64;
+                    model.retain(|page| !inside(page));
+                    prop_assert_eq!(hinted.pages, whole);
+                    prop_assert_eq!(hinted.cleared, (before - model.len()) as u64);
+                    prop_assert_eq!(hinted.ignored_bytes, length - whole * PAGE_SIZE);
+                }
+                Err(HintError::Wraps { .. }) => prop_assert!(start.checked_add(length).is_none()),
+                Err(HintError::Outside { .. }) => {
+                    let end = start + length;
+                    let touches = |page: &u64| page * PAGE_SIZE < end && (page + 1) * PAGE_SIZE > start;
+                    prop_assert!(!memory.iter().any(touches));
+                }
+            }
+            prop_assert_eq!(window.bitmap().dirty_pages(), model.len() as u64);
+            prop_assert_eq!(&dirty(&window), &model);
+            let clean: u64 = window.bitmap().clean_runs().map(|run| run.pages).sum();
+            prop_assert_eq!(clean, (memory.len() - model.len()) as u64);
+        }
+    }
+
+    #[test]
+    fn r12_a_sync_marks_every_page_that_was_touched(
+        regions in regions(),
+        writes in prop::collection::vec(ranges(), 1..12),
+    ) {
+        let memory = pages_of(&regions);
+        let mut model = BTreeSet::new();
+        let sync = SyncPhase::new(&regions).unwrap();
+        for (start, length) in writes {
+            let before = model.len();
+            if let Ok(marked) = sync.mark_dirty(start, length) {
+                let end = start + length;
+                let touched = |page: &&u64| length > 0 && **page * PAGE_SIZE < end && (**page + 1) * PAGE_SIZE > start;
+                model.extend(memory.iter().filter(touched));
+                prop_assert_eq!(marked, (model.len() - before) as u64);
+            }
+            prop_assert_eq!(sync.bitmap().dirty_pages(), model.len() as u64);
+        }
+        prop_assert_eq!(dirty(&sync.finish()), model);
+    }
+}
+
+#[test]
+fn r11_the_first_page_of_a_hint_is_its_start_and_the_count_its_length() {
+    // The bug of the first version: the start was computed from the length.
+    let regions = Regions::new([Region::new(0, 1024 * PAGE_SIZE).unwrap()]).unwrap();
+    let sync = SyncPhase::new(&regions).unwrap();
+    sync.set_all();
+    let window = sync.finish();
+    let hinted = window.hint(100 * PAGE_SIZE, 3 * PAGE_SIZE).unwrap();
+    assert_eq!((hinted.pages, hinted.cleared), (3, 3));
+    let clean: Vec<_> = window
+        .bitmap()
+        .clean_runs()
+        .map(|run| (run.start, run.pages))
+        .collect();
+    assert_eq!(clean, [(100 * PAGE_SIZE, 3)]);
+}
+
+#[test]
+fn r5_a_hint_is_never_applied_elsewhere() {
+    // A region that starts at an odd address, a hole, a second region.
+    let regions = Regions::new([
+        Region::new(0x3e_f000, 16 * PAGE_SIZE).unwrap(),
+        Region::new(0x100_0000, 16 * PAGE_SIZE).unwrap(),
+    ])
+    .unwrap();
+    let sync = SyncPhase::new(&regions).unwrap();
+    sync.set_all();
+    let window = sync.finish();
+
+    // Over the end of the first region, into the hole: clamped.
+    let hinted = window
+        .hint(0x3e_f000 + 15 * PAGE_SIZE, 8 * PAGE_SIZE)
+        .unwrap();
+    assert_eq!((hinted.cleared, hinted.ignored_bytes), (1, 7 * PAGE_SIZE));
+    // Over the hole into the second region: the hole counts for nothing, the rest stays where it points to.
+    let hinted = window
+        .hint(0x3e_f000 + 14 * PAGE_SIZE, 0x100_1000 - 0x3f_d000)
+        .unwrap();
+    assert_eq!((hinted.pages, hinted.cleared), (3, 2));
+    assert!(matches!(
+        window.hint(0x1000, 0x1000),
+        Err(HintError::Outside { .. })
+    ));
+    assert!(matches!(
+        window.hint(0x100_0000, u64::MAX),
+        Err(HintError::Wraps { .. })
+    ));
+    assert_eq!(window.bitmap().dirty_pages(), 29);
+}
+
+#[test]
+fn r6_closing_the_window_waits_for_hints_under_way() {
+    let regions = Regions::new([Region::new(0, 4096 * PAGE_SIZE).unwrap()]).unwrap();
+    let sync = SyncPhase::new(&regions).unwrap();
+    sync.set_all();
+    let bitmap = sync.bitmap().clone();
+    let window = RwLock::new(Some(sync.finish()));
+    let synced = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for thread in 0..3u64 {
+            let (window, synced) = (&window, &synced);
+            scope.spawn(move || loop {
+                let window = window.read().unwrap();
+                let Some(window) = window.as_ref() else {
+                    break;
+                };
+                // Whoever can reach the window can rely on no sync having come in between.
+                assert!(!synced.load(Ordering::Acquire));
+                let _ = window
+                    .hint(thread * 64 * PAGE_SIZE, 64 * PAGE_SIZE)
+                    .unwrap();
+            });
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        let closed = window.write().unwrap().take().unwrap().close();
+        synced.store(true, Ordering::Release);
+        closed.set_all();
+    });
+    assert_eq!(
+        bitmap.dirty_pages(),
+        4096,
+        "no late hint took a bit that the sync set"
+    );
+}
+
+#[test]
+fn r12_hints_and_sending_at_once_count_each_page_once() {
+    const PAGES: u64 = 100_000;
+    let regions = Regions::new([
+        Region::new(0, PAGES / 2 * PAGE_SIZE).unwrap(),
+        Region::new(PAGES * PAGE_SIZE, PAGES / 2 * PAGE_SIZE).unwrap(),
+    ])
+    .unwrap();
+    let sync = SyncPhase::new(&regions).unwrap();
+    sync.set_all();
+    let window = sync.finish();
+    let (sent, hinted) = std::thread::scope(|scope| {
+        let window = &window;
+        let hints: Vec<_> = (0..3u64)
+            .map(|thread| {
+                scope.spawn(move || {
+                    let starts = (thread * 7..2 * PAGES).step_by(37);
+                    starts
+                        .filter_map(|page| window.hint(page * PAGE_SIZE, 29 * PAGE_SIZE).ok())
+                        .map(|hinted| hinted.cleared)
+                        .sum::<u64>()
+                })
+            })
+            .collect();
+        let senders: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(move || {
+                    let bitmap = window.bitmap();
+                    let mut sent = 0;
+                    while let Some(run) = bitmap.dirty_runs().next() {
+                        sent += bitmap.take(run.start, run.pages.min(5));
+                        assert!(bitmap.dirty_pages() <= PAGES);
+                    }
+                    sent
+                })
+            })
+            .collect();
+        let sum = |threads: Vec<std::thread::ScopedJoinHandle<'_, u64>>| -> u64 {
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .sum()
+        };
+        (sum(senders), sum(hints))
+    });
+    assert_eq!(sent + hinted, PAGES);
+    assert_eq!(window.bitmap().dirty_pages(), 0);
+}
