@@ -20,6 +20,7 @@
 #![deny(missing_docs)]
 
 #[cfg(test)]
+#[macro_use]
 extern crate std;
 
 pub mod command;

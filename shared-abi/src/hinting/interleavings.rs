@@ -5,7 +5,8 @@
 //! The world between them is modelled as it is: config space is one word that may change several
 //! times before the driver looks at it, and the free page queue is a sequence that arrives late but
 //! in order. Every block that the driver offers carries the *epoch* in which it was offered, counted
-//! up by every sync, start, stop and reset; the truth that the machines have to guess right.
+//! up by every sync, start, stop and reset, and every STOP the round that it was meant for: the truth
+//! that the machines have to guess right. Now and then a driver lies.
 
 use super::super::command::{CommandId, HintId};
 use super::{device, driver};
@@ -23,14 +24,16 @@ enum Step {
     DriverReadsConfig,
     DriverOffers,
     DriverExhausted,
+    DriverSpeaksOfAnIdThatWasNeverIssued,
     DeviceTakes,
     DriverReset,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Message {
-    Command(CommandId),
+    Start(HintId),
     Block { epoch: u64, round: HintId },
+    Stop { round: HintId },
 }
 
 #[derive(Default)]
@@ -70,17 +73,19 @@ impl World {
     }
 
     fn tell_driver(&mut self, event: driver::Event) {
+        let before = self.driver;
         let (next, actions) = self.driver.step(event);
         self.driver = next;
         for action in actions {
             match action {
                 driver::Action::SendStart(id) => {
                     assert!(id.number() >= 0x8000_0000, "R8: out of range");
-                    self.queue.push_back(Message::Command(CommandId::Hint(id)));
+                    self.queue.push_back(Message::Start(id));
                 }
                 driver::Action::OfferHeld => self.to_offer_again = self.held,
                 driver::Action::SendStop => {
-                    self.queue.push_back(Message::Command(CommandId::Stop));
+                    let round = before.offering().expect("STOP without a round");
+                    self.queue.push_back(Message::Stop { round });
                 }
                 driver::Action::ReleaseHeld => {
                     self.held = 0;
@@ -103,32 +108,34 @@ impl World {
         self.queue.push_back(Message::Block { epoch, round });
     }
 
+    /// A whole round, start to STOP, of an id that is far from all that were issued.
+    fn driver_lies(&mut self) {
+        let far = self.device.next_id().number() ^ 0x4000_0000;
+        let round = HintId::new(far).unwrap();
+        let epoch = self.epoch;
+        self.queue.extend([
+            Message::Start(round),
+            Message::Block { epoch, round },
+            Message::Stop { round },
+        ]);
+    }
+
     fn device_takes(&mut self) {
         match self.queue.pop_front() {
             None => {}
-            Some(Message::Command(command)) => {
-                let wanted = self.device.phase();
-                let action = self.tell_device(device::Event::Command(command));
-                match command {
-                    CommandId::Hint(id) => self.forget_before(id),
-                    _ => self.forget_stopped(),
-                }
+            Some(Message::Start(id)) => {
+                let action = self.tell_device(device::Event::Command(CommandId::Hint(id)));
+                let started = action == Some(device::Action::RoundStarted(id));
+                assert!(!started || self.live.contains(&id), "{id:?} is not wanted");
+                self.forget_before(id);
+            }
+            Some(Message::Stop { round }) => {
+                let action = self.tell_device(device::Event::Command(CommandId::Stop));
                 if let Some(device::Action::RoundFinished(id)) = action {
-                    assert_eq!(
-                        wanted,
-                        device::Phase::Started(id),
-                        "R2: only the running round can end"
-                    );
+                    assert_eq!(id, round, "R2: the STOP of one round ended another");
                     self.finished = Some(id);
                 }
-                if let device::Phase::Started(id) = wanted {
-                    let ended = self.device.phase() != wanted;
-                    assert_eq!(
-                        ended,
-                        self.finished == Some(id),
-                        "R2: the round ended without its own STOP"
-                    );
-                }
+                self.live.retain(|live| *live != round);
             }
             Some(Message::Block { epoch, round }) => {
                 if let Some(device::Action::UseBlock(id)) = self.tell_device(device::Event::Block) {
@@ -144,12 +151,6 @@ impl World {
     fn forget_before(&mut self, id: HintId) {
         if let Some(at) = self.live.iter().position(|live| *live == id) {
             self.live.drain(..at);
-        }
-    }
-
-    fn forget_stopped(&mut self) {
-        if !self.live.is_empty() {
-            self.live.remove(0);
         }
     }
 
@@ -184,6 +185,7 @@ impl World {
             }
             Step::DriverOffers => self.driver_offers(),
             Step::DriverExhausted => self.tell_driver(driver::Event::Exhausted),
+            Step::DriverSpeaksOfAnIdThatWasNeverIssued => self.driver_lies(),
             Step::DeviceTakes => self.device_takes(),
             Step::DriverReset => {
                 self.epoch += 1;
@@ -216,6 +218,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         5 => Just(Step::DriverReadsConfig),
         8 => Just(Step::DriverOffers),
         1 => Just(Step::DriverExhausted),
+        1 => Just(Step::DriverSpeaksOfAnIdThatWasNeverIssued),
         10 => Just(Step::DeviceTakes),
         1 => Just(Step::DriverReset),
     ];
