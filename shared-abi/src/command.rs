@@ -6,6 +6,10 @@
 //! begins, and sends STOP when it ends. Source: virtio specification, "Traditional Memory Balloon
 //! Device / Free Page Hinting", and `VIRTIO_BALLOON_CMD_ID_*`. The range of hinting ids is QEMU's
 //! (`VIRTIO_BALLOON_FREE_PAGE_HINT_CMD_ID_MIN`); the rest below it is reserved for commands to come.
+//!
+//! A device issues ids of the range for hinting only: [`HintId`]. A driver must be more liberal, since
+//! the specification tells it to answer every id from 2 on, and there are devices that count from 2
+//! (Firecracker's): [`RoundId`].
 
 /// The id of one round of hinting: `0x8000_0000 ..= u32::MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,6 +49,23 @@ impl HintId {
     }
 }
 
+/// The id of a round as a driver takes it: `2 ..= u32::MAX`, everything but STOP and DONE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RoundId(u32);
+
+impl RoundId {
+    /// The number, as config space and queue show it.
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+}
+
+impl From<HintId> for RoundId {
+    fn from(id: HintId) -> Self {
+        Self(id.number())
+    }
+}
+
 /// What a command id says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CommandId {
@@ -52,7 +73,7 @@ pub enum CommandId {
     Stop,
     /// 1: the device has no more use for the hinted blocks; the driver takes them back.
     Done,
-    /// Below `0x8000_0000`, and neither STOP nor DONE: means nothing yet.
+    /// Below `0x8000_0000`, and neither STOP nor DONE: no device of this project issues it.
     Reserved(u32),
     /// A round of hinting.
     Hint(HintId),
@@ -68,6 +89,14 @@ impl CommandId {
                 Some(id) => Self::Hint(id),
                 None => Self::Reserved(number),
             },
+        }
+    }
+
+    /// The round that the id asks a driver for; `None` for STOP and DONE.
+    pub const fn round(self) -> Option<RoundId> {
+        match self.number() {
+            0 | 1 => None,
+            number => Some(RoundId(number)),
         }
     }
 
@@ -109,6 +138,15 @@ mod tests {
             CommandId::from_number(0x8000_0000),
             CommandId::Hint(HintId::FIRST)
         );
+    }
+
+    #[test]
+    fn a_driver_takes_every_id_from_2_on_as_a_round() {
+        let round = |number| CommandId::from_number(number).round().map(RoundId::number);
+        assert_eq!(round(0), None);
+        assert_eq!(round(1), None);
+        assert_eq!(round(2), Some(2));
+        assert_eq!(round(u32::MAX), Some(u32::MAX));
     }
 
     proptest! {

@@ -5,7 +5,7 @@
 //! The driver *offers* blocks of free pages while a round runs, and *holds* the offered blocks
 //! until the device says that it is done with them.
 
-use super::super::command::{CommandId, HintId};
+use super::super::command::{CommandId, RoundId};
 
 /// Where the driver stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -14,9 +14,9 @@ pub enum State {
     #[default]
     Idle,
     /// The start of this round was sent and blocks are being offered.
-    Offering(HintId),
+    Offering(RoundId),
     /// The stop of this round was sent; its blocks are held until the device is done.
-    Holding(HintId),
+    Holding(RoundId),
 }
 
 /// What happens to the driver.
@@ -37,7 +37,7 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Send this id on the free page queue, and then offer free blocks.
-    SendStart(HintId),
+    SendStart(RoundId),
     /// Offer the blocks that are still held from an earlier round again, before new ones.
     ///
     /// The new id may be the first of another migration, whose destination lacks those pages: DONE
@@ -80,7 +80,7 @@ impl IntoIterator for Actions {
 
 impl State {
     /// The round whose blocks are being offered, if one runs.
-    pub const fn offering(self) -> Option<HintId> {
+    pub const fn offering(self) -> Option<RoundId> {
         match self {
             Self::Offering(id) => Some(id),
             Self::Idle | Self::Holding(_) => None,
@@ -92,60 +92,49 @@ impl State {
     pub const fn step(self, event: Event) -> (Self, Actions) {
         use Action::{OfferHeld, ReleaseHeld, SendStart, SendStop};
 
-        match (self, event) {
-            (_, Event::Reset) => (Self::Idle, Actions::one(ReleaseHeld)),
-
-            // A reserved id is a command of a newer device: not for this driver.
-            (_, Event::Config(CommandId::Reserved(_))) => (self, Actions::NONE),
-
-            (Self::Idle, Event::Config(CommandId::Hint(id))) => {
-                (Self::Offering(id), Actions::one(SendStart(id)))
+        let command = match event {
+            Event::Reset => return (Self::Idle, Actions::one(ReleaseHeld)),
+            Event::Exhausted => {
+                return match self {
+                    Self::Offering(id) => (Self::Holding(id), Actions::one(SendStop)),
+                    Self::Idle | Self::Holding(_) => (self, Actions::NONE),
+                };
             }
-            (Self::Idle, Event::Config(CommandId::Done)) => (self, Actions::one(ReleaseHeld)),
-            (Self::Idle, Event::Config(CommandId::Stop)) => (self, Actions::NONE),
-
-            (Self::Offering(now), Event::Config(CommandId::Hint(id))) => {
-                if now.number() == id.number() {
-                    (self, Actions::NONE)
-                } else {
-                    (
-                        Self::Offering(id),
-                        Actions::three(SendStop, SendStart(id), OfferHeld),
-                    )
-                }
+            Event::Config(command) => command,
+        };
+        match (self, command.round()) {
+            // The round that runs, or that has ended, still stands in config space.
+            (Self::Offering(now) | Self::Holding(now), Some(id)) if now.number() == id.number() => {
+                (self, Actions::NONE)
             }
-            (Self::Offering(id), Event::Config(CommandId::Stop) | Event::Exhausted) => {
-                (Self::Holding(id), Actions::one(SendStop))
+            (Self::Idle, Some(id)) => (Self::Offering(id), Actions::one(SendStart(id))),
+            (Self::Offering(_), Some(id)) => (
+                Self::Offering(id),
+                Actions::three(SendStop, SendStart(id), OfferHeld),
+            ),
+            (Self::Holding(_), Some(id)) => {
+                (Self::Offering(id), Actions::two(SendStart(id), OfferHeld))
             }
-            (Self::Offering(_), Event::Config(CommandId::Done)) => {
-                (Self::Idle, Actions::two(SendStop, ReleaseHeld))
-            }
-
-            (Self::Holding(last), Event::Config(CommandId::Hint(id))) => {
-                // The id of the round that has ended still stands in config space.
-                if last.number() == id.number() {
-                    (self, Actions::NONE)
-                } else {
-                    (Self::Offering(id), Actions::two(SendStart(id), OfferHeld))
-                }
-            }
-            (Self::Holding(_), Event::Config(CommandId::Done)) => {
-                (Self::Idle, Actions::one(ReleaseHeld))
-            }
-            (Self::Holding(_), Event::Config(CommandId::Stop)) => (self, Actions::NONE),
-
-            (Self::Idle | Self::Holding(_), Event::Exhausted) => (self, Actions::NONE),
+            (Self::Offering(id), None) => match command {
+                CommandId::Done => (Self::Idle, Actions::two(SendStop, ReleaseHeld)),
+                _ => (Self::Holding(id), Actions::one(SendStop)),
+            },
+            (Self::Idle | Self::Holding(_), None) => match command {
+                CommandId::Done => (Self::Idle, Actions::one(ReleaseHeld)),
+                _ => (self, Actions::NONE),
+            },
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::command::HintId;
     use super::*;
     use std::vec::Vec;
 
-    const A: HintId = HintId::FIRST;
-    const B: HintId = HintId::FIRST.successor();
+    const A: CommandId = CommandId::Hint(HintId::FIRST);
+    const B: CommandId = CommandId::Hint(HintId::FIRST.successor());
 
     fn run(events: &[Event]) -> (State, Vec<Action>) {
         let mut state = State::default();
@@ -158,53 +147,61 @@ mod tests {
         (state, all)
     }
 
-    fn hint(id: HintId) -> Event {
-        Event::Config(CommandId::Hint(id))
+    fn round(command: CommandId) -> RoundId {
+        command.round().unwrap()
     }
 
     #[test]
     fn a_whole_round() {
         let (state, actions) = run(&[
-            hint(A),
+            Event::Config(A),
             Event::Exhausted,
-            hint(A),
+            Event::Config(A),
             Event::Config(CommandId::Stop),
             Event::Config(CommandId::Done),
         ]);
         assert_eq!(state, State::Idle);
         assert_eq!(
             actions,
-            [Action::SendStart(A), Action::SendStop, Action::ReleaseHeld]
-        );
-    }
-
-    #[test]
-    fn r2_a_new_round_ends_the_old_one_before_it_starts() {
-        let (state, actions) = run(&[hint(A), hint(B)]);
-        assert_eq!(state, State::Offering(B));
-        assert_eq!(
-            actions,
             [
-                Action::SendStart(A),
+                Action::SendStart(round(A)),
                 Action::SendStop,
-                Action::SendStart(B),
-                Action::OfferHeld
+                Action::ReleaseHeld
             ]
         );
     }
 
     #[test]
-    fn r2_reserved_ids_change_nothing() {
-        for state in [State::Idle, State::Offering(A), State::Holding(A)] {
-            let (next, actions) = state.step(Event::Config(CommandId::Reserved(7)));
-            assert_eq!(next, state);
-            assert_eq!(actions.into_iter().count(), 0);
-        }
+    fn r2_a_new_round_ends_the_old_one_before_it_starts() {
+        let (state, actions) = run(&[Event::Config(A), Event::Config(B)]);
+        assert_eq!(state, State::Offering(round(B)));
+        assert_eq!(
+            actions,
+            [
+                Action::SendStart(round(A)),
+                Action::SendStop,
+                Action::SendStart(round(B)),
+                Action::OfferHeld
+            ]
+        );
+    }
+
+    /// The specification: the driver should supply pages for every id of 2 or greater.
+    #[test]
+    fn a_device_that_counts_its_rounds_from_two_is_answered() {
+        let two = CommandId::from_number(2);
+        let (state, actions) = run(&[Event::Config(two), Event::Exhausted]);
+        assert_eq!(state, State::Holding(round(two)));
+        assert_eq!(actions, [Action::SendStart(round(two)), Action::SendStop]);
     }
 
     #[test]
     fn r16_done_and_reset_release_in_every_state() {
-        for state in [State::Idle, State::Offering(A), State::Holding(A)] {
+        for state in [
+            State::Idle,
+            State::Offering(round(A)),
+            State::Holding(round(A)),
+        ] {
             for event in [Event::Config(CommandId::Done), Event::Reset] {
                 let (next, actions) = state.step(event);
                 assert_eq!(next, State::Idle);

@@ -8,7 +8,7 @@
 //! up by every sync, start, stop and reset, and every STOP the round that it was meant for: the truth
 //! that the machines have to guess right. Now and then a driver lies.
 
-use super::super::command::{CommandId, HintId};
+use super::super::command::{CommandId, HintId, RoundId};
 use super::{device, driver};
 use proptest::prelude::*;
 use std::collections::VecDeque;
@@ -34,6 +34,10 @@ enum Message {
     Start(HintId),
     Block { epoch: u64, round: HintId },
     Stop { round: HintId },
+}
+
+fn hint_id(round: RoundId) -> HintId {
+    HintId::new(round.number()).expect("R8: the device issued an id out of range")
 }
 
 #[derive(Default)]
@@ -79,12 +83,11 @@ impl World {
         for action in actions {
             match action {
                 driver::Action::SendStart(id) => {
-                    assert!(id.number() >= 0x8000_0000, "R8: out of range");
-                    self.queue.push_back(Message::Start(id));
+                    self.queue.push_back(Message::Start(hint_id(id)));
                 }
                 driver::Action::OfferHeld => self.to_offer_again = self.held,
                 driver::Action::SendStop => {
-                    let round = before.offering().expect("STOP without a round");
+                    let round = hint_id(before.offering().expect("STOP without a round"));
                     self.queue.push_back(Message::Stop { round });
                 }
                 driver::Action::ReleaseHeld => {
@@ -96,7 +99,7 @@ impl World {
     }
 
     fn driver_offers(&mut self) {
-        let Some(round) = self.driver.offering() else {
+        let Some(round) = self.driver.offering().map(hint_id) else {
             return;
         };
         if self.to_offer_again > 0 {
