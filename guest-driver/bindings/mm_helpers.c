@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#include <linux/gfp.h>
+#include <linux/highmem.h>
+#include <linux/list.h>
+#include <linux/mmzone.h>
+#include <linux/nodemask.h>
+#include <linux/poison.h>
+#include <linux/string.h>
+#include <linux/vmstat.h>
+
+#include "mm_helpers.h"
+
+/*
+ * A block that is free right now: no reclaim, no reserves, no warning.
+ * The flags are those of the kernel's own balloon driver.
+ */
+struct page *vbrs_alloc_free_block(unsigned int order)
+{
+	return alloc_pages(__GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC, order);
+}
+
+void vbrs_zero_block(struct page *page, unsigned int order)
+{
+	unsigned long i;
+
+	for (i = 0; i < 1UL << order; i++)
+		clear_highpage(page + i);
+}
+
+phys_addr_t vbrs_page_to_phys(struct page *page)
+{
+	return page_to_phys(page);
+}
+
+struct list_head *vbrs_page_lru(struct page *page)
+{
+	return &page->lru;
+}
+
+struct page *vbrs_lru_to_page(struct list_head *lru)
+{
+	return list_entry(lru, struct page, lru);
+}
+
+void vbrs_list_del(struct list_head *entry)
+{
+	list_del(entry);
+}
+
+unsigned long vbrs_page_private(struct page *page)
+{
+	return page_private(page);
+}
+
+void vbrs_set_page_private(struct page *page, unsigned long value)
+{
+	set_page_private(page, value);
+}
+
+#ifdef CONFIG_BALLOON_MIGRATION
+/* Compaction gets a plain no: the page stays where it is, and in the balloon. */
+static int vbrs_refuse_migration(struct balloon_dev_info *info, struct page *newpage,
+				 struct page *page, enum migrate_mode mode)
+{
+	return -EBUSY;
+}
+#endif
+
+void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_managed)
+{
+	balloon_devinfo_init(info);
+	info->adjust_managed_page_count = adjust_managed;
+#ifdef CONFIG_BALLOON_MIGRATION
+	info->migratepage = vbrs_refuse_migration;
+#endif
+}
+
+unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info)
+{
+	return READ_ONCE(info->isolated_pages);
+}
+
+struct shrinker *vbrs_shrinker_alloc(const char *name)
+{
+	return shrinker_alloc(0, "%s", name);
+}
+
+unsigned long vbrs_free_pages(void)
+{
+	return global_zone_page_state(NR_FREE_PAGES);
+}
+
+unsigned long vbrs_managed_pages(void)
+{
+	return totalram_pages();
+}
+
+unsigned long vbrs_high_watermarks(void)
+{
+	unsigned long sum = 0;
+	int nid, zid;
+
+	for_each_online_node(nid) {
+		for (zid = 0; zid < MAX_NR_ZONES; zid++) {
+			struct zone *zone = &NODE_DATA(nid)->node_zones[zid];
+
+			if (managed_zone(zone))
+				sum += high_wmark_pages(zone);
+		}
+	}
+	return sum;
+}
+
+unsigned int vbrs_max_page_order(void)
+{
+	return MAX_PAGE_ORDER;
+}
+
+/* What the guest fills its free pages with; false if it leaves them as they are. */
+bool vbrs_fills_free_pages(u32 *pattern)
+{
+	if (want_init_on_free()) {
+		*pattern = 0;
+		return true;
+	}
+	if (page_poisoning_enabled_static()) {
+		memset(pattern, PAGE_POISON, sizeof(*pattern));
+		return true;
+	}
+	return false;
+}
+
+struct workqueue_struct *vbrs_alloc_workqueue(const char *name)
+{
+	return alloc_workqueue("%s", WQ_UNBOUND | WQ_FREEZABLE, 0, name);
+}

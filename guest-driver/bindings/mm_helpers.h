@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Memory management as guest-driver/mm needs it: static inlines, macros and
+ * variadic functions of the kernel behind plain functions.
+ */
+#ifndef VIRTIO_BALLOON_RS_MM_HELPERS_H
+#define VIRTIO_BALLOON_RS_MM_HELPERS_H
+
+#include <linux/balloon.h>
+#include <linux/mm.h>
+#include <linux/shrinker.h>
+#include <linux/workqueue.h>
+
+struct page *vbrs_alloc_free_block(unsigned int order);
+void vbrs_zero_block(struct page *page, unsigned int order);
+phys_addr_t vbrs_page_to_phys(struct page *page);
+struct list_head *vbrs_page_lru(struct page *page);
+struct page *vbrs_lru_to_page(struct list_head *lru);
+void vbrs_list_del(struct list_head *entry);
+unsigned long vbrs_page_private(struct page *page);
+void vbrs_set_page_private(struct page *page, unsigned long value);
+
+void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_managed);
+unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info);
+
+struct shrinker *vbrs_shrinker_alloc(const char *name);
+
+unsigned long vbrs_free_pages(void);
+unsigned long vbrs_managed_pages(void);
+unsigned long vbrs_high_watermarks(void);
+unsigned int vbrs_max_page_order(void);
+bool vbrs_fills_free_pages(u32 *pattern);
+
+struct workqueue_struct *vbrs_alloc_workqueue(const char *name);
+
+#endif

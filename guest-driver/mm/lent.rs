@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Blocks whose content is not to be relied on.
+
+use core::mem::ManuallyDrop;
+use core::ptr;
+
+use super::list::sealed::Role;
+use super::PageBlock;
+
+/// A block of free pages that was shown to the device: its content may change or get lost until
+/// the device says that it is done with it.
+///
+/// If it is dropped before that, it is filled with zeroes on its way back to the page allocator, so
+/// that nobody meets a content that the device still may replace. After that,
+/// [`release`](Self::release) gives it back as it is.
+pub struct LentBlock(PageBlock);
+
+impl LentBlock {
+    /// Lends a block.
+    pub fn new(block: PageBlock) -> Self {
+        Self(block)
+    }
+
+    /// Gives the block back to the page allocator as it is.
+    pub fn release(self) {
+        drop(self.into_block());
+    }
+
+    /// The block, to be looked at.
+    pub fn block(&self) -> &PageBlock {
+        &self.0
+    }
+
+    /// Notes something on the block: see [`PageBlock::set_tag`].
+    pub fn set_tag(&mut self, tag: u16) {
+        self.0.set_tag(tag);
+    }
+}
+
+impl Role for LentBlock {
+    fn into_block(self) -> PageBlock {
+        let this = ManuallyDrop::new(self);
+        // SAFETY: `this` is neither used nor dropped any more.
+        unsafe { ptr::read(&this.0) }
+    }
+
+    fn from_block(block: PageBlock) -> Self {
+        Self::new(block)
+    }
+}
+
+impl Drop for LentBlock {
+    fn drop(&mut self) {
+        self.0.zero();
+    }
+}

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory management for drivers that hold free pages of the guest.
+//!
+//! Safe wrappers over what the `kernel` crate does not have yet, usable without a balloon:
+//!
+//! * [`PageBlock`]: `2^order` pages with one owner, and [`BlockList`], a list of them that needs no
+//!   memory of its own;
+//! * [`LentBlock`]: a block that the device has been shown, and may have spoilt;
+//! * [`BalloonPages`]: the kernel's list of pages that a balloon holds;
+//! * [`Shrinker`]: giving memory back when the guest is short of it;
+//! * [`state`]: how much memory is free, and how much must stay so.
+//!
+//! C headers: `include/linux/gfp.h`, `include/linux/balloon.h`, `include/linux/shrinker.h`,
+//! `include/linux/mmzone.h`.
+
+mod balloon_pages;
+mod block;
+mod lent;
+mod list;
+mod shrinker;
+pub mod state;
+
+pub use balloon_pages::{BalloonPage, BalloonPages};
+pub use block::PageBlock;
+pub use lent::LentBlock;
+pub use list::{BlockList, BlockShape};
+pub use shrinker::{Shrink, Shrinker};

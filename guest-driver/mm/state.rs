@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! How the guest's memory fares. All functions may be called in any context.
+//!
+//! Counts are in the guest's pages.
+
+use crate::bindings as helpers;
+
+/// How many pages are free now. Cheap, and off by a few pages a CPU.
+pub fn free_pages() -> usize {
+    // SAFETY: Reads a counter.
+    unsafe { helpers::vbrs_free_pages() as usize }
+}
+
+/// How many pages the page allocator has in all, free or not.
+pub fn managed_pages() -> usize {
+    // SAFETY: Reads a counter.
+    unsafe { helpers::vbrs_managed_pages() as usize }
+}
+
+/// The sum of all zones' high watermarks: with fewer free pages than these, the kernel begins to
+/// reclaim memory.
+pub fn high_watermarks() -> usize {
+    // SAFETY: Reads the zones' watermarks, which are plain words.
+    unsafe { helpers::vbrs_high_watermarks() as usize }
+}
+
+/// What the guest fills its free pages with, byte by byte the same in all four; `None` if it leaves
+/// them as they are.
+pub fn free_page_pattern() -> Option<u32> {
+    let mut pattern = 0;
+    // SAFETY: `pattern` is valid for a write.
+    unsafe { helpers::vbrs_fills_free_pages(&mut pattern) }.then_some(pattern)
+}
