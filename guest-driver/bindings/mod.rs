@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Bindings to the kernel headers that [`kernel::bindings`] leaves out, made by bindgen when the module is built.
+//!
+//! Only `virtio/` and `mm/` use them.
+
+#![allow(
+    clippy::all,
+    clippy::undocumented_unsafe_blocks,
+    dead_code,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    improper_ctypes,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn,
+    unused_imports
+)]
+
+include!(env!("VIRTIO_BALLOON_RS_BINDINGS"));

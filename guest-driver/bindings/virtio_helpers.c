@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#include "virtio_helpers.h"
+
+/* Unlike virtio_has_feature(), answers false and does not BUG() for a bit that the driver did not list. */
+bool vbrs_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit)
+{
+	return bit < VIRTIO_FEATURES_BITS && __virtio_test_bit(vdev, bit);
+}
+
+void vbrs_virtio_clear_feature(struct virtio_device *vdev, unsigned int bit)
+{
+	if (bit < VIRTIO_FEATURES_BITS)
+		__virtio_clear_bit(vdev, bit);
+}
+
+bool vbrs_virtio_has_config(const struct virtio_device *vdev)
+{
+	return vdev->config->get && vdev->config->set;
+}
+
+/* Reads one field, again if the device changed its configuration meanwhile. */
+void vbrs_virtio_config_read(struct virtio_device *vdev, unsigned int offset, void *value, unsigned int size)
+{
+	__virtio_cread_many(vdev, offset, value, 1, size);
+}
+
+void vbrs_virtio_config_write(struct virtio_device *vdev, unsigned int offset, const void *value, unsigned int size)
+{
+	might_sleep();
+	vdev->config->set(vdev, offset, value, size);
+}
+
+/* Unlike virtio_device_ready(), may be called again. */
+void vbrs_virtio_device_ready(struct virtio_device *vdev)
+{
+	if (!(vdev->config->get_status(vdev) & VIRTIO_CONFIG_S_DRIVER_OK))
+		virtio_device_ready(vdev);
+}
+
+int vbrs_virtio_find_vqs(struct virtio_device *vdev, unsigned int count, struct virtqueue *vqs[],
+			 struct virtqueue_info infos[])
+{
+	return virtio_find_vqs(vdev, count, vqs, infos, NULL);
+}
+
+void vbrs_virtio_del_vqs(struct virtio_device *vdev)
+{
+	vdev->config->del_vqs(vdev);
+}
+
+void vbrs_sg_set_buf(struct scatterlist *sg, const void *address, unsigned int length)
+{
+	sg_set_buf(sg, address, length);
+}
+
+void vbrs_sg_set_page(struct scatterlist *sg, struct page *page, unsigned int length, unsigned int offset)
+{
+	sg_set_page(sg, page, length, offset);
+}

@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+
+/* Static inlines and macros of the virtio headers, as functions that Rust can call. */
+
+#ifndef VIRTIO_BALLOON_RS_VIRTIO_HELPERS_H
+#define VIRTIO_BALLOON_RS_VIRTIO_HELPERS_H
+
+#include <linux/scatterlist.h>
+#include <linux/virtio.h>
+#include <linux/virtio_config.h>
+
+bool vbrs_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit);
+void vbrs_virtio_clear_feature(struct virtio_device *vdev, unsigned int bit);
+bool vbrs_virtio_has_config(const struct virtio_device *vdev);
+void vbrs_virtio_config_read(struct virtio_device *vdev, unsigned int offset, void *value, unsigned int size);
+void vbrs_virtio_config_write(struct virtio_device *vdev, unsigned int offset, const void *value, unsigned int size);
+void vbrs_virtio_device_ready(struct virtio_device *vdev);
+int vbrs_virtio_find_vqs(struct virtio_device *vdev, unsigned int count, struct virtqueue *vqs[],
+			 struct virtqueue_info infos[]);
+void vbrs_virtio_del_vqs(struct virtio_device *vdev);
+void vbrs_sg_set_buf(struct scatterlist *sg, const void *address, unsigned int length);
+void vbrs_sg_set_page(struct scatterlist *sg, struct page *page, unsigned int length, unsigned int offset);
+
+#endif

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A memory balloon for virtual machines: the guest's driver.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`shared_abi`] | what the driver and the device agree on; the host compiles the same files |
+//! | [`virtio`] | a safe virtio bus, which knows nothing of balloons |
+//! | [`mm`] | the memory management that a balloon needs |
+//! | [`balloon`] | the driver |
+//!
+//! Unsafe code stands in `virtio`, `mm` and the bindings that both build on, and nowhere else.
+
+#![deny(unsafe_code)]
+
+pub mod balloon;
+#[allow(unsafe_code)]
+mod bindings;
+#[cfg(CONFIG_KUNIT = "y")]
+mod kunit_shared_abi;
+#[allow(unsafe_code)]
+pub mod mm;
+#[path = "../shared-abi/src/lib.rs"]
+pub mod shared_abi;
+#[allow(unsafe_code)]
+pub mod virtio;
+
+module_virtio_driver! {
+    type: balloon::Driver,
+    name: "virtio_balloon_rs",
+    authors: ["the virtio-balloon-rs authors"],
+    description: "Virtio balloon driver in Rust, with free page hinting",
+    license: "GPL",
+    params: {
+        hint_min_order: u8 {
+            default: 0,
+            description: "Order of the smallest free blocks that are hinted",
+        },
+    },
+}
