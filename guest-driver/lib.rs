@@ -26,15 +26,15 @@ pub mod shared_abi;
 pub mod virtio;
 
 module_virtio_driver! {
-    type: balloon::Driver,
+    type: balloon::Balloon,
     name: "virtio_balloon_rs",
     authors: ["the virtio-balloon-rs authors"],
     description: "Virtio balloon driver in Rust, with free page hinting",
     license: "GPL",
     params: {
         hint_min_order: u8 {
-            default: 0,
-            description: "Order of the smallest free blocks that are hinted",
+            default: 4,
+            description: "Smallest order of the free page blocks that are hinted (blocks of 4 KiB << order; 0 to 10)",
         },
     },
 }

@@ -90,7 +90,7 @@ pub trait Driver {
 
     /// The system is about to sleep. Afterwards the bus takes the device down, if the driver has not.
     ///
-    /// Without this, the system refuses to sleep.
+    /// Without this and [`restore`](Self::restore) the system refuses to sleep.
     ///
     /// # Errors
     ///
@@ -181,13 +181,13 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
         driver.id_table = T::ID_TABLE.as_ptr();
         driver.feature_table = T::FEATURES.as_ptr();
         driver.feature_table_size = T::FEATURES.len() as c_uint;
-        driver.validate = T::HAS_VALIDATE.then_some(Self::validate_callback);
+        driver.validate = Self::VALIDATE;
         driver.probe = Some(Self::probe_callback);
         driver.remove = Some(Self::remove_callback);
-        driver.config_changed = T::HAS_CONFIG_CHANGED.then_some(Self::config_changed_callback);
-        driver.freeze = Some(Self::freeze_callback);
-        driver.restore = Some(Self::restore_callback);
-        driver.shutdown = T::HAS_SHUTDOWN.then_some(Self::shutdown_callback);
+        driver.config_changed = Self::CONFIG_CHANGED;
+        driver.freeze = Self::FREEZE;
+        driver.restore = Self::RESTORE;
+        driver.shutdown = Self::SHUTDOWN;
 
         // SAFETY: The structure is valid, and pinned until it is unregistered.
         to_result(unsafe { bindings::__register_virtio_driver(vdrv.get(), module.as_ptr()) })
@@ -199,7 +199,27 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
     }
 }
 
+type IntCallback = Option<unsafe extern "C" fn(*mut bindings::virtio_device) -> c_int>;
+type VoidCallback = Option<unsafe extern "C" fn(*mut bindings::virtio_device)>;
+
+/// Constants, so that a callback that the driver has not is not compiled.
 impl<T: Driver> Adapter<T> {
+    const VALIDATE: IntCallback = if T::HAS_VALIDATE { Some(Self::validate_callback) } else { None };
+    const CONFIG_CHANGED: VoidCallback =
+        if T::HAS_CONFIG_CHANGED { Some(Self::config_changed_callback) } else { None };
+    const SLEEPS: bool = T::HAS_FREEZE && T::HAS_RESTORE;
+    const FREEZE: IntCallback =
+        if Self::SLEEPS { Some(Self::freeze_callback) } else { Some(Self::refuse_callback) };
+    const RESTORE: IntCallback =
+        if Self::SLEEPS { Some(Self::restore_callback) } else { Some(Self::refuse_callback) };
+    const SHUTDOWN: VoidCallback = if T::HAS_SHUTDOWN { Some(Self::shutdown_callback) } else { None };
+}
+
+impl<T: Driver> Adapter<T> {
+    extern "C" fn refuse_callback(_vdev: *mut bindings::virtio_device) -> c_int {
+        EOPNOTSUPP.to_errno()
+    }
+
     extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
         from_result(|| {
             let vdev = NonNull::new(vdev).ok_or(EINVAL)?;
@@ -248,9 +268,6 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        if !T::HAS_FREEZE || !T::HAS_RESTORE {
-            return EOPNOTSUPP.to_errno();
-        }
         from_result(|| {
             // SAFETY: The bus calls with a device that was probed.
             let (dev, data) = unsafe { Self::bound(vdev) };
@@ -261,9 +278,6 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
-        if !T::HAS_RESTORE {
-            return EOPNOTSUPP.to_errno();
-        }
         from_result(|| {
             // SAFETY: The bus calls with a device that was probed.
             let (dev, data) = unsafe { Self::bound(vdev) };

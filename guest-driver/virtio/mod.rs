@@ -35,6 +35,7 @@
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
 
+mod accompanied;
 mod binding;
 mod buffer;
 mod config;
@@ -42,9 +43,11 @@ mod device;
 mod driver;
 mod queue_state;
 mod virtqueue;
+pub mod work;
 
 
 pub use self::{
+    accompanied::Accompanied,
     buffer::{Buffer, Either, Incoming, Outgoing, Segments},
     config::{Config, ConfigValue},
     device::{Device, Negotiation},

@@ -12,7 +12,7 @@ use kernel::{
 
 /// A ring of the transport.
 #[derive(Clone, Copy)]
-pub struct Ring {
+pub(super) struct Ring {
     vq: NonNull<bindings::virtqueue>,
     indirect: bool,
 }
