@@ -2,11 +2,13 @@
 
 //! Blocks whose content is not to be relied on.
 
+use core::ffi::c_void;
 use core::mem::ManuallyDrop;
-use core::ptr;
+use core::ptr::{self, NonNull};
 
 use super::list::sealed::Role;
 use super::PageBlock;
+use crate::virtio::{Buffer, Segments};
 
 /// A block of free pages that was shown to the device: its content may change or get lost until
 /// the device says that it is done with it.
@@ -53,5 +55,24 @@ impl Role for LentBlock {
 impl Drop for LentBlock {
     fn drop(&mut self) {
         self.0.zero();
+    }
+}
+
+// SAFETY: The memory is the block's pages, which the token owns; they are not read or written before
+// the block comes back. A `struct page` is aligned to 8 bytes at least.
+unsafe impl Buffer for LentBlock {
+    const TOKEN_TAG_BITS: u32 = 3;
+
+    fn describe(&self, segments: &mut Segments) {
+        segments.writable_pages(self.0.as_raw(), self.0.size() as u32);
+    }
+
+    fn into_token(self) -> NonNull<c_void> {
+        self.into_block().into_raw().cast()
+    }
+
+    unsafe fn from_token(token: NonNull<c_void>) -> Self {
+        // SAFETY: The token is from `into_raw`, and `private` was left alone since.
+        Self(unsafe { PageBlock::from_raw(token.cast()) })
     }
 }

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The balloon's config space, by the names of its fields.
+
+use kernel::page::PAGE_SHIFT;
+use kernel::prelude::*;
+
+use crate::shared_abi::command::CommandId;
+use crate::shared_abi::{config, page};
+use crate::virtio::Config;
+
+/// The config space of a balloon. Its methods may sleep; all fail with `ENODEV` once the device is
+/// unbound.
+pub(crate) struct BalloonConfig(Config);
+
+impl BalloonConfig {
+    /// Gives names to the fields of `config`.
+    pub(crate) fn new(config: Config) -> Self {
+        Self(config)
+    }
+
+    /// How many 4 KiB pages the host wants in the balloon, in whole pages of the guest.
+    pub(crate) fn target(&self) -> Result<u64> {
+        let pages = self.0.read_le::<u32>(config::NUM_PAGES as u32)?;
+        let whole = page::round_up_to_guest_pages(pages, PAGE_SHIFT as u32);
+        Ok(u64::from(whole.unwrap_or(pages)))
+    }
+
+    /// Tells the host how many 4 KiB pages are in the balloon.
+    pub(crate) fn set_actual(&self, pages: u64) -> Result {
+        let pages = u32::try_from(pages).unwrap_or(u32::MAX);
+        self.0.write_le(config::ACTUAL as u32, pages)
+    }
+
+    /// The command id; there only with `FREE_PAGE_HINT`.
+    pub(crate) fn command(&self) -> Result<CommandId> {
+        let number = self
+            .0
+            .read_le::<u32>(config::FREE_PAGE_HINT_CMD_ID as u32)?;
+        Ok(CommandId::from_number(number))
+    }
+
+    /// Tells the host what fills the guest's free pages; there only with `PAGE_POISON`.
+    pub(crate) fn set_poison(&self, pattern: u32) -> Result {
+        self.0.write_le(config::POISON_VAL as u32, pattern)
+    }
+}

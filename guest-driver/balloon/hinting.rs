@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Free page hinting.
+//!
+//! What to do is decided by the contract's state machine, [`driver::State`]; here it is done. One work
+//! item does it. It never waits for the device: it collects what the device has used, fills the ring,
+//! notifies the device once, and returns; the device's interrupt starts it again. So a new command is
+//! noticed within one ring's worth of work, and a removal never has to wait for an answer.
+//!
+//! A block is owned by the queue while it is in flight, by [`Held`] until the device is done with it,
+//! and by the page allocator before and after. There is no other way, so the feature
+//! `KEEPS_HINTED_UNTIL_RETURNED` is kept by construction.
+
+use kernel::prelude::*;
+use kernel::sync::atomic::{AtomicFlag, Relaxed};
+use kernel::sync::{new_mutex, Arc, Mutex};
+use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
+
+use super::config::BalloonConfig;
+use super::held::Held;
+use super::reserve::Harvest;
+use crate::mm::{state, LentBlock};
+use crate::shared_abi::command::CommandId;
+use crate::shared_abi::hinting::driver::{self, Action, Event};
+use crate::virtio::work::{self, WorkQueue};
+use crate::virtio::{AddError, Either, Outgoing, Virtqueue};
+
+/// A command id as the device reads it: little-endian.
+type Command = Outgoing<[u8; 4]>;
+
+/// What travels on the free page queue.
+pub(crate) type HintBuffer = Either<Command, LentBlock>;
+
+/// How many command buffers there are: a stop and a start for the current round and for the last,
+/// which the device may not have returned yet.
+const COMMANDS: usize = 4;
+/// The entries of the ring that blocks leave free, so that a stop can be sent at once.
+const COMMAND_ENTRIES: usize = 1;
+/// The part of all memory that may be in flight at a time. A device that stops answering keeps no more
+/// from the guest; what has come back, the guest can take.
+const IN_FLIGHT_SHARE: usize = 4;
+
+/// The driver's side of free page hinting.
+#[pin_data]
+pub(crate) struct Hinting {
+    config: BalloonConfig,
+    queue: Virtqueue<HintBuffer>,
+    min_order: u32,
+    /// The device may show a new command id. It is read only then: QEMU's device shows STOP again
+    /// once a round has started, and does not mean it.
+    command_changed: AtomicFlag,
+    /// The driver goes: no more is offered.
+    stopping: AtomicFlag,
+    #[pin]
+    round: Mutex<Round>,
+    held: Arc<Held>,
+    work_queue: Arc<WorkQueue>,
+    #[pin]
+    work: Work<Self>,
+}
+
+struct Round {
+    machine: driver::State,
+    /// Counts rounds; each block is tagged with that in which it was offered last.
+    number: u16,
+    /// The round up to which the device was done with all blocks when it last said so.
+    done: u16,
+    /// Where new blocks come from while blocks are being offered.
+    harvest: Option<Harvest>,
+    /// Commands that are to be sent, the first one first.
+    outbox: [Option<CommandId>; 2],
+    /// The command buffers that are not in flight. Has room for all.
+    spare: KVec<Command>,
+    in_flight_pages: usize,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Hinting { self.work }
+}
+
+impl Hinting {
+    /// Offers nothing yet. Blocks smaller than `2^min_order` pages will not be hinted.
+    ///
+    /// May sleep. Fails with `ENOMEM`.
+    pub(crate) fn new(
+        config: BalloonConfig,
+        work_queue: Arc<WorkQueue>,
+        min_order: u32,
+    ) -> Result<Arc<Self>> {
+        let mut spare = KVec::with_capacity(COMMANDS, GFP_KERNEL)?;
+        for _ in 0..COMMANDS {
+            spare.push(Command::new([0; 4], GFP_KERNEL)?, GFP_KERNEL)?;
+        }
+        let round = Round {
+            machine: driver::State::default(),
+            number: 0,
+            done: 0,
+            harvest: None,
+            outbox: [None; 2],
+            spare,
+            in_flight_pages: 0,
+        };
+        let hinting = try_pin_init!(Self {
+            config,
+            queue: Virtqueue::new(c"free-page")?,
+            min_order,
+            command_changed: AtomicFlag::new(true),
+            stopping: AtomicFlag::new(false),
+            round <- new_mutex!(round, "Hinting::round"),
+            held: Arc::pin_init(Held::new(), GFP_KERNEL)?,
+            work_queue,
+            work <- new_work!("Hinting::work"),
+        });
+        Arc::pin_init(hinting, GFP_KERNEL)
+    }
+
+    /// The free page queue.
+    pub(crate) fn queue(&self) -> &Virtqueue<HintBuffer> {
+        &self.queue
+    }
+
+    /// The blocks that the guest may take back when it is short of memory.
+    pub(crate) fn held(&self) -> Arc<Held> {
+        self.held.clone()
+    }
+
+    /// The device may show a new command id. Any context.
+    pub(crate) fn command_changed(self: &Arc<Self>) {
+        self.command_changed.store(true, Relaxed);
+        self.wake();
+    }
+
+    /// The device has used buffers. Any context.
+    pub(crate) fn used(self: &Arc<Self>) {
+        self.wake();
+    }
+
+    /// Starts the work, unless it is queued already or disabled.
+    fn wake(self: &Arc<Self>) {
+        let _ = self.work_queue.enqueue(self.clone());
+    }
+
+    /// Ends all work for good. May sleep, but does not wait for the device.
+    ///
+    /// Blocks in flight stay there, for the reset to bring back.
+    pub(crate) fn disable(self: &Arc<Self>) {
+        self.stopping.store(true, Relaxed);
+        work::disable(self);
+    }
+
+    /// Gives all blocks back to the guest, filled with zeroes. To be called after the device's reset.
+    ///
+    /// May sleep, and take long.
+    pub(crate) fn give_up(&self) {
+        while let Some(buffer) = self.queue.detach() {
+            drop(buffer);
+        }
+        self.held.give_up();
+    }
+
+    /// Takes back the buffers that the device has used.
+    fn collect(&self, round: &mut Round) {
+        while let Some((buffer, _)) = self.queue.pop() {
+            match buffer {
+                Either::Left(command) => {
+                    // Its room is still there: commands are only ever taken and put back.
+                    let _ = round.spare.push_within_capacity(command);
+                }
+                Either::Right(block) => {
+                    let pages = block.block().pages();
+                    round.in_flight_pages = round.in_flight_pages.saturating_sub(pages);
+                    self.keep(round, block);
+                }
+            }
+        }
+    }
+
+    /// Finds the place of a block that the device has returned.
+    fn keep(&self, round: &Round, block: LentBlock) {
+        let tag = block.block().tag();
+        if round.is_done(tag) {
+            block.release();
+        } else if tag == round.number {
+            self.held.hold(block);
+        } else {
+            self.held.hold_again(block);
+        }
+    }
+
+    /// Reads the command id, if it may have changed, and does what follows from it.
+    fn obey(&self, round: &mut Round) -> Result {
+        if self.command_changed.xchg(false, Relaxed) {
+            let command = self.config.command()?;
+            self.step(round, Event::Config(command));
+        }
+        Ok(())
+    }
+
+    fn step(&self, round: &mut Round, event: Event) {
+        let (next, actions) = round.machine.step(event);
+        round.machine = next;
+        for action in actions {
+            match action {
+                Action::SendStart(id) => {
+                    round.number = round.number.wrapping_add(1);
+                    round.send(CommandId::from_number(id.number()));
+                    round.harvest = Some(Harvest::new(self.min_order));
+                    self.held.forget_pressure();
+                }
+                Action::OfferHeld => self.held.offer_all_again(),
+                Action::SendStop => {
+                    round.harvest = None;
+                    round.send(CommandId::Stop);
+                }
+                Action::ReleaseHeld => {
+                    round.done = round.number;
+                    self.held.release();
+                }
+            }
+        }
+    }
+
+    /// Sends the commands that are to be sent. Returns whether all of them went.
+    fn send_commands(&self, round: &mut Round) -> Result<bool> {
+        while let [Some(command), next] = round.outbox {
+            let Some(mut buffer) = round.spare.pop() else {
+                return Ok(false);
+            };
+            *buffer = command.number().to_le_bytes();
+            if let Err(AddError { buffer, failure }) = self.queue.add(Either::Left(buffer)) {
+                if let Either::Left(buffer) = buffer {
+                    let _ = round.spare.push_within_capacity(buffer);
+                }
+                return match failure {
+                    crate::virtio::AddFailure::Full => Ok(false),
+                    failure => Err(failure.into()),
+                };
+            }
+            round.outbox = [next, None];
+        }
+        Ok(true)
+    }
+
+    /// Offers blocks until the ring is full or enough of the memory is in flight, there is news, or no
+    /// block is left.
+    fn offer(&self, round: &mut Round) -> Result {
+        let limit = state::managed_pages() / IN_FLIGHT_SHARE;
+        while !self.command_changed.load(Relaxed) && !self.stopping.load(Relaxed) {
+            if round.in_flight_pages >= limit || self.queue.free_entries() <= COMMAND_ENTRIES {
+                break;
+            }
+            let Some(harvest) = &mut round.harvest else {
+                break;
+            };
+            let block = self.held.next_again().or_else(|| {
+                let may_take = !self.held.pressed();
+                let block = may_take.then(|| harvest.next()).flatten();
+                block.map(LentBlock::new)
+            });
+            let Some(mut block) = block else {
+                self.step(round, Event::Exhausted);
+                break;
+            };
+            let earlier = block.block().tag();
+            let pages = block.block().pages();
+            block.set_tag(round.number);
+            if let Err(AddError { buffer, failure }) = self.queue.add(Either::Right(block)) {
+                if let Either::Right(mut block) = buffer {
+                    block.set_tag(earlier);
+                    self.held.hold_again(block);
+                }
+                return Err(failure.into());
+            }
+            round.in_flight_pages += pages;
+        }
+        Ok(())
+    }
+
+    /// One turn: everything that can be done now. Fails if the device is gone.
+    fn turn(&self, round: &mut Round) -> Result {
+        self.collect(round);
+        let mut all_sent = self.send_commands(round)?;
+        if all_sent {
+            // Only then, lest a command overtakes one that is waiting for room.
+            self.obey(round)?;
+            all_sent = self.send_commands(round)?;
+        }
+        if all_sent {
+            self.offer(round)?;
+            self.send_commands(round)?;
+        }
+        Ok(())
+    }
+}
+
+impl Round {
+    fn send(&mut self, command: CommandId) {
+        // Commands come from `step` only when the outbox is empty, and at most two at a time.
+        if let Some(slot) = self.outbox.iter_mut().find(|slot| slot.is_none()) {
+            *slot = Some(command);
+        }
+    }
+
+    /// Whether the device has said that it is done with the blocks of the round with this number.
+    fn is_done(&self, number: u16) -> bool {
+        self.number.wrapping_sub(number) >= self.number.wrapping_sub(self.done)
+    }
+}
+
+impl WorkItem for Hinting {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        let mut round = this.round.lock();
+        while !this.stopping.load(Relaxed) {
+            let result = this.turn(&mut round);
+            this.queue.kick();
+            if result.is_err() {
+                break;
+            }
+            let quiet = this.queue.enable_callback_delayed();
+            if quiet && !this.command_changed.load(Relaxed) {
+                break;
+            }
+        }
+    }
+}

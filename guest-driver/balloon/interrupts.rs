@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What an interrupt of a queue starts.
+
+use kernel::sync::Arc;
+
+use super::hinting::Hinting;
+use super::sizing::Sizing;
+use crate::shared_abi::features::Features;
+use crate::shared_abi::queue::Queue;
+use crate::virtio::QueueHandler;
+
+/// Starts the work that a queue's interrupt is for, and keeps the queue silent until it runs.
+pub(crate) struct Interrupts {
+    sizing: Arc<Sizing>,
+    hinting: Option<Arc<Hinting>>,
+    features: Features,
+}
+
+impl Interrupts {
+    pub(crate) fn new(
+        sizing: Arc<Sizing>,
+        hinting: Option<Arc<Hinting>>,
+        features: Features,
+    ) -> Self {
+        Self {
+            sizing,
+            hinting,
+            features,
+        }
+    }
+}
+
+impl QueueHandler for Interrupts {
+    fn used(&self, queue: u16) {
+        match Queue::at(usize::from(queue), self.features) {
+            Some(Queue::Inflate) => {
+                self.sizing.inflate_queue().disable_callback();
+                self.sizing.used();
+            }
+            Some(Queue::Deflate) => {
+                self.sizing.deflate_queue().disable_callback();
+                self.sizing.used();
+            }
+            Some(Queue::FreePage) => {
+                if let Some(hinting) = &self.hinting {
+                    hinting.queue().disable_callback();
+                    hinting.used();
+                }
+            }
+            Some(Queue::Stats | Queue::Reporting) | None => {}
+        }
+    }
+}

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The balloon driver.
+//!
+//! Two things, each with its own work item: [`Sizing`](sizing::Sizing) inflates and deflates,
+//! [`Hinting`](hinting::Hinting) hints free pages. This file binds them to a device. Interrupts only
+//! start the work; see [`Interrupts`].
+
+mod balance;
+mod config;
+mod held;
+mod hinting;
+mod interrupts;
+mod request;
+mod reserve;
+mod sizing;
+
+use core::pin::Pin;
+
+use kernel::device::{self, Bound, Core};
+use kernel::prelude::*;
+use kernel::sync::aref::ARef;
+use kernel::sync::Arc;
+
+use self::config::BalloonConfig;
+use self::held::Held;
+use self::hinting::Hinting;
+use self::interrupts::Interrupts;
+use self::sizing::Sizing;
+use crate::mm::{state, Shrinker};
+use crate::shared_abi::features::Features;
+use crate::shared_abi::queue::{self, Queue};
+use crate::shared_abi::VIRTIO_ID_BALLOON;
+use crate::virtio::work::WorkQueue;
+use crate::virtio::{self, AnyQueue, Negotiation};
+use crate::virtio_device_table;
+
+/// `VIRTIO_RING_F_INDIRECT_DESC`
+const RING_INDIRECT_DESC: u32 = 28;
+/// `VIRTIO_F_ACCESS_PLATFORM`
+const ACCESS_PLATFORM: u32 = 33;
+
+virtio_device_table!(ID_TABLE, [virtio::DeviceId::new(VIRTIO_ID_BALLOON)]);
+
+/// The driver of memory balloons.
+pub(crate) struct Balloon;
+
+/// What the driver keeps for a device.
+pub(crate) struct Data {
+    // First, so that on the way out nothing runs any more when the rest goes.
+    works: Works,
+    _shrinker: Option<Shrinker<Held>>,
+    _work_queue: Arc<WorkQueue>,
+}
+
+/// The works, which are ended when this is dropped.
+struct Works {
+    sizing: Arc<Sizing>,
+    hinting: Option<Arc<Hinting>>,
+}
+
+impl Works {
+    fn disable(&self) {
+        if let Some(hinting) = &self.hinting {
+            hinting.disable();
+        }
+        self.sizing.disable();
+    }
+}
+
+impl Drop for Works {
+    fn drop(&mut self) {
+        self.disable();
+    }
+}
+
+impl Data {
+    fn bind(dev: &virtio::Device<Core<'_>>) -> Result<Self> {
+        let features = Features::from_bits(dev.features());
+        let config = dev.config()?;
+        let work_queue = Arc::new(WorkQueue::new(c"virtio_balloon_rs")?, GFP_KERNEL)?;
+
+        let hinting = if features.contains(Features::FREE_PAGE_HINT) {
+            let config = BalloonConfig::new(config.clone());
+            let min_order = u32::from(crate::module_parameters::hint_min_order.value());
+            Some(Hinting::new(config, work_queue.clone(), min_order)?)
+        } else {
+            None
+        };
+        let printer: &device::Device = dev.as_ref();
+        let works = Works {
+            sizing: Sizing::new(
+                ARef::from(printer),
+                BalloonConfig::new(config.clone()),
+                work_queue.clone(),
+                !features.contains(Features::DEFLATE_ON_OOM),
+            )?,
+            hinting,
+        };
+
+        works.find_queues(dev, features)?;
+        let shrinker = match &works.hinting {
+            Some(hinting) => Some(Shrinker::register(c"virtio-balloon-rs", hinting.held())?),
+            None => None,
+        };
+        if features.contains(Features::PAGE_POISON) {
+            let pattern = state::free_page_pattern().unwrap_or(0);
+            BalloonConfig::new(config).set_poison(pattern)?;
+        }
+        dev.ready();
+
+        // The host may have set both before there was anybody to be interrupted.
+        works.sizing.target_changed();
+        if let Some(hinting) = &works.hinting {
+            hinting.command_changed();
+        }
+        Ok(Self {
+            works,
+            _shrinker: shrinker,
+            _work_queue: work_queue,
+        })
+    }
+}
+
+impl Works {
+    /// Creates the queues that the features bring, in the order of the contract.
+    fn find_queues(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
+        let mut queues: KVec<&dyn AnyQueue> = KVec::with_capacity(Queue::MAX_COUNT, GFP_KERNEL)?;
+        for queue in queue::present(features) {
+            let queue: &dyn AnyQueue = match (queue, &self.hinting) {
+                (Queue::Inflate, _) => self.sizing.inflate_queue(),
+                (Queue::Deflate, _) => self.sizing.deflate_queue(),
+                (Queue::FreePage, Some(hinting)) => hinting.queue(),
+                // Not among the driver's features, hence never negotiated.
+                (Queue::FreePage | Queue::Stats | Queue::Reporting, _) => return Err(EINVAL),
+            };
+            queues.push(queue, GFP_KERNEL)?;
+        }
+        let interrupts = Interrupts::new(self.sizing.clone(), self.hinting.clone(), features);
+        dev.find_queues(&queues, Arc::new(interrupts, GFP_KERNEL)?)
+    }
+}
+
+#[vtable]
+impl virtio::Driver for Balloon {
+    type Data<'bound> = Data;
+
+    const ID_TABLE: virtio::IdTable = &ID_TABLE;
+
+    const FEATURES: &'static [u32] = &[
+        Features::MUST_TELL_HOST.bit_number(),
+        Features::FREE_PAGE_HINT.bit_number(),
+        Features::PAGE_POISON.bit_number(),
+        Features::KEEPS_HINTED_UNTIL_RETURNED.bit_number(),
+    ];
+
+    fn validate(features: &mut Negotiation<'_>) -> Result {
+        if state::free_page_pattern().is_none() {
+            features.decline(Features::PAGE_POISON.bit_number());
+        }
+        // Requests have one segment each, so indirect descriptors would only cost memory; and page
+        // numbers are physical addresses, which no IOMMU may translate.
+        features.decline(RING_INDIRECT_DESC);
+        features.decline(ACCESS_PLATFORM);
+        Ok(())
+    }
+
+    fn probe<'bound>(dev: &'bound virtio::Device<Core<'_>>) -> impl PinInit<Data, Error> + 'bound {
+        Data::bind(dev)
+    }
+
+    fn remove<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) {
+        if let Some(hinting) = &this.works.hinting {
+            hinting.disable();
+        }
+        this.works.sizing.empty();
+        this.works.disable();
+        dev.reset();
+        if let Some(hinting) = &this.works.hinting {
+            hinting.give_up();
+        }
+    }
+
+    fn config_changed<'bound>(_dev: &'bound virtio::Device<Bound>, this: Pin<&Data>) {
+        this.works.sizing.target_changed();
+        if let Some(hinting) = &this.works.hinting {
+            hinting.command_changed();
+        }
+    }
+}
