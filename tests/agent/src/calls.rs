@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The calls that a guest answers, and the types of their answers. Sizes are in bytes, limits in milliseconds.
+
+use std::collections::BTreeMap;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::ranges::RangeSet;
+
+/// Something that the host asks of the guest.
+pub trait Call: Into<AnyCall> {
+    /// What the guest answers when it has done it.
+    type Answer: Serialize + DeserializeOwned;
+}
+
+macro_rules! calls {
+    ($($(#[$doc:meta])* $name:ident $({ $($(#[$field_doc:meta])* $field:ident: $type:ty,)* })? -> $answer:ty;)*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+            pub struct $name { $($($(#[$field_doc])* pub $field: $type,)*)? }
+
+            impl Call for $name {
+                type Answer = $answer;
+            }
+
+            impl From<$name> for AnyCall {
+                fn from(call: $name) -> Self {
+                    Self::$name(call)
+                }
+            }
+        )*
+
+        /// Any of the calls, as it goes over the line.
+        #[derive(Clone, Debug, Serialize, Deserialize)]
+        pub enum AnyCall {
+            $(
+                $(#[$doc])*
+                $name($name),
+            )*
+        }
+    };
+}
+
+calls! {
+    /// `/proc/meminfo`.
+    MemInfo -> Memory;
+
+    /// `/proc/buddyinfo`: the free blocks of each zone.
+    BuddyInfo -> Vec<Zone>;
+
+    /// Waits until `MemFree` lies between two bounds. The kernel has no event for this: it is looked at every 10 ms.
+    WaitMemFree {
+        /// At least so many bytes free.
+        at_least: u64,
+        /// At most so many bytes free.
+        at_most: u64,
+        /// How long to wait.
+        limit_ms: u64,
+    } -> Memory;
+
+    /// Waits until `MemFree` has moved by less than `tolerance` for `quiet_ms`.
+    WaitMemSettled {
+        /// Bytes by which it may move.
+        tolerance: u64,
+        /// How long it must stay so.
+        quiet_ms: u64,
+        /// How long to wait at most.
+        limit_ms: u64,
+    } -> Memory;
+
+    /// Drops what the kernel caches and merges free blocks, so that `MemFree` can be compared with another moment's.
+    /// A kernel without these controls is asked for its memory as it is.
+    DropMemoryCaches -> Memory;
+
+    /// Starts a process that maps memory and fills every page of it with a pattern of its own.
+    ///
+    /// Of every `keep_every` pages in the order of their filling (hence mostly neighbours in physical memory) one is
+    /// *kept* until [`Free`]; the others are given back by [`Release`]. With `keep_every` 0 none is kept, with 1 all are.
+    Fill {
+        /// How many bytes; rounded down to whole pages.
+        bytes: u64,
+        /// One page of how many is kept.
+        keep_every: u64,
+        /// The seed of the patterns.
+        seed: u64,
+    } -> Filled;
+
+    /// Gives the pages of a workload that are not kept back to the kernel.
+    Release {
+        /// As [`Filled::workload`] said.
+        workload: u32,
+    } -> ();
+
+    /// Ends a workload's process, and with it all its memory.
+    Free {
+        /// As [`Filled::workload`] said.
+        workload: u32,
+    } -> ();
+
+    /// Compares every kept page of a workload with its pattern.
+    Verify {
+        /// As [`Filled::workload`] said.
+        workload: u32,
+    } -> Verified;
+
+    /// Where the kept pages of a workload lie in physical memory (`/proc/PID/pagemap`).
+    KeptPages {
+        /// As [`Filled::workload`] said.
+        workload: u32,
+    } -> RangeSet;
+
+    /// Loads a module of the initramfs.
+    LoadModule {
+        /// Its path in the guest.
+        path: String,
+        /// Its parameters, as `insmod` takes them.
+        parameters: String,
+    } -> ();
+
+    /// Unloads a module; fails at once if it is in use.
+    UnloadModule {
+        /// Its name, as `/proc/modules` has it.
+        name: String,
+    } -> ();
+
+    /// The names of the modules that are loaded.
+    Modules -> Vec<String>;
+
+    /// The lines of the kernel log since the last call of this kind.
+    KernelLog -> Vec<KernelLine>;
+
+    /// Waits for a line of the kernel log that holds a text, looking from the log's beginning.
+    WaitKernelLog {
+        /// The text.
+        holds: String,
+        /// Only lines with a sequence number of at least this.
+        from: u64,
+        /// How long to wait.
+        limit_ms: u64,
+    } -> KernelLine;
+
+    /// The results of the KUnit suites that have run, by suite, in KTAP. Empty if the kernel has no KUnit.
+    KunitResults -> BTreeMap<String, String>;
+
+    /// A file of the guest, as text.
+    ReadFile {
+        /// Its path.
+        path: String,
+    } -> String;
+
+    /// Writes to a file of the guest that exists (of `/sys` or `/proc`).
+    WriteFile {
+        /// Its path.
+        path: String,
+        /// What to write, in one system call.
+        text: String,
+    } -> ();
+
+    /// Runs a program and waits for its end. Names of busybox applets are known.
+    Run {
+        /// The program and its arguments.
+        argv: Vec<String>,
+    } -> Finished;
+
+    /// Connects a shell to the console and waits for its end.
+    Shell -> ();
+
+    /// Switches the guest off. The answer comes before.
+    PowerOff -> ();
+}
+
+/// `/proc/meminfo`, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Memory(pub BTreeMap<String, u64>);
+
+impl Memory {
+    /// One field, or 0 if this kernel does not have it.
+    #[must_use]
+    pub fn field(&self, name: &str) -> u64 {
+        self.0.get(name).copied().unwrap_or_default()
+    }
+
+    /// Memory that the kernel manages.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.field("MemTotal")
+    }
+
+    /// Memory in the free lists.
+    #[must_use]
+    pub fn free(&self) -> u64 {
+        self.field("MemFree")
+    }
+
+    /// Memory that a process could have without swapping, by the kernel's estimate.
+    #[must_use]
+    pub fn available(&self) -> u64 {
+        self.field("MemAvailable")
+    }
+}
+
+/// One zone's line of `/proc/buddyinfo`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Zone {
+    /// The node's number.
+    pub node: u32,
+    /// The zone's name.
+    pub name: String,
+    /// How many blocks of each order (a block of order n is 2^n pages) are free.
+    pub blocks: Vec<u64>,
+}
+
+impl Zone {
+    /// Free bytes of this zone, in blocks of at least `order`.
+    #[must_use]
+    pub fn free_from(&self, order: usize, page_size: u64) -> u64 {
+        let sized = self.blocks.iter().enumerate().skip(order);
+        sized
+            .map(|(order, count)| (count * page_size) << order)
+            .sum()
+    }
+}
+
+/// What a workload filled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filled {
+    /// Its number, for the other calls.
+    pub workload: u32,
+    /// Pages filled, kept ones included.
+    pub pages: u64,
+    /// Pages kept.
+    pub kept: u64,
+}
+
+/// What a comparison found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// Pages compared.
+    pub pages: u64,
+    /// Pages that did not hold their pattern.
+    pub wrong: u64,
+    /// The number of the first of these.
+    pub first_wrong: Option<u64>,
+}
+
+/// A record of the kernel log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelLine {
+    /// The record's number.
+    pub sequence: u64,
+    /// Its level, 0 (emergency) to 7 (debug).
+    pub level: u8,
+    /// Microseconds since boot.
+    pub time_us: u64,
+    /// The text.
+    pub text: String,
+}
+
+/// How a program ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finished {
+    /// Its exit status; absent if a signal ended it.
+    pub status: Option<i32>,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The kernel log, record by record from `/dev/kmsg`.
+
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use guest_agent::calls::{KernelLine, WaitKernelLog};
+use nix::fcntl::OFlag;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+
+use crate::serve::Answer;
+
+/// A reader of the log with its own place in it; a new one starts at the oldest record.
+pub struct KernelLog(File);
+
+impl KernelLog {
+    /// Opens the log.
+    pub fn open() -> Result<Self> {
+        let options = || {
+            OpenOptions::new()
+                .read(true)
+                .custom_flags(OFlag::O_NONBLOCK.bits())
+                .open("/dev/kmsg")
+        };
+        options().map(Self).context("cannot open /dev/kmsg")
+    }
+
+    /// The next record, if there is one. Records that were overwritten before they were read are passed over.
+    fn next(&mut self) -> Result<Option<KernelLine>> {
+        let mut record = [0; 8192];
+        loop {
+            match self.0.read(&mut record) {
+                Ok(length) => {
+                    let record = String::from_utf8_lossy(record.get(..length).unwrap_or_default())
+                        .into_owned();
+                    return parse(&record)
+                        .map(Some)
+                        .with_context(|| format!("strange log record {record:?}"));
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::BrokenPipe) => {}
+                Err(error) => return Err(error).context("cannot read /dev/kmsg"),
+            }
+        }
+    }
+
+    /// All records up to now.
+    pub fn rest(&mut self) -> Result<Vec<KernelLine>> {
+        std::iter::from_fn(|| self.next().transpose()).collect()
+    }
+
+    fn wait(&self, limit: Duration) -> Result<()> {
+        let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+        poll(
+            &mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)],
+            timeout,
+        )
+        .context("cannot wait for the kernel log")?;
+        Ok(())
+    }
+}
+
+/// `level,sequence,microseconds,flags;text`, then lines with a space in front that describe the device.
+fn parse(record: &str) -> Option<KernelLine> {
+    let (head, text) = record.split_once(';')?;
+    let mut fields = head.split(',');
+    let level = fields.next()?.parse::<u32>().ok()? & 7;
+    Some(KernelLine {
+        level: u8::try_from(level).ok()?,
+        sequence: fields.next()?.parse().ok()?,
+        time_us: fields.next()?.parse().ok()?,
+        text: text.lines().next().unwrap_or_default().to_owned(),
+    })
+}
+
+impl Answer for WaitKernelLog {
+    fn answer(self) -> Result<KernelLine> {
+        let deadline = Instant::now() + Duration::from_millis(self.limit_ms);
+        let mut log = KernelLog::open()?;
+        loop {
+            while let Some(line) = log.next()? {
+                if line.sequence >= self.from && line.text.contains(&self.holds) {
+                    return Ok(line);
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!(
+                    "the kernel log had no line with {:?} within {} ms",
+                    self.holds,
+                    self.limit_ms
+                );
+            }
+            log.wait(left)?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_is_taken_apart() {
+        let line =
+            parse("6,339,5140900,-;virtio_balloon virtio2: hello; world\n SUBSYSTEM=virtio\n")
+                .unwrap();
+        assert_eq!(
+            (line.level, line.sequence, line.time_us),
+            (6, 339, 5_140_900)
+        );
+        assert_eq!(line.text, "virtio_balloon virtio2: hello; world");
+        assert_eq!(parse("no record"), None);
+    }
+}

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `/init` of a test guest: brings the guest up, then does what the host asks until it is told to switch off.
+//!
+//! Started as a guest's first process. It starts itself again, with the argument `worker`, for each workload.
+#![forbid(unsafe_code)]
+
+mod files;
+mod kernel_log;
+mod memory;
+mod port;
+mod power;
+mod processes;
+mod serve;
+mod set_up;
+mod worker;
+mod workloads;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some(workloads::WORKER_ARGUMENT) {
+        return match worker::run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("worker: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    if std::process::id() != 1 {
+        eprintln!(
+            "guest-agent is the first process of a test guest: it is of no use on a running system"
+        );
+        return ExitCode::FAILURE;
+    }
+    if let Err(error) = set_up::mount_all().and_then(|()| serve::serve(port::open()?)) {
+        eprintln!("agent: {error:#}");
+    }
+    power::off()
+}

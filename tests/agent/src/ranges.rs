@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Ranges of guest memory.
+
+use serde::{Deserialize, Serialize};
+
+/// A run of guest physical memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PhysicalRange {
+    /// The guest physical address of the first byte.
+    pub start: u64,
+    /// How many bytes; never 0.
+    pub length: u64,
+}
+
+impl PhysicalRange {
+    /// The address after the last byte (saturating at the end of the address space).
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.start.saturating_add(self.length)
+    }
+}
+
+/// A set of bytes of guest memory: sorted ranges that neither overlap nor touch.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<PhysicalRange>", into = "Vec<PhysicalRange>")]
+pub struct RangeSet(Vec<PhysicalRange>);
+
+impl From<Vec<PhysicalRange>> for RangeSet {
+    fn from(mut ranges: Vec<PhysicalRange>) -> Self {
+        ranges.retain(|range| range.length > 0);
+        ranges.sort_unstable();
+        let mut merged: Vec<PhysicalRange> = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            match merged.last_mut() {
+                Some(last) if range.start <= last.end() => {
+                    last.length = last.end().max(range.end()) - last.start;
+                }
+                _ => merged.push(range),
+            }
+        }
+        Self(merged)
+    }
+}
+
+impl From<RangeSet> for Vec<PhysicalRange> {
+    fn from(set: RangeSet) -> Self {
+        set.0
+    }
+}
+
+impl FromIterator<PhysicalRange> for RangeSet {
+    fn from_iter<I: IntoIterator<Item = PhysicalRange>>(ranges: I) -> Self {
+        ranges.into_iter().collect::<Vec<_>>().into()
+    }
+}
+
+impl RangeSet {
+    /// The ranges, in ascending order.
+    #[must_use]
+    pub fn ranges(&self) -> &[PhysicalRange] {
+        &self.0
+    }
+
+    /// How many bytes the set holds.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.0.iter().map(|range| range.length).sum()
+    }
+
+    /// The bytes that both sets hold.
+    #[must_use]
+    pub fn intersection(&self, other: &Self) -> Self {
+        let (mut mine, mut theirs) = (self.0.iter().peekable(), other.0.iter().peekable());
+        let mut common = Vec::new();
+        while let (Some(a), Some(b)) = (mine.peek(), theirs.peek()) {
+            let (start, end) = (a.start.max(b.start), a.end().min(b.end()));
+            if start < end {
+                common.push(PhysicalRange {
+                    start,
+                    length: end - start,
+                });
+            }
+            if a.end() <= b.end() {
+                mine.next();
+            } else {
+                theirs.next();
+            }
+        }
+        Self(common)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(ranges: &[(u64, u64)]) -> RangeSet {
+        ranges
+            .iter()
+            .map(|&(start, length)| PhysicalRange { start, length })
+            .collect()
+    }
+
+    #[test]
+    fn overlapping_and_touching_ranges_are_merged() {
+        assert_eq!(
+            set(&[(8, 4), (0, 4), (4, 2), (9, 1), (20, 0)]),
+            set(&[(0, 6), (8, 4)])
+        );
+        assert_eq!(set(&[(8, 4), (0, 4), (4, 2)]).bytes(), 10);
+    }
+
+    #[test]
+    fn an_intersection_holds_only_what_both_hold() {
+        let a = set(&[(0, 10), (20, 10), (40, 1)]);
+        let b = set(&[(5, 20), (29, 20)]);
+        assert_eq!(
+            a.intersection(&b),
+            set(&[(5, 5), (20, 5), (29, 1), (40, 1)])
+        );
+        assert_eq!(a.intersection(&set(&[])), set(&[]));
+    }
+}

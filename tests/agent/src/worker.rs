@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A workload's own process.
+
+use std::fs::{self, File};
+use std::io::{stdin, stdout, Write};
+use std::os::unix::fs::FileExt;
+
+use anyhow::{ensure, Context, Result};
+use guest_agent::calls::{Fill, Verified};
+use guest_agent::pattern::{self, PAGE};
+use guest_agent::protocol::Outcome;
+use guest_agent::ranges::{PhysicalRange, RangeSet};
+use memmap2::{Advice, MmapMut};
+use serde_json::Value;
+
+use crate::workloads::Order;
+
+/// Obeys orders until standard input ends.
+pub fn run() -> Result<()> {
+    // When memory runs out it is this process that should go, not the guest's first.
+    fs::write("/proc/self/oom_score_adj", "1000")
+        .context("cannot offer myself to the OOM killer")?;
+    let mut held = None;
+    for line in stdin().lines() {
+        let order: Order =
+            serde_json::from_str(&line.context("cannot read an order")?).context("not an order")?;
+        let outcome = match obey(&mut held, order) {
+            Ok(value) => Outcome::Done(value),
+            Err(error) => Outcome::Failed(format!("{error:#}")),
+        };
+        let mut line = serde_json::to_string(&outcome).context("cannot encode an answer")?;
+        line.push('\n');
+        stdout()
+            .write_all(line.as_bytes())
+            .context("cannot answer")?;
+    }
+    Ok(())
+}
+
+fn obey(held: &mut Option<Held>, order: Order) -> Result<Value> {
+    let answer = match order {
+        Order::Fill(fill) => {
+            let new = Held::fill(&fill)?;
+            let counts = (new.filled, new.kept_pages());
+            *held = Some(new);
+            serde_json::to_value(counts)
+        }
+        Order::Release => {
+            some(held)?.rest = None;
+            serde_json::to_value(())
+        }
+        Order::Verify => serde_json::to_value(some(held)?.verify()),
+        Order::KeptPages => serde_json::to_value(some(held)?.physical()?),
+    };
+    answer.context("cannot encode an answer")
+}
+
+fn some(held: &mut Option<Held>) -> Result<&mut Held> {
+    held.as_mut().context("nothing was filled yet")
+}
+
+/// Filled memory: two mappings, touched in turn, so that kept pages lie among others in physical memory.
+struct Held {
+    kept: Option<MmapMut>,
+    rest: Option<MmapMut>,
+    filled: u64,
+    seed: u64,
+}
+
+impl Held {
+    fn fill(fill: &Fill) -> Result<Self> {
+        let pages = usize::try_from(fill.bytes)? / PAGE;
+        let every = usize::try_from(fill.keep_every)?;
+        let kept_pages = pages.checked_div(every).unwrap_or(0);
+        let mut kept = map(kept_pages, every > 1)?;
+        let mut rest = map(pages - kept_pages, every > 1)?;
+        let mut kept_chunks = kept
+            .iter_mut()
+            .flat_map(|map| map.chunks_exact_mut(PAGE))
+            .zip(0..);
+        let mut rest_chunks = rest.iter_mut().flat_map(|map| map.chunks_exact_mut(PAGE));
+        for page in 0..pages {
+            let turn = every > 0 && page % every == every - 1;
+            if turn {
+                if let Some((bytes, number)) = kept_chunks.next() {
+                    pattern::write(bytes, fill.seed, number);
+                }
+            } else if let Some(bytes) = rest_chunks.next() {
+                pattern::write(bytes, !fill.seed, u64::try_from(page)?);
+            }
+        }
+        Ok(Self {
+            kept,
+            rest,
+            filled: u64::try_from(pages)?,
+            seed: fill.seed,
+        })
+    }
+
+    fn pages(&self) -> impl Iterator<Item = &[u8]> {
+        self.kept.iter().flat_map(|map| map.chunks_exact(PAGE))
+    }
+
+    fn kept_pages(&self) -> u64 {
+        self.pages()
+            .zip(0..)
+            .last()
+            .map_or(0, |(_, number): (_, u64)| number + 1)
+    }
+
+    fn verify(&self) -> Verified {
+        let mut found = Verified {
+            pages: 0,
+            wrong: 0,
+            first_wrong: None,
+        };
+        for (bytes, number) in self.pages().zip(0..) {
+            found.pages += 1;
+            if !pattern::holds(bytes, self.seed, number) {
+                found.wrong += 1;
+                found.first_wrong.get_or_insert(number);
+            }
+        }
+        found
+    }
+
+    fn physical(&self) -> Result<RangeSet> {
+        const PRESENT: u64 = 1 << 63;
+        const FRAME: u64 = (1 << 55) - 1;
+        let pagemap = File::open("/proc/self/pagemap").context("cannot open my page map")?;
+        let frame_of = |bytes: &[u8]| {
+            let mut entry = [0; size_of::<u64>()];
+            let place = bytes.as_ptr().addr() / PAGE * size_of::<u64>();
+            pagemap
+                .read_exact_at(&mut entry, u64::try_from(place)?)
+                .context("cannot read my page map")?;
+            let entry = u64::from_le_bytes(entry);
+            ensure!(
+                entry & PRESENT != 0 && entry & FRAME != 0,
+                "a kept page has no frame: entry {entry:#x}"
+            );
+            Ok(PhysicalRange {
+                start: (entry & FRAME) * PAGE as u64,
+                length: PAGE as u64,
+            })
+        };
+        self.pages().map(frame_of).collect()
+    }
+}
+
+fn map(pages: usize, small: bool) -> Result<Option<MmapMut>> {
+    if pages == 0 {
+        return Ok(None);
+    }
+    let map = MmapMut::map_anon(pages * PAGE).context("cannot map memory")?;
+    if small {
+        // One page in some is kept, not one huge page in some. A kernel without huge pages refuses, and has no need.
+        let _ = map.advise(Advice::NoHugePage);
+    }
+    Ok(Some(map))
+}

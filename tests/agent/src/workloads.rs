@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The processes that use memory, seen from the first process.
+//!
+//! A workload is a process of its own, so that its end gives back all that it had, and so that the kernel, when memory
+//! runs out, can end it without ending the guest.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use anyhow::{bail, Context, Result};
+use guest_agent::calls::{Fill, Filled, Verified};
+use guest_agent::protocol::Outcome;
+use guest_agent::ranges::RangeSet;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// The argument that makes this program a worker.
+pub const WORKER_ARGUMENT: &str = "worker";
+
+/// What a worker is told, one JSON value a line. Each is answered by an [`Outcome`].
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Order {
+    /// Map and fill; answered by the number of pages filled and kept.
+    Fill(Fill),
+    /// Give back what is not kept.
+    Release,
+    /// Compare what is kept.
+    Verify,
+    /// Say where it lies.
+    KeptPages,
+}
+
+/// The workloads that run.
+#[derive(Default)]
+pub struct Workloads {
+    running: BTreeMap<u32, Worker>,
+    last: u32,
+}
+
+impl Workloads {
+    /// Starts one.
+    pub fn fill(&mut self, fill: &Fill) -> Result<Filled> {
+        let mut worker = Worker::start()?;
+        let (pages, kept) = worker.order(&Order::Fill(fill.clone()))?;
+        self.last = self.last.wrapping_add(1);
+        self.running.insert(self.last, worker);
+        Ok(Filled {
+            workload: self.last,
+            pages,
+            kept,
+        })
+    }
+
+    /// Has one give back what it does not keep.
+    pub fn release(&mut self, workload: u32) -> Result<()> {
+        self.find(workload)?.order(&Order::Release)
+    }
+
+    /// Has one compare what it keeps.
+    pub fn verify(&mut self, workload: u32) -> Result<Verified> {
+        self.find(workload)?.order(&Order::Verify)
+    }
+
+    /// Asks one where its pages lie.
+    pub fn kept_pages(&mut self, workload: u32) -> Result<RangeSet> {
+        self.find(workload)?.order(&Order::KeptPages)
+    }
+
+    /// Ends one.
+    pub fn free(&mut self, workload: u32) -> Result<()> {
+        let worker = self.running.remove(&workload);
+        worker
+            .with_context(|| format!("there is no workload {workload}"))?
+            .end()
+    }
+
+    fn find(&mut self, workload: u32) -> Result<&mut Worker> {
+        self.running
+            .get_mut(&workload)
+            .with_context(|| format!("there is no workload {workload}"))
+    }
+}
+
+struct Worker {
+    process: Child,
+    orders: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Worker {
+    fn start() -> Result<Self> {
+        let mut process = Command::new("/proc/self/exe")
+            .arg(WORKER_ARGUMENT)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start a worker")?;
+        let orders = process
+            .stdin
+            .take()
+            .context("the worker has no standard input")?;
+        let answers = process
+            .stdout
+            .take()
+            .context("the worker has no standard output")?;
+        Ok(Self {
+            process,
+            orders,
+            answers: BufReader::new(answers),
+        })
+    }
+
+    fn order<A: DeserializeOwned>(&mut self, order: &Order) -> Result<A> {
+        let mut line = serde_json::to_string(order).context("cannot encode an order")?;
+        line.push('\n');
+        let sent = self.orders.write_all(line.as_bytes());
+        let mut answer = String::new();
+        if sent.is_err() || self.answers.read_line(&mut answer).unwrap_or(0) == 0 {
+            let status = self.process.wait().context("cannot wait for a worker")?;
+            bail!("the worker is gone ({status}); the kernel log says more if memory ran out");
+        }
+        match serde_json::from_str(&answer).context("the worker's answer is not one")? {
+            Outcome::Done(value) => {
+                serde_json::from_value(value).context("the worker's answer is of another kind")
+            }
+            Outcome::Failed(message) => bail!("{message}"),
+        }
+    }
+
+    fn end(mut self) -> Result<()> {
+        drop(self.orders);
+        let status = self.process.wait().context("cannot wait for a worker")?;
+        if !status.success() {
+            bail!("the worker ended with {status}");
+        }
+        Ok(())
+    }
+}

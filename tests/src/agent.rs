@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The host's end of the conversation with the first process of a guest.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use anyhow::{bail, ensure, Context, Result};
+use guest_agent::calls::{AnyCall, Call};
+use guest_agent::protocol::{Hello, Outcome, Request, Response, VERSION};
+
+use crate::json_lines::JsonLines;
+
+/// How long a call may take if it has no limit of its own. Emulated guests are slow when the host is busy.
+const CALL_LIMIT: Duration = Duration::from_secs(120);
+
+/// A guest that is up.
+#[derive(Debug)]
+pub struct Agent {
+    lines: JsonLines,
+    hello: Hello,
+    last: u64,
+}
+
+impl Agent {
+    /// Waits until the guest is up.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come up within the limit, or carries an agent of another version.
+    pub fn meet(stream: UnixStream, limit: Duration) -> Result<Self> {
+        let mut lines = JsonLines::new(stream, "the guest's agent");
+        let hello: Option<Hello> = lines.receive(limit)?;
+        let hello =
+            hello.with_context(|| format!("the guest's agent did not come up within {limit:?}"))?;
+        ensure!(
+            hello.version == VERSION,
+            "the guest's agent speaks version {}, not {VERSION}",
+            hello.version
+        );
+        Ok(Self {
+            lines,
+            hello,
+            last: 0,
+        })
+    }
+
+    /// What the guest said of itself.
+    #[must_use]
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// Asks the guest to do something, and waits for its answer.
+    ///
+    /// # Errors
+    ///
+    /// If the guest says that it failed, is gone, or is silent for two minutes.
+    pub fn call<C: Call>(&mut self, call: C) -> Result<C::Answer> {
+        self.call_within(call, CALL_LIMIT)
+    }
+
+    /// As [`Agent::call`], with a limit of one's own; `Duration::MAX` for a shell.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::call`].
+    pub fn call_within<C: Call>(&mut self, call: C, limit: Duration) -> Result<C::Answer> {
+        self.last += 1;
+        let call: AnyCall = call.into();
+        let shown = format!("{call:?}");
+        self.lines.send(&Request {
+            id: self.last,
+            call,
+        })?;
+        // A deadline is an instant, and there is none for ever.
+        let limit = limit.min(Duration::from_secs(365 * 24 * 3600));
+        loop {
+            let response: Option<Response> =
+                self.lines.receive(limit).with_context(|| shown.clone())?;
+            let response = response
+                .with_context(|| format!("the guest did not answer {shown} within {limit:?}"))?;
+            if response.id != self.last {
+                continue;
+            }
+            return match response.outcome {
+                Outcome::Done(value) => serde_json::from_value(value)
+                    .with_context(|| format!("a strange answer to {shown}")),
+                Outcome::Failed(message) => bail!("guest: {message}"),
+            };
+        }
+    }
+}

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where the things lie that guests are made of.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+/// The environment variable that names the file which `cargo xtask test` has written.
+pub const VARIABLE: &str = "VIRTIO_BALLOON_RS_ARTIFACTS";
+
+/// Paths on the host; each part is there only if the command that wrote it needed it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Artifacts {
+    /// The Debian root file system, which QEMU and busybox are taken from.
+    pub rootfs: PathBuf,
+    /// The agent, statically linked.
+    pub agent: PathBuf,
+    /// `vhost-device-balloon`.
+    pub daemon: PathBuf,
+    /// The stock kernel, for QEMU.
+    pub stock: Option<Kernel>,
+    /// The user-mode Linux kernel.
+    pub uml: Option<Kernel>,
+}
+
+/// A kernel and the balloon drivers built for it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Kernel {
+    /// What the VMM boots, or, of user-mode Linux, the program itself.
+    pub image: PathBuf,
+    /// `virtio_balloon.ko`, uncompressed.
+    pub c_driver: PathBuf,
+    /// `virtio_balloon_rs.ko`.
+    pub our_driver: Option<PathBuf>,
+}
+
+impl Artifacts {
+    /// Reads the file that [`VARIABLE`] names.
+    ///
+    /// # Errors
+    ///
+    /// If the variable is not set (the tests were not started through `cargo xtask test`) or the file cannot be read.
+    pub fn load() -> Result<Self> {
+        let path = std::env::var_os(VARIABLE).with_context(|| {
+            format!("{VARIABLE} is not set: run the tests with `cargo xtask test`")
+        })?;
+        let path = PathBuf::from(path);
+        let text =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("{} does not say where things lie", path.display()))
+    }
+}

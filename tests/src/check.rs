@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What must hold of any guest that a test has worked on.
+
+use anyhow::{ensure, Result};
+use guest_agent::calls::{KernelLine, WaitMemFree};
+
+use crate::guest::Guest;
+use crate::ktap::{Case, Outcome};
+use crate::MIB;
+
+/// By how much `MemFree` may differ between two settled moments without anything being lost. Less than one block of the
+/// largest order.
+pub const FREE_TOLERANCE: u64 = 3 * MIB;
+
+const BAD_WORDS: [&str; 14] = [
+    "WARNING:",
+    "BUG:",
+    "BUG ",
+    "Oops",
+    "Call Trace",
+    "general protection",
+    "stack segment",
+    "rcu: INFO",
+    "blocked for more than",
+    "Out of memory",
+    "oom-kill",
+    "refcount",
+    "use-after-free",
+    "Bad page",
+];
+
+/// What a module that is not of the kernel's own tree brings about when it is loaded.
+const ALLOWED: [&str; 2] = ["taints kernel", "tainting kernel"];
+
+/// The lines that should not be there: reports of the kernel's own checks, and anything of the level of a warning or
+/// worse but the taint of a foreign module.
+#[must_use]
+pub fn complaints(log: &[KernelLine]) -> Vec<&KernelLine> {
+    const WARNING: u8 = 4;
+    let bad = |line: &&KernelLine| {
+        let allowed = ALLOWED.iter().any(|words| line.text.contains(words));
+        !allowed
+            && (line.level <= WARNING || BAD_WORDS.iter().any(|words| line.text.contains(words)))
+    };
+    log.iter().filter(bad).collect()
+}
+
+impl Guest {
+    /// Fails if the kernel has logged a complaint since the last look at its log.
+    ///
+    /// # Errors
+    ///
+    /// With the complaints.
+    pub fn check_log(&mut self) -> Result<()> {
+        let log = self.kernel_log()?;
+        let complaints = complaints(&log);
+        ensure!(
+            complaints.is_empty(),
+            "the kernel complains: {complaints:#?}"
+        );
+        Ok(())
+    }
+
+    /// Waits until the guest has its memory back: as much is free as `before`, give or take [`FREE_TOLERANCE`].
+    ///
+    /// # Errors
+    ///
+    /// If it has not by ten seconds.
+    pub fn check_free(&mut self, before: u64) -> Result<()> {
+        let at_least = before.saturating_sub(FREE_TOLERANCE);
+        let free = self.settled_free()?;
+        if free < at_least {
+            self.call(WaitMemFree {
+                at_least,
+                at_most: u64::MAX,
+                limit_ms: 10_000,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Fails, naming each, if a case did not pass, or if there are none.
+///
+/// # Errors
+///
+/// With the cases that failed and what they said.
+pub fn all_passed(cases: &[Case]) -> Result<()> {
+    let failed: Vec<_> = cases
+        .iter()
+        .filter(|case| case.outcome == Outcome::Failed)
+        .collect();
+    ensure!(!cases.is_empty(), "no KUnit case ran");
+    ensure!(
+        failed.is_empty(),
+        "{} of {} KUnit cases failed: {failed:#?}",
+        failed.len(),
+        cases.len()
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_taint_is_no_complaint_and_a_warning_is() {
+        let line = |level, text: &str| KernelLine {
+            sequence: 0,
+            level,
+            time_us: 0,
+            text: text.to_owned(),
+        };
+        let log = [
+            line(4, "x: loading out-of-tree module taints kernel."),
+            line(6, "virtio_balloon virtio1: fine"),
+            line(4, "virtio_balloon virtio1: Out of puff!"),
+            line(6, "WARNING: CPU: 0 PID: 1"),
+        ];
+        let found: Vec<_> = complaints(&log)
+            .into_iter()
+            .map(|line| line.text.as_str())
+            .collect();
+        assert_eq!(
+            found,
+            [
+                "virtio_balloon virtio1: Out of puff!",
+                "WARNING: CPU: 0 PID: 1"
+            ]
+        );
+    }
+}

@@ -1,0 +1,457 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest: a VMM, a balloon device, and what the guest does when told.
+
+use std::path::Path;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use anyhow::{bail, ensure, Context, Result};
+use guest_agent::calls::{
+    Call, DropMemoryCaches, Fill, Free, KernelLine, KernelLog, LoadModule, MemInfo, Memory,
+    Modules, PowerOff, Release, UnloadModule, WaitKernelLog,
+};
+
+use crate::agent::Agent;
+use crate::artifacts::{Artifacts, Kernel};
+use crate::daemon::Daemon;
+use crate::host;
+use crate::initramfs;
+use crate::process::{Process, Streams};
+use crate::qmp::Qmp;
+use crate::scratch::Scratch;
+use crate::vmm::{qemu, uml, Attachment, Machine, Started, Vmm};
+use crate::MIB;
+
+/// A balloon device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// Our daemon.
+    Ours,
+    /// QEMU's own `virtio-balloon-pci`. QEMU only.
+    QemuOwn,
+    /// None.
+    None,
+}
+
+/// A balloon driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Driver {
+    /// `virtio_balloon_rs.ko`.
+    Ours,
+    /// The kernel's own `virtio_balloon.ko`.
+    C,
+}
+
+impl Driver {
+    /// The module's name, as `/proc/modules` has it.
+    #[must_use]
+    pub fn module(self) -> &'static str {
+        match self {
+            Self::Ours => "virtio_balloon_rs",
+            Self::C => "virtio_balloon",
+        }
+    }
+}
+
+/// What a guest is to be made of.
+#[derive(Clone, Debug)]
+pub struct Builder<'a> {
+    artifacts: &'a Artifacts,
+    vmm: Vmm,
+    device: Device,
+    memory: u64,
+    features: Vec<&'a str>,
+    console: Streams,
+}
+
+impl<'a> Builder<'a> {
+    /// 512 MiB of memory and our device with free page hinting, unless told otherwise.
+    #[must_use]
+    pub fn new(artifacts: &'a Artifacts, vmm: Vmm) -> Self {
+        let features = vec!["free-page-hint"];
+        Self {
+            artifacts,
+            vmm,
+            device: Device::Ours,
+            memory: 512 * MIB,
+            features,
+            console: Streams::Collected,
+        }
+    }
+
+    /// Another device.
+    #[must_use]
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// So many bytes of memory: a multiple of 1 MiB.
+    #[must_use]
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.memory = bytes;
+        self
+    }
+
+    /// The features that our device offers.
+    #[must_use]
+    pub fn features(mut self, features: &[&'a str]) -> Self {
+        self.features = features.to_vec();
+        self
+    }
+
+    /// Connects the console to the terminal.
+    #[must_use]
+    pub fn on_terminal(mut self) -> Self {
+        self.console = Streams::Terminal;
+        self
+    }
+
+    /// Starts the guest and waits until it is up, with no driver loaded.
+    ///
+    /// # Errors
+    ///
+    /// If a part is missing or the guest does not come up; the error holds the diaries of all processes.
+    pub fn boot(self) -> Result<Guest> {
+        let kernel = kernel(self.artifacts, self.vmm)?;
+        let scratch = Scratch::new()?;
+        let initramfs = scratch.path("initramfs.cpio");
+        let modules: Vec<&Path> = [Some(&kernel.c_driver), kernel.our_driver.as_ref()]
+            .into_iter()
+            .flatten()
+            .map(AsRef::as_ref)
+            .collect();
+        let busybox = self.artifacts.rootfs.join("usr/bin/busybox");
+        initramfs::write(&initramfs, &self.artifacts.agent, &busybox, &modules)?;
+        let (daemon, device) = match self.device {
+            Device::None => (None, Attachment::None),
+            Device::QemuOwn => (None, Attachment::QemuOwn),
+            Device::Ours => {
+                let daemon = Daemon::start(&self.artifacts.daemon, &scratch, &self.features)?;
+                let socket = daemon.socket().to_owned();
+                (Some(daemon), Attachment::VhostUser(socket))
+            }
+        };
+        let machine = Machine {
+            memory: self.memory,
+            initramfs,
+            device,
+            console: self.console,
+        };
+        let started = match self.vmm {
+            Vmm::Qemu => qemu::start(&self.artifacts.rootfs, &kernel.image, &machine)?,
+            Vmm::Uml => uml::start(&kernel.image, &machine)?,
+        };
+        Guest::meet(self, daemon, started, scratch)
+    }
+}
+
+fn kernel(artifacts: &Artifacts, vmm: Vmm) -> Result<&Kernel> {
+    match vmm {
+        Vmm::Qemu => artifacts
+            .stock
+            .as_ref()
+            .context("no stock kernel was set up"),
+        Vmm::Uml => artifacts
+            .uml
+            .as_ref()
+            .context("no user-mode Linux kernel was set up"),
+    }
+}
+
+/// A guest that is up. If it is dropped before [`Guest::power_off`] or [`Guest::kill`], something went wrong: then it
+/// prints what its processes said.
+#[derive(Debug)]
+pub struct Guest {
+    // Dropped in this order: the VMM before the daemon, both before their folder.
+    vmm: Process,
+    agent: Agent,
+    monitor: Option<Qmp>,
+    daemon: Option<Daemon>,
+    scratch: Scratch,
+    kind: Vmm,
+    memory: u64,
+    ended: bool,
+    log_from: u64,
+}
+
+impl Guest {
+    /// Waits until what was started is up.
+    fn meet(
+        builder: Builder<'_>,
+        mut daemon: Option<Daemon>,
+        started: Started,
+        scratch: Scratch,
+    ) -> Result<Self> {
+        /// Ordinary boots take 0.3 s (user-mode Linux) and 6 s (emulated); a busy host may make them slow.
+        const BOOT_LIMIT: Duration = Duration::from_secs(90);
+        let Started {
+            process: mut vmm,
+            agent,
+            monitor,
+        } = started;
+        let met = Agent::meet(agent, BOOT_LIMIT)
+            .and_then(|agent| Ok((agent, monitor.map(Qmp::new).transpose()?)));
+        match met {
+            Ok((agent, monitor)) => Ok(Self {
+                vmm,
+                agent,
+                monitor,
+                daemon,
+                scratch,
+                kind: builder.vmm,
+                memory: builder.memory,
+                ended: false,
+                log_from: 0,
+            }),
+            Err(error) => {
+                let daemon = daemon
+                    .as_mut()
+                    .map(|daemon| daemon.process().diary())
+                    .unwrap_or_default();
+                Err(error.context(format!(
+                    "the guest did not come up\n{}{daemon}",
+                    vmm.diary()
+                )))
+            }
+        }
+    }
+
+    /// Bytes of memory that the machine has.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        self.memory
+    }
+
+    /// What runs it.
+    #[must_use]
+    pub fn kind(&self) -> Vmm {
+        self.kind
+    }
+
+    /// The VMM's process.
+    pub fn vmm(&mut self) -> &mut Process {
+        &mut self.vmm
+    }
+
+    /// The program in the guest.
+    pub fn agent(&mut self) -> &mut Agent {
+        &mut self.agent
+    }
+
+    /// Asks the program in the guest to do something.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::call`].
+    pub fn call<C: Call>(&mut self, call: C) -> Result<C::Answer> {
+        self.agent.call(call)
+    }
+
+    /// Our device.
+    ///
+    /// # Errors
+    ///
+    /// If the guest has another or none.
+    pub fn daemon(&mut self) -> Result<&mut Daemon> {
+        self.daemon
+            .as_mut()
+            .context("the guest does not have our device")
+    }
+
+    /// QEMU's monitor.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM has none.
+    pub fn monitor(&mut self) -> Result<&mut Qmp> {
+        self.monitor.as_mut().context("the VMM has no monitor")
+    }
+
+    /// The connection on which the balloon is commanded: our daemon's, or QEMU's monitor.
+    ///
+    /// # Errors
+    ///
+    /// If the guest has no device.
+    pub fn balloon(&mut self) -> Result<&mut Qmp> {
+        match (&mut self.daemon, &mut self.monitor) {
+            (Some(daemon), _) => Ok(daemon.qmp()),
+            (None, Some(monitor)) => Ok(monitor),
+            (None, None) => bail!("the guest has no balloon device"),
+        }
+    }
+
+    /// Bytes that the guest's memory occupies on the host, as the host's kernel says.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM is no more.
+    pub fn memory_in_use(&self) -> Result<u64> {
+        host::guest_memory_in_use(self.vmm.id())
+    }
+
+    /// Loads a driver with parameters, and waits until the device is bound to it.
+    ///
+    /// # Errors
+    ///
+    /// If the guest refuses.
+    pub fn load_with(&mut self, driver: Driver, parameters: &str) -> Result<()> {
+        let path = initramfs::module_path(&format!("{}.ko", driver.module()));
+        self.call(LoadModule {
+            path,
+            parameters: parameters.to_owned(),
+        })
+    }
+
+    /// Loads a driver.
+    ///
+    /// # Errors
+    ///
+    /// If the guest refuses.
+    pub fn load(&mut self, driver: Driver) -> Result<()> {
+        self.load_with(driver, "")
+    }
+
+    /// Unloads a driver.
+    ///
+    /// # Errors
+    ///
+    /// If the guest refuses.
+    pub fn unload(&mut self, driver: Driver) -> Result<()> {
+        self.call(UnloadModule {
+            name: driver.module().to_owned(),
+        })?;
+        let loaded = self.call(Modules {})?;
+        ensure!(
+            !loaded.iter().any(|name| name == driver.module()),
+            "{} is still there",
+            driver.module()
+        );
+        Ok(())
+    }
+
+    /// The guest's memory, as its kernel says.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::call`].
+    pub fn mem_info(&mut self) -> Result<Memory> {
+        self.call(MemInfo {})
+    }
+
+    /// `MemFree` when nothing is held that need not be: caches dropped, processors' own lists drained.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::call`].
+    pub fn settled_free(&mut self) -> Result<u64> {
+        Ok(self.call(DropMemoryCaches {})?.free())
+    }
+
+    /// Has the guest touch and free all of its memory but `spare` bytes: what is free afterwards has contents.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::call`].
+    pub fn fill_and_free(&mut self, spare: u64, seed: u64) -> Result<u64> {
+        let bytes = self.mem_info()?.free().saturating_sub(spare);
+        let filled = self.call(Fill {
+            bytes,
+            keep_every: 0,
+            seed,
+        })?;
+        self.call(Release {
+            workload: filled.workload,
+        })?;
+        self.call(Free {
+            workload: filled.workload,
+        })?;
+        Ok(bytes)
+    }
+
+    /// The kernel log since the last call of this.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::call`].
+    pub fn kernel_log(&mut self) -> Result<Vec<KernelLine>> {
+        let lines = self.call(KernelLog {})?;
+        if let Some(last) = lines.last() {
+            self.log_from = last.sequence + 1;
+        }
+        Ok(lines)
+    }
+
+    /// Waits for a line that the kernel has logged since the last call of [`Guest::kernel_log`].
+    ///
+    /// # Errors
+    ///
+    /// If there is none by the limit.
+    pub fn wait_kernel_log(&mut self, holds: &str, limit: Duration) -> Result<KernelLine> {
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        self.call(WaitKernelLog {
+            holds: holds.to_owned(),
+            from: self.log_from,
+            limit_ms,
+        })
+    }
+
+    /// Switches the guest off and waits for its end and, if it ends with its front end, the daemon's.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM does not end.
+    pub fn power_off(&mut self) -> Result<ExitStatus> {
+        self.call(PowerOff {})?;
+        let status = self.vmm.wait(Duration::from_secs(30))?;
+        self.ended = true;
+        Ok(status)
+    }
+
+    /// Kills the VMM.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        self.ended = true;
+        self.vmm.kill()
+    }
+
+    /// The names of the files and sockets in the guest's folder.
+    ///
+    /// # Errors
+    ///
+    /// If the folder cannot be listed.
+    pub fn files(&self) -> Result<Vec<String>> {
+        self.scratch.contents()
+    }
+
+    /// What all processes of the guest said.
+    #[must_use]
+    pub fn diary(&mut self) -> String {
+        let mut text = self.vmm.diary();
+        if let Some(daemon) = &mut self.daemon {
+            text.push_str(&daemon.process().diary());
+        }
+        text
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if self.ended && !std::thread::panicking() {
+            return;
+        }
+        // A guest that still answers may know more than its console showed.
+        if matches!(self.vmm.status(), Ok(None)) {
+            if let Ok(lines) = self.agent.call_within(KernelLog {}, Duration::from_secs(2)) {
+                eprintln!("--- kernel log");
+                for line in lines {
+                    eprintln!("<{}>[{:>12}] {}", line.level, line.time_us, line.text);
+                }
+            }
+        }
+        eprintln!("{}", self.diary());
+    }
+}

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Rounds of free page hinting, with either device.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+use guest_agent::calls::{WaitMemFree, WaitMemSettled};
+use guest_agent::ranges::RangeSet;
+use serde::Deserialize;
+use serde_json::{json, Value};
+
+use crate::guest::Guest;
+use crate::qmp::Qmp;
+use crate::MIB;
+
+/// How long a round may take. It takes well under a second; a busy host may make it slow.
+pub const ROUND_LIMIT: Duration = Duration::from_secs(60);
+
+/// What `query-free-page-hint` says.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Status {
+    /// `stopped`, `requested`, `started`, `finished` or `done`.
+    pub status: String,
+    /// The command id of the current round.
+    pub id: Option<u32>,
+    /// Blocks that counted.
+    pub blocks: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// Bits of the dirty bitmap that they cleared.
+    pub pages_cleared: u64,
+    /// Bits of the bitmap.
+    pub pages_total: u64,
+    /// Bits that are set.
+    pub pages_dirty: u64,
+    /// From the request to the driver's stop, in microseconds.
+    pub duration_us: u64,
+    /// Blocks that came outside their window.
+    #[serde(default)]
+    pub ignored_blocks: u64,
+}
+
+/// Commands to our daemon.
+impl Qmp {
+    /// Starts a round (cancelling one that runs) and returns its command id.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn hint_start(&mut self) -> Result<u32> {
+        let answer = self.command("free-page-hint-start", json!({}))?;
+        let id = answer
+            .get("id")
+            .and_then(Value::as_u64)
+            .with_context(|| format!("no id in {answer}"))?;
+        u32::try_from(id).context("a command id has 32 bits")
+    }
+
+    /// Closes the window and tells the guest to stop.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn hint_stop(&mut self) -> Result<()> {
+        self.command("free-page-hint-stop", json!({})).map(drop)
+    }
+
+    /// Lets the guest take its pages back.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn hint_done(&mut self) -> Result<()> {
+        self.command("free-page-hint-done", json!({})).map(drop)
+    }
+
+    /// Ends one window and opens the next, as a migration does between its rounds.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn hint_sync(&mut self) -> Result<()> {
+        self.command("free-page-hint-sync", json!({})).map(drop)
+    }
+
+    /// How the round stands.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn hint_status(&mut self) -> Result<Status> {
+        self.query("query-free-page-hint")
+    }
+
+    /// The memory that need not be sent: runs of clear bits.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused.
+    pub fn hinted_ranges(&mut self) -> Result<RangeSet> {
+        self.query("query-hinted-ranges")
+    }
+
+    /// Waits until the round has come to `status`.
+    ///
+    /// # Errors
+    ///
+    /// If it has not by [`ROUND_LIMIT`].
+    pub fn wait_hint_status(&mut self, status: &str) -> Result<Status> {
+        self.wait_hint(status, |now| now.status == status)
+    }
+
+    /// Waits until the round satisfies `wanted`, which `what` describes.
+    ///
+    /// # Errors
+    ///
+    /// If it does not by [`ROUND_LIMIT`].
+    pub fn wait_hint(&mut self, what: &str, wanted: impl Fn(&Status) -> bool) -> Result<Status> {
+        let deadline = Instant::now() + ROUND_LIMIT;
+        loop {
+            let now = self.hint_status()?;
+            if wanted(&now) {
+                return Ok(now);
+            }
+            if Instant::now() > deadline {
+                bail!("the round did not come to {what:?} within {ROUND_LIMIT:?}: {now:?}");
+            }
+            // Changes of status are events; blocks that come one after the other are not.
+            self.wait_event(
+                |event| event.name == "FREE_PAGE_HINT",
+                Duration::from_millis(20),
+            )?;
+        }
+    }
+}
+
+/// What a migration of QEMU's own spared.
+#[derive(Clone, Copy, Debug)]
+pub struct Migration {
+    /// Bytes of memory that it had to consider.
+    pub total: u64,
+    /// Bytes that it took up, as pages with contents or as zero pages; a page that was taken up twice counts twice.
+    pub taken: u64,
+    /// Bytes on the wire.
+    pub transferred: u64,
+}
+
+impl Migration {
+    /// Bytes that it never took up: at least so many were hinted.
+    #[must_use]
+    pub fn spared(&self) -> u64 {
+        self.total.saturating_sub(self.taken)
+    }
+}
+
+/// QEMU's own device hints while QEMU migrates; the stream goes nowhere.
+impl Guest {
+    /// Starts a migration with so little bandwidth that the guest's hints come before its pages are sent, and waits until
+    /// the guest has hinted: it then has nearly no free memory.
+    ///
+    /// # Errors
+    ///
+    /// If QEMU refuses, or the guest does not hint.
+    pub fn start_qemu_migration(&mut self) -> Result<()> {
+        let free = self.mem_info()?.free();
+        let monitor = self.monitor()?;
+        let parameters = json!({ "max-bandwidth": MIB });
+        monitor.command("migrate-set-parameters", parameters)?;
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        monitor.command("migrate-set-capabilities", events)?;
+        monitor.command("migrate", json!({ "uri": "exec:cat >/dev/null" }))?;
+        let limit_ms = 60_000;
+        self.call(WaitMemFree {
+            at_least: 0,
+            at_most: free / 2,
+            limit_ms,
+        })
+        .context("the driver did not take its free memory to hint it")?;
+        self.call(WaitMemSettled {
+            tolerance: MIB,
+            quiet_ms: 150,
+            limit_ms,
+        })?;
+        Ok(())
+    }
+
+    /// Lets the migration end, and the guest go on.
+    ///
+    /// # Errors
+    ///
+    /// If it fails.
+    pub fn finish_qemu_migration(&mut self) -> Result<Migration> {
+        #[derive(Deserialize)]
+        struct Answer {
+            status: String,
+            ram: Option<Ram>,
+        }
+        #[derive(Deserialize)]
+        struct Ram {
+            total: u64,
+            normal: u64,
+            duplicate: u64,
+            transferred: u64,
+            #[serde(rename = "page-size")]
+            page_size: u64,
+        }
+        let monitor = self.monitor()?;
+        monitor.command(
+            "migrate-set-parameters",
+            json!({ "max-bandwidth": 1024 * MIB }),
+        )?;
+        let deadline = Instant::now() + ROUND_LIMIT;
+        let ram = loop {
+            let answer: Answer = monitor.query("query-migrate")?;
+            match answer.status.as_str() {
+                "completed" => break answer.ram.context("a migration without memory")?,
+                "failed" | "cancelled" => bail!("the migration {}", answer.status),
+                status => ensure!(
+                    Instant::now() < deadline,
+                    "the migration is still {status} after {ROUND_LIMIT:?}"
+                ),
+            }
+            monitor.wait_event(
+                |event| event.name == "MIGRATION",
+                Duration::from_millis(100),
+            )?;
+        };
+        monitor.command("cont", json!({}))?;
+        let taken = (ram.normal + ram.duplicate) * ram.page_size;
+        Ok(Migration {
+            total: ram.total,
+            taken,
+            transferred: ram.transferred,
+        })
+    }
+
+    /// Cancels the migration.
+    ///
+    /// # Errors
+    ///
+    /// If QEMU refuses.
+    pub fn cancel_qemu_migration(&mut self) -> Result<()> {
+        self.monitor()?
+            .command("migrate_cancel", json!({}))
+            .map(drop)
+    }
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Reads what KUnit writes: the Kernel Test Anything Protocol.
+
+/// One case, or one suite as a whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Case {
+    /// Suite and case, joined by a dot.
+    pub name: String,
+    /// What happened.
+    pub outcome: Outcome,
+    /// The lines that the case wrote before its result.
+    pub diagnostics: Vec<String>,
+}
+
+/// How a case ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// `ok`.
+    Passed,
+    /// `ok ... # SKIP`.
+    Skipped,
+    /// `not ok`.
+    Failed,
+}
+
+/// The cases in the results of one suite. The suite's own result line is a case too, named as the suite, so that a
+/// suite without cases, or one whose set-up failed, shows.
+#[must_use]
+pub fn parse(suite: &str, text: &str) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut diagnostics = Vec::new();
+    for line in text.lines() {
+        let trimmed = line.trim_start();
+        match result(trimmed) {
+            Some((outcome, name)) => {
+                let name = if name == suite {
+                    name.to_owned()
+                } else {
+                    format!("{suite}.{name}")
+                };
+                cases.push(Case {
+                    name,
+                    outcome,
+                    diagnostics: std::mem::take(&mut diagnostics),
+                });
+            }
+            None if boilerplate(trimmed) => {}
+            None => diagnostics.push(trimmed.to_owned()),
+        }
+    }
+    cases
+}
+
+/// `ok 1 name # SKIP why`, `not ok 2 - name`.
+fn result(line: &str) -> Option<(Outcome, &str)> {
+    let (failed, rest) = match line.strip_prefix("not ok ") {
+        Some(rest) => (true, rest),
+        None => (false, line.strip_prefix("ok ")?),
+    };
+    let (number, rest) = rest.split_once(' ')?;
+    number.parse::<u32>().ok()?;
+    let rest = rest.strip_prefix("- ").unwrap_or(rest);
+    let (name, directive) = rest.split_once(" # ").unwrap_or((rest, ""));
+    let outcome = match (failed, directive.starts_with("SKIP")) {
+        (true, _) => Outcome::Failed,
+        (false, true) => Outcome::Skipped,
+        (false, false) => Outcome::Passed,
+    };
+    Some((outcome, name.trim()))
+}
+
+fn boilerplate(line: &str) -> bool {
+    let starts = [
+        "KTAP version",
+        "TAP version",
+        "# Subtest:",
+        "# module:",
+        "# Totals:",
+    ];
+    let counts = |line: &str| line.starts_with("# ") && line.contains(": pass:");
+    let plan = |line: &str| {
+        line.strip_prefix("1..")
+            .is_some_and(|count| count.parse::<u32>().is_ok())
+    };
+    line.is_empty()
+        || starts.iter().any(|start| line.starts_with(start))
+        || plan(line)
+        || counts(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RESULTS: &str = "KTAP version 1
+1..1
+    KTAP version 1
+    # Subtest: ring
+    # module: virtio_balloon_rs
+    1..3
+    ok 1 keeps_order
+    # returns_each_once: EXPECTATION FAILED at ring.rs:12
+    Expected 1 == 2
+    not ok 2 returns_each_once
+    ok 3 wraps # SKIP no ring
+# ring: pass:1 fail:1 skip:1 total:3
+# Totals: pass:1 fail:1 skip:1 total:3
+not ok 1 ring
+";
+
+    #[test]
+    fn each_case_has_its_outcome_and_its_last_words() {
+        let cases = parse("ring", RESULTS);
+        let outcomes: Vec<_> = cases
+            .iter()
+            .map(|case| (case.name.as_str(), case.outcome))
+            .collect();
+        let expected = [
+            ("ring.keeps_order", Outcome::Passed),
+            ("ring.returns_each_once", Outcome::Failed),
+            ("ring.wraps", Outcome::Skipped),
+            ("ring", Outcome::Failed),
+        ];
+        assert_eq!(outcomes, expected);
+        let failed = cases
+            .iter()
+            .find(|case| case.name == "ring.returns_each_once")
+            .unwrap();
+        assert_eq!(failed.diagnostics.len(), 2);
+    }
+}

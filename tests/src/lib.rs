@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Guests as a library: boot one, talk to it, put it under stress, check what it and the host say.
+//!
+//! A [`guest::Guest`] is made of a VMM ([`vmm::Vmm`]: QEMU with the stock Debian kernel, or user-mode Linux), a balloon
+//! device (our daemon, or QEMU's own), and a program of ours in its initramfs that does what it is told
+//! ([`agent::Agent`]). Nothing outlives its handle: processes are killed and waited for, sockets and files removed, also
+//! when a test panics, and also (by the kernel) when the test process itself is killed.
+//!
+//! Every wait has a limit, and what is waited for is an event wherever there is one.
+#![deny(unsafe_code)]
+
+pub mod agent;
+pub mod artifacts;
+pub mod check;
+pub mod daemon;
+pub mod guest;
+pub mod hinting;
+pub mod host;
+pub mod initramfs;
+pub mod json_lines;
+pub mod ktap;
+pub mod lines;
+pub mod process;
+pub mod qmp;
+pub mod scratch;
+#[allow(unsafe_code)]
+mod sys;
+pub mod vmm;
+
+pub use guest_agent::{calls, ranges};
+
+/// One mebibyte.
+pub const MIB: u64 = 1 << 20;

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A child process that does not outlive its handle.
+
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use nix::sys::signal::{kill, killpg, Signal};
+use nix::unistd::Pid;
+
+use crate::lines::Lines;
+pub use crate::sys::die_with_parent;
+
+/// How often a process is looked at while its end is awaited.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// What becomes of a process's standard streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streams {
+    /// No input; output and errors are collected.
+    Collected,
+    /// The terminal's: the process belongs to the terminal's foreground group.
+    Terminal,
+}
+
+/// A running (or ended, but not forgotten) child with the processes of its group.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    command_line: String,
+    child: Child,
+    own_group: bool,
+    ended: Option<ExitStatus>,
+    output: Lines,
+}
+
+impl Process {
+    /// Starts `command`. It dies with the calling *thread* at the latest.
+    ///
+    /// # Errors
+    ///
+    /// If the program cannot be started.
+    pub fn start(name: &str, mut command: Command, streams: Streams) -> Result<Self> {
+        let own_group = streams == Streams::Collected;
+        if own_group {
+            command
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .process_group(0);
+        }
+        let command_line = describe(&command);
+        let spawned = die_with_parent(&mut command).spawn();
+        let mut child = spawned.with_context(|| format!("cannot start {name}: {command_line}"))?;
+        let output = Lines::default();
+        if let Some(stdout) = child.stdout.take() {
+            output.collect(stdout);
+        }
+        if let Some(stderr) = child.stderr.take() {
+            output.collect(stderr);
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            command_line,
+            child,
+            own_group,
+            ended: None,
+            output,
+        })
+    }
+
+    /// What it is called in messages.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The command line, as one could type it.
+    #[must_use]
+    pub fn command_line(&self) -> &str {
+        &self.command_line
+    }
+
+    /// Its process number.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its output and errors, if they are collected.
+    #[must_use]
+    pub fn output(&self) -> &Lines {
+        &self.output
+    }
+
+    /// How it ended, or `None` if it runs.
+    ///
+    /// # Errors
+    ///
+    /// If the system cannot say.
+    pub fn status(&mut self) -> Result<Option<ExitStatus>> {
+        if self.ended.is_none() {
+            self.ended = self
+                .child
+                .try_wait()
+                .with_context(|| format!("cannot ask after {}", self.name))?;
+        }
+        Ok(self.ended)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    ///
+    /// If it still runs when the limit is over.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.status()? {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                bail!("{} did not end within {limit:?}", self.name);
+            }
+            sleep(LOOK_EVERY);
+        }
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    ///
+    /// If it is no more.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill(self.pid()?, signal).with_context(|| format!("cannot send {signal} to {}", self.name))
+    }
+
+    /// Kills it with its group, and waits.
+    ///
+    /// # Errors
+    ///
+    /// If it does not end.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        if let Some(status) = self.status()? {
+            return Ok(status);
+        }
+        let pid = self.pid()?;
+        // An error means that it has ended just now: waiting says so.
+        let _ = if self.own_group {
+            killpg(pid, Signal::SIGKILL)
+        } else {
+            kill(pid, Signal::SIGKILL)
+        };
+        self.wait(Duration::from_secs(10))
+    }
+
+    fn pid(&self) -> Result<Pid> {
+        Ok(Pid::from_raw(
+            i32::try_from(self.child.id()).context("no process number")?,
+        ))
+    }
+
+    /// Everything that helps to understand a failure.
+    #[must_use]
+    pub fn diary(&mut self) -> String {
+        let state = match self.status() {
+            Ok(None) => "running".to_owned(),
+            Ok(Some(status)) => status
+                .signal()
+                .map_or_else(|| status.to_string(), |signal| format!("signal {signal}")),
+            Err(error) => format!("{error:#}"),
+        };
+        format!(
+            "--- {} ({state}): {}\n{}\n",
+            self.name,
+            self.command_line,
+            self.output.text()
+        )
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Err(error) = self.kill() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn describe(command: &Command) -> String {
+    let mut text = quoted(command.get_program());
+    for argument in command.get_args() {
+        // Writing to a String does not fail.
+        let _ = write!(text, " {}", quoted(argument));
+    }
+    text
+}
+
+fn quoted(word: &OsStr) -> String {
+    let word = word.to_string_lossy();
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./=:,+@%".contains(&byte);
+    if !word.is_empty() && word.bytes().all(plain) {
+        word.into_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_gone_with_its_handle() {
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        let process = Process::start("sleep", command, Streams::Collected).unwrap();
+        let pid = process.pid().unwrap();
+        drop(process);
+        assert!(kill(pid, None).is_err());
+    }
+
+    #[test]
+    fn a_command_line_can_be_typed() {
+        let mut command = Command::new("prog");
+        command.args(["-a", "two words", "it's"]);
+        assert_eq!(describe(&command), r"prog -a 'two words' 'it'\''s'");
+    }
+}

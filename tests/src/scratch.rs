@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Folders for sockets and files that live as long as a test.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+const PREFIX: &str = "vballoon-";
+
+/// A folder that is removed with all that it holds when this value is dropped.
+///
+/// Its name carries the process's number: what a process that was killed could not remove, the next one does.
+#[derive(Debug)]
+pub struct Scratch(TempDir);
+
+impl Scratch {
+    /// Makes a folder in the system's temporary folder.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be made.
+    pub fn new() -> Result<Self> {
+        let parent = std::env::temp_dir();
+        sweep(&parent);
+        let prefix = format!("{PREFIX}{}-", std::process::id());
+        let folder = tempfile::Builder::new().prefix(&prefix).tempdir_in(&parent);
+        folder
+            .map(Self)
+            .with_context(|| format!("cannot make a folder in {}", parent.display()))
+    }
+
+    /// The path of something in the folder.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// The names of what is in the folder now, sorted.
+    ///
+    /// # Errors
+    ///
+    /// If the folder cannot be listed.
+    pub fn contents(&self) -> Result<Vec<String>> {
+        let entries = fs::read_dir(self.0.path()).context("cannot list the scratch folder")?;
+        let mut names = Vec::new();
+        for entry in entries {
+            names.push(entry?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok(names)
+    }
+}
+
+/// Removes the folders of processes that are no more. Whatever cannot be removed belongs to someone else.
+fn sweep(parent: &Path) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX))
+            .and_then(|rest| rest.split('-').next());
+        let Some(owner) = owner.and_then(|number| number.parse().ok()) else {
+            continue;
+        };
+        if kill(Pid::from_raw(owner), None) == Err(Errno::ESRCH) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_goes_with_its_handle_and_a_dead_process_loses_its_own() {
+        let dead = std::env::temp_dir().join(format!("{PREFIX}{}-dead", i32::MAX));
+        fs::create_dir_all(dead.join("deep")).unwrap();
+        let scratch = Scratch::new().unwrap();
+        assert!(!dead.exists());
+        let path = scratch.path("file");
+        fs::write(&path, "text").unwrap();
+        assert_eq!(scratch.contents().unwrap(), ["file"]);
+        drop(scratch);
+        assert!(!path.exists());
+    }
+}

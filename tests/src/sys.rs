@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The one thing here that needs `unsafe`: what a child does between `fork` and `exec`.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use nix::errno::Errno;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use nix::unistd::{getpid, getppid};
+
+/// Has the kernel kill the child when the thread that starts it ends, whatever the reason.
+pub fn die_with_parent(command: &mut Command) -> &mut Command {
+    let parent = getpid();
+    let hook = move || {
+        set_pdeathsig(Signal::SIGKILL)?;
+        if getppid() == parent {
+            Ok(())
+        } else {
+            Err(Errno::ESRCH.into())
+        }
+    };
+    // SAFETY: the hook runs in the forked child, where only async-signal-safe functions may be called. prctl(2) and
+    // getppid(2) are bare system calls, and the hook neither allocates nor takes a lock: both errors are made of a
+    // number.
+    unsafe { command.pre_exec(hook) }
+}

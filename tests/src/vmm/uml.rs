@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! User-mode Linux: the kernel is the program.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{bail, Context, Result};
+use command_fds::{CommandFdExt, FdMapping};
+use guest_agent::protocol::PORT_VARIABLE;
+
+use super::{line, Attachment, Machine, Started};
+use crate::host::memory_folder;
+use crate::process::{Process, Streams};
+
+const AGENT_FD: i32 = 3;
+
+/// Starts `kernel`.
+///
+/// # Errors
+///
+/// If it cannot be started, or is to have QEMU's device.
+pub fn start(kernel: &Path, machine: &Machine) -> Result<Started> {
+    let (agent, agent_far) = line()?;
+    let mut command = Command::new(kernel);
+    // Guest memory is a file there, and the balloon makes holes in it.
+    command.env("TMPDIR", memory_folder(machine.memory));
+    command.arg(format!("mem={}M", machine.memory / crate::MIB));
+    command.arg(format!("initrd={}", machine.initramfs.display()));
+    let folder = machine
+        .initramfs
+        .parent()
+        .context("the initramfs has no folder")?;
+    command.arg(format!("uml_dir={}/", folder.display()));
+    command.args(["con=null", "con0=fd:0,fd:1", "ssl=null", "panic=-1"]);
+    command.arg(if machine.console == Streams::Terminal {
+        "loglevel=1"
+    } else {
+        "loglevel=5"
+    });
+    command
+        .arg(format!("ssl0=fd:{AGENT_FD}"))
+        .arg(format!("{PORT_VARIABLE}=/dev/ttyS0"));
+    match &machine.device {
+        Attachment::None => {}
+        Attachment::VhostUser(socket) => {
+            command.arg(format!("virtio_uml.device={}:5", socket.display()));
+        }
+        Attachment::QemuOwn => bail!("user-mode Linux does not have QEMU's device"),
+    }
+    let agent_far = FdMapping {
+        parent_fd: agent_far,
+        child_fd: AGENT_FD,
+    };
+    command
+        .fd_mappings(vec![agent_far])
+        .context("cannot pass a socket to user-mode Linux")?;
+    let process = Process::start("user-mode linux", command, machine.console)?;
+    Ok(Started {
+        process,
+        agent,
+        monitor: None,
+    })
+}

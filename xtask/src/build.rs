@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What cargo builds for guests: the daemon, and the program in the initramfs.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use tests::artifacts::{Artifacts, Kernel as GuestKernel};
+
+use crate::module;
+use crate::place;
+use crate::progress::say;
+use crate::run;
+use crate::setup::{Kernel, SetUp};
+
+/// Guests are x86-64, as the host must be.
+const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// How the daemon is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// With every check: for tests.
+    Dev,
+    /// As it is used.
+    Release,
+}
+
+/// Cargo, in the repository.
+pub fn cargo() -> Result<Command> {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(place::repository()?);
+    Ok(command)
+}
+
+/// Cargo's target folder.
+pub fn target_folder() -> Result<PathBuf> {
+    #[derive(Deserialize)]
+    struct Metadata {
+        target_directory: PathBuf,
+    }
+    let text = run::output(cargo()?.args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let metadata: Metadata =
+        serde_json::from_str(&text).context("strange output of cargo metadata")?;
+    Ok(metadata.target_directory)
+}
+
+/// Builds everything that guests with these kernels are made of.
+pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result<Artifacts> {
+    say("building the daemon and the guest's program");
+    let daemon = daemon(profile)?;
+    let agent = agent()?;
+    let mut artifacts = Artifacts {
+        rootfs: set_up.rootfs.clone(),
+        agent,
+        daemon,
+        stock: None,
+        uml: None,
+    };
+    for &kernel in kernels {
+        say(format_args!(
+            "building the module for the {} kernel",
+            kernel.name()
+        ));
+        let our_driver = Some(module::make(set_up, kernel, false)?);
+        let parts = set_up.rootfs.join("kernel");
+        let tree = set_up.tree(kernel)?;
+        match kernel {
+            Kernel::Stock => {
+                let (image, c_driver) = (parts.join("vmlinuz"), parts.join("virtio_balloon.ko"));
+                artifacts.stock = Some(GuestKernel {
+                    image,
+                    c_driver,
+                    our_driver,
+                });
+            }
+            Kernel::Uml => {
+                let (image, c_driver) = (
+                    tree.join("linux"),
+                    tree.join("drivers/virtio/virtio_balloon.ko"),
+                );
+                artifacts.uml = Some(GuestKernel {
+                    image,
+                    c_driver,
+                    our_driver,
+                });
+            }
+        }
+    }
+    Ok(artifacts)
+}
+
+fn daemon(profile: Profile) -> Result<PathBuf> {
+    let mut command = cargo()?;
+    command.args(["build", "--quiet", "--package", "vhost-device-balloon"]);
+    let folder = match profile {
+        Profile::Dev => "debug",
+        Profile::Release => {
+            command.arg("--release");
+            "release"
+        }
+    };
+    run::shown(&mut command)?;
+    Ok(target_folder()?.join(folder).join("vhost-device-balloon"))
+}
+
+/// Static, since the initramfs has no libraries; in a folder of its own, so that its flags do not disturb other builds.
+fn agent() -> Result<PathBuf> {
+    let folder = target_folder()?.join("agent");
+    let mut command = cargo()?;
+    command.args([
+        "build",
+        "--quiet",
+        "--package",
+        "guest-agent",
+        "--bin",
+        "guest-agent",
+        "--release",
+    ]);
+    command
+        .args(["--target", GUEST_TARGET, "--target-dir"])
+        .arg(&folder);
+    let flags = format!("target.{GUEST_TARGET}.rustflags=['-Ctarget-feature=+crt-static']");
+    command.args(["--config", &flags, "--config", "profile.release.strip=true"]);
+    command
+        .env_remove("RUSTFLAGS")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    run::shown(&mut command)?;
+    Ok(folder
+        .join(GUEST_TARGET)
+        .join("release")
+        .join("guest-agent"))
+}

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Formats, lints, and where unsafe code stands.
+
+use anyhow::Result;
+
+use crate::build;
+use crate::module;
+use crate::progress::say;
+use crate::run;
+use crate::setup::{self, Kernel};
+use crate::unsafe_count;
+
+/// Does what `check` says.
+pub fn command() -> Result<()> {
+    say("format of the crates");
+    run::shown(build::cargo()?.args(["fmt", "--all", "--check"]))?;
+    say("where unsafe code stands");
+    unsafe_count::check()?;
+    say("lints of the crates");
+    run::shown(build::cargo()?.args([
+        "clippy",
+        "--quiet",
+        "--workspace",
+        "--all-targets",
+        "--all-features",
+        "--",
+        "--deny",
+        "warnings",
+    ]))?;
+    let set_up = setup::ensure(&[Kernel::Stock])?;
+    say("format of the kernel module");
+    module::check_format(&set_up)?;
+    say("lints of the kernel module");
+    module::make(&set_up, Kernel::Stock, true)?;
+    say("all in order");
+    Ok(())
+}

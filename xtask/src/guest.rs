@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A shell in a guest.
+
+use std::io::stdin;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use nix::sys::termios::{tcgetattr, tcsetattr, SetArg};
+use tests::calls::Shell;
+use tests::guest::{Builder, Device, Driver};
+use tests::vmm::Vmm;
+
+use crate::build::{self, Profile};
+use crate::progress::say;
+use crate::setup::{self, Kernel};
+
+/// The options of `guest`.
+#[derive(Args)]
+pub struct Options {
+    /// What runs the guest.
+    #[arg(long, default_value = "qemu")]
+    vmm: VmmChoice,
+    /// The driver that is loaded.
+    #[arg(long, default_value = "ours")]
+    driver: DriverChoice,
+    /// The device that it finds; user-mode Linux has only ours.
+    #[arg(long, default_value = "ours")]
+    device: DeviceChoice,
+    /// The guest's memory, in MiB.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(64..))]
+    memory: u64,
+    /// What our device offers.
+    #[arg(long, value_delimiter = ',', default_value = "free-page-hint")]
+    features: Vec<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum VmmChoice {
+    Qemu,
+    Uml,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DriverChoice {
+    Ours,
+    C,
+    None,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DeviceChoice {
+    Ours,
+    Qemu,
+}
+
+/// Does what `guest` says.
+pub fn command(options: &Options) -> Result<()> {
+    let (vmm, kernel) = match options.vmm {
+        VmmChoice::Qemu => (Vmm::Qemu, Kernel::Stock),
+        VmmChoice::Uml => (Vmm::Uml, Kernel::Uml),
+    };
+    let device = match options.device {
+        DeviceChoice::Ours => Device::Ours,
+        DeviceChoice::Qemu => Device::QemuOwn,
+    };
+    let set_up = setup::ensure(&[kernel])?;
+    let artifacts = build::artifacts(&set_up, &[kernel], Profile::Release)?;
+    // The VMM makes the terminal raw; if it dies, someone must undo that.
+    let terminal = stdin();
+    let settings = tcgetattr(&terminal).context("a shell needs a terminal")?;
+    say("booting; `exit` ends the shell and the guest");
+    let features: Vec<&str> = options.features.iter().map(String::as_str).collect();
+    let builder = Builder::new(&artifacts, vmm)
+        .device(device)
+        .features(&features)
+        .memory(options.memory * tests::MIB);
+    let outcome = builder.on_terminal().boot().and_then(|mut guest| {
+        match options.driver {
+            DriverChoice::Ours => guest.load(Driver::Ours)?,
+            DriverChoice::C => guest.load(Driver::C)?,
+            DriverChoice::None => {}
+        }
+        if let Ok(daemon) = guest.daemon() {
+            println!(
+                "the daemon's control socket: {}\r",
+                daemon.control().display()
+            );
+        }
+        guest.agent().call_within(Shell {}, Duration::MAX)?;
+        guest.power_off().map(drop)
+    });
+    tcsetattr(&terminal, SetArg::TCSANOW, &settings).context("cannot restore the terminal")?;
+    outcome
+}

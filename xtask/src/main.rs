@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `cargo xtask`: everything that takes more than cargo alone.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod build;
+mod check;
+mod demo;
+mod guest;
+mod module;
+mod place;
+mod progress;
+mod run;
+mod sandbox;
+mod setup;
+mod test;
+mod unsafe_count;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Set-up, builds, demonstration and tests of the balloon.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make what builds and guests need, in ${XDG_CACHE_HOME:-~/.cache}/virtio-balloon-rs. Other commands do what they
+    /// need of it by themselves.
+    Setup(setup::Options),
+    /// Build virtio_balloon_rs.ko, into target/module/KERNEL.
+    Module(module::Options),
+    /// Show a hint round, inflation and deflation in a QEMU guest with the stock Debian kernel.
+    Demo(demo::Options),
+    /// Run all tests: of the crates, then of guests.
+    Test(test::Options),
+    /// Compare our driver's work with the C driver's, in one run.
+    Bench(bench::Options),
+    /// Open a shell in a guest.
+    Guest(guest::Options),
+    /// Check formats and lints, of the host's crates and of the kernel module, and where unsafe code stands.
+    Check,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Setup(options) => setup::command(&options),
+        Command::Module(options) => module::command(&options),
+        Command::Demo(options) => demo::command(&options),
+        Command::Test(options) => test::command(&options),
+        Command::Bench(options) => bench::command(&options),
+        Command::Guest(options) => guest::command(&options),
+        Command::Check => check::command(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Builds the kernel module.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+
+use crate::build;
+use crate::place;
+use crate::progress::say;
+use crate::run;
+use crate::setup::{self, Kernel, SetUp};
+
+/// The options of `module`.
+#[derive(Args)]
+pub struct Options {
+    /// The kernel to build for.
+    #[arg(long, default_value = "stock")]
+    kernel: Choice,
+    /// Build with clippy's lints, into a folder of their own.
+    #[arg(long)]
+    clippy: bool,
+    /// Check the format of the sources instead.
+    #[arg(long)]
+    fmt_check: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Choice {
+    Stock,
+    Uml,
+    All,
+}
+
+/// Does what `module` says.
+pub fn command(options: &Options) -> Result<()> {
+    let kernels = match options.kernel {
+        Choice::Stock => vec![Kernel::Stock],
+        Choice::Uml => vec![Kernel::Uml],
+        Choice::All => Kernel::ALL.to_vec(),
+    };
+    let set_up = setup::ensure(&kernels)?;
+    if options.fmt_check {
+        return check_format(&set_up);
+    }
+    for kernel in kernels {
+        let module = make(&set_up, kernel, options.clippy)?;
+        say(format_args!(
+            "{} kernel: {}",
+            kernel.name(),
+            module.display()
+        ));
+    }
+    Ok(())
+}
+
+/// Builds it for one kernel, with every warning an error, and returns its path.
+pub fn make(set_up: &SetUp, kernel: Kernel, clippy: bool) -> Result<PathBuf> {
+    let suffix = if clippy { "-clippy" } else { "" };
+    let what = format!(
+        "module for the {} kernel{}",
+        kernel.name(),
+        if clippy { ", with clippy" } else { "" }
+    );
+    let out = build::target_folder()?
+        .join("module")
+        .join(format!("{}{suffix}", kernel.name()));
+    fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
+    let architecture = match kernel {
+        Kernel::Stock => "x86",
+        Kernel::Uml => "um",
+    };
+    let log = out.with_extension("log");
+    let mut command = set_up
+        .sandbox()
+        .readable(set_up.tree(kernel)?, kernel.inside())
+        .readable(&place::repository()?, "/repo")
+        .writable(&out, "/out")
+        .variable("TREE", kernel.inside())
+        .variable("ARCH", architecture)
+        .variable("CLIPPY", if clippy { "1" } else { "" })
+        .command("make -C \"$TREE\" ARCH=\"$ARCH\" CLIPPY=\"$CLIPPY\" M=/repo MO=/out -j\"$(nproc)\" modules");
+    run::logged(&what, &mut command, &log)?;
+    refuse_warnings(&what, &log)?;
+    Ok(out.join("virtio_balloon_rs.ko"))
+}
+
+/// Kbuild does not end on a warning.
+fn refuse_warnings(what: &str, log: &Path) -> Result<()> {
+    let text = fs::read_to_string(log).with_context(|| format!("cannot read {}", log.display()))?;
+    let warned = text
+        .lines()
+        .any(|line| line.starts_with("warning") || line.contains(": warning:"));
+    anyhow::ensure!(!warned, "{what} has warnings:\n\n{text}");
+    Ok(())
+}
+
+/// Checks the sources against the kernel's own format.
+pub fn check_format(set_up: &SetUp) -> Result<()> {
+    let mut command = set_up.sandbox().readable(&place::repository()?, "/repo").command(
+        "find /repo/guest-driver -name '*.rs' -exec rustfmt --check --edition 2021 --config-path /src/linux \
+         --config skip_children=true {} + 2>&1 || find /repo/guest-driver -name '*.rs' -exec rustfmt --check \
+         --edition 2021 --config-path /src/linux {} +",
+    );
+    let log = build::target_folder()?.join("module/format.log");
+    run::logged("rustfmt of the kernel module", &mut command, &log)
+}

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What set-up itself runs with: mmdebstrap and Debian's keys. Taken from the host, or else downloaded as packages and
+//! unpacked into the cache: nothing is installed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{bail, Context, Result};
+use nix::unistd::geteuid;
+
+use super::cache::{Cache, Step};
+use crate::run;
+
+const PROGRAM: &str = "mmdebstrap";
+const KEYS: &str = "usr/share/keyrings/debian-archive-keyring.gpg";
+const KEYS_PACKAGE: &str = "debian-archive-keyring";
+
+/// Where they are.
+pub struct Tools {
+    /// mmdebstrap.
+    pub mmdebstrap: PathBuf,
+    /// The keys that the archive is signed with.
+    pub keys: PathBuf,
+}
+
+/// Finds them, or fetches what is missing.
+pub fn find(cache: &Cache) -> Result<Tools> {
+    check_host()?;
+    let host_keys = Path::new("/").join(KEYS);
+    let mut packages = Vec::new();
+    if !run::there(PROGRAM) {
+        packages.push(PROGRAM);
+    }
+    if !host_keys.exists() {
+        packages.push(KEYS_PACKAGE);
+    }
+    let mut tools = Tools {
+        mmdebstrap: PROGRAM.into(),
+        keys: host_keys,
+    };
+    if packages.is_empty() {
+        return Ok(tools);
+    }
+    let about = format!(
+        "{} from this system's package archive",
+        packages.join(" and ")
+    );
+    let step = Step {
+        name: "tools",
+        about: &about,
+        from: &[],
+        recipe: &packages,
+    };
+    let made = cache.ensure(&step, |folder, log| fetch(&packages, folder, log))?;
+    if packages.contains(&PROGRAM) {
+        tools.mmdebstrap = made.path.join("usr/bin").join(PROGRAM);
+        if !run::there(&tools.mmdebstrap.to_string_lossy()) {
+            bail!("mmdebstrap does not start; it needs Perl: apt-get install perl");
+        }
+    }
+    if packages.contains(&KEYS_PACKAGE) {
+        tools.keys = made.path.join(KEYS);
+    }
+    Ok(tools)
+}
+
+/// Says what is missing and how to get it, before anything is begun.
+fn check_host() -> Result<()> {
+    for (program, package) in [
+        ("apt-get", "apt"),
+        ("dpkg-deb", "dpkg"),
+        ("perl", "perl"),
+        ("unshare", "util-linux"),
+    ] {
+        if !run::there(program) {
+            bail!("{program} is missing. On Debian and its like: apt-get install {package}");
+        }
+    }
+    if geteuid().is_root() {
+        return Ok(());
+    }
+    // They have no harmless flag: being there is all that can be asked.
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if !std::env::split_paths(&path).any(|folder| folder.join("newuidmap").exists()) {
+        bail!("set-up without being root needs newuidmap: sudo apt-get install uidmap");
+    }
+    Ok(())
+}
+
+/// Downloads packages with lists of our own, so that neither `apt-get update` nor root is needed.
+fn fetch(packages: &[&str], folder: &Path, log: &Path) -> Result<()> {
+    let state = folder.join("apt");
+    let downloads = folder.join("packages");
+    for folder in [
+        state.join("lists/partial"),
+        state.join("cache/archives/partial"),
+        downloads.clone(),
+    ] {
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    let apt = |arguments: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command.arg("-o").arg(format!(
+            "Dir::State::Lists={}",
+            state.join("lists").display()
+        ));
+        command
+            .arg("-o")
+            .arg(format!("Dir::Cache={}", state.join("cache").display()));
+        command.args(["-o", "APT::Sandbox::User=", "-o", "Debug::NoLocking=true"]);
+        command.args(arguments).current_dir(&downloads);
+        command
+    };
+    run::logged(
+        "apt-get update (lists of our own)",
+        &mut apt(&["update", "--error-on=any"]),
+        log,
+    )
+    .or_else(|_| {
+        run::logged(
+            "apt-get update (lists of our own)",
+            &mut apt(&["update"]),
+            log,
+        )
+    })?;
+    let download = [&["download"], packages].concat();
+    run::logged("apt-get download", &mut apt(&download), log)?;
+    for package in fs::read_dir(&downloads).context("cannot list the downloads")? {
+        let mut unpack = Command::new("dpkg-deb");
+        unpack.arg("-x").arg(package?.path()).arg(folder);
+        run::output(&mut unpack)?;
+    }
+    fs::remove_dir_all(&state)
+        .and_then(|()| fs::remove_dir_all(&downloads))
+        .context("cannot clear the downloads away")
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Counts unsafe code by folder, and refuses it where the design does not allow it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{ensure, Context, Result};
+
+use crate::place;
+
+/// Where it may stand: the safe layers of the kernel module, and one small module of each host crate that needs a system
+/// call.
+const ALLOWED: [&str; 3] = [
+    "guest-driver/bindings/",
+    "guest-driver/mm/",
+    "guest-driver/virtio/",
+];
+const SYSTEM_MODULE: &str = "sys.rs";
+const ROOTS: [&str; 5] = [
+    "guest-driver",
+    "host-device",
+    "shared-abi",
+    "tests",
+    "xtask",
+];
+
+/// Prints how many unsafe blocks, functions and implementations each folder has.
+///
+/// # Errors
+///
+/// If one stands elsewhere.
+pub fn check() -> Result<()> {
+    let repository = place::repository()?;
+    let mut counts = BTreeMap::<String, usize>::new();
+    let mut strays = Vec::new();
+    for root in ROOTS {
+        for file in sources(&repository.join(root))? {
+            let text = fs::read_to_string(&file)
+                .with_context(|| format!("cannot read {}", file.display()))?;
+            let found = count(&text);
+            if found == 0 {
+                continue;
+            }
+            let name = file
+                .strip_prefix(&repository)
+                .unwrap_or(&file)
+                .to_string_lossy()
+                .into_owned();
+            let folder = name
+                .rsplit_once('/')
+                .map_or(name.as_str(), |(folder, _)| folder);
+            *counts.entry(folder.to_owned()).or_default() += found;
+            let host_system_module =
+                !name.starts_with("guest-driver/") && name.ends_with(SYSTEM_MODULE);
+            if !host_system_module && !ALLOWED.iter().any(|allowed| name.starts_with(allowed)) {
+                strays.push(name);
+            }
+        }
+    }
+    for (folder, count) in &counts {
+        println!("{count:>5}  {folder}");
+    }
+    println!("{:>5}  in all", counts.values().sum::<usize>());
+    ensure!(
+        strays.is_empty(),
+        "unsafe code outside its places: {}",
+        strays.join(", ")
+    );
+    Ok(())
+}
+
+fn sources(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in
+        fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?
+    {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.append(&mut sources(&path)?);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+/// The keyword `unsafe` in code: not in comments, attributes, strings, or as part of a name.
+fn count(text: &str) -> usize {
+    let code = text
+        .lines()
+        .map(|line| line.split("//").next().unwrap_or_default());
+    let code = code.filter(|line| !line.trim_start().starts_with("#"));
+    let keyword = [
+        "unsafe {",
+        "unsafe fn",
+        "unsafe impl",
+        "unsafe trait",
+        "unsafe extern",
+    ];
+    code.filter(|line| {
+        keyword
+            .iter()
+            .any(|keyword| line.contains(keyword) && !line.contains('"'))
+    })
+    .count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::count;
+
+    #[test]
+    fn only_the_keyword_counts() {
+        let text = "#![forbid(unsafe_code)]\n// unsafe { }\nlet x = unsafe { y() }; // SAFETY: unsafe {\nunsafe_count();\n";
+        assert_eq!(count(text), 1);
+    }
+}
