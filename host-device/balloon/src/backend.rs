@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The face towards the crate `vhost-user-backend`.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use shared_abi::queue::Queue;
+use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{VhostUserBackend, VringRwLock};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    new_event_consumer_and_notifier, EventConsumer, EventFlag, EventNotifier,
+};
+
+use crate::device::{Device, MAX_QUEUE_SIZE};
+use crate::lock;
+
+/// The event that stands for "go on with the queues whose turn was over". The crate reserves the numbers up to
+/// the number of queues.
+pub const RESUME_EVENT: u16 = Queue::MAX_COUNT as u16 + 1;
+
+/// Passes what the crate tells on to the device. One for each connection.
+#[derive(Debug)]
+pub struct Backend {
+    device: Arc<Mutex<Device>>,
+    /// One bit for each queue that has more to do.
+    unfinished: AtomicU64,
+    resume: (EventConsumer, EventNotifier),
+    exit: (EventConsumer, EventNotifier),
+}
+
+impl Backend {
+    /// A face for `device`.
+    ///
+    /// # Errors
+    ///
+    /// If the host has no event descriptors left.
+    pub fn new(device: Arc<Mutex<Device>>) -> io::Result<Self> {
+        let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
+        Ok(Self {
+            device,
+            unfinished: AtomicU64::new(0),
+            resume: new_event_consumer_and_notifier(flags)?,
+            exit: new_event_consumer_and_notifier(flags)?,
+        })
+    }
+
+    /// The descriptor that [`RESUME_EVENT`] is to be registered for.
+    pub fn resume_fd(&self) -> RawFd {
+        self.resume.0.as_raw_fd()
+    }
+
+    fn handle(&self, index: usize, vrings: &[VringRwLock]) {
+        if lock(&self.device).handle_queue(index, vrings) {
+            self.unfinished.fetch_or(1 << index, Ordering::AcqRel);
+            // Fails only if it is pending 2^64 - 1 times.
+            let _ = self.resume.1.notify();
+        }
+    }
+}
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = VringRwLock;
+
+    fn num_queues(&self) -> usize {
+        Queue::MAX_COUNT
+    }
+
+    fn max_queue_size(&self) -> usize {
+        usize::from(MAX_QUEUE_SIZE)
+    }
+
+    fn features(&self) -> u64 {
+        lock(&self.device).offered().bits()
+            | 1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn acked_features(&self, features: u64) {
+        lock(&self.device).set_features(features);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    fn reset_device(&self) {
+        lock(&self.device).reset();
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The queues know it by themselves.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        lock(&self.device).read_config(offset, size)
+    }
+
+    fn set_config(&self, offset: u32, data: &[u8]) -> io::Result<()> {
+        // An error would end the connection, and with it the guest's device, for a write that can be ignored.
+        lock(&self.device).write_config(offset, data);
+        Ok(())
+    }
+
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        lock(&self.device).set_memory(memory);
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        Some((self.exit.0.try_clone().ok()?, self.exit.1.try_clone().ok()?))
+    }
+
+    /// Never fails: an error would end the thread that watches the queues, silently.
+    fn handle_event(
+        &self,
+        device_event: u16,
+        _events: EventSet,
+        vrings: &[VringRwLock],
+        _thread_id: usize,
+    ) -> io::Result<()> {
+        if device_event == RESUME_EVENT {
+            let _ = self.resume.0.consume();
+            let unfinished = self.unfinished.swap(0, Ordering::AcqRel);
+            (0..Queue::MAX_COUNT)
+                .filter(|index| unfinished >> index & 1 == 1)
+                .for_each(|index| self.handle(index, vrings));
+        } else {
+            self.handle(usize::from(device_event), vrings);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Free page hinting: rounds, and what the driver's blocks do to the dirty bitmap.
+//!
+//! The protocol is [`shared_abi::hinting::device`]; the bitmap and the time in which hints count are
+//! [`migration`]. This file joins the two: a block that the protocol accepts becomes a call of
+//! [`HintWindow::hint`], and there is a window exactly while a round is wanted.
+//!
+//! A hint spares *sending* a page. It never changes or discards the page (R17): a driver may have given a
+//! block to somebody else before the device gets to see the hint.
+
+use std::time::{Duration, Instant};
+
+use migration::{DirtyBitmap, HintWindow, RegionError, SyncPhase};
+use shared_abi::command::{CommandId, HintId};
+use shared_abi::hinting::device::{Action, Event, Ignored, Phase, State};
+use thiserror::Error;
+
+use super::request::{RequestError, Segment};
+use crate::memory::Ram;
+
+/// Why a hinting command of the operator cannot be done.
+#[derive(Debug, Error)]
+pub enum HintingError {
+    /// There is nobody to ask.
+    #[error("no front end is connected: start the VMM with this device's socket first")]
+    NoFrontEnd,
+    /// The daemon does not offer the feature.
+    #[error(
+        "free page hinting is not offered: restart vhost-device-balloon with --free-page-hint"
+    )]
+    NotOffered,
+    /// The driver does not know the feature.
+    #[error("the guest's driver did not accept free page hinting: it needs a driver that knows VIRTIO_BALLOON_F_FREE_PAGE_HINT")]
+    NotNegotiated,
+    /// There is no driver, or the guest is paused.
+    #[error("the guest's driver is not running: load it, or let the guest run, and try again")]
+    NoDriver,
+    /// The front end's memory does not fit a bitmap.
+    #[error("guest memory cannot be tracked: {0}")]
+    Memory(#[from] RegionError),
+    /// The driver has answered none of the ids that were issued.
+    #[error("no command id is free: the driver has not answered any of the last 2^31")]
+    IdsExhausted,
+    /// A sync without a round.
+    #[error("no round of hinting is under way: start one with free-page-hint-start")]
+    NoRound,
+}
+
+/// The right to change the dirty bitmap, in the form that the state of the round allows.
+#[derive(Debug)]
+enum Right {
+    /// A round is wanted: hints clear bits.
+    Hint(HintWindow),
+    /// No round is wanted: the bitmap stands as it is.
+    Sync(SyncPhase),
+}
+
+impl Right {
+    fn bitmap(&self) -> &DirtyBitmap {
+        match self {
+            Self::Hint(window) => window.bitmap(),
+            Self::Sync(sync) => sync.bitmap(),
+        }
+    }
+
+    fn open(self) -> Self {
+        match self {
+            Self::Sync(sync) => Self::Hint(sync.finish()),
+            open => open,
+        }
+    }
+
+    fn close(self) -> Self {
+        match self {
+            Self::Hint(window) => Self::Sync(window.close()),
+            closed => closed,
+        }
+    }
+}
+
+/// What one round has brought.
+#[derive(Clone, Copy, Debug)]
+struct Round {
+    id: HintId,
+    requested: Instant,
+    /// From the request to the driver's STOP, or to the operator's end if that came first.
+    duration: Option<Duration>,
+    blocks: u64,
+    bytes: u64,
+    cleared: u64,
+}
+
+impl Round {
+    fn new(id: HintId) -> Self {
+        Self {
+            id,
+            requested: Instant::now(),
+            duration: None,
+            blocks: 0,
+            bytes: 0,
+            cleared: 0,
+        }
+    }
+
+    fn end(&mut self) {
+        self.duration
+            .get_or_insert_with(|| self.requested.elapsed());
+    }
+}
+
+/// The state of hinting as an operator sees it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct HintingStatus {
+    /// How far the round has come.
+    pub phase: Phase,
+    /// The last round's id, also when it has ended.
+    pub id: Option<HintId>,
+    /// Blocks that counted in the last round.
+    pub blocks: u64,
+    /// Bytes in these blocks.
+    pub bytes: u64,
+    /// Dirty bits that these blocks cleared.
+    pub pages_cleared: u64,
+    /// Pages of guest memory, 0 if no round was ever started.
+    pub pages_total: u64,
+    /// Pages that are still to be sent.
+    pub pages_dirty: u64,
+    /// From the request to the driver's STOP; up to now if it has not come.
+    pub duration: Duration,
+    /// Blocks that did not count, in all rounds.
+    pub ignored_blocks: u64,
+    /// Command ids that did not count, in all rounds.
+    pub stale_commands: u64,
+}
+
+/// What changed, for the caller to pass on.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[must_use]
+pub struct Changes {
+    /// Config space shows another command id.
+    pub config: bool,
+    /// The phase is another one.
+    pub phase: bool,
+}
+
+/// Rounds of hinting.
+#[derive(Debug, Default)]
+pub struct Hinting {
+    state: State,
+    right: Option<Right>,
+    round: Option<Round>,
+    ignored_blocks: u64,
+    stale_commands: u64,
+}
+
+impl Hinting {
+    /// The command id for config space.
+    pub fn command(&self) -> CommandId {
+        self.state.command()
+    }
+
+    /// How far the round has come.
+    pub fn phase(&self) -> Phase {
+        self.state.phase()
+    }
+
+    /// The state as an operator sees it.
+    pub fn status(&self) -> HintingStatus {
+        let bitmap = self.right.as_ref().map(Right::bitmap);
+        let round = self.round.as_ref();
+        HintingStatus {
+            phase: self.phase(),
+            id: round.map(|round| round.id),
+            blocks: round.map_or(0, |round| round.blocks),
+            bytes: round.map_or(0, |round| round.bytes),
+            pages_cleared: round.map_or(0, |round| round.cleared),
+            pages_total: bitmap.map_or(0, DirtyBitmap::pages),
+            pages_dirty: bitmap.map_or(0, DirtyBitmap::dirty_pages),
+            duration: round.map_or(Duration::ZERO, |round| {
+                round.duration.unwrap_or_else(|| round.requested.elapsed())
+            }),
+            ignored_blocks: self.ignored_blocks,
+            stale_commands: self.stale_commands,
+        }
+    }
+
+    /// The runs of pages that need not be sent, as (guest physical address, bytes).
+    pub fn clean_ranges(&self) -> Vec<(u64, u64)> {
+        self.right.as_ref().map_or_else(Vec::new, |right| {
+            right
+                .bitmap()
+                .clean_runs()
+                .map(|run| (run.start, run.length()))
+                .collect()
+        })
+    }
+
+    /// Begins a migration's first round: every page is dirty, and hints are wanted. A round that is under way
+    /// is cancelled first.
+    ///
+    /// # Errors
+    ///
+    /// If the memory cannot be tracked, or no id is free. A round that was under way has ended then.
+    pub fn start(&mut self, ram: &Ram) -> Result<Changes, HintingError> {
+        let sync = SyncPhase::new(&ram.regions()?)?;
+        sync.set_all();
+        self.right = Some(Right::Sync(sync));
+        self.issue(Event::Start)
+    }
+
+    /// A dirty sync: the window closes, the id dies, and a new window opens under a new id. What earlier hints
+    /// cleared stays clear.
+    ///
+    /// # Errors
+    ///
+    /// If no round is under way, or no id is free.
+    pub fn sync(&mut self) -> Result<Changes, HintingError> {
+        if self.phase().id().is_none() {
+            return Err(HintingError::NoRound);
+        }
+        let closed = self.operator(Event::SyncStarts);
+        let opened = self.issue(Event::SyncEnds)?;
+        Ok(Changes {
+            config: closed.config || opened.config,
+            phase: true,
+        })
+    }
+
+    /// Hints are of no use now. The driver keeps its blocks.
+    pub fn stop(&mut self) -> Changes {
+        self.operator(Event::Stop)
+    }
+
+    /// Hinted blocks are of no more use: the driver takes them back.
+    pub fn done(&mut self) -> Changes {
+        self.operator(Event::Done)
+    }
+
+    /// The driver is gone, and with it what it held.
+    pub fn reset(&mut self) -> Changes {
+        self.operator(Event::Reset)
+    }
+
+    /// The memory is another one: the bitmap means nothing any more.
+    pub fn forget_memory(&mut self) -> Changes {
+        let changes = self.stop();
+        self.right = None;
+        changes
+    }
+
+    /// The driver sent a command id.
+    pub fn command_came(&mut self, command: CommandId) -> Changes {
+        let before = self.phase();
+        let action = self.step(Event::Command(command));
+        if let Some(Action::Ignore(_)) = action {
+            self.stale_commands = self.stale_commands.saturating_add(1);
+        }
+        if let (Some(Action::RoundFinished(_)), Some(round)) = (action, self.round.as_mut()) {
+            round.end();
+        }
+        Changes {
+            config: false,
+            phase: before != self.phase(),
+        }
+    }
+
+    /// The driver sent a block of free pages. `usable` says whether page poison lets hints count.
+    ///
+    /// # Errors
+    ///
+    /// Names the first segment that is not in guest memory. The others count.
+    pub fn block_came(&mut self, segments: &[Segment], usable: bool) -> Result<(), RequestError> {
+        let action = self.step(Event::Block);
+        let (Some(Action::UseBlock(_)), true, Some(Right::Hint(window))) =
+            (action, usable, self.right.as_ref())
+        else {
+            self.ignored_blocks = self.ignored_blocks.saturating_add(1);
+            return Ok(());
+        };
+        let mut result = Ok(());
+        for segment in segments {
+            match window.hint(segment.address, u64::from(segment.length)) {
+                Ok(hinted) => {
+                    if let Some(round) = &mut self.round {
+                        round.bytes = round
+                            .bytes
+                            .saturating_add(hinted.pages * migration::PAGE_SIZE);
+                        round.cleared = round.cleared.saturating_add(hinted.cleared);
+                    }
+                }
+                Err(error) => result = result.and(Err(error.into())),
+            }
+        }
+        match (&result, &mut self.round) {
+            (Ok(()), Some(round)) => round.blocks = round.blocks.saturating_add(1),
+            _ => self.ignored_blocks = self.ignored_blocks.saturating_add(1),
+        }
+        result
+    }
+
+    fn step(&mut self, event: Event) -> Option<Action> {
+        let (state, action) = self.state.step(event);
+        self.state = state;
+        if let Some(Action::Ignore(ignored)) = action {
+            log_ignored(ignored);
+        }
+        action
+    }
+
+    /// Takes an event that brings no new id.
+    fn operator(&mut self, event: Event) -> Changes {
+        let (phase, command) = (self.phase(), self.command());
+        self.step(event);
+        if let Some(round) = &mut self.round {
+            round.end();
+        }
+        self.right = self.right.take().map(Right::close);
+        Changes {
+            config: command != self.command(),
+            phase: phase != self.phase(),
+        }
+    }
+
+    /// Takes an event that brings a new id, and opens the window for it.
+    fn issue(&mut self, event: Event) -> Result<Changes, HintingError> {
+        let command = self.command();
+        let action = self.step(event);
+        self.right = self.right.take().map(Right::close);
+        match (action, self.phase().id()) {
+            (Some(Action::RefuseExhausted), _) | (_, None) => Err(HintingError::IdsExhausted),
+            (_, Some(id)) => {
+                self.right = self.right.take().map(Right::open);
+                self.round = Some(Round::new(id));
+                Ok(Changes {
+                    config: command != self.command(),
+                    phase: true,
+                })
+            }
+        }
+    }
+}
+
+fn log_ignored(ignored: Ignored) {
+    // A round that was cut short leaves these behind; they are no errors.
+    tracing::trace!("ignored on the free page queue: {ignored:?}");
+}

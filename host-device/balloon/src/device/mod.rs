@@ -1,0 +1,448 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The balloon: what it shows in configuration space, and what it does with its queues.
+//!
+//! One [`Device`] lives as long as the program and sees front ends, and drivers in them, come and go. It sits
+//! behind one mutex; locks are taken in the order device, queue. Everything that is done under them is
+//! bounded, whatever the guest sends.
+
+pub mod complaints;
+pub mod hinting;
+mod operator;
+pub mod pages;
+mod queues;
+pub mod request;
+pub mod stats;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use serde_json::json;
+use shared_abi::command::CommandId;
+use shared_abi::config::{self, Config};
+use shared_abi::features::Features;
+use shared_abi::hinting::device::Phase;
+use shared_abi::queue::Queue;
+use shared_abi::stats::Tag;
+use tracing::{debug, info, warn};
+use vhost_user_backend::{VringRwLock, VringT};
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::events::Events;
+use crate::memory::Ram;
+use crate::relay::ConfigNotifier;
+use complaints::Complaints;
+use hinting::{Changes, Hinting};
+use stats::Stats;
+
+/// The longest queue that is offered.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// Why an operator's request for the balloon cannot be done.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum BalloonError {
+    /// The size of guest memory is not known yet.
+    #[error(
+        "no front end has shared its memory yet: start the VMM with this device's socket first"
+    )]
+    NoMemory,
+    /// A guest without memory is not a target.
+    #[error("the target must be a size in bytes, larger than 0")]
+    ZeroTarget,
+    /// The interface counts pages in 32 bits.
+    #[error("the balloon cannot hold {0} pages: 2^32 - 1 of 4 KiB are the most")]
+    TooLarge(u64),
+}
+
+/// What an operator sees of a queue.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct QueueStatus {
+    /// Which queue.
+    pub queue: Queue,
+    /// Its index, with the features that the driver accepted.
+    pub index: usize,
+    /// How often the driver, or the start of the queue, called for attention.
+    pub notifications: u64,
+    /// How many chains were taken from it.
+    pub requests: u64,
+}
+
+/// What an operator sees of the connection.
+#[derive(Clone, Debug)]
+pub struct VirtioStatus {
+    /// Whether a front end is connected.
+    pub connected: bool,
+    /// Whether the guest's driver can use the queues.
+    pub running: bool,
+    /// What the device offers.
+    pub offered: Features,
+    /// What the driver accepted; nothing before it did.
+    pub negotiated: Option<Features>,
+    /// The queues that exist.
+    pub queues: Vec<QueueStatus>,
+    /// Pages that the driver put into the balloon and took out of it.
+    pub pages_inflated: u64,
+    /// See `pages_inflated`.
+    pub pages_deflated: u64,
+    /// Bytes that inflating has given back to the host.
+    pub bytes_released: u64,
+    /// Bytes that free page reporting has given back to the host.
+    pub bytes_reported: u64,
+    /// The guest's mistakes.
+    pub errors: u64,
+    /// The last of them that was logged.
+    pub last_error: Option<String>,
+}
+
+/// The statistics as an operator sees them.
+#[derive(Clone, Debug, Default)]
+pub struct StatsReport {
+    /// The values that the guest gave.
+    pub values: Vec<(Tag, u64)>,
+    /// When.
+    pub updated: Option<SystemTime>,
+    /// Changes with every update.
+    pub generation: u64,
+}
+
+/// Counters of one queue.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counters {
+    notifications: u64,
+    requests: u64,
+    /// The queue's place in the available ring when it was last looked at: see [`Device::notice_new_driver`].
+    seen: Option<u16>,
+}
+
+/// What is there only while a front end is.
+#[derive(Default)]
+struct Connection {
+    notifier: Arc<ConfigNotifier>,
+    memory: Option<GuestMemoryAtomic<GuestMemoryMmap>>,
+    vrings: Vec<VringRwLock>,
+    counters: [Counters; Queue::MAX_COUNT],
+    /// The driver has accepted features, and no queue was used since.
+    starting: bool,
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Device")
+            .field("offered", &self.offered)
+            .field("negotiated", &self.negotiated)
+            .field("config", &self.config)
+            .field("hinting", &self.hinting)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A memory balloon.
+pub struct Device {
+    offered: Features,
+    negotiated: Option<Features>,
+    config: Config,
+    ram: Ram,
+    hinting: Hinting,
+    stats: Stats,
+    complaints: Complaints,
+    events: Arc<Events>,
+    connection: Option<Connection>,
+    pages_inflated: u64,
+    pages_deflated: u64,
+    bytes_released: u64,
+    bytes_reported: u64,
+    /// Where requests are read into, kept for its space.
+    buffer: Vec<u8>,
+}
+
+impl Device {
+    /// A balloon that offers `offered`, with no front end.
+    pub fn new(offered: Features, events: Arc<Events>) -> Self {
+        Self {
+            offered,
+            negotiated: None,
+            config: Config::default(),
+            ram: Ram::default(),
+            hinting: Hinting::default(),
+            stats: Stats::default(),
+            complaints: Complaints::default(),
+            events,
+            connection: None,
+            pages_inflated: 0,
+            pages_deflated: 0,
+            bytes_released: 0,
+            bytes_reported: 0,
+            buffer: Vec::new(),
+        }
+    }
+
+    /// What the device offers.
+    pub fn offered(&self) -> Features {
+        self.offered
+    }
+
+    // The front end's side.
+
+    /// A front end has connected; `notifier` is the way to tell it of configuration changes.
+    pub fn connected(&mut self, notifier: Arc<ConfigNotifier>) {
+        self.connection = Some(Connection {
+            notifier,
+            ..Connection::default()
+        });
+        self.events.emit("FRONTEND_CONNECTED", json!({}));
+    }
+
+    /// The front end has gone, for this `reason`. With it go the driver, its queues and its memory.
+    pub fn disconnected(&mut self, reason: &str) {
+        if let Some(id) = self.hinting.phase().id() {
+            let status = self.hinting.status();
+            warn!(
+                "hinting round {:#x} ends after {} blocks: {reason}",
+                id.number(),
+                status.blocks
+            );
+        }
+        let changes = self.hinting.reset();
+        self.emit_phase(changes);
+        let changes = self.hinting.forget_memory();
+        self.emit_phase(changes);
+        self.connection = None;
+        self.negotiated = None;
+        self.ram = Ram::default();
+        self.stats.reset();
+        self.config = Config {
+            num_pages: self.config.num_pages,
+            ..Config::default()
+        };
+        self.events
+            .emit("FRONTEND_DISCONNECTED", json!({ "reason": reason }));
+    }
+
+    /// The front end shares this memory.
+    pub fn set_memory(&mut self, memory: GuestMemoryAtomic<GuestMemoryMmap>) {
+        let ram = Ram::new(&memory.memory());
+        if !self.ram.same_layout(&ram) {
+            info!(
+                "guest memory: {} MiB in {} regions",
+                ram.bytes() >> 20,
+                ram.regions_len()
+            );
+            if let Some(id) = self.hinting.phase().id() {
+                warn!(
+                    "hinting round {:#x} ends: the guest's memory has changed",
+                    id.number()
+                );
+            }
+            let changes = self.hinting.forget_memory();
+            self.pass_on(changes);
+        }
+        self.ram = ram;
+        if let Some(connection) = &mut self.connection {
+            connection.memory = Some(memory);
+        }
+    }
+
+    /// The driver has accepted these features.
+    pub fn set_features(&mut self, bits: u64) {
+        let features = Features::from_bits(bits) & self.offered;
+        info!("the driver accepted: {features}");
+        if self.negotiated.is_some_and(|before| before != features) {
+            self.new_driver();
+        }
+        self.negotiated = Some(features);
+        if let Some(connection) = &mut self.connection {
+            connection.starting = true;
+        }
+    }
+
+    /// The front end resets the device.
+    pub fn reset(&mut self) {
+        self.new_driver();
+        self.negotiated = None;
+    }
+
+    /// Bytes of configuration space. The space is as long as the features say (R10): the accepted ones, or
+    /// before there are any the offered ones.
+    ///
+    /// A front end that asks for more, as QEMU's generic device does with its fixed size, gets zeros there.
+    /// Beyond the longest layout there is nothing: an empty answer.
+    pub fn read_config(&mut self, offset: u32, size: u32) -> Vec<u8> {
+        self.notice_new_driver();
+        self.config.free_page_hint_cmd_id = self.hinting.command().number();
+        let mut bytes = self.config.to_bytes();
+        if let Some(absent) = bytes.get_mut(self.config_size()..) {
+            absent.fill(0);
+        }
+        let range = usize::try_from(offset)
+            .ok()
+            .zip(usize::try_from(size).ok())
+            .and_then(|(offset, size)| Some(offset..offset.checked_add(size)?));
+        range
+            .and_then(|range| bytes.get(range))
+            .map_or_else(Vec::new, <[u8]>::to_vec)
+    }
+
+    /// The front end writes configuration space: the driver's fields of it count, as far as they exist.
+    pub fn write_config(&mut self, offset: u32, data: &[u8]) {
+        self.notice_new_driver();
+        let Ok(offset) = usize::try_from(offset) else {
+            return;
+        };
+        let before = self.config;
+        let fits = self.config_size().saturating_sub(offset);
+        let data = data.get(..fits).unwrap_or(data);
+        self.config = self.config.with_driver_write(offset, data);
+        if self.config.poison_val != before.poison_val {
+            debug!(
+                "the guest poisons its free pages with {:#x}",
+                self.config.poison_val
+            );
+        }
+        if self.config.actual != before.actual {
+            let actual = self.actual_bytes();
+            self.events
+                .emit("BALLOON_CHANGE", json!({ "actual": actual }));
+        }
+    }
+
+    fn config_size(&self) -> usize {
+        config::size_for(self.negotiated.unwrap_or(self.offered))
+    }
+
+    /// The queue `index` wants attention. Returns whether it needs more of it than one turn.
+    pub fn handle_queue(&mut self, index: usize, vrings: &[VringRwLock]) -> bool {
+        if let Some(connection) = &mut self.connection {
+            if connection.vrings.is_empty() {
+                connection.vrings = vrings.to_vec();
+            }
+        }
+        self.notice_new_driver();
+        self.notice_start();
+        let features = self.negotiated.unwrap_or_default();
+        let (Some(queue), Some(vring)) = (Queue::at(index, features), vrings.get(index)) else {
+            debug!("queue {index} was kicked, and does not exist with these features");
+            return false;
+        };
+        self.count(index, |counters| counters.notifications += 1);
+        let Some(memory) = self.connection.as_ref().and_then(|it| it.memory.clone()) else {
+            return false;
+        };
+        let more = self.drain(queue, index, vring, &memory);
+        let place = vring.get_ref().get_queue().next_avail();
+        self.count(index, |counters| counters.seen = Some(place));
+        more
+    }
+
+    fn count(&mut self, index: usize, change: impl FnOnce(&mut Counters)) {
+        if let Some(counters) = self
+            .connection
+            .as_mut()
+            .and_then(|connection| connection.counters.get_mut(index))
+        {
+            change(counters);
+        }
+    }
+
+    /// Whether the driver's queues can be used: it is there, and the guest is not paused.
+    fn running(&self) -> bool {
+        let inflate = self
+            .connection
+            .as_ref()
+            .and_then(|connection| connection.vrings.first());
+        self.negotiated.is_some()
+            && inflate.is_some_and(|vring| {
+                let vring = vring.get_ref();
+                vring.is_enabled() && vring.get_queue().ready()
+            })
+    }
+
+    /// Finds out whether another driver has taken over since the queues were last looked at.
+    ///
+    /// The front end does not say: a reset of the device, and a guest that was paused and goes on, are both
+    /// queues that stop and start again. But after a reset the queues start from the beginning, and after a
+    /// pause they go on where they were.
+    fn notice_new_driver(&mut self) {
+        let Some(connection) = &mut self.connection else {
+            return;
+        };
+        let mut moved = false;
+        for (counters, vring) in connection.counters.iter_mut().zip(&connection.vrings) {
+            let place = vring.get_ref().get_queue().next_avail();
+            moved |= counters.seen.is_some_and(|seen| seen != place);
+            counters.seen = counters.seen.map(|_| place);
+        }
+        if moved {
+            info!("the guest's driver was started anew");
+            self.new_driver();
+        }
+    }
+
+    /// Notices the first use of a queue after the driver has accepted its features.
+    fn notice_start(&mut self) {
+        let Some(connection) = &mut self.connection else {
+            return;
+        };
+        if !std::mem::take(&mut connection.starting) {
+            return;
+        }
+        let features: Vec<_> = self.negotiated.unwrap_or_default().names().collect();
+        self.events
+            .emit("DRIVER_STARTED", json!({ "features": features }));
+        if self.hinting.command() != CommandId::Stop {
+            // It missed the notice of a command that came while it was not there.
+            self.notify();
+        }
+    }
+
+    /// A driver starts from nothing: what the last one held and promised is no more.
+    fn new_driver(&mut self) {
+        if let Some(id) = self.hinting.phase().id() {
+            warn!(
+                "hinting round {:#x} ends: the guest's driver has gone",
+                id.number()
+            );
+        }
+        let changes = self.hinting.reset();
+        self.pass_on(changes);
+        self.stats.reset();
+        self.config.poison_val = 0;
+    }
+
+    // What the outside is told.
+
+    fn notify(&self) {
+        if let Some(connection) = &self.connection {
+            connection.notifier.notify();
+        }
+    }
+
+    fn pass_on(&self, changes: Changes) {
+        if changes.config {
+            self.notify();
+        }
+        self.emit_phase(changes);
+    }
+
+    fn emit_phase(&self, changes: Changes) {
+        if changes.phase {
+            let mut data = json!({ "status": phase_name(self.hinting.phase()) });
+            if let (Some(id), Some(data)) = (self.hinting.phase().id(), data.as_object_mut()) {
+                data.insert("id".into(), id.number().into());
+            }
+            self.events.emit("FREE_PAGE_HINT", data);
+        }
+    }
+}
+
+/// The name of a phase in answers and events.
+pub fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Stopped => "stopped",
+        Phase::Syncing => "syncing",
+        Phase::Requested(_) => "requested",
+        Phase::Started(_) => "started",
+        Phase::Finished(_) => "finished",
+        Phase::Done => "done",
+    }
+}

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The operator's side of the balloon.
+
+use shared_abi::command::HintId;
+use shared_abi::features::Features;
+use shared_abi::page::PFN_SHIFT;
+use shared_abi::queue::{present, Queue};
+use tracing::info;
+use vhost_user_backend::VringT;
+
+use super::hinting::{HintingError, HintingStatus};
+use super::{BalloonError, Device, QueueStatus, StatsReport, VirtioStatus};
+use crate::memory::Ram;
+
+impl Device {
+    /// Sets the size that guest memory should have outside the balloon, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// If the size is 0, or guest memory is not known yet.
+    pub fn set_target(&mut self, bytes: u64) -> Result<(), BalloonError> {
+        if bytes == 0 {
+            return Err(BalloonError::ZeroTarget);
+        }
+        let ram = self.ram_bytes()?;
+        let pages = ram.saturating_sub(bytes) >> PFN_SHIFT;
+        let pages = u32::try_from(pages).map_err(|_| BalloonError::TooLarge(pages))?;
+        if pages != self.config.num_pages {
+            info!("the balloon shall hold {pages} pages");
+            self.config.num_pages = pages;
+            self.notify();
+        }
+        Ok(())
+    }
+
+    /// The size of guest memory outside the balloon, in bytes, as the driver says.
+    ///
+    /// # Errors
+    ///
+    /// If guest memory is not known yet.
+    pub fn balloon(&self) -> Result<u64, BalloonError> {
+        self.ram_bytes()?;
+        Ok(self.actual_bytes())
+    }
+
+    pub(super) fn actual_bytes(&self) -> u64 {
+        self.ram
+            .bytes()
+            .saturating_sub(u64::from(self.config.actual) << PFN_SHIFT)
+    }
+
+    fn ram_bytes(&self) -> Result<u64, BalloonError> {
+        match self.ram.bytes() {
+            0 => Err(BalloonError::NoMemory),
+            bytes => Ok(bytes),
+        }
+    }
+
+    /// Begins a round of hinting with all pages dirty, and returns its id. A round that is under way is
+    /// cancelled.
+    ///
+    /// # Errors
+    ///
+    /// If no driver is there that could answer.
+    pub fn start_hinting(&mut self) -> Result<HintId, HintingError> {
+        self.notice_new_driver();
+        self.can_hint()?;
+        let command = self.hinting.command();
+        let result = self.hinting.start(&self.ram);
+        self.issued(command, result)
+    }
+
+    /// Does what a dirty sync does to hinting: the id dies, and hints are wanted under a new one, which is
+    /// returned.
+    ///
+    /// # Errors
+    ///
+    /// If no round is under way, or no driver is there any more.
+    pub fn sync_hinting(&mut self) -> Result<HintId, HintingError> {
+        self.notice_new_driver();
+        self.can_hint()?;
+        let command = self.hinting.command();
+        let result = self.hinting.sync();
+        self.issued(command, result)
+    }
+
+    /// Hints are of no use now: config space shows STOP, and the driver keeps its blocks.
+    pub fn stop_hinting(&mut self) {
+        let changes = self.hinting.stop();
+        self.pass_on(changes);
+    }
+
+    /// Hinted blocks are of no more use: config space shows DONE, and the driver takes them back.
+    pub fn finish_hinting(&mut self) {
+        let changes = self.hinting.done();
+        self.pass_on(changes);
+    }
+
+    /// The state of hinting.
+    pub fn hinting(&self) -> HintingStatus {
+        self.hinting.status()
+    }
+
+    /// The runs of pages that hints have spared, as (guest physical address, bytes).
+    pub fn hinted_ranges(&self) -> Vec<(u64, u64)> {
+        self.hinting.clean_ranges()
+    }
+
+    /// Guest memory, to be looked at without holding the device.
+    pub fn ram(&self) -> Ram {
+        self.ram.clone()
+    }
+
+    /// The state of the connection.
+    pub fn virtio_status(&self) -> VirtioStatus {
+        let counters = self
+            .connection
+            .as_ref()
+            .map(|connection| connection.counters);
+        let counters = counters.unwrap_or_default();
+        let queues = self.negotiated.map_or_else(Vec::new, |features| {
+            present(features)
+                .zip(counters)
+                .enumerate()
+                .map(|(index, (queue, counters))| QueueStatus {
+                    queue,
+                    index,
+                    notifications: counters.notifications,
+                    requests: counters.requests,
+                })
+                .collect()
+        });
+        VirtioStatus {
+            connected: self.connection.is_some(),
+            running: self.running(),
+            offered: self.offered,
+            negotiated: self.negotiated,
+            queues,
+            pages_inflated: self.pages_inflated,
+            pages_deflated: self.pages_deflated,
+            bytes_released: self.bytes_released,
+            bytes_reported: self.bytes_reported,
+            errors: self.complaints.total(),
+            last_error: self.complaints.last().map(str::to_owned),
+        }
+    }
+
+    /// The last statistics.
+    pub fn stats(&self) -> StatsReport {
+        StatsReport {
+            values: self.stats.values().to_vec(),
+            updated: self.stats.updated(),
+            generation: self.stats.generation(),
+        }
+    }
+
+    /// Asks the driver for new statistics, and says whether that was possible.
+    pub fn ask_for_stats(&mut self) -> bool {
+        self.notice_new_driver();
+        if !self.running() {
+            return false;
+        }
+        let features = self.negotiated.unwrap_or_default();
+        let vring = Queue::Stats
+            .index(features)
+            .and_then(|index| self.connection.as_ref()?.vrings.get(index));
+        let (Some(vring), Some(head)) = (vring, self.stats.release()) else {
+            return false;
+        };
+        let asked = vring.add_used(head, 0).is_ok();
+        if asked && vring.needs_notification().unwrap_or(true) {
+            if let Err(error) = vring.signal_used_queue() {
+                tracing::debug!("the driver was not asked for statistics: {error}");
+            }
+        }
+        asked
+    }
+
+    fn can_hint(&self) -> Result<(), HintingError> {
+        if self.connection.is_none() {
+            return Err(HintingError::NoFrontEnd);
+        }
+        if !self.offered.contains(Features::FREE_PAGE_HINT) {
+            return Err(HintingError::NotOffered);
+        }
+        match self.negotiated {
+            None => return Err(HintingError::NoDriver),
+            Some(features) if !features.contains(Features::FREE_PAGE_HINT) => {
+                return Err(HintingError::NotNegotiated);
+            }
+            Some(_) => {}
+        }
+        if !self.running() {
+            return Err(HintingError::NoDriver);
+        }
+        Ok(())
+    }
+
+    /// Passes on what issuing an id has changed, also if it failed after it had ended a round.
+    fn issued(
+        &mut self,
+        before: shared_abi::command::CommandId,
+        result: Result<super::Changes, HintingError>,
+    ) -> Result<HintId, HintingError> {
+        let (changes, result) = match result {
+            Ok(changes) => (changes, Ok(())),
+            Err(error) => {
+                let changed = before != self.hinting.command();
+                (
+                    super::Changes {
+                        config: changed,
+                        phase: changed,
+                    },
+                    Err(error),
+                )
+            }
+        };
+        self.pass_on(changes);
+        result?;
+        self.hinting.phase().id().ok_or(HintingError::IdsExhausted)
+    }
+}

@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guest's memory: regions of files that the front end shares.
+//!
+//! The files are what counts. Memory that several processes map is given back to the host only by making a
+//! hole in the file; advice on one mapping frees nothing. Looking for holes goes through the file too:
+//! reading a hole through a mapping would fill it.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::ops::Range;
+
+use migration::{Region, RegionError, Regions};
+use rustix::fs::{fallocate, fstat, fstatfs, seek, FallocateFlags, SeekFrom};
+use thiserror::Error;
+use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// `f_type` of a file system of huge pages (`HUGETLBFS_MAGIC`).
+const HUGETLBFS: u64 = 0x9584_58f6;
+
+/// Unit of `st_blocks`, whatever the file system's block size is.
+const STAT_BLOCK: u64 = 512;
+
+/// Why memory could not be given back.
+#[derive(Debug, Error)]
+pub enum ReleaseError {
+    /// Some of the range is not guest memory. The rest was released.
+    #[error("{bytes:#x} bytes of the range at {start:#x} lie outside guest memory")]
+    Outside {
+        /// Guest physical address where the range starts.
+        start: u64,
+        /// How many bytes of it are not guest memory.
+        bytes: u64,
+    },
+    /// The host's file system refused.
+    #[error("the memory file has no hole at {start:#x} for {length:#x} bytes: {source}")]
+    Punch {
+        /// Guest physical address.
+        start: u64,
+        /// Bytes.
+        length: u64,
+        /// What the host says.
+        source: io::Error,
+    },
+}
+
+/// A piece of guest memory without holes, and the part of a file that it is.
+#[derive(Clone, Debug)]
+pub struct RamRegion {
+    start: u64,
+    length: u64,
+    file: Option<FileOffset>,
+    /// What the file gives back at once: the host's page size, or a huge page's.
+    granule: u64,
+}
+
+/// How much of a region, and of all guest memory, takes space on the host.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Allocated {
+    /// Start, length, and bytes that take space, of each region.
+    pub regions: Vec<(u64, u64, u64)>,
+    /// Bytes that all memory files take, each file counted once.
+    pub total: u64,
+}
+
+/// Guest memory by ascending address.
+#[derive(Clone, Debug, Default)]
+pub struct Ram {
+    regions: Vec<RamRegion>,
+}
+
+impl Ram {
+    /// The memory that a front end has shared.
+    pub fn new(memory: &GuestMemoryMmap) -> Self {
+        let regions = memory.iter().map(|region| {
+            let file = region.file_offset().cloned();
+            RamRegion {
+                start: region.start_addr().raw_value(),
+                length: region.len(),
+                granule: file.as_ref().map_or(1, granule),
+                file,
+            }
+        });
+        Self {
+            regions: regions.collect(),
+        }
+    }
+
+    /// The number of bytes.
+    pub fn bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.length).sum()
+    }
+
+    /// The regions as the migration side knows them.
+    ///
+    /// # Errors
+    ///
+    /// If they are not made of whole pages.
+    pub fn regions(&self) -> Result<Regions, RegionError> {
+        let regions: Result<Vec<_>, _> = self
+            .regions
+            .iter()
+            .map(|region| Region::new(region.start, region.length))
+            .collect();
+        Regions::new(regions?)
+    }
+
+    /// The number of regions.
+    pub fn regions_len(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// Whether `other` lies at the same addresses.
+    pub fn same_layout(&self, other: &Self) -> bool {
+        let layout = |ram: &Self| -> Vec<(u64, u64)> {
+            ram.regions
+                .iter()
+                .map(|region| (region.start, region.length))
+                .collect()
+        };
+        layout(self) == layout(other)
+    }
+
+    /// Gives the memory at the guest physical addresses `range` back to the host, and returns how many bytes
+    /// were. It reads as zeros from then on, and takes space again when it is written.
+    ///
+    /// Only what the host can free as a whole is touched: of a host page that `range` covers in part, nothing
+    /// changes. Memory that is free already counts as freed.
+    ///
+    /// # Errors
+    ///
+    /// If part of the range is outside guest memory (the rest is released), or if the host refuses.
+    pub fn release(&self, range: Range<u64>) -> Result<u64, ReleaseError> {
+        let (mut released, mut inside) = (0, 0);
+        for region in &self.regions {
+            let start = range.start.max(region.start);
+            let end = range.end.min(region.start.saturating_add(region.length));
+            let Some(length) = end.checked_sub(start).filter(|length| *length > 0) else {
+                continue;
+            };
+            inside += length;
+            released += region
+                .release(start - region.start, length)
+                .map_err(|source| ReleaseError::Punch {
+                    start,
+                    length,
+                    source,
+                })?;
+        }
+        let bytes = range.end.saturating_sub(range.start).saturating_sub(inside);
+        if bytes > 0 {
+            return Err(ReleaseError::Outside {
+                start: range.start,
+                bytes,
+            });
+        }
+        Ok(released)
+    }
+
+    /// How much space guest memory takes on the host.
+    ///
+    /// # Errors
+    ///
+    /// If a memory file cannot be asked.
+    pub fn allocated(&self) -> io::Result<Allocated> {
+        let mut files = BTreeSet::new();
+        let mut allocated = Allocated::default();
+        for region in &self.regions {
+            let bytes = region.allocated()?;
+            allocated.regions.push((region.start, region.length, bytes));
+            if let Some(file) = &region.file {
+                let stat = fstat(file.file())?;
+                if files.insert((stat.st_dev, stat.st_ino)) {
+                    let blocks = u64::try_from(stat.st_blocks).unwrap_or(0);
+                    allocated.total += blocks.saturating_mul(STAT_BLOCK);
+                }
+            }
+        }
+        Ok(allocated)
+    }
+}
+
+impl RamRegion {
+    /// Frees the whole granules among `length` bytes from `offset` on, which must be in the region.
+    fn release(&self, offset: u64, length: u64) -> io::Result<u64> {
+        let Some(file) = &self.file else {
+            return Ok(0);
+        };
+        let first = file.start().saturating_add(offset);
+        let end = first.saturating_add(length) / self.granule * self.granule;
+        let first = first.next_multiple_of(self.granule);
+        let Some(length) = end.checked_sub(first).filter(|length| *length > 0) else {
+            return Ok(0);
+        };
+        fallocate(
+            file.file(),
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            first,
+            length,
+        )?;
+        Ok(length)
+    }
+
+    /// Bytes of the region that are not holes.
+    fn allocated(&self) -> io::Result<u64> {
+        let Some(file) = &self.file else {
+            return Ok(self.length);
+        };
+        let (mut at, end) = (file.start(), file.start().saturating_add(self.length));
+        let mut bytes = 0;
+        while at < end {
+            let data = match seek(file.file(), SeekFrom::Data(at)) {
+                Ok(data) => data,
+                // No data up to the end of the file.
+                Err(rustix::io::Errno::NXIO) => break,
+                Err(error) => return Err(error.into()),
+            };
+            if data >= end {
+                break;
+            }
+            let hole = seek(file.file(), SeekFrom::Hole(data))?.min(end);
+            bytes += hole.saturating_sub(data);
+            if hole <= at {
+                break;
+            }
+            at = hole;
+        }
+        Ok(bytes)
+    }
+}
+
+/// The least that a hole in `file` frees, in bytes.
+fn granule(file: &FileOffset) -> u64 {
+    let page = rustix::param::page_size() as u64;
+    match fstatfs(file.file()) {
+        Ok(stat) if stat.f_type as u64 & 0xffff_ffff == HUGETLBFS => {
+            u64::try_from(stat.f_bsize).unwrap_or(page).max(page)
+        }
+        _ => page,
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::fs::File;
+
+    use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    /// A memory file of `length` bytes.
+    pub(crate) fn memfd(length: u64) -> File {
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&file, length).unwrap();
+        file
+    }
+
+    /// Guest memory of regions (start, length, offset in the file) in one memory file, all of it written.
+    pub(crate) fn guest(regions: &[(u64, u64, u64)]) -> GuestMemoryMmap {
+        let file = memfd(
+            regions
+                .iter()
+                .map(|(_, length, offset)| length + offset)
+                .max()
+                .unwrap(),
+        );
+        let ranges: Vec<_> = regions
+            .iter()
+            .map(|(start, length, offset)| {
+                let file = FileOffset::new(file.try_clone().unwrap(), *offset);
+                (GuestAddress(*start), *length as usize, Some(file))
+            })
+            .collect();
+        let memory = GuestMemoryMmap::from_ranges_with_files(ranges).unwrap();
+        for (start, length, _) in regions {
+            memory
+                .write_slice(&vec![0x5a; *length as usize], GuestAddress(*start))
+                .unwrap();
+        }
+        memory
+    }
+
+    #[test]
+    fn release_frees_whole_pages_at_the_right_offset() {
+        // As user-mode Linux has it: a region at an odd address, whose file begins before it.
+        let memory = guest(&[(0x3e_f000, 0x10_0000, 0x3e_f000)]);
+        let ram = Ram::new(&memory);
+        assert_eq!(ram.allocated().unwrap().total, 0x10_0000);
+
+        assert_eq!(ram.release(0x3f_0000..0x3f_4000).unwrap(), 0x4000);
+        // The pages at both ends are covered in part only.
+        assert_eq!(ram.release(0x40_0800..0x40_2800).unwrap(), 0x1000);
+        assert_eq!(ram.release(0x41_0001..0x41_0fff).unwrap(), 0);
+
+        let allocated = ram.allocated().unwrap();
+        assert_eq!(allocated.total, 0x10_0000 - 0x5000);
+        assert_eq!(
+            allocated.regions,
+            [(0x3e_f000, 0x10_0000, 0x10_0000 - 0x5000)]
+        );
+        let byte = |at| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
+        assert_eq!(
+            (
+                byte(0x3e_ffff),
+                byte(0x3f_0000),
+                byte(0x3f_3fff),
+                byte(0x3f_4000)
+            ),
+            (0x5a, 0, 0, 0x5a)
+        );
+        assert_eq!(
+            (byte(0x40_0fff), byte(0x40_1000), byte(0x40_2000)),
+            (0x5a, 0, 0x5a)
+        );
+    }
+
+    #[test]
+    fn release_clamps_to_guest_memory_and_says_so() {
+        let memory = guest(&[(0x1000, 0x4000, 0x4000), (0x8000, 0x4000, 0)]);
+        let ram = Ram::new(&memory);
+        assert!(matches!(
+            ram.release(0x4000..0x9000),
+            Err(ReleaseError::Outside {
+                start: 0x4000,
+                bytes: 0x3000
+            })
+        ));
+        assert!(matches!(
+            ram.release(0x10_0000..0x10_1000),
+            Err(ReleaseError::Outside { .. })
+        ));
+        assert!(matches!(
+            ram.release(u64::MAX - 0xfff..u64::MAX),
+            Err(ReleaseError::Outside { .. })
+        ));
+        let allocated = ram.allocated().unwrap();
+        assert_eq!(
+            allocated.regions,
+            [(0x1000, 0x4000, 0x3000), (0x8000, 0x4000, 0x3000)]
+        );
+        // Two regions of one file: the file counts once.
+        assert_eq!(allocated.total, 0x6000);
+    }
+}

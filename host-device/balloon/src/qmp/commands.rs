@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The commands.
+
+use std::thread;
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use serde::de::DeserializeOwned;
+use serde::Deserialize;
+use serde_json::{json, Map, Value};
+use shared_abi::features::Features;
+use thiserror::Error;
+
+use super::Target;
+use crate::device::hinting::HintingError;
+use crate::device::{phase_name, BalloonError, Device, StatsReport};
+use crate::lock;
+
+/// How long `query-guest-stats` waits for the guest.
+const STATS_LIMIT: Duration = Duration::from_secs(1);
+
+/// Why a command was not done.
+#[derive(Debug, Error)]
+pub enum CommandError {
+    /// No such command.
+    #[error("The command {0} has not been found")]
+    NotFound(String),
+    /// The operator has not said `qmp_capabilities`.
+    #[error("Expecting capabilities negotiation with 'qmp_capabilities'")]
+    NotNegotiated,
+    /// It has said it already.
+    #[error("Capabilities negotiation is already complete, command ignored")]
+    NegotiatedAlready,
+    /// The arguments are not those of the command.
+    #[error("the arguments are wrong: {0}")]
+    Arguments(#[from] serde_json::Error),
+    /// A capability that is not offered.
+    #[error("Capability '{0}' is not available")]
+    Capability(String),
+    /// See [`BalloonError`].
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
+    /// See [`HintingError`].
+    #[error(transparent)]
+    Hinting(#[from] HintingError),
+    /// The memory files cannot be asked.
+    #[error("the guest's memory files cannot be examined: {0}")]
+    Memory(std::io::Error),
+    /// There are no statistics.
+    #[error("the guest gives no statistics: its driver has not accepted VIRTIO_BALLOON_F_STATS_VQ, or has not sent any yet")]
+    NoStats,
+}
+
+impl CommandError {
+    /// The class in QMP's sense.
+    pub fn class(&self) -> &'static str {
+        match self {
+            Self::NotFound(_) | Self::NotNegotiated | Self::NegotiatedAlready => "CommandNotFound",
+            _ => "GenericError",
+        }
+    }
+}
+
+type Command = fn(&Target, Option<&Value>) -> Result<Value, CommandError>;
+
+/// What `query-commands` lists, but for those that the protocol itself serves.
+const COMMANDS: [(&str, Command); 13] = [
+    ("balloon", balloon),
+    ("query-balloon", query_balloon),
+    ("query-commands", query_commands),
+    ("free-page-hint-start", hint_start),
+    ("free-page-hint-stop", hint_stop),
+    ("free-page-hint-done", hint_done),
+    ("free-page-hint-sync", hint_sync),
+    ("query-free-page-hint", query_hint),
+    ("query-hinted-ranges", query_hinted_ranges),
+    ("query-guest-memory", query_guest_memory),
+    ("query-virtio-status", query_virtio_status),
+    ("query-guest-stats", query_guest_stats),
+    ("query-version", query_version),
+];
+
+/// Does the command `name`.
+///
+/// # Errors
+///
+/// See [`CommandError`].
+pub fn execute(
+    target: &Target,
+    name: &str,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    match COMMANDS.iter().find(|(known, _)| *known == name) {
+        Some((_, command)) => command(target, arguments),
+        None => Err(CommandError::NotFound(name.chars().take(64).collect())),
+    }
+}
+
+/// Checks the arguments of `qmp_capabilities`: no capability is offered.
+///
+/// # Errors
+///
+/// If one is asked for.
+pub fn capabilities(arguments: Option<&Value>) -> Result<(), CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        #[serde(default)]
+        enable: Vec<String>,
+    }
+    let arguments: Arguments = parse(arguments)?;
+    match arguments.enable.into_iter().next() {
+        Some(capability) => Err(CommandError::Capability(capability)),
+        None => Ok(()),
+    }
+}
+
+fn parse<T: DeserializeOwned>(arguments: Option<&Value>) -> Result<T, CommandError> {
+    let arguments = arguments
+        .cloned()
+        .unwrap_or_else(|| Value::Object(Map::new()));
+    Ok(serde_json::from_value(arguments)?)
+}
+
+/// Checks that there are no arguments.
+///
+/// # Errors
+///
+/// If there are.
+pub fn no_arguments(arguments: Option<&Value>) -> Result<(), CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct None {}
+    parse::<None>(arguments).map(|None {}| ())
+}
+
+fn balloon(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        value: u64,
+    }
+    let Arguments { value } = parse(arguments)?;
+    lock(&target.device).set_target(value)?;
+    Ok(json!({}))
+}
+
+fn query_balloon(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    Ok(json!({ "actual": lock(&target.device).balloon()? }))
+}
+
+fn query_commands(_: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    let names = COMMANDS.iter().map(|(name, _)| *name);
+    Ok(names
+        .chain(["qmp_capabilities", "quit"])
+        .map(|name| json!({ "name": name }))
+        .collect())
+}
+
+fn query_version(_: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    Ok(json!({ "vhost-device-balloon": env!("CARGO_PKG_VERSION"), "package": "" }))
+}
+
+fn hint_start(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    let id = lock(&target.device).start_hinting()?;
+    Ok(json!({ "id": id.number() }))
+}
+
+fn hint_sync(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    let id = lock(&target.device).sync_hinting()?;
+    Ok(json!({ "id": id.number() }))
+}
+
+fn hint_stop(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    lock(&target.device).stop_hinting();
+    Ok(json!({}))
+}
+
+fn hint_done(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    lock(&target.device).finish_hinting();
+    Ok(json!({}))
+}
+
+fn query_hint(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    let status = lock(&target.device).hinting();
+    let mut answer = json!({
+        "status": phase_name(status.phase),
+        "blocks": status.blocks,
+        "bytes": status.bytes,
+        "pages-cleared": status.pages_cleared,
+        "pages-total": status.pages_total,
+        "pages-dirty": status.pages_dirty,
+        "duration-us": u64::try_from(status.duration.as_micros()).unwrap_or(u64::MAX),
+        "ignored-blocks": status.ignored_blocks,
+        "stale-commands": status.stale_commands,
+    });
+    if let (Some(id), Some(answer)) = (status.id, answer.as_object_mut()) {
+        answer.insert("id".into(), id.number().into());
+    }
+    Ok(answer)
+}
+
+fn query_hinted_ranges(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    let ranges = lock(&target.device).hinted_ranges();
+    Ok(ranges
+        .into_iter()
+        .map(|(start, length)| json!({ "start": start, "length": length }))
+        .collect())
+}
+
+fn query_guest_memory(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    let ram = lock(&target.device).ram();
+    let allocated = ram.allocated().map_err(CommandError::Memory)?;
+    let regions: Vec<Value> = allocated
+        .regions
+        .iter()
+        .map(|(start, length, bytes)| {
+            json!({ "start": start, "length": length, "allocated": bytes })
+        })
+        .collect();
+    Ok(json!({ "regions": regions, "allocated": allocated.total }))
+}
+
+fn query_virtio_status(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    let status = lock(&target.device).virtio_status();
+    let names = |features: Features| features.names().collect::<Vec<_>>();
+    let queues: Vec<Value> = status
+        .queues
+        .iter()
+        .map(|queue| {
+            json!({
+                "name": queue.queue.name(),
+                "index": queue.index,
+                "notifications": queue.notifications,
+                "requests": queue.requests,
+            })
+        })
+        .collect();
+    let state = match (status.connected, status.running) {
+        (false, _) => "no-front-end",
+        (true, false) => "no-driver",
+        (true, true) => "running",
+    };
+    Ok(json!({
+        "connected": status.connected,
+        "status": state,
+        "offered-features": names(status.offered),
+        "negotiated-features": names(status.negotiated.unwrap_or_default()),
+        "queues": queues,
+        "pages-inflated": status.pages_inflated,
+        "pages-deflated": status.pages_deflated,
+        "bytes-released": status.bytes_released,
+        "bytes-reported": status.bytes_reported,
+        "errors": status.errors,
+        "last-error": status.last_error,
+    }))
+}
+
+/// Asks the guest, and waits a little for its answer. Without one the last statistics are given: their age
+/// shows.
+fn query_guest_stats(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    let (before, asked) = {
+        let mut device = lock(&target.device);
+        (device.stats().generation, device.ask_for_stats())
+    };
+    let report = wait_for_stats(&target.device, before, asked);
+    let Some(updated) = report.updated else {
+        return Err(CommandError::NoStats);
+    };
+    let values: Map<String, Value> = report
+        .values
+        .iter()
+        .map(|(tag, value)| (tag.qemu_name().to_owned(), (*value).into()))
+        .collect();
+    let updated = updated.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Ok(json!({ "stats": values, "last-update": updated.as_secs() }))
+}
+
+fn wait_for_stats(device: &std::sync::Mutex<Device>, before: u64, asked: bool) -> StatsReport {
+    let limit = Instant::now() + STATS_LIMIT;
+    loop {
+        let report = lock(device).stats();
+        if !asked || report.generation != before || Instant::now() >= limit {
+            return report;
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Cutting a stream of bytes into JSON objects.
+//!
+//! QMP does not care about lines: objects follow each other with or without space, and may span lines. Only
+//! the extent of an object is found here, from braces and strings; whether it is proper JSON is for the
+//! parser to say.
+
+use std::io::{self, BufRead, BufReader, Read};
+
+use thiserror::Error;
+
+/// The longest command, in bytes.
+pub const MAX_FRAME: usize = 64 * 1024;
+
+/// Why there is no object.
+#[derive(Debug, Error)]
+pub enum FrameError {
+    /// Something that does not begin with a brace. It was skipped up to the end of its line.
+    #[error("an object was expected")]
+    Garbage,
+    /// The object is too long. The rest of the stream is of no use.
+    #[error("the command is longer than {MAX_FRAME} bytes")]
+    TooLong,
+    /// The stream failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// JSON objects from a stream.
+#[derive(Debug)]
+pub struct Frames<R> {
+    stream: BufReader<R>,
+}
+
+impl<R: Read> Frames<R> {
+    /// Reads from `stream`.
+    pub fn new(stream: R) -> Self {
+        Self {
+            stream: BufReader::new(stream),
+        }
+    }
+
+    /// The bytes of the next object, or `None` at the end of the stream. An object that the end cuts off is
+    /// none.
+    ///
+    /// # Errors
+    ///
+    /// See [`FrameError`].
+    pub fn next(&mut self) -> Result<Option<Vec<u8>>, FrameError> {
+        let mut frame = Vec::new();
+        let mut garbage = false;
+        let (mut depth, mut string, mut escaped) = (0usize, false, false);
+        loop {
+            let bytes = match self.stream.fill_buf() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                other => other?,
+            };
+            if bytes.is_empty() {
+                return if garbage {
+                    Err(FrameError::Garbage)
+                } else {
+                    Ok(None)
+                };
+            }
+            let mut used = 0;
+            let mut complete = false;
+            for byte in bytes {
+                used += 1;
+                if frame.is_empty() {
+                    match byte {
+                        b'\n' if garbage => {
+                            self.stream.consume(used);
+                            return Err(FrameError::Garbage);
+                        }
+                        _ if garbage || byte.is_ascii_whitespace() => continue,
+                        b'{' => {}
+                        _ => {
+                            garbage = true;
+                            continue;
+                        }
+                    }
+                }
+                if frame.len() == MAX_FRAME {
+                    return Err(FrameError::TooLong);
+                }
+                frame.push(*byte);
+                match (string, escaped, byte) {
+                    (true, true, _) => escaped = false,
+                    (true, false, b'\\') => escaped = true,
+                    (_, false, b'"') => string = !string,
+                    (false, _, b'{' | b'[') => depth += 1,
+                    (false, _, b'}' | b']') => depth = depth.saturating_sub(1),
+                    _ => {}
+                }
+                if depth == 0 {
+                    complete = true;
+                    break;
+                }
+            }
+            self.stream.consume(used);
+            if complete {
+                return Ok(Some(frame));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn all(input: &[u8]) -> Vec<Result<String, FrameError>> {
+        let mut frames = Frames::new(input);
+        let mut found = Vec::new();
+        loop {
+            match frames.next() {
+                Ok(None) => return found,
+                Ok(Some(frame)) => found.push(Ok(String::from_utf8(frame).unwrap())),
+                Err(error) => {
+                    let last = matches!(error, FrameError::TooLong);
+                    found.push(Err(error));
+                    if last {
+                        return found;
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn objects_need_no_lines() {
+        let found: Vec<_> = all(b" {\"a\":\n{\"b\":[1]}}{\"c\":\"}{\\\"\"}\r\n\r\n{} {\"cut")
+            .into_iter()
+            .map(Result::unwrap)
+            .collect();
+        assert_eq!(found, ["{\"a\":\n{\"b\":[1]}}", "{\"c\":\"}{\\\"\"}", "{}"]);
+    }
+
+    #[test]
+    fn garbage_ends_with_its_line() {
+        let found = all(b"hello {\"a\":1}\n{\"b\":2}\n17");
+        assert!(matches!(found[0], Err(FrameError::Garbage)));
+        assert_eq!(*found[1].as_ref().unwrap(), "{\"b\":2}");
+        assert!(matches!(found[2], Err(FrameError::Garbage)));
+    }
+
+    #[test]
+    fn oversized_objects_are_refused() {
+        let mut input = b"{\"a\":\"".to_vec();
+        input.resize(MAX_FRAME + 1, b'x');
+        assert!(matches!(all(&input)[..], [Err(FrameError::TooLong)]));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_come_to_an_end(input in prop::collection::vec(prop_oneof![
+            any::<u8>(), Just(b'{'), Just(b'}'), Just(b'"'), Just(b'\\'), Just(b'\n')], 0..300)) {
+            let frames: usize = all(&input).iter().filter_map(|frame| frame.as_ref().ok()).map(String::len).sum();
+            prop_assert!(frames <= input.len());
+        }
+    }
+}

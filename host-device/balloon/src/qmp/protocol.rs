@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The conversation with one operator: greeting, negotiation, commands, answers.
+
+use std::sync::mpsc::SyncSender;
+
+use serde::Deserialize;
+use serde_json::{json, Value};
+
+use super::commands::{self, CommandError};
+use super::Target;
+
+/// A command as it comes.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Request {
+    execute: String,
+    #[serde(default)]
+    arguments: Option<Value>,
+    #[serde(default)]
+    id: Option<Value>,
+}
+
+/// What the operator hears first.
+pub fn greeting() -> String {
+    json!({
+        "QMP": {
+            "version": { "vhost-device-balloon": env!("CARGO_PKG_VERSION"), "package": "" },
+            "capabilities": [],
+        },
+    })
+    .to_string()
+}
+
+/// An error answer.
+pub fn error(id: Option<&Value>, class: &str, desc: &str) -> String {
+    with_id(json!({ "error": { "class": class, "desc": desc } }), id)
+}
+
+fn with_id(mut answer: Value, id: Option<&Value>) -> String {
+    if let (Some(id), Some(answer)) = (id, answer.as_object_mut()) {
+        answer.insert("id".into(), id.clone());
+    }
+    answer.to_string()
+}
+
+/// One operator's state.
+pub struct Conversation<'a> {
+    target: &'a Target,
+    negotiated: bool,
+    quits: bool,
+}
+
+impl<'a> Conversation<'a> {
+    /// Before `qmp_capabilities`.
+    pub fn new(target: &'a Target) -> Self {
+        Self {
+            target,
+            negotiated: false,
+            quits: false,
+        }
+    }
+
+    /// Whether the operator has asked for the end of the program.
+    pub fn quits(&self) -> bool {
+        self.quits
+    }
+
+    /// The answer to the command in `frame`. Events go to `lines` once the operator has negotiated.
+    pub fn answer(&mut self, frame: &[u8], lines: &SyncSender<String>) -> String {
+        let value: Value = match serde_json::from_slice(frame) {
+            Ok(value) => value,
+            Err(why) => return error(None, "GenericError", &format!("JSON parse error, {why}")),
+        };
+        let id = value.get("id").cloned();
+        let request = match Request::deserialize(value) {
+            Ok(request) => request,
+            Err(why) => {
+                return error(
+                    id.as_ref(),
+                    "GenericError",
+                    &format!("QMP input is wrong: {why}"),
+                )
+            }
+        };
+        match self.execute(&request, lines) {
+            Ok(value) => with_id(json!({ "return": value }), request.id.as_ref()),
+            Err(why) => error(request.id.as_ref(), why.class(), &why.to_string()),
+        }
+    }
+
+    fn execute(
+        &mut self,
+        request: &Request,
+        lines: &SyncSender<String>,
+    ) -> Result<Value, CommandError> {
+        match (request.execute.as_str(), self.negotiated) {
+            ("qmp_capabilities", false) => {
+                commands::capabilities(request.arguments.as_ref())?;
+                self.negotiated = true;
+                self.target.events.listen(lines.clone());
+                Ok(json!({}))
+            }
+            ("qmp_capabilities", true) => Err(CommandError::NegotiatedAlready),
+            (_, false) => Err(CommandError::NotNegotiated),
+            ("quit", true) => {
+                commands::no_arguments(request.arguments.as_ref())?;
+                self.quits = true;
+                Ok(json!({}))
+            }
+            (name, true) => commands::execute(self.target, name, request.arguments.as_ref()),
+        }
+    }
+}

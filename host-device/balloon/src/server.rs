@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The two sockets: who may connect, and when the program ends.
+
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use rustix::event::{poll, PollFd, PollFlags};
+use rustix::net::RecvFlags;
+use shared_abi::features::Features;
+use thiserror::Error;
+use tracing::{debug, info, warn};
+
+use crate::device::Device;
+use crate::events::Events;
+use crate::qmp::{Operators, Target};
+use crate::session::{Ended, Session, SessionError};
+use crate::socket::{Listening, SocketError};
+
+/// What to serve, and where.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where the front end connects.
+    pub socket_path: PathBuf,
+    /// Where operators connect.
+    pub qmp_socket: Option<PathBuf>,
+    /// What the device offers.
+    pub features: Features,
+    /// Whether to wait for the next front end when one has gone.
+    pub persistent: bool,
+}
+
+/// Why the program cannot go on.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// A socket cannot be listened at.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The front end broke the protocol.
+    #[error("{0}")]
+    FrontEnd(String),
+    /// A front end cannot be served.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// The host refused something.
+    #[error("the sockets cannot be watched: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Why the program has ended.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Exit {
+    /// It was told to.
+    Stopped,
+    /// The front end has gone.
+    FrontEndGone(Ended),
+}
+
+/// Ends a server, also from another thread.
+#[derive(Debug)]
+pub struct Stopper(UnixStream);
+
+impl Stopper {
+    /// Ends the server.
+    pub fn stop(&self) {
+        // Fails if the server has ended, or if it was told so many times that it knows.
+        let _ = (&self.0).write(&[STOP]);
+    }
+
+    /// A stream that ends the server when anything but 0 is written to it.
+    pub fn into_stream(self) -> UnixStream {
+        self.0
+    }
+}
+
+/// Not [`STOP`]: the session has ended.
+const SESSION_ENDED: u8 = 0;
+const STOP: u8 = 1;
+
+/// The program between its start and its end. Its sockets exist as long as it does.
+pub struct Server {
+    options: Options,
+    front_ends: Listening,
+    operators_socket: Option<Listening>,
+    operators: Operators,
+    device: Arc<Mutex<Device>>,
+    /// What other threads write to, and this one reads.
+    wake: (UnixStream, UnixStream),
+    session: Option<Session>,
+    /// A connection that has not said anything yet.
+    silent: Option<UnixStream>,
+}
+
+impl Server {
+    /// Listens at the sockets.
+    ///
+    /// # Errors
+    ///
+    /// If one is in use, or the host refuses.
+    pub fn bind(options: Options) -> Result<Self, ServerError> {
+        let front_ends = Listening::bind(&options.socket_path)?;
+        let operators_socket = options
+            .qmp_socket
+            .as_deref()
+            .map(Listening::bind)
+            .transpose()?;
+        let wake = UnixStream::pair()?;
+        wake.0.set_nonblocking(true)?;
+        wake.1.set_nonblocking(true)?;
+        let events = Arc::new(Events::default());
+        let device = Arc::new(Mutex::new(Device::new(options.features, events.clone())));
+        let stopper = Stopper(wake.1.try_clone()?);
+        let operators = Operators::new(Target {
+            device: device.clone(),
+            events,
+            quit: Box::new(move || stopper.stop()),
+        });
+        info!(
+            "listening at {} with {}",
+            front_ends.path().display(),
+            if options.features.is_empty() {
+                "no features".into()
+            } else {
+                options.features.to_string()
+            }
+        );
+        if let Some(socket) = &operators_socket {
+            info!("operators are welcome at {}", socket.path().display());
+        }
+        Ok(Self {
+            options,
+            front_ends,
+            operators_socket,
+            operators,
+            device,
+            wake,
+            session: None,
+            silent: None,
+        })
+    }
+
+    /// The means to end the server.
+    ///
+    /// # Errors
+    ///
+    /// If the host has no descriptors left.
+    pub fn stopper(&self) -> io::Result<Stopper> {
+        Ok(Stopper(self.wake.1.try_clone()?))
+    }
+
+    /// Serves until it is told to end, or the front end has gone. Both sockets are removed then.
+    ///
+    /// # Errors
+    ///
+    /// If the front end broke the protocol, or the host refuses something.
+    pub fn run(mut self) -> Result<Exit, ServerError> {
+        let result = self.serve();
+        if let Some(session) = self.session.take() {
+            session.close();
+            session.join();
+        }
+        self.operators.close();
+        result
+    }
+
+    fn serve(&mut self) -> Result<Exit, ServerError> {
+        loop {
+            let ready = self.wait()?;
+            if ready.wake {
+                let mut words = [0; 64];
+                let count = match (&self.wake.0).read(&mut words) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                    other => other?,
+                };
+                let words = words.get(..count).unwrap_or_default();
+                if words.iter().any(|word| *word != SESSION_ENDED) {
+                    info!("told to end");
+                    return Ok(Exit::Stopped);
+                }
+                if let Some(exit) = self.session_ended()? {
+                    return Ok(exit);
+                }
+            }
+            if ready.silent {
+                self.silent_spoke()?;
+            }
+            if ready.front_ends {
+                while let Some(stream) = self.front_ends.accept() {
+                    self.front_end_came(stream);
+                }
+            }
+            if ready.operators {
+                while let Some(stream) = self.operators_socket.as_ref().and_then(Listening::accept)
+                {
+                    self.operators.serve(stream);
+                }
+            }
+        }
+    }
+
+    /// Sleeps until something happens.
+    fn wait(&self) -> io::Result<Ready> {
+        let mut fds = vec![
+            PollFd::new(&self.wake.0, PollFlags::IN),
+            PollFd::new(&self.front_ends, PollFlags::IN),
+        ];
+        // Where there is none, a descriptor stands in that is asked for nothing.
+        let silent = self.silent.as_ref().map(AsFd::as_fd);
+        let operators = self.operators_socket.as_ref().map(AsFd::as_fd);
+        for fd in [silent, operators] {
+            let flags = if fd.is_some() {
+                PollFlags::IN
+            } else {
+                PollFlags::empty()
+            };
+            fds.push(PollFd::from_borrowed_fd(
+                fd.unwrap_or(self.front_ends.as_fd()),
+                flags,
+            ));
+        }
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let happened = |index: usize| {
+            fds.get(index)
+                .is_some_and(|fd: &PollFd<'_>| !fd.revents().is_empty())
+        };
+        Ok(Ready {
+            wake: happened(0),
+            front_ends: happened(1),
+            silent: happened(2) && self.silent.is_some(),
+            operators: happened(3) && self.operators_socket.is_some(),
+        })
+    }
+
+    /// Somebody connected. It is the front end if nobody else is, and once it has said something: whoever only
+    /// looks whether the socket is alive is none.
+    fn front_end_came(&mut self, stream: UnixStream) {
+        if self.session.is_some() || self.silent.is_some() {
+            warn!(
+                "a second front end was refused at {}: one is connected, and a balloon serves one guest; start \
+                 another vhost-device-balloon with a socket of its own",
+                self.options.socket_path.display()
+            );
+            return;
+        }
+        self.silent = Some(stream);
+    }
+
+    fn silent_spoke(&mut self) -> Result<(), ServerError> {
+        let Some(stream) = self.silent.take() else {
+            return Ok(());
+        };
+        let mut byte = [0u8];
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(&stream, &mut byte, flags) {
+            Ok((0, _)) | Err(rustix::io::Errno::CONNRESET) => {
+                debug!("somebody connected and said nothing");
+                return Ok(());
+            }
+            Err(rustix::io::Errno::AGAIN) => {
+                self.silent = Some(stream);
+                return Ok(());
+            }
+            Ok(_) | Err(_) => {}
+        }
+        stream.set_nonblocking(false)?;
+        info!("a front end has connected");
+        let wake = self.wake.1.try_clone()?;
+        self.session = Some(Session::start(stream, self.device.clone(), move || {
+            let _ = (&wake).write(&[SESSION_ENDED]);
+        })?);
+        Ok(())
+    }
+
+    /// The front end has gone. Says whether the program ends.
+    fn session_ended(&mut self) -> Result<Option<Exit>, ServerError> {
+        let Some(session) = self.session.take() else {
+            return Ok(None);
+        };
+        let ended = session.join();
+        if self.options.persistent {
+            warn!("{}; waiting for the next front end", ended.reason);
+            return Ok(None);
+        }
+        if ended.broken {
+            return Err(ServerError::FrontEnd(ended.reason));
+        }
+        info!("ends, because {}", ended.reason);
+        Ok(Some(Exit::FrontEndGone(ended)))
+    }
+}
+
+/// What has happened.
+struct Ready {
+    wake: bool,
+    front_ends: bool,
+    silent: bool,
+    operators: bool,
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Listening sockets in the file system that neither steal a living process's place nor stay behind.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+use tracing::{info, warn};
+
+/// Why nobody can listen at a path.
+#[derive(Debug, Error)]
+pub enum SocketError {
+    /// Another process listens there.
+    #[error("{path} is in use by a running process: end it, or choose another path")]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// What is there is not a socket, and is not touched.
+    #[error("{path} exists and is not a socket: remove it, or choose another path")]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The host refused.
+    #[error("cannot listen at {path}: {source}")]
+    Bind {
+        /// The path.
+        path: PathBuf,
+        /// What the host says.
+        source: io::Error,
+    },
+}
+
+/// A socket that listens at a path, and takes the path away when it is dropped.
+#[derive(Debug)]
+pub struct Listening {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the socket file: another process may have put its own there since.
+    file: Option<(u64, u64)>,
+}
+
+impl Listening {
+    /// Listens at `path`. A socket that a dead process left there is replaced.
+    ///
+    /// # Errors
+    ///
+    /// If a process listens there, if there is something else, or if the host refuses.
+    pub fn bind(path: &Path) -> Result<Self, SocketError> {
+        let bind = |source| SocketError::Bind {
+            path: path.into(),
+            source,
+        };
+        let listener = match UnixListener::bind(path) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                remove_stale(path)?;
+                UnixListener::bind(path).map_err(bind)?
+            }
+            other => other.map_err(bind)?,
+        };
+        listener.set_nonblocking(true).map_err(bind)?;
+        Ok(Self {
+            listener,
+            path: path.into(),
+            file: identity(path),
+        })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The next connection, if one waits.
+    pub fn accept(&self) -> Option<UnixStream> {
+        match self.listener.accept() {
+            Ok((stream, _)) => Some(stream),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+            Err(error) => {
+                warn!("a connection at {} failed: {error}", self.path.display());
+                None
+            }
+        }
+    }
+}
+
+impl AsFd for Listening {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        if self.file.is_some() && self.file == identity(&self.path) {
+            if let Err(error) = fs::remove_file(&self.path) {
+                warn!("{} stays behind: {error}", self.path.display());
+            }
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+fn remove_stale(path: &Path) -> Result<(), SocketError> {
+    let bind = |source| SocketError::Bind {
+        path: path.into(),
+        source,
+    };
+    let metadata = fs::symlink_metadata(path).map_err(bind)?;
+    if !metadata.file_type().is_socket() {
+        return Err(SocketError::NotASocket { path: path.into() });
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {}
+        _ => return Err(SocketError::InUse { path: path.into() }),
+    }
+    info!(
+        "{} was left behind by a process that has ended: replaced",
+        path.display()
+    );
+    fs::remove_file(path).map_err(bind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn r13_a_living_listener_keeps_its_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let first = Listening::bind(&path).unwrap();
+        assert!(matches!(
+            Listening::bind(&path),
+            Err(SocketError::InUse { .. })
+        ));
+        drop(first);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn r13_a_dead_listeners_path_is_taken_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let listening = Listening::bind(&path).unwrap();
+        assert!(UnixStream::connect(listening.path()).is_ok());
+    }
+
+    #[test]
+    fn r13_what_is_no_socket_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(
+            Listening::bind(&path),
+            Err(SocketError::NotASocket { .. })
+        ));
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn r13_only_the_own_path_is_taken_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let first = Listening::bind(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists());
+    }
+}
