@@ -9,6 +9,7 @@ use serde_json::{json, Value};
 
 use super::commands::{self, CommandError};
 use super::Target;
+use crate::events::Listening;
 
 /// A command as it comes.
 #[derive(Debug, Deserialize)]
@@ -47,7 +48,8 @@ fn with_id(mut answer: Value, id: Option<&Value>) -> String {
 /// One operator's state.
 pub struct Conversation<'a> {
     target: &'a Target,
-    negotiated: bool,
+    /// There once the operator has negotiated.
+    events: Option<Listening>,
     quits: bool,
 }
 
@@ -56,7 +58,7 @@ impl<'a> Conversation<'a> {
     pub fn new(target: &'a Target) -> Self {
         Self {
             target,
-            negotiated: false,
+            events: None,
             quits: false,
         }
     }
@@ -94,11 +96,10 @@ impl<'a> Conversation<'a> {
         request: &Request,
         lines: &SyncSender<String>,
     ) -> Result<Value, CommandError> {
-        match (request.execute.as_str(), self.negotiated) {
+        match (request.execute.as_str(), self.events.is_some()) {
             ("qmp_capabilities", false) => {
                 commands::capabilities(request.arguments.as_ref())?;
-                self.negotiated = true;
-                self.target.events.listen(lines.clone());
+                self.events = Some(self.target.events.listen(lines.clone()));
                 Ok(json!({}))
             }
             ("qmp_capabilities", true) => Err(CommandError::NegotiatedAlready),
