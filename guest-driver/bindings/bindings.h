@@ -9,6 +9,7 @@
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #include <linux/virtio_ring.h>
+#include <uapi/linux/virtio_balloon.h>
 #include <uapi/linux/virtio_ids.h>
 
 #include "virtio_helpers.h"

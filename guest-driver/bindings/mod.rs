@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Bindings to the kernel headers that [`kernel::bindings`] leaves out, made by bindgen when the module is built.
+//! Bindings to the kernel headers that [`kernel::bindings`] leaves out, made by bindgen when the
+//! module is built.
 //!
 //! Only `virtio/` and `mm/` use them.
 
 #![allow(
     clippy::all,
+    clippy::cast_lossless,
+    clippy::ptr_as_ptr,
+    clippy::ref_as_ptr,
     clippy::undocumented_unsafe_blocks,
     dead_code,
     missing_docs,

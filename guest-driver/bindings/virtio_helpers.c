@@ -58,3 +58,19 @@ void vbrs_sg_set_page(struct scatterlist *sg, struct page *page, unsigned int le
 {
 	sg_set_page(sg, page, length, offset);
 }
+
+#if IS_BUILTIN(CONFIG_KUNIT)
+/* What register_virtio_device() does to the part of a device that rings need. */
+void vbrs_test_device_init(struct virtio_device *vdev)
+{
+	INIT_LIST_HEAD(&vdev->vqs);
+	spin_lock_init(&vdev->vqs_list_lock);
+	spin_lock_init(&vdev->config_lock);
+	__virtio_set_bit(vdev, VIRTIO_F_VERSION_1);
+}
+
+void *vbrs_test_phys_to_virt(u64 address)
+{
+	return phys_to_virt(address);
+}
+#endif

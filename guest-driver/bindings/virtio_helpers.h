@@ -21,4 +21,9 @@ void vbrs_virtio_del_vqs(struct virtio_device *vdev);
 void vbrs_sg_set_buf(struct scatterlist *sg, const void *address, unsigned int length);
 void vbrs_sg_set_page(struct scatterlist *sg, struct page *page, unsigned int length, unsigned int offset);
 
+#if IS_BUILTIN(CONFIG_KUNIT)
+void vbrs_test_device_init(struct virtio_device *vdev);
+void *vbrs_test_phys_to_virt(u64 address);
+#endif
+
 #endif

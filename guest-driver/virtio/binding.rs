@@ -32,7 +32,8 @@ pub(super) struct Binding {
 }
 
 struct Inner {
-    /// The queues, in the device's order.
+    /// The queues, in the device's order. Ours only while they are live: afterwards they may have
+    /// found another device.
     queues: KVec<Arc<QueueState>>,
     /// Whether the transport has made them.
     live: bool,
@@ -48,8 +49,8 @@ impl Binding {
     ///
     /// # Safety
     ///
-    /// `vdev` must be a valid device that is being bound. Before it is unbound, and before the binding is dropped,
-    /// [`unbind`](Self::unbind) must be called. All calls need process context.
+    /// `vdev` must be a valid device that is being bound. Before it is unbound, and before the
+    /// binding is dropped, [`unbind`](Self::unbind) must be called. All calls need process context.
     pub(super) unsafe fn new(vdev: NonNull<bindings::virtio_device>) -> Result<Pin<KBox<Self>>> {
         let inner = Inner {
             queues: KVec::new(),
@@ -61,7 +62,7 @@ impl Binding {
             handler: UnsafeCell::new(None),
             inner <- new_mutex!(inner, "virtio::Binding"),
         });
-        Ok(KBox::pin_init(binding, GFP_KERNEL)?)
+        KBox::pin_init(binding, GFP_KERNEL)
     }
 
     /// See [`Device::config`](super::Device::config).
@@ -77,7 +78,11 @@ impl Binding {
     }
 
     /// See [`Device::find_queues`](super::Device::find_queues).
-    pub(super) fn find_queues(&self, queues: &[&dyn AnyQueue], handler: Arc<dyn QueueHandler>) -> Result {
+    pub(super) fn find_queues(
+        &self,
+        queues: &[&dyn AnyQueue],
+        handler: Arc<dyn QueueHandler>,
+    ) -> Result {
         let mut inner = self.inner.lock();
         if inner.live {
             return Err(EBUSY);
@@ -103,8 +108,8 @@ impl Binding {
         let claims = Claims::new(&states)?;
         // SAFETY: The transport has no queue, so nobody reads the handler.
         let old = unsafe { self.handler.get().replace(Some(handler)) };
-        // SAFETY: The device is valid; both arrays are as long as said, and names and callback live as long as the
-        // module, which does not go before the driver is unregistered.
+        // SAFETY: The device is valid; both arrays are as long as said, and names and callback live
+        // as long as the module, which does not go before the driver is unregistered.
         let found = to_result(unsafe {
             bindings::vbrs_virtio_find_vqs(
                 self.vdev.as_ptr(),
@@ -127,8 +132,8 @@ impl Binding {
         let mut result = Ok(());
         for (queue, ring) in inner.queues.iter().zip(rings) {
             result = NonNull::new(ring).ok_or(EINVAL).and_then(|ring| {
-                // SAFETY: Claimed above; the transport has made the ring, and `take_down` deletes it after it has
-                // stopped the queue.
+                // SAFETY: Claimed above; the transport has made the ring, and `take_down` deletes
+                // it after it has stopped the queue.
                 unsafe { queue.go_live(Ring::new(ring)) }
             });
             if result.is_err() {
@@ -143,14 +148,15 @@ impl Binding {
         result
     }
 
-    /// Resets the device, deletes its queues, and makes the buffers in flight available. Idempotent.
+    /// Resets the device, deletes its queues, and makes the buffers in flight available.
+    /// Idempotent.
     pub(super) fn take_down(&self) {
         let mut inner = self.inner.lock();
-        for queue in &inner.queues {
-            queue.stop();
-        }
         if inner.live {
-            // Notifications that saw the queue live end here.
+            for queue in &inner.queues {
+                queue.stop();
+            }
+            // Notifications that saw a queue live end here.
             synchronize_rcu();
         }
         // SAFETY: The device is valid, this is process context, and nobody notifies it any more.
@@ -195,8 +201,9 @@ impl Binding {
 
     /// What the transport calls from its interrupt.
     extern "C" fn used_callback(vq: *mut bindings::virtqueue) {
-        // SAFETY: The transport calls with a valid queue of ours, whose device has a binding as long as it has queues.
-        // The handler was set before the queue came to be and stays until it has gone.
+        // SAFETY: The transport calls with a valid queue of ours, whose device has a binding as
+        // long as it has queues. The handler was set before the queue came to be and stays until it
+        // has gone.
         let (handler, index) = unsafe {
             let binding = (*(*vq).vdev).priv_.cast::<Self>();
             (&*(*binding).handler.get(), (*vq).index)

@@ -14,21 +14,24 @@ use kernel::{
     prelude::*,
     transmute::{AsBytes, FromBytes},
 };
-use pin_init::{init, zeroed, Zeroable};
+use pin_init::Zeroable;
 
 /// Something that can be given to a device and comes back.
 ///
-/// While it is with the device it is nothing but a pointer, its *token*; no memory is allocated for it.
+/// While it is with the device it is nothing but a pointer, its *token*; no memory is allocated for
+/// it.
 ///
 /// # Safety
 ///
 /// - From [`into_token`](Self::into_token) to [`from_token`](Self::from_token) the memory that
-///   [`describe`](Self::describe) names must stay allocated, in the kernel's linear mapping; nobody may write it, and
-///   nobody may read what the device may write, save in ways that allow for concurrent change by the device.
+///   [`describe`](Self::describe) names must stay allocated, in the kernel's linear mapping; nobody
+///   may write it, and nobody may read what the device may write, save in ways that allow for
+///   concurrent change by the device.
 /// - `from_token` must undo `into_token`, on any thread.
 /// - The lowest [`TOKEN_TAG_BITS`](Self::TOKEN_TAG_BITS) bits of a token must be 0.
 pub unsafe trait Buffer: Sized + Send + 'static {
-    /// How many low bits of each token are always 0: 3 for a pointer from `kmalloc` or a `struct page *`.
+    /// How many low bits of each token are always 0: 3 for what `kmalloc` returns, or for a
+    /// `struct page *`.
     const TOKEN_TAG_BITS: u32;
 
     /// Names the buffer's memory, what the device reads before what it writes. Must not sleep.
@@ -41,7 +44,8 @@ pub unsafe trait Buffer: Sized + Send + 'static {
     ///
     /// # Safety
     ///
-    /// `token` must come from [`into_token`](Self::into_token) of this very type, and each token may come back once.
+    /// `token` must come from [`into_token`](Self::into_token) of this very type, and each token
+    /// may come back once.
     unsafe fn from_token(token: NonNull<c_void>) -> Self;
 }
 
@@ -56,7 +60,8 @@ pub struct Segments {
 }
 
 impl Segments {
-    /// How many segments a buffer can have at most: the 32 of a page report (`PAGE_REPORTING_CAPACITY`).
+    /// How many segments a buffer can have at most: the 32 of a page report
+    /// (`PAGE_REPORTING_CAPACITY`).
     pub const MAX: usize = 32;
 
     fn new() -> Self {
@@ -79,7 +84,8 @@ impl Segments {
     /// Adds `length` bytes at `address` for the device to read.
     pub fn readable(&mut self, address: NonNull<u8>, length: u32) {
         self.push(length, false, |entry| {
-            // SAFETY: `entry` is an initialised list of one; `Buffer` demands that `address` is in the linear mapping.
+            // SAFETY: `entry` is an initialised list of one; `Buffer` demands that `address` is in
+            // the linear mapping.
             unsafe { bindings::vbrs_sg_set_buf(entry, address.as_ptr().cast(), length) }
         });
     }
@@ -87,15 +93,18 @@ impl Segments {
     /// Adds `length` bytes at `address` for the device to write.
     pub fn writable(&mut self, address: NonNull<u8>, length: u32) {
         self.push(length, true, |entry| {
-            // SAFETY: `entry` is an initialised list of one; `Buffer` demands that `address` is in the linear mapping.
+            // SAFETY: `entry` is an initialised list of one; `Buffer` demands that `address` is in
+            // the linear mapping.
             unsafe { bindings::vbrs_sg_set_buf(entry, address.as_ptr().cast(), length) }
         });
     }
 
-    /// Adds `length` bytes from the start of `page`, and of the pages behind it, for the device to write.
+    /// Adds `length` bytes from the start of `page`, and of the pages behind it, for the device to
+    /// write.
     pub fn writable_pages(&mut self, page: NonNull<kernel::bindings::page>, length: u32) {
         self.push(length, true, |entry| {
-            // SAFETY: `entry` is an initialised list of one; `Buffer` demands that the pages are allocated.
+            // SAFETY: `entry` is an initialised list of one; `Buffer` demands that the pages are
+            // allocated.
             unsafe { bindings::vbrs_sg_set_page(entry, page.as_ptr(), length, 0) }
         });
     }
@@ -107,7 +116,11 @@ impl Segments {
         fill: impl FnOnce(*mut kernel::bindings::scatterlist),
     ) {
         let in_order = writable || self.readable == self.count;
-        let Some(entry) = self.table.get_mut(self.count).filter(|_| length > 0 && in_order) else {
+        let Some(entry) = self
+            .table
+            .get_mut(self.count)
+            .filter(|_| length > 0 && in_order)
+        else {
             self.valid = false;
             return;
         };
@@ -122,8 +135,8 @@ impl Segments {
         }
     }
 
-    /// Says whether a device can be given this: at least one segment, none of them empty, not more than
-    /// [`MAX`](Self::MAX), and what is read before what is written.
+    /// Says whether a device can be given this: at least one segment, none of them empty, not more
+    /// than [`MAX`](Self::MAX), and what is read before what is written.
     pub(super) fn is_valid(&self) -> bool {
         self.valid && self.count > 0
     }
@@ -138,12 +151,14 @@ impl Segments {
         self.writable_bytes
     }
 
-    /// Adds the segments to a ring, with `token` to name them. Returns what `virtqueue_add_sgs()` returns.
+    /// Adds the segments to a ring, with `token` to name them. Returns what `virtqueue_add_sgs()`
+    /// returns.
     ///
     /// # Safety
     ///
-    /// [`is_valid`](Self::is_valid), `vq` must be a valid queue which the caller has for itself, and `token` that of a
-    /// buffer with these segments, which stays with the queue if the addition succeeds.
+    /// [`is_valid`](Self::is_valid), `vq` must be a valid queue which the caller has for itself,
+    /// and `token` that of a buffer with these segments, which stays with the queue if the addition
+    /// succeeds.
     pub(super) unsafe fn add_to(
         &mut self,
         vq: NonNull<bindings::virtqueue>,
@@ -155,8 +170,8 @@ impl Segments {
         }
         let readable = self.readable as c_uint;
         let writable = (self.count - self.readable) as c_uint;
-        // SAFETY: The first `count` lists are initialised, those that the device reads first; the rest is the caller's
-        // promise. `GFP_ATOMIC` allows for any context.
+        // SAFETY: The first `count` lists are initialised, those that the device reads first; the
+        // rest is the caller's promise. `GFP_ATOMIC` allows for any context.
         unsafe {
             bindings::virtqueue_add_sgs(
                 vq.as_ptr(),
@@ -170,51 +185,27 @@ impl Segments {
     }
 }
 
-#[repr(C)]
-struct Sized32<T> {
-    length: u32,
-    value: T,
-}
-
-/// A value that the device reads, or the first part of it. Owns its memory.
-pub struct Outgoing<T: AsBytes + Send + 'static>(KBox<Sized32<T>>);
-
-impl<T: AsBytes + Send + 'static> Outgoing<T> {
-    const SIZE: u32 = {
+/// Returns the size of `T`, which must be that of one segment: neither nothing nor more than 4 GiB.
+const fn size_of_segment<T>() -> u32 {
+    const {
         assert!(size_of::<T>() > 0 && size_of::<T>() <= u32::MAX as usize);
         size_of::<T>() as u32
-    };
+    }
+}
 
-    /// Creates a buffer of `value`, all of which the device will read.
+/// A value that the device reads. Owns its memory.
+///
+/// [`Accompanied`](super::Accompanied) is one of which the device reads only a part.
+pub struct Outgoing<T: AsBytes + Send + 'static>(KBox<T>);
+
+impl<T: AsBytes + Send + 'static> Outgoing<T> {
+    /// Creates a buffer of `value`.
     ///
     /// # Errors
     ///
     /// [`AllocError`](kernel::alloc::AllocError) if there is no memory.
     pub fn new(value: T, flags: Flags) -> Result<Self> {
-        let length = Self::SIZE;
-        Ok(Self(KBox::new(Sized32 { length, value }, flags)?))
-    }
-
-    /// Creates a buffer of zeroes, in place, so that `T` may be larger than a stack bears.
-    ///
-    /// # Errors
-    ///
-    /// [`AllocError`](kernel::alloc::AllocError) if there is no memory.
-    pub fn zeroed(flags: Flags) -> Result<Self>
-    where
-        T: Zeroable,
-    {
-        let length = Self::SIZE;
-        let zeroes = init!(Sized32 {
-            length,
-            value <- pin_init::init_zeroed(),
-        });
-        Ok(Self(KBox::init(zeroes, flags)?))
-    }
-
-    /// Lets the device read the first `length` bytes only; not less than 1, not more than `T` has.
-    pub fn truncate(&mut self, length: usize) {
-        self.0.length = u32::try_from(length).unwrap_or(u32::MAX).clamp(1, Self::SIZE);
+        Ok(Self(KBox::new(value, flags)?))
     }
 }
 
@@ -222,23 +213,23 @@ impl<T: AsBytes + Send + 'static> Deref for Outgoing<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        &self.0.value
+        &self.0
     }
 }
 
 impl<T: AsBytes + Send + 'static> DerefMut for Outgoing<T> {
     fn deref_mut(&mut self) -> &mut T {
-        &mut self.0.value
+        &mut self.0
     }
 }
 
-// SAFETY: The memory is that of a box from `kmalloc`, which is the token; the device only reads it, and not more than
-// there is. Such a box is aligned to 8 bytes or more.
+// SAFETY: The memory is that of a box from `kmalloc`, which is the token; the device only reads it.
+// Such a box is aligned to 8 bytes or more.
 unsafe impl<T: AsBytes + Send + 'static> Buffer for Outgoing<T> {
     const TOKEN_TAG_BITS: u32 = 3;
 
     fn describe(&self, segments: &mut Segments) {
-        segments.readable(NonNull::from(&self.0.value).cast(), self.0.length);
+        segments.readable(NonNull::from(&*self.0).cast(), size_of_segment::<T>());
     }
 
     fn into_token(self) -> NonNull<c_void> {
@@ -257,11 +248,6 @@ unsafe impl<T: AsBytes + Send + 'static> Buffer for Outgoing<T> {
 pub struct Incoming<T: AsBytes + FromBytes + Send + 'static>(KBox<T>);
 
 impl<T: AsBytes + FromBytes + Send + 'static> Incoming<T> {
-    const SIZE: u32 = {
-        assert!(size_of::<T>() > 0 && size_of::<T>() <= u32::MAX as usize);
-        size_of::<T>() as u32
-    };
-
     /// Creates a buffer of zeroes.
     ///
     /// # Errors
@@ -283,13 +269,13 @@ impl<T: AsBytes + FromBytes + Send + 'static> Deref for Incoming<T> {
     }
 }
 
-// SAFETY: The memory is that of a box from `kmalloc`, which is the token and which nobody can reach meanwhile; any
-// bytes that the device writes are a `T`. Such a box is aligned to 8 bytes or more.
+// SAFETY: The memory is that of a box from `kmalloc`, which is the token and which nobody can reach
+// meanwhile; any bytes that the device writes are a `T`. Such a box is aligned to 8 bytes or more.
 unsafe impl<T: AsBytes + FromBytes + Send + 'static> Buffer for Incoming<T> {
     const TOKEN_TAG_BITS: u32 = 3;
 
     fn describe(&self, segments: &mut Segments) {
-        segments.writable(NonNull::from(&*self.0).cast(), Self::SIZE);
+        segments.writable(NonNull::from(&*self.0).cast(), size_of_segment::<T>());
     }
 
     fn into_token(self) -> NonNull<c_void> {
@@ -302,7 +288,8 @@ unsafe impl<T: AsBytes + FromBytes + Send + 'static> Buffer for Incoming<T> {
     }
 }
 
-/// One of two kinds of buffer, for a queue that carries both. The lowest bit of its token says which.
+/// One of two kinds of buffer, for a queue that carries both. The lowest bit of its token says
+/// which.
 pub enum Either<A: Buffer, B: Buffer> {
     /// The first kind.
     Left(A),
@@ -320,7 +307,8 @@ impl<A: Buffer, B: Buffer> Either<A, B> {
     };
 }
 
-// SAFETY: Each kind keeps its own promise, and its token has the lowest bit free, which says the kind.
+// SAFETY: Each kind keeps its own promise, and its token has the lowest bit free, which says the
+// kind.
 unsafe impl<A: Buffer, B: Buffer> Buffer for Either<A, B> {
     // The lowest bit is taken. So an `Either` within an `Either` does not compile.
     const TOKEN_TAG_BITS: u32 = 0;

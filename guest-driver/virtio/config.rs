@@ -12,10 +12,11 @@ use kernel::{
 
 /// A handle to the configuration space of a device.
 ///
-/// Its clones are the same handle. It works from [`Device::config`](super::Device::config) until the device is unbound.
+/// Its clones are the same handle. It works from [`Device::config`](super::Device::config) until
+/// the device is unbound.
 ///
-/// Every method needs process context and may sleep: transports read configuration space by messages, and some wait for
-/// the answer.
+/// Every method needs process context and may sleep: transports read configuration space by
+/// messages, and some wait for the answer.
 #[derive(Clone)]
 pub struct Config(Arc<Space>);
 
@@ -63,8 +64,9 @@ impl Config {
 
     /// Reads the little-endian field at `offset`, so that all of its bytes are of one generation.
     ///
-    /// The caller answers for the field's existence: which fields there are follows from the negotiated features, and
-    /// some transports stop the kernel (`BUG_ON`) at an access beyond the end.
+    /// The caller answers for the field's existence: which fields there are follows from the
+    /// negotiated features, and some transports stop the kernel (`BUG_ON`) at an access beyond the
+    /// end.
     ///
     /// # Errors
     ///
@@ -85,7 +87,8 @@ impl Config {
         Ok(T::from_le(bytes))
     }
 
-    /// Writes the little-endian field at `offset`. As with [`read_le`](Self::read_le), the field must exist.
+    /// Writes the little-endian field at `offset`. As with [`read_le`](Self::read_le), the field
+    /// must exist.
     ///
     /// # Errors
     ///

@@ -14,8 +14,8 @@ use kernel::{
 
 /// A virtio device.
 ///
-/// `Ctx` says in which state it is known to be, as with every bus: [`device::Core`] in a bus callback,
-/// [`device::Bound`] while a driver is bound, [`device::Normal`] otherwise.
+/// `Ctx` says in which state it is known to be, as with every bus: [`device::Core`] in a bus
+/// callback, [`device::Bound`] while a driver is bound, [`device::Normal`] otherwise.
 ///
 /// # Invariants
 ///
@@ -34,11 +34,13 @@ impl<Ctx: device::DeviceContext> Device<Ctx> {
 }
 
 impl Device<device::Bound> {
-    /// Says whether feature `bit` was negotiated; `false` for a bit that the driver did not ask for.
+    /// Says whether feature `bit` was negotiated; `false` for a bit that the driver did not ask
+    /// for.
     ///
     /// Any context.
     pub fn has_feature(&self, bit: u32) -> bool {
-        // SAFETY: By the type invariant the device is valid; its features do not change while a driver is bound.
+        // SAFETY: By the type invariant the device is valid; its features do not change while a
+        // driver is bound.
         unsafe { bindings::vbrs_virtio_has_feature(self.as_raw(), bit) }
     }
 
@@ -64,24 +66,28 @@ impl Device<device::Core<'_>> {
 
     /// Creates the device's queues.
     ///
-    /// The device numbers them in the order of `queues`: only queues that exist have a number. When the device has
-    /// used a buffer of one whose [`AnyQueue::wants_callback`] is set, `handler` is told its number. That may happen
-    /// before this function returns.
+    /// The device numbers them in the order of `queues`: only queues that exist have a number. When
+    /// the device has used a buffer of one whose [`AnyQueue::wants_callback`] is set, `handler` is
+    /// told its number. That may happen before this function returns.
     ///
-    /// Once per binding, or once more after [`reset`](Self::reset). Must come before [`ready`](Self::ready).
+    /// Once per binding, or once more after [`reset`](Self::reset). Must come before
+    /// [`ready`](Self::ready).
     ///
     /// Process context, may sleep.
     ///
     /// # Errors
     ///
-    /// [`EBUSY`] if the device has queues already or one of `queues` is in use, else what the transport says.
+    /// [`EBUSY`] if the device has queues already or one of `queues` is in use, else what the
+    /// transport says.
     pub fn find_queues(&self, queues: &[&dyn AnyQueue], handler: Arc<dyn QueueHandler>) -> Result {
         self.binding().find_queues(queues, handler)
     }
 
-    /// Tells the device that the driver is ready to drive it (`DRIVER_OK`); from now on its queues work.
+    /// Tells the device that the driver is ready to drive it (`DRIVER_OK`); from now on its queues
+    /// work.
     ///
-    /// The bus does it after a successful probe or restore unless the driver has. Calling it again does nothing.
+    /// The bus does it after a successful probe or restore unless the driver has. Calling it again
+    /// does nothing.
     ///
     /// Process context, may sleep.
     pub fn ready(&self) {
@@ -91,30 +97,33 @@ impl Device<device::Core<'_>> {
 
     /// Resets the device and deletes its queues.
     ///
-    /// On return the device does not touch any buffer any more, no handler runs, and what was in flight can be taken by
-    /// [`Virtqueue::detach`](super::Virtqueue::detach). The bus does it after `remove` and `freeze` and when `probe`
-    /// fails, if the driver has not.
+    /// On return the device does not touch any buffer any more, no handler runs, and what was in
+    /// flight can be taken by [`Virtqueue::detach`](super::Virtqueue::detach). The bus does it
+    /// after `remove` and `freeze` and when `probe` fails, if the driver has not.
     ///
-    /// Process context, may sleep. Must not be called with a lock held that [`QueueHandler::used`] takes.
+    /// Process context, may sleep. Must not be called with a lock held that [`QueueHandler::used`]
+    /// takes.
     pub fn reset(&self) {
         self.binding().take_down();
     }
 
     fn binding(&self) -> &Binding {
-        // SAFETY: `Core` is a callback of a driver that the adapter registered, and the adapter sets `priv` to its
-        // `Binding` before it calls the driver and frees it after.
+        // SAFETY: `Core` is a callback of a driver that the adapter registered, and the adapter
+        // sets `priv` to its `Binding` before it calls the driver and frees it after.
         unsafe { &*(*self.as_raw()).priv_.cast::<Binding>() }
     }
 }
 
 impl<Ctx: device::DeviceContext> AsRef<device::Device<Ctx>> for Device<Ctx> {
     fn as_ref(&self) -> &device::Device<Ctx> {
-        // SAFETY: By the type invariant `self` is a valid `struct virtio_device`, hence so is the device within.
+        // SAFETY: By the type invariant `self` is a valid `struct virtio_device`, hence so is the
+        // device within.
         unsafe { device::Device::from_raw(&raw mut (*self.as_raw()).dev) }
     }
 }
 
-// SAFETY: `Device` is a transparent wrapper of `struct virtio_device`, which has its device at this offset.
+// SAFETY: `Device` is a transparent wrapper of `struct virtio_device`, which has its device at this
+// offset.
 unsafe impl<Ctx: device::DeviceContext> device::AsBusDevice<Ctx> for Device<Ctx> {
     const OFFSET: usize = offset_of!(bindings::virtio_device, dev);
 }
@@ -140,10 +149,12 @@ unsafe impl AlwaysRefCounted for Device {
 // SAFETY: A `Device` is reference-counted and can be released from any thread.
 unsafe impl Send for Device {}
 
-// SAFETY: The methods of `Device<Normal>` are those of the reference-counted device within, which is `Sync`.
+// SAFETY: The methods of `Device<Normal>` are those of the reference-counted device within, which
+// is `Sync`.
 unsafe impl Sync for Device {}
 
-// SAFETY: The methods of `Device<Bound>` only read features, which do not change while a driver is bound.
+// SAFETY: The methods of `Device<Bound>` only read features, which do not change while a driver is
+// bound.
 unsafe impl Sync for Device<device::Bound> {}
 
 /// The features that device and driver have in common, before the driver accepts them.
@@ -157,7 +168,8 @@ pub struct Negotiation<'a> {
 impl Negotiation<'_> {
     /// # Safety
     ///
-    /// `vdev` must be a valid device whose features are being negotiated and change in no other way for `'_`.
+    /// `vdev` must be a valid device whose features are being negotiated and change in no other way
+    /// for `'_`.
     pub(super) unsafe fn new(vdev: NonNull<bindings::virtio_device>) -> Self {
         Self {
             vdev,
@@ -165,8 +177,8 @@ impl Negotiation<'_> {
         }
     }
 
-    /// Says whether feature `bit` is offered by the device and supported by the driver (or, for the bits of the
-    /// transport, by the bus).
+    /// Says whether feature `bit` is offered by the device and supported by the driver (or, for the
+    /// bits of the transport, by the bus).
     pub fn has_feature(&self, bit: u32) -> bool {
         // SAFETY: `vdev` is valid by the requirement of `new`.
         unsafe { bindings::vbrs_virtio_has_feature(self.vdev.as_ptr(), bit) }

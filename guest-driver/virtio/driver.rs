@@ -32,16 +32,12 @@ use kernel::{
 ///     type Data<'bound> = Data;
 ///     const ID_TABLE: virtio::IdTable = &ID_TABLE;
 ///
-///     fn probe<'bound>(dev: &'bound virtio::Device<Core<'_>>) -> impl PinInit<Data, Error> + 'bound {
-///         let input = virtio::Virtqueue::new(c"input")?;
-///         let data = Arc::new(Shared { input }, GFP_KERNEL)?;
-///         dev.find_queues(&[&data.input], data.clone())?;
-///         dev.ready();
-///         Ok(Data(data))
-///     }
-/// }
+///     fn probe<'bound>(dev: &'bound virtio::Device<Core<'_>>) -> impl PinInit<Data, Error> +
+/// 'bound { let input = virtio::Virtqueue::new(c"input")?; let data = Arc::new(Shared { input },
+/// GFP_KERNEL)?; dev.find_queues(&[&data.input], data.clone())?; dev.ready(); Ok(Data(data)) } }
 ///
-/// module_virtio_driver! { type: Rng, name: "rng", authors: ["A. U. Thor"], description: "...", license: "GPL" }
+/// module_virtio_driver! { type: Rng, name: "rng", authors: ["A. U. Thor"], description: "...",
+/// license: "GPL" }
 /// ```
 #[vtable]
 pub trait Driver {
@@ -67,28 +63,31 @@ pub trait Driver {
     /// Binds the device.
     ///
     /// If the initialiser fails, what it has initialised is dropped and then the device taken down.
-    fn probe<'bound>(dev: &'bound Device<Core<'_>>) -> impl PinInit<Self::Data<'bound>, Error> + 'bound;
+    fn probe<'bound>(
+        dev: &'bound Device<Core<'_>>,
+    ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound;
 
     /// The device is about to be unbound.
     ///
-    /// Here the driver stops what is not its data's alone to stop: work items, for example. It may wait for buffers to
-    /// come back, and may [reset](Device::reset) the device to get them. Afterwards the bus takes the device down, if
-    /// the driver has not, and drops the data.
+    /// Here the driver stops what is not its data's alone to stop: work items, for example. It may
+    /// wait for buffers to come back, and may [reset](Device::reset) the device to get them.
+    /// Afterwards the bus takes the device down, if the driver has not, and drops the data.
     fn remove<'bound>(dev: &'bound Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
         let _ = (dev, this);
     }
 
     /// The device's configuration has changed.
     ///
-    /// Called between a successful probe and the removal, one call at a time, with interrupts off and a lock of the
-    /// bus held: must not sleep, so must not read configuration space. A change that comes earlier is reported after
-    /// the probe.
+    /// Called between a successful probe and the removal, one call at a time, with interrupts off
+    /// and a lock of the bus held: must not sleep, so must not read configuration space. A change
+    /// that comes earlier is reported after the probe.
     fn config_changed<'bound>(dev: &'bound Device<Bound>, this: Pin<&Self::Data<'bound>>) {
         let _ = (dev, this);
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The system is about to sleep. Afterwards the bus takes the device down, if the driver has not.
+    /// The system is about to sleep. Afterwards the bus takes the device down, if the driver has
+    /// not.
     ///
     /// Without this and [`restore`](Self::restore) the system refuses to sleep.
     ///
@@ -110,8 +109,8 @@ pub trait Driver {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The system is about to stop, or to start another kernel. Afterwards the bus breaks the queues and resets the
-    /// device; the data stays.
+    /// The system is about to stop, or to start another kernel. Afterwards the bus breaks the
+    /// queues and resets the device; the data stays.
     fn shutdown<'bound>(dev: &'bound Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
         let _ = (dev, this);
         build_error!(VTABLE_DEFAULT_ERROR)
@@ -138,7 +137,8 @@ unsafe impl RawDeviceId for DeviceId {
     type RawType = bindings::virtio_device_id;
 }
 
-/// The table of the devices a driver is for; see [`virtio_device_table!`](crate::virtio_device_table).
+/// The table of the devices a driver is for; see
+/// [`virtio_device_table!`](crate::virtio_device_table).
 pub type IdTable = &'static dyn kernel::device_id::IdTable<DeviceId, ()>;
 
 /// Creates an [`IdTable`] and the module's aliases.
@@ -160,8 +160,8 @@ macro_rules! module_virtio_driver {
 /// Makes a [`Driver`] known to the C bus.
 pub struct Adapter<T: Driver>(T);
 
-// SAFETY: `struct virtio_driver` is a C type with a `struct device_driver` at the said offset, and the adapter stores a
-// `T::Data` as the data of the device.
+// SAFETY: `struct virtio_driver` is a C type with a `struct device_driver` at the said offset, and
+// the adapter stores a `T::Data` as the data of the device.
 unsafe impl<T: Driver> driver::DriverLayout for Adapter<T> {
     type DriverType = bindings::virtio_driver;
     type DriverData<'bound> = T::Data<'bound>;
@@ -204,15 +204,32 @@ type VoidCallback = Option<unsafe extern "C" fn(*mut bindings::virtio_device)>;
 
 /// Constants, so that a callback that the driver has not is not compiled.
 impl<T: Driver> Adapter<T> {
-    const VALIDATE: IntCallback = if T::HAS_VALIDATE { Some(Self::validate_callback) } else { None };
-    const CONFIG_CHANGED: VoidCallback =
-        if T::HAS_CONFIG_CHANGED { Some(Self::config_changed_callback) } else { None };
+    const VALIDATE: IntCallback = if T::HAS_VALIDATE {
+        Some(Self::validate_callback)
+    } else {
+        None
+    };
+    const CONFIG_CHANGED: VoidCallback = if T::HAS_CONFIG_CHANGED {
+        Some(Self::config_changed_callback)
+    } else {
+        None
+    };
     const SLEEPS: bool = T::HAS_FREEZE && T::HAS_RESTORE;
-    const FREEZE: IntCallback =
-        if Self::SLEEPS { Some(Self::freeze_callback) } else { Some(Self::refuse_callback) };
-    const RESTORE: IntCallback =
-        if Self::SLEEPS { Some(Self::restore_callback) } else { Some(Self::refuse_callback) };
-    const SHUTDOWN: VoidCallback = if T::HAS_SHUTDOWN { Some(Self::shutdown_callback) } else { None };
+    const FREEZE: IntCallback = if Self::SLEEPS {
+        Some(Self::freeze_callback)
+    } else {
+        Some(Self::refuse_callback)
+    };
+    const RESTORE: IntCallback = if Self::SLEEPS {
+        Some(Self::restore_callback)
+    } else {
+        Some(Self::refuse_callback)
+    };
+    const SHUTDOWN: VoidCallback = if T::HAS_SHUTDOWN {
+        Some(Self::shutdown_callback)
+    } else {
+        None
+    };
 }
 
 impl<T: Driver> Adapter<T> {
@@ -223,7 +240,8 @@ impl<T: Driver> Adapter<T> {
     extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
         from_result(|| {
             let vdev = NonNull::new(vdev).ok_or(EINVAL)?;
-            // SAFETY: The bus calls with a valid device, which it is about to probe, and nobody else changes features.
+            // SAFETY: The bus calls with a valid device, which it is about to probe, and nobody
+            // else changes features.
             T::validate(&mut unsafe { Negotiation::new(vdev) })?;
             Ok(0)
         })
@@ -258,9 +276,9 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn config_changed_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: The bus calls with a valid device, and only between the end of its probe and the start of its removal:
-        // it holds `config_lock` and has found `config_core_enabled` set, which it sets after the one and clears under
-        // the lock before the other.
+        // SAFETY: The bus calls with a valid device, and only between the end of its probe and the
+        // start of its removal: it holds `config_lock` and has found `config_core_enabled` set,
+        // which it sets after the one and clears under the lock before the other.
         let dev = unsafe { &*vdev.cast::<Device<BoundInternal>>() };
         // SAFETY: As above, hence the data is there.
         let data = unsafe { dev.as_ref().drvdata_borrow::<T::Data<'_>>() };
@@ -287,7 +305,8 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn shutdown_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: The bus calls with a device that was probed, under the device lock, and the driver is still bound.
+        // SAFETY: The bus calls with a device that was probed, under the device lock, and the
+        // driver is still bound.
         let (dev, data) = unsafe { Self::bound(vdev) };
         T::shutdown(dev, data);
         // SAFETY: The device is valid.
@@ -298,15 +317,16 @@ impl<T: Driver> Adapter<T> {
     ///
     /// # Safety
     ///
-    /// Must be called in a callback of the bus that has process context, for a device that was probed and whose data
-    /// was not dropped yet.
+    /// Must be called in a callback of the bus that has process context, for a device that was
+    /// probed and whose data was not dropped yet.
     unsafe fn bound<'a>(
         vdev: *mut bindings::virtio_device,
     ) -> (&'a Device<CoreInternal<'a>>, Pin<&'a T::Data<'a>>) {
         // SAFETY: By the requirement of this function.
         let dev = unsafe { &*vdev.cast::<Device<CoreInternal<'a>>>() };
         // SAFETY: A successful probe has stored data of this type.
-        let data = unsafe { AsRef::<device::Device<CoreInternal<'a>>>::as_ref(dev).drvdata_borrow() };
+        let data =
+            unsafe { AsRef::<device::Device<CoreInternal<'a>>>::as_ref(dev).drvdata_borrow() };
         (dev, data)
     }
 
@@ -314,13 +334,15 @@ impl<T: Driver> Adapter<T> {
     ///
     /// # Safety
     ///
-    /// `priv` of the device must be the binding that the probe stored, and the driver must not be called again.
+    /// `priv` of the device must be the binding that the probe stored, and the driver must not be
+    /// called again.
     unsafe fn unbind(vdev: *mut bindings::virtio_device) {
         // SAFETY: By the requirement of this function.
         let binding = unsafe { (*vdev).priv_.cast::<Binding>() };
         // SAFETY: As above. Queue callbacks may still use it, hence by reference.
         unsafe { (*binding).unbind() };
-        // SAFETY: No queue is left to call back, and `Core` devices do not outlive callbacks of the bus.
+        // SAFETY: No queue is left to call back, and `Core` devices do not outlive callbacks of the
+        // bus.
         unsafe {
             (*vdev).priv_ = core::ptr::null_mut();
             drop(KBox::from_raw(binding));

@@ -2,26 +2,30 @@
 
 //! Abstractions for the virtio bus.
 //!
-//! A driver implements [`Driver`] and is registered by [`module_virtio_driver!`](crate::module_virtio_driver). From
-//! its bus callbacks it sees a [`Device`], negotiates features ([`Negotiation`]), reads and writes configuration
-//! space ([`Config`]), and exchanges [`Buffer`]s with the device over [`Virtqueue`]s.
+//! A driver implements [`Driver`] and is registered by
+//! [`module_virtio_driver!`](crate::module_virtio_driver). From its bus callbacks it sees a
+//! [`Device`], negotiates features ([`Negotiation`]), reads and writes configuration space
+//! ([`Config`]), and exchanges [`Buffer`]s with the device over [`Virtqueue`]s.
 //!
 //! # Ownership
 //!
-//! A [`Virtqueue<B>`] takes each buffer by value and gives it back by value: between the two nobody can touch, free or
-//! add it again. It comes back once, in one of three ways: the device returns it ([`Virtqueue::pop`]); it could not be
-//! added ([`AddError`]); or the queue ceased to exist ([`Virtqueue::detach`], or dropped).
+//! A [`Virtqueue<B>`] takes each buffer by value and gives it back by value: between the two nobody
+//! can touch, free or add it again. It comes back once, in one of three ways: the device returns it
+//! ([`Virtqueue::pop`]); it could not be added ([`AddError`]); or the queue ceased to exist
+//! ([`Virtqueue::detach`], or dropped).
 //!
 //! # Lifetime
 //!
-//! [`Virtqueue`] and [`Config`] are handles without a lifetime, so that a work item, a shrinker or a timer can hold
-//! them. What is behind them goes away when the device is unbound; from then on each operation says so. Nothing that a
-//! driver forgets, leaks or does late can reach a device that is not its own any more.
+//! [`Virtqueue`] and [`Config`] are handles without a lifetime, so that a work item, a shrinker or
+//! a timer can hold them. What is behind them goes away when the device is unbound; from then on
+//! each operation says so. Nothing that a driver forgets, leaks or does late can reach a device
+//! that is not its own any more.
 //!
-//! The bus takes down what a driver set up, after a removal as after a probe that failed: queues refuse further work,
-//! notifications in progress end, the device is reset, the transport deletes the queues, and only then the buffers that
-//! were in flight come back. The last step waits for the deletion because a transport's reset may be nothing but a note
-//! to itself, as that of user-mode Linux is, and the device then reads the rings until they are taken from it.
+//! The bus takes down what a driver set up, after a removal as after a probe that failed: queues
+//! refuse further work, notifications in progress end, the device is reset, the transport deletes
+//! the queues, and only then the buffers that were in flight come back. The last step waits for the
+//! deletion because a transport's reset may be nothing but a note to itself, as that of user-mode
+//! Linux is, and the device then reads the rings until they are taken from it.
 //!
 //! # Contexts
 //!
@@ -45,6 +49,10 @@ mod queue_state;
 mod virtqueue;
 pub mod work;
 
+#[cfg(CONFIG_KUNIT = "y")]
+mod kunit;
+#[cfg(CONFIG_KUNIT = "y")]
+mod kunit_device;
 
 pub use self::{
     accompanied::Accompanied,

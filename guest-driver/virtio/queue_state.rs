@@ -29,7 +29,10 @@ impl Ring {
     pub(super) unsafe fn new(vq: NonNull<bindings::virtqueue>) -> Self {
         // SAFETY: By the requirement of this function.
         let indirect = unsafe {
-            bindings::vbrs_virtio_has_feature((*vq.as_ptr()).vdev, bindings::VIRTIO_RING_F_INDIRECT_DESC)
+            bindings::vbrs_virtio_has_feature(
+                (*vq.as_ptr()).vdev,
+                bindings::VIRTIO_RING_F_INDIRECT_DESC,
+            )
         };
         Self { vq, indirect }
     }
@@ -96,7 +99,8 @@ pub struct QueueState {
 }
 
 impl QueueState {
-    /// Creates a queue without a ring, for buffers that `drop_token` turns back from tokens and drops.
+    /// Creates a queue without a ring, for buffers that `drop_token` turns back from tokens and
+    /// drops.
     ///
     /// # Errors
     ///
@@ -116,7 +120,7 @@ impl QueueState {
             drop_token,
             state <- new_spinlock_irq!(state, "virtio::Virtqueue"),
         });
-        Ok(Arc::pin_init(queue, GFP_KERNEL)?)
+        Arc::pin_init(queue, GFP_KERNEL)
     }
 
     pub(super) fn name(&self) -> &'static CStr {
@@ -153,8 +157,8 @@ impl QueueState {
     ///
     /// # Safety
     ///
-    /// The caller must have [claimed](Self::claim) the queue. The ring must be valid and used by nobody else until the
-    /// caller calls [`release`](Self::release).
+    /// The caller must have [claimed](Self::claim) the queue. The ring must be valid and used by
+    /// nobody else until the caller calls [`release`](Self::release).
     pub(super) unsafe fn go_live(&self, ring: Ring) -> Result {
         // SAFETY: The ring is valid.
         let size = unsafe { bindings::virtqueue_get_vring_size(ring.as_ptr()) } as usize;
@@ -167,7 +171,8 @@ impl QueueState {
         Ok(())
     }
 
-    /// Makes every operation refuse the ring. Notifications that have begun go on until the next RCU grace period.
+    /// Makes every operation refuse the ring. Notifications that have begun go on until the next
+    /// RCU grace period.
     pub(super) fn stop(&self) {
         let mut state = self.state.lock();
         if let Phase::Live(ring) = state.phase {
@@ -175,7 +180,8 @@ impl QueueState {
         }
     }
 
-    /// Takes all buffers out of the ring. They come back to the driver once the queue is [released](Self::release).
+    /// Takes all buffers out of the ring. They come back to the driver once the queue is
+    /// [released](Self::release).
     ///
     /// # Safety
     ///
@@ -191,8 +197,8 @@ impl QueueState {
             let Some(token) = NonNull::new(token) else {
                 break;
             };
-            // A buffer takes at least one entry of the ring, and `go_live` made room for all entries. Were it not so,
-            // to leak the buffer would be the lesser evil.
+            // A buffer takes at least one entry of the ring, and `go_live` made room for all
+            // entries. Were it not so, to leak the buffer would be the lesser evil.
             let _ = state.returned.push_within_capacity(Token(token));
         }
     }

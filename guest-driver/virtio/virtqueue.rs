@@ -17,18 +17,20 @@ use kernel::{
 pub trait QueueHandler: Send + Sync + 'static {
     /// The device has used buffers of the queue with this number, or seems to: there may be none.
     ///
-    /// Hard interrupt context: must not sleep. May use the [`Virtqueue`]; what is usual is to wake something that does.
-    /// May come at any time from [`find_queues`](super::Device::find_queues) until the queues are gone, also before the
-    /// device is ready.
+    /// Hard interrupt context: must not sleep. May use the [`Virtqueue`]; what is usual is to wake
+    /// something that does. May come at any time from [`find_queues`](super::Device::find_queues)
+    /// until the queues are gone, also before the device is ready.
     fn used(&self, queue: u16);
 }
 
 /// A queue that carries buffers of type `B` to the device and back.
 ///
 /// Has a ring from [`find_queues`](super::Device::find_queues) until the device is
-/// [reset](super::Device::reset) or unbound. Before and after that nothing can be added and nothing is popped.
+/// [reset](super::Device::reset) or unbound. Before and after that nothing can be added and nothing
+/// is popped.
 ///
-/// All methods may be called from any context but NMI, by many at once; each takes a spin lock with interrupts off.
+/// All methods may be called from any context but NMI, by many at once; each takes a spin lock with
+/// interrupts off.
 pub struct Virtqueue<B: Buffer> {
     queue: Arc<QueueState>,
     buffers: PhantomData<fn(B) -> B>,
@@ -72,7 +74,8 @@ impl<B: Buffer> Virtqueue<B> {
     ///
     /// # Errors
     ///
-    /// Returns the buffer, and why it was not taken. A full ring is tested for without a notification of the device.
+    /// Returns the buffer, and why it was not taken. A full ring is tested for without a
+    /// notification of the device.
     pub fn add(&self, buffer: B) -> Result<(), AddError<B>> {
         let mut segments = Segments::of(&buffer);
         let state = self.queue.state().lock();
@@ -82,7 +85,8 @@ impl<B: Buffer> Virtqueue<B> {
                 Err(failure) => failure,
                 Ok(()) => {
                     let token = buffer.into_token();
-                    // SAFETY: `check` looked at the segments; the lock makes the ring ours; the token is new.
+                    // SAFETY: `check` looked at the segments; the lock makes the ring ours; the
+                    // token is new.
                     let result = unsafe { segments.add_to(ring.as_non_null(), token) };
                     if result == 0 {
                         return Ok(());
@@ -148,8 +152,8 @@ impl<B: Buffer> Virtqueue<B> {
         }
     }
 
-    /// Takes back a buffer that the device has used, and how many bytes it says to have written: never more than it
-    /// was allowed to write.
+    /// Takes back a buffer that the device has used, and how many bytes it says to have written:
+    /// never more than it was allowed to write.
     pub fn pop(&self) -> Option<(B, u32)> {
         let mut written = 0;
         let state = self.queue.state().lock();
@@ -157,7 +161,8 @@ impl<B: Buffer> Virtqueue<B> {
         // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
         let token = unsafe { bindings::virtqueue_get_buf(ring.as_ptr(), &mut written) };
         drop(state);
-        // SAFETY: Only `add` puts tokens into the ring, those of a `B`, and the ring gives each out once.
+        // SAFETY: Only `add` puts tokens into the ring, those of a `B`, and the ring gives each out
+        // once.
         let buffer = unsafe { B::from_token(NonNull::new(token)?) };
         let written = written.min(Segments::of(&buffer).writable_bytes());
         Some((buffer, written))
@@ -168,7 +173,8 @@ impl<B: Buffer> Virtqueue<B> {
     /// The buffers that nobody takes are dropped when the device is unbound or gets a new ring.
     pub fn detach(&self) -> Option<B> {
         let Token(token) = self.queue.take_returned()?;
-        // SAFETY: Only `add` makes tokens, those of a `B`; this one is out of the ring and was taken once.
+        // SAFETY: Only `add` makes tokens, those of a `B`; this one is out of the ring and was
+        // taken once.
         Some(unsafe { B::from_token(token) })
     }
 
@@ -185,8 +191,11 @@ impl<B: Buffer> Virtqueue<B> {
     /// Returns `false` if there is a used buffer already: then pop again, an interrupt may not come.
     pub fn enable_callback(&self) -> bool {
         let state = self.queue.state().lock();
+        let Some(ring) = state.live() else {
+            return true;
+        };
         // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
-        state.live().is_none_or(|ring| unsafe { bindings::virtqueue_enable_cb(ring.as_ptr()) })
+        unsafe { bindings::virtqueue_enable_cb(ring.as_ptr()) }
     }
 
     /// Asks the device for an interrupt when most of the buffers in flight are used.
@@ -194,33 +203,45 @@ impl<B: Buffer> Virtqueue<B> {
     /// Returns `false` if they are already: then pop again, an interrupt may not come.
     pub fn enable_callback_delayed(&self) -> bool {
         let state = self.queue.state().lock();
+        let Some(ring) = state.live() else {
+            return true;
+        };
         // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
-        state
-            .live()
-            .is_none_or(|ring| unsafe { bindings::virtqueue_enable_cb_delayed(ring.as_ptr()) })
+        unsafe { bindings::virtqueue_enable_cb_delayed(ring.as_ptr()) }
     }
 
-    /// Says whether the queue can move nothing any more: the device broke the rules or is gone, or there is no ring.
+    /// Says whether the queue can move nothing any more: the device broke the rules or is gone, or
+    /// there is no ring.
     ///
     /// Whoever waits for a buffer should look at this now and then.
     pub fn is_broken(&self) -> bool {
         let state = self.queue.state().lock();
+        let Some(ring) = state.live() else {
+            return true;
+        };
         // SAFETY: The ring of a live queue is valid.
-        state.live().is_none_or(|ring| unsafe { bindings::virtqueue_is_broken(ring.as_ptr()) })
+        unsafe { bindings::virtqueue_is_broken(ring.as_ptr()) }
     }
 
-    /// Returns how many entries of the ring are free; a buffer takes one for each of its segments. 0 without a ring.
+    /// Returns how many entries of the ring are free; a buffer takes one for each of its segments.
+    /// 0 without a ring.
     pub fn free_entries(&self) -> usize {
         let state = self.queue.state().lock();
-        // SAFETY: The ring of a live queue is valid.
-        state.live().map_or(0, |ring| unsafe { (*ring.as_ptr()).num_free } as usize)
+        let Some(ring) = state.live() else {
+            return 0;
+        };
+        // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
+        unsafe { (*ring.as_ptr()).num_free as usize }
     }
 
     /// Returns how many entries the ring has. 0 without a ring.
     pub fn entries(&self) -> usize {
         let state = self.queue.state().lock();
+        let Some(ring) = state.live() else {
+            return 0;
+        };
         // SAFETY: The ring of a live queue is valid.
-        state.live().map_or(0, |ring| unsafe { bindings::virtqueue_get_vring_size(ring.as_ptr()) } as usize)
+        unsafe { bindings::virtqueue_get_vring_size(ring.as_ptr()) as usize }
     }
 }
 

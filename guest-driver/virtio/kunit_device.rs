@@ -1,0 +1,527 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A device for tests: a transport and the far side of its split rings, all in memory.
+//!
+//! One thread uses it at a time.
+
+use super::{
+    binding::Binding,
+    buffer::{Buffer, Segments},
+    AnyQueue, QueueHandler,
+};
+use crate::bindings;
+use core::{
+    cell::{Cell, UnsafeCell},
+    ffi::c_void,
+    ptr::{self, NonNull},
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
+};
+use kernel::{prelude::*, sync::Arc};
+
+/// How many queues the device has room for.
+const QUEUES: usize = 2;
+
+/// The entries of each ring.
+pub(super) const ENTRIES: usize = 4;
+
+const USED_FLAG_NO_NOTIFY: u16 = 1;
+const DESCRIPTOR_NEXT: u16 = 1;
+const DESCRIPTOR_WRITABLE: u16 = 2;
+
+/// Where the parts of a ring are (`vring_init()` with an alignment of 4096).
+const AVAILABLE: usize = 16 * ENTRIES;
+const USED: usize = 4096;
+
+#[repr(C, align(4096))]
+struct Memory(UnsafeCell<[u8; 8192]>);
+
+/// The device.
+#[repr(C)]
+pub(super) struct TestDevice {
+    /// At offset 0: callbacks of the transport cast between the two.
+    vdev: UnsafeCell<bindings::virtio_device>,
+    memory: [Memory; QUEUES],
+    rings: [Cell<*mut bindings::virtqueue>; QUEUES],
+    seen: [Cell<u16>; QUEUES],
+    used: [Cell<u16>; QUEUES],
+    notifications: Cell<u32>,
+    deaf: Cell<bool>,
+    stubborn: Cell<bool>,
+    status: Cell<u8>,
+    resets: Cell<u32>,
+    /// What `deaths` was at the last deletion of queues, if there was one.
+    deaths_at_deletion: Cell<Option<u32>>,
+    deaths: Cell<Option<&'static AtomicU32>>,
+    config: Cell<[u8; 16]>,
+}
+
+/// A buffer as the device sees it.
+pub(super) struct Seen {
+    pub(super) head: u32,
+    pub(super) segments: KVec<Segment>,
+}
+
+/// A segment of a buffer as the device sees it.
+pub(super) struct Segment {
+    address: u64,
+    pub(super) length: u32,
+    pub(super) writable: bool,
+}
+
+impl Segment {
+    /// Reads the segment. Its buffer must still be with the device.
+    pub(super) fn read(&self) -> u64 {
+        assert!(self.length == 8);
+        // SAFETY: The memory of a buffer in flight is valid, and there are 8 bytes of it.
+        let bytes = unsafe {
+            bindings::vbrs_test_phys_to_virt(self.address)
+                .cast::<[u8; 8]>()
+                .read_volatile()
+        };
+        u64::from_ne_bytes(bytes)
+    }
+
+    /// Writes the segment. Its buffer must still be with the device.
+    pub(super) fn write(&self, value: u64) {
+        assert!(self.length == 8 && self.writable);
+        let bytes = value.to_ne_bytes();
+        // SAFETY: The memory of a buffer in flight is valid, there are 8 bytes of it, and they are the device's.
+        unsafe {
+            bindings::vbrs_test_phys_to_virt(self.address)
+                .cast::<[u8; 8]>()
+                .write_volatile(bytes)
+        };
+    }
+}
+
+static OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
+    get: Some(TestDevice::get),
+    set: Some(TestDevice::set),
+    generation: None,
+    get_status: Some(TestDevice::get_status),
+    set_status: Some(TestDevice::set_status),
+    reset: Some(TestDevice::reset),
+    find_vqs: Some(TestDevice::find_vqs),
+    del_vqs: Some(TestDevice::del_vqs),
+    synchronize_cbs: None,
+    get_features: None,
+    get_extended_features: None,
+    finalize_features: None,
+    bus_name: None,
+    set_vq_affinity: None,
+    get_vq_affinity: None,
+    get_shm_region: None,
+    disable_vq_and_reset: None,
+    enable_vq_after_reset: None,
+};
+
+/// A device with its binding, as between probe and removal.
+pub(super) struct Bound {
+    pub(super) device: KBox<TestDevice>,
+    binding: *mut Binding,
+}
+
+impl Bound {
+    /// Creates a device and binds it.
+    pub(super) fn new() -> Result<Self> {
+        // SAFETY: All zeroes is a valid value of each field.
+        let zeroed = unsafe {
+            pin_init::init_from_closure(|slot: *mut TestDevice| {
+                slot.write_bytes(0, 1);
+                Ok::<(), Error>(())
+            })
+        };
+        let device = KBox::init(zeroed, GFP_KERNEL)?;
+        let vdev = device.vdev.get();
+        // SAFETY: The device is ours, and `Drop` unbinds it before it goes.
+        unsafe {
+            bindings::vbrs_test_device_init(vdev);
+            (*vdev).config = &OPS;
+            let binding = Binding::new(NonNull::new_unchecked(vdev))?;
+            let binding = KBox::into_raw(Pin::into_inner_unchecked(binding));
+            (*vdev).priv_ = binding.cast();
+            Ok(Self { device, binding })
+        }
+    }
+
+    pub(super) fn binding(&self) -> &Binding {
+        // SAFETY: Valid until `drop`.
+        unsafe { &*self.binding }
+    }
+
+    pub(super) fn find_queues(
+        &self,
+        queues: &[&dyn AnyQueue],
+        handler: Arc<dyn QueueHandler>,
+    ) -> Result {
+        self.binding().find_queues(queues, handler)
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        self.binding().unbind();
+        // SAFETY: It came from a box, and no queue is left to call it.
+        drop(unsafe { KBox::from_raw(self.binding) });
+    }
+}
+
+impl TestDevice {
+    /// Takes the next buffer that the driver made available on `queue`.
+    pub(super) fn take(&self, queue: usize) -> Option<Seen> {
+        let next = self.seen[queue].get();
+        if self.read_u16(queue, AVAILABLE + 2) == next {
+            return None;
+        }
+        self.seen[queue].set(next.wrapping_add(1));
+        let head = self.read_u16(queue, AVAILABLE + 4 + 2 * (usize::from(next) % ENTRIES));
+        let mut seen = Seen {
+            head: head.into(),
+            segments: KVec::new(),
+        };
+        let mut entry = usize::from(head);
+        loop {
+            let at = 16 * (entry % ENTRIES);
+            let flags = self.read_u16(queue, at + 12);
+            let segment = Segment {
+                address: u64::from_le_bytes(self.read(queue, at)),
+                length: u32::from_le_bytes(self.read(queue, at + 8)),
+                writable: flags & DESCRIPTOR_WRITABLE != 0,
+            };
+            seen.segments.push(segment, GFP_KERNEL).ok()?;
+            if flags & DESCRIPTOR_NEXT == 0 {
+                return Some(seen);
+            }
+            entry = self.read_u16(queue, at + 14).into();
+        }
+    }
+
+    /// Gives the buffer with this head back.
+    pub(super) fn give_back(&self, queue: usize, head: u32, written: u32) {
+        let next = self.used[queue].get();
+        let at = USED + 4 + 8 * (usize::from(next) % ENTRIES);
+        self.write(queue, at, head.to_le_bytes());
+        self.write(queue, at + 4, written.to_le_bytes());
+        self.used[queue].set(next.wrapping_add(1));
+        self.write(queue, USED + 2, next.wrapping_add(1).to_le_bytes());
+    }
+
+    /// Interrupts the driver for `queue`.
+    pub(super) fn interrupt(&self, queue: usize) {
+        if let Some(ring) = NonNull::new(self.rings[queue].get()) {
+            // SAFETY: The ring is valid until the deletion, which clears the pointer.
+            unsafe { bindings::vring_interrupt(0, ring.as_ptr().cast()) };
+        }
+    }
+
+    /// Says whether the device wants no notifications of `queue`.
+    pub(super) fn suppress_notifications(&self, queue: usize, suppress: bool) {
+        let flags = if suppress { USED_FLAG_NO_NOTIFY } else { 0 };
+        self.write(queue, USED, flags.to_le_bytes());
+    }
+
+    /// Says whether the driver wants no interrupts of `queue`.
+    pub(super) fn interrupts_suppressed(&self, queue: usize) -> bool {
+        self.read_u16(queue, AVAILABLE) & 1 != 0
+    }
+
+    /// Makes notifications fail.
+    pub(super) fn deafen(&self) {
+        self.deaf.set(true);
+    }
+
+    /// Makes the next search for queues fail.
+    pub(super) fn refuse_queues(&self) {
+        self.stubborn.set(true);
+    }
+
+    pub(super) fn notifications(&self) -> u32 {
+        self.notifications.get()
+    }
+
+    pub(super) fn resets(&self) -> u32 {
+        self.resets.get()
+    }
+
+    /// Remembers what `deaths` counts when the queues are deleted.
+    pub(super) fn watch(&self, deaths: &'static AtomicU32) {
+        self.deaths.set(Some(deaths));
+    }
+
+    /// What the watched counter was when the queues were last deleted.
+    pub(super) fn deaths_at_deletion(&self) -> Option<u32> {
+        self.deaths_at_deletion.get()
+    }
+
+    fn at(&self, queue: usize, offset: usize) -> *mut u8 {
+        // Bounds are checked here: the memory is one array.
+        let memory: *mut [u8; 8192] = self.memory[queue].0.get();
+        assert!(offset < 8192 - 8);
+        memory.cast::<u8>().wrapping_add(offset)
+    }
+
+    fn read<const N: usize>(&self, queue: usize, offset: usize) -> [u8; N] {
+        // SAFETY: `at` stays within the memory of the ring, which outlives the ring.
+        unsafe { self.at(queue, offset).cast::<[u8; N]>().read_volatile() }
+    }
+
+    fn write<const N: usize>(&self, queue: usize, offset: usize, bytes: [u8; N]) {
+        // SAFETY: As above.
+        unsafe {
+            self.at(queue, offset)
+                .cast::<[u8; N]>()
+                .write_volatile(bytes)
+        };
+    }
+
+    fn read_u16(&self, queue: usize, offset: usize) -> u16 {
+        u16::from_le_bytes(self.read(queue, offset))
+    }
+
+    /// # Safety
+    ///
+    /// `vdev` must be that of a test device.
+    unsafe fn of<'a>(vdev: *mut bindings::virtio_device) -> &'a Self {
+        // SAFETY: The device is at offset 0.
+        unsafe { &*vdev.cast() }
+    }
+
+    extern "C" fn get(
+        vdev: *mut bindings::virtio_device,
+        offset: c_uint,
+        to: *mut c_void,
+        length: c_uint,
+    ) {
+        // SAFETY: Called by the bus with a test device and a buffer of this length.
+        let (device, to) = unsafe {
+            (
+                Self::of(vdev),
+                core::slice::from_raw_parts_mut(to.cast::<u8>(), length as usize),
+            )
+        };
+        let config = device.config.get();
+        if let Some(from) = config
+            .get(offset as usize..)
+            .and_then(|rest| rest.get(..to.len()))
+        {
+            to.copy_from_slice(from);
+        }
+    }
+
+    extern "C" fn set(
+        vdev: *mut bindings::virtio_device,
+        offset: c_uint,
+        from: *const c_void,
+        length: c_uint,
+    ) {
+        // SAFETY: Called by the bus with a test device and a buffer of this length.
+        let (device, from) = unsafe {
+            (
+                Self::of(vdev),
+                core::slice::from_raw_parts(from.cast::<u8>(), length as usize),
+            )
+        };
+        let mut config = device.config.get();
+        if let Some(to) = config
+            .get_mut(offset as usize..)
+            .and_then(|rest| rest.get_mut(..from.len()))
+        {
+            to.copy_from_slice(from);
+        }
+        device.config.set(config);
+    }
+
+    extern "C" fn get_status(vdev: *mut bindings::virtio_device) -> u8 {
+        // SAFETY: Called by the bus with a test device.
+        unsafe { Self::of(vdev) }.status.get()
+    }
+
+    extern "C" fn set_status(vdev: *mut bindings::virtio_device, status: u8) {
+        // SAFETY: Called by the bus with a test device.
+        unsafe { Self::of(vdev) }.status.set(status);
+    }
+
+    extern "C" fn reset(vdev: *mut bindings::virtio_device) {
+        // SAFETY: Called by the bus with a test device.
+        let device = unsafe { Self::of(vdev) };
+        device.status.set(0);
+        device.resets.set(device.resets.get() + 1);
+    }
+
+    extern "C" fn find_vqs(
+        vdev: *mut bindings::virtio_device,
+        count: c_uint,
+        vqs: *mut *mut bindings::virtqueue,
+        infos: *mut bindings::virtqueue_info,
+        _affinity: *mut bindings::irq_affinity,
+    ) -> c_int {
+        // SAFETY: Called by the bus with a test device.
+        let device = unsafe { Self::of(vdev) };
+        if device.stubborn.take() || count as usize > QUEUES {
+            return ENOENT.to_errno();
+        }
+        for index in 0..count as usize {
+            // SAFETY: Both arrays have `count` elements; the memory of the ring is as large and
+            // aligned as it must be, and free of an earlier ring.
+            unsafe {
+                device.memory[index].0.get().write_bytes(0, 1);
+                device.seen[index].set(0);
+                device.used[index].set(0);
+                let info = &*infos.add(index);
+                let ring = bindings::vring_new_virtqueue(
+                    index as c_uint,
+                    ENTRIES as c_uint,
+                    4096,
+                    vdev,
+                    true,
+                    false,
+                    device.memory[index].0.get().cast(),
+                    Some(Self::notify),
+                    info.callback,
+                    info.name,
+                );
+                device.rings[index].set(ring);
+                if ring.is_null() {
+                    Self::del_vqs(vdev);
+                    return ENOMEM.to_errno();
+                }
+                vqs.add(index).write(ring);
+            }
+        }
+        0
+    }
+
+    extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
+        // SAFETY: Called by the bus with a test device.
+        let device = unsafe { Self::of(vdev) };
+        for ring in &device.rings {
+            let ring = ring.replace(ptr::null_mut());
+            if !ring.is_null() {
+                // SAFETY: `find_vqs` made it.
+                unsafe { bindings::vring_del_virtqueue(ring) };
+            }
+        }
+        device
+            .deaths_at_deletion
+            .set(device.deaths.get().map(|deaths| deaths.load(Relaxed)));
+    }
+
+    extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
+        // SAFETY: Called by the ring with itself.
+        let device = unsafe { Self::of((*vq).vdev) };
+        device.notifications.set(device.notifications.get() + 1);
+        !device.deaf.get()
+    }
+}
+
+/// A buffer that counts its deaths, with any segments.
+pub(super) struct Mortal(KBox<Body>);
+
+pub(super) struct Body {
+    pub(super) number: u64,
+    written: UnsafeCell<u64>,
+    shape: Shape,
+    deaths: &'static AtomicU32,
+}
+
+/// The segments of a [`Mortal`].
+#[derive(Clone, Copy)]
+pub(super) enum Shape {
+    /// So many segments that the device reads and so many that it writes.
+    Segments(usize, usize),
+    /// One segment without bytes.
+    Empty,
+    /// One that the device writes before one that it reads.
+    WrongOrder,
+}
+
+impl Mortal {
+    pub(super) fn new(number: u64, deaths: &'static AtomicU32) -> Result<Self> {
+        Self::shaped(number, Shape::Segments(1, 0), deaths)
+    }
+
+    pub(super) fn shaped(number: u64, shape: Shape, deaths: &'static AtomicU32) -> Result<Self> {
+        let body = Body {
+            number,
+            written: UnsafeCell::new(0),
+            shape,
+            deaths,
+        };
+        Ok(Self(KBox::new(body, GFP_KERNEL)?))
+    }
+
+    pub(super) fn number(&self) -> u64 {
+        self.0.number
+    }
+
+    pub(super) fn written(&self) -> u64 {
+        // SAFETY: Nobody writes while the buffer is ours.
+        unsafe { *self.0.written.get() }
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        self.deaths.fetch_add(1, Relaxed);
+    }
+}
+
+// SAFETY: `written` is only used by who owns the buffer.
+unsafe impl Send for Body {}
+
+// SAFETY: The memory is that of a box, which is the token; the device reads `number` and writes
+// `written`, which nobody uses meanwhile.
+unsafe impl Buffer for Mortal {
+    const TOKEN_TAG_BITS: u32 = 3;
+
+    fn describe(&self, segments: &mut Segments) {
+        let number = NonNull::from(&self.0.number).cast();
+        let written = NonNull::from(&self.0.written).cast();
+        match self.0.shape {
+            Shape::Segments(readable, writable) => {
+                for _ in 0..readable {
+                    segments.readable(number, 8);
+                }
+                for _ in 0..writable {
+                    segments.writable(written, 8);
+                }
+            }
+            Shape::Empty => segments.readable(number, 0),
+            Shape::WrongOrder => {
+                segments.writable(written, 8);
+                segments.readable(number, 8);
+            }
+        }
+    }
+
+    fn into_token(self) -> NonNull<c_void> {
+        NonNull::from(KBox::leak(self.0)).cast()
+    }
+
+    unsafe fn from_token(token: NonNull<c_void>) -> Self {
+        // SAFETY: The token is the box that `into_token` leaked.
+        Self(unsafe { KBox::from_raw(token.cast().as_ptr()) })
+    }
+}
+
+/// A handler that counts what it is told.
+pub(super) struct Counter(pub(super) [AtomicU32; QUEUES]);
+
+impl Counter {
+    pub(super) fn new() -> Result<Arc<Self>> {
+        Ok(Arc::new(
+            Self([const { AtomicU32::new(0) }; QUEUES]),
+            GFP_KERNEL,
+        )?)
+    }
+
+    pub(super) fn told(&self, queue: usize) -> u32 {
+        self.0[queue].load(Relaxed)
+    }
+}
+
+impl QueueHandler for Counter {
+    fn used(&self, queue: u16) {
+        self.0[usize::from(queue)].fetch_add(1, Relaxed);
+    }
+}
