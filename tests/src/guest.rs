@@ -61,6 +61,7 @@ pub struct Builder<'a> {
     device: Device,
     memory: u64,
     features: Vec<&'a str>,
+    kernel_arguments: &'a str,
     console: Streams,
 }
 
@@ -68,13 +69,14 @@ impl<'a> Builder<'a> {
     /// 512 MiB of memory and our device with free page hinting, unless told otherwise.
     #[must_use]
     pub fn new(artifacts: &'a Artifacts, vmm: Vmm) -> Self {
-        let features = vec!["free-page-hint"];
+        let features = vec!["stats", "free-page-hint"];
         Self {
             artifacts,
             vmm,
             device: Device::Ours,
             memory: 512 * MIB,
             features,
+            kernel_arguments: "",
             console: Streams::Collected,
         }
     }
@@ -97,6 +99,13 @@ impl<'a> Builder<'a> {
     #[must_use]
     pub fn features(mut self, features: &[&'a str]) -> Self {
         self.features = features.to_vec();
+        self
+    }
+
+    /// More words for the kernel's command line.
+    #[must_use]
+    pub fn kernel_arguments(mut self, arguments: &'a str) -> Self {
+        self.kernel_arguments = arguments;
         self
     }
 
@@ -136,6 +145,7 @@ impl<'a> Builder<'a> {
             memory: self.memory,
             initramfs,
             device,
+            kernel_arguments: self.kernel_arguments.to_owned(),
             console: self.console,
         };
         let started = match self.vmm {
@@ -172,7 +182,7 @@ pub struct Guest {
     kind: Vmm,
     memory: u64,
     ended: bool,
-    log_from: u64,
+    log: Vec<KernelLine>,
 }
 
 impl Guest {
@@ -202,7 +212,7 @@ impl Guest {
                 kind: builder.vmm,
                 memory: builder.memory,
                 ended: false,
-                log_from: 0,
+                log: Vec::new(),
             }),
             Err(error) => {
                 let daemon = daemon
@@ -376,9 +386,7 @@ impl Guest {
     /// As [`Agent::call`].
     pub fn kernel_log(&mut self) -> Result<Vec<KernelLine>> {
         let lines = self.call(KernelLog {})?;
-        if let Some(last) = lines.last() {
-            self.log_from = last.sequence + 1;
-        }
+        self.log.extend_from_slice(&lines);
         Ok(lines)
     }
 
@@ -391,7 +399,7 @@ impl Guest {
         let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
         self.call(WaitKernelLog {
             holds: holds.to_owned(),
-            from: self.log_from,
+            from: self.log.last().map_or(0, |line| line.sequence + 1),
             limit_ms,
         })
     }
@@ -446,11 +454,18 @@ impl Drop for Guest {
         // A guest that still answers may know more than its console showed.
         if matches!(self.vmm.status(), Ok(None)) {
             if let Ok(lines) = self.agent.call_within(KernelLog {}, Duration::from_secs(2)) {
-                eprintln!("--- kernel log");
-                for line in lines {
-                    eprintln!("<{}>[{:>12}] {}", line.level, line.time_us, line.text);
-                }
+                self.log.extend(lines);
             }
+        }
+        eprintln!("--- kernel log, as the guest told it, from the start of its first process");
+        let first = self
+            .log
+            .iter()
+            .position(|line| line.text.starts_with("Run /init"))
+            .unwrap_or_default();
+        for line in self.log.get(first..).unwrap_or_default() {
+            let seconds = Duration::from_micros(line.time_us).as_secs_f64();
+            eprintln!("<{}>[{seconds:12.6}] {}", line.level, line.text);
         }
         eprintln!("{}", self.diary());
     }

@@ -197,6 +197,10 @@ impl Guest {
             ram: Option<Ram>,
         }
         #[derive(Deserialize)]
+        struct RunState {
+            status: String,
+        }
+        #[derive(Deserialize)]
         struct Ram {
             total: u64,
             normal: u64,
@@ -226,6 +230,18 @@ impl Guest {
                 Duration::from_millis(100),
             )?;
         };
+        loop {
+            let state: RunState = monitor.query("query-status")?;
+            if state.status == "postmigrate" {
+                break;
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "QEMU is still {} after its migration",
+                state.status
+            );
+            monitor.wait_event(|_| true, Duration::from_millis(20))?;
+        }
         monitor.command("cont", json!({}))?;
         let taken = (ram.normal + ram.duplicate) * ram.page_size;
         Ok(Migration {

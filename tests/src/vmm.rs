@@ -30,6 +30,8 @@ pub struct Machine {
     pub initramfs: PathBuf,
     /// Its balloon device, if any.
     pub device: Attachment,
+    /// More words for the kernel's command line.
+    pub kernel_arguments: String,
     /// What becomes of its console.
     pub console: Streams,
 }

@@ -12,25 +12,42 @@ for headers in $(apt-cache pkgnames "linux-headers-$series" | grep -x "linux-hea
 	[ "$(version_of "$headers")" != "$version" ] || release=${headers#linux-headers-}
 done
 [ -n "$release" ] || { echo "apt offers no linux-headers-$series…-cloud-amd64 of version $version" >&2; exit 1; }
-# The signed image comes later than the rest; the unsigned one is the same but for the signature.
-image=linux-image-$release
-[ "$(version_of "$image")" = "$version" ] || image=$image-unsigned
-echo "kernel packages: $image $version"
+# What makes up the kernel: one package in some versions, several in others. A signed one comes later than the rest; the
+# unsigned one is the same but for the signature.
+parts=
+for kind in image base binary modules; do
+	for package in "linux-$kind-$release" "linux-$kind-$release-unsigned"; do
+		[ "$(version_of "$package")" = "$version" ] || continue
+		parts="$parts $package=$version"
+		break
+	done
+done
+echo "kernel packages:$parts"
 
 mkdir -p /kernel /tmp/packages/unpacked
 cd /tmp/packages
-apt-get download "$image=$version" "linux-headers-$release=$version" "linux-source-$series=$version"
+chmod a+rwx .
+# shellcheck disable=SC2086
+apt-get download $parts "linux-headers-$release=$version" "linux-source-$series=$version"
 for package in *.deb; do
 	dpkg-deb -x "$package" unpacked
 	rm "$package"
 done
-for modules in unpacked/usr/lib/modules/"$release" unpacked/lib/modules/"$release"; do
-	[ ! -d "$modules" ] || mv "$modules" /kernel/modules
-done
-mv unpacked/boot/vmlinuz-"$release" /kernel/vmlinuz
-mv unpacked/boot/config-"$release" /kernel/config
-mv unpacked/usr/src/linux-headers-"$release"/Module.symvers /kernel/
-mv unpacked/usr/src/linux-source-"$series".tar.xz /kernel/linux-source.tar.xz
+# Where these lie has changed over time.
+take() {
+	target=$1
+	shift
+	for source in "$@"; do
+		[ ! -e "unpacked/$source" ] || { mv "unpacked/$source" "/kernel/$target"; return; }
+	done
+	echo "no package of the kernel has $*" >&2
+	exit 1
+}
+take vmlinuz usr/lib/modules/"$release"/vmlinuz boot/vmlinuz-"$release"
+take config usr/lib/modules/"$release"/config boot/config-"$release"
+take modules usr/lib/modules/"$release" lib/modules/"$release"
+take Module.symvers usr/src/linux-headers-"$release"/Module.symvers
+take linux-source.tar.xz usr/src/linux-source-"$series".tar.xz
 xz -dc /kernel/modules/kernel/drivers/virtio/virtio_balloon.ko.xz >/kernel/virtio_balloon.ko
 echo "$release" >/kernel/release
 echo "$version" >/kernel/version

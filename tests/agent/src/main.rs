@@ -33,7 +33,10 @@ fn main() -> ExitCode {
         );
         return ExitCode::FAILURE;
     }
-    if let Err(error) = set_up::mount_all().and_then(|()| serve::serve(port::open()?)) {
+    if let Err(error) = set_up::mount_all().and_then(|()| {
+        set_up::keep_free_pages_together();
+        serve::serve(port::open()?)
+    }) {
         eprintln!("agent: {error:#}");
     }
     power::off()

@@ -66,7 +66,10 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
     };
     command.args([
         "-append",
-        &format!("console=ttyS0 panic=-1 loglevel=5{quiet}"),
+        &format!(
+            "console=ttyS0 panic=-1 loglevel=5{quiet} {}",
+            machine.kernel_arguments
+        ),
     ]);
     match machine.console {
         Streams::Collected => command.args(["-chardev", "stdio,id=console"]),

@@ -40,6 +40,7 @@ pub fn start(kernel: &Path, machine: &Machine) -> Result<Started> {
     command
         .arg(format!("ssl0=fd:{AGENT_FD}"))
         .arg(format!("{PORT_VARIABLE}=/dev/ttyS0"));
+    command.args(machine.kernel_arguments.split_whitespace());
     match &machine.device {
         Attachment::None => {}
         Attachment::VhostUser(socket) => {
