@@ -137,6 +137,7 @@ impl Bound {
         unsafe {
             bindings::vbrs_test_device_init(vdev);
             (*vdev).config = &OPS;
+            (*vdev).dev.init_name = c"kunit".as_char_ptr();
             let binding = Binding::new(NonNull::new_unchecked(vdev))?;
             let binding = KBox::into_raw(Pin::into_inner_unchecked(binding));
             (*vdev).priv_ = binding.cast();
