@@ -53,7 +53,7 @@ impl Held {
         self.blocks.lock().pressed = false;
     }
 
-    /// Whether the guest was short of memory in this round. Then it had better not be robbed further.
+    /// Whether the guest was short of memory in this round.
     pub(crate) fn pressed(&self) -> bool {
         self.blocks.lock().pressed
     }

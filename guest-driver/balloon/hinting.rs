@@ -7,6 +7,10 @@
 //! notifies the device once, and returns; the device's interrupt starts it again. So a new command is
 //! noticed within one ring's worth of work, and a removal never has to wait for an answer.
 //!
+//! The kernel's own driver takes no interrupt from this queue, and so there are devices whose interrupts
+//! nobody ever missed: QEMU's (11.1, TCG) serves the queue in an I/O thread, and from there none
+//! arrives. Therefore, while buffers are in flight, a timer looks after them too, less and less often.
+//!
 //! A block is owned by the queue while it is in flight, by [`Held`] until the device is done with it,
 //! and by the page allocator before and after. There is no other way, so the feature
 //! `KEEPS_HINTED_UNTIL_RETURNED` is kept by construction.
@@ -14,7 +18,10 @@
 use kernel::prelude::*;
 use kernel::sync::atomic::{AtomicFlag, Relaxed};
 use kernel::sync::{new_mutex, Arc, Mutex};
-use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
+use kernel::time::{msecs_to_jiffies, Delta, Instant, Monotonic, Msecs};
+use kernel::workqueue::{
+    impl_has_delayed_work, impl_has_work, new_delayed_work, new_work, DelayedWork, Work, WorkItem,
+};
 
 use super::config::BalloonConfig;
 use super::held::Held;
@@ -40,6 +47,17 @@ const COMMAND_ENTRIES: usize = 1;
 /// from the guest; what has come back, the guest can take.
 const IN_FLIGHT_SHARE: usize = 4;
 
+/// If the page allocator is so slow that filling the ring takes longer than this (it may have to clear
+/// each block), the device is notified on the way, to work meanwhile.
+const UNNOTICED: Delta = Delta::from_millis(10);
+/// How long to wait for an interrupt before looking without one: doubled as long as nothing comes, from
+/// the one to the other.
+const LOOK_MIN: Msecs = 8;
+const LOOK_MAX: Msecs = 1024;
+
+const TURN: u64 = 1;
+const LOOK: u64 = 2;
+
 /// The driver's side of free page hinting.
 #[pin_data]
 pub(crate) struct Hinting {
@@ -56,7 +74,9 @@ pub(crate) struct Hinting {
     held: Arc<Held>,
     work_queue: Arc<WorkQueue>,
     #[pin]
-    work: Work<Self>,
+    work: Work<Self, TURN>,
+    #[pin]
+    look: DelayedWork<Self, LOOK>,
 }
 
 struct Round {
@@ -72,10 +92,16 @@ struct Round {
     /// The command buffers that are not in flight. Has room for all.
     spare: KVec<Command>,
     in_flight_pages: usize,
+    /// How long to wait for the next interrupt.
+    patience: Msecs,
 }
 
 impl_has_work! {
-    impl HasWork<Self> for Hinting { self.work }
+    impl HasWork<Self, 1> for Hinting { self.work }
+}
+
+impl_has_delayed_work! {
+    impl HasDelayedWork<Self, 2> for Hinting { self.look }
 }
 
 impl Hinting {
@@ -99,6 +125,7 @@ impl Hinting {
             outbox: [None; 2],
             spare,
             in_flight_pages: 0,
+            patience: LOOK_MIN,
         };
         let hinting = try_pin_init!(Self {
             config,
@@ -110,6 +137,7 @@ impl Hinting {
             held: Arc::pin_init(Held::new(), GFP_KERNEL)?,
             work_queue,
             work <- new_work!("Hinting::work"),
+            look <- new_delayed_work!("Hinting::look"),
         });
         Arc::pin_init(hinting, GFP_KERNEL)
     }
@@ -137,7 +165,7 @@ impl Hinting {
 
     /// Starts the work, unless it is queued already or disabled.
     fn wake(self: &Arc<Self>) {
-        let _ = self.work_queue.enqueue(self.clone());
+        let _ = self.work_queue.enqueue::<Arc<Self>, TURN>(self.clone());
     }
 
     /// Ends all work for good. May sleep, but does not wait for the device.
@@ -145,7 +173,8 @@ impl Hinting {
     /// Blocks in flight stay there, for the reset to bring back.
     pub(crate) fn disable(self: &Arc<Self>) {
         self.stopping.store(true, Relaxed);
-        work::disable(self);
+        work::disable_delayed::<Self, LOOK>(self);
+        work::disable::<Self, TURN>(self);
     }
 
     /// Gives all blocks back to the guest, filled with zeroes. To be called after the device's reset.
@@ -161,6 +190,7 @@ impl Hinting {
     /// Takes back the buffers that the device has used.
     fn collect(&self, round: &mut Round) {
         while let Some((buffer, _)) = self.queue.pop() {
+            round.patience = LOOK_MIN;
             match buffer {
                 Either::Left(command) => {
                     // Its room is still there: commands are only ever taken and put back.
@@ -245,6 +275,7 @@ impl Hinting {
     /// block is left.
     fn offer(&self, round: &mut Round) -> Result {
         let limit = state::managed_pages() / IN_FLIGHT_SHARE;
+        let mut noticed: Instant<Monotonic> = Instant::now();
         while !self.command_changed.load(Relaxed) && !self.stopping.load(Relaxed) {
             if round.in_flight_pages >= limit || self.queue.free_entries() <= COMMAND_ENTRIES {
                 break;
@@ -253,8 +284,7 @@ impl Hinting {
                 break;
             };
             let block = self.held.next_again().or_else(|| {
-                let may_take = !self.held.pressed();
-                let block = may_take.then(|| harvest.next()).flatten();
+                let block = harvest.next(self.held.pressed());
                 block.map(LentBlock::new)
             });
             let Some(mut block) = block else {
@@ -272,8 +302,24 @@ impl Hinting {
                 return Err(failure.into());
             }
             round.in_flight_pages += pages;
+            if noticed.elapsed() > UNNOTICED {
+                self.queue.kick();
+                noticed = Instant::now();
+            }
         }
         Ok(())
+    }
+
+    /// Looks after the buffers in flight later, should no interrupt come.
+    fn look_later(self: &Arc<Self>, round: &mut Round) {
+        if round.in_flight_pages == 0 && round.spare.len() == COMMANDS {
+            return;
+        }
+        let delay = msecs_to_jiffies(round.patience);
+        round.patience = (round.patience * 2).min(LOOK_MAX);
+        let _ = self
+            .work_queue
+            .enqueue_delayed::<Arc<Self>, LOOK>(self.clone(), delay);
     }
 
     /// One turn: everything that can be done now. Fails if the device is gone.
@@ -307,7 +353,8 @@ impl Round {
     }
 }
 
-impl WorkItem for Hinting {
+/// The work proper.
+impl WorkItem<1> for Hinting {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
@@ -316,12 +363,22 @@ impl WorkItem for Hinting {
             let result = this.turn(&mut round);
             this.queue.kick();
             if result.is_err() {
-                break;
+                return;
             }
             let quiet = this.queue.enable_callback_delayed();
             if quiet && !this.command_changed.load(Relaxed) {
-                break;
+                this.look_later(&mut round);
+                return;
             }
         }
+    }
+}
+
+/// What comes instead of an interrupt: the work proper.
+impl WorkItem<2> for Hinting {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.wake();
     }
 }

@@ -6,6 +6,7 @@ use kernel::sync::Arc;
 
 use super::hinting::Hinting;
 use super::sizing::Sizing;
+use super::statistics::Statistics;
 use crate::shared_abi::features::Features;
 use crate::shared_abi::queue::Queue;
 use crate::virtio::QueueHandler;
@@ -14,6 +15,7 @@ use crate::virtio::QueueHandler;
 pub(crate) struct Interrupts {
     sizing: Arc<Sizing>,
     hinting: Option<Arc<Hinting>>,
+    statistics: Option<Arc<Statistics>>,
     features: Features,
 }
 
@@ -21,11 +23,13 @@ impl Interrupts {
     pub(crate) fn new(
         sizing: Arc<Sizing>,
         hinting: Option<Arc<Hinting>>,
+        statistics: Option<Arc<Statistics>>,
         features: Features,
     ) -> Self {
         Self {
             sizing,
             hinting,
+            statistics,
             features,
         }
     }
@@ -48,7 +52,13 @@ impl QueueHandler for Interrupts {
                     hinting.used();
                 }
             }
-            Some(Queue::Stats | Queue::Reporting) | None => {}
+            Some(Queue::Stats) => {
+                if let Some(statistics) = &self.statistics {
+                    statistics.queue().disable_callback();
+                    statistics.wanted();
+                }
+            }
+            Some(Queue::Reporting) | None => {}
         }
     }
 }

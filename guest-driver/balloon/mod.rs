@@ -2,8 +2,8 @@
 
 //! The balloon driver.
 //!
-//! Two things, each with its own work item: [`Sizing`](sizing::Sizing) inflates and deflates,
-//! [`Hinting`](hinting::Hinting) hints free pages. This file binds them to a device. Interrupts only
+//! Three things, each with its own work item: [`Sizing`] inflates and deflates, [`Hinting`] hints free
+//! pages, [`Statistics`] says how the guest's memory fares. This file binds them to a device. Interrupts only
 //! start the work; see [`Interrupts`].
 
 mod balance;
@@ -14,6 +14,7 @@ mod interrupts;
 mod request;
 mod reserve;
 mod sizing;
+mod statistics;
 
 use core::pin::Pin;
 
@@ -27,6 +28,7 @@ use self::held::Held;
 use self::hinting::Hinting;
 use self::interrupts::Interrupts;
 use self::sizing::Sizing;
+use self::statistics::Statistics;
 use crate::mm::{state, Shrinker};
 use crate::shared_abi::features::Features;
 use crate::shared_abi::queue::{self, Queue};
@@ -57,12 +59,16 @@ pub(crate) struct Data {
 struct Works {
     sizing: Arc<Sizing>,
     hinting: Option<Arc<Hinting>>,
+    statistics: Option<Arc<Statistics>>,
 }
 
 impl Works {
     fn disable(&self) {
         if let Some(hinting) = &self.hinting {
             hinting.disable();
+        }
+        if let Some(statistics) = &self.statistics {
+            statistics.disable();
         }
         self.sizing.disable();
     }
@@ -87,6 +93,11 @@ impl Data {
         } else {
             None
         };
+        let statistics = if features.contains(Features::STATS_VQ) {
+            Some(Statistics::new(work_queue.clone())?)
+        } else {
+            None
+        };
         let printer: &device::Device = dev.as_ref();
         let works = Works {
             sizing: Sizing::new(
@@ -96,6 +107,7 @@ impl Data {
                 !features.contains(Features::DEFLATE_ON_OOM),
             )?,
             hinting,
+            statistics,
         };
 
         works.find_queues(dev, features)?;
@@ -114,6 +126,9 @@ impl Data {
         if let Some(hinting) = &works.hinting {
             hinting.command_changed();
         }
+        if let Some(statistics) = &works.statistics {
+            statistics.wanted();
+        }
         Ok(Self {
             works,
             _shrinker: shrinker,
@@ -127,16 +142,22 @@ impl Works {
     fn find_queues(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
         let mut queues: KVec<&dyn AnyQueue> = KVec::with_capacity(Queue::MAX_COUNT, GFP_KERNEL)?;
         for queue in queue::present(features) {
-            let queue: &dyn AnyQueue = match (queue, &self.hinting) {
-                (Queue::Inflate, _) => self.sizing.inflate_queue(),
-                (Queue::Deflate, _) => self.sizing.deflate_queue(),
-                (Queue::FreePage, Some(hinting)) => hinting.queue(),
+            let queue: &dyn AnyQueue = match (queue, &self.hinting, &self.statistics) {
+                (Queue::Inflate, ..) => self.sizing.inflate_queue(),
+                (Queue::Deflate, ..) => self.sizing.deflate_queue(),
+                (Queue::FreePage, Some(hinting), _) => hinting.queue(),
+                (Queue::Stats, _, Some(statistics)) => statistics.queue(),
                 // Not among the driver's features, hence never negotiated.
-                (Queue::FreePage | Queue::Stats | Queue::Reporting, _) => return Err(EINVAL),
+                (Queue::FreePage | Queue::Stats | Queue::Reporting, ..) => return Err(EINVAL),
             };
             queues.push(queue, GFP_KERNEL)?;
         }
-        let interrupts = Interrupts::new(self.sizing.clone(), self.hinting.clone(), features);
+        let interrupts = Interrupts::new(
+            self.sizing.clone(),
+            self.hinting.clone(),
+            self.statistics.clone(),
+            features,
+        );
         dev.find_queues(&queues, Arc::new(interrupts, GFP_KERNEL)?)
     }
 }
@@ -149,6 +170,7 @@ impl virtio::Driver for Balloon {
 
     const FEATURES: &'static [u32] = &[
         Features::MUST_TELL_HOST.bit_number(),
+        Features::STATS_VQ.bit_number(),
         Features::FREE_PAGE_HINT.bit_number(),
         Features::PAGE_POISON.bit_number(),
         Features::KEEPS_HINTED_UNTIL_RETURNED.bit_number(),

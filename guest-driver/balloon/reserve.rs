@@ -7,10 +7,11 @@ use crate::mm::{state, PageBlock};
 /// The free pages that hinting leaves alone: so many that the guest neither begins to reclaim memory
 /// nor stalls, and so few that nearly all free memory is hinted.
 ///
-/// Twice the sum of the zones' high watermarks (below which reclaim works), or 1/64 of memory if
-/// that is more.
-pub(crate) fn reserve() -> usize {
-    let watermarks = state::high_watermarks().saturating_mul(2);
+/// Three times the sum of the zones' high watermarks, or 1/64 of memory if that is more. Above its high
+/// watermark a zone is not reclaimed, and the kernel may raise it for a while by one and a half times
+/// (`watermark_boost_factor`); the rest is room for processes.
+fn reserve() -> usize {
+    let watermarks = state::high_watermarks().saturating_mul(3);
     watermarks.max(state::managed_pages() / 64)
 }
 
@@ -35,11 +36,13 @@ impl Harvest {
 
     /// The next block; `None` when nothing is left above the reserve.
     ///
-    /// Orders only go down: what is freed meanwhile is found in smaller blocks.
-    pub(crate) fn next(&mut self) -> Option<PageBlock> {
+    /// If the guest is `pressed` for memory, twice the reserve is left alone. Orders only go down: what is
+    /// freed meanwhile is found in smaller blocks.
+    pub(crate) fn next(&mut self, pressed: bool) -> Option<PageBlock> {
+        let reserve = self.reserve << u32::from(pressed);
         loop {
             let pages = 1usize << self.order;
-            if state::free_pages() > self.reserve.saturating_add(pages) {
+            if state::free_pages() > reserve.saturating_add(pages) {
                 if let Some(block) = PageBlock::take_free(self.order) {
                     return Some(block);
                 }

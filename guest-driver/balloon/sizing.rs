@@ -277,7 +277,7 @@ impl Sizing {
         }
         let pfns = request.pfns();
         if let Err(AddError { buffer, failure }) = self.inflate.add(request.into_buffer()) {
-            state.take_back(buffer, |pages| drop(pages));
+            state.take_back(buffer, drop);
             return Err(failure.into());
         }
         state.balance.send_in(pfns);

@@ -13,11 +13,16 @@
 
 /*
  * A block that is free right now: no reclaim, no reserves, no warning.
- * The flags are those of the kernel's own balloon driver.
+ *
+ * The kernel's own balloon driver asks for unmovable memory; taking nearly all
+ * free memory as such would turn pageblock after pageblock unmovable, for good,
+ * and boost the watermarks on the way. The blocks are on loan, and free memory
+ * is mostly movable: so they are asked for as what they are. (Without
+ * __GFP_HIGHMEM they do not come from ZONE_MOVABLE.)
  */
 struct page *vbrs_alloc_free_block(unsigned int order)
 {
-	return alloc_pages(__GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC, order);
+	return alloc_pages(__GFP_MOVABLE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC, order);
 }
 
 void vbrs_zero_block(struct page *page, unsigned int order)
@@ -106,7 +111,7 @@ unsigned long vbrs_high_watermarks(void)
 			struct zone *zone = &NODE_DATA(nid)->node_zones[zid];
 
 			if (managed_zone(zone))
-				sum += high_wmark_pages(zone);
+				sum += zone->_watermark[WMARK_HIGH];
 		}
 	}
 	return sum;
@@ -129,6 +134,53 @@ bool vbrs_fills_free_pages(u32 *pattern)
 		return true;
 	}
 	return false;
+}
+
+/* All in pages. */
+void vbrs_read_memory(struct vbrs_memory *memory)
+{
+	long available = si_mem_available();
+	struct sysinfo info;
+
+	si_meminfo(&info);
+	memory->free = info.freeram;
+	memory->total = info.totalram;
+	memory->available = available > 0 ? available : 0;
+	memory->file_pages = global_node_page_state(NR_FILE_PAGES);
+}
+
+/* False if the kernel does not count. May sleep. */
+bool vbrs_read_vm_events(struct vbrs_vm_events *events, struct vbrs_hugetlb_events *hugetlb,
+			 bool *has_hugetlb)
+{
+#ifdef CONFIG_VM_EVENT_COUNTERS
+	unsigned long count[NR_VM_EVENT_ITEMS];
+	int zone;
+
+	all_vm_events(count);
+	*events = (struct vbrs_vm_events) {
+		.swapped_in = count[PSWPIN],
+		.swapped_out = count[PSWPOUT],
+		.major_faults = count[PGMAJFAULT],
+		.faults = count[PGFAULT],
+		.oom_kills = count[OOM_KILL],
+		.async_scanned = global_node_page_state(PGSCAN_KSWAPD),
+		.direct_scanned = global_node_page_state(PGSCAN_DIRECT),
+		.async_reclaimed = global_node_page_state(PGSTEAL_KSWAPD),
+		.direct_reclaimed = global_node_page_state(PGSTEAL_DIRECT),
+	};
+	for (zone = 0; zone < MAX_NR_ZONES; zone++)
+		events->allocation_stalls += count[ALLOCSTALL_NORMAL - ZONE_NORMAL + zone];
+
+	*has_hugetlb = IS_ENABLED(CONFIG_HUGETLB_PAGE);
+#ifdef CONFIG_HUGETLB_PAGE
+	hugetlb->allocations = count[HTLB_BUDDY_PGALLOC];
+	hugetlb->failures = count[HTLB_BUDDY_PGALLOC_FAIL];
+#endif
+	return true;
+#else
+	return false;
+#endif
 }
 
 struct workqueue_struct *vbrs_alloc_workqueue(const char *name)

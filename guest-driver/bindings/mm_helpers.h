@@ -31,6 +31,23 @@ unsigned long vbrs_high_watermarks(void);
 unsigned int vbrs_max_page_order(void);
 bool vbrs_fills_free_pages(u32 *pattern);
 
+struct vbrs_memory {
+	u64 free, total, available, file_pages;
+};
+
+struct vbrs_vm_events {
+	u64 swapped_in, swapped_out, major_faults, faults, oom_kills, allocation_stalls;
+	u64 async_scanned, direct_scanned, async_reclaimed, direct_reclaimed;
+};
+
+struct vbrs_hugetlb_events {
+	u64 allocations, failures;
+};
+
+void vbrs_read_memory(struct vbrs_memory *memory);
+bool vbrs_read_vm_events(struct vbrs_vm_events *events, struct vbrs_hugetlb_events *hugetlb,
+			 bool *has_hugetlb);
+
 struct workqueue_struct *vbrs_alloc_workqueue(const char *name);
 
 #endif

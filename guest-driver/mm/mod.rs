@@ -9,7 +9,8 @@
 //! * [`LentBlock`]: a block that the device has been shown, and may have spoilt;
 //! * [`BalloonPages`]: the kernel's list of pages that a balloon holds;
 //! * [`Shrinker`]: giving memory back when the guest is short of it;
-//! * [`state`]: how much memory is free, and how much must stay so.
+//! * [`state`]: how much memory is free, and how much must stay so;
+//! * [`statistics`]: what the kernel counts about memory.
 //!
 //! C headers: `include/linux/gfp.h`, `include/linux/balloon.h`, `include/linux/shrinker.h`,
 //! `include/linux/mmzone.h`.
@@ -20,6 +21,7 @@ mod lent;
 mod list;
 mod shrinker;
 pub mod state;
+pub mod statistics;
 
 pub use balloon_pages::{BalloonPage, BalloonPages};
 pub use block::PageBlock;

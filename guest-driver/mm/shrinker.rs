@@ -63,16 +63,16 @@ impl<T: Shrink> Shrinker<T> {
         })
     }
 
-    unsafe extern "C" fn count_callback(
+    extern "C" fn count_callback(
         shrinker: *mut bindings::shrinker,
         _control: *mut bindings::shrink_control,
     ) -> c_ulong {
         // SAFETY: The kernel calls with a registered shrinker; see the invariants.
         let data = unsafe { &*(*shrinker).private_data.cast::<T>() };
-        data.count() as c_ulong
+        data.count()
     }
 
-    unsafe extern "C" fn scan_callback(
+    extern "C" fn scan_callback(
         shrinker: *mut bindings::shrinker,
         control: *mut bindings::shrink_control,
     ) -> c_ulong {
@@ -82,8 +82,15 @@ impl<T: Shrink> Shrinker<T> {
         // SAFETY: The kernel calls with a registered shrinker; see the invariants.
         let data = unsafe { &*(*shrinker).private_data.cast::<T>() };
         // SAFETY: The kernel calls with a control block that is ours for the call.
-        let pages = unsafe { (*control).nr_to_scan } as usize;
-        data.scan(pages).map_or(STOP, |freed| freed as c_ulong)
+        let control = unsafe { &mut *control };
+        match data.scan(control.nr_to_scan) {
+            Some(freed) => {
+                // Lest it asks for as much again: a block may be larger than what was asked for.
+                control.nr_scanned = control.nr_scanned.max(freed);
+                freed
+            }
+            None => STOP,
+        }
     }
 }
 

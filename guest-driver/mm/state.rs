@@ -18,8 +18,8 @@ pub fn managed_pages() -> usize {
     unsafe { helpers::vbrs_managed_pages() as usize }
 }
 
-/// The sum of all zones' high watermarks: with fewer free pages than these, the kernel begins to
-/// reclaim memory.
+/// The sum of all zones' high watermarks, without what they are boosted by for the moment: with more
+/// free pages than these, the kernel does not reclaim memory.
 pub fn high_watermarks() -> usize {
     // SAFETY: Reads the zones' watermarks, which are plain words.
     unsafe { helpers::vbrs_high_watermarks() as usize }

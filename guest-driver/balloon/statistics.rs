@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory statistics for the host.
+//!
+//! One buffer goes to and fro: the device keeps the last statistics, and asks for new ones by using
+//! the buffer. A work item of its own answers, so that a busy balloon does not hold it up.
+
+use kernel::page::PAGE_SIZE;
+use kernel::prelude::*;
+use kernel::sync::{new_mutex, Arc, Mutex};
+use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
+
+use crate::mm::statistics::{self, Events, HugetlbEvents, Memory};
+use crate::shared_abi::stats::{Stat, Tag};
+use crate::virtio::work::{self, WorkQueue};
+use crate::virtio::{Accompanied, AddError, Virtqueue};
+
+/// The most bytes that statistics take.
+const SIZE: usize = Stat::SIZE * Tag::ALL.len();
+
+/// What travels on the statistics queue; how long it is depends on what the kernel counts.
+pub(crate) type StatisticsBuffer = Accompanied<[u8; SIZE], ()>;
+
+/// The statistics queue, and who answers on it.
+#[pin_data]
+pub(crate) struct Statistics {
+    queue: Virtqueue<StatisticsBuffer>,
+    /// The buffer, before it is sent for the first time, or if the queue did not take it.
+    #[pin]
+    spare: Mutex<Option<StatisticsBuffer>>,
+    work_queue: Arc<WorkQueue>,
+    #[pin]
+    work: Work<Self>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Statistics { self.work }
+}
+
+impl Statistics {
+    /// Sends nothing yet. May sleep. Fails with `ENOMEM`.
+    pub(crate) fn new(work_queue: Arc<WorkQueue>) -> Result<Arc<Self>> {
+        let buffer = StatisticsBuffer::new([0; SIZE], (), GFP_KERNEL)?;
+        let statistics = try_pin_init!(Self {
+            queue: Virtqueue::new(c"stats")?,
+            spare <- new_mutex!(Some(buffer), "Statistics::spare"),
+            work_queue,
+            work <- new_work!("Statistics::work"),
+        });
+        Arc::pin_init(statistics, GFP_KERNEL)
+    }
+
+    /// The statistics queue.
+    pub(crate) fn queue(&self) -> &Virtqueue<StatisticsBuffer> {
+        &self.queue
+    }
+
+    /// The device has its first buffer to get, or wants new statistics. Any context.
+    pub(crate) fn wanted(self: &Arc<Self>) {
+        let _ = self.work_queue.enqueue(self.clone());
+    }
+
+    /// Ends all work for good. May sleep.
+    pub(crate) fn disable(self: &Arc<Self>) {
+        work::disable(self);
+    }
+}
+
+impl WorkItem for Statistics {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        let mut spare = this.spare.lock();
+        let used = this.queue.pop().map(|(buffer, _)| buffer);
+        let Some(mut buffer) = used.or_else(|| spare.take()) else {
+            // Nobody asked: an interrupt may come without a reason.
+            this.queue.enable_callback();
+            return;
+        };
+        let (events, hugetlb) = statistics::events();
+        let (bytes, ()) = buffer.parts();
+        let length = encode(statistics::memory(), events, hugetlb, bytes);
+        buffer.set_length(length);
+        if let Err(AddError { buffer, .. }) = this.queue.add(buffer) {
+            *spare = Some(buffer);
+            return;
+        }
+        this.queue.kick();
+        if !this.queue.enable_callback() {
+            this.wanted();
+        }
+    }
+}
+
+/// Writes the statistics as the device reads them, and returns how many bytes they take.
+fn encode(
+    memory: Memory,
+    events: Option<Events>,
+    hugetlb: Option<HugetlbEvents>,
+    buffer: &mut [u8; SIZE],
+) -> usize {
+    let bytes = |pages: u64| pages.saturating_mul(PAGE_SIZE as u64);
+    let values = Tag::ALL.into_iter().filter_map(|tag| {
+        let value = match tag {
+            Tag::SwapIn => bytes(events?.swapped_in),
+            Tag::SwapOut => bytes(events?.swapped_out),
+            Tag::MajorFaults => events?.major_faults,
+            Tag::MinorFaults => events?.faults,
+            Tag::FreeMemory => bytes(memory.free),
+            Tag::TotalMemory => bytes(memory.total),
+            Tag::AvailableMemory => bytes(memory.available),
+            Tag::DiskCaches => bytes(memory.file_pages),
+            Tag::HugetlbAllocations => hugetlb?.allocations,
+            Tag::HugetlbFailures => hugetlb?.failures,
+            Tag::OomKills => events?.oom_kills,
+            Tag::AllocationStalls => events?.allocation_stalls,
+            Tag::AsyncScanned => bytes(events?.async_scanned),
+            Tag::DirectScanned => bytes(events?.direct_scanned),
+            Tag::AsyncReclaimed => bytes(events?.async_reclaimed),
+            Tag::DirectReclaimed => bytes(events?.direct_reclaimed),
+        };
+        let tag = tag.number();
+        Some(Stat { tag, value })
+    });
+    let mut length = 0;
+    for (slot, stat) in buffer.chunks_exact_mut(Stat::SIZE).zip(values) {
+        slot.copy_from_slice(&stat.to_bytes());
+        length += Stat::SIZE;
+    }
+    length
+}
+
+#[kunit_tests(virtio_balloon_rs_statistics)]
+mod tests {
+    use super::*;
+
+    fn find(buffer: &[u8], tag: Tag) -> Option<u64> {
+        buffer.chunks_exact(Stat::SIZE).find_map(|chunk| {
+            let stat = Stat::from_bytes(chunk.try_into().ok()?);
+            (stat.tag == tag.number()).then_some(stat.value)
+        })
+    }
+
+    #[test]
+    fn pages_become_bytes_and_counts_stay() {
+        let memory = Memory {
+            free: 3,
+            ..Memory::default()
+        };
+        let events = Events {
+            swapped_in: 5,
+            faults: 7,
+            ..Events::default()
+        };
+        let mut buffer = [0; SIZE];
+        let length = encode(memory, Some(events), None, &mut buffer);
+        assert_eq!(length, 14 * Stat::SIZE);
+        let sent = &buffer[..length];
+        assert_eq!(find(sent, Tag::FreeMemory), Some(3 * PAGE_SIZE as u64));
+        assert_eq!(find(sent, Tag::SwapIn), Some(5 * PAGE_SIZE as u64));
+        assert_eq!(find(sent, Tag::MinorFaults), Some(7));
+        assert_eq!(find(sent, Tag::HugetlbFailures), None);
+    }
+
+    #[test]
+    fn what_is_not_counted_is_not_sent() {
+        let mut buffer = [0; SIZE];
+        let length = encode(Memory::default(), None, None, &mut buffer);
+        assert_eq!(length, 4 * Stat::SIZE);
+    }
+
+    #[test]
+    fn the_kernel_counts_its_memory() {
+        let memory = statistics::memory();
+        assert!(memory.total > 0);
+        assert!(memory.free <= memory.total);
+    }
+}
