@@ -265,15 +265,14 @@ impl Hinting {
         }
     }
 
-    /// The driver sent a block of free pages. `usable` says whether page poison lets hints count.
+    /// The driver sent a block of free pages.
     ///
     /// # Errors
     ///
     /// Names the first segment that is not in guest memory. The others count.
-    pub fn block_came(&mut self, segments: &[Segment], usable: bool) -> Result<(), RequestError> {
+    pub fn block_came(&mut self, segments: &[Segment]) -> Result<(), RequestError> {
         let action = self.step(Event::Block);
-        let (Some(Action::UseBlock(_)), true, Some(Right::Hint(window))) =
-            (action, usable, self.right.as_ref())
+        let (Some(Action::UseBlock(_)), Some(Right::Hint(window))) = (action, self.right.as_ref())
         else {
             self.ignored_blocks = self.ignored_blocks.saturating_add(1);
             return Ok(());

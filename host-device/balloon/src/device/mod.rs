@@ -13,6 +13,8 @@ pub mod pages;
 mod queues;
 pub mod request;
 pub mod stats;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::time::SystemTime;

@@ -4,6 +4,7 @@
 
 use shared_abi::command::CommandId;
 use shared_abi::features::Features;
+use shared_abi::page::PFN_SHIFT;
 use shared_abi::queue::Queue;
 use vhost_user_backend::{VringRwLock, VringT};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
@@ -25,12 +26,22 @@ enum Pass {
     Broken,
 }
 
-/// What becomes of a buffer that was served.
-struct Served {
-    /// The buffer to return now, if any: usually the one that came.
-    give_back: Option<u16>,
-    /// How many ranges of memory it took.
-    work: usize,
+/// One queue's turn.
+struct Turn<'a> {
+    queue: Queue,
+    index: usize,
+    vring: &'a VringRwLock,
+    memory: MemoryGuard,
+    /// What is left of [`TURN`].
+    budget: usize,
+    /// Whether a buffer was returned.
+    returned: bool,
+}
+
+impl Turn<'_> {
+    fn spend(&mut self, work: usize) {
+        self.budget = self.budget.saturating_sub(work);
+    }
 }
 
 impl Device {
@@ -45,14 +56,19 @@ impl Device {
         vring: &VringRwLock,
         memory: &GuestMemoryAtomic<GuestMemoryMmap>,
     ) -> bool {
-        let memory = memory.memory();
-        let mut budget = TURN;
-        let mut returned = false;
+        let mut turn = Turn {
+            queue,
+            index,
+            vring,
+            memory: memory.memory(),
+            budget: TURN,
+            returned: false,
+        };
         let more = loop {
             // The driver need not notify while the queue is being looked at anyway. Where these words cannot
             // be written, the ring cannot be read either, and that is reported.
             let _ = vring.disable_notification();
-            match self.pass(queue, index, vring, &memory, &mut budget, &mut returned) {
+            match self.pass(&mut turn) {
                 Pass::TurnOver => break true,
                 Pass::Broken => {
                     let _ = vring.enable_notification();
@@ -67,7 +83,7 @@ impl Device {
                 }
             }
         };
-        if returned && vring.needs_notification().unwrap_or(true) {
+        if turn.returned && vring.needs_notification().unwrap_or(true) {
             if let Err(error) = vring.signal_used_queue() {
                 tracing::debug!("{} queue: the driver was not told: {error}", queue.name());
             }
@@ -75,106 +91,84 @@ impl Device {
         more
     }
 
-    fn pass(
-        &mut self,
-        queue: Queue,
-        index: usize,
-        vring: &VringRwLock,
-        memory: &MemoryGuard,
-        budget: &mut usize,
-        returned: &mut bool,
-    ) -> Pass {
+    fn pass(&mut self, turn: &mut Turn<'_>) -> Pass {
         let mut taken = false;
-        while *budget > 0 {
-            let chain = match next_chain(vring, memory) {
+        while turn.budget > 0 {
+            turn.spend(1);
+            let chain = match next_chain(turn.vring, &turn.memory) {
                 Ok(Some(chain)) => chain,
                 Ok(None) => return Pass::Empty { taken },
                 Err(error @ RequestError::NoSuchDescriptor { .. }) => {
                     // There is no buffer that could be returned.
-                    self.complaints.add(queue, &error);
-                    *budget -= 1;
+                    self.complaints.add(turn.queue, &error);
                     taken = true;
                     continue;
                 }
                 Err(error) => {
-                    self.complaints.add(queue, &error);
+                    self.complaints.add(turn.queue, &error);
                     return Pass::Broken;
                 }
             };
             taken = true;
-            self.count(index, |counters| counters.requests += 1);
+            self.count(turn.index, |counters| counters.requests += 1);
             let head = chain.head_index();
-            let served = self.serve(queue, chain, memory).unwrap_or_else(|error| {
-                self.complaints.add(queue, &error);
-                Served {
-                    give_back: Some(head),
-                    work: 1,
-                }
+            let give_back = self.serve(turn, chain).unwrap_or_else(|error| {
+                self.complaints.add(turn.queue, &error);
+                Some(head)
             });
-            if let Some(head) = served.give_back {
-                // The device writes to no buffer: a length of 0 is the truth for both directions.
-                match vring.add_used(head, 0) {
-                    Ok(()) => *returned = true,
-                    Err(source) => self
-                        .complaints
-                        .add(queue, &RequestError::Return { head, source }),
+            let Some(head) = give_back else {
+                continue;
+            };
+            // The device writes to no buffer: a length of 0 is the truth for both directions.
+            match turn.vring.add_used(head, 0) {
+                Ok(()) => turn.returned = true,
+                Err(source) => {
+                    let error = RequestError::Return { head, source };
+                    self.complaints.add(turn.queue, &error);
                 }
             }
-            *budget = budget.saturating_sub(served.work.max(1));
         }
         Pass::TurnOver
     }
 
+    /// Does what a chain asks for. Returns the buffer that is to go back, if one is: usually this one.
     fn serve(
         &mut self,
-        queue: Queue,
+        turn: &mut Turn<'_>,
         chain: DescriptorChain<MemoryGuard>,
-        memory: &GuestMemoryMmap,
-    ) -> Result<Served, RequestError> {
+    ) -> Result<Option<u16>, RequestError> {
         let head = chain.head_index();
         let request = Request::parse(chain)?;
-        let work = match queue {
-            Queue::Inflate => self.inflate(&request, memory)?,
-            Queue::Deflate => self.deflate(&request, memory)?,
-            Queue::Stats => {
-                let give_back = self.take_stats(&request, memory, head)?;
-                return Ok(Served { give_back, work: 1 });
-            }
-            Queue::FreePage => self.free_page(&request, memory)?,
-            Queue::Reporting => self.reported(&request)?,
-        };
-        Ok(Served {
-            give_back: Some(head),
-            work,
-        })
+        match turn.queue {
+            Queue::Inflate => self.inflate(turn, &request)?,
+            Queue::Deflate => self.deflate(turn, &request)?,
+            Queue::Stats => return self.take_stats(turn, &request, head),
+            Queue::FreePage => self.free_page(turn, &request)?,
+            Queue::Reporting => self.reported(turn, &request)?,
+        }
+        Ok(Some(head))
     }
 
-    fn read_pfns(
-        &mut self,
-        request: &Request,
-        memory: &GuestMemoryMmap,
-    ) -> Result<u64, RequestError> {
+    /// Reads the page numbers of a request into the buffer, and returns how many there are.
+    fn read_pfns(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<u64, RequestError> {
         request.read(
-            memory,
+            &turn.memory,
             &mut self.buffer,
             pages::PFN_BYTES,
             pages::PFN_BYTES * pages::MAX_PFNS,
             "an array of at most 65536 page numbers of 4 bytes",
         )?;
+        turn.spend(self.buffer.len() >> PFN_SHIFT);
         Ok((self.buffer.len() / pages::PFN_BYTES) as u64)
     }
 
     /// Pages go into the balloon: their memory goes back to the host.
-    fn inflate(
-        &mut self,
-        request: &Request,
-        memory: &GuestMemoryMmap,
-    ) -> Result<usize, RequestError> {
-        let count = self.read_pfns(request, memory)?;
+    fn inflate(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<(), RequestError> {
+        let count = self.read_pfns(turn, request)?;
         self.pages_inflated = self.pages_inflated.saturating_add(count);
         let ranges = pages::ranges(&self.buffer);
-        let work = ranges.len();
-        let mut result = Ok(work);
+        turn.spend(ranges.len());
+        let mut result = Ok(());
         for range in ranges {
             match self.ram.release(range) {
                 Ok(bytes) => self.bytes_released = self.bytes_released.saturating_add(bytes),
@@ -185,26 +179,22 @@ impl Device {
     }
 
     /// Pages come out of the balloon. The host gives memory again when the guest writes to it.
-    fn deflate(
-        &mut self,
-        request: &Request,
-        memory: &GuestMemoryMmap,
-    ) -> Result<usize, RequestError> {
-        let count = self.read_pfns(request, memory)?;
+    fn deflate(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<(), RequestError> {
+        let count = self.read_pfns(turn, request)?;
         self.pages_deflated = self.pages_deflated.saturating_add(count);
-        Ok(1)
+        Ok(())
     }
 
     /// Statistics come, and their buffer stays. Returns the buffer that stayed until now.
     fn take_stats(
         &mut self,
+        turn: &Turn<'_>,
         request: &Request,
-        memory: &GuestMemoryMmap,
         head: u16,
     ) -> Result<Option<u16>, RequestError> {
         let expected = "a list of at most 64 statistics of 10 bytes";
         request.read(
-            memory,
+            &turn.memory,
             &mut self.buffer,
             shared_abi::stats::Stat::SIZE,
             stats::MAX_BYTES,
@@ -219,37 +209,41 @@ impl Device {
     }
 
     /// A command id or a block of free pages.
-    fn free_page(
-        &mut self,
-        request: &Request,
-        memory: &GuestMemoryMmap,
-    ) -> Result<usize, RequestError> {
+    ///
+    /// Page poison makes no difference to hints, whatever `poison_val` is (R3). A page that is not sent reads
+    /// as zeros at the destination, not as `poison_val`; but the specification lets that be: the driver "MUST
+    /// treat the content of all hinted pages as uninitialized memory" and, if it takes a page back before
+    /// DONE, initialises it. Linux fills pages with its pattern when it frees them, which is after the hint,
+    /// and the write makes them dirty again. (Reported pages are another matter: see
+    /// [`reported`](Self::reported).)
+    fn free_page(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<(), RequestError> {
         if request.starts_writable() {
             let segments = request.writable()?;
-            let usable = self.hints_count();
-            self.hinting.block_came(segments, usable)?;
-            return Ok(segments.len());
+            turn.spend(segments.len());
+            return self.hinting.block_came(segments);
         }
         let expected = "a command id of 4 bytes";
-        request.read(memory, &mut self.buffer, 4, 4, expected)?;
+        request.read(&turn.memory, &mut self.buffer, 4, 4, expected)?;
         // Nothing at all is no command id either.
         if let Some(Ok(bytes)) = self.buffer.get(..4).map(<[u8; 4]>::try_from) {
             let command = CommandId::from_number(u32::from_le_bytes(bytes));
             let changes = self.hinting.command_came(command);
             self.pass_on(changes);
         }
-        Ok(1)
+        Ok(())
     }
 
     /// Blocks that the guest reports as free by itself: their memory goes back to the host, and the guest may
     /// use it again as soon as the buffer is returned.
-    fn reported(&mut self, request: &Request) -> Result<usize, RequestError> {
+    fn reported(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<(), RequestError> {
         let segments = request.writable()?;
         if self.poison().is_some_and(|value| value != 0) {
-            // The guest relies on finding its pattern there, and a hole reads as zeros.
-            return Ok(1);
+            // "MUST NOT modify the content of a reported page to a value other than poison_val", and a hole
+            // reads as zeros.
+            return Ok(());
         }
-        let mut result = Ok(segments.len());
+        turn.spend(segments.len());
+        let mut result = Ok(());
         for segment in segments {
             let end = segment.address.saturating_add(u64::from(segment.length));
             match self.ram.release(segment.address..end) {
@@ -265,17 +259,6 @@ impl Device {
         self.negotiated
             .is_some_and(|features| features.contains(Features::PAGE_POISON))
             .then_some(self.config.poison_val)
-    }
-
-    /// Whether hints may count (R3).
-    ///
-    /// A page that is not sent reads as zeros at the destination. Without page poison, or with the value 0,
-    /// a guest has no more to expect of a free page than that. With another value it does: the specification
-    /// lets a driver that negotiated page poison rely on its hinted pages holding either what they held or
-    /// `poison_val` once DONE has been shown, and zeros are neither. The dirty bitmap cannot say "fill this
-    /// page with a pattern", so such a page has to be sent, and the hint counts for nothing.
-    fn hints_count(&self) -> bool {
-        self.poison().is_none_or(|value| value == 0)
     }
 }
 

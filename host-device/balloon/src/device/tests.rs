@@ -1,0 +1,874 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The device against a guest that is nothing but memory and queues.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{sync_channel, Receiver};
+
+use proptest::prelude::*;
+use shared_abi::command::HintId;
+use shared_abi::stats::Stat;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::hinting::HintingError;
+use super::*;
+use crate::events::Listening;
+use crate::memory::tests::guest;
+
+/// Where the guest's memory starts: at an odd place, as with user-mode Linux.
+const START: u64 = 0x3e_f000;
+const LENGTH: u64 = 0x40_0000;
+/// A second region, after a hole.
+const SECOND: u64 = 0x100_0000;
+const SECOND_LENGTH: u64 = 0x10_0000;
+
+const SIZE: u16 = 16;
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+const ALL: Features = Features::STATS_VQ
+    .union(Features::FREE_PAGE_HINT)
+    .union(Features::PAGE_POISON)
+    .union(Features::REPORTING);
+
+/// One queue as the driver sees it.
+struct DriverQueue {
+    base: u64,
+    added: u16,
+    seen: u16,
+}
+
+struct Guest {
+    device: Device,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    vrings: Vec<VringRwLock>,
+    queues: Vec<DriverQueue>,
+    features: Features,
+    /// The front end's end of the channel for configuration changes.
+    changes: UnixStream,
+    events: Receiver<String>,
+    _listening: Listening,
+}
+
+impl Guest {
+    fn new(offered: Features, accepted: Features) -> Self {
+        let events = Arc::new(Events::default());
+        let (lines, received) = sync_channel(1000);
+        let listening = events.listen(lines);
+        let mut device = Device::new(offered, events);
+        let notifier = Arc::new(ConfigNotifier::default());
+        let (changes, channel) = UnixStream::pair().unwrap();
+        changes.set_nonblocking(true).unwrap();
+        notifier.connect(channel.into()).unwrap();
+        device.connected(notifier);
+
+        let memory = guest(&[
+            (START, LENGTH, START),
+            (SECOND, SECOND_LENGTH, START + LENGTH),
+        ]);
+        let memory = GuestMemoryAtomic::new(memory);
+        device.set_memory(memory.clone());
+        let vrings = (0..Queue::MAX_COUNT)
+            .map(|_| VringRwLock::new(memory.clone(), MAX_QUEUE_SIZE).unwrap())
+            .collect();
+        let mut guest = Self {
+            device,
+            memory,
+            vrings,
+            queues: Vec::new(),
+            features: Features::NONE,
+            changes,
+            events: received,
+            _listening: listening,
+        };
+        guest.start_driver(accepted);
+        guest
+    }
+
+    /// What a driver does when it binds: features, then queues from their beginning.
+    fn start_driver(&mut self, features: Features) {
+        self.features = features;
+        self.device.set_features(features.bits());
+        self.queues = (0..Queue::MAX_COUNT as u64)
+            .map(|index| DriverQueue {
+                base: START + index * 0x3000,
+                added: 0,
+                seen: 0,
+            })
+            .collect();
+        for (queue, vring) in self.queues.iter().zip(&self.vrings) {
+            let memory = self.memory.memory();
+            memory
+                .write_slice(&[0; 0x3000], GuestAddress(queue.base))
+                .unwrap();
+            vring.set_queue_size(SIZE);
+            vring.set_queue_next_avail(0);
+            vring.set_queue_next_used(0);
+            vring
+                .set_queue_info(queue.base, queue.base + 0x1000, queue.base + 0x2000)
+                .unwrap();
+            vring.set_queue_ready(true);
+            vring.set_enabled(true);
+        }
+        for index in 0..Queue::count(features) {
+            self.kick_index(index);
+        }
+    }
+
+    fn queue(&mut self, queue: Queue) -> (&mut DriverQueue, usize) {
+        let index = queue.index(self.features).unwrap();
+        (&mut self.queues[index], index)
+    }
+
+    fn write_descriptor(
+        &self,
+        base: u64,
+        index: u16,
+        address: u64,
+        length: u32,
+        flags: u16,
+        next: u16,
+    ) {
+        let memory = self.memory.memory();
+        let at = base + 16 * u64::from(index);
+        memory.write_obj(address, GuestAddress(at)).unwrap();
+        memory.write_obj(length, GuestAddress(at + 8)).unwrap();
+        memory.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        memory.write_obj(next, GuestAddress(at + 14)).unwrap();
+    }
+
+    /// Makes the chain at `head` available.
+    fn offer(&mut self, queue: Queue, head: u16) {
+        let (driver, _) = self.queue(queue);
+        let slot = driver.base + 0x1000 + 4 + 2 * u64::from(driver.added % SIZE);
+        driver.added = driver.added.wrapping_add(1);
+        let (index, added) = (driver.base + 0x1002, driver.added);
+        let memory = self.memory.memory();
+        memory.write_obj(head, GuestAddress(slot)).unwrap();
+        memory.write_obj(added, GuestAddress(index)).unwrap();
+    }
+
+    /// Offers one chain of (address, length, writable), from descriptor 0 on.
+    fn add(&mut self, queue: Queue, segments: &[(u64, u32, bool)]) {
+        let base = self.queue(queue).0.base;
+        for (index, (address, length, writable)) in segments.iter().enumerate() {
+            let index = index as u16;
+            let last = usize::from(index) + 1 == segments.len();
+            let flags = if last { 0 } else { NEXT } | if *writable { WRITE } else { 0 };
+            self.write_descriptor(base, index, *address, *length, flags, index + 1);
+        }
+        self.offer(queue, 0);
+    }
+
+    fn kick_index(&mut self, index: usize) -> bool {
+        self.device.handle_queue(index, &self.vrings)
+    }
+
+    fn kick(&mut self, queue: Queue) {
+        let (_, index) = self.queue(queue);
+        while self.kick_index(index) {}
+    }
+
+    /// How many buffers have come back since the last call.
+    fn returned(&mut self, queue: Queue) -> u16 {
+        let (driver, _) = self.queue(queue);
+        let (at, seen) = (driver.base + 0x2002, driver.seen);
+        let used: u16 = self.memory.memory().read_obj(GuestAddress(at)).unwrap();
+        self.queue(queue).0.seen = used;
+        used.wrapping_sub(seen)
+    }
+
+    /// Sends one chain, and checks that it comes back.
+    fn send(&mut self, queue: Queue, segments: &[(u64, u32, bool)]) {
+        self.add(queue, segments);
+        self.kick(queue);
+        assert_eq!(self.returned(queue), 1, "{queue:?} {segments:x?}");
+    }
+
+    /// Where the guest keeps what it sends.
+    const SCRATCH: u64 = START + 0x10_0000;
+
+    fn send_bytes(&mut self, queue: Queue, bytes: &[u8]) {
+        self.memory
+            .memory()
+            .write_slice(bytes, GuestAddress(Self::SCRATCH))
+            .unwrap();
+        self.send(queue, &[(Self::SCRATCH, bytes.len() as u32, false)]);
+    }
+
+    fn send_pfns(&mut self, queue: Queue, addresses: &[u64]) {
+        let bytes: Vec<u8> = addresses
+            .iter()
+            .flat_map(|address| ((address >> 12) as u32).to_le_bytes())
+            .collect();
+        self.send_bytes(queue, &bytes);
+    }
+
+    fn command(&mut self, number: u32) {
+        self.send_bytes(Queue::FreePage, &number.to_le_bytes());
+    }
+
+    fn block(&mut self, address: u64, length: u32) {
+        self.send(Queue::FreePage, &[(address, length, true)]);
+    }
+
+    fn config(&mut self) -> Config {
+        let bytes = self.device.read_config(0, 16);
+        Config::from_bytes(bytes.try_into().unwrap())
+    }
+
+    /// How many configuration change messages have come since the last call.
+    fn config_changes(&mut self) -> usize {
+        let mut messages = [0; 1200];
+        let length = self.changes.read(&mut messages).unwrap_or(0);
+        assert_eq!(length % 12, 0);
+        for message in messages[..length].chunks(12) {
+            assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        }
+        length / 12
+    }
+
+    fn start_round(&mut self) -> HintId {
+        let id = self.device.start_hinting().unwrap();
+        self.command(id.number());
+        id
+    }
+
+    fn errors(&self) -> u64 {
+        self.device.virtio_status().errors
+    }
+
+    fn last_error(&self) -> String {
+        self.device.virtio_status().last_error.unwrap_or_default()
+    }
+
+    fn byte(&self, address: u64) -> u8 {
+        self.memory
+            .memory()
+            .read_obj(GuestAddress(address))
+            .unwrap()
+    }
+}
+
+/// The first address that the fake driver does not use itself.
+const FREE: u64 = START + 0x20_0000;
+
+#[test]
+fn inflate_gives_memory_back_to_the_host() {
+    let mut guest = Guest::new(Features::NONE, Features::NONE);
+    let before = guest.device.ram().allocated().unwrap().total;
+    guest.device.set_target(LENGTH).unwrap();
+    assert_eq!(guest.config_changes(), 1);
+    assert_eq!(u64::from(guest.config().num_pages), SECOND_LENGTH >> 12);
+
+    guest.send_pfns(
+        Queue::Inflate,
+        &[FREE, FREE + 0x2000, FREE + 0x1000, SECOND, FREE],
+    );
+    assert_eq!(
+        before - guest.device.ram().allocated().unwrap().total,
+        4 * 0x1000
+    );
+    assert_eq!(
+        (guest.byte(FREE + 0x2fff), guest.byte(FREE + 0x3000)),
+        (0, 0x5a)
+    );
+    assert_eq!((guest.byte(SECOND), guest.byte(SECOND + 0x1000)), (0, 0x5a));
+
+    guest.send_pfns(Queue::Deflate, &[FREE, SECOND]);
+    let status = guest.device.virtio_status();
+    assert_eq!(
+        (status.pages_inflated, status.pages_deflated, status.errors),
+        (5, 2, 0)
+    );
+
+    guest.device.write_config(4, &4u32.to_le_bytes());
+    assert_eq!(guest.device.balloon(), Ok(LENGTH + SECOND_LENGTH - 0x4000));
+    let events: Vec<_> = guest.events.try_iter().collect();
+    assert!(
+        events.iter().any(|line| line.contains("BALLOON_CHANGE")),
+        "{events:?}"
+    );
+}
+
+#[test]
+fn inflating_what_is_not_guest_memory_is_an_error_that_names_it() {
+    let mut guest = Guest::new(Features::NONE, Features::NONE);
+    guest.send_pfns(
+        Queue::Inflate,
+        &[0, FREE, START + LENGTH, 0xffff_ffff << 12],
+    );
+    assert_eq!(guest.errors(), 1);
+    assert!(
+        guest.last_error().contains("inflate queue"),
+        "{}",
+        guest.last_error()
+    );
+    assert!(guest.last_error().contains("0x0"), "{}", guest.last_error());
+    assert_eq!(
+        (guest.byte(FREE), guest.byte(START + LENGTH - 1)),
+        (0, 0x5a)
+    );
+}
+
+#[test]
+fn a_whole_round_clears_what_was_hinted() {
+    let mut guest = Guest::new(ALL, ALL);
+    let id = guest.device.start_hinting().unwrap();
+    assert_eq!(guest.config_changes(), 1);
+    assert_eq!(guest.config().free_page_hint_cmd_id, id.number());
+    assert_eq!(guest.device.hinting().phase, Phase::Requested(id));
+
+    guest.command(id.number());
+    assert_eq!(guest.device.hinting().phase, Phase::Started(id));
+    guest.block(FREE, 0x10_0000);
+    guest.block(SECOND, 0x8000);
+    guest.command(0);
+
+    let status = guest.device.hinting();
+    let total = (LENGTH + SECOND_LENGTH) >> 12;
+    assert_eq!(status.phase, Phase::Finished(id));
+    assert_eq!(
+        (status.blocks, status.bytes, status.pages_cleared),
+        (2, 0x10_8000, 0x108)
+    );
+    assert_eq!(
+        (status.pages_total, status.pages_dirty),
+        (total, total - 0x108)
+    );
+    assert_eq!((status.ignored_blocks, status.stale_commands), (0, 0));
+    assert_eq!(
+        guest.device.hinted_ranges(),
+        [(FREE, 0x10_0000), (SECOND, 0x8000)]
+    );
+    // The time stands still once the driver has stopped.
+    assert_eq!(guest.device.hinting().duration, status.duration);
+
+    guest.device.finish_hinting();
+    assert_eq!(guest.config().free_page_hint_cmd_id, 1);
+    assert_eq!(guest.config_changes(), 1);
+    assert_eq!(guest.errors(), 0);
+}
+
+#[test]
+fn r1_an_empty_queue_ends_the_turn() {
+    let mut guest = Guest::new(ALL, ALL);
+    for queue in Queue::ALL {
+        let (_, index) = guest.queue(queue);
+        for _ in 0..3 {
+            assert!(
+                !guest.kick_index(index),
+                "{queue:?} wants another turn with nothing in it"
+            );
+        }
+        assert_eq!(guest.returned(queue), 0);
+    }
+    let status = guest.device.virtio_status();
+    assert!(status
+        .queues
+        .iter()
+        .all(|queue| queue.notifications == 4 && queue.requests == 0));
+}
+
+#[test]
+fn r2_a_stale_stop_does_not_end_the_round() {
+    let mut guest = Guest::new(ALL, ALL);
+    let first = guest.start_round();
+    let second = guest.device.start_hinting().unwrap();
+    // What the driver had on the queue for the first round, then its answer to the second.
+    guest.block(FREE, 0x1000);
+    guest.command(0);
+    guest.command(second.number());
+    guest.command(17);
+    guest.block(FREE, 0x4000);
+    let status = guest.device.hinting();
+    assert_ne!(first, second);
+    assert_eq!(status.phase, Phase::Started(second));
+    assert_eq!((status.blocks, status.pages_cleared), (1, 4));
+    assert_eq!((status.ignored_blocks, status.stale_commands), (1, 2));
+}
+
+#[test]
+fn r3_hints_count_with_page_poison_whatever_its_value() {
+    for poison in [0u32, 0xaaaa_aaaa] {
+        let mut guest = Guest::new(ALL, ALL);
+        guest.device.write_config(12, &poison.to_le_bytes());
+        guest.start_round();
+        guest.block(FREE, 0x2000);
+        assert_eq!(
+            guest.device.hinting().pages_cleared,
+            2,
+            "poison {poison:#x}"
+        );
+    }
+}
+
+#[test]
+fn r3_reported_pages_are_released_only_where_zeros_are_expected() {
+    for (accepted, poison, released) in [
+        (Features::REPORTING, 0, true),
+        (Features::REPORTING | Features::PAGE_POISON, 0, true),
+        (Features::REPORTING | Features::PAGE_POISON, 0xaau32, false),
+    ] {
+        let mut guest = Guest::new(ALL, accepted);
+        guest.device.write_config(12, &poison.to_le_bytes());
+        guest.send(
+            Queue::Reporting,
+            &[(FREE, 0x4000, true), (SECOND, 0x1000, true)],
+        );
+        let bytes = guest.device.virtio_status().bytes_reported;
+        assert_eq!(
+            bytes,
+            if released { 0x5000 } else { 0 },
+            "{accepted} {poison:#x}"
+        );
+        assert_eq!(guest.byte(FREE) == 0, released);
+    }
+}
+
+#[test]
+fn r5_hints_outside_memory_are_refused_and_counted() {
+    let mut guest = Guest::new(ALL, ALL);
+    guest.start_round();
+    guest.block(0x1000, 0x1000);
+    guest.block(u64::MAX - 0xfff, 0x2000);
+    assert_eq!(guest.errors(), 2);
+    assert!(guest
+        .last_error()
+        .starts_with("free-page queue: the range at 0xfffffffffffff000"));
+    // Over the end of a region: only what is inside, and no neighbour.
+    guest.block(START + LENGTH - 0x1000, 0x10_0000);
+    let status = guest.device.hinting();
+    assert_eq!(status.pages_cleared, 1);
+    assert_eq!(
+        guest.device.hinted_ranges(),
+        [(START + LENGTH - 0x1000, 0x1000)]
+    );
+    assert_eq!(status.ignored_blocks, 2);
+}
+
+#[test]
+fn r6_a_sync_kills_the_old_id_and_asks_again() {
+    let mut guest = Guest::new(ALL, ALL);
+    let first = guest.start_round();
+    guest.block(FREE, 0x1000);
+    let second = guest.device.sync_hinting().unwrap();
+    assert_eq!(second, first.successor());
+    // Blocks that were on their way do not count, and neither does the old id.
+    guest.block(FREE + 0x1000, 0x1000);
+    guest.command(first.number());
+    guest.block(FREE + 0x1000, 0x1000);
+    assert_eq!(guest.device.hinted_ranges(), [(FREE, 0x1000)]);
+    guest.command(second.number());
+    guest.block(FREE + 0x1000, 0x1000);
+    // What was spared before stays spared: no page was written in between.
+    assert_eq!(guest.device.hinted_ranges(), [(FREE, 0x2000)]);
+}
+
+#[test]
+fn r6_no_hint_counts_after_stop_or_done() {
+    for end in [Device::stop_hinting, Device::finish_hinting] {
+        let mut guest = Guest::new(ALL, ALL);
+        guest.start_round();
+        end(&mut guest.device);
+        guest.block(FREE, 0x1000);
+        let status = guest.device.hinting();
+        assert_eq!((status.pages_cleared, status.ignored_blocks), (0, 1));
+        assert!(matches!(
+            guest.device.sync_hinting(),
+            Err(HintingError::NoRound)
+        ));
+    }
+}
+
+#[test]
+fn r8_each_round_has_its_own_id_in_the_range() {
+    let mut guest = Guest::new(ALL, ALL);
+    let mut ids = Vec::new();
+    for _ in 0..20 {
+        ids.push(guest.device.start_hinting().unwrap().number());
+    }
+    // Also across a driver that starts anew.
+    guest.command(ids[19]);
+    guest.start_driver(ALL);
+    ids.push(guest.device.start_hinting().unwrap().number());
+    assert!(ids.iter().all(|id| *id >= 0x8000_0000));
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), 21);
+}
+
+#[test]
+fn r16_a_new_driver_finds_no_round() {
+    let mut guest = Guest::new(ALL, ALL);
+    guest.start_round();
+    guest.block(FREE, 0x1000);
+    guest.start_driver(ALL);
+    assert_eq!(guest.device.hinting().phase, Phase::Stopped);
+    assert_eq!(guest.config().free_page_hint_cmd_id, 0);
+    // What it sends belongs to no round.
+    guest.block(FREE, 0x1000);
+    assert_eq!(guest.device.hinting().ignored_blocks, 1);
+}
+
+#[test]
+fn r16_done_is_shown_in_every_phase() {
+    let mut guest = Guest::new(ALL, ALL);
+    let reach: [fn(&mut Guest); 4] = [
+        |_| {},
+        |guest| {
+            guest.device.start_hinting().unwrap();
+        },
+        |guest| {
+            guest.start_round();
+        },
+        |guest| {
+            guest.start_round();
+            guest.command(0);
+        },
+    ];
+    for phase in reach {
+        phase(&mut guest);
+        guest.device.finish_hinting();
+        assert_eq!(guest.config().free_page_hint_cmd_id, 1);
+        guest.command(0);
+    }
+}
+
+#[test]
+fn r17_a_hint_changes_no_page() {
+    let mut guest = Guest::new(ALL, ALL);
+    let before = guest.device.ram().allocated().unwrap();
+    guest.start_round();
+    guest.block(FREE, 0x10_0000);
+    guest.block(SECOND, SECOND_LENGTH as u32);
+    guest.command(0);
+    guest.device.finish_hinting();
+    assert_eq!(guest.device.hinting().pages_cleared, 0x200);
+    assert_eq!(guest.device.ram().allocated().unwrap(), before);
+    for (start, length) in [(FREE, 0x10_0000), (SECOND, SECOND_LENGTH)] {
+        let mut bytes = vec![0; length as usize];
+        guest
+            .memory
+            .memory()
+            .read_slice(&mut bytes, GuestAddress(start))
+            .unwrap();
+        assert!(
+            bytes.iter().all(|byte| *byte == 0x5a),
+            "the content of a hinted page is untouched"
+        );
+    }
+}
+
+#[test]
+fn a_paused_guest_goes_on_with_its_round() {
+    let mut guest = Guest::new(ALL, ALL);
+    let id = guest.start_round();
+    guest.block(FREE, 0x1000);
+    // What a front end does around a pause: queues stop, features come again, queues go on where they were.
+    for vring in &guest.vrings {
+        vring.set_queue_ready(false);
+    }
+    assert!(matches!(
+        guest.device.start_hinting(),
+        Err(HintingError::NoDriver)
+    ));
+    guest.device.set_features(ALL.bits());
+    for vring in &guest.vrings {
+        vring.set_queue_ready(true);
+    }
+    guest.block(FREE + 0x1000, 0x1000);
+    assert_eq!(guest.device.hinting().phase, Phase::Started(id));
+    assert_eq!(guest.device.hinting().blocks, 2);
+}
+
+#[test]
+fn another_memory_layout_ends_the_round() {
+    let mut guest = Guest::new(ALL, ALL);
+    guest.start_round();
+    guest.device.set_memory(guest.memory.clone());
+    assert!(
+        matches!(guest.device.hinting().phase, Phase::Started(_)),
+        "the same layout ends nothing"
+    );
+    let other = crate::memory::tests::guest(&[(0, 0x10_0000, 0)]);
+    guest.device.set_memory(GuestMemoryAtomic::new(other));
+    assert_eq!(guest.device.hinting().phase, Phase::Stopped);
+    assert_eq!(guest.device.hinting().pages_total, 0);
+}
+
+#[test]
+fn r10_config_space_is_as_long_as_the_accepted_features_say() {
+    let poison = 0x11u32.to_le_bytes();
+    for (accepted, size) in [
+        (Features::NONE, 8),
+        (Features::FREE_PAGE_HINT, 12),
+        (Features::PAGE_POISON, 16),
+    ] {
+        let mut guest = Guest::new(ALL, accepted);
+        // A front end that writes everything back, fields that are not there and foreign ones included.
+        guest.device.write_config(0, &[0xff; 16]);
+        guest.device.write_config(12, &poison);
+        let bytes = guest.device.read_config(0, 16);
+        assert_eq!(bytes[..4], [0; 4], "num_pages is the device's");
+        assert_eq!(bytes[4..8], [0xff; 4], "actual is the driver's");
+        assert!(
+            bytes[size..].iter().all(|byte| *byte == 0),
+            "{accepted}: {bytes:x?}"
+        );
+        assert_eq!(bytes[12..] == poison, size == 16);
+    }
+    let mut guest = Guest::new(ALL, ALL);
+    assert_eq!(guest.device.read_config(4, 4).len(), 4);
+    assert!(guest.device.read_config(0, 17).is_empty());
+    assert!(guest.device.read_config(u32::MAX, u32::MAX).is_empty());
+    guest.device.write_config(u32::MAX, &[1; 300]);
+}
+
+#[test]
+fn r10_queues_are_where_the_accepted_features_put_them() {
+    let mut guest = Guest::new(ALL, Features::FREE_PAGE_HINT);
+    assert_eq!(Queue::FreePage.index(guest.features), Some(2));
+    guest.start_round();
+    guest.block(FREE, 0x1000);
+    assert_eq!(guest.device.hinting().blocks, 1);
+    assert!(!guest.kick_index(3), "there is no queue 3");
+    let names: Vec<_> = guest
+        .device
+        .virtio_status()
+        .queues
+        .iter()
+        .map(|queue| queue.queue)
+        .collect();
+    assert_eq!(names, [Queue::Inflate, Queue::Deflate, Queue::FreePage]);
+}
+
+#[test]
+fn hinting_needs_a_driver_that_accepted_it() {
+    let mut device = Device::new(ALL, Arc::default());
+    assert!(matches!(
+        device.start_hinting(),
+        Err(HintingError::NoFrontEnd)
+    ));
+    device.connected(Arc::default());
+    assert!(matches!(
+        device.start_hinting(),
+        Err(HintingError::NoDriver)
+    ));
+    let mut guest = Guest::new(Features::STATS_VQ, Features::STATS_VQ);
+    assert!(matches!(
+        guest.device.start_hinting(),
+        Err(HintingError::NotOffered)
+    ));
+    let mut guest = Guest::new(ALL, Features::STATS_VQ);
+    assert!(matches!(
+        guest.device.start_hinting(),
+        Err(HintingError::NotNegotiated)
+    ));
+    let mut guest = Guest::new(ALL, ALL);
+    guest.device.disconnected("it was told to");
+    assert!(matches!(
+        guest.device.start_hinting(),
+        Err(HintingError::NoFrontEnd)
+    ));
+    assert_eq!(guest.device.set_target(1), Err(BalloonError::NoMemory));
+}
+
+#[test]
+fn statistics_come_when_they_are_asked_for() {
+    let mut guest = Guest::new(ALL, ALL);
+    let stat = |value| Stat { tag: 4, value }.to_bytes();
+    let memory = guest.memory.clone();
+    let write = move |bytes: &[u8]| {
+        memory
+            .memory()
+            .write_slice(bytes, GuestAddress(Guest::SCRATCH))
+            .unwrap();
+    };
+    write(&stat(100));
+    guest.add(Queue::Stats, &[(Guest::SCRATCH, 10, false)]);
+    guest.kick(Queue::Stats);
+    assert_eq!(
+        guest.returned(Queue::Stats),
+        0,
+        "the device keeps the buffer"
+    );
+    assert_eq!(guest.device.stats().values, [(Tag::FreeMemory, 100)]);
+
+    assert!(guest.device.ask_for_stats());
+    assert_eq!(guest.returned(Queue::Stats), 1);
+    assert!(
+        !guest.device.ask_for_stats(),
+        "there is no buffer to ask with"
+    );
+    write(&stat(200));
+    guest.add(Queue::Stats, &[(Guest::SCRATCH, 10, false)]);
+    guest.kick(Queue::Stats);
+    assert_eq!(guest.device.stats().values, [(Tag::FreeMemory, 200)]);
+    assert_eq!(guest.errors(), 0);
+
+    // A second buffer sends the first one back.
+    guest.send(Queue::Stats, &[(Guest::SCRATCH, 10, false)]);
+    assert_eq!(guest.errors(), 1);
+    // And a driver that starts anew owes nothing to the one before it.
+    guest.start_driver(ALL);
+    assert!(!guest.device.ask_for_stats());
+}
+
+#[test]
+fn hostile_chains_are_counted_and_come_back() {
+    let mut guest = Guest::new(ALL, ALL);
+    guest.start_round();
+    let mut errors = 0;
+    for queue in Queue::ALL {
+        let base = guest.queue(queue).0.base;
+        // A loop; one out of the table; an indirect table outside memory; more bytes than there are addresses.
+        for (address, length, flags, next) in [
+            (FREE, 0x1000, NEXT, 0),
+            (FREE, 0x1000, NEXT | WRITE, 0),
+            (FREE, 0x1000, NEXT, SIZE),
+            (0xdead_0000, 0x100, INDIRECT, 0),
+            (FREE, 17, INDIRECT, 0),
+            (FREE, u32::MAX, 0, 0),
+        ] {
+            guest.write_descriptor(base, 0, address, length, flags, next);
+            guest.offer(queue, 0);
+            guest.kick(queue);
+            errors += 1;
+            assert_eq!(
+                guest.errors(),
+                errors,
+                "{queue:?} {address:x} {length:x} {flags} {next}"
+            );
+            assert_eq!(
+                guest.returned(queue),
+                1,
+                "{queue:?} {address:x} {length:x} {flags} {next}"
+            );
+        }
+    }
+    // The wrong direction, and nothing at all.
+    let wrong = [
+        (Queue::Inflate, true),
+        (Queue::Deflate, true),
+        (Queue::Stats, true),
+        (Queue::Reporting, false),
+    ];
+    for (queue, writable) in wrong {
+        guest.send(queue, &[(FREE, 40, writable)]);
+        errors += 1;
+        assert_eq!(guest.errors(), errors, "{queue:?}");
+    }
+    guest.send(Queue::FreePage, &[(FREE, 0x1000, true), (FREE, 4, false)]);
+    guest.send(Queue::FreePage, &[(FREE, 5, false)]);
+    guest.send(Queue::Inflate, &[(FREE, 6, false)]);
+    guest.send(Queue::Inflate, &[(0x1000, 8, false)]);
+    guest.send(Queue::Inflate, &[(FREE, 4 * (1 << 16) + 4, false)]);
+    errors += 5;
+    assert_eq!(guest.errors(), errors);
+    assert_eq!(guest.byte(FREE), 0x5a);
+}
+
+#[test]
+fn a_broken_ring_stops_the_turn() {
+    let mut guest = Guest::new(ALL, ALL);
+    let (driver, index) = guest.queue(Queue::Inflate);
+    let base = driver.base;
+    // More chains than the queue is long.
+    guest
+        .memory
+        .memory()
+        .write_obj(1000u16, GuestAddress(base + 0x1002))
+        .unwrap();
+    assert!(!guest.kick_index(index));
+    assert_eq!(guest.errors(), 1);
+    // A head that does not exist cannot be returned, and is passed over.
+    guest
+        .memory
+        .memory()
+        .write_obj(1u16, GuestAddress(base + 0x1002))
+        .unwrap();
+    guest
+        .memory
+        .memory()
+        .write_obj(SIZE, GuestAddress(base + 0x1004))
+        .unwrap();
+    assert!(!guest.kick_index(index));
+    assert_eq!(guest.errors(), 2);
+    assert_eq!(guest.returned(Queue::Inflate), 0);
+}
+
+#[test]
+fn a_large_request_leaves_the_rest_for_another_turn() {
+    let mut guest = Guest::new(ALL, ALL);
+    // Every second page number: nothing can be merged. Most lie outside memory, which is as much work.
+    let bytes: Vec<u8> = (0..40_000u32)
+        .flat_map(|number| (number * 2).to_le_bytes())
+        .collect();
+    guest
+        .memory
+        .memory()
+        .write_slice(&bytes, GuestAddress(FREE))
+        .unwrap();
+    guest.add(Queue::Inflate, &[(FREE, bytes.len() as u32, false)]);
+    guest.offer(Queue::Inflate, 0);
+    let (_, index) = guest.queue(Queue::Inflate);
+    assert!(
+        guest.kick_index(index),
+        "the turn ends after the first request"
+    );
+    assert_eq!(guest.returned(Queue::Inflate), 1);
+}
+
+fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
+    let address = prop_oneof![
+        (0..LENGTH + 0x1000).prop_map(|offset| START + offset),
+        (0..SECOND_LENGTH + 0x1000).prop_map(|offset| SECOND + offset),
+        any::<u64>(),
+    ];
+    let length = prop_oneof![0u32..64, 0u32..0x10_0000, any::<u32>()];
+    (address, length, 0u16..8, 0..SIZE + 2)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn whatever_is_on_the_queues_nothing_breaks(
+        accepted in 0u64..64,
+        poison in any::<u32>(),
+        table in prop::collection::vec(descriptor(), SIZE as usize),
+        rounds in prop::collection::vec((0usize..5, 0..SIZE + 1, any::<Option<u16>>()), 1..30),
+    ) {
+        let accepted = Features::from_bits(accepted) & ALL;
+        let mut guest = Guest::new(ALL, accepted);
+        guest.device.write_config(12, &poison.to_le_bytes());
+        let _ = guest.device.start_hinting();
+        for index in 0..Queue::count(accepted) {
+            for (at, (address, length, flags, next)) in table.iter().enumerate() {
+                let base = guest.queues[index].base;
+                guest.write_descriptor(base, at as u16, *address, *length, *flags, *next);
+            }
+        }
+        for (index, head, added) in rounds {
+            let Some(queue) = Queue::at(index, accepted) else { continue };
+            guest.offer(queue, head);
+            if let Some(added) = added {
+                // A ring index out of nowhere. The rings may be in what was released, too.
+                let at = guest.queues[index].base + 0x1002;
+                let _ = guest.memory.memory().write_obj(added, GuestAddress(at));
+            }
+            for _ in 0..10 {
+                if !guest.kick_index(index) {
+                    break;
+                }
+            }
+        }
+        let status = guest.device.hinting();
+        let clean: u64 = guest.device.hinted_ranges().iter().map(|(_, length)| length >> 12).sum();
+        prop_assert_eq!(status.pages_total - status.pages_dirty, clean);
+        prop_assert_eq!(guest.config().num_pages, 0);
+    }
+}
