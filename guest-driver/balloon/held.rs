@@ -9,8 +9,8 @@ use crate::mm::{BlockList, LentBlock, Shrink};
 
 /// Hinted blocks that are neither with the device nor the guest's yet.
 ///
-/// The guest may take blocks back when it is short of memory: this is a [`Shrink`]. Only blocks that
-/// the device has returned are in here, so that holds for those too.
+/// The guest may take blocks back when it is short of memory: this is a [`Shrink`]. Only blocks
+/// that the device has returned are in here, so that holds for those too.
 ///
 /// All methods but [`release`](Self::release) are short, and callable from any context that is not
 /// an interrupt. Dropping it gives all blocks back, filled with zeroes.

@@ -2,17 +2,19 @@
 
 //! Free page hinting.
 //!
-//! What to do is decided by the contract's state machine, [`driver::State`]; here it is done. One work
-//! item does it. It never waits for the device: it collects what the device has used, fills the ring,
-//! notifies the device once, and returns; the device's interrupt starts it again. So a new command is
-//! noticed within one ring's worth of work, and a removal never has to wait for an answer.
+//! What to do is decided by the contract's state machine, [`driver::State`]; here it is done. One
+//! work item does it. It never waits for the device: it collects what the device has used, fills
+//! the ring, notifies the device once, and returns; the device's interrupt starts it again. So a
+//! new command is noticed within one ring's worth of work, and a removal never has to wait for an
+//! answer.
 //!
-//! The kernel's own driver takes no interrupt from this queue, and so there are devices whose interrupts
-//! nobody ever missed: QEMU's (11.1, TCG) serves the queue in an I/O thread, and from there none
-//! arrives. Therefore, while buffers are in flight, a timer looks after them too, less and less often.
+//! The kernel's own driver takes no interrupt from this queue, and so there are devices whose
+//! interrupts nobody ever missed: QEMU's (11.1, TCG) serves the queue in an I/O thread, and from
+//! there none arrives. Therefore, while buffers are in flight, a timer looks after them too, less
+//! and less often.
 //!
-//! A block is owned by the queue while it is in flight, by [`Held`] until the device is done with it,
-//! and by the page allocator before and after. There is no other way, so the feature
+//! A block is owned by the queue while it is in flight, by [`Held`] until the device is done with
+//! it, and by the page allocator before and after. There is no other way, so the feature
 //! `KEEPS_HINTED_UNTIL_RETURNED` is kept by construction.
 
 use kernel::prelude::*;
@@ -43,15 +45,15 @@ pub(crate) type HintBuffer = Either<Command, LentBlock>;
 const COMMANDS: usize = 4;
 /// The entries of the ring that blocks leave free, so that a stop can be sent at once.
 const COMMAND_ENTRIES: usize = 1;
-/// The part of all memory that may be in flight at a time. A device that stops answering keeps no more
-/// from the guest; what has come back, the guest can take.
+/// The part of all memory that may be in flight at a time. A device that stops answering keeps no
+/// more from the guest; what has come back, the guest can take.
 const IN_FLIGHT_SHARE: usize = 4;
 
-/// If the page allocator is so slow that filling the ring takes longer than this (it may have to clear
-/// each block), the device is notified on the way, to work meanwhile.
-const UNNOTICED: Delta = Delta::from_millis(10);
-/// How long to wait for an interrupt before looking without one: doubled as long as nothing comes, from
-/// the one to the other.
+/// If the page allocator is so slow that filling the ring takes longer than this (it may have to
+/// clear each block), the device is notified on the way, to work meanwhile.
+const UNNOTICED: Delta = Delta::from_millis(100);
+/// How long to wait for an interrupt before looking without one: doubled as long as nothing comes,
+/// from the one to the other.
 const LOOK_MIN: Msecs = 8;
 const LOOK_MAX: Msecs = 1024;
 
@@ -177,7 +179,8 @@ impl Hinting {
         work::disable::<Self, TURN>(self);
     }
 
-    /// Gives all blocks back to the guest, filled with zeroes. To be called after the device's reset.
+    /// Gives all blocks back to the guest, filled with zeroes. To be called after the device's
+    /// reset.
     ///
     /// May sleep, and take long.
     pub(crate) fn give_up(&self) {
@@ -271,8 +274,8 @@ impl Hinting {
         Ok(true)
     }
 
-    /// Offers blocks until the ring is full or enough of the memory is in flight, there is news, or no
-    /// block is left.
+    /// Offers blocks until the ring is full or enough of the memory is in flight, there is news, or
+    /// no block is left.
     fn offer(&self, round: &mut Round) -> Result {
         let limit = state::managed_pages() / IN_FLIGHT_SHARE;
         let mut noticed: Instant<Monotonic> = Instant::now();

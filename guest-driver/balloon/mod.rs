@@ -2,9 +2,9 @@
 
 //! The balloon driver.
 //!
-//! Three things, each with its own work item: [`Sizing`] inflates and deflates, [`Hinting`] hints free
-//! pages, [`Statistics`] says how the guest's memory fares. This file binds them to a device. Interrupts only
-//! start the work; see [`Interrupts`].
+//! Three things, each with its own work item: [`Sizing`] inflates and deflates, [`Hinting`] hints
+//! free pages, [`Statistics`] says how the guest's memory fares. This file binds them to a device.
+//! Interrupts only start the work; see [`Interrupts`].
 
 mod balance;
 mod config;

@@ -9,8 +9,8 @@ use crate::mm::{BalloonPage, BlockList};
 use crate::shared_abi::page::{self, Pfn};
 use crate::virtio::Accompanied;
 
-/// How many page numbers a request has at most: as many as in the kernel's own balloon driver, which
-/// is what devices know.
+/// How many page numbers a request has at most: as many as in the kernel's own balloon driver,
+/// which is what devices know.
 const PFNS_MAX: usize = 256;
 
 /// How many balloon pages one page of the guest is.
@@ -91,8 +91,8 @@ pub(crate) const fn guest_pages(pfns: u64) -> u64 {
     pfns.div_ceil(PFNS_PER_PAGE as u64)
 }
 
-/// Writes into `room` the numbers of the balloon pages from `address` on. `None`, and nothing of use
-/// written, if one of them does not fit.
+/// Writes into `room` the numbers of the balloon pages from `address` on. `None`, and nothing of
+/// use written, if one of them does not fit.
 fn encode<'a>(room: impl Iterator<Item = &'a mut [u8; 4]>, address: u64) -> Option<()> {
     for (slot, nth) in room.zip(0u64..) {
         let address = address.checked_add(nth << page::PFN_SHIFT)?;

@@ -2,9 +2,9 @@
 
 //! Inflating and deflating towards the host's target.
 //!
-//! One work item does it. It never waits for the device: it collects what the device has used, sends
-//! what there is room for, and returns; the device's interrupt starts it again. So it can be stopped
-//! at any time, whatever the device does.
+//! One work item does it. It never waits for the device: it collects what the device has used,
+//! sends what there is room for, and returns; the device's interrupt starts it again. So it can be
+//! stopped at any time, whatever the device does.
 
 use kernel::prelude::*;
 use kernel::sync::atomic::{AtomicFlag, Relaxed};
@@ -18,13 +18,15 @@ use kernel::{dev_info, dev_warn, device};
 use super::balance::{Balance, Step};
 use super::config::BalloonConfig;
 use super::request::{guest_pages, Request, RequestBuffer};
+use super::reserve::may_inflate;
 use crate::mm::{BalloonPage, BalloonPages};
 use crate::virtio::work::{self, WorkQueue};
 use crate::virtio::{AddError, Virtqueue};
 
 /// How many requests there are. The next ones are filled while the device works on the last.
 const REQUESTS: usize = 16;
-/// After how many new requests the device is notified. Half of them: so there are always some to fill.
+/// After how many new requests the device is notified. Half of them: so there are always some to
+/// fill.
 const BATCH: usize = REQUESTS / 2;
 
 /// How long to wait when memory is short: doubled each time, from the one to the other.
@@ -149,8 +151,8 @@ impl Sizing {
 
     /// Takes all pages out of the balloon and tells the host, as long as it answers.
     ///
-    /// May sleep: for as long as the device makes progress, and at most two seconds without. What it
-    /// did not answer for stays where it is, for the reset to bring back.
+    /// May sleep: for as long as the device makes progress, and at most two seconds without. What
+    /// it did not answer for stays where it is, for the reset to bring back.
     pub(crate) fn empty(self: &Arc<Self>) {
         self.emptying.store(true, Relaxed);
         let patience = msecs_to_jiffies(PATIENCE);
@@ -226,8 +228,8 @@ impl Sizing {
 
     /// Sends requests towards the target for as long as there is room and memory.
     ///
-    /// The target is looked at before each. `EAGAIN` if memory, or pages to take out, are not to be had
-    /// now; any other error if the device is gone.
+    /// The target is looked at before each. `EAGAIN` if memory, or pages to take out, are not to be
+    /// had now; any other error if the device is gone.
     fn advance(&self, state: &mut State) -> Result {
         let mut unnoticed = 0;
         let result = loop {
@@ -255,7 +257,8 @@ impl Sizing {
                 unnoticed = 0;
             }
         };
-        // Also after an error: a request that memory was too short to fill has been sent all the same.
+        // Also after an error: a request that memory was too short to fill has been sent all the
+        // same.
         self.notify();
         result
     }
@@ -264,6 +267,10 @@ impl Sizing {
     fn send_in(&self, state: &mut State, mut request: Request, pfns: u64) -> Result {
         let wanted = guest_pages(pfns).min(Request::capacity() as u64);
         let mut result = Ok(());
+        if !may_inflate() {
+            state.put(request);
+            return Err(EAGAIN);
+        }
         for _ in 0..wanted {
             let page = BalloonPage::alloc();
             if page.and_then(|page| request.push(page).ok()).is_none() {

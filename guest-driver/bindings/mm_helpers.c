@@ -7,6 +7,7 @@
 #include <linux/nodemask.h>
 #include <linux/poison.h>
 #include <linux/string.h>
+#include <linux/swap.h>
 #include <linux/vmstat.h>
 
 #include "mm_helpers.h"
@@ -94,6 +95,15 @@ struct shrinker *vbrs_shrinker_alloc(const char *name)
 unsigned long vbrs_free_pages(void)
 {
 	return global_zone_page_state(NR_FREE_PAGES);
+}
+
+/* Free, reclaimable by the kernel's estimate, or to be had by swapping. */
+unsigned long vbrs_obtainable_pages(void)
+{
+	long available = si_mem_available();
+	long swap = get_nr_swap_pages();
+
+	return (available > 0 ? available : 0) + (swap > 0 ? swap : 0);
 }
 
 unsigned long vbrs_managed_pages(void)

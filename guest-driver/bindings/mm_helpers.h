@@ -26,6 +26,7 @@ unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info);
 struct shrinker *vbrs_shrinker_alloc(const char *name);
 
 unsigned long vbrs_free_pages(void);
+unsigned long vbrs_obtainable_pages(void);
 unsigned long vbrs_managed_pages(void);
 unsigned long vbrs_high_watermarks(void);
 unsigned int vbrs_max_page_order(void);

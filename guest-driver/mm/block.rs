@@ -19,8 +19,8 @@ const TAG_SHIFT: u32 = 8;
 ///
 /// It is one pointer wide: its order, and a small tag for its owner's use, are kept in the block's
 /// own `struct page`, so that a block can travel through a virtqueue as a bare token. The memory
-/// itself is never touched, except by [`zero`](Self::zero): writing to a hinted page would spoil the
-/// hint.
+/// itself is never touched, except by [`zero`](Self::zero): writing to a hinted page would spoil
+/// the hint.
 ///
 /// Dropping a block gives its pages back to the page allocator, as they are. Allowed in any
 /// context but NMI.
@@ -28,8 +28,8 @@ const TAG_SHIFT: u32 = 8;
 /// # Invariants
 ///
 /// `page` is the first page of a block that the page allocator gave out and that nobody else refers
-/// to. The low 8 bits of `page->private` hold the block's order, the next 16 its tag, and `page->lru`
-/// is free for the owner's use.
+/// to. The low 8 bits of `page->private` hold the block's order, the next 16 its tag, and
+/// `page->lru` is free for the owner's use.
 #[repr(transparent)]
 pub struct PageBlock {
     page: NonNull<bindings::page>,
@@ -88,7 +88,8 @@ impl PageBlock {
     /// Notes something on the block.
     pub fn set_tag(&mut self, tag: u16) {
         let private = self.private() & ORDER_MASK | (tag as c_ulong) << TAG_SHIFT;
-        // SAFETY: By the invariants the page is ours. INVARIANT: Order and tag are where they belong.
+        // SAFETY: By the invariants the page is ours. INVARIANT: Order and tag are where they
+        // belong.
         unsafe { helpers::vbrs_set_page_private(self.page.as_ptr(), private) };
     }
 

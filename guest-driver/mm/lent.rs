@@ -58,8 +58,8 @@ impl Drop for LentBlock {
     }
 }
 
-// SAFETY: The memory is the block's pages, which the token owns; they are not read or written before
-// the block comes back. A `struct page` is aligned to 8 bytes at least.
+// SAFETY: The memory is the block's pages, which the token owns; they are not read or written
+// before the block comes back. A `struct page` is aligned to 8 bytes at least.
 unsafe impl Buffer for LentBlock {
     const TOKEN_TAG_BITS: u32 = 3;
 

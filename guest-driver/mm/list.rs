@@ -41,13 +41,14 @@ impl Role for PageBlock {
 ///
 /// `T` is [`PageBlock`] or one of the types that stand for a block in a certain role. The links lie
 /// in the blocks' own `struct page`s, so that putting a block on a list needs no memory and cannot
-/// fail, and the list itself can be moved. Blocks of different orders may share a list. Dropping the
-/// list drops what is on it.
+/// fail, and the list itself can be moved. Blocks of different orders may share a list. Dropping
+/// the list drops what is on it.
 ///
 /// # Invariants
 ///
 /// `first` is the head of a chain of `blocks` owned blocks with `pages` pages in all, linked
-/// through `page->lru.next`, which is null in the last one; each is from [`Role::into_block`] of `T`.
+/// through `page->lru.next`, which is null in the last one; each is from [`Role::into_block`] of
+/// `T`.
 pub struct BlockList<T: Role> {
     first: Option<NonNull<bindings::page>>,
     blocks: usize,

@@ -9,20 +9,27 @@ use crate::bindings as helpers;
 /// How many pages are free now. Cheap, and off by a few pages a CPU.
 pub fn free_pages() -> usize {
     // SAFETY: Reads a counter.
-    unsafe { helpers::vbrs_free_pages() as usize }
+    unsafe { helpers::vbrs_free_pages() }
+}
+
+/// How many pages can be had, by the kernel's estimate: free, or by reclaiming or swapping others;
+/// without the reserves that the kernel keeps for itself.
+pub fn obtainable_pages() -> usize {
+    // SAFETY: Reads counters.
+    unsafe { helpers::vbrs_obtainable_pages() }
 }
 
 /// How many pages the page allocator has in all, free or not.
 pub fn managed_pages() -> usize {
     // SAFETY: Reads a counter.
-    unsafe { helpers::vbrs_managed_pages() as usize }
+    unsafe { helpers::vbrs_managed_pages() }
 }
 
-/// The sum of all zones' high watermarks, without what they are boosted by for the moment: with more
-/// free pages than these, the kernel does not reclaim memory.
+/// The sum of all zones' high watermarks, without what they are boosted by for the moment: with
+/// more free pages than these, the kernel does not reclaim memory.
 pub fn high_watermarks() -> usize {
     // SAFETY: Reads the zones' watermarks, which are plain words.
-    unsafe { helpers::vbrs_high_watermarks() as usize }
+    unsafe { helpers::vbrs_high_watermarks() }
 }
 
 /// What the guest fills its free pages with, byte by byte the same in all four; `None` if it leaves

@@ -13,8 +13,8 @@ use super::buffer::{Buffer, Segments};
 
 /// A value of which the device reads the first part, with a companion that stays in the guest.
 ///
-/// The companion is what the value is about (the pages behind their numbers, say): it goes where the
-/// buffer goes, so that it cannot be used or dropped while the buffer is with the device.
+/// The companion is what the value is about (the pages behind their numbers, say): it goes where
+/// the buffer goes, so that it cannot be used or dropped while the buffer is with the device.
 pub struct Accompanied<T: AsBytes + Send + 'static, C: Send + 'static>(KBox<Inner<T, C>>);
 
 #[repr(C)]
@@ -59,8 +59,8 @@ impl<T: AsBytes + Send + 'static, C: Send + 'static> Accompanied<T, C> {
     }
 }
 
-// SAFETY: The memory is that of a box from `kmalloc`, which is the token; the device only reads it, and not more than
-// the value has. Such a box is aligned to 8 bytes or more.
+// SAFETY: The memory is that of a box from `kmalloc`, which is the token; the device only reads it,
+// and not more than the value has. Such a box is aligned to 8 bytes or more.
 unsafe impl<T: AsBytes + Send + 'static, C: Send + 'static> Buffer for Accompanied<T, C> {
     const TOKEN_TAG_BITS: u32 = 3;
 

@@ -4,8 +4,8 @@
 //!
 //! Virtqueue and config callbacks run in interrupt context and can do little more than start work.
 //! `kernel::workqueue` can start it, but cannot stop it: a driver that is being removed must know
-//! that none of its work runs or will run. This adds the two missing things, a queue of one's own and
-//! an end.
+//! that none of its work runs or will run. This adds the two missing things, a queue of one's own
+//! and an end.
 //!
 //! C header: `include/linux/workqueue.h`.
 
@@ -22,8 +22,8 @@ use crate::bindings as helpers;
 
 /// A work queue of its own, for work that may take long; frozen while the system sleeps.
 ///
-/// Its work runs on any CPU and does not hold up other work. Derefs to the kernel crate's [`Queue`],
-/// with which work is enqueued.
+/// Its work runs on any CPU and does not hold up other work. Derefs to the kernel crate's
+/// [`Queue`], with which work is enqueued.
 ///
 /// Dropping it waits for the work that is queued or running; may sleep. Delayed work whose delay
 /// has not passed must be ended before, by [`disable_delayed`].
