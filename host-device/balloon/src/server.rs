@@ -3,7 +3,6 @@
 //! The two sockets: who may connect, and when the program ends.
 
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -80,6 +79,9 @@ impl Stopper {
 const SESSION_ENDED: u8 = 0;
 const STOP: u8 = 1;
 
+/// The most connections that may be there without a word.
+const MAX_SILENT: usize = 8;
+
 /// The program between its start and its end. Its sockets exist as long as it does.
 pub struct Server {
     options: Options,
@@ -90,8 +92,8 @@ pub struct Server {
     /// What other threads write to, and this one reads.
     wake: (UnixStream, UnixStream),
     session: Option<Session>,
-    /// A connection that has not said anything yet.
-    silent: Option<UnixStream>,
+    /// Connections that have not said anything yet.
+    silent: Vec<UnixStream>,
 }
 
 impl Server {
@@ -138,7 +140,7 @@ impl Server {
             device,
             wake,
             session: None,
-            silent: None,
+            silent: Vec::new(),
         })
     }
 
@@ -184,13 +186,13 @@ impl Server {
                     return Ok(exit);
                 }
             }
-            if ready.silent {
-                self.silent_spoke()?;
-            }
             if ready.front_ends {
                 while let Some(stream) = self.front_ends.accept() {
                     self.front_end_came(stream);
                 }
+            }
+            if ready.front_ends || ready.silent {
+                self.listen_to_the_silent()?;
             }
             if ready.operators {
                 while let Some(stream) = self.operators_socket.as_ref().and_then(Listening::accept)
@@ -207,67 +209,61 @@ impl Server {
             PollFd::new(&self.wake.0, PollFlags::IN),
             PollFd::new(&self.front_ends, PollFlags::IN),
         ];
-        // Where there is none, a descriptor stands in that is asked for nothing.
-        let silent = self.silent.as_ref().map(AsFd::as_fd);
-        let operators = self.operators_socket.as_ref().map(AsFd::as_fd);
-        for fd in [silent, operators] {
-            let flags = if fd.is_some() {
-                PollFlags::IN
-            } else {
-                PollFlags::empty()
-            };
-            fds.push(PollFd::from_borrowed_fd(
-                fd.unwrap_or(self.front_ends.as_fd()),
-                flags,
-            ));
-        }
+        let operators = self.operators_socket.as_ref();
+        fds.extend(operators.map(|socket| PollFd::new(socket, PollFlags::IN)));
+        let others = fds.len();
+        fds.extend(
+            self.silent
+                .iter()
+                .map(|stream| PollFd::new(stream, PollFlags::IN)),
+        );
         match poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let happened = |index: usize| {
-            fds.get(index)
-                .is_some_and(|fd: &PollFd<'_>| !fd.revents().is_empty())
-        };
+        let mut happened = fds.iter().map(|fd| !fd.revents().is_empty());
         Ok(Ready {
-            wake: happened(0),
-            front_ends: happened(1),
-            silent: happened(2) && self.silent.is_some(),
-            operators: happened(3) && self.operators_socket.is_some(),
+            wake: happened.next().unwrap_or(false),
+            front_ends: happened.next().unwrap_or(false),
+            operators: others > 2 && happened.next().unwrap_or(false),
+            silent: happened.any(|happened| happened),
         })
     }
 
     /// Somebody connected. It is the front end if nobody else is, and once it has said something: whoever only
     /// looks whether the socket is alive is none.
     fn front_end_came(&mut self, stream: UnixStream) {
-        if self.session.is_some() || self.silent.is_some() {
-            warn!(
-                "a second front end was refused at {}: one is connected, and a balloon serves one guest; start \
-                 another vhost-device-balloon with a socket of its own",
-                self.options.socket_path.display()
-            );
-            return;
+        if self.session.is_some() || self.silent.len() >= MAX_SILENT {
+            self.refuse();
+        } else {
+            self.silent.push(stream);
         }
-        self.silent = Some(stream);
     }
 
-    fn silent_spoke(&mut self) -> Result<(), ServerError> {
-        let Some(stream) = self.silent.take() else {
-            return Ok(());
-        };
-        let mut byte = [0u8];
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        match rustix::net::recv(&stream, &mut byte, flags) {
-            Ok((0, _)) | Err(rustix::io::Errno::CONNRESET) => {
-                debug!("somebody connected and said nothing");
-                return Ok(());
+    fn refuse(&self) {
+        warn!(
+            "a second front end was refused at {}: one is connected, and a balloon serves one guest; start \
+             another vhost-device-balloon with a socket of its own",
+            self.options.socket_path.display()
+        );
+    }
+
+    /// The first of the silent connections that says something becomes the front end.
+    fn listen_to_the_silent(&mut self) -> Result<(), ServerError> {
+        for stream in std::mem::take(&mut self.silent) {
+            let mut byte = [0u8];
+            let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+            match rustix::net::recv(&stream, &mut byte, flags) {
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => self.silent.push(stream),
+                Ok((_, 1..)) if self.session.is_none() => self.serve_front_end(stream)?,
+                Ok((_, 1..)) => self.refuse(),
+                Ok(_) | Err(_) => debug!("somebody connected and said nothing"),
             }
-            Err(rustix::io::Errno::AGAIN) => {
-                self.silent = Some(stream);
-                return Ok(());
-            }
-            Ok(_) | Err(_) => {}
         }
+        Ok(())
+    }
+
+    fn serve_front_end(&mut self, stream: UnixStream) -> Result<(), ServerError> {
         stream.set_nonblocking(false)?;
         info!("a front end has connected");
         let wake = self.wake.1.try_clone()?;
@@ -299,6 +295,6 @@ impl Server {
 struct Ready {
     wake: bool,
     front_ends: bool,
-    silent: bool,
     operators: bool,
+    silent: bool,
 }

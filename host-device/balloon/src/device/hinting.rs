@@ -185,13 +185,16 @@ impl Hinting {
         }
     }
 
-    /// The runs of pages that need not be sent, as (guest physical address, bytes).
-    pub fn clean_ranges(&self) -> Vec<(u64, u64)> {
+    /// The runs of pages that need not be sent, as (guest physical address, bytes): at most `limit` of those
+    /// that end after the address `from`.
+    pub fn clean_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
         self.right.as_ref().map_or_else(Vec::new, |right| {
             right
                 .bitmap()
                 .clean_runs()
                 .map(|run| (run.start, run.length()))
+                .skip_while(|(start, length)| start.saturating_add(*length) <= from)
+                .take(limit)
                 .collect()
         })
     }

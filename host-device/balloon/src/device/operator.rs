@@ -102,9 +102,10 @@ impl Device {
         self.hinting.status()
     }
 
-    /// The runs of pages that hints have spared, as (guest physical address, bytes).
-    pub fn hinted_ranges(&self) -> Vec<(u64, u64)> {
-        self.hinting.clean_ranges()
+    /// The runs of pages that hints have spared, as (guest physical address, bytes): at most `limit` of those
+    /// that end after the address `from`. How many there are is the guest's to say; hence the limit.
+    pub fn hinted_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
+        self.hinting.clean_ranges(from, limit)
     }
 
     /// Guest memory, to be looked at without holding the device.

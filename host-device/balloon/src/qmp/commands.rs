@@ -61,6 +61,9 @@ impl CommandError {
     }
 }
 
+/// The most ranges in an answer of `query-hinted-ranges`.
+const MAX_RANGES: usize = 1 << 16;
+
 type Command = fn(&Target, Option<&Value>) -> Result<Value, CommandError>;
 
 /// What `query-commands` lists, but for those that the protocol itself serves.
@@ -208,9 +211,17 @@ fn query_hint(target: &Target, arguments: Option<&Value>) -> Result<Value, Comma
     Ok(answer)
 }
 
+/// Without arguments, all ranges of a guest of up to 512 MiB, and of any guest that is not hostile. Beyond the
+/// limit, the next call starts where the last answer ended.
 fn query_hinted_ranges(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    let ranges = lock(&target.device).hinted_ranges();
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        #[serde(default)]
+        start: u64,
+    }
+    let Arguments { start } = parse(arguments)?;
+    let ranges = lock(&target.device).hinted_ranges(start, MAX_RANGES);
     Ok(ranges
         .into_iter()
         .map(|(start, length)| json!({ "start": start, "length": length }))

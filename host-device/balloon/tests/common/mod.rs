@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A front end and an operator for tests, both over real sockets.
+
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+use serde_json::{json, Value};
+use shared_abi::features::Features;
+use shared_abi::queue::Queue;
+use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::{
+    Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost_device_balloon::server::{Exit, Options, Server, ServerError, Stopper};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+/// How long anything may take before the test has failed.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A server in a thread of this process.
+pub struct Running {
+    pub directory: tempfile::TempDir,
+    stopper: Stopper,
+    thread: JoinHandle<Result<Exit, ServerError>>,
+}
+
+impl Running {
+    pub fn start(features: Features, persistent: bool) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let server = Server::bind(Options {
+            socket_path: directory.path().join("vhost"),
+            qmp_socket: Some(directory.path().join("qmp")),
+            features,
+            persistent,
+        })
+        .unwrap();
+        Self {
+            stopper: server.stopper().unwrap(),
+            thread: thread::spawn(move || server.run()),
+            directory,
+        }
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("vhost")
+    }
+
+    pub fn operator(&self) -> Operator {
+        Operator::connect(&self.directory.path().join("qmp"))
+    }
+
+    /// Ends the server, and checks that it leaves nothing behind.
+    pub fn stop(self) {
+        self.stopper.stop();
+        assert_eq!(self.join().unwrap(), Exit::Stopped);
+    }
+
+    /// Waits for the server's end, and checks that it leaves nothing behind.
+    pub fn join(self) -> Result<Exit, ServerError> {
+        let limit = Instant::now() + LIMIT;
+        while !self.thread.is_finished() {
+            assert!(Instant::now() < limit, "the server does not end");
+            thread::sleep(Duration::from_millis(5));
+        }
+        let result = self.thread.join().unwrap();
+        let left: Vec<_> = self.directory.path().read_dir().unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+        result
+    }
+}
+
+/// Somebody at the QMP socket.
+pub struct Operator {
+    stream: UnixStream,
+    lines: BufReader<UnixStream>,
+    pub events: Vec<Value>,
+}
+
+impl Operator {
+    /// Connects and says `qmp_capabilities`.
+    pub fn connect(path: &Path) -> Self {
+        let mut operator = Self::silent(path);
+        assert!(operator.read().get("QMP").is_some());
+        operator.run("qmp_capabilities");
+        operator
+    }
+
+    /// Connects and says nothing.
+    pub fn silent(path: &Path) -> Self {
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        let lines = BufReader::new(stream.try_clone().unwrap());
+        Self {
+            stream,
+            lines,
+            events: Vec::new(),
+        }
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap();
+    }
+
+    /// The next line, or null at the end.
+    pub fn read(&mut self) -> Value {
+        let mut line = String::new();
+        match self.lines.read_line(&mut line) {
+            Ok(0) => Value::Null,
+            Ok(_) => serde_json::from_str(&line).unwrap(),
+            Err(error) => panic!("nothing to read: {error}"),
+        }
+    }
+
+    /// The next answer. Events before it are kept.
+    pub fn answer(&mut self) -> Value {
+        loop {
+            let value = self.read();
+            if value.get("event").is_none() {
+                return value;
+            }
+            self.events.push(value);
+        }
+    }
+
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Value {
+        let request = json!({ "execute": command, "arguments": arguments });
+        self.send(request.to_string().as_bytes());
+        self.answer()
+    }
+
+    /// Runs a command that has to work.
+    pub fn run(&mut self, command: &str) -> Value {
+        let answer = self.execute(command, &json!({}));
+        answer
+            .get("return")
+            .unwrap_or_else(|| panic!("{command}: {answer}"))
+            .clone()
+    }
+
+    /// Runs a command that must not work, and returns the error's class and description.
+    pub fn fail(&mut self, command: &str, arguments: &Value) -> (String, String) {
+        let answer = self.execute(command, arguments);
+        let text = |name: &str| {
+            answer["error"][name]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned()
+        };
+        assert!(answer.get("error").is_some(), "{command}: {answer}");
+        (text("class"), text("desc"))
+    }
+
+    /// Waits until a driver can be asked.
+    pub fn until_running(&mut self) {
+        let limit = Instant::now() + LIMIT;
+        while self.run("query-virtio-status")["status"] != "running" {
+            assert!(Instant::now() < limit, "no driver");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits for an event whose data has these members.
+    pub fn event(&mut self, name: &str, data: &Value) -> Value {
+        let fits = |event: &Value| {
+            event["event"] == name
+                && data
+                    .as_object()
+                    .unwrap()
+                    .iter()
+                    .all(|(key, value)| event["data"][key] == *value)
+        };
+        if let Some(at) = self.events.iter().position(fits) {
+            return self.events.remove(at);
+        }
+        loop {
+            let value = self.read();
+            assert!(!value.is_null(), "no event {name} {data}");
+            if fits(&value) {
+                return value;
+            }
+            self.events.push(value);
+        }
+    }
+}
+
+/// Where the guest's memory starts.
+pub const START: u64 = 0x3e_f000;
+pub const LENGTH: u64 = 0x80_0000;
+const SIZE: u16 = 16;
+
+struct DriverQueue {
+    base: u64,
+    added: u16,
+    kick: EventFd,
+    call: EventFd,
+}
+
+/// A VMM with a guest in which nothing but a balloon driver runs.
+pub struct Vmm {
+    frontend: Frontend,
+    memory: GuestMemoryMmap,
+    file: File,
+    queues: Vec<DriverQueue>,
+    features: Features,
+    /// Where the device's own messages come.
+    pub channel: Box<dyn Read>,
+}
+
+/// The virtio feature bit for the current specification.
+const VERSION_1: u64 = 1 << 32;
+
+impl Vmm {
+    /// Connects, as far as a VMM does before there is a driver.
+    pub fn connect(socket: &Path) -> Self {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(LIMIT)).unwrap();
+        Self::connect_with(socket, Box::new(ours), &OwnedFd::from(theirs))
+    }
+
+    /// As user-mode Linux does it: the device's messages come through a pipe.
+    pub fn connect_with_pipe(socket: &Path) -> Self {
+        let (ours, theirs) = rustix::pipe::pipe().unwrap();
+        Self::connect_with(socket, Box::new(File::from(ours)), &theirs)
+    }
+
+    fn connect_with(socket: &Path, channel: Box<dyn Read>, theirs: &OwnedFd) -> Self {
+        let mut frontend = Frontend::connect(socket, Queue::MAX_COUNT as u64).unwrap();
+        frontend.set_owner().unwrap();
+        let features = frontend.get_features().unwrap();
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        assert_eq!(features & (protocol | VERSION_1), protocol | VERSION_1);
+        let offered = frontend.get_protocol_features().unwrap();
+        let wanted = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::REPLY_ACK;
+        assert!(offered.contains(wanted));
+        frontend.set_protocol_features(wanted).unwrap();
+        assert_eq!(frontend.get_queue_num().unwrap(), Queue::MAX_COUNT as u64);
+        frontend.set_backend_request_fd(theirs).unwrap();
+
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&file, START + LENGTH).unwrap();
+        let range = (
+            GuestAddress(START),
+            LENGTH as usize,
+            Some(FileOffset::new(file.try_clone().unwrap(), START)),
+        );
+        let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        Self {
+            frontend,
+            memory,
+            file,
+            queues: Vec::new(),
+            features: Features::from_bits(features),
+            channel,
+        }
+    }
+
+    pub fn offered(&self) -> Features {
+        self.features
+    }
+
+    /// What happens when a driver binds and has accepted `features`.
+    pub fn start_driver(&mut self, features: Features) {
+        self.features = features;
+        let ring = VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.frontend.set_features(features.bits() | ring).unwrap();
+        self.frontend
+            .set_mem_table(&[VhostUserMemoryRegionInfo {
+                guest_phys_addr: START,
+                memory_size: LENGTH,
+                userspace_addr: START,
+                mmap_offset: START,
+                mmap_handle: self.file.as_raw_fd(),
+            }])
+            .unwrap();
+        self.queues.clear();
+        for index in 0..Queue::count(features) {
+            let base = START + 0x3000 * index as u64;
+            self.memory
+                .write_slice(&[0; 0x3000], GuestAddress(base))
+                .unwrap();
+            let queue = DriverQueue {
+                base,
+                added: 0,
+                kick: EventFd::new(0).unwrap(),
+                call: EventFd::new(0).unwrap(),
+            };
+            self.frontend.set_vring_num(index, SIZE).unwrap();
+            self.frontend.set_vring_base(index, 0).unwrap();
+            let addresses = VringConfigData {
+                queue_max_size: SIZE,
+                queue_size: SIZE,
+                flags: 0,
+                desc_table_addr: base,
+                avail_ring_addr: base + 0x1000,
+                used_ring_addr: base + 0x2000,
+                log_addr: None,
+            };
+            self.frontend.set_vring_addr(index, &addresses).unwrap();
+            self.frontend.set_vring_call(index, &queue.call).unwrap();
+            self.frontend.set_vring_kick(index, &queue.kick).unwrap();
+            self.frontend.set_vring_enable(index, true).unwrap();
+            self.queues.push(queue);
+        }
+    }
+
+    /// What happens when the driver unbinds, or the guest is paused.
+    pub fn stop_driver(&mut self) {
+        for index in 0..self.queues.len() {
+            self.frontend.set_vring_enable(index, false).unwrap();
+            self.frontend.get_vring_base(index).unwrap();
+        }
+    }
+
+    pub fn config(&mut self, size: u32) -> Vec<u8> {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        let answer = self
+            .frontend
+            .get_config(0, size, flags, &vec![0; size as usize])
+            .unwrap();
+        answer.1
+    }
+
+    pub fn write_config(&mut self, offset: u32, bytes: &[u8]) {
+        self.frontend
+            .set_config(offset, VhostUserConfigFlags::WRITABLE, bytes)
+            .unwrap();
+    }
+
+    pub fn command(&mut self) -> u32 {
+        let config = self.config(16);
+        u32::from_le_bytes(config[8..12].try_into().unwrap())
+    }
+
+    /// Waits for the message that the configuration has changed.
+    pub fn config_change(&mut self) {
+        let mut message = [0; 12];
+        self.channel.read_exact(&mut message).unwrap();
+        assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    /// Where the guest keeps what it sends.
+    const SCRATCH: u64 = START + 0x10_0000;
+    /// The first address that nothing here uses.
+    pub const FREE: u64 = START + 0x20_0000;
+
+    pub fn send(&mut self, queue: Queue, bytes: &[u8]) {
+        self.memory
+            .write_slice(bytes, GuestAddress(Self::SCRATCH))
+            .unwrap();
+        self.offer(queue, Self::SCRATCH, bytes.len() as u32, false);
+    }
+
+    /// Offers one buffer, kicks, and waits for it to come back.
+    pub fn offer(&mut self, queue: Queue, address: u64, length: u32, writable: bool) {
+        let index = queue.index(self.features).unwrap();
+        let queue = &mut self.queues[index];
+        let write =
+            |at: u64, bytes: &[u8]| self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+        write(queue.base, &address.to_le_bytes());
+        write(queue.base + 8, &length.to_le_bytes());
+        write(queue.base + 12, &[if writable { 2 } else { 0 }, 0, 0, 0]);
+        write(
+            queue.base + 0x1004 + 2 * u64::from(queue.added % SIZE),
+            &[0, 0],
+        );
+        queue.added += 1;
+        write(queue.base + 0x1002, &queue.added.to_le_bytes());
+        queue.kick.write(1).unwrap();
+        let limit = Instant::now() + LIMIT;
+        loop {
+            let used: u16 = self
+                .memory
+                .read_obj(GuestAddress(queue.base + 0x2002))
+                .unwrap();
+            if used == queue.added {
+                break;
+            }
+            assert!(Instant::now() < limit, "the buffer does not come back");
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(queue.call.read().unwrap() > 0, "the driver was interrupted");
+    }
+}

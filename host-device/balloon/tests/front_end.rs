@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The server with a real front end, over real sockets.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::{Running, Vmm, LENGTH, START};
+use serde_json::json;
+use shared_abi::features::Features;
+use shared_abi::queue::Queue;
+use vhost_device_balloon::server::{Exit, ServerError};
+
+const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
+
+#[test]
+fn a_round_through_real_queues() {
+    let server = Running::start(HINT, false);
+    let mut operator = server.operator();
+    let mut vmm = Vmm::connect(&server.socket());
+    assert!(vmm.offered().contains(HINT));
+    operator.event("FRONTEND_CONNECTED", &json!({}));
+    let (_, why) = operator.fail("free-page-hint-start", &json!({}));
+    assert!(why.contains("driver is not running"), "{why}");
+
+    vmm.start_driver(HINT);
+    operator.event(
+        "DRIVER_STARTED",
+        &json!({ "features": ["stats", "free-page-hint"] }),
+    );
+    let id = operator.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
+    vmm.config_change();
+    assert_eq!(vmm.command(), id);
+    vmm.send(Queue::FreePage, &id.to_le_bytes());
+    operator.event("FREE_PAGE_HINT", &json!({ "status": "started", "id": id }));
+    vmm.offer(Queue::FreePage, Vmm::FREE, 0x10_0000, true);
+    vmm.send(Queue::FreePage, &[0; 4]);
+    operator.event("FREE_PAGE_HINT", &json!({ "status": "finished", "id": id }));
+
+    let state = operator.run("query-free-page-hint");
+    assert_eq!(state["status"], "finished");
+    assert_eq!(state["pages-cleared"], 0x100);
+    assert_eq!(state["pages-dirty"], (LENGTH >> 12) - 0x100);
+    let ranges = operator.run("query-hinted-ranges");
+    assert_eq!(ranges, json!([{ "start": Vmm::FREE, "length": 0x10_0000 }]));
+    operator.run("free-page-hint-done");
+    vmm.config_change();
+    assert_eq!(vmm.command(), 1);
+    drop(vmm);
+    let Exit::FrontEndGone(ended) = server.join().unwrap() else {
+        panic!("the server ends with its front end");
+    };
+    assert_eq!(ended.reason, "the front end closed the connection");
+}
+
+#[test]
+fn inflate_through_real_queues() {
+    let server = Running::start(Features::NONE, false);
+    let mut operator = server.operator();
+    let (_, why) = operator.fail("balloon", &json!({ "value": 1 << 20 }));
+    assert!(why.contains("no front end"), "{why}");
+    // As user-mode Linux has it: a pipe for the device's messages.
+    let mut vmm = Vmm::connect_with_pipe(&server.socket());
+    vmm.start_driver(Features::NONE);
+    operator.event("DRIVER_STARTED", &json!({}));
+    assert_eq!(operator.run("query-balloon")["actual"], LENGTH);
+
+    operator.execute("balloon", &json!({ "value": LENGTH - 0x2000 }));
+    vmm.config_change();
+    assert_eq!(vmm.config(8), [2, 0, 0, 0, 0, 0, 0, 0]);
+    let before = operator.run("query-guest-memory")["allocated"]
+        .as_u64()
+        .unwrap();
+    let pfn = |address: u64| ((address >> 12) as u32).to_le_bytes();
+    // The pages of the rings: they take space, and the next use of them takes it again.
+    vmm.send(
+        Queue::Inflate,
+        &[pfn(START + 0x10_0000), pfn(Vmm::FREE)].concat(),
+    );
+    vmm.write_config(4, &2u32.to_le_bytes());
+    operator.event("BALLOON_CHANGE", &json!({ "actual": LENGTH - 0x2000 }));
+    let after = operator.run("query-guest-memory");
+    assert_eq!(
+        before + 0x1000 - after["allocated"].as_u64().unwrap(),
+        0x1000
+    );
+    assert_eq!(after["regions"][0]["start"], START);
+    let status = operator.run("query-virtio-status");
+    assert_eq!(status["pages-inflated"], 2);
+    assert_eq!(status["queues"][0]["requests"], 1);
+    server.stop();
+}
+
+#[test]
+fn r13_a_second_front_end_is_refused_and_the_first_goes_on() {
+    let server = Running::start(HINT, false);
+    let mut operator = server.operator();
+    let mut vmm = Vmm::connect(&server.socket());
+    operator.event("FRONTEND_CONNECTED", &json!({}));
+    let mut second = UnixStream::connect(server.socket()).unwrap();
+    second
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let mut nothing = [0; 1];
+    let end = second.read(&mut nothing);
+    assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+    vmm.start_driver(HINT);
+    operator.event("DRIVER_STARTED", &json!({}));
+    assert_eq!(operator.run("query-virtio-status")["status"], "running");
+    server.stop();
+}
+
+#[test]
+fn r13_who_only_looks_is_no_front_end() {
+    let server = Running::start(HINT, false);
+    let mut operator = server.operator();
+    for _ in 0..3 {
+        drop(UnixStream::connect(server.socket()).unwrap());
+    }
+    // This one stays and says nothing, and is in nobody's way.
+    let _silent = UnixStream::connect(server.socket()).unwrap();
+    let vmm = Vmm::connect(&server.socket());
+    operator.event("FRONTEND_CONNECTED", &json!({}));
+    drop(vmm);
+    operator.event("FRONTEND_DISCONNECTED", &json!({}));
+    assert!(matches!(server.join(), Ok(Exit::FrontEndGone(_))));
+}
+
+#[test]
+fn a_persistent_server_takes_the_next_front_end() {
+    let server = Running::start(HINT, true);
+    let mut operator = server.operator();
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        let mut vmm = Vmm::connect(&server.socket());
+        vmm.start_driver(HINT);
+        operator.event("DRIVER_STARTED", &json!({}));
+        ids.push(operator.run("free-page-hint-start")["id"].as_u64().unwrap());
+        drop(vmm);
+        operator.event("FRONTEND_DISCONNECTED", &json!({}));
+        assert_eq!(operator.run("query-free-page-hint")["status"], "stopped");
+        assert_eq!(operator.run("query-virtio-status")["connected"], false);
+    }
+    assert!(ids.windows(2).all(|pair| pair[0] < pair[1]), "R8: {ids:?}");
+    server.stop();
+}
+
+#[test]
+fn r16_an_operator_that_goes_leaves_the_round_to_others() {
+    let server = Running::start(HINT, false);
+    let mut vmm = Vmm::connect(&server.socket());
+    vmm.start_driver(HINT);
+    let mut second = server.operator();
+    second.until_running();
+    let mut first = server.operator();
+    let id = first.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
+    vmm.send(Queue::FreePage, &id.to_le_bytes());
+    drop(first);
+    vmm.offer(Queue::FreePage, Vmm::FREE, 0x1000, true);
+    let state = second.run("query-free-page-hint");
+    assert_eq!(
+        (&state["status"], &state["blocks"]),
+        (&json!("started"), &json!(1))
+    );
+    // The other one ends it, and the guest is told to take its pages back.
+    second.run("free-page-hint-done");
+    vmm.config_change();
+    assert_eq!(vmm.command(), 1);
+    server.stop();
+}
+
+#[test]
+fn r16_a_driver_that_starts_anew_finds_no_round() {
+    let server = Running::start(HINT, false);
+    let mut operator = server.operator();
+    let mut vmm = Vmm::connect(&server.socket());
+    vmm.start_driver(HINT);
+    operator.event("DRIVER_STARTED", &json!({}));
+    let id = operator.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
+    vmm.send(Queue::FreePage, &id.to_le_bytes());
+    vmm.stop_driver();
+    assert_eq!(operator.run("query-virtio-status")["status"], "no-driver");
+    vmm.start_driver(HINT);
+    assert_eq!(vmm.command(), 0);
+    operator.event("FREE_PAGE_HINT", &json!({ "status": "stopped" }));
+    server.stop();
+}
+
+#[test]
+fn a_front_end_that_breaks_the_protocol_is_named() {
+    for garbage in [&[0xff; 64][..], b"GET / HTTP/1.1\r\nHost: balloon\r\n\r\n"] {
+        let server = Running::start(HINT, false);
+        let mut stream = UnixStream::connect(server.socket()).unwrap();
+        stream.write_all(garbage).unwrap();
+        match server.join() {
+            Err(ServerError::FrontEnd(why)) => assert!(why.contains("front end"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_guest_without_statistics_is_an_error() {
+    let server = Running::start(HINT, false);
+    let mut operator = server.operator();
+    let mut vmm = Vmm::connect(&server.socket());
+    vmm.start_driver(HINT);
+    operator.event("DRIVER_STARTED", &json!({}));
+    let (_, why) = operator.fail("query-guest-stats", &json!({}));
+    assert!(why.contains("no statistics"), "{why}");
+    server.stop();
+}
