@@ -203,17 +203,22 @@ impl Guest {
         let met = Agent::meet(agent, BOOT_LIMIT)
             .and_then(|agent| Ok((agent, monitor.map(Qmp::new).transpose()?)));
         match met {
-            Ok((agent, monitor)) => Ok(Self {
-                vmm,
-                agent,
-                monitor,
-                daemon,
-                scratch,
-                kind: builder.vmm,
-                memory: builder.memory,
-                ended: false,
-                log: Vec::new(),
-            }),
+            Ok((agent, monitor)) => {
+                let mut guest = Self {
+                    vmm,
+                    agent,
+                    monitor,
+                    daemon,
+                    scratch,
+                    kind: builder.vmm,
+                    memory: builder.memory,
+                    ended: false,
+                    log: Vec::new(),
+                };
+                // What the kernel said of this machine is not what a test looks for.
+                guest.kernel_log()?;
+                Ok(guest)
+            }
             Err(error) => {
                 let daemon = daemon
                     .as_mut()

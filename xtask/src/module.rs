@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use clap::{Args, ValueEnum};
 
 use crate::build;
@@ -83,17 +83,20 @@ pub fn make(set_up: &SetUp, kernel: Kernel, clippy: bool) -> Result<PathBuf> {
         .variable("CLIPPY", if clippy { "1" } else { "" })
         .command("make -C \"$TREE\" ARCH=\"$ARCH\" CLIPPY=\"$CLIPPY\" M=/repo MO=/out -j\"$(nproc)\" modules");
     run::logged(&what, &mut command, &log)?;
-    refuse_warnings(&what, &log)?;
+    refuse_warnings(&what, &log, &out)?;
     Ok(out.join("virtio_balloon_rs.ko"))
 }
 
-/// Kbuild does not end on a warning.
-fn refuse_warnings(what: &str, log: &Path) -> Result<()> {
+/// Kbuild does not end on a warning, and would not repeat it: what was built so is removed.
+fn refuse_warnings(what: &str, log: &Path, out: &Path) -> Result<()> {
     let text = fs::read_to_string(log).with_context(|| format!("cannot read {}", log.display()))?;
     let warned = text
         .lines()
         .any(|line| line.starts_with("warning") || line.contains(": warning:"));
-    anyhow::ensure!(!warned, "{what} has warnings:\n\n{text}");
+    if warned {
+        fs::remove_dir_all(out).with_context(|| format!("cannot remove {}", out.display()))?;
+    }
+    ensure!(!warned, "{what} has warnings:\n\n{text}");
     Ok(())
 }
 

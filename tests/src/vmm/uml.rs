@@ -14,6 +14,9 @@ use crate::process::{Process, Streams};
 
 const AGENT_FD: i32 = 3;
 
+/// The name of a folder that user-mode Linux makes beside its initramfs, and leaves there if it is killed.
+pub const FOLDER: &str = "user-mode-linux";
+
 /// Starts `kernel`.
 ///
 /// # Errors
@@ -31,11 +34,11 @@ pub fn start(kernel: &Path, machine: &Machine) -> Result<Started> {
         .parent()
         .context("the initramfs has no folder")?;
     command.arg(format!("uml_dir={}/", folder.display()));
-    command.args(["con=null", "con0=fd:0,fd:1", "ssl=null", "panic=-1"]);
-    command.arg(if machine.console == Streams::Terminal {
-        "loglevel=1"
-    } else {
-        "loglevel=5"
+    command.arg(format!("umid={FOLDER}"));
+    command.args(["con=null", "ssl=null", "panic=-1"]);
+    command.args(match machine.console {
+        Streams::Terminal => ["con0=fd:0,fd:1", "loglevel=1"],
+        Streams::Collected => ["con0=null,fd:1", "loglevel=5"],
     });
     command
         .arg(format!("ssl0=fd:{AGENT_FD}"))
