@@ -20,6 +20,7 @@ fn every_kunit_case_of_the_module_passes() -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
         .device(Device::None)
+        .kernel_arguments("kunit.enable=1")
         .boot()?;
     let before = guest.call(KunitResults {})?;
     guest.load(Driver::Ours)?;

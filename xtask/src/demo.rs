@@ -1,7 +1,243 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! To come.
-#[derive(clap::Args)]
-pub struct Options {}
-pub fn command(_: &Options) -> anyhow::Result<()> {
+//! The demonstration: a guest with the stock Debian kernel, our driver and our device, step by step and in figures.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+use clap::Args;
+use tests::calls::{Fill, Free};
+use tests::guest::{Builder, Driver, Guest};
+use tests::host::Accelerator;
+use tests::vmm::Vmm;
+use tests::MIB;
+
+use crate::build::{self, Profile};
+use crate::progress::say;
+use crate::setup::{self, Kernel};
+
+/// The options of `demo`.
+#[derive(Args)]
+pub struct Options {
+    /// The guest's memory, in MiB.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(256..=65536))]
+    memory: u64,
+}
+
+/// What a guest keeps when it fills its memory, so that its kernel and first process are not in want.
+const SPARE: u64 = 16 * MIB;
+const BALLOON_LIMIT: Duration = Duration::from_secs(60);
+/// What the figures must reach, in percent.
+const HINTED_AT_LEAST: u64 = 90;
+const RELEASED_AT_LEAST: u64 = 95;
+
+#[derive(Default)]
+struct Figures {
+    guest_memory: u64,
+    free: u64,
+    hint_blocks: u64,
+    hint_bytes: u64,
+    pages_total: u64,
+    pages_cleared: u64,
+    hint_duration: Duration,
+    asked: u64,
+    taken: u64,
+    host_before: u64,
+    host_inflated: u64,
+    host_after: u64,
+}
+
+/// Does what `demo` says.
+pub fn command(options: &Options) -> Result<()> {
+    let set_up = setup::ensure(&[Kernel::Stock])?;
+    let artifacts = build::artifacts(&set_up, &[Kernel::Stock], Profile::Release)?;
+    let how = match Accelerator::choose() {
+        Accelerator::Kvm => "with KVM",
+        Accelerator::Tcg => "emulated, since this machine cannot virtualise",
+    };
+    say(format_args!(
+        "booting {} MiB of stock Debian kernel in QEMU, {how}",
+        options.memory
+    ));
+    let start = Instant::now();
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .memory(options.memory * MIB)
+        .boot()?;
+    let release = guest.agent().hello().release.clone();
+    say(format_args!(
+        "guest: Linux {release} is up after {:.1} s",
+        start.elapsed().as_secs_f64()
+    ));
+    let figures = show(&mut guest)?;
+    guest.power_off()?;
+    say("guest: off");
+    print(&figures);
+    judge(&figures)
+}
+
+fn show(guest: &mut Guest) -> Result<Figures> {
+    guest.load(Driver::Ours)?;
+    let accepted = guest
+        .daemon()?
+        .virtio_status()?
+        .negotiated_features
+        .join(", ");
+    say(format_args!(
+        "guest: virtio_balloon_rs.ko is loaded; it and the device agreed on {accepted}"
+    ));
+    let mut figures = Figures {
+        guest_memory: guest.balloon()?.balloon_actual()?,
+        ..Figures::default()
+    };
+    use_memory(guest)?;
+    figures.free = guest.settled_free()?;
+    figures.host_before = guest.memory_in_use()?;
+    let (free, in_use) = (mib(figures.free), mib(figures.host_before));
+    say(format_args!(
+        "guest: {free} are free again; host: {in_use} are in use, for it cannot know"
+    ));
+    hint(guest, &mut figures)?;
+    balloon(guest, &mut figures)?;
+    guest.check_log().context("the guest's kernel log")?;
+    say("guest: nothing amiss in the kernel log");
+    Ok(figures)
+}
+
+fn use_memory(guest: &mut Guest) -> Result<()> {
+    let bytes = guest.mem_info()?.free().saturating_sub(SPARE);
+    let filled = guest.call(Fill {
+        bytes,
+        keep_every: 0,
+        seed: 1,
+    })?;
+    say(format_args!("guest: a process has filled {}", mib(bytes)));
+    guest.call(Free {
+        workload: filled.workload,
+    })
+}
+
+fn hint(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
+    let qmp = guest.daemon()?.qmp();
+    let id = qmp.hint_start()?;
+    say(format_args!(
+        "host: a hint round begins, command id {id:#x}"
+    ));
+    let round = qmp.wait_hint_status("finished")?;
+    (figures.hint_blocks, figures.hint_bytes) = (round.blocks, round.bytes);
+    (figures.pages_cleared, figures.pages_total) = (round.pages_cleared, round.pages_total);
+    figures.hint_duration = Duration::from_micros(round.duration_us);
+    let (bytes, took) = (mib(round.bytes), figures.hint_duration);
+    say(format_args!(
+        "host: the guest has hinted {bytes} in {} blocks, in {took:.1?}",
+        round.blocks
+    ));
+    say(format_args!(
+        "guest: it holds them, with {} free",
+        mib(guest.mem_info()?.free())
+    ));
+    guest.daemon()?.qmp().hint_done()?;
+    guest.check_free(figures.free)?;
+    say(format_args!(
+        "guest: the round is done, {} are free",
+        mib(guest.mem_info()?.free())
+    ));
     Ok(())
+}
+
+fn balloon(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
+    // All that is free but what a guest needs to go on.
+    figures.asked = figures.free.saturating_sub(4 * SPARE) / MIB * MIB;
+    let target = figures.guest_memory - figures.asked;
+    say(format_args!(
+        "host: the balloon shall take {}",
+        mib(figures.asked)
+    ));
+    guest.balloon()?.balloon(target)?;
+    guest.balloon()?.wait_balloon(target, BALLOON_LIMIT)?;
+    figures.taken = figures.guest_memory - guest.balloon()?.balloon_actual()?;
+    figures.host_inflated = guest.memory_in_use()?;
+    let in_use = mib(figures.host_inflated);
+    say(format_args!(
+        "host: it has taken {}; {in_use} are in use",
+        mib(figures.taken)
+    ));
+    guest.balloon()?.balloon(figures.guest_memory)?;
+    guest
+        .balloon()?
+        .wait_balloon(figures.guest_memory, BALLOON_LIMIT)?;
+    guest.check_free(figures.free)?;
+    figures.host_after = guest.memory_in_use()?;
+    let free = mib(guest.mem_info()?.free());
+    say(format_args!(
+        "guest: the balloon is empty, {free} are free; host: {} are in use",
+        mib(figures.host_after)
+    ));
+    Ok(())
+}
+
+fn print(figures: &Figures) {
+    let share = percent(figures.pages_cleared, figures.pages_total);
+    let rows = [
+        ("guest memory", mib(figures.guest_memory)),
+        ("free, as the guest says", mib(figures.free)),
+        (
+            "hinted",
+            format!(
+                "{} in {} blocks",
+                mib(figures.hint_bytes),
+                figures.hint_blocks
+            ),
+        ),
+        (
+            "hinted, of what was free",
+            format!("{:.1} %", percent(figures.hint_bytes, figures.free)),
+        ),
+        ("RAM that need not be sent", format!("{share:.1} %")),
+        (
+            "duration of the round",
+            format!("{:.1?}", figures.hint_duration),
+        ),
+        ("taken by the balloon", mib(figures.taken)),
+        ("host memory in use before", mib(figures.host_before)),
+        ("host memory in use inflated", mib(figures.host_inflated)),
+        ("host memory in use after", mib(figures.host_after)),
+    ];
+    println!();
+    for (name, value) in rows {
+        println!("  {name:<28} {value:>22}");
+    }
+    println!();
+}
+
+fn judge(figures: &Figures) -> Result<()> {
+    let mut short = Vec::new();
+    if figures.hint_bytes * 100 < figures.free * HINTED_AT_LEAST {
+        short.push(format!(
+            "less than {HINTED_AT_LEAST} % of free memory was hinted"
+        ));
+    }
+    let released = figures.host_before.saturating_sub(figures.host_inflated);
+    if released * 100 < figures.taken * RELEASED_AT_LEAST {
+        short.push(format!(
+            "the host got less than {RELEASED_AT_LEAST} % of what the balloon took"
+        ));
+    }
+    ensure!(
+        figures.taken == figures.asked && figures.taken > 0,
+        "the balloon took {} bytes",
+        figures.taken
+    );
+    if !short.is_empty() {
+        bail!("{}", short.join("; "));
+    }
+    Ok(())
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes / MIB)
+}
+
+// Figures for people: rounding does not matter.
+#[allow(clippy::cast_precision_loss)]
+fn percent(part: u64, whole: u64) -> f64 {
+    part as f64 * 100.0 / whole.max(1) as f64
 }

@@ -52,7 +52,11 @@ pub fn command(options: &Options) -> Result<()> {
     command
         .args(["--", "--test-threads", &threads.to_string()])
         .args(&options.rest);
-    run::shown(command.env(artifacts::VARIABLE, &path))?;
+    // An error says where it comes from; a trace of the test program would only hide it.
+    command
+        .env(artifacts::VARIABLE, &path)
+        .env("RUST_LIB_BACKTRACE", "0");
+    run::shown(&mut command)?;
     say("all tests passed");
     Ok(())
 }

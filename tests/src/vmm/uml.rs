@@ -43,6 +43,8 @@ pub fn start(kernel: &Path, machine: &Machine) -> Result<Started> {
     command
         .arg(format!("ssl0=fd:{AGENT_FD}"))
         .arg(format!("{PORT_VARIABLE}=/dev/ttyS0"));
+    // KUnit would run a module's tests at each loading; who wants them says so after this.
+    command.arg("kunit.enable=0");
     command.args(machine.kernel_arguments.split_whitespace());
     match &machine.device {
         Attachment::None => {}

@@ -19,7 +19,7 @@ const MIRROR: &str = "http://deb.debian.org/debian";
 /// The one version that is pinned; the newest of the series is taken.
 const KERNEL_SERIES: &str = "7.3";
 const PACKAGES: &str =
-    "bc,bindgen,bison,busybox-static,flex,gcc,kmod,libc6-dev,libelf-dev,libssl-dev,make,perl,\
+    "bc,bindgen,bison,busybox-static,flex,gcc,kmod,libc6-dev,libelf-dev,libssl-dev,make,pahole,perl,\
     python3-minimal,qemu-system-x86,rsync,rust-clippy,rust-src,rustc,rustfmt,xz-utils";
 const KERNEL_PACKAGES: &str = include_str!("../../scripts/kernel-packages.sh");
 /// Where folders of the host are shown inside.
