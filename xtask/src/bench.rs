@@ -55,7 +55,6 @@ pub fn command(options: &Options) -> Result<()> {
 }
 
 fn measure(guest: &mut Guest, driver: Driver) -> Result<Figures> {
-    guest.fill_and_free(24 * MIB, 1)?;
     guest.load(driver)?;
     let free = guest.settled_free()?;
     let before = notifications(guest.daemon()?, "free")?;

@@ -52,7 +52,6 @@ impl Answer for Shell {
             .args(["setsid", "-c", BUSYBOX, "sh", "-i"])
             .env("PATH", "/bin")
             .env("PS1", "guest# ")
-            .current_dir("/")
             .stdin(console.try_clone()?)
             .stdout(console.try_clone()?)
             .stderr(console)
