@@ -106,7 +106,8 @@ fn oversized_input_ends_the_conversation() {
     let mut operator = server.operator();
     let mut long = b"{\"execute\":\"".to_vec();
     long.resize(100_000, b'x');
-    operator.send(&long);
+    // The server may have ended the conversation before the last byte is out.
+    let _ = operator.try_send(&long);
     let answer = operator.answer();
     assert!(
         answer["error"]["desc"]

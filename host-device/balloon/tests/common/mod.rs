@@ -5,7 +5,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -109,15 +109,21 @@ impl Operator {
     }
 
     pub fn send(&mut self, bytes: &[u8]) {
-        self.stream.write_all(bytes).unwrap();
+        self.try_send(bytes).unwrap();
     }
 
-    /// The next line, or null at the end.
+    pub fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.stream.write_all(bytes)
+    }
+
+    /// The next line, or null at the end. A reset is an end as well: the kernel gives it to whose bytes
+    /// the server has not read to the last.
     pub fn read(&mut self) -> Value {
         let mut line = String::new();
         match self.lines.read_line(&mut line) {
             Ok(0) => Value::Null,
             Ok(_) => serde_json::from_str(&line).unwrap(),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Value::Null,
             Err(error) => panic!("nothing to read: {error}"),
         }
     }
