@@ -44,6 +44,7 @@ pub struct Ended {
 #[derive(Debug)]
 pub struct Session {
     front_end: UnixStream,
+    device: Arc<Mutex<Device>>,
     closing: Arc<AtomicBool>,
     thread: JoinHandle<Ended>,
 }
@@ -106,12 +107,12 @@ impl Session {
                 }
                 // Joins the thread that watches the queues.
                 drop(daemon);
-                lock(&device).disconnected(&ended.reason);
                 when_ended();
                 ended
             })?;
         Ok(Self {
             front_end,
+            device,
             closing,
             thread,
         })
@@ -124,12 +125,17 @@ impl Session {
         let _ = self.front_end.shutdown(Shutdown::Both);
     }
 
-    /// Waits for the end of the connection.
+    /// Waits for the end of the connection, and tells the device of it.
+    ///
+    /// Not before: the device tells the operators, and one who then starts the next VMM must find whoever
+    /// calls this ready for it.
     pub fn join(self) -> Ended {
-        self.thread.join().unwrap_or_else(|_| Ended {
+        let ended = self.thread.join().unwrap_or_else(|_| Ended {
             reason: "the thread that serves the front end panicked".into(),
             broken: true,
-        })
+        });
+        lock(&self.device).disconnected(&ended.reason);
+        ended
     }
 }
 
