@@ -78,6 +78,26 @@ impl Guest {
         }
         Ok(())
     }
+
+    /// Fails if the guest has lost memory (see [`Guest::check_free`]) or its kernel has complained.
+    ///
+    /// # Errors
+    ///
+    /// As [`Guest::check_free`] and [`Guest::check_log`].
+    pub fn check_whole(&mut self, before: u64) -> Result<()> {
+        self.check_free(before)?;
+        self.check_log()
+    }
+
+    /// What a test ends with: the guest is whole, and switches off.
+    ///
+    /// # Errors
+    ///
+    /// As [`Guest::check_whole`] and [`Guest::power_off`].
+    pub fn farewell(&mut self, before: u64) -> Result<()> {
+        self.check_whole(before)?;
+        self.power_off().map(drop)
+    }
 }
 
 /// Fails, naming each, if a case did not pass, or if there are none.

@@ -116,6 +116,21 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// Starts the guest, loads `driver` once all free memory but `spare` bytes has been in use (see
+    /// [`Guest::fill_and_free`]), and returns the guest with what [`Guest::settled_free`] says then.
+    ///
+    /// # Errors
+    ///
+    /// As [`Builder::boot`] and [`Guest::load`].
+    pub fn boot_used(self, spare: u64, driver: Driver) -> Result<(Guest, u64)> {
+        const SEED: u64 = 10;
+        let mut guest = self.boot()?;
+        guest.fill_and_free(spare, SEED)?;
+        guest.load(driver)?;
+        let free = guest.settled_free()?;
+        Ok((guest, free))
+    }
+
     /// Starts the guest and waits until it is up, with no driver loaded.
     ///
     /// # Errors

@@ -135,6 +135,38 @@ impl Qmp {
     }
 }
 
+/// Rounds with our device.
+impl Guest {
+    /// Starts a round and waits until the driver has nothing more to hint; it then holds what it hinted.
+    ///
+    /// # Errors
+    ///
+    /// If it is refused, or does not finish.
+    pub fn hint_all(&mut self) -> Result<Status> {
+        let balloon = self.daemon()?.qmp();
+        balloon.hint_start()?;
+        balloon.wait_hint_status("finished")
+    }
+
+    /// A whole round, of at least nine tenths of the memory that is free, which the guest has back at its end.
+    ///
+    /// # Errors
+    ///
+    /// If it is none.
+    pub fn whole_round(&mut self) -> Result<Status> {
+        let free = self.settled_free()?;
+        let round = self.hint_all()?;
+        ensure!(
+            round.bytes >= free / 10 * 9,
+            "{} bytes were hinted of {free} that were free: {round:?}",
+            round.bytes
+        );
+        self.daemon()?.qmp().hint_done()?;
+        self.check_free(free)?;
+        Ok(round)
+    }
+}
+
 /// What a migration of QEMU's own spared.
 #[derive(Clone, Copy, Debug)]
 pub struct Migration {

@@ -56,23 +56,12 @@ fn module_goes(vmm: Vmm, blocks: &[u64]) -> Result<Vec<String>> {
         })?;
         met.push(round.status);
         guest.unload(Driver::Ours)?;
-        guest.check_free(free)?;
-        guest.check_log()?;
+        guest.check_whole(free)?;
     }
     // After all that a round is as good as ever.
     guest.load(Driver::Ours)?;
-    let qmp = guest.daemon()?.qmp();
-    qmp.hint_start()?;
-    let round = qmp.wait_hint_status("finished")?;
-    ensure!(
-        round.bytes >= free / 10 * 9,
-        "{} of {free} bytes were hinted in the end",
-        round.bytes
-    );
-    qmp.hint_done()?;
-    guest.check_free(free)?;
-    guest.check_log()?;
-    guest.power_off()?;
+    guest.whole_round()?;
+    guest.farewell(free)?;
     Ok(met)
 }
 
@@ -102,9 +91,7 @@ fn the_operator_goes_in_the_middle_of_a_round() -> Result<()> {
         "{round:?}"
     );
     guest.daemon()?.qmp().hint_done()?;
-    guest.check_free(free)?;
-    guest.check_log()?;
-    guest.power_off()?;
+    guest.farewell(free)?;
     leaves_nothing(&mut guest)
 }
 

@@ -53,10 +53,8 @@ fn hints_spare_what_is_kept(vmm: Vmm, driver: Driver) -> Result<()> {
         guest.call(Release { workload })?;
     }
     guest.settled_free()?;
-    let qmp = guest.daemon()?.qmp();
-    qmp.hint_start()?;
-    let round = qmp.wait_hint_status("finished")?;
-    let hinted = qmp.hinted_ranges()?;
+    let round = guest.hint_all()?;
+    let hinted = guest.daemon()?.qmp().hinted_ranges()?;
     ensure!(hinted.bytes() > 0, "nothing was hinted: {round:?}");
     ensure!(
         hinted.bytes() == round.pages_cleared * 4096,
@@ -105,15 +103,10 @@ fn our_driver_hints_what_the_buddy_lists_of_user_mode_linux_hold() -> Result<()>
 /// While a round holds its blocks, the free lists have shrunk by just what was hinted.
 fn hinted_is_what_was_free(vmm: Vmm, driver: Driver) -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut guest = Builder::new(&artifacts, vmm).boot()?;
-    guest.load(driver)?;
-    guest.fill_and_free(24 * MIB, 6)?;
-    let free = guest.settled_free()?;
+    let (mut guest, free) = Builder::new(&artifacts, vmm).boot_used(24 * MIB, driver)?;
     let before = free_in_lists(&mut guest)?;
-    let qmp = guest.daemon()?.qmp();
-    qmp.hint_start()?;
-    let round = qmp.wait_hint_status("finished")?;
-    let hinted = qmp.hinted_ranges()?.bytes();
+    let round = guest.hint_all()?;
+    let hinted = guest.daemon()?.qmp().hinted_ranges()?.bytes();
     let after = free_in_lists(&mut guest)?;
     let missing = before.saturating_sub(after);
     println!("MemFree {free}, free in lists {before}, then {after}: {missing} fewer; hinted {hinted} in {} blocks", round.blocks);
@@ -126,10 +119,7 @@ fn hinted_is_what_was_free(vmm: Vmm, driver: Driver) -> Result<()> {
         "{hinted} bytes were hinted of {free} that were free"
     );
     guest.daemon()?.qmp().hint_done()?;
-    guest.check_free(free)?;
-    guest.check_log()?;
-    guest.power_off()?;
-    Ok(())
+    guest.farewell(free)
 }
 
 fn free_in_lists(guest: &mut Guest) -> Result<u64> {

@@ -14,19 +14,9 @@ use tests::MIB;
 
 const BOTH_DRIVERS: [Driver; 2] = [Driver::Ours, Driver::C];
 
-/// A guest of user-mode Linux whose free memory has been used, with a driver loaded.
-fn uml_guest(artifacts: &Artifacts, driver: Driver) -> Result<Guest> {
-    let mut guest = Builder::new(artifacts, Vmm::Uml).boot()?;
-    guest.fill_and_free(16 * MIB, 7)?;
-    guest.load(driver)?;
-    Ok(guest)
-}
-
-/// Runs a round until the driver has nothing more to hint.
-fn finish_round(guest: &mut Guest) -> Result<u64> {
-    let qmp = guest.daemon()?.qmp();
-    qmp.hint_start()?;
-    Ok(qmp.wait_hint_status("finished")?.bytes)
+/// A guest of user-mode Linux whose free memory has been used, with a driver loaded, and what is free.
+fn uml_guest(artifacts: &Artifacts, driver: Driver) -> Result<(Guest, u64)> {
+    Builder::new(artifacts, Vmm::Uml).boot_used(16 * MIB, driver)
 }
 
 #[test]
@@ -74,8 +64,7 @@ fn idle(guest: &mut Guest, sleeps: u64, ticks: u64) -> Result<()> {
 fn r2_a_round_that_follows_a_cancelled_one_at_once_is_whole() -> Result<()> {
     let artifacts = Artifacts::load()?;
     for driver in BOTH_DRIVERS {
-        let mut guest = uml_guest(&artifacts, driver)?;
-        let free = guest.settled_free()?;
+        let (mut guest, free) = uml_guest(&artifacts, driver)?;
         for pause_us in [0, 0, 50, 200, 1000, 5000] {
             let qmp = guest.daemon()?.qmp();
             let first = qmp.hint_start()?;
@@ -103,8 +92,7 @@ fn r2_a_round_that_follows_a_cancelled_one_at_once_is_whole() -> Result<()> {
             qmp.hint_done()?;
             guest.check_free(free)?;
         }
-        guest.check_log()?;
-        guest.power_off()?;
+        guest.farewell(free)?;
     }
     Ok(())
 }
@@ -112,8 +100,7 @@ fn r2_a_round_that_follows_a_cancelled_one_at_once_is_whole() -> Result<()> {
 #[test]
 fn r6_after_a_sync_the_guest_hints_again_under_a_new_id() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut guest = uml_guest(&artifacts, Driver::Ours)?;
-    let free = guest.settled_free()?;
+    let (mut guest, free) = uml_guest(&artifacts, Driver::Ours)?;
     let qmp = guest.daemon()?.qmp();
     let first = qmp.hint_start()?;
     qmp.wait_hint_status("finished")?;
@@ -125,9 +112,7 @@ fn r6_after_a_sync_the_guest_hints_again_under_a_new_id() -> Result<()> {
         "the hints were lost: {again:?}"
     );
     qmp.hint_done()?;
-    guest.check_free(free)?;
-    guest.check_log()?;
-    guest.power_off()?;
+    guest.farewell(free)?;
     Ok(())
 }
 
@@ -135,13 +120,12 @@ fn r6_after_a_sync_the_guest_hints_again_under_a_new_id() -> Result<()> {
 fn r16_pages_return_when_a_round_is_done_and_when_it_is_cancelled() -> Result<()> {
     let artifacts = Artifacts::load()?;
     for driver in BOTH_DRIVERS {
-        let mut guest = uml_guest(&artifacts, driver)?;
-        let free = guest.settled_free()?;
-        finish_round(&mut guest)?;
+        let (mut guest, free) = uml_guest(&artifacts, driver)?;
+        guest.hint_all()?;
         held(&mut guest, free)?;
         guest.daemon()?.qmp().hint_done()?;
         guest.check_free(free).context("after done")?;
-        finish_round(&mut guest)?;
+        guest.hint_all()?;
         guest.daemon()?.qmp().hint_stop()?;
         held(&mut guest, free).context("a stop alone gives nothing back")?;
         guest.daemon()?.qmp().hint_done()?;
@@ -153,10 +137,8 @@ fn r16_pages_return_when_a_round_is_done_and_when_it_is_cancelled() -> Result<()
             qmp.hint_done()?;
         }
         guest
-            .check_free(free)
+            .farewell(free)
             .context("after rounds that were cancelled at once")?;
-        guest.check_log()?;
-        guest.power_off()?;
     }
     Ok(())
 }
@@ -178,12 +160,10 @@ fn r16_pages_return_when_the_module_is_removed() -> Result<()> {
         guest.fill_and_free(16 * MIB, 8)?;
         let free = guest.settled_free()?;
         guest.load(driver)?;
-        finish_round(&mut guest)?;
+        guest.hint_all()?;
         held(&mut guest, free)?;
         guest.unload(driver)?;
-        guest.check_free(free)?;
-        guest.check_log()?;
-        guest.power_off()?;
+        guest.farewell(free)?;
     }
     Ok(())
 }
@@ -191,9 +171,8 @@ fn r16_pages_return_when_the_module_is_removed() -> Result<()> {
 #[test]
 fn r16_pages_return_when_the_daemon_is_gone() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut guest = uml_guest(&artifacts, Driver::Ours)?;
-    let free = guest.settled_free()?;
-    finish_round(&mut guest)?;
+    let (mut guest, free) = uml_guest(&artifacts, Driver::Ours)?;
+    guest.hint_all()?;
     held(&mut guest, free)?;
     guest.daemon()?.process().kill()?;
     // User-mode Linux notices, and takes the device away.
@@ -210,7 +189,7 @@ fn r16_a_guest_in_qemu_can_use_its_pages_when_the_daemon_is_gone() -> Result<()>
     let mut guest = Builder::new(&artifacts, Vmm::Qemu).boot()?;
     let free = guest.settled_free()?;
     guest.load(Driver::Ours)?;
-    finish_round(&mut guest)?;
+    guest.hint_all()?;
     held(&mut guest, free)?;
     guest.daemon()?.process().kill()?;
     // QEMU does not tell the guest; but who needs memory gets it.
@@ -236,9 +215,9 @@ fn r16_a_guest_in_qemu_can_use_its_pages_when_the_daemon_is_gone() -> Result<()>
 fn r17_a_hint_takes_no_page_away() -> Result<()> {
     let artifacts = Artifacts::load()?;
     for driver in BOTH_DRIVERS {
-        let mut guest = uml_guest(&artifacts, driver)?;
+        let (mut guest, free) = uml_guest(&artifacts, driver)?;
         let before = guest.memory_in_use()?;
-        let hinted = finish_round(&mut guest)?;
+        let hinted = guest.hint_all()?.bytes;
         let after = guest.memory_in_use()?;
         ensure!(
             after + MIB >= before,
@@ -246,8 +225,7 @@ fn r17_a_hint_takes_no_page_away() -> Result<()> {
             before - after
         );
         guest.daemon()?.qmp().hint_done()?;
-        guest.check_log()?;
-        guest.power_off()?;
+        guest.farewell(free)?;
     }
     Ok(())
 }
