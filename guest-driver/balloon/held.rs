@@ -3,8 +3,9 @@
 //! The hinted blocks that have come back from the device, and are held until it is done with them.
 
 use kernel::prelude::*;
-use kernel::sync::{new_spinlock, SpinLock};
+use kernel::sync::{new_spinlock, Arc, SpinLock};
 
+use super::counters::Counters;
 use crate::mm::{BlockList, LentBlock, Shrink};
 
 /// Hinted blocks that are neither with the device nor the guest's yet.
@@ -18,6 +19,7 @@ use crate::mm::{BlockList, LentBlock, Shrink};
 pub(crate) struct Held {
     #[pin]
     blocks: SpinLock<Blocks>,
+    counters: Arc<Counters>,
 }
 
 #[derive(Default)]
@@ -32,9 +34,10 @@ struct Blocks {
 
 impl Held {
     /// Holds nothing.
-    pub(crate) fn new() -> impl PinInit<Self> {
+    pub(crate) fn new(counters: Arc<Counters>) -> impl PinInit<Self> {
         pin_init!(Self {
             blocks <- new_spinlock!(Blocks::default(), "Held::blocks"),
+            counters,
         })
     }
 
@@ -98,9 +101,16 @@ impl Held {
             None => blocks.again.pop()?,
         };
         drop(blocks);
+        Some(self.give_back(block))
+    }
+
+    /// Gives `block` back, filled with zeroes, and returns how many pages it has.
+    pub(crate) fn give_back(&self, block: LentBlock) -> usize {
         let pages = block.block().pages();
+        self.counters.zeroed_blocks.add(1);
+        self.counters.zeroed_pages.add(pages as u64);
         drop(block);
-        Some(pages)
+        pages
     }
 }
 
@@ -115,7 +125,11 @@ impl Shrink for Held {
         let mut freed = 0;
         while freed < pages {
             match self.give_back_one() {
-                Some(pages) => freed += pages,
+                Some(pages) => {
+                    freed += pages;
+                    self.counters.returned_blocks.add(1);
+                    self.counters.returned_pages.add(pages as u64);
+                }
                 None if freed == 0 => return None,
                 None => break,
             }

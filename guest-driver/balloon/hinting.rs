@@ -26,11 +26,13 @@ use kernel::workqueue::{
 };
 
 use super::config::BalloonConfig;
+use super::counters::Counters;
 use super::held::Held;
 use super::reserve::Harvest;
 use crate::mm::{state, LentBlock};
 use crate::shared_abi::command::CommandId;
 use crate::shared_abi::hinting::driver::{self, Action, Event};
+use crate::shared_abi::queue::Queue;
 use crate::virtio::work::{self, WorkQueue};
 use crate::virtio::{AddError, Either, Outgoing, Virtqueue};
 
@@ -75,6 +77,7 @@ pub(crate) struct Hinting {
     round: Mutex<Round>,
     held: Arc<Held>,
     work_queue: Arc<WorkQueue>,
+    counters: Arc<Counters>,
     #[pin]
     work: Work<Self, TURN>,
     #[pin]
@@ -94,6 +97,8 @@ struct Round {
     /// The command buffers that are not in flight. Has room for all.
     spare: KVec<Command>,
     in_flight_pages: usize,
+    /// When the round began.
+    began: Instant<Monotonic>,
     /// How long to wait for the next interrupt.
     patience: Msecs,
 }
@@ -113,6 +118,7 @@ impl Hinting {
     pub(crate) fn new(
         config: BalloonConfig,
         work_queue: Arc<WorkQueue>,
+        counters: Arc<Counters>,
         min_order: u32,
     ) -> Result<Arc<Self>> {
         let mut spare = KVec::with_capacity(COMMANDS, GFP_KERNEL)?;
@@ -127,6 +133,7 @@ impl Hinting {
             outbox: [None; 2],
             spare,
             in_flight_pages: 0,
+            began: Instant::now(),
             patience: LOOK_MIN,
         };
         let hinting = try_pin_init!(Self {
@@ -136,8 +143,9 @@ impl Hinting {
             command_changed: AtomicFlag::new(true),
             stopping: AtomicFlag::new(false),
             round <- new_mutex!(round, "Hinting::round"),
-            held: Arc::pin_init(Held::new(), GFP_KERNEL)?,
+            held: Arc::pin_init(Held::new(counters.clone()), GFP_KERNEL)?,
             work_queue,
+            counters,
             work <- new_work!("Hinting::work"),
             look <- new_delayed_work!("Hinting::look"),
         });
@@ -185,7 +193,9 @@ impl Hinting {
     /// May sleep, and take long.
     pub(crate) fn give_up(&self) {
         while let Some(buffer) = self.queue.detach() {
-            drop(buffer);
+            if let Either::Right(block) = buffer {
+                self.held.give_back(block);
+            }
         }
         self.held.give_up();
     }
@@ -237,7 +247,9 @@ impl Hinting {
                 Action::SendStart(id) => {
                     round.number = round.number.wrapping_add(1);
                     round.send(CommandId::from_number(id.number()));
-                    round.harvest = Some(Harvest::new(self.min_order));
+                    round.harvest = Some(Harvest::new(self.min_order, &self.counters));
+                    round.began = Instant::now();
+                    self.counters.rounds_started.add(1);
                     self.held.forget_pressure();
                 }
                 Action::OfferHeld => self.held.offer_all_again(),
@@ -287,15 +299,18 @@ impl Hinting {
                 break;
             };
             let block = self.held.next_again().or_else(|| {
-                let block = harvest.next(self.held.pressed());
+                let block = harvest.next(self.held.pressed(), &self.counters);
                 block.map(LentBlock::new)
             });
             let Some(mut block) = block else {
-                self.step(round, Event::Exhausted);
+                self.finish(round);
                 break;
             };
             let earlier = block.block().tag();
-            let pages = block.block().pages();
+            let (order, pages, bytes) = {
+                let block = block.block();
+                (block.order(), block.pages(), block.size())
+            };
             block.set_tag(round.number);
             if let Err(AddError { buffer, failure }) = self.queue.add(Either::Right(block)) {
                 if let Either::Right(mut block) = buffer {
@@ -305,12 +320,25 @@ impl Hinting {
                 return Err(failure.into());
             }
             round.in_flight_pages += pages;
+            self.counters.hinted(order, bytes);
             if noticed.elapsed() > UNNOTICED {
-                self.queue.kick();
+                self.kick();
                 noticed = Instant::now();
             }
         }
         Ok(())
+    }
+
+    /// Nothing is left to offer.
+    fn finish(&self, round: &mut Round) {
+        self.step(round, Event::Exhausted);
+        let took = round.began.elapsed().as_micros_ceil();
+        self.counters.rounds_finished.add(1);
+        self.counters.last_round_us.set(took.max(0) as u64);
+    }
+
+    fn kick(&self) {
+        self.counters.kicked(Queue::FreePage, self.queue.kick());
     }
 
     /// Looks after the buffers in flight later, should no interrupt come.
@@ -364,7 +392,7 @@ impl WorkItem<1> for Hinting {
         let mut round = this.round.lock();
         while !this.stopping.load(Relaxed) {
             let result = this.turn(&mut round);
-            this.queue.kick();
+            this.kick();
             if result.is_err() {
                 return;
             }

@@ -4,6 +4,7 @@
 
 use kernel::sync::Arc;
 
+use super::counters::Counters;
 use super::hinting::Hinting;
 use super::sizing::Sizing;
 use super::statistics::Statistics;
@@ -16,6 +17,7 @@ pub(crate) struct Interrupts {
     sizing: Arc<Sizing>,
     hinting: Option<Arc<Hinting>>,
     statistics: Option<Arc<Statistics>>,
+    counters: Arc<Counters>,
     features: Features,
 }
 
@@ -24,12 +26,14 @@ impl Interrupts {
         sizing: Arc<Sizing>,
         hinting: Option<Arc<Hinting>>,
         statistics: Option<Arc<Statistics>>,
+        counters: Arc<Counters>,
         features: Features,
     ) -> Self {
         Self {
             sizing,
             hinting,
             statistics,
+            counters,
             features,
         }
     }
@@ -37,7 +41,11 @@ impl Interrupts {
 
 impl QueueHandler for Interrupts {
     fn used(&self, queue: u16) {
-        match Queue::at(usize::from(queue), self.features) {
+        let queue = Queue::at(usize::from(queue), self.features);
+        if let Some(queue) = queue {
+            self.counters.interrupted(queue);
+        }
+        match queue {
             Some(Queue::Inflate) => {
                 self.sizing.inflate_queue().disable_callback();
                 self.sizing.used();

@@ -8,6 +8,7 @@
 
 mod balance;
 mod config;
+mod counters;
 mod held;
 mod hinting;
 mod interrupts;
@@ -24,6 +25,7 @@ use kernel::sync::aref::ARef;
 use kernel::sync::Arc;
 
 use self::config::BalloonConfig;
+use self::counters::{Counters, CountersFile};
 use self::held::Held;
 use self::hinting::Hinting;
 use self::interrupts::Interrupts;
@@ -53,6 +55,7 @@ pub(crate) struct Data {
     works: Works,
     _shrinker: Option<Shrinker<Held>>,
     _work_queue: Arc<WorkQueue>,
+    _counters: Option<CountersFile>,
 }
 
 /// The works, which are ended when this is dropped.
@@ -60,6 +63,7 @@ struct Works {
     sizing: Arc<Sizing>,
     hinting: Option<Arc<Hinting>>,
     statistics: Option<Arc<Statistics>>,
+    counters: Arc<Counters>,
 }
 
 impl Works {
@@ -84,17 +88,23 @@ impl Data {
     fn bind(dev: &virtio::Device<Core<'_>>) -> Result<Self> {
         let features = Features::from_bits(dev.features());
         let config = dev.config()?;
+        let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
         let work_queue = Arc::new(WorkQueue::new(c"virtio_balloon_rs")?, GFP_KERNEL)?;
 
         let hinting = if features.contains(Features::FREE_PAGE_HINT) {
             let config = BalloonConfig::new(config.clone());
             let min_order = u32::from(crate::module_parameters::hint_min_order.value());
-            Some(Hinting::new(config, work_queue.clone(), min_order)?)
+            Some(Hinting::new(
+                config,
+                work_queue.clone(),
+                counters.clone(),
+                min_order,
+            )?)
         } else {
             None
         };
         let statistics = if features.contains(Features::STATS_VQ) {
-            Some(Statistics::new(work_queue.clone())?)
+            Some(Statistics::new(work_queue.clone(), counters.clone())?)
         } else {
             None
         };
@@ -104,10 +114,12 @@ impl Data {
                 ARef::from(printer),
                 BalloonConfig::new(config.clone()),
                 work_queue.clone(),
+                counters.clone(),
                 !features.contains(Features::DEFLATE_ON_OOM),
             )?,
             hinting,
             statistics,
+            counters: counters.clone(),
         };
 
         works.find_queues(dev, features)?;
@@ -115,6 +127,7 @@ impl Data {
             Some(hinting) => Some(Shrinker::register(c"virtio-balloon-rs", hinting.held())?),
             None => None,
         };
+        let counters = CountersFile::new(printer, counters)?;
         if features.contains(Features::PAGE_POISON) {
             let pattern = state::free_page_pattern().unwrap_or(0);
             BalloonConfig::new(config).set_poison(pattern)?;
@@ -133,6 +146,7 @@ impl Data {
             works,
             _shrinker: shrinker,
             _work_queue: work_queue,
+            _counters: counters,
         })
     }
 }
@@ -156,6 +170,7 @@ impl Works {
             self.sizing.clone(),
             self.hinting.clone(),
             self.statistics.clone(),
+            self.counters.clone(),
             features,
         );
         dev.find_queues(&queues, Arc::new(interrupts, GFP_KERNEL)?)

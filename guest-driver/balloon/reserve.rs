@@ -2,6 +2,7 @@
 
 //! How much memory the guest keeps, and which block is hinted next.
 
+use super::counters::Counters;
 use crate::mm::{state, PageBlock};
 
 /// The free pages that hinting leaves alone: so many that the guest neither begins to reclaim
@@ -33,12 +34,15 @@ pub(crate) struct Harvest {
 
 impl Harvest {
     /// Begins with the largest order. The reserve is computed now.
-    pub(crate) fn new(min_order: u32) -> Self {
+    pub(crate) fn new(min_order: u32, counters: &Counters) -> Self {
         let order = PageBlock::max_order();
+        let reserve = reserve();
+        counters.hint_reserve_pages.set(reserve as u64);
+        counters.hint_free_pages_low.set(state::free_pages() as u64);
         Self {
             order,
             min_order: min_order.min(order),
-            reserve: reserve(),
+            reserve,
         }
     }
 
@@ -46,13 +50,19 @@ impl Harvest {
     ///
     /// If the guest is `pressed` for memory, twice the reserve is left alone. Orders only go down:
     /// what is freed meanwhile is found in smaller blocks.
-    pub(crate) fn next(&mut self, pressed: bool) -> Option<PageBlock> {
+    pub(crate) fn next(&mut self, pressed: bool, counters: &Counters) -> Option<PageBlock> {
         let reserve = self.reserve << u32::from(pressed);
         loop {
             let pages = 1usize << self.order;
             if state::free_pages() > reserve.saturating_add(pages) {
                 if let Some(block) = PageBlock::take_free(self.order) {
-                    return Some(block);
+                    // Others allocate too: what counts is what is left now.
+                    let left = state::free_pages();
+                    if left >= reserve {
+                        counters.hint_free_pages_low.lower(left as u64);
+                        return Some(block);
+                    }
+                    counters.hint_taken_back_blocks.add(1);
                 }
             }
             if self.order <= self.min_order {

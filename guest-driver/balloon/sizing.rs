@@ -17,9 +17,11 @@ use kernel::{dev_info, dev_warn, device};
 
 use super::balance::{Balance, Step};
 use super::config::BalloonConfig;
+use super::counters::Counters;
 use super::request::{guest_pages, Request, RequestBuffer};
 use super::reserve::may_inflate;
 use crate::mm::{BalloonPage, BalloonPages};
+use crate::shared_abi::queue::Queue;
 use crate::virtio::work::{self, WorkQueue};
 use crate::virtio::{AddError, Virtqueue};
 
@@ -59,6 +61,7 @@ pub(crate) struct Sizing {
     #[pin]
     pages: BalloonPages,
     work_queue: Arc<WorkQueue>,
+    counters: Arc<Counters>,
     #[pin]
     steer: Work<Self, STEER>,
     #[pin]
@@ -92,6 +95,7 @@ impl Sizing {
         dev: ARef<device::Device>,
         config: BalloonConfig,
         work_queue: Arc<WorkQueue>,
+        counters: Arc<Counters>,
         adjust_managed: bool,
     ) -> Result<Arc<Self>> {
         let mut spare = KVec::with_capacity(REQUESTS, GFP_KERNEL)?;
@@ -117,6 +121,7 @@ impl Sizing {
             progress <- new_condvar!("Sizing::progress"),
             pages <- BalloonPages::new(adjust_managed),
             work_queue,
+            counters,
             steer <- new_work!("Sizing::steer"),
             retry <- new_delayed_work!("Sizing::retry"),
         });
@@ -210,6 +215,7 @@ impl Sizing {
     /// Tells the host the balloon's size, if it does not know it.
     fn report(&self, state: &mut State) {
         let inside = state.balance.inside();
+        self.counters.balloon_pages.set(inside);
         if inside != state.reported && self.config.set_actual(inside).is_ok() {
             state.reported = inside;
         }
@@ -221,6 +227,7 @@ impl Sizing {
             state.target = 0;
         } else if self.target_changed.xchg(false, Relaxed) {
             state.target = self.config.target()?;
+            self.counters.target_pages.set(state.target);
             state.delay = RETRY_MIN;
         }
         Ok(())
@@ -287,6 +294,7 @@ impl Sizing {
             state.take_back(buffer, drop);
             return Err(failure.into());
         }
+        self.counters.inflate_requests.add(1);
         state.balance.send_in(pfns);
         if result.is_ok() {
             state.delay = RETRY_MIN;
@@ -312,18 +320,20 @@ impl Sizing {
             state.take_back(buffer, |pages| self.pages.enqueue(pages));
             return Err(failure.into());
         }
+        self.counters.deflate_requests.add(1);
         state.balance.send_out(pfns);
         Ok(())
     }
 
     /// Lets the device know of all requests.
     fn notify(&self) {
-        self.inflate.kick();
-        self.deflate.kick();
+        self.counters.kicked(Queue::Inflate, self.inflate.kick());
+        self.counters.kicked(Queue::Deflate, self.deflate.kick());
     }
 
     /// Tries again later, and says why once in a while.
     fn retry_later(self: &Arc<Self>, state: &mut State) {
+        self.counters.shortages.add(1);
         let may_complain = state
             .complained
             .is_none_or(|then| then.elapsed() > COMPLAINT_INTERVAL);

@@ -10,7 +10,9 @@ use kernel::prelude::*;
 use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
 
+use super::counters::Counters;
 use crate::mm::statistics::{self, Events, HugetlbEvents, Memory};
+use crate::shared_abi::queue::Queue;
 use crate::shared_abi::stats::{Stat, Tag};
 use crate::virtio::work::{self, WorkQueue};
 use crate::virtio::{Accompanied, AddError, Virtqueue};
@@ -29,6 +31,7 @@ pub(crate) struct Statistics {
     #[pin]
     spare: Mutex<Option<StatisticsBuffer>>,
     work_queue: Arc<WorkQueue>,
+    counters: Arc<Counters>,
     #[pin]
     work: Work<Self>,
 }
@@ -39,12 +42,13 @@ impl_has_work! {
 
 impl Statistics {
     /// Sends nothing yet. May sleep. Fails with `ENOMEM`.
-    pub(crate) fn new(work_queue: Arc<WorkQueue>) -> Result<Arc<Self>> {
+    pub(crate) fn new(work_queue: Arc<WorkQueue>, counters: Arc<Counters>) -> Result<Arc<Self>> {
         let buffer = StatisticsBuffer::new([0; SIZE], (), GFP_KERNEL)?;
         let statistics = try_pin_init!(Self {
             queue: Virtqueue::new(c"stats")?,
             spare <- new_mutex!(Some(buffer), "Statistics::spare"),
             work_queue,
+            counters,
             work <- new_work!("Statistics::work"),
         });
         Arc::pin_init(statistics, GFP_KERNEL)
@@ -85,7 +89,7 @@ impl WorkItem for Statistics {
             *spare = Some(buffer);
             return;
         }
-        this.queue.kick();
+        this.counters.kicked(Queue::Stats, this.queue.kick());
         if !this.queue.enable_callback() {
             this.wanted();
         }

@@ -149,11 +149,35 @@ macro_rules! virtio_device_table {
     };
 }
 
-/// Declares a kernel module that is a single virtio driver.
+/// Declares a kernel module that is a single virtio driver, with a
+/// [folder in debugfs](crate::virtio::debugfs).
 #[macro_export]
 macro_rules! module_virtio_driver {
-    ($($f:tt)*) => {
-        ::kernel::module_driver!(<T>, $crate::virtio::Adapter<T>, { $($f)* });
+    (type: $type:ty, $($f:tt)*) => {
+        #[::kernel::prelude::pin_data]
+        struct DriverModule {
+            // Dropped in this order: devices use the folder for as long as they have the driver.
+            #[pin]
+            _driver: ::kernel::driver::Registration<$crate::virtio::Adapter<$type>>,
+            _folder: $crate::virtio::debugfs::Folder,
+        }
+
+        impl ::kernel::InPlaceModule for DriverModule {
+            fn init(
+                module: &'static ::kernel::ThisModule,
+            ) -> impl ::pin_init::PinInit<Self, ::kernel::error::Error> {
+                let name = <Self as ::kernel::ModuleMetadata>::NAME;
+                ::kernel::try_pin_init!(Self {
+                    _folder: $crate::virtio::debugfs::Folder::new(name)?,
+                    _driver <- ::kernel::driver::Registration::new(name, module),
+                })
+            }
+        }
+
+        ::kernel::prelude::module! {
+            type: DriverModule,
+            $($f)*
+        }
     };
 }
 

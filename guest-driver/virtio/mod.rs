@@ -43,6 +43,7 @@ mod accompanied;
 mod binding;
 mod buffer;
 mod config;
+pub mod debugfs;
 mod device;
 mod driver;
 mod queue_state;

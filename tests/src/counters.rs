@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What our driver counts: its file in the guest's debugfs.
+
+use std::collections::BTreeMap;
+
+use anyhow::{ensure, Context, Result};
+use guest_agent::calls::{ReadFile, Run};
+
+use crate::guest::Guest;
+
+const FOLDER: &str = "/sys/kernel/debug/virtio_balloon_rs";
+
+/// The counters of a device at one time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Counters(pub BTreeMap<String, u64>);
+
+impl Counters {
+    /// The counter with this name.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn get(&self, key: &str) -> Result<u64> {
+        let value = self.0.get(key).copied();
+        value.with_context(|| format!("the driver has no counter {key}: {:?}", self.0.keys()))
+    }
+
+    fn parse(text: &str) -> Result<Self> {
+        let line = |line: &str| {
+            let (key, value) = line.split_once(' ')?;
+            Some((key.to_owned(), value.parse().ok()?))
+        };
+        let all: Option<BTreeMap<_, _>> = text.lines().map(line).collect();
+        all.map(Self)
+            .with_context(|| format!("not keys and numbers: {text:?}"))
+    }
+}
+
+impl Guest {
+    /// The counters of our driver for its one device.
+    ///
+    /// # Errors
+    ///
+    /// If there is not one device that it drives, or its file is not what it should be.
+    pub fn counters(&mut self) -> Result<Counters> {
+        let devices = self.counted_devices()?;
+        ensure!(
+            devices.len() == 1,
+            "not one device with counters: {devices:?}"
+        );
+        let path = format!("{FOLDER}/{}/counters", devices[0]);
+        Counters::parse(&self.call(ReadFile { path })?)
+    }
+
+    /// The devices that have a folder for counters.
+    ///
+    /// # Errors
+    ///
+    /// As [`crate::agent::Agent::call`].
+    pub fn counted_devices(&mut self) -> Result<Vec<String>> {
+        let script = format!("ls {FOLDER} 2>/dev/null || true");
+        let argv = ["sh", "-c", &script].map(str::to_owned).to_vec();
+        let listed = self.call(Run { argv })?;
+        Ok(listed
+            .stdout
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_and_values_are_read() {
+        let counters = Counters::parse("a_b 1\nc 20\n").unwrap();
+        assert_eq!(counters.get("c").unwrap(), 20);
+        assert!(counters.get("d").is_err());
+        assert!(Counters::parse("a b 1\n").is_err());
+        assert!(Counters::parse("a -1\n").is_err());
+    }
+}
