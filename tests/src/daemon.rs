@@ -36,6 +36,12 @@ pub struct VirtioStatus {
     pub negotiated_features: Vec<String>,
     /// The queues that there are.
     pub queues: Vec<QueueStatus>,
+    /// How often configuration space was read.
+    pub config_reads: u64,
+    /// How often it was written.
+    pub config_writes: u64,
+    /// How often the front end was told that it has changed.
+    pub config_changes: u64,
 }
 
 /// One queue's counters.
@@ -45,8 +51,10 @@ pub struct QueueStatus {
     pub name: String,
     /// Its number on the wire.
     pub index: u16,
-    /// How often the driver has notified.
+    /// How often the driver has notified: each time an exit of the guest.
     pub notifications: u64,
+    /// How often the driver was interrupted.
+    pub interrupts: u64,
     /// How many requests were taken.
     pub requests: u64,
 }
@@ -72,12 +80,18 @@ pub struct Region {
 }
 
 impl Daemon {
-    /// Starts `program` with its sockets in `scratch`, offering `features`, and waits until it listens.
+    /// Starts `program` with its sockets in `scratch`, offering `features`, with further `options`, and waits until it
+    /// listens.
     ///
     /// # Errors
     ///
     /// If it ends or does not listen in time; the error holds its log.
-    pub fn start(program: &Path, scratch: &Scratch, features: &[&str]) -> Result<Self> {
+    pub fn start(
+        program: &Path,
+        scratch: &Scratch,
+        features: &[&str],
+        options: &[&str],
+    ) -> Result<Self> {
         let (socket, control) = (
             scratch.path("balloon.sock"),
             scratch.path("balloon-qmp.sock"),
@@ -91,6 +105,7 @@ impl Daemon {
         if !features.is_empty() {
             command.arg("--features").arg(features.join(","));
         }
+        command.args(options);
         let mut process = Process::start("vhost-device-balloon", command, Streams::Collected)?;
         let qmp = wait_listening(&mut process, &socket, &control);
         let qmp = qmp.with_context(|| process.diary())?;

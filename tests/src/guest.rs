@@ -61,6 +61,7 @@ pub struct Builder<'a> {
     device: Device,
     memory: u64,
     features: Vec<&'a str>,
+    device_options: Vec<&'a str>,
     kernel_arguments: &'a str,
     console: Streams,
 }
@@ -76,6 +77,7 @@ impl<'a> Builder<'a> {
             device: Device::Ours,
             memory: 512 * MIB,
             features,
+            device_options: Vec::new(),
             kernel_arguments: "",
             console: Streams::Collected,
         }
@@ -99,6 +101,13 @@ impl<'a> Builder<'a> {
     #[must_use]
     pub fn features(mut self, features: &[&'a str]) -> Self {
         self.features = features.to_vec();
+        self
+    }
+
+    /// Further options of our device's command line.
+    #[must_use]
+    pub fn device_options(mut self, options: &[&'a str]) -> Self {
+        self.device_options = options.to_vec();
         self
     }
 
@@ -151,7 +160,8 @@ impl<'a> Builder<'a> {
             Device::None => (None, Attachment::None),
             Device::QemuOwn => (None, Attachment::QemuOwn),
             Device::Ours => {
-                let daemon = Daemon::start(&self.artifacts.daemon, &scratch, &self.features)?;
+                let (program, options) = (&self.artifacts.daemon, &self.device_options);
+                let daemon = Daemon::start(program, &scratch, &self.features, options)?;
                 let socket = daemon.socket().to_owned();
                 (Some(daemon), Attachment::VhostUser(socket))
             }

@@ -21,6 +21,7 @@ pub mod initramfs;
 pub mod json_lines;
 pub mod ktap;
 pub mod lines;
+pub mod measure;
 pub mod process;
 pub mod qmp;
 pub mod scratch;

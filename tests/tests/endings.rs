@@ -205,9 +205,9 @@ fn guest_lives_on(guest: &mut Guest) -> Result<()> {
 fn a_daemon_starts_where_another_was_killed() -> Result<()> {
     let artifacts = Artifacts::load()?;
     let scratch = Scratch::new()?;
-    let mut first = Daemon::start(&artifacts.daemon, &scratch, &["stats"])?;
+    let mut first = Daemon::start(&artifacts.daemon, &scratch, &["stats"], &[])?;
     first.process().kill()?;
-    let mut second = Daemon::start(&artifacts.daemon, &scratch, &["stats"])?;
+    let mut second = Daemon::start(&artifacts.daemon, &scratch, &["stats"], &[])?;
     ensure!(second.terminate()?.success(), "the second daemon failed");
     ensure!(
         scratch.contents()?.is_empty(),

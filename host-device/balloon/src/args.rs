@@ -8,6 +8,8 @@ use clap::Parser;
 use shared_abi::features::Features;
 use tracing::level_filters::LevelFilter;
 
+use crate::vring::Suppression;
+
 const EXAMPLES: &str = "\
 Features:
   stats                 statistics of the guest's memory (on unless --features says otherwise)
@@ -77,6 +79,18 @@ pub struct Args {
     #[arg(long)]
     pub must_tell_host: bool,
 
+    /// Do not offer VIRTIO_RING_F_EVENT_IDX: for front ends or drivers that mishandle it.
+    ///
+    /// Drivers are asked by a flag of the ring instead not to notify while the device works anyway.
+    #[arg(long)]
+    pub no_event_idx: bool,
+
+    /// Never ask a driver not to notify: so each notification that it would make is made, and counted.
+    ///
+    /// Slower, and for measuring only. Includes --no-event-idx.
+    #[arg(long)]
+    pub every_notification: bool,
+
     /// Wait for the next VMM when one has gone.
     #[arg(long)]
     pub persistent: bool,
@@ -100,6 +114,15 @@ impl Args {
         .into_iter()
         .filter(|(wanted, _)| *wanted)
         .fold(listed, |all, (_, feature)| all | feature)
+    }
+
+    /// How drivers are asked to leave out notifications.
+    pub fn suppression(&self) -> Suppression {
+        match (self.every_notification, self.no_event_idx) {
+            (true, _) => Suppression::Never,
+            (false, true) => Suppression::Flag,
+            (false, false) => Suppression::EventIndex,
+        }
     }
 }
 

@@ -3,13 +3,15 @@
 //! The face towards the crate `vhost-user-backend`.
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use shared_abi::queue::Queue;
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VringRwLock};
+use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
@@ -20,6 +22,7 @@ use vmm_sys_util::event::{
 
 use crate::device::{Device, MAX_QUEUE_SIZE};
 use crate::lock;
+use crate::vring::{Suppression, Vring};
 
 /// The event that stands for "go on with the queues whose turn was over". The crate reserves the numbers up to
 /// the number of queues.
@@ -32,21 +35,26 @@ pub struct Backend {
     /// One bit for each queue that has more to do.
     unfinished: AtomicU64,
     resume: (EventConsumer, EventNotifier),
+    /// To be closed when a queue cannot be watched any more.
+    front_end: UnixStream,
+    failure: Mutex<Option<String>>,
     exit: (EventConsumer, EventNotifier),
 }
 
 impl Backend {
-    /// A face for `device`.
+    /// A face for `device` towards `front_end`.
     ///
     /// # Errors
     ///
     /// If the host has no event descriptors left.
-    pub fn new(device: Arc<Mutex<Device>>) -> io::Result<Self> {
+    pub fn new(device: Arc<Mutex<Device>>, front_end: UnixStream) -> io::Result<Self> {
         let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
         Ok(Self {
             device,
             unfinished: AtomicU64::new(0),
             resume: new_event_consumer_and_notifier(flags)?,
+            front_end,
+            failure: Mutex::default(),
             exit: new_event_consumer_and_notifier(flags)?,
         })
     }
@@ -56,7 +64,21 @@ impl Backend {
         self.resume.0.as_raw_fd()
     }
 
-    fn handle(&self, index: usize, vrings: &[VringRwLock]) {
+    /// Why the connection was closed from here, if it was.
+    pub fn failure(&self) -> Option<String> {
+        lock(&self.failure).clone()
+    }
+
+    /// Ends the connection: without its notifications a queue would stand still for ever, and nobody would know.
+    fn fail(&self, index: usize, error: &str) {
+        lock(&self.failure).get_or_insert_with(|| {
+            // Fails if the front end was faster.
+            let _ = self.front_end.shutdown(Shutdown::Both);
+            format!("the front end's notifications for queue {index} cannot be read: {error}")
+        });
+    }
+
+    fn handle(&self, index: usize, vrings: &[Vring]) {
         if lock(&self.device).handle_queue(index, vrings) {
             self.unfinished.fetch_or(1 << index, Ordering::AcqRel);
             // Fails only if it is pending 2^64 - 1 times.
@@ -67,7 +89,7 @@ impl Backend {
 
 impl VhostUserBackend for Backend {
     type Bitmap = ();
-    type Vring = VringRwLock;
+    type Vring = Vring;
 
     fn num_queues(&self) -> usize {
         Queue::MAX_COUNT
@@ -78,9 +100,11 @@ impl VhostUserBackend for Backend {
     }
 
     fn features(&self) -> u64 {
-        lock(&self.device).offered().bits()
+        let device = lock(&self.device);
+        let event_index = device.suppression() == Suppression::EventIndex;
+        device.offered().bits()
             | 1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | u64::from(event_index) << VIRTIO_RING_F_EVENT_IDX
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
@@ -128,7 +152,7 @@ impl VhostUserBackend for Backend {
         &self,
         device_event: u16,
         _events: EventSet,
-        vrings: &[VringRwLock],
+        vrings: &[Vring],
         _thread_id: usize,
     ) -> io::Result<()> {
         if device_event == RESUME_EVENT {
@@ -138,8 +162,46 @@ impl VhostUserBackend for Backend {
                 .filter(|index| unfinished >> index & 1 == 1)
                 .for_each(|index| self.handle(index, vrings));
         } else {
-            self.handle(usize::from(device_event), vrings);
+            let index = usize::from(device_event);
+            match vrings.get(index).and_then(Vring::failure) {
+                Some(error) => self.fail(index, &error),
+                None => self.handle(index, vrings),
+            }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::time::Duration;
+
+    use vhost_user_backend::VringT;
+
+    use super::*;
+    use crate::events::Events;
+
+    #[test]
+    fn a_queue_that_cannot_be_watched_ends_the_connection_and_is_named() {
+        let device = Device::new(Default::default(), Arc::new(Events::default()));
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        let backend = Backend::new(Arc::new(Mutex::new(device)), ours).unwrap();
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let vrings = [Vring::new(memory, 16).unwrap()];
+        backend.handle_event(0, EventSet::IN, &vrings, 0).unwrap();
+        assert_eq!(backend.failure(), None);
+        // A pipe that nobody will ever write to again.
+        let (reader, _) = std::io::pipe().unwrap();
+        let reader = std::os::fd::OwnedFd::from(reader);
+        vrings[0].set_kick(Some(reader.into()));
+        assert!(vrings[0].read_kick().unwrap());
+        backend.handle_event(0, EventSet::IN, &vrings, 0).unwrap();
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+        let failure = backend.failure().unwrap();
+        assert!(failure.contains("queue 0"), "{failure}");
     }
 }

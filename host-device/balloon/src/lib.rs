@@ -16,6 +16,7 @@
 //! - [`session`] is one connected front end.
 //! - [`relay`] exists only to be able to send the configuration change message.
 //! - [`backend`] is the face towards the crate `vhost-user-backend`; it has no state of the balloon's.
+//! - [`vring`] is a queue of that crate's, which counts.
 //! - [`device`] is the balloon: configuration space, queues, hinting rounds, statistics.
 //! - [`memory`] is the guest's memory as files that space can be given back from.
 //! - [`qmp`] is the operators' side.
@@ -35,6 +36,7 @@ pub mod relay;
 pub mod server;
 pub mod session;
 pub mod socket;
+pub mod vring;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -34,6 +34,7 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let server = Server::bind(Options {
         features: args.offered(),
+        suppression: args.suppression(),
         socket_path: args.socket_path,
         qmp_socket: args.qmp_socket,
         persistent: args.persistent,

@@ -18,6 +18,7 @@ use crate::events::Events;
 use crate::qmp::{Operators, Target};
 use crate::session::{Ended, Session, SessionError};
 use crate::socket::{Listening, SocketError};
+use crate::vring::Suppression;
 
 /// What to serve, and where.
 #[derive(Clone, Debug)]
@@ -28,6 +29,8 @@ pub struct Options {
     pub qmp_socket: Option<PathBuf>,
     /// What the device offers.
     pub features: Features,
+    /// How drivers are asked to leave out notifications.
+    pub suppression: Suppression,
     /// Whether to wait for the next front end when one has gone.
     pub persistent: bool,
 }
@@ -113,7 +116,9 @@ impl Server {
         wake.0.set_nonblocking(true)?;
         wake.1.set_nonblocking(true)?;
         let events = Arc::new(Events::default());
-        let device = Arc::new(Mutex::new(Device::new(options.features, events.clone())));
+        let device = Arc::new(Mutex::new(
+            Device::new(options.features, events.clone()).with_suppression(options.suppression),
+        ));
         let stopper = Stopper(wake.1.try_clone()?);
         let operators = Operators::new(Target {
             device: device.clone(),

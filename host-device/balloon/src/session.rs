@@ -61,7 +61,7 @@ impl Session {
         device: Arc<Mutex<Device>>,
         when_ended: impl FnOnce() + Send + 'static,
     ) -> Result<Self, SessionError> {
-        let backend = Arc::new(Backend::new(device.clone())?);
+        let backend = Arc::new(Backend::new(device.clone(), front_end.try_clone()?)?);
         let mut daemon = VhostUserDaemon::new(
             "vhost-user".into(),
             backend.clone(),
@@ -99,6 +99,12 @@ impl Session {
             .spawn(move || {
                 let served = daemon.wait();
                 let mut ended = how_it_ended(&relay.join(), served);
+                if let Some(reason) = backend.failure() {
+                    ended = Ended {
+                        reason,
+                        broken: true,
+                    };
+                }
                 if stopped.load(Ordering::Acquire) {
                     ended = Ended {
                         reason: "the device was stopped".into(),

@@ -13,6 +13,7 @@ use serde_json::json;
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
 use vhost_device_balloon::server::{Exit, ServerError};
+use vhost_device_balloon::vring::Suppression;
 
 const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
 
@@ -187,6 +188,32 @@ fn r16_a_driver_that_starts_anew_finds_no_round() {
     assert_eq!(vmm.command(), 0);
     operator.event("FREE_PAGE_HINT", &json!({ "status": "stopped" }));
     server.stop();
+}
+
+#[test]
+fn event_index_is_offered_unless_it_is_not_wanted() {
+    for (suppression, offered) in [
+        (Suppression::EventIndex, true),
+        (Suppression::Flag, false),
+        (Suppression::Never, false),
+    ] {
+        let server = Running::start_with(HINT, suppression, false);
+        let mut operator = server.operator();
+        let mut vmm = Vmm::connect(&server.socket());
+        assert_eq!(vmm.event_index, offered, "{suppression:?}");
+        vmm.start_driver(HINT);
+        operator.until_running();
+        for _ in 0..3 {
+            vmm.send(Queue::Inflate, &[]);
+        }
+        let queue = &operator.run("query-virtio-status")["queues"][0];
+        assert_eq!(
+            (&queue["notifications"], &queue["interrupts"]),
+            (&json!(3), &json!(3)),
+            "{suppression:?}: {queue}"
+        );
+        server.stop();
+    }
 }
 
 #[test]

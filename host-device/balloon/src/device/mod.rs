@@ -16,6 +16,7 @@ pub mod stats;
 #[cfg(test)]
 mod tests;
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -27,13 +28,14 @@ use shared_abi::hinting::device::Phase;
 use shared_abi::queue::Queue;
 use shared_abi::stats::Tag;
 use tracing::{debug, info, warn};
-use vhost_user_backend::{VringRwLock, VringT};
+use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::events::Events;
 use crate::memory::Ram;
 use crate::relay::ConfigNotifier;
+use crate::vring::{Suppression, Vring};
 use complaints::Complaints;
 use hinting::{Changes, Hinting};
 use stats::Stats;
@@ -64,8 +66,12 @@ pub struct QueueStatus {
     pub queue: Queue,
     /// Its index, with the features that the driver accepted.
     pub index: usize,
-    /// How often the driver, or the start of the queue, called for attention.
+    /// Notifications that the driver made: each an exit of the guest.
     pub notifications: u64,
+    /// How often the device turned to the queue: after one or more notifications, or when the queue started.
+    pub wakeups: u64,
+    /// Interrupts that the driver was given.
+    pub interrupts: u64,
     /// How many chains were taken from it.
     pub requests: u64,
 }
@@ -83,6 +89,12 @@ pub struct VirtioStatus {
     pub negotiated: Option<Features>,
     /// The queues that exist.
     pub queues: Vec<QueueStatus>,
+    /// How often configuration space was read since the front end connected.
+    pub config_reads: u64,
+    /// How often it was written.
+    pub config_writes: u64,
+    /// How often the front end was told that it has changed.
+    pub config_changes: u64,
     /// Pages that the driver put into the balloon and took out of it.
     pub pages_inflated: u64,
     /// See `pages_inflated`.
@@ -111,7 +123,7 @@ pub struct StatsReport {
 /// Counters of one queue.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counters {
-    notifications: u64,
+    wakeups: u64,
     requests: u64,
     /// The queue's place in the available ring when it was last looked at: see [`Device::notice_new_driver`].
     seen: Option<u16>,
@@ -122,8 +134,11 @@ struct Counters {
 struct Connection {
     notifier: Arc<ConfigNotifier>,
     memory: Option<GuestMemoryAtomic<GuestMemoryMmap>>,
-    vrings: Vec<VringRwLock>,
+    vrings: Vec<Vring>,
     counters: [Counters; Queue::MAX_COUNT],
+    config_reads: u64,
+    config_writes: u64,
+    config_changes: Cell<u64>,
     /// The driver has accepted features, and no queue was used since.
     starting: bool,
 }
@@ -142,6 +157,7 @@ impl std::fmt::Debug for Device {
 /// A memory balloon.
 pub struct Device {
     offered: Features,
+    suppression: Suppression,
     negotiated: Option<Features>,
     config: Config,
     ram: Ram,
@@ -163,6 +179,7 @@ impl Device {
     pub fn new(offered: Features, events: Arc<Events>) -> Self {
         Self {
             offered,
+            suppression: Suppression::default(),
             negotiated: None,
             config: Config::default(),
             ram: Ram::default(),
@@ -182,6 +199,18 @@ impl Device {
     /// What the device offers.
     pub fn offered(&self) -> Features {
         self.offered
+    }
+
+    /// Asks drivers to leave out notifications in another way.
+    #[must_use]
+    pub fn with_suppression(mut self, suppression: Suppression) -> Self {
+        self.suppression = suppression;
+        self
+    }
+
+    /// How drivers are asked to leave out notifications.
+    pub fn suppression(&self) -> Suppression {
+        self.suppression
     }
 
     // The front end's side.
@@ -271,6 +300,9 @@ impl Device {
     /// Beyond the longest layout there is nothing: an empty answer.
     pub fn read_config(&mut self, offset: u32, size: u32) -> Vec<u8> {
         self.notice_new_driver();
+        if let Some(connection) = &mut self.connection {
+            connection.config_reads += 1;
+        }
         self.config.free_page_hint_cmd_id = self.hinting.command().number();
         let mut bytes = self.config.to_bytes();
         if let Some(absent) = bytes.get_mut(self.config_size()..) {
@@ -288,6 +320,9 @@ impl Device {
     /// The front end writes configuration space: the driver's fields of it count, as far as they exist.
     pub fn write_config(&mut self, offset: u32, data: &[u8]) {
         self.notice_new_driver();
+        if let Some(connection) = &mut self.connection {
+            connection.config_writes += 1;
+        }
         let Ok(offset) = usize::try_from(offset) else {
             return;
         };
@@ -313,7 +348,7 @@ impl Device {
     }
 
     /// The queue `index` wants attention. Returns whether it needs more of it than one turn.
-    pub fn handle_queue(&mut self, index: usize, vrings: &[VringRwLock]) -> bool {
+    pub fn handle_queue(&mut self, index: usize, vrings: &[Vring]) -> bool {
         if let Some(connection) = &mut self.connection {
             if connection.vrings.is_empty() {
                 connection.vrings = vrings.to_vec();
@@ -326,7 +361,7 @@ impl Device {
             debug!("queue {index} was kicked, and does not exist with these features");
             return false;
         };
-        self.count(index, |counters| counters.notifications += 1);
+        self.count(index, |counters| counters.wakeups += 1);
         let Some(memory) = self.connection.as_ref().and_then(|it| it.memory.clone()) else {
             return false;
         };
@@ -416,6 +451,9 @@ impl Device {
     fn notify(&self) {
         if let Some(connection) = &self.connection {
             connection.notifier.notify();
+            connection
+                .config_changes
+                .set(connection.config_changes.get() + 1);
         }
     }
 

@@ -10,8 +10,9 @@ use tracing::info;
 use vhost_user_backend::VringT;
 
 use super::hinting::{HintingError, HintingStatus};
-use super::{BalloonError, Device, QueueStatus, StatsReport, VirtioStatus};
+use super::{BalloonError, Connection, Device, QueueStatus, StatsReport, VirtioStatus};
 use crate::memory::Ram;
+use crate::vring::Vring;
 
 impl Device {
     /// Sets the size that guest memory should have outside the balloon, in bytes.
@@ -115,20 +116,23 @@ impl Device {
 
     /// The state of the connection.
     pub fn virtio_status(&self) -> VirtioStatus {
-        let counters = self
-            .connection
-            .as_ref()
-            .map(|connection| connection.counters);
-        let counters = counters.unwrap_or_default();
+        let none = Connection::default();
+        let connection = self.connection.as_ref().unwrap_or(&none);
         let queues = self.negotiated.map_or_else(Vec::new, |features| {
             present(features)
-                .zip(counters)
+                .zip(connection.counters)
                 .enumerate()
-                .map(|(index, (queue, counters))| QueueStatus {
-                    queue,
-                    index,
-                    notifications: counters.notifications,
-                    requests: counters.requests,
+                .map(|(index, (queue, counters))| {
+                    let vring = connection.vrings.get(index);
+                    let counts = vring.map(Vring::counts).unwrap_or_default();
+                    QueueStatus {
+                        queue,
+                        index,
+                        notifications: counts.notifications,
+                        wakeups: counters.wakeups,
+                        interrupts: counts.interrupts,
+                        requests: counters.requests,
+                    }
                 })
                 .collect()
         });
@@ -138,6 +142,9 @@ impl Device {
             offered: self.offered,
             negotiated: self.negotiated,
             queues,
+            config_reads: connection.config_reads,
+            config_writes: connection.config_writes,
+            config_changes: connection.config_changes.get(),
             pages_inflated: self.pages_inflated,
             pages_deflated: self.pages_deflated,
             bytes_released: self.bytes_released,

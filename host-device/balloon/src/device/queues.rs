@@ -6,12 +6,13 @@ use shared_abi::command::CommandId;
 use shared_abi::features::Features;
 use shared_abi::page::PFN_SHIFT;
 use shared_abi::queue::Queue;
-use vhost_user_backend::{VringRwLock, VringT};
+use vhost_user_backend::VringT;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::request::{MemoryGuard, Request, RequestError};
 use super::{pages, stats, Device};
+use crate::vring::{Suppression, Vring};
 
 /// Roughly how many ranges of memory are handled before other queues, and operators, get their turn.
 const TURN: usize = 1 << 14;
@@ -30,7 +31,7 @@ enum Pass {
 struct Turn<'a> {
     queue: Queue,
     index: usize,
-    vring: &'a VringRwLock,
+    vring: &'a Vring,
     memory: MemoryGuard,
     /// What is left of [`TURN`].
     budget: usize,
@@ -53,7 +54,7 @@ impl Device {
         &mut self,
         queue: Queue,
         index: usize,
-        vring: &VringRwLock,
+        vring: &Vring,
         memory: &GuestMemoryAtomic<GuestMemoryMmap>,
     ) -> bool {
         let mut turn = Turn {
@@ -67,7 +68,9 @@ impl Device {
         let more = loop {
             // The driver need not notify while the queue is being looked at anyway. Where these words cannot
             // be written, the ring cannot be read either, and that is reported.
-            let _ = vring.disable_notification();
+            if self.suppression != Suppression::Never {
+                let _ = vring.disable_notification();
+            }
             match self.pass(&mut turn) {
                 Pass::TurnOver => break true,
                 Pass::Broken => {
@@ -264,7 +267,7 @@ impl Device {
 
 /// The next chain of the queue, if it runs and is not empty.
 fn next_chain(
-    vring: &VringRwLock,
+    vring: &Vring,
     memory: &MemoryGuard,
 ) -> Result<Option<DescriptorChain<MemoryGuard>>, RequestError> {
     let mut vring = vring.get_mut();

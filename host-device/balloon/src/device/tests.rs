@@ -2,11 +2,14 @@
 
 //! The device against a guest that is nothing but memory and queues.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{sync_channel, Receiver};
 
 use proptest::prelude::*;
+use rustix::event::{eventfd, EventfdFlags};
 use shared_abi::command::HintId;
 use shared_abi::stats::Stat;
 use vm_memory::{Bytes, GuestAddress};
@@ -43,7 +46,7 @@ struct DriverQueue {
 struct Guest {
     device: Device,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
-    vrings: Vec<VringRwLock>,
+    vrings: Vec<Vring>,
     queues: Vec<DriverQueue>,
     features: Features,
     /// The front end's end of the channel for configuration changes.
@@ -71,7 +74,7 @@ impl Guest {
         let memory = GuestMemoryAtomic::new(memory);
         device.set_memory(memory.clone());
         let vrings = (0..Queue::MAX_COUNT)
-            .map(|_| VringRwLock::new(memory.clone(), MAX_QUEUE_SIZE).unwrap())
+            .map(|_| Vring::new(memory.clone(), MAX_QUEUE_SIZE).unwrap())
             .collect();
         let mut guest = Self {
             device,
@@ -374,7 +377,98 @@ fn r1_an_empty_queue_ends_the_turn() {
     assert!(status
         .queues
         .iter()
-        .all(|queue| queue.notifications == 4 && queue.requests == 0));
+        .all(|queue| queue.wakeups == 4 && queue.requests == 0));
+}
+
+/// A front end's ends of the kick and call descriptors of `queue`.
+fn event_fds(guest: &mut Guest, queue: Queue) -> (File, File) {
+    let (_, index) = guest.queue(queue);
+    let event = || File::from(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+    let (kick, call) = (event(), event());
+    guest.vrings[index].set_kick(Some(kick.try_clone().unwrap()));
+    guest.vrings[index].set_call(Some(call.try_clone().unwrap()));
+    (kick, call)
+}
+
+/// What an event descriptor has summed up.
+fn events(mut fd: &File) -> u64 {
+    let mut sum = [0; 8];
+    fd.read(&mut sum).map_or(0, |_| u64::from_ne_bytes(sum))
+}
+
+#[test]
+fn each_notification_counts_also_those_that_one_look_answers() {
+    let mut guest = Guest::new(ALL, ALL);
+    let (mut kick, _call) = event_fds(&mut guest, Queue::Inflate);
+    for _ in 0..3 {
+        kick.write_all(&1u64.to_ne_bytes()).unwrap();
+    }
+    assert!(guest.vrings[0].read_kick().unwrap());
+    guest.kick_index(0);
+    let status = guest.device.virtio_status();
+    // The other wake-up is the start of the queue.
+    assert_eq!(
+        (status.queues[0].notifications, status.queues[0].wakeups),
+        (3, 2)
+    );
+    assert_eq!(status.queues[1].notifications, 0);
+}
+
+#[test]
+fn an_interrupt_counts_and_is_spared_a_driver_that_wants_none() {
+    let mut guest = Guest::new(ALL, ALL);
+    let (_kick, call) = event_fds(&mut guest, Queue::Inflate);
+    let interrupts = |guest: &Guest| guest.device.virtio_status().queues[0].interrupts;
+    guest.send_pfns(Queue::Inflate, &[FREE]);
+    assert_eq!((interrupts(&guest), events(&call)), (1, 1));
+    let flags = GuestAddress(guest.queue(Queue::Inflate).0.base + 0x1000);
+    let memory = guest.memory.memory();
+    memory.write_obj(1u16, flags).unwrap();
+    guest.send_pfns(Queue::Inflate, &[FREE]);
+    assert_eq!(interrupts(&guest), 1);
+    assert_eq!(events(&call), 0, "a call that the driver did not want");
+    // With the event index the flag means nothing: the index itself does.
+    guest.vrings[0].set_queue_event_idx(true);
+    let used: u16 = memory
+        .read_obj(GuestAddress(guest.queue(Queue::Inflate).0.base + 0x2002))
+        .unwrap();
+    let event = GuestAddress(flags.0 + 4 + 2 * u64::from(SIZE));
+    memory.write_obj(used, event).unwrap();
+    guest.send_pfns(Queue::Inflate, &[FREE]);
+    assert_eq!((interrupts(&guest), events(&call)), (2, 1));
+}
+
+#[test]
+fn notifications_that_cannot_be_read_are_a_failure_of_the_queue() {
+    let guest = Guest::new(ALL, ALL);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let vring = &guest.vrings[0];
+    vring.set_kick(Some(File::from(OwnedFd::from(reader))));
+    drop(writer);
+    assert_eq!(vring.failure(), None);
+    assert!(vring.read_kick().unwrap(), "the device is to look at it");
+    assert!(vring.failure().is_some());
+    vring.set_kick(None);
+    assert_eq!(vring.failure(), None);
+}
+
+#[test]
+fn accesses_to_configuration_space_are_counted() {
+    let mut guest = Guest::new(ALL, ALL);
+    let counts = |guest: &Guest| {
+        let status = guest.device.virtio_status();
+        (
+            status.config_reads,
+            status.config_writes,
+            status.config_changes,
+        )
+    };
+    let before = counts(&guest);
+    guest.config();
+    guest.device.write_config(4, &[0; 4]);
+    guest.device.set_target(LENGTH).unwrap();
+    let (reads, writes, changes) = before;
+    assert_eq!(counts(&guest), (reads + 1, writes + 1, changes + 1));
 }
 
 #[test]

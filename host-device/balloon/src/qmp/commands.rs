@@ -254,6 +254,8 @@ fn query_virtio_status(target: &Target, arguments: Option<&Value>) -> Result<Val
                 "name": queue.queue.name(),
                 "index": queue.index,
                 "notifications": queue.notifications,
+                "wakeups": queue.wakeups,
+                "interrupts": queue.interrupts,
                 "requests": queue.requests,
             })
         })
@@ -269,6 +271,9 @@ fn query_virtio_status(target: &Target, arguments: Option<&Value>) -> Result<Val
         "offered-features": names(status.offered),
         "negotiated-features": names(status.negotiated.unwrap_or_default()),
         "queues": queues,
+        "config-reads": status.config_reads,
+        "config-writes": status.config_writes,
+        "config-changes": status.config_changes,
         "pages-inflated": status.pages_inflated,
         "pages-deflated": status.pages_deflated,
         "bytes-released": status.bytes_released,

@@ -22,6 +22,8 @@ use vhost::vhost_user::{
 };
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vhost_device_balloon::server::{Exit, Options, Server, ServerError, Stopper};
+use vhost_device_balloon::vring::Suppression;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -37,11 +39,16 @@ pub struct Running {
 
 impl Running {
     pub fn start(features: Features, persistent: bool) -> Self {
+        Self::start_with(features, Suppression::default(), persistent)
+    }
+
+    pub fn start_with(features: Features, suppression: Suppression, persistent: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let server = Server::bind(Options {
             socket_path: directory.path().join("vhost"),
             qmp_socket: Some(directory.path().join("qmp")),
             features,
+            suppression,
             persistent,
         })
         .unwrap();
@@ -219,6 +226,8 @@ pub struct Vmm {
     file: File,
     queues: Vec<DriverQueue>,
     features: Features,
+    /// Whether event index was offered; a driver here does not accept it.
+    pub event_index: bool,
     /// Where the device's own messages come.
     pub channel: Box<dyn Read>,
 }
@@ -270,6 +279,7 @@ impl Vmm {
             file,
             queues: Vec::new(),
             features: Features::from_bits(features),
+            event_index: features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
             channel,
         }
     }

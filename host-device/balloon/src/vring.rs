@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Queues as the crate `vhost-user-backend` wants them, with two things that its own lack: they count
+//! notifications and interrupts, and without event index they mind the driver's wish to take no interrupt.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vhost_user_backend::{VringRwLock, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::{Error as QueueError, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::lock;
+
+type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT`
+const NO_INTERRUPT: u16 = 1;
+
+/// How a driver may be asked to leave out notifications.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Suppression {
+    /// By `VIRTIO_RING_F_EVENT_IDX`: it says after which buffer a notification is wanted.
+    #[default]
+    EventIndex,
+    /// By the used ring's flag while the device looks at the queue anyway.
+    Flag,
+    /// Not at all.
+    Never,
+}
+
+/// What a queue has counted since its front end connected.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Counts {
+    /// Notifications that the driver made. One look at the queue may have answered many.
+    pub notifications: u64,
+    /// Interrupts that the driver was given.
+    pub interrupts: u64,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// What is read of for a notification. The crate has another descriptor of the same file.
+    kick: Mutex<Option<File>>,
+    failure: Mutex<Option<String>>,
+    notifications: AtomicU64,
+    interrupts: AtomicU64,
+}
+
+/// A queue.
+#[derive(Clone)]
+pub struct Vring {
+    inner: VringRwLock,
+    memory: Memory,
+    shared: Arc<Shared>,
+}
+
+impl Vring {
+    /// What has been counted.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            notifications: self.shared.notifications.load(Ordering::Relaxed),
+            interrupts: self.shared.interrupts.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Why no notification can be read, if that is so. It will not be better by itself.
+    pub fn failure(&self) -> Option<String> {
+        lock(&self.shared.failure).clone()
+    }
+
+    /// Whether the driver says, by the available ring's flag, that it wants no interrupt.
+    fn is_silent(&self) -> bool {
+        let address = GuestAddress(self.inner.get_ref().get_queue().avail_ring());
+        let flags: Result<u16, _> = self.memory.memory().read_obj(address);
+        flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT != 0)
+    }
+
+    /// Reads how many notifications have come; an event descriptor sums them up.
+    fn read_notifications(&self) -> io::Result<u64> {
+        let kick = lock(&self.shared.kick);
+        let mut count = [0; size_of::<u64>()];
+        match kick.as_ref().map(|mut kick| kick.read_exact(&mut count)) {
+            None => Ok(0),
+            Some(Ok(())) => Ok(u64::from_ne_bytes(count)),
+            Some(Err(error)) if error.kind() == ErrorKind::WouldBlock => Ok(0),
+            Some(Err(error)) => Err(error),
+        }
+    }
+}
+
+impl VringT<Memory> for Vring {
+    fn new(memory: Memory, max_queue_size: u16) -> Result<Self, QueueError> {
+        Ok(Self {
+            inner: VringRwLock::new(memory.clone(), max_queue_size)?,
+            memory,
+            shared: Arc::default(),
+        })
+    }
+
+    fn get_ref(&self) -> <Self as VringStateGuard<'_, Memory>>::G {
+        self.inner.get_ref()
+    }
+
+    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Memory>>::G {
+        self.inner.get_mut()
+    }
+
+    fn add_used(&self, desc_index: u16, len: u32) -> Result<(), QueueError> {
+        self.inner.add_used(desc_index, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        let state = self.inner.get_ref();
+        if state.get_call().is_some() {
+            state.signal_used_queue()?;
+            self.shared.interrupts.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn enable_notification(&self) -> Result<bool, QueueError> {
+        self.inner.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), QueueError> {
+        self.inner.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, QueueError> {
+        let needed = self.inner.needs_notification()?;
+        // The crate knows the event index, but not the flag that stands for it where there is none.
+        let by_flag = !self.inner.get_ref().get_queue().event_idx_enabled();
+        Ok(needed && !(by_flag && self.is_silent()))
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.inner.set_enabled(enabled);
+    }
+
+    fn set_queue_info(
+        &self,
+        desc_table: u64,
+        avail_ring: u64,
+        used_ring: u64,
+    ) -> Result<(), QueueError> {
+        self.inner.set_queue_info(desc_table, avail_ring, used_ring)
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.inner.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.inner.set_queue_next_avail(base);
+    }
+
+    fn set_queue_next_used(&self, idx: u16) {
+        self.inner.set_queue_next_used(idx);
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, QueueError> {
+        self.inner.queue_used_idx()
+    }
+
+    fn set_queue_size(&self, num: u16) {
+        self.inner.set_queue_size(num);
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        self.inner.set_queue_event_idx(enabled);
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        self.inner.set_queue_ready(ready);
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        let copy = file.as_ref().map(File::try_clone).transpose();
+        let mut kick = lock(&self.shared.kick);
+        *lock(&self.shared.failure) = None;
+        *kick = copy.unwrap_or_else(|error| {
+            *lock(&self.shared.failure) = Some(error.to_string());
+            None
+        });
+        self.inner.set_kick(file);
+    }
+
+    /// Never fails: an error would end the thread that watches the queues, silently. See [`Vring::failure`].
+    fn read_kick(&self) -> io::Result<bool> {
+        match self.read_notifications() {
+            Ok(count) => {
+                let notifications = &self.shared.notifications;
+                let _ = notifications.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |sum| {
+                    Some(sum.saturating_add(count))
+                });
+            }
+            Err(error) => *lock(&self.shared.failure) = Some(error.to_string()),
+        }
+        Ok(self.inner.get_ref().is_enabled() || self.failure().is_some())
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        self.inner.set_call(file);
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        self.inner.set_err(file);
+    }
+}
+
+impl<'a> VringStateGuard<'a, Memory> for Vring {
+    type G = <VringRwLock as VringStateGuard<'a, Memory>>::G;
+}
+
+impl<'a> VringStateMutGuard<'a, Memory> for Vring {
+    type G = <VringRwLock as VringStateMutGuard<'a, Memory>>::G;
+}

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a driver's work costs, in things that can be counted: our device counts them, whatever driver it is.
+
+use std::ops::Sub;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::artifacts::Artifacts;
+use crate::daemon::Daemon;
+use crate::guest::{Builder, Driver, Guest};
+use crate::vmm::Vmm;
+
+const BALLOON_LIMIT: Duration = Duration::from_secs(120);
+
+/// How the device asks a driver to leave out notifications.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Suppression {
+    /// By event index, as is usual.
+    EventIndex,
+    /// By the ring's flag, as where there is no event index.
+    Flag,
+    /// Not at all: what is counted is what the driver does of its own accord.
+    Never,
+}
+
+impl Suppression {
+    /// The options of the daemon for it.
+    #[must_use]
+    pub fn options(self) -> &'static [&'static str] {
+        match self {
+            Self::EventIndex => &[],
+            Self::Flag => &["--no-event-idx"],
+            Self::Never => &["--every-notification"],
+        }
+    }
+}
+
+/// Crossings between guest and host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Requests on all queues.
+    pub requests: u64,
+    /// The driver notified the device.
+    pub notifications: u64,
+    /// The device interrupted the driver: for used buffers, or for a change of configuration space.
+    pub interrupts: u64,
+    /// The driver read or wrote configuration space.
+    pub config: u64,
+}
+
+impl Counts {
+    /// All crossings so far.
+    ///
+    /// # Errors
+    ///
+    /// As [`Daemon::virtio_status`].
+    pub fn now(daemon: &mut Daemon) -> Result<Self> {
+        let status = daemon.virtio_status()?;
+        let sum =
+            |of: &dyn Fn(&crate::daemon::QueueStatus) -> u64| status.queues.iter().map(of).sum();
+        let used: u64 = sum(&|queue| queue.interrupts);
+        Ok(Self {
+            requests: sum(&|queue| queue.requests),
+            notifications: sum(&|queue| queue.notifications),
+            interrupts: used + status.config_changes,
+            config: status.config_reads + status.config_writes,
+        })
+    }
+
+    /// Exits of the guest: of a notification, of an access to configuration space, and for an interrupt.
+    #[must_use]
+    pub fn exits(&self) -> u64 {
+        self.notifications + self.interrupts + self.config
+    }
+}
+
+impl Sub for Counts {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self {
+            requests: self.requests - other.requests,
+            notifications: self.notifications - other.notifications,
+            interrupts: self.interrupts - other.interrupts,
+            config: self.config - other.config,
+        }
+    }
+}
+
+/// What some work moved, and what it cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    /// Bytes hinted, inflated or deflated.
+    pub bytes: u64,
+    /// Crossings.
+    pub counts: Counts,
+    /// Time, from the operator's wish to its fulfilment.
+    pub time: Duration,
+}
+
+impl Work {
+    /// A count for so much work as moves 1 GiB.
+    #[must_use]
+    pub fn per_gib(&self, count: u64) -> u64 {
+        (count << 30).div_ceil(self.bytes.max(1))
+    }
+
+    /// The work with the median of exits.
+    #[must_use]
+    pub fn median(mut all: Vec<Self>) -> Self {
+        all.sort_by_key(|work| (work.counts.exits(), work.time));
+        let times = {
+            let mut times: Vec<_> = all.iter().map(|work| work.time).collect();
+            times.sort();
+            times
+        };
+        let middle = all.len() / 2;
+        Self {
+            time: times.get(middle).copied().unwrap_or_default(),
+            ..all.get(middle).copied().unwrap_or_default()
+        }
+    }
+}
+
+/// A driver's three kinds of work.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Costs {
+    /// One round of hinting, up to the driver's stop.
+    pub hint: Work,
+    /// Inflating.
+    pub inflate: Work,
+    /// Deflating by as much.
+    pub deflate: Work,
+}
+
+/// Boots user-mode Linux with `memory`, and measures `rounds` times what `driver` does to hint all that is free and to
+/// inflate and deflate by `size`. Each number is a median.
+///
+/// # Errors
+///
+/// If anything does not work.
+pub fn costs(
+    artifacts: &Artifacts,
+    driver: Driver,
+    suppression: Suppression,
+    memory: u64,
+    size: u64,
+    rounds: usize,
+) -> Result<Costs> {
+    let mut guest = Builder::new(artifacts, Vmm::Uml)
+        .memory(memory)
+        .device_options(suppression.options())
+        .boot()?;
+    guest.load(driver)?;
+    let (mut hints, mut inflations, mut deflations) = (Vec::new(), Vec::new(), Vec::new());
+    let free = guest.settled_free()?;
+    for _ in 0..rounds {
+        hints.push(hint(&mut guest)?);
+        guest.daemon()?.qmp().hint_done()?;
+        guest.check_free(free)?;
+        let whole = guest.balloon()?.balloon_actual()?;
+        inflations.push(resize(&mut guest, whole - size, size)?);
+        deflations.push(resize(&mut guest, whole, size)?);
+        guest.check_free(free)?;
+    }
+    guest.power_off()?;
+    Ok(Costs {
+        hint: Work::median(hints),
+        inflate: Work::median(inflations),
+        deflate: Work::median(deflations),
+    })
+}
+
+/// One round, up to the driver's stop. The blocks are held afterwards.
+///
+/// # Errors
+///
+/// If it does not finish.
+pub fn hint(guest: &mut Guest) -> Result<Work> {
+    let daemon = guest.daemon()?;
+    let before = Counts::now(daemon)?;
+    daemon.qmp().hint_start()?;
+    let round = daemon.qmp().wait_hint_status("finished")?;
+    Ok(Work {
+        bytes: round.bytes,
+        counts: Counts::now(daemon)? - before,
+        time: Duration::from_micros(round.duration_us),
+    })
+}
+
+fn resize(guest: &mut Guest, target: u64, bytes: u64) -> Result<Work> {
+    let daemon = guest.daemon()?;
+    let before = Counts::now(daemon)?;
+    let start = Instant::now();
+    daemon.qmp().balloon(target)?;
+    daemon.qmp().wait_balloon(target, BALLOON_LIMIT)?;
+    let time = start.elapsed();
+    Ok(Work {
+        bytes,
+        counts: Counts::now(daemon)? - before,
+        time,
+    })
+}
