@@ -4,7 +4,7 @@
 use anyhow::Result;
 use clap::Args;
 use tests::guest::Driver;
-use tests::measure::{self, Costs, Suppression, Work};
+use tests::measure::{self, Suppression, Work};
 use tests::MIB;
 
 use crate::build::{self, Profile};
@@ -59,14 +59,13 @@ pub fn command(options: &Options) -> Result<()> {
     for (way, name) in WAYS {
         let c = measure(Driver::C, way)?;
         let ours = measure(Driver::Ours, way)?;
-        let kinds: [(&str, &dyn Fn(&Costs) -> Work); 3] = [
-            ("hint", &|costs| costs.hint),
-            ("inflate", &|costs| costs.inflate),
-            ("deflate", &|costs| costs.deflate),
-        ];
-        for (kind, of) in kinds {
-            row(kind, name, "C", &of(&c));
-            row("", "", "ours", &of(&ours));
+        for (kind, c, ours) in [
+            ("hint", c.hint, ours.hint),
+            ("inflate", c.inflate, ours.inflate),
+            ("deflate", c.deflate, ours.deflate),
+        ] {
+            row(kind, name, "C", &c);
+            row("", "", "ours", &ours);
         }
     }
     println!();
