@@ -6,6 +6,7 @@ use kernel::sync::Arc;
 
 use super::counters::Counters;
 use super::hinting::Hinting;
+use super::reporting::Reporting;
 use super::sizing::Sizing;
 use super::statistics::Statistics;
 use crate::shared_abi::features::Features;
@@ -17,6 +18,7 @@ pub(crate) struct Interrupts {
     sizing: Arc<Sizing>,
     hinting: Option<Arc<Hinting>>,
     statistics: Option<Arc<Statistics>>,
+    reporting: Option<Arc<Reporting>>,
     counters: Arc<Counters>,
     features: Features,
 }
@@ -26,6 +28,7 @@ impl Interrupts {
         sizing: Arc<Sizing>,
         hinting: Option<Arc<Hinting>>,
         statistics: Option<Arc<Statistics>>,
+        reporting: Option<Arc<Reporting>>,
         counters: Arc<Counters>,
         features: Features,
     ) -> Self {
@@ -33,6 +36,7 @@ impl Interrupts {
             sizing,
             hinting,
             statistics,
+            reporting,
             counters,
             features,
         }
@@ -66,7 +70,12 @@ impl QueueHandler for Interrupts {
                     statistics.wanted();
                 }
             }
-            Some(Queue::Reporting) | None => {}
+            Some(Queue::Reporting) => {
+                if let Some(reporting) = &self.reporting {
+                    reporting.used();
+                }
+            }
+            None => {}
         }
     }
 }

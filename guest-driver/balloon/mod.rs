@@ -12,6 +12,7 @@ mod counters;
 mod held;
 mod hinting;
 mod interrupts;
+mod reporting;
 mod request;
 mod reserve;
 mod sizing;
@@ -29,6 +30,7 @@ use self::counters::{Counters, CountersFile};
 use self::held::Held;
 use self::hinting::Hinting;
 use self::interrupts::Interrupts;
+use self::reporting::{Registration, Reporting};
 use self::sizing::Sizing;
 use self::statistics::Statistics;
 use crate::mm::{state, Shrinker};
@@ -53,6 +55,7 @@ pub(crate) struct Balloon;
 pub(crate) struct Data {
     // First, so that on the way out nothing runs any more when the rest goes.
     works: Works,
+    _reporting: Option<Registration>,
     _shrinker: Option<Shrinker<Held>>,
     _work_queue: Arc<WorkQueue>,
     _counters: Option<CountersFile>,
@@ -63,6 +66,7 @@ struct Works {
     sizing: Arc<Sizing>,
     hinting: Option<Arc<Hinting>>,
     statistics: Option<Arc<Statistics>>,
+    reporting: Option<Arc<Reporting>>,
     counters: Arc<Counters>,
 }
 
@@ -109,6 +113,11 @@ impl Data {
             None
         };
         let printer: &device::Device = dev.as_ref();
+        let reporting = if features.contains(Features::REPORTING) {
+            Some(Reporting::new(ARef::from(printer), counters.clone())?)
+        } else {
+            None
+        };
         let works = Works {
             sizing: Sizing::new(
                 ARef::from(printer),
@@ -119,6 +128,7 @@ impl Data {
             )?,
             hinting,
             statistics,
+            reporting,
             counters: counters.clone(),
         };
 
@@ -142,8 +152,14 @@ impl Data {
         if let Some(statistics) = &works.statistics {
             statistics.wanted();
         }
+        // The last thing: a report that the device has got is over only when the device is reset.
+        let registration = match &works.reporting {
+            Some(reporting) => reporting.register()?,
+            None => None,
+        };
         Ok(Self {
             works,
+            _reporting: registration,
             _shrinker: shrinker,
             _work_queue: work_queue,
             _counters: counters,
@@ -156,20 +172,29 @@ impl Works {
     fn find_queues(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
         let mut queues: KVec<&dyn AnyQueue> = KVec::with_capacity(Queue::MAX_COUNT, GFP_KERNEL)?;
         for queue in queue::present(features) {
-            let queue: &dyn AnyQueue = match (queue, &self.hinting, &self.statistics) {
-                (Queue::Inflate, ..) => self.sizing.inflate_queue(),
-                (Queue::Deflate, ..) => self.sizing.deflate_queue(),
-                (Queue::FreePage, Some(hinting), _) => hinting.queue(),
-                (Queue::Stats, _, Some(statistics)) => statistics.queue(),
-                // Not among the driver's features, hence never negotiated.
-                (Queue::FreePage | Queue::Stats | Queue::Reporting, ..) => return Err(EINVAL),
+            let queue: Option<&dyn AnyQueue> = match queue {
+                Queue::Inflate => Some(self.sizing.inflate_queue()),
+                Queue::Deflate => Some(self.sizing.deflate_queue()),
+                Queue::FreePage => self
+                    .hinting
+                    .as_ref()
+                    .map(|it| -> &dyn AnyQueue { it.queue() }),
+                Queue::Stats => self
+                    .statistics
+                    .as_ref()
+                    .map(|it| -> &dyn AnyQueue { it.queue() }),
+                Queue::Reporting => self
+                    .reporting
+                    .as_ref()
+                    .map(|it| -> &dyn AnyQueue { it.queue() }),
             };
-            queues.push(queue, GFP_KERNEL)?;
+            queues.push(queue.ok_or(EINVAL)?, GFP_KERNEL)?;
         }
         let interrupts = Interrupts::new(
             self.sizing.clone(),
             self.hinting.clone(),
             self.statistics.clone(),
+            self.reporting.clone(),
             self.counters.clone(),
             features,
         );
@@ -188,12 +213,16 @@ impl virtio::Driver for Balloon {
         Features::STATS_VQ.bit_number(),
         Features::FREE_PAGE_HINT.bit_number(),
         Features::PAGE_POISON.bit_number(),
+        Features::REPORTING.bit_number(),
         Features::KEEPS_HINTED_UNTIL_RETURNED.bit_number(),
     ];
 
     fn validate(features: &mut Negotiation<'_>) -> Result {
         if state::free_page_pattern().is_none() {
             features.decline(Features::PAGE_POISON.bit_number());
+        } else if !features.has_feature(Features::PAGE_POISON.bit_number()) {
+            // The device would not know what reported pages must hold, and might clear them.
+            features.decline(Features::REPORTING.bit_number());
         }
         // Requests have one segment each, so indirect descriptors would only cost memory; and page
         // numbers are physical addresses, which no IOMMU may translate.
@@ -215,6 +244,9 @@ impl virtio::Driver for Balloon {
         dev.reset();
         if let Some(hinting) = &this.works.hinting {
             hinting.give_up();
+        }
+        if let Some(reporting) = &this.works.reporting {
+            reporting.give_up();
         }
     }
 

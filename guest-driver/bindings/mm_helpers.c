@@ -92,6 +92,30 @@ struct shrinker *vbrs_shrinker_alloc(const char *name)
 	return shrinker_alloc(0, "%s", name);
 }
 
+struct page *vbrs_sg_page(struct scatterlist *sg)
+{
+	return sg_page(sg);
+}
+
+/* As drivers/virtio/virtio_balloon.c has it: the kernel's default but where that is half a gigabyte. */
+unsigned int vbrs_page_reporting_order(void)
+{
+	if (IS_ENABLED(CONFIG_ARM64) && IS_ENABLED(CONFIG_ARM64_64K_PAGES))
+		return 5;
+	return PAGE_REPORTING_ORDER_UNSPECIFIED;
+}
+
+int vbrs_page_reporting_register(struct page_reporting_dev_info *info)
+{
+	return IS_ENABLED(CONFIG_PAGE_REPORTING) ? page_reporting_register(info) : -EOPNOTSUPP;
+}
+
+void vbrs_page_reporting_unregister(struct page_reporting_dev_info *info)
+{
+	if (IS_ENABLED(CONFIG_PAGE_REPORTING))
+		page_reporting_unregister(info);
+}
+
 unsigned long vbrs_free_pages(void)
 {
 	return global_zone_page_state(NR_FREE_PAGES);

@@ -8,6 +8,7 @@
 
 #include <linux/balloon.h>
 #include <linux/mm.h>
+#include <linux/page_reporting.h>
 #include <linux/shrinker.h>
 #include <linux/workqueue.h>
 
@@ -24,6 +25,11 @@ void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_manage
 unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info);
 
 struct shrinker *vbrs_shrinker_alloc(const char *name);
+
+struct page *vbrs_sg_page(struct scatterlist *sg);
+unsigned int vbrs_page_reporting_order(void);
+int vbrs_page_reporting_register(struct page_reporting_dev_info *info);
+void vbrs_page_reporting_unregister(struct page_reporting_dev_info *info);
 
 unsigned long vbrs_free_pages(void);
 unsigned long vbrs_obtainable_pages(void);

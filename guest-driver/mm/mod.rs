@@ -8,17 +8,19 @@
 //!   memory of its own;
 //! * [`LentBlock`]: a block that the device has been shown, and may have spoilt;
 //! * [`BalloonPages`]: the kernel's list of pages that a balloon holds;
+//! * [`PageReporting`]: showing free pages to a device that can use their memory;
 //! * [`Shrinker`]: giving memory back when the guest is short of it;
 //! * [`state`]: how much memory is free, and how much must stay so;
 //! * [`statistics`]: what the kernel counts about memory.
 //!
 //! C headers: `include/linux/gfp.h`, `include/linux/balloon.h`, `include/linux/shrinker.h`,
-//! `include/linux/mmzone.h`.
+//! `include/linux/page_reporting.h`, `include/linux/mmzone.h`.
 
 mod balloon_pages;
 mod block;
 mod lent;
 mod list;
+mod reporting;
 mod shrinker;
 pub mod state;
 pub mod statistics;
@@ -27,4 +29,5 @@ pub use balloon_pages::{BalloonPage, BalloonPages};
 pub use block::PageBlock;
 pub use lent::LentBlock;
 pub use list::{BlockList, BlockShape};
+pub use reporting::{FreePages, PageReporting, ReportPages};
 pub use shrinker::{Shrink, Shrinker};

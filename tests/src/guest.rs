@@ -3,7 +3,8 @@
 
 use std::path::Path;
 use std::process::ExitStatus;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{
@@ -104,7 +105,7 @@ impl<'a> Builder<'a> {
         self
     }
 
-    /// Further options of our device's command line.
+    /// Further options of our device's command line, or further properties (`a=b`) of QEMU's device.
     #[must_use]
     pub fn device_options(mut self, options: &[&'a str]) -> Self {
         self.device_options = options.to_vec();
@@ -158,7 +159,7 @@ impl<'a> Builder<'a> {
         initramfs::write(&initramfs, &self.artifacts.agent, &busybox, &modules)?;
         let (daemon, device) = match self.device {
             Device::None => (None, Attachment::None),
-            Device::QemuOwn => (None, Attachment::QemuOwn),
+            Device::QemuOwn => (None, Attachment::QemuOwn(self.device_options.join(","))),
             Device::Ours => {
                 let (program, options) = (&self.artifacts.daemon, &self.device_options);
                 let daemon = Daemon::start(program, &scratch, &self.features, options)?;
@@ -328,6 +329,27 @@ impl Guest {
     /// If the VMM is no more.
     pub fn memory_in_use(&self) -> Result<u64> {
         host::guest_memory_in_use(self.vmm.id())
+    }
+
+    /// Waits until the guest's memory occupies no more than `at_most` bytes on the host, and returns how many. The host
+    /// has no event for this.
+    ///
+    /// # Errors
+    ///
+    /// If it occupies more for all of `limit`, or the VMM is no more.
+    pub fn wait_memory_in_use(&self, at_most: u64, limit: Duration) -> Result<u64> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let now = self.memory_in_use()?;
+            if now <= at_most {
+                return Ok(now);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the guest's memory occupies {now} bytes, and not {at_most}, after {limit:?}"
+            );
+            sleep(Duration::from_millis(10));
+        }
     }
 
     /// Loads a driver with parameters, and waits until the device is bound to it.

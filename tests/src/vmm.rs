@@ -43,8 +43,8 @@ pub enum Attachment {
     None,
     /// A vhost-user device that listens on a socket.
     VhostUser(PathBuf),
-    /// QEMU's own, with free page hinting.
-    QemuOwn,
+    /// QEMU's own, with free page hinting, and these further properties (`a=b,c=d`).
+    QemuOwn(String),
 }
 
 /// A guest that has been started.

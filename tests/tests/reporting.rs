@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::{ensure, Result};
 use tests::artifacts::Artifacts;
-use tests::guest::{Builder, Driver};
+use tests::calls::{Fill, Free, Verify, WriteFile};
+use tests::guest::{Builder, Device, Driver, Guest};
 use tests::vmm::Vmm;
 use tests::MIB;
 
@@ -72,4 +73,76 @@ fn the_drivers_counters_agree_with_the_devices() -> Result<()> {
     guest.check_log()?;
     guest.power_off()?;
     Ok(())
+}
+
+/// The parameters of the kernel's reporting.
+const PARAMETERS: &str = "/sys/module/page_reporting/parameters";
+/// How long the guest may take to report nearly all of its free memory. The kernel reports a sixteenth at a time.
+const REPORT_LIMIT: Duration = Duration::from_secs(120);
+
+#[test]
+fn our_driver_reports_free_pages_to_our_device_in_user_mode_linux() -> Result<()> {
+    reports_free_pages(Vmm::Uml, Device::Ours)
+}
+
+#[test]
+fn our_driver_reports_free_pages_to_our_device_in_qemu() -> Result<()> {
+    reports_free_pages(Vmm::Qemu, Device::Ours)
+}
+
+#[test]
+fn our_driver_reports_free_pages_to_qemus_device() -> Result<()> {
+    reports_free_pages(Vmm::Qemu, Device::QemuOwn)
+}
+
+/// What the guest does not use goes back to the host without anybody asking for it, and the guest can use it again.
+fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let builder = Builder::new(&artifacts, vmm).device(device);
+    let builder = match device {
+        Device::QemuOwn => builder.device_options(&["free-page-reporting=on"]),
+        _ => builder.features(&["stats", "free-page-hint", "free-page-reporting"]),
+    };
+    let mut guest = builder.boot()?;
+    hurry(&mut guest)?;
+    guest.fill_and_free(16 * MIB, 11)?;
+    let free = guest.settled_free()?;
+    let before = guest.memory_in_use()?;
+    guest.load(Driver::Ours)?;
+    let enough = free / 10 * 8;
+    guest.wait_memory_in_use(before.saturating_sub(enough), REPORT_LIMIT)?;
+    let counters = guest.counters()?;
+    let reported = counters.get("reported_pages")? * 4096;
+    ensure!(
+        reported >= enough && counters.get("failed_reports")? == 0,
+        "{counters:?}"
+    );
+    ensure!(
+        counters.get("reporting_notifications")? > 0
+            && counters.get("reported_blocks")? > counters.get("reporting_notifications")?,
+        "{counters:?}"
+    );
+    // The pages are the guest's all the time.
+    let filled = guest.call(Fill {
+        bytes: free / 2,
+        keep_every: 1,
+        seed: 12,
+    })?;
+    let workload = filled.workload;
+    let found = guest.call(Verify { workload })?;
+    ensure!(found.wrong == 0 && found.pages > 0, "{found:?}");
+    guest.call(Free { workload })?;
+    guest.unload(Driver::Ours)?;
+    guest.check_free(free)?;
+    guest.check_log()?;
+    guest.power_off()?;
+    Ok(())
+}
+
+/// Has the kernel report at short intervals.
+fn hurry(guest: &mut Guest) -> Result<()> {
+    guest.call(WriteFile {
+        path: format!("{PARAMETERS}/page_reporting_delay_ms"),
+        text: "20".to_owned(),
+    })
 }

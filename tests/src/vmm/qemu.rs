@@ -138,12 +138,13 @@ fn attach(command: &mut Command, device: &Attachment) {
                 &format!("vhost-user-test-device-pci,id={BALLOON_ID},chardev=balloon,{numbers}"),
             ]);
         }
-        Attachment::QemuOwn => {
+        Attachment::QemuOwn(properties) => {
             command.args(["-object", "iothread,id=io0"]);
             let hinting = "free-page-hint=on,iothread=io0";
+            let separator = if properties.is_empty() { "" } else { "," };
             command.args([
                 "-device",
-                &format!("virtio-balloon-pci,id={BALLOON_ID},{hinting}"),
+                &format!("virtio-balloon-pci,id={BALLOON_ID},{hinting}{separator}{properties}"),
             ]);
         }
     }

@@ -51,7 +51,7 @@ pub fn start(kernel: &Path, machine: &Machine) -> Result<Started> {
         Attachment::VhostUser(socket) => {
             command.arg(format!("virtio_uml.device={}:5", socket.display()));
         }
-        Attachment::QemuOwn => bail!("user-mode Linux does not have QEMU's device"),
+        Attachment::QemuOwn(_) => bail!("user-mode Linux does not have QEMU's device"),
     }
     let agent_far = FdMapping {
         parent_fd: agent_far,
