@@ -59,6 +59,37 @@ void vbrs_sg_set_page(struct scatterlist *sg, struct page *page, unsigned int le
 	sg_set_page(sg, page, length, offset);
 }
 
+void vbrs_wait_queue_init(struct wait_queue_head *waiters)
+{
+	init_waitqueue_head(waiters);
+}
+
+void vbrs_wake_all(struct wait_queue_head *waiters)
+{
+	wake_up_all(waiters);
+}
+
+/* Whether *counter is no longer what was seen, within so many jiffies. */
+bool vbrs_wait_for_change(struct wait_queue_head *waiters, const u32 *counter, u32 seen, unsigned long jiffies)
+{
+	return wait_event_timeout(*waiters, READ_ONCE(*counter) != seen, jiffies) > 0;
+}
+
+void vbrs_set_wakeup_capable(struct device *dev, bool capable)
+{
+	device_set_wakeup_capable(dev, capable);
+}
+
+void vbrs_stay_awake(struct device *dev)
+{
+	pm_stay_awake(dev);
+}
+
+void vbrs_relax(struct device *dev)
+{
+	pm_relax(dev);
+}
+
 #if IS_BUILTIN(CONFIG_KUNIT)
 /* What register_virtio_device() does to the part of a device that rings need. */
 void vbrs_test_device_init(struct virtio_device *vdev)

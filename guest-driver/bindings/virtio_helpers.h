@@ -5,9 +5,11 @@
 #ifndef VIRTIO_BALLOON_RS_VIRTIO_HELPERS_H
 #define VIRTIO_BALLOON_RS_VIRTIO_HELPERS_H
 
+#include <linux/device.h>
 #include <linux/scatterlist.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
+#include <linux/wait.h>
 
 bool vbrs_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit);
 void vbrs_virtio_clear_feature(struct virtio_device *vdev, unsigned int bit);
@@ -20,6 +22,14 @@ int vbrs_virtio_find_vqs(struct virtio_device *vdev, unsigned int count, struct 
 void vbrs_virtio_del_vqs(struct virtio_device *vdev);
 void vbrs_sg_set_buf(struct scatterlist *sg, const void *address, unsigned int length);
 void vbrs_sg_set_page(struct scatterlist *sg, struct page *page, unsigned int length, unsigned int offset);
+
+void vbrs_wait_queue_init(struct wait_queue_head *waiters);
+void vbrs_wake_all(struct wait_queue_head *waiters);
+bool vbrs_wait_for_change(struct wait_queue_head *waiters, const u32 *counter, u32 seen, unsigned long jiffies);
+
+void vbrs_set_wakeup_capable(struct device *dev, bool capable);
+void vbrs_stay_awake(struct device *dev);
+void vbrs_relax(struct device *dev);
 
 #if IS_BUILTIN(CONFIG_KUNIT)
 void vbrs_test_device_init(struct virtio_device *vdev);

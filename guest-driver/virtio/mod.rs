@@ -47,7 +47,9 @@ pub mod debugfs;
 mod device;
 mod driver;
 mod queue_state;
+mod signal;
 mod virtqueue;
+mod wakeup;
 pub mod work;
 
 #[cfg(CONFIG_KUNIT = "y")]
@@ -61,5 +63,7 @@ pub use self::{
     config::{Config, ConfigValue},
     device::{Device, Negotiation},
     driver::{Adapter, DeviceId, Driver, IdTable},
+    signal::Signal,
     virtqueue::{AddError, AddFailure, AnyQueue, Kick, QueueHandler, Virtqueue},
+    wakeup::Wakeup,
 };

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Keeping the system awake while an event of the device is being dealt with.
+//!
+//! C header: `include/linux/pm_wakeup.h`.
+
+use kernel::prelude::*;
+use kernel::sync::{aref::ARef, new_spinlock_irq, Arc, SpinLockIrq};
+
+use super::Device;
+use crate::bindings as helpers;
+
+/// Keeps the system from falling asleep while events of a device are being dealt with.
+///
+/// An event that comes by an interrupt is [begun](Self::begin) there and [taken up](Self::take_up)
+/// by the work that it starts; when no begun event is left and the work has nothing more to do, it
+/// lets the system [rest](Self::rest). Has an effect only where user space has enabled the device's
+/// `power/wakeup`, and does nothing in kernels that cannot sleep.
+///
+/// While this lives, the device is marked as capable of wakeup. All methods may be called in any
+/// context but NMI; making and dropping it may sleep.
+#[pin_data(PinnedDrop)]
+pub struct Wakeup {
+    dev: ARef<Device>,
+    #[pin]
+    state: SpinLockIrq<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// One bit for each event that was begun and not taken up.
+    begun: u32,
+    /// The system is kept awake.
+    awake: bool,
+}
+
+impl Wakeup {
+    /// Marks `dev` as capable of wakeup. Fails with `ENOMEM`.
+    pub fn new(dev: ARef<Device>) -> Result<Arc<Self>> {
+        let wakeup = pin_init!(Self {
+            dev,
+            state <- new_spinlock_irq!(State::default(), "virtio::Wakeup"),
+        });
+        let wakeup = Arc::pin_init(wakeup, GFP_KERNEL)?;
+        // SAFETY: The device is valid as long as there are references to it.
+        unsafe { helpers::vbrs_set_wakeup_capable(wakeup.device(), true) };
+        Ok(wakeup)
+    }
+
+    fn device(&self) -> *mut kernel::bindings::device {
+        // SAFETY: The device is valid as long as there are references to it.
+        unsafe { &raw mut (*self.dev.as_raw()).dev }
+    }
+
+    /// Event number `event` (0 to 31) has come: stay awake.
+    pub fn begin(&self, event: u32) {
+        let mut state = self.state.lock();
+        state.begun |= 1 << event;
+        if !state.awake {
+            state.awake = true;
+            // SAFETY: As in `new`; may be called with a spin lock held.
+            unsafe { helpers::vbrs_stay_awake(self.device()) };
+        }
+    }
+
+    /// Event number `event` is being dealt with: if it comes again, it is another one.
+    pub fn take_up(&self, event: u32) {
+        self.state.lock().begun &= !(1 << event);
+    }
+
+    /// The caller has nothing more to do: sleep is allowed, unless an event was begun meanwhile.
+    pub fn rest(&self) {
+        let mut state = self.state.lock();
+        if state.awake && state.begun == 0 {
+            state.awake = false;
+            // SAFETY: As in `begin`.
+            unsafe { helpers::vbrs_relax(self.device()) };
+        }
+    }
+}
+
+#[pinned_drop]
+impl PinnedDrop for Wakeup {
+    fn drop(self: Pin<&mut Self>) {
+        self.state.lock().begun = 0;
+        self.rest();
+        // SAFETY: As in `new`.
+        unsafe { helpers::vbrs_set_wakeup_capable(self.device(), false) };
+    }
+}
