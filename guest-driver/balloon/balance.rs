@@ -37,6 +37,11 @@ impl Balance {
         self.inside
     }
 
+    /// How many pages were taken out that the device has not given back yet.
+    pub(crate) fn coming_out(self) -> u64 {
+        self.coming_out
+    }
+
     /// Whether no page is in the balloon or on its way into or out of it.
     pub(crate) fn is_empty(self) -> bool {
         self == Self::default()

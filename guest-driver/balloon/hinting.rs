@@ -187,16 +187,31 @@ impl Hinting {
         work::disable::<Self, TURN>(self);
     }
 
-    /// Gives all blocks back to the guest, filled with zeroes. To be called after the device's
-    /// reset.
+    /// Forgets the round, and gives all blocks back to the guest, filled with zeroes. To be called
+    /// after the device's reset, which may be followed by new queues.
     ///
     /// May sleep, and take long.
-    pub(crate) fn give_up(&self) {
+    pub(crate) fn recover(&self) {
+        let mut round = self.round.lock();
         while let Some(buffer) = self.queue.detach() {
-            if let Either::Right(block) = buffer {
-                self.held.give_back(block);
+            match buffer {
+                Either::Left(command) => {
+                    // Its room is still there.
+                    let _ = round.spare.push_within_capacity(command);
+                }
+                Either::Right(block) => {
+                    self.held.give_back(block);
+                }
             }
         }
+        // What it would have done with the blocks has no sense without the device.
+        round.machine = driver::State::default();
+        round.harvest = None;
+        round.outbox = [None; 2];
+        round.done = round.number;
+        round.in_flight_pages = 0;
+        round.patience = LOOK_MIN;
+        drop(round);
         self.held.give_up();
     }
 

@@ -17,6 +17,7 @@ mod request;
 mod reserve;
 mod sizing;
 mod statistics;
+mod traffic;
 
 use core::pin::Pin;
 
@@ -33,18 +34,24 @@ use self::interrupts::Interrupts;
 use self::reporting::{Registration, Reporting};
 use self::sizing::Sizing;
 use self::statistics::Statistics;
-use crate::mm::{state, Shrinker};
+use crate::mm::{state, OomNotifier, Shrinker};
 use crate::shared_abi::features::Features;
 use crate::shared_abi::queue::{self, Queue};
 use crate::shared_abi::VIRTIO_ID_BALLOON;
 use crate::virtio::work::WorkQueue;
-use crate::virtio::{self, AnyQueue, Negotiation};
+use crate::virtio::{self, AnyQueue, Negotiation, Wakeup};
 use crate::virtio_device_table;
 
 /// `VIRTIO_RING_F_INDIRECT_DESC`
 const RING_INDIRECT_DESC: u32 = 28;
+/// `VIRTIO_F_VERSION_1`
+const VERSION_1: u32 = 32;
 /// `VIRTIO_F_ACCESS_PLATFORM`
 const ACCESS_PLATFORM: u32 = 33;
+
+/// Among those who are asked when the guest has run out of memory: as early as the kernel's own
+/// balloon driver.
+const OOM_PRIORITY: i32 = 80;
 
 virtio_device_table!(ID_TABLE, [virtio::DeviceId::new(VIRTIO_ID_BALLOON)]);
 
@@ -55,6 +62,7 @@ pub(crate) struct Balloon;
 pub(crate) struct Data {
     // First, so that on the way out nothing runs any more when the rest goes.
     works: Works,
+    _oom_notifier: Option<OomNotifier<Sizing>>,
     _reporting: Option<Registration>,
     _shrinker: Option<Shrinker<Held>>,
     _work_queue: Arc<WorkQueue>,
@@ -79,6 +87,20 @@ impl Works {
             statistics.disable();
         }
         self.sizing.disable();
+    }
+
+    /// Takes back what the device had when it was reset.
+    fn recover(&self) {
+        self.sizing.recover();
+        if let Some(hinting) = &self.hinting {
+            hinting.recover();
+        }
+        if let Some(statistics) = &self.statistics {
+            statistics.recover();
+        }
+        if let Some(reporting) = &self.reporting {
+            reporting.give_up();
+        }
     }
 }
 
@@ -107,12 +129,17 @@ impl Data {
         } else {
             None
         };
+        let printer: &device::Device = dev.as_ref();
+        let wakeup = Wakeup::new(ARef::from(dev))?;
         let statistics = if features.contains(Features::STATS_VQ) {
-            Some(Statistics::new(work_queue.clone(), counters.clone())?)
+            Some(Statistics::new(
+                wakeup.clone(),
+                work_queue.clone(),
+                counters.clone(),
+            )?)
         } else {
             None
         };
-        let printer: &device::Device = dev.as_ref();
         let reporting = if features.contains(Features::REPORTING) {
             Some(Reporting::new(ARef::from(printer), counters.clone())?)
         } else {
@@ -122,9 +149,11 @@ impl Data {
             sizing: Sizing::new(
                 ARef::from(printer),
                 BalloonConfig::new(config.clone()),
+                wakeup,
                 work_queue.clone(),
                 counters.clone(),
                 !features.contains(Features::DEFLATE_ON_OOM),
+                features.contains(Features::MUST_TELL_HOST),
             )?,
             hinting,
             statistics,
@@ -138,20 +167,13 @@ impl Data {
             None => None,
         };
         let counters = CountersFile::new(printer, counters)?;
-        if features.contains(Features::PAGE_POISON) {
-            let pattern = state::free_page_pattern().unwrap_or(0);
-            BalloonConfig::new(config).set_poison(pattern)?;
-        }
-        dev.ready();
-
-        // The host may have set both before there was anybody to be interrupted.
-        works.sizing.target_changed();
-        if let Some(hinting) = &works.hinting {
-            hinting.command_changed();
-        }
-        if let Some(statistics) = &works.statistics {
-            statistics.wanted();
-        }
+        let oom_notifier = if features.contains(Features::DEFLATE_ON_OOM) {
+            let sizing = works.sizing.clone();
+            Some(OomNotifier::register(OOM_PRIORITY, sizing)?)
+        } else {
+            None
+        };
+        works.start(dev, features)?;
         // The last thing: a report that the device has got is over only when the device is reset.
         let registration = match &works.reporting {
             Some(reporting) => reporting.register()?,
@@ -160,6 +182,7 @@ impl Data {
         Ok(Self {
             works,
             _reporting: registration,
+            _oom_notifier: oom_notifier,
             _shrinker: shrinker,
             _work_queue: work_queue,
             _counters: counters,
@@ -168,6 +191,27 @@ impl Data {
 }
 
 impl Works {
+    /// Tells the device what it has to know first and that the driver is ready, and starts.
+    fn start(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
+        if features.contains(Features::PAGE_POISON) {
+            let pattern = state::free_page_pattern().unwrap_or(0);
+            BalloonConfig::new(dev.config()?).set_poison(pattern)?;
+        }
+        if let Some(statistics) = &self.statistics {
+            statistics.prime()?;
+        }
+        dev.ready();
+        if let Some(statistics) = &self.statistics {
+            statistics.notify();
+        }
+        // The host may have set both before there was anybody to be interrupted.
+        self.sizing.target_changed();
+        if let Some(hinting) = &self.hinting {
+            hinting.command_changed();
+        }
+        Ok(())
+    }
+
     /// Creates the queues that the features bring, in the order of the contract.
     fn find_queues(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
         let mut queues: KVec<&dyn AnyQueue> = KVec::with_capacity(Queue::MAX_COUNT, GFP_KERNEL)?;
@@ -211,6 +255,7 @@ impl virtio::Driver for Balloon {
     const FEATURES: &'static [u32] = &[
         Features::MUST_TELL_HOST.bit_number(),
         Features::STATS_VQ.bit_number(),
+        Features::DEFLATE_ON_OOM.bit_number(),
         Features::FREE_PAGE_HINT.bit_number(),
         Features::PAGE_POISON.bit_number(),
         Features::REPORTING.bit_number(),
@@ -218,6 +263,11 @@ impl virtio::Driver for Balloon {
     ];
 
     fn validate(features: &mut Negotiation<'_>) -> Result {
+        if cfg!(target_endian = "big") && !features.has_feature(VERSION_1) {
+            // Its page numbers, statistics and command ids would be big-endian.
+            pr_err!("a legacy balloon is not supported on a big-endian guest\n");
+            return Err(EOPNOTSUPP);
+        }
         if state::free_page_pattern().is_none() {
             features.decline(Features::PAGE_POISON.bit_number());
         } else if !features.has_feature(Features::PAGE_POISON.bit_number()) {
@@ -242,12 +292,7 @@ impl virtio::Driver for Balloon {
         this.works.sizing.empty();
         this.works.disable();
         dev.reset();
-        if let Some(hinting) = &this.works.hinting {
-            hinting.give_up();
-        }
-        if let Some(reporting) = &this.works.reporting {
-            reporting.give_up();
-        }
+        this.works.recover();
     }
 
     fn config_changed<'bound>(_dev: &'bound virtio::Device<Bound>, this: Pin<&Data>) {
@@ -255,5 +300,33 @@ impl virtio::Driver for Balloon {
         if let Some(hinting) = &this.works.hinting {
             hinting.command_changed();
         }
+    }
+
+    // The work queue is frozen meanwhile: what must be done is done here.
+    fn freeze<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) -> Result {
+        this.works.sizing.empty();
+        this.works.sizing.freeze();
+        dev.reset();
+        this.works.recover();
+        Ok(())
+    }
+
+    fn restore<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) -> Result {
+        let features = Features::from_bits(dev.features());
+        let result = this.works.find_queues(dev, features).and_then(|()| {
+            this.works.sizing.thaw();
+            this.works.start(dev, features)
+        });
+        if result.is_err() {
+            // As it was; the device can still be removed, or the system sleep again.
+            this.works.sizing.freeze();
+            dev.reset();
+            this.works.recover();
+        }
+        result
+    }
+
+    fn shutdown<'bound>(_dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) {
+        this.works.disable();
     }
 }

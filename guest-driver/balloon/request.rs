@@ -5,138 +5,298 @@
 use kernel::page::PAGE_SHIFT;
 use kernel::prelude::*;
 
-use crate::mm::{BalloonPage, BlockList};
+use crate::mm::{BalloonPage, BlockList, PageRef};
 use crate::shared_abi::page::{self, Pfn};
-use crate::virtio::Accompanied;
+use crate::virtio::{Accompanied, Either};
 
 /// How many page numbers a request has at most: as many as in the kernel's own balloon driver,
 /// which is what devices know.
 const PFNS_MAX: usize = 256;
 
-/// How many balloon pages one page of the guest is.
-const PFNS_PER_PAGE: usize = match page::balloon_pages_per(PAGE_SHIFT as u32) {
-    Some(pfns) => pfns as usize,
-    None => panic!("a page of the guest is smaller than a balloon page"),
-};
+/// How a guest whose pages have `2^SHIFT` bytes counts in balloon pages, which have 4 KiB.
+pub(crate) struct Geometry<const SHIFT: u32>;
 
-const _: () = assert!(PFNS_PER_PAGE <= PFNS_MAX);
+/// This guest's.
+pub(crate) type Guest = Geometry<{ PAGE_SHIFT as u32 }>;
 
-/// Page numbers as the device reads them.
-type PfnArray = [[u8; 4]; PFNS_MAX];
+impl<const SHIFT: u32> Geometry<SHIFT> {
+    /// How many balloon pages one page of the guest is.
+    pub(crate) const PFNS_PER_PAGE: usize = match page::balloon_pages_per(SHIFT) {
+        Some(pfns) => {
+            assert!(
+                pfns as usize <= PFNS_MAX,
+                "a request has no room for a page"
+            );
+            pfns as usize
+        }
+        None => panic!("a page of the guest is smaller than a balloon page"),
+    };
+
+    /// How many of the guest's pages a request has room for.
+    pub(crate) const CAPACITY: usize = PFNS_MAX / Self::PFNS_PER_PAGE;
+
+    /// How many pages of the guest `pfns` balloon pages are, rounded up.
+    pub(crate) const fn guest_pages(pfns: u64) -> u64 {
+        pfns.div_ceil(Self::PFNS_PER_PAGE as u64)
+    }
+
+    /// How many balloon pages `pages` pages of the guest are.
+    pub(crate) const fn pfns(pages: usize) -> u64 {
+        (pages * Self::PFNS_PER_PAGE) as u64
+    }
+
+    /// Writes the numbers of the balloon pages of the guest's page at `address` into `array`, as
+    /// those of the request's page number `nth`. Returns how many bytes of the array are of use then;
+    /// `None`, and nothing of use written, if there is no room or a number has more than 32 bits.
+    fn encode(array: &mut [[u8; 4]], nth: usize, address: u64) -> Option<usize> {
+        let from = nth.checked_mul(Self::PFNS_PER_PAGE)?;
+        let to = from.checked_add(Self::PFNS_PER_PAGE)?;
+        for (slot, part) in array.get_mut(from..to)?.iter_mut().zip(0u64..) {
+            let address = address.checked_add(part << page::PFN_SHIFT)?;
+            *slot = Pfn::containing(address)?.to_le_bytes();
+        }
+        Some(to * size_of::<[u8; 4]>())
+    }
+}
+
+/// What travels on the inflate and deflate queues.
+pub(crate) type PageBuffer = Either<RequestBuffer, MoveBuffer>;
+
+type RequestBuffer = Accompanied<[[u8; 4]; PFNS_MAX], Load>;
+type MoveBuffer = Accompanied<[[u8; 4]; Guest::PFNS_PER_PAGE], Moving>;
+
+/// What a request is about.
+pub(crate) struct Load {
+    pages: BlockList<BalloonPage>,
+    /// The number of pages, also when they were let go.
+    count: usize,
+}
 
 /// An array of page numbers and the pages that it is about.
 ///
-/// The pages go where the request goes: while it is in flight, nobody can use or free them.
-pub(crate) struct Request(Accompanied<PfnArray, BlockList<BalloonPage>>);
-
-/// What travels on the inflate and deflate queues.
-pub(crate) type RequestBuffer = Accompanied<PfnArray, BlockList<BalloonPage>>;
+/// The pages go where the request goes: while it is in flight, nobody can use or free them, unless
+/// they were [let go](Self::let_go) on purpose.
+pub(crate) struct Request(RequestBuffer);
 
 impl Request {
     /// Allocates a request without pages. May sleep.
     pub(crate) fn new() -> Result<Self> {
-        let array = [[0; 4]; PFNS_MAX];
-        Ok(Self(Accompanied::new(array, BlockList::new(), GFP_KERNEL)?))
-    }
-
-    /// How many of the guest's pages a request has room for.
-    pub(crate) const fn capacity() -> usize {
-        PFNS_MAX / PFNS_PER_PAGE
+        let load = Load {
+            pages: BlockList::new(),
+            count: 0,
+        };
+        Ok(Self(Accompanied::new(
+            [[0; 4]; PFNS_MAX],
+            load,
+            GFP_KERNEL,
+        )?))
     }
 
     /// How many balloon pages the request is about.
     pub(crate) fn pfns(&self) -> u64 {
-        (self.0.companion().len() * PFNS_PER_PAGE) as u64
+        Guest::pfns(self.0.companion().count)
     }
 
     /// Whether the request is about no page.
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.companion().is_empty()
+        self.0.companion().count == 0
     }
 
     /// Adds a page. Gives it back if there is no room for it, or if its number has more than the 32
     /// bits that the device can read.
     pub(crate) fn push(&mut self, page: BalloonPage) -> Result<(), BalloonPage> {
-        let (array, pages) = self.0.parts();
-        let from = pages.len() * PFNS_PER_PAGE;
-        let room = array.iter_mut().skip(from).take(PFNS_PER_PAGE);
-        if room.len() < PFNS_PER_PAGE || encode(room, page.address()).is_none() {
-            return Err(page);
+        let (array, load) = self.0.parts();
+        match Guest::encode(array, load.count, page.address()) {
+            Some(length) => {
+                load.pages.push(page);
+                load.count += 1;
+                self.0.set_length(length);
+                Ok(())
+            }
+            None => Err(page),
         }
-        pages.push(page);
-        self.0
-            .set_length((from + PFNS_PER_PAGE) * size_of::<[u8; 4]>());
-        Ok(())
     }
 
     /// Takes the pages out, and leaves the request empty.
     pub(crate) fn take(&mut self) -> BlockList<BalloonPage> {
         self.0.set_length(0);
-        self.0.parts().1.take()
+        let (_, load) = self.0.parts();
+        load.count = 0;
+        load.pages.take()
+    }
+
+    /// Takes the pages out, but goes on being about them: to tell the device of pages without
+    /// waiting for its answer.
+    pub(crate) fn let_go(&mut self) -> BlockList<BalloonPage> {
+        self.0.parts().1.pages.take()
     }
 
     /// The request as a buffer for a queue.
-    pub(crate) fn into_buffer(self) -> RequestBuffer {
-        self.0
-    }
-
-    /// The request that a queue gave back.
-    pub(crate) fn from_buffer(buffer: RequestBuffer) -> Self {
-        Self(buffer)
+    pub(crate) fn into_buffer(self) -> PageBuffer {
+        Either::Left(self.0)
     }
 }
 
-/// How many pages of the guest `pfns` balloon pages are, rounded up.
-pub(crate) const fn guest_pages(pfns: u64) -> u64 {
-    pfns.div_ceil(PFNS_PER_PAGE as u64)
+/// What a request for a single page is about.
+pub(crate) struct Moving {
+    slot: usize,
+    page: Option<PageRef>,
 }
 
-/// Writes into `room` the numbers of the balloon pages from `address` on. `None`, and nothing of
-/// use written, if one of them does not fit.
-fn encode<'a>(room: impl Iterator<Item = &'a mut [u8; 4]>, address: u64) -> Option<()> {
-    for (slot, nth) in room.zip(0u64..) {
-        let address = address.checked_add(nth << page::PFN_SHIFT)?;
-        *slot = Pfn::containing(address)?.to_le_bytes();
+/// A request about a single page that the kernel moves, and a reference to that page: it is not
+/// freed while the request is in flight.
+pub(crate) struct MoveRequest(MoveBuffer);
+
+impl MoveRequest {
+    /// Allocates a request about no page, which will be known as `slot`. May sleep.
+    pub(crate) fn new(slot: usize) -> Result<Self> {
+        let array = [[0; 4]; Guest::PFNS_PER_PAGE];
+        let moving = Moving { slot, page: None };
+        Ok(Self(Accompanied::new(array, moving, GFP_KERNEL)?))
     }
-    Some(())
+
+    /// The number by which it is known.
+    pub(crate) fn slot(&self) -> usize {
+        self.0.companion().slot
+    }
+
+    /// Makes it a request about `page`. Gives the page back if its number has more than the 32 bits
+    /// that the device can read.
+    pub(crate) fn set(&mut self, page: PageRef) -> Result<(), PageRef> {
+        let (array, moving) = self.0.parts();
+        match Guest::encode(array, 0, page.address()) {
+            Some(length) => {
+                moving.page = Some(page);
+                self.0.set_length(length);
+                Ok(())
+            }
+            None => Err(page),
+        }
+    }
+
+    /// Takes the page out.
+    pub(crate) fn take(&mut self) -> Option<PageRef> {
+        self.0.set_length(0);
+        self.0.parts().1.page.take()
+    }
+
+    /// The request as a buffer for a queue.
+    pub(crate) fn into_buffer(self) -> PageBuffer {
+        Either::Right(self.0)
+    }
+}
+
+/// What a queue gave back.
+pub(crate) enum Returned {
+    /// A request.
+    Request(Request),
+    /// A request about a page that the kernel moves.
+    Move(MoveRequest),
+}
+
+impl From<PageBuffer> for Returned {
+    fn from(buffer: PageBuffer) -> Self {
+        match buffer {
+            Either::Left(buffer) => Self::Request(Request(buffer)),
+            Either::Right(buffer) => Self::Move(MoveRequest(buffer)),
+        }
+    }
 }
 
 #[kunit_tests(virtio_balloon_rs_request)]
 mod tests {
     use super::*;
 
+    const EMPTY: [u8; 4] = [0xff; 4];
+
     #[test]
-    fn page_numbers_count_on_from_the_first_and_are_little_endian() {
-        let mut room = [[0xff; 4]; 3];
+    fn page_numbers_are_little_endian() {
+        let mut array = [EMPTY; 2];
+        let address = 0x0102_0304 << page::PFN_SHIFT;
+        assert_eq!(Geometry::<12>::encode(&mut array, 1, address), Some(8));
+        assert_eq!(array, [EMPTY, [4, 3, 2, 1]]);
+    }
+
+    #[test]
+    fn a_large_page_has_a_number_for_each_4_kib() {
+        let mut array = [EMPTY; 9];
+        assert_eq!(Geometry::<14>::encode(&mut array, 1, 0x10_c000), Some(32));
+        let numbers = array.map(u32::from_le_bytes);
+        assert_eq!(numbers[3..], [!0, 0x10c, 0x10d, 0x10e, 0x10f, !0]);
+
+        let mut array = [EMPTY; PFNS_MAX];
+        let last = Geometry::<16>::CAPACITY - 1;
         assert_eq!(
-            encode(room.iter_mut(), 0x0102_0304 << page::PFN_SHIFT),
-            Some(())
+            Geometry::<16>::encode(&mut array, last, 0x7f_0000),
+            Some(1024)
         );
-        assert_eq!(room, [[4, 3, 2, 1], [5, 3, 2, 1], [6, 3, 2, 1]]);
+        let numbers = array.map(u32::from_le_bytes);
+        assert_eq!(numbers[PFNS_MAX - 17..][..2], [!0, 0x7f0]);
+        assert_eq!(numbers[PFNS_MAX - 1], 0x7ff);
+    }
+
+    #[test]
+    fn a_guest_counts_in_its_own_pages() {
+        assert_eq!(Geometry::<12>::PFNS_PER_PAGE, 1);
+        assert_eq!(Geometry::<14>::PFNS_PER_PAGE, 4);
+        assert_eq!(Geometry::<16>::PFNS_PER_PAGE, 16);
+        assert_eq!(Geometry::<12>::CAPACITY, 256);
+        assert_eq!(Geometry::<14>::CAPACITY, 64);
+        assert_eq!(Geometry::<16>::CAPACITY, 16);
+        for pfns in [0, 1, 15, 16, 17, 256] {
+            assert_eq!(Geometry::<12>::guest_pages(pfns), pfns);
+            assert_eq!(Geometry::<14>::guest_pages(pfns), (pfns + 3) / 4);
+            assert_eq!(Geometry::<16>::guest_pages(pfns), (pfns + 15) / 16);
+        }
+        assert_eq!(Geometry::<14>::pfns(3), 12);
+        assert_eq!(Geometry::<16>::pfns(256), 4096);
     }
 
     #[test]
     fn a_number_beyond_32_bits_is_refused() {
-        let mut room = [[0; 4]; 2];
-        assert_eq!(encode(room.iter_mut().take(1), 0xfff_ffff_f000), Some(()));
-        assert_eq!(encode(room.iter_mut(), 0xfff_ffff_f000), None);
-        assert_eq!(encode(room.iter_mut(), u64::MAX), None);
+        let mut array = [EMPTY; 16];
+        let last = 0xfff_ffff_f000;
+        assert_eq!(Geometry::<12>::encode(&mut array, 0, last), Some(4));
+        assert_eq!(Geometry::<14>::encode(&mut array, 0, last), None);
+        assert_eq!(Geometry::<16>::encode(&mut array, 0, last - 0xe000), None);
+        assert_eq!(
+            Geometry::<16>::encode(&mut array, 0, last - 0xf000),
+            Some(64)
+        );
+        assert_eq!(Geometry::<12>::encode(&mut array, 0, u64::MAX), None);
+        assert_eq!(Geometry::<12>::encode(&mut array, 16, 0), None);
+        assert_eq!(Geometry::<16>::encode(&mut array, usize::MAX, 0), None);
     }
 
     #[test]
     fn a_request_takes_pages_until_it_is_full_and_gives_them_back() -> Result {
         let mut request = Request::new()?;
         assert!(request.is_empty());
-        for _ in 0..Request::capacity() {
+        for _ in 0..Guest::CAPACITY {
             let page = BalloonPage::alloc().ok_or(ENOMEM)?;
             assert!(request.push(page).is_ok());
         }
         assert_eq!(request.pfns(), PFNS_MAX as u64);
         let page = BalloonPage::alloc().ok_or(ENOMEM)?;
         assert!(request.push(page).is_err());
-        assert_eq!(request.take().len(), Request::capacity());
+        assert_eq!(request.take().len(), Guest::CAPACITY);
         assert!(request.is_empty());
         assert_eq!(request.pfns(), 0);
+        Ok(())
+    }
+
+    #[test]
+    fn a_request_remembers_pages_that_it_let_go() -> Result {
+        let mut request = Request::new()?;
+        for _ in 0..3 {
+            let page = BalloonPage::alloc().ok_or(ENOMEM)?;
+            assert!(request.push(page).is_ok());
+        }
+        assert_eq!(request.let_go().len(), 3);
+        assert_eq!(request.pfns(), Guest::pfns(3));
+        assert!(!request.is_empty());
+        assert!(request.take().is_empty());
+        assert!(request.is_empty());
         Ok(())
     }
 }

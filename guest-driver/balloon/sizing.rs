@@ -2,31 +2,31 @@
 
 //! Inflating and deflating towards the host's target.
 //!
-//! One work item does it. It never waits for the device: it collects what the device has used,
-//! sends what there is room for, and returns; the device's interrupt starts it again. So it can be
-//! stopped at any time, whatever the device does.
+//! It is done in turns. A turn never waits for the device: it collects what the device has used,
+//! sends what there is room for, and returns; the device's interrupt asks for the next one. A work
+//! item takes the turns; where none can run, or an end is waited for, the caller does.
+//!
+//! A task that finds no memory takes pages out by itself, see [`OnOutOfMemory`].
 
 use kernel::prelude::*;
-use kernel::sync::atomic::{AtomicFlag, Relaxed};
-use kernel::sync::{aref::ARef, new_condvar, new_mutex, Arc, CondVar, CondVarTimeoutResult, Mutex};
+use kernel::sync::atomic::{Atomic, AtomicFlag, Relaxed};
+use kernel::sync::{aref::ARef, new_mutex, Arc, Mutex};
 use kernel::time::{msecs_to_jiffies, Delta, Instant, Jiffies, Monotonic, Msecs};
 use kernel::workqueue::{
     impl_has_delayed_work, impl_has_work, new_delayed_work, new_work, DelayedWork, Work, WorkItem,
 };
 use kernel::{dev_info, dev_warn, device};
 
-use super::balance::{Balance, Step};
+use super::balance::Step;
 use super::config::BalloonConfig;
 use super::counters::Counters;
-use super::request::{guest_pages, Request, RequestBuffer};
+use super::request::{Guest, PageBuffer, Request};
 use super::reserve::may_inflate;
-use crate::mm::{BalloonPage, BalloonPages};
-use crate::shared_abi::queue::Queue;
+use super::traffic::{Pages, Traffic, LOOK, REQUESTS};
+use crate::mm::{state, BalloonPage, BalloonPages, OnOutOfMemory};
 use crate::virtio::work::{self, WorkQueue};
-use crate::virtio::{AddError, Virtqueue};
+use crate::virtio::{Virtqueue, Wakeup};
 
-/// How many requests there are. The next ones are filled while the device works on the last.
-const REQUESTS: usize = 16;
 /// After how many new requests the device is notified. Half of them: so there are always some to
 /// fill.
 const BATCH: usize = REQUESTS / 2;
@@ -37,7 +37,20 @@ const RETRY_MAX: Msecs = 3200;
 /// How often at most a shortage of memory is worth a line in the log.
 const COMPLAINT_INTERVAL: Delta = Delta::from_secs(5);
 /// How long a device that must take all pages back may make no progress.
-const PATIENCE: Msecs = 2000;
+const PATIENCE: Delta = Delta::from_secs(2);
+
+/// How many balloon pages a task that found no memory gets at a time: as many as from the kernel's
+/// own balloon driver.
+const RESCUE: u64 = 256;
+/// How long such a task waits for the device's word, where it has to.
+const RESCUE_PATIENCE: Delta = Delta::from_secs(2);
+/// How long nothing is inflated after that.
+const RESCUE_PAUSE: Delta = Delta::from_secs(10);
+/// What part of the guest's memory must then be to be had before anything is.
+const RESCUE_SHARE: usize = 16;
+
+/// The event that keeps the system awake.
+const ADJUST: u32 = 0;
 
 const STEER: u64 = 1;
 const RETRY: u64 = 2;
@@ -47,19 +60,21 @@ const RETRY: u64 = 2;
 pub(crate) struct Sizing {
     dev: ARef<device::Device>,
     config: BalloonConfig,
-    inflate: Virtqueue<RequestBuffer>,
-    deflate: Virtqueue<RequestBuffer>,
+    /// The host has to know, and to agree, before a page is used.
+    must_tell_host: bool,
     /// The host may have changed its target since it was read.
     target_changed: AtomicFlag,
-    /// The driver goes: the target is an empty balloon, whatever the host wants.
+    /// The target is an empty balloon, whatever the host wants.
     emptying: AtomicFlag,
+    /// A task found no memory, and took pages out.
+    rescued: AtomicFlag,
+    /// How many pages had been released when such a task got none.
+    in_vain_at: Atomic<u64>,
     #[pin]
-    state: Mutex<State>,
-    /// Notified when pages have come out while the balloon is being emptied.
+    turn: Mutex<Turn>,
     #[pin]
-    progress: CondVar,
-    #[pin]
-    pages: BalloonPages,
+    pages: Pages,
+    wakeup: Arc<Wakeup>,
     work_queue: Arc<WorkQueue>,
     counters: Arc<Counters>,
     #[pin]
@@ -68,15 +83,15 @@ pub(crate) struct Sizing {
     retry: DelayedWork<Self, RETRY>,
 }
 
-struct State {
-    balance: Balance,
+/// What the turns know. The lock makes them one at a time; memory is allocated under it.
+struct Turn {
     target: u64,
     /// What the host was last told about the balloon's size.
-    reported: u64,
-    /// The requests that are not in flight. Has room for all.
-    spare: KVec<Request>,
+    reported: Option<u64>,
     delay: Msecs,
     complained: Option<Instant<Monotonic>>,
+    /// When a task last found no memory, until the target is reached or memory is there again.
+    rescued: Option<Instant<Monotonic>>,
 }
 
 impl_has_work! {
@@ -89,37 +104,36 @@ impl_has_delayed_work! {
 
 impl Sizing {
     /// Makes an empty balloon. With `adjust_managed`, its pages do not count as the guest's memory.
+    /// With `must_tell_host`, no page is used before the device has given it back.
     ///
     /// May sleep. Fails with `ENOMEM`.
     pub(crate) fn new(
         dev: ARef<device::Device>,
         config: BalloonConfig,
+        wakeup: Arc<Wakeup>,
         work_queue: Arc<WorkQueue>,
         counters: Arc<Counters>,
         adjust_managed: bool,
+        must_tell_host: bool,
     ) -> Result<Arc<Self>> {
-        let mut spare = KVec::with_capacity(REQUESTS, GFP_KERNEL)?;
-        for _ in 0..REQUESTS {
-            spare.push(Request::new()?, GFP_KERNEL)?;
-        }
-        let state = State {
-            balance: Balance::default(),
+        let turn = Turn {
             target: 0,
-            reported: 0,
-            spare,
+            reported: Some(0),
             delay: RETRY_MIN,
             complained: None,
+            rescued: None,
         };
         let sizing = try_pin_init!(Self {
             dev,
             config,
-            inflate: Virtqueue::new(c"inflate")?,
-            deflate: Virtqueue::new(c"deflate")?,
+            must_tell_host,
             target_changed: AtomicFlag::new(true),
             emptying: AtomicFlag::new(false),
-            state <- new_mutex!(state, "Sizing::state"),
-            progress <- new_condvar!("Sizing::progress"),
-            pages <- BalloonPages::new(adjust_managed),
+            rescued: AtomicFlag::new(false),
+            in_vain_at: Atomic::new(u64::MAX),
+            turn <- new_mutex!(turn, "Sizing::turn"),
+            pages <- BalloonPages::new(adjust_managed, Traffic::new(counters.clone())?),
+            wakeup,
             work_queue,
             counters,
             steer <- new_work!("Sizing::steer"),
@@ -129,23 +143,31 @@ impl Sizing {
     }
 
     /// The queue of pages that go into the balloon.
-    pub(crate) fn inflate_queue(&self) -> &Virtqueue<RequestBuffer> {
-        &self.inflate
+    pub(crate) fn inflate_queue(&self) -> &Virtqueue<PageBuffer> {
+        self.traffic().inflate_queue()
     }
 
     /// The queue of pages that come out of the balloon.
-    pub(crate) fn deflate_queue(&self) -> &Virtqueue<RequestBuffer> {
-        &self.deflate
+    pub(crate) fn deflate_queue(&self) -> &Virtqueue<PageBuffer> {
+        self.traffic().deflate_queue()
+    }
+
+    fn traffic(&self) -> &Traffic {
+        self.pages.migrator()
     }
 
     /// The host may have a new target. Any context.
     pub(crate) fn target_changed(self: &Arc<Self>) {
         self.target_changed.store(true, Relaxed);
-        self.wake();
+        if !self.traffic().is_closed() {
+            self.wakeup.begin(ADJUST);
+            self.wake();
+        }
     }
 
     /// The device has used requests. Any context.
     pub(crate) fn used(self: &Arc<Self>) {
+        self.traffic().signal.raise();
         self.wake();
     }
 
@@ -157,78 +179,89 @@ impl Sizing {
     /// Takes all pages out of the balloon and tells the host, as long as it answers.
     ///
     /// May sleep: for as long as the device makes progress, and at most two seconds without. What
-    /// it did not answer for stays where it is, for the reset to bring back.
+    /// it did not answer for stays where it is, for the reset to bring back. Needs no work item to
+    /// run.
     pub(crate) fn empty(self: &Arc<Self>) {
         self.emptying.store(true, Relaxed);
-        let patience = msecs_to_jiffies(PATIENCE);
-        let mut state = self.state.lock();
-        let mut last = state.balance;
-        while !state.balance.is_empty() && !self.is_broken() {
-            // Under the lock, so that the answer cannot come before the wait.
-            self.wake();
-            match self
-                .progress
-                .wait_interruptible_timeout(&mut state, patience)
-            {
-                CondVarTimeoutResult::Woken { .. } => {}
-                CondVarTimeoutResult::Signal { .. } => break,
-                CondVarTimeoutResult::Timeout if state.balance == last => {
-                    dev_warn!(
-                        self.dev,
-                        "the host does not take its pages back; resetting it\n"
-                    );
-                    break;
-                }
-                CondVarTimeoutResult::Timeout => {}
+        let mut last = self.traffic().balance();
+        let mut since: Instant<Monotonic> = Instant::now();
+        loop {
+            let seen = self.traffic().signal.count();
+            let more = self.take_turn();
+            if self.traffic().is_idle() || self.traffic().is_broken() {
+                break;
             }
-            last = state.balance;
+            let balance = self.traffic().balance();
+            if balance != last {
+                last = balance;
+                since = Instant::now();
+            } else if since.elapsed() > PATIENCE {
+                dev_warn!(
+                    self.dev,
+                    "the host does not take its pages back; resetting it\n"
+                );
+                break;
+            }
+            if !more {
+                self.traffic().signal.wait(seen, LOOK);
+            }
         }
     }
 
-    /// Ends all work for good. May sleep.
+    /// Ends all work for good. Nobody waits for the device any more, in any context. May sleep, but
+    /// not for the device.
     pub(crate) fn disable(self: &Arc<Self>) {
+        self.traffic().close();
         work::disable_delayed::<Self, RETRY>(self);
         work::disable::<Self, STEER>(self);
+        self.wakeup.take_up(ADJUST);
+        self.wakeup.rest();
     }
 
-    fn is_broken(&self) -> bool {
-        self.inflate.is_broken() || self.deflate.is_broken()
+    /// No turn is taken any more, and nobody waits for the device, until [`thaw`](Self::thaw). May
+    /// sleep, but not for the device.
+    pub(crate) fn freeze(&self) {
+        self.traffic().close();
+        // A turn that is under way ends.
+        drop(self.turn.lock());
+        self.wakeup.take_up(ADJUST);
+        self.wakeup.rest();
     }
 
-    /// Takes back the requests that the device has used, and does what they were for.
-    fn collect(&self, state: &mut State) {
-        while let Some((buffer, _)) = self.inflate.pop() {
-            let mut request = Request::from_buffer(buffer);
-            state.balance.arrived(request.pfns());
-            self.pages.enqueue(request.take());
-            state.put(request);
-        }
-        while let Some((buffer, _)) = self.deflate.pop() {
-            let mut request = Request::from_buffer(buffer);
-            state.balance.left(request.pfns());
-            // The device has let go of the pages: only now are they the guest's again.
-            drop(request.take());
-            state.put(request);
-        }
+    /// Frees all pages that the device did not give back. To be called after its reset and
+    /// [`freeze`](Self::freeze) or [`disable`](Self::disable). May sleep.
+    pub(crate) fn recover(&self) {
+        Traffic::recover(&self.pages);
+    }
+
+    /// The device is there again, and holds no page: everything begins anew. Any context.
+    pub(crate) fn thaw(self: &Arc<Self>) {
+        let mut turn = self.turn.lock();
+        turn.reported = None;
+        turn.delay = RETRY_MIN;
+        drop(turn);
+        self.emptying.store(false, Relaxed);
+        self.traffic().open();
     }
 
     /// Tells the host the balloon's size, if it does not know it.
-    fn report(&self, state: &mut State) {
-        let inside = state.balance.inside();
+    fn report(&self, turn: &mut Turn) {
+        let inside = self.traffic().inside();
         self.counters.balloon_pages.set(inside);
-        if inside != state.reported && self.config.set_actual(inside).is_ok() {
-            state.reported = inside;
+        if turn.reported != Some(inside) && self.config.set_actual(inside).is_ok() {
+            turn.reported = Some(inside);
         }
     }
 
     /// Reads the host's target, if it may have changed.
-    fn read_target(&self, state: &mut State) -> Result {
+    fn read_target(&self, turn: &mut Turn) -> Result {
         if self.emptying.load(Relaxed) {
-            state.target = 0;
+            turn.target = 0;
+            self.target_changed.store(true, Relaxed);
         } else if self.target_changed.xchg(false, Relaxed) {
-            state.target = self.config.target()?;
-            self.counters.target_pages.set(state.target);
-            state.delay = RETRY_MIN;
+            turn.target = self.config.target()?;
+            self.counters.target_pages.set(turn.target);
+            turn.delay = RETRY_MIN;
         }
         Ok(())
     }
@@ -236,48 +269,63 @@ impl Sizing {
     /// Sends requests towards the target for as long as there is room and memory.
     ///
     /// The target is looked at before each. `EAGAIN` if memory, or pages to take out, are not to be
-    /// had now; any other error if the device is gone.
-    fn advance(&self, state: &mut State) -> Result {
+    /// had now; any other error if the device is gone. Returns whether the target is reached.
+    fn advance(&self, turn: &mut Turn) -> Result<bool> {
         let mut unnoticed = 0;
         let result = loop {
-            if let Err(error) = self.read_target(state) {
+            if let Err(error) = self.read_target(turn) {
                 break Err(error);
             }
-            let step = state.balance.next(state.target);
+            let step = self.traffic().next(turn.target);
             if matches!(step, Step::Wait | Step::Rest) {
-                break Ok(());
+                break Ok(step == Step::Rest);
             }
-            let Some(request) = state.spare.pop() else {
-                break Ok(());
+            if matches!(step, Step::Inflate(_)) && !self.may_inflate(turn) {
+                break Err(EAGAIN);
+            }
+            let Some(request) = self.traffic().take_spare() else {
+                break Ok(false);
             };
             let sent = match step {
-                Step::Inflate(pfns) => self.send_in(state, request, pfns),
-                Step::Deflate(pfns) => self.send_out(state, request, pfns),
+                Step::Inflate(pfns) => self.send_in(turn, request, pfns),
+                Step::Deflate(pfns) => {
+                    Traffic::send_out(&self.pages, request, pfns, false).map(drop)
+                }
                 Step::Wait | Step::Rest => Ok(()),
             };
-            if sent.is_err() {
-                break sent;
+            if let Err(error) = sent {
+                break Err(error);
             }
             unnoticed += 1;
             if unnoticed == BATCH {
-                self.notify();
+                self.traffic().notify();
                 unnoticed = 0;
             }
         };
         // Also after an error: a request that memory was too short to fill has been sent all the
         // same.
-        self.notify();
+        self.traffic().notify();
         result
     }
 
-    /// Fills `request` with up to `pfns` new pages, and offers them to the device.
-    fn send_in(&self, state: &mut State, mut request: Request, pfns: u64) -> Result {
-        let wanted = guest_pages(pfns).min(Request::capacity() as u64);
-        let mut result = Ok(());
-        if !may_inflate() {
-            state.put(request);
-            return Err(EAGAIN);
+    /// Whether the guest has memory to give.
+    fn may_inflate(&self, turn: &mut Turn) -> bool {
+        if self.rescued.xchg(false, Relaxed) {
+            turn.rescued = Some(Instant::now());
         }
+        if let Some(then) = turn.rescued {
+            let enough = state::managed_pages() / RESCUE_SHARE;
+            if then.elapsed() < RESCUE_PAUSE || state::obtainable_pages() < enough {
+                return false;
+            }
+        }
+        may_inflate()
+    }
+
+    /// Fills `request` with up to `pfns` new pages, and offers them to the device.
+    fn send_in(&self, turn: &mut Turn, mut request: Request, pfns: u64) -> Result {
+        let wanted = Guest::guest_pages(pfns).min(Guest::CAPACITY as u64);
+        let mut result = Ok(());
         for _ in 0..wanted {
             let page = BalloonPage::alloc();
             if page.and_then(|page| request.push(page).ok()).is_none() {
@@ -285,91 +333,129 @@ impl Sizing {
                 break;
             }
         }
+        if self.rescued.load(Relaxed) {
+            // Somebody found no memory meanwhile: now there is some.
+            result = Err(EAGAIN);
+            drop(request.take());
+        }
         if request.is_empty() {
-            state.put(request);
+            self.traffic().put(request);
             return result;
         }
-        let pfns = request.pfns();
-        if let Err(AddError { buffer, failure }) = self.inflate.add(request.into_buffer()) {
-            state.take_back(buffer, drop);
-            return Err(failure.into());
-        }
-        self.counters.inflate_requests.add(1);
-        state.balance.send_in(pfns);
+        self.traffic().send_in(request)?;
         if result.is_ok() {
-            state.delay = RETRY_MIN;
+            turn.delay = RETRY_MIN;
         }
         result
     }
 
-    /// Fills `request` with up to `pfns` pages from the balloon, and asks the device for them.
-    fn send_out(&self, state: &mut State, mut request: Request, pfns: u64) -> Result {
-        let wanted = guest_pages(pfns).min(Request::capacity() as u64);
-        let mut pages = self.pages.dequeue(wanted as usize);
-        while let Some(page) = pages.pop() {
-            // There is room, and the number did fit on the way in.
-            let _ = request.push(page);
-        }
-        if request.is_empty() {
-            state.put(request);
-            // All pages are isolated for compaction, from which they come back soon.
-            return Err(EAGAIN);
-        }
-        let pfns = request.pfns();
-        if let Err(AddError { buffer, failure }) = self.deflate.add(request.into_buffer()) {
-            state.take_back(buffer, |pages| self.pages.enqueue(pages));
-            return Err(failure.into());
-        }
-        self.counters.deflate_requests.add(1);
-        state.balance.send_out(pfns);
-        Ok(())
-    }
-
-    /// Lets the device know of all requests.
-    fn notify(&self) {
-        self.counters.kicked(Queue::Inflate, self.inflate.kick());
-        self.counters.kicked(Queue::Deflate, self.deflate.kick());
-    }
-
     /// Tries again later, and says why once in a while.
-    fn retry_later(self: &Arc<Self>, state: &mut State) {
+    fn retry_later(self: &Arc<Self>, turn: &mut Turn) {
         self.counters.shortages.add(1);
-        let may_complain = state
+        let may_complain = turn
             .complained
             .is_none_or(|then| then.elapsed() > COMPLAINT_INTERVAL);
-        if may_complain && state.balance.next(state.target) != Step::Rest {
-            state.complained = Some(Instant::now());
+        if may_complain && !self.emptying.load(Relaxed) {
+            turn.complained = Some(Instant::now());
             dev_info!(
                 self.dev,
                 "Out of puff! {} of {} pages are in the balloon\n",
-                state.balance.inside(),
-                state.target
+                self.traffic().inside(),
+                turn.target
             );
         }
-        let delay: Jiffies = msecs_to_jiffies(state.delay);
-        state.delay = (state.delay * 2).min(RETRY_MAX);
+        let delay: Jiffies = msecs_to_jiffies(turn.delay);
+        turn.delay = (turn.delay * 2).min(RETRY_MAX);
         let _ = self
             .work_queue
             .enqueue_delayed::<Arc<Self>, RETRY>(self.clone(), delay);
     }
-}
 
-impl State {
-    /// Puts a request that is not in flight away, for the next use.
-    fn put(&mut self, request: Request) {
-        // Its room is still there: requests are only ever taken and put back.
-        let _ = self.spare.push_within_capacity(request);
+    /// Whether a task that found no memory has waited in vain already, and nothing has been answered
+    /// since. `released` is how many pages were released so far.
+    fn is_silent(&self, released: u64) -> bool {
+        let balance = self.traffic().balance();
+        balance.coming_out() > 0 && self.in_vain_at.load(Relaxed) == released
     }
 
-    /// Puts away a request that the queue did not take, after `undo` has seen to its pages.
-    fn take_back(
-        &mut self,
-        buffer: RequestBuffer,
-        undo: impl FnOnce(crate::mm::BlockList<BalloonPage>),
-    ) {
-        let mut request = Request::from_buffer(buffer);
-        undo(request.take());
-        self.put(request);
+    /// Takes some pages out. If the host need not agree, they are free then.
+    fn take_out_for_rescue(&self) {
+        let request = self
+            .traffic()
+            .take_reserved()
+            .or_else(|| Traffic::wait(&self.pages, RESCUE_PATIENCE, Traffic::take_reserved));
+        if let Some(request) = request {
+            // If there is none to take out, there is none to give back.
+            let _ = Traffic::send_out(&self.pages, request, RESCUE, !self.must_tell_host);
+            self.traffic().notify();
+        }
+    }
+
+    /// One turn: everything that can be done now, and no more than all requests once. Returns
+    /// whether another is worth taking at once.
+    fn take_turn(self: &Arc<Self>) -> bool {
+        let mut turn = self.turn.lock();
+        if self.traffic().is_closed() {
+            return false;
+        }
+        self.wakeup.take_up(ADJUST);
+        Traffic::collect(&self.pages);
+        self.report(&mut turn);
+        match self.advance(&mut turn) {
+            Ok(true) => {
+                turn.rescued = None;
+                self.wakeup.rest();
+            }
+            Ok(false) => {}
+            Err(error) if error == EAGAIN => {
+                self.retry_later(&mut turn);
+                self.wakeup.rest();
+            }
+            Err(_) => {
+                self.wakeup.rest();
+                return false;
+            }
+        }
+        !self.traffic().listen()
+    }
+}
+
+/// Deflating where there is no memory left.
+///
+/// This runs within an allocation, so it takes only the lock of [`Traffic`], allocates nothing and
+/// does not touch config space, which some transports allocate for; the work item tells the host the
+/// new size. Where the host need not agree, the pages are free as soon as it has been told of them;
+/// where it has to, its answer is waited for, but not for ever, and not again before it has answered
+/// for the last ones.
+impl OnOutOfMemory for Sizing {
+    fn give_back(self: &Arc<Self>) -> usize {
+        let traffic = self.traffic();
+        if traffic.is_closed() || self.emptying.load(Relaxed) {
+            return 0;
+        }
+        self.rescued.store(true, Relaxed);
+        let before = traffic.released();
+        let freed = |traffic: &Traffic| {
+            let freed = traffic.released().wrapping_sub(before) as usize;
+            Some(freed).filter(|freed| *freed > 0)
+        };
+        Traffic::collect(&self.pages);
+        if freed(traffic).is_none() && !self.is_silent(before) {
+            self.take_out_for_rescue();
+            if self.must_tell_host && traffic.balance().coming_out() > 0 {
+                Traffic::wait(&self.pages, RESCUE_PATIENCE, freed);
+            }
+        }
+        let freed = freed(traffic).unwrap_or(0);
+        if freed == 0 {
+            self.in_vain_at.store(before, Relaxed);
+        } else {
+            self.counters.oom_deflations.add(1);
+            self.counters.oom_deflated_pages.add(Guest::pfns(freed));
+        }
+        // To tell the host of the new size.
+        self.wake();
+        freed
     }
 }
 
@@ -378,23 +464,10 @@ impl WorkItem<1> for Sizing {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        let mut state = this.state.lock();
-        loop {
-            this.collect(&mut state);
-            this.report(&mut state);
-            match this.advance(&mut state) {
-                Ok(()) => {}
-                Err(error) if error == EAGAIN => this.retry_later(&mut state),
-                Err(_) => break,
-            }
-            // Both, lest an interrupt is lost: the one may be asked for while the other is late.
-            let quiet = this.inflate.enable_callback_delayed();
-            if this.deflate.enable_callback_delayed() && quiet {
-                break;
-            }
-        }
-        if this.emptying.load(Relaxed) {
-            this.progress.notify_all();
+        // One turn each time, so that the system, which waits for the work to pause before it
+        // sleeps, waits for one turn at most.
+        if this.take_turn() {
+            this.wake();
         }
     }
 }

@@ -15,10 +15,13 @@ use crate::mm::statistics::{self, Events, HugetlbEvents, Memory};
 use crate::shared_abi::queue::Queue;
 use crate::shared_abi::stats::{Stat, Tag};
 use crate::virtio::work::{self, WorkQueue};
-use crate::virtio::{Accompanied, AddError, Virtqueue};
+use crate::virtio::{Accompanied, AddError, Virtqueue, Wakeup};
 
 /// The most bytes that statistics take.
 const SIZE: usize = Stat::SIZE * Tag::ALL.len();
+
+/// The event that keeps the system awake.
+const ANSWER: u32 = 1;
 
 /// What travels on the statistics queue; how long it is depends on what the kernel counts.
 pub(crate) type StatisticsBuffer = Accompanied<[u8; SIZE], ()>;
@@ -30,6 +33,7 @@ pub(crate) struct Statistics {
     /// The buffer, before it is sent for the first time, or if the queue did not take it.
     #[pin]
     spare: Mutex<Option<StatisticsBuffer>>,
+    wakeup: Arc<Wakeup>,
     work_queue: Arc<WorkQueue>,
     counters: Arc<Counters>,
     #[pin]
@@ -42,11 +46,16 @@ impl_has_work! {
 
 impl Statistics {
     /// Sends nothing yet. May sleep. Fails with `ENOMEM`.
-    pub(crate) fn new(work_queue: Arc<WorkQueue>, counters: Arc<Counters>) -> Result<Arc<Self>> {
+    pub(crate) fn new(
+        wakeup: Arc<Wakeup>,
+        work_queue: Arc<WorkQueue>,
+        counters: Arc<Counters>,
+    ) -> Result<Arc<Self>> {
         let buffer = StatisticsBuffer::new([0; SIZE], (), GFP_KERNEL)?;
         let statistics = try_pin_init!(Self {
             queue: Virtqueue::new(c"stats")?,
             spare <- new_mutex!(Some(buffer), "Statistics::spare"),
+            wakeup,
             work_queue,
             counters,
             work <- new_work!("Statistics::work"),
@@ -59,14 +68,60 @@ impl Statistics {
         &self.queue
     }
 
-    /// The device has its first buffer to get, or wants new statistics. Any context.
+    /// Puts the first buffer into the queue, for [`notify`](Self::notify) to tell the device of once
+    /// it is ready. May sleep.
+    pub(crate) fn prime(&self) -> Result {
+        self.answer().map(drop)
+    }
+
+    /// Tells the device of the first buffer.
+    pub(crate) fn notify(&self) {
+        self.counters.kicked(Queue::Stats, self.queue.kick());
+    }
+
+    /// The device wants new statistics, or seems to. Any context.
     pub(crate) fn wanted(self: &Arc<Self>) {
+        self.wakeup.begin(ANSWER);
         let _ = self.work_queue.enqueue(self.clone());
+    }
+
+    /// Takes the buffer back after the device's reset. May sleep.
+    pub(crate) fn recover(&self) {
+        let mut spare = self.spare.lock();
+        while let Some(buffer) = self.queue.detach() {
+            *spare = Some(buffer);
+        }
+        self.wakeup.take_up(ANSWER);
+        self.wakeup.rest();
+    }
+
+    /// Sends statistics if there is a buffer for them: there is if the device has used it, or has
+    /// never seen it. Returns whether there was; then the device is to be notified.
+    fn answer(&self) -> Result<bool> {
+        let mut spare = self.spare.lock();
+        let used = self.queue.pop().map(|(buffer, _)| buffer);
+        let Some(mut buffer) = used.or_else(|| spare.take()) else {
+            // Nobody asked: an interrupt may come without a reason.
+            return Ok(false);
+        };
+        let (events, hugetlb) = statistics::events();
+        let (bytes, ()) = buffer.parts();
+        let length = encode(statistics::memory(), events, hugetlb, bytes);
+        buffer.set_length(length);
+        match self.queue.add(buffer) {
+            Ok(()) => Ok(true),
+            Err(AddError { buffer, failure }) => {
+                *spare = Some(buffer);
+                Err(failure.into())
+            }
+        }
     }
 
     /// Ends all work for good. May sleep.
     pub(crate) fn disable(self: &Arc<Self>) {
         work::disable(self);
+        self.wakeup.take_up(ANSWER);
+        self.wakeup.rest();
     }
 }
 
@@ -74,25 +129,16 @@ impl WorkItem for Statistics {
     type Pointer = Arc<Self>;
 
     fn run(this: Arc<Self>) {
-        let mut spare = this.spare.lock();
-        let used = this.queue.pop().map(|(buffer, _)| buffer);
-        let Some(mut buffer) = used.or_else(|| spare.take()) else {
-            // Nobody asked: an interrupt may come without a reason.
-            this.queue.enable_callback();
-            return;
-        };
-        let (events, hugetlb) = statistics::events();
-        let (bytes, ()) = buffer.parts();
-        let length = encode(statistics::memory(), events, hugetlb, bytes);
-        buffer.set_length(length);
-        if let Err(AddError { buffer, .. }) = this.queue.add(buffer) {
-            *spare = Some(buffer);
-            return;
+        this.wakeup.take_up(ANSWER);
+        if let Ok(answered) = this.answer() {
+            if answered {
+                this.notify();
+            }
+            if !this.queue.enable_callback() {
+                this.wanted();
+            }
         }
-        this.counters.kicked(Queue::Stats, this.queue.kick());
-        if !this.queue.enable_callback() {
-            this.wanted();
-        }
+        this.wakeup.rest();
     }
 }
 

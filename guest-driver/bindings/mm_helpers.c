@@ -64,22 +64,22 @@ void vbrs_set_page_private(struct page *page, unsigned long value)
 	set_page_private(page, value);
 }
 
-#ifdef CONFIG_BALLOON_MIGRATION
-/* Compaction gets a plain no: the page stays where it is, and in the balloon. */
-static int vbrs_refuse_migration(struct balloon_dev_info *info, struct page *newpage,
-				 struct page *page, enum migrate_mode mode)
+void vbrs_get_page(struct page *page)
 {
-	return -EBUSY;
+	get_page(page);
 }
-#endif
 
-void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_managed)
+void vbrs_put_page(struct page *page)
+{
+	put_page(page);
+}
+
+void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_managed,
+			       vbrs_migrate_page migrate)
 {
 	balloon_devinfo_init(info);
 	info->adjust_managed_page_count = adjust_managed;
-#ifdef CONFIG_BALLOON_MIGRATION
-	info->migratepage = vbrs_refuse_migration;
-#endif
+	info->migratepage = migrate;
 }
 
 unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info)

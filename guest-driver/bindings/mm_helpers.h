@@ -8,6 +8,7 @@
 
 #include <linux/balloon.h>
 #include <linux/mm.h>
+#include <linux/oom.h>
 #include <linux/page_reporting.h>
 #include <linux/shrinker.h>
 #include <linux/workqueue.h>
@@ -21,7 +22,13 @@ void vbrs_list_del(struct list_head *entry);
 unsigned long vbrs_page_private(struct page *page);
 void vbrs_set_page_private(struct page *page, unsigned long value);
 
-void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_managed);
+void vbrs_get_page(struct page *page);
+void vbrs_put_page(struct page *page);
+
+typedef int (*vbrs_migrate_page)(struct balloon_dev_info *info, struct page *newpage, struct page *page,
+				 enum migrate_mode mode);
+
+void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_managed, vbrs_migrate_page migrate);
 unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info);
 
 struct shrinker *vbrs_shrinker_alloc(const char *name);

@@ -5,12 +5,14 @@
 use core::ptr::NonNull;
 
 use kernel::bindings;
+use kernel::container_of;
+use kernel::ffi::c_int;
 use kernel::prelude::*;
 use kernel::time::{delay::fsleep, Delta};
 use kernel::types::Opaque;
 
 use super::list::sealed::Role;
-use super::{BlockList, PageBlock};
+use super::{BlockList, PageBlock, PageRef};
 use crate::bindings as helpers;
 
 /// A page meant for a [`BalloonPages`], or taken from one.
@@ -45,37 +47,107 @@ impl Role for BalloonPage {
     }
 }
 
-/// The pages that are in a balloon, as the kernel's balloon code keeps them.
+/// Moves a balloon's pages on behalf of the kernel, which wants a page's place for something else
+/// (compaction, mostly).
+pub trait MigratePages: Send + Sync + 'static {
+    /// Puts `new` in the place of `old`, which is in the balloon.
+    ///
+    /// When this returns `Ok`, the host must have taken `new` ([`Migrated::Replaced`]), and `old` must
+    /// have been given up for the balloon; `old` is freed when the reference to it is dropped. On
+    /// failure `old` stays in the balloon, and `new` is freed when the reference to it is dropped. So
+    /// whichever page the host may still touch is kept by keeping the reference.
+    ///
+    /// Called in process context with both pages locked, and possibly from within an allocation: may
+    /// sleep, for a limited time; must not allocate with reclaim allowed, nor take a lock under which
+    /// anybody does.
+    ///
+    /// # Errors
+    ///
+    /// [`EAGAIN`] if it is worth trying again at once, any other if not.
+    fn migrate(pages: &BalloonPages<Self>, new: PageRef, old: PageRef) -> Result<Migrated>
+    where
+        Self: Sized;
+}
+
+/// What became of a page that the kernel wanted to move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Migrated {
+    /// The new page is in the balloon instead of the old one.
+    Replaced,
+    /// The old page has left the balloon, and no other page has come.
+    Removed,
+}
+
+/// The pages that are in a balloon, as the kernel's balloon code keeps them, and who moves them.
 ///
 /// While a page is in here, the kernel knows that it is offline, counts it as ballooned and, if
 /// asked to, no longer as managed memory (`MemTotal` shrinks).
 ///
-/// The kernel may *isolate* a page for compaction; it is then missing from the list for a moment.
-/// The pages here do not migrate: each request is refused, and the page comes back.
+/// The kernel may *isolate* a page to move it; it is then missing from the list until
+/// [`MigratePages::migrate`] has replaced it or has failed.
 ///
 /// All methods may be called from any context that may sleep; the kernel's `balloon_pages_lock`
 /// orders them. Dropping it takes all pages out and frees them, waiting for isolated ones.
 #[pin_data(PinnedDrop)]
-pub struct BalloonPages {
+pub struct BalloonPages<M: MigratePages> {
     #[pin]
     info: Opaque<helpers::balloon_dev_info>,
+    #[pin]
+    migrator: M,
 }
 
-// SAFETY: The kernel's balloon code locks what is inside.
-unsafe impl Send for BalloonPages {}
+// SAFETY: The kernel's balloon code locks what is inside, and `M` is `Send`.
+unsafe impl<M: MigratePages> Send for BalloonPages<M> {}
 
-// SAFETY: As above.
-unsafe impl Sync for BalloonPages {}
+// SAFETY: As above, and `M` is `Sync`.
+unsafe impl<M: MigratePages> Sync for BalloonPages<M> {}
 
-impl BalloonPages {
+impl<M: MigratePages> BalloonPages<M> {
     /// An empty balloon. With `adjust_managed`, pages in it do not count as managed memory.
-    pub fn new(adjust_managed: bool) -> impl PinInit<Self> {
-        pin_init!(Self {
+    pub fn new<E>(adjust_managed: bool, migrator: impl PinInit<M, E>) -> impl PinInit<Self, Error>
+    where
+        Error: From<E>,
+    {
+        try_pin_init!(Self {
             info <- Opaque::ffi_init(|slot| {
-                // SAFETY: `slot` is valid for writes, and pinned.
-                unsafe { helpers::vbrs_balloon_devinfo_init(slot, adjust_managed) }
+                // SAFETY: `slot` is valid for writes, and pinned. The callback gets what is in it.
+                unsafe {
+                    helpers::vbrs_balloon_devinfo_init(
+                        slot,
+                        adjust_managed,
+                        Some(Self::migrate_callback),
+                    )
+                }
             }),
+            migrator <- migrator,
         })
+    }
+
+    /// Who moves the pages.
+    pub fn migrator(&self) -> &M {
+        &self.migrator
+    }
+
+    extern "C" fn migrate_callback(
+        info: *mut helpers::balloon_dev_info,
+        new: *mut bindings::page,
+        old: *mut bindings::page,
+        _mode: helpers::migrate_mode,
+    ) -> c_int {
+        // SAFETY: The kernel calls for an isolated page of this balloon, which the drop waits for.
+        let this = unsafe { &*container_of!(Opaque::cast_from(info), Self, info) };
+        let (Some(new), Some(old)) = (NonNull::new(new), NonNull::new(old)) else {
+            return EINVAL.to_errno();
+        };
+        // SAFETY: The caller has references to both pages.
+        let (new, old) = unsafe { (PageRef::get(new), PageRef::get(old)) };
+        match M::migrate(this, new, old) {
+            Ok(Migrated::Replaced) => 0,
+            Ok(Migrated::Removed) => ENOENT.to_errno(),
+            // To the caller it would say something else.
+            Err(error) if error == ENOENT => EBUSY.to_errno(),
+            Err(error) => error.to_errno(),
+        }
     }
 
     /// Puts all pages of `pages` into the balloon.
@@ -117,16 +189,9 @@ impl BalloonPages {
         }
     }
 
-    /// How many pages are isolated for compaction now.
-    fn isolated(&self) -> usize {
-        // SAFETY: `info` is initialised; reads one word.
-        unsafe { helpers::vbrs_balloon_isolated(self.info.get()) as usize }
-    }
-}
-
-#[pinned_drop]
-impl PinnedDrop for BalloonPages {
-    fn drop(self: Pin<&mut Self>) {
+    /// Takes all pages out and frees them, waiting for isolated ones to come back: not longer than
+    /// [`MigratePages::migrate`] takes. May sleep.
+    pub fn drain(&self) {
         loop {
             // In this order: a page that is put back between the two calls is on the list.
             let isolated = self.isolated();
@@ -136,5 +201,18 @@ impl PinnedDrop for BalloonPages {
             }
             fsleep(Delta::from_millis(1));
         }
+    }
+
+    /// How many pages are isolated now.
+    fn isolated(&self) -> usize {
+        // SAFETY: `info` is initialised; reads one word.
+        unsafe { helpers::vbrs_balloon_isolated(self.info.get()) as usize }
+    }
+}
+
+#[pinned_drop]
+impl<M: MigratePages> PinnedDrop for BalloonPages<M> {
+    fn drop(self: Pin<&mut Self>) {
+        self.drain();
     }
 }

@@ -7,27 +7,33 @@
 //! * [`PageBlock`]: `2^order` pages with one owner, and [`BlockList`], a list of them that needs no
 //!   memory of its own;
 //! * [`LentBlock`]: a block that the device has been shown, and may have spoilt;
-//! * [`BalloonPages`]: the kernel's list of pages that a balloon holds;
+//! * [`PageRef`]: a page that has other owners too;
+//! * [`BalloonPages`]: the kernel's list of pages that a balloon holds, which compaction may move;
 //! * [`PageReporting`]: showing free pages to a device that can use their memory;
 //! * [`Shrinker`]: giving memory back when the guest is short of it;
+//! * [`OomNotifier`]: giving memory back before a process is killed for want of it;
 //! * [`state`]: how much memory is free, and how much must stay so;
 //! * [`statistics`]: what the kernel counts about memory.
 //!
 //! C headers: `include/linux/gfp.h`, `include/linux/balloon.h`, `include/linux/shrinker.h`,
-//! `include/linux/page_reporting.h`, `include/linux/mmzone.h`.
+//! `include/linux/oom.h`, `include/linux/page_reporting.h`, `include/linux/mmzone.h`.
 
 mod balloon_pages;
 mod block;
 mod lent;
 mod list;
+mod oom_notifier;
+mod page_ref;
 mod reporting;
 mod shrinker;
 pub mod state;
 pub mod statistics;
 
-pub use balloon_pages::{BalloonPage, BalloonPages};
+pub use balloon_pages::{BalloonPage, BalloonPages, MigratePages, Migrated};
 pub use block::PageBlock;
 pub use lent::LentBlock;
 pub use list::{BlockList, BlockShape};
+pub use oom_notifier::{OnOutOfMemory, OomNotifier};
+pub use page_ref::PageRef;
 pub use reporting::{FreePages, PageReporting, ReportPages};
 pub use shrinker::{Shrink, Shrinker};

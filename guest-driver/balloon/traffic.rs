@@ -1,0 +1,555 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is on its way between guest and balloon.
+//!
+//! Whoever needs an answer of the device takes it from the queues himself, and does for all others
+//! what their answers are for: the work item that steers the balloon's size, a task that has found
+//! no memory and wants some back, a task that moves pages. So none of them waits for another, and
+//! none needs a work item to run.
+
+use kernel::prelude::*;
+use kernel::sync::atomic::{Atomic, AtomicFlag, Full, Relaxed, Release};
+use kernel::sync::{new_mutex, Arc, Mutex};
+use kernel::time::{Delta, Instant, Monotonic, Msecs};
+
+use super::balance::{Balance, Step};
+use super::counters::Counters;
+use super::request::{Guest, MoveRequest, PageBuffer, Request, Returned};
+use crate::mm::{BalloonPages, MigratePages, Migrated, PageRef};
+use crate::shared_abi::queue::Queue;
+use crate::virtio::{AddError, AddFailure, Signal, Virtqueue};
+
+/// How many requests there are. The next ones are filled while the device works on the last.
+pub(crate) const REQUESTS: usize = 16;
+/// How many of them are left to a task that has found no memory.
+const RESERVED: usize = 2;
+/// How many pages can be moved at a time.
+const MOVES: usize = 4;
+/// How long the device may take to answer for a page that is moved.
+const MOVE_PATIENCE: Delta = Delta::from_secs(1);
+/// How long to wait for an interrupt before looking without one.
+pub(crate) const LOOK: Msecs = 50;
+
+/// The pages in the balloon, and those on their way.
+pub(crate) type Pages = BalloonPages<Traffic>;
+
+/// The queues, what is in flight on them, and the account of all pages.
+///
+/// Its lock is held for moments only; nobody allocates, waits or reaches for the host under it. So it
+/// may be taken where memory is short.
+#[pin_data]
+pub(crate) struct Traffic {
+    inflate: Virtqueue<PageBuffer>,
+    deflate: Virtqueue<PageBuffer>,
+    /// Which of them have something that the device was not told of.
+    news: [AtomicFlag; 2],
+    counters: Arc<Counters>,
+    /// Raised when the device may have used something, and when it is not worth waiting any more.
+    #[pin]
+    pub(crate) signal: Signal,
+    /// How many wait for the next answer, whichever it is.
+    waiting: Atomic<i32>,
+    /// Nothing new is begun, and nobody waits.
+    closed: AtomicFlag,
+    #[pin]
+    state: Mutex<State>,
+}
+
+struct State {
+    balance: Balance,
+    /// The requests that are not in flight. Has room for all.
+    spare: KVec<Request>,
+    moves: [Move; MOVES],
+    /// How many pages came out of the balloon and were freed, ever.
+    released: u64,
+}
+
+/// Where a request about a page that is moved is.
+enum Move {
+    /// Here, and about no page.
+    Idle(MoveRequest),
+    /// With the device, or with the task that moves the page and will wait for it.
+    Awaited,
+    /// Back, for the task that waits for it.
+    Back(MoveRequest),
+    /// With the device. Nobody waits any more.
+    Forgotten,
+    /// About a page that the device has to give back, and is to be told of.
+    Unsent(MoveRequest),
+    /// Taken from the queue when that ended; for the task that waits for it.
+    Lost(MoveRequest),
+}
+
+impl Traffic {
+    /// Nothing is on its way.
+    ///
+    /// May sleep. Fails with `ENOMEM`.
+    pub(crate) fn new(counters: Arc<Counters>) -> Result<impl PinInit<Self>> {
+        let mut spare = KVec::with_capacity(REQUESTS, GFP_KERNEL)?;
+        for _ in 0..REQUESTS {
+            spare.push(Request::new()?, GFP_KERNEL)?;
+        }
+        let [a, b, c, d] = [0, 1, 2, 3].map(MoveRequest::new);
+        let state = State {
+            balance: Balance::default(),
+            spare,
+            moves: [a?, b?, c?, d?].map(Move::Idle),
+            released: 0,
+        };
+        let (inflate, deflate) = (Virtqueue::new(c"inflate")?, Virtqueue::new(c"deflate")?);
+        Ok(pin_init!(Self {
+            inflate,
+            deflate,
+            news: [AtomicFlag::new(false), AtomicFlag::new(false)],
+            counters,
+            signal <- Signal::new(),
+            waiting: Atomic::new(0),
+            closed: AtomicFlag::new(false),
+            state <- new_mutex!(state, "Traffic::state"),
+        }))
+    }
+
+    /// The queue of pages that go into the balloon.
+    pub(crate) fn inflate_queue(&self) -> &Virtqueue<PageBuffer> {
+        &self.inflate
+    }
+
+    /// The queue of pages that come out of the balloon.
+    pub(crate) fn deflate_queue(&self) -> &Virtqueue<PageBuffer> {
+        &self.deflate
+    }
+
+    /// How many balloon pages are in the balloon.
+    pub(crate) fn inside(&self) -> u64 {
+        self.state.lock().balance.inside()
+    }
+
+    /// Where the balloon's pages are.
+    pub(crate) fn balance(&self) -> Balance {
+        self.state.lock().balance
+    }
+
+    /// Whether no page is in the balloon, and nothing on its way.
+    pub(crate) fn is_idle(&self) -> bool {
+        let state = self.state.lock();
+        state.balance.is_empty() && state.moves.iter().all(|it| matches!(it, Move::Idle(_)))
+    }
+
+    /// How many pages came out of the balloon and were freed, ever.
+    pub(crate) fn released(&self) -> u64 {
+        self.state.lock().released
+    }
+
+    /// What to do next to get to `target`.
+    pub(crate) fn next(&self, target: u64) -> Step {
+        self.state.lock().balance.next(target)
+    }
+
+    /// Whether the queues can move nothing any more.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.inflate.is_broken() || self.deflate.is_broken()
+    }
+
+    /// Nothing new is begun, and who waits gives up. Any context.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Relaxed);
+        self.signal.raise();
+    }
+
+    /// The opposite of [`close`](Self::close). Any context.
+    pub(crate) fn open(&self) {
+        self.closed.store(false, Relaxed);
+    }
+
+    /// Whether it is closed. Any context.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Relaxed)
+    }
+
+    /// A request that is not in flight, for the one who steers.
+    pub(crate) fn take_spare(&self) -> Option<Request> {
+        let mut state = self.state.lock();
+        (state.spare.len() > RESERVED)
+            .then(|| state.spare.pop())
+            .flatten()
+    }
+
+    /// A request that is not in flight, for a task that has found no memory.
+    pub(crate) fn take_reserved(&self) -> Option<Request> {
+        self.state.lock().spare.pop()
+    }
+
+    /// Puts a request that is not in flight away, for the next use. Its pages are freed.
+    pub(crate) fn put(&self, mut request: Request) {
+        drop(request.take());
+        self.state.lock().put(request);
+    }
+
+    /// Takes back what the device has used, and does what it was for.
+    pub(crate) fn collect(pages: &Pages) {
+        let this = pages.migrator();
+        let mut state = this.state.lock();
+        while let Some((buffer, _)) = this.inflate.pop() {
+            match Returned::from(buffer) {
+                Returned::Request(mut request) => {
+                    state.balance.arrived(request.pfns());
+                    pages.enqueue(request.take());
+                    state.put(request);
+                }
+                Returned::Move(request) => {
+                    let place = &mut state.moves[request.slot()];
+                    *place = match place {
+                        // Nobody wants the page in the balloon any more.
+                        Move::Forgotten => Move::Unsent(request),
+                        _ => Move::Back(request),
+                    };
+                }
+            }
+        }
+        while let Some((buffer, _)) = this.deflate.pop() {
+            match Returned::from(buffer) {
+                Returned::Request(mut request) => {
+                    state.balance.left(request.pfns());
+                    // The device has let go of the pages: only now are they the guest's again.
+                    state.release(&mut request);
+                    state.put(request);
+                }
+                Returned::Move(mut request) => {
+                    drop(request.take());
+                    let place = &mut state.moves[request.slot()];
+                    *place = match place {
+                        Move::Forgotten => Move::Idle(request),
+                        _ => Move::Back(request),
+                    };
+                }
+            }
+        }
+        this.send_unsent(&mut state);
+        drop(state);
+        this.notify();
+    }
+
+    /// Sends the requests about pages that the device has to give back.
+    fn send_unsent(&self, state: &mut State) {
+        for place in &mut state.moves {
+            *place = match core::mem::replace(place, Move::Forgotten) {
+                Move::Unsent(request) => match self.add_out(request.into_buffer()) {
+                    Ok(()) => Move::Forgotten,
+                    Err(AddError { buffer, .. }) => match Returned::from(buffer) {
+                        Returned::Move(request) => Move::Unsent(request),
+                        Returned::Request(_) => Move::Forgotten,
+                    },
+                },
+                other => other,
+            };
+        }
+    }
+
+    /// Offers the pages of `request` to the device.
+    ///
+    /// On failure the pages are freed.
+    pub(crate) fn send_in(&self, request: Request) -> Result {
+        let pfns = request.pfns();
+        let mut state = self.state.lock();
+        match self.add_in(request.into_buffer()) {
+            Ok(()) => {
+                state.balance.send_in(pfns);
+                self.counters.inflate_requests.add(1);
+                Ok(())
+            }
+            Err(AddError { buffer, failure }) => {
+                if let Returned::Request(mut request) = buffer.into() {
+                    drop(request.take());
+                    state.put(request);
+                }
+                Err(failure.into())
+            }
+        }
+    }
+
+    /// Fills `request` with up to `pfns` balloon pages from the balloon, and asks the device for
+    /// them. Returns how many of the guest's pages they are.
+    ///
+    /// With `at_once` they are freed without waiting for the answer.
+    ///
+    /// Fails with `EAGAIN` if the kernel is just moving all pages; with another error if the device
+    /// is gone.
+    pub(crate) fn send_out(
+        pages: &Pages,
+        mut request: Request,
+        pfns: u64,
+        at_once: bool,
+    ) -> Result<usize> {
+        let this = pages.migrator();
+        let mut state = this.state.lock();
+        let pfns = pfns.min(state.balance.inside());
+        let wanted = (Guest::guest_pages(pfns) as usize).min(Guest::CAPACITY);
+        let mut out = pages.dequeue(wanted);
+        let count = out.len();
+        while let Some(page) = out.pop() {
+            // There is room, and the number did fit on the way in.
+            let _ = request.push(page);
+        }
+        if request.is_empty() {
+            state.put(request);
+            return Err(EAGAIN);
+        }
+        let free = if at_once { request.let_go() } else { out };
+        let pfns = request.pfns();
+        match this.add_out(request.into_buffer()) {
+            Ok(()) => {
+                state.balance.send_out(pfns);
+                this.counters.deflate_requests.add(1);
+                state.released += free.len() as u64;
+                drop(state);
+                if at_once {
+                    // The device is to know before the pages are used.
+                    this.notify();
+                }
+                drop(free);
+                Ok(count)
+            }
+            Err(AddError { buffer, failure }) => {
+                pages.enqueue(free);
+                if let Returned::Request(mut request) = buffer.into() {
+                    pages.enqueue(request.take());
+                    state.put(request);
+                }
+                Err(failure.into())
+            }
+        }
+    }
+
+    /// Lets the device know of all requests that it does not know of.
+    pub(crate) fn notify(&self) {
+        let queues = [
+            (Queue::Inflate, &self.inflate),
+            (Queue::Deflate, &self.deflate),
+        ];
+        for ((name, queue), news) in queues.into_iter().zip(&self.news) {
+            if news.xchg(false, Full) {
+                self.counters.kicked(name, queue.kick());
+            }
+        }
+    }
+
+    fn add_in(&self, buffer: PageBuffer) -> Result<(), AddError<PageBuffer>> {
+        self.inflate.add(buffer)?;
+        self.news[0].store(true, Release);
+        Ok(())
+    }
+
+    fn add_out(&self, buffer: PageBuffer) -> Result<(), AddError<PageBuffer>> {
+        self.deflate.add(buffer)?;
+        self.news[1].store(true, Release);
+        Ok(())
+    }
+
+    /// Asks for interrupts. Returns `false` if there is something to collect already.
+    pub(crate) fn listen(&self) -> bool {
+        // Both, lest an interrupt is lost: the one may be asked for while the other is late.
+        if self.waiting.load(Relaxed) > 0 {
+            self.inflate.enable_callback() & self.deflate.enable_callback()
+        } else {
+            self.inflate.enable_callback_delayed() & self.deflate.enable_callback_delayed()
+        }
+    }
+
+    /// Waits, collecting, until `done` returns something, the device or the patience is at its end,
+    /// or this is closed. Uninterruptible.
+    pub(crate) fn wait<T>(
+        pages: &Pages,
+        patience: Delta,
+        mut done: impl FnMut(&Self) -> Option<T>,
+    ) -> Option<T> {
+        let this = pages.migrator();
+        let since: Instant<Monotonic> = Instant::now();
+        this.waiting.add(1, Relaxed);
+        let result = loop {
+            let seen = this.signal.count();
+            Self::collect(pages);
+            if let Some(result) = done(this) {
+                break Some(result);
+            }
+            if this.is_closed() || this.is_broken() || since.elapsed() > patience {
+                break None;
+            }
+            if this.listen() {
+                this.signal.wait(seen, LOOK);
+            }
+        };
+        this.waiting.add(-1, Relaxed);
+        result
+    }
+
+    /// Takes everything back after the device's reset: it holds no page any more. All pages are
+    /// freed, in the balloon or on their way.
+    ///
+    /// May sleep. To be called while this is [closed](Self::close).
+    pub(crate) fn recover(pages: &Pages) {
+        let this = pages.migrator();
+        let mut state = this.state.lock();
+        while let Some(buffer) = this.inflate.detach().or_else(|| this.deflate.detach()) {
+            match Returned::from(buffer) {
+                Returned::Request(mut request) => {
+                    drop(request.take());
+                    state.put(request);
+                }
+                Returned::Move(mut request) => {
+                    drop(request.take());
+                    let place = &mut state.moves[request.slot()];
+                    *place = match place {
+                        Move::Forgotten => Move::Idle(request),
+                        _ => Move::Lost(request),
+                    };
+                }
+            }
+        }
+        for place in &mut state.moves {
+            *place = match core::mem::replace(place, Move::Forgotten) {
+                Move::Unsent(mut request) => {
+                    drop(request.take());
+                    Move::Idle(request)
+                }
+                other => other,
+            };
+        }
+        drop(state);
+        this.signal.raise();
+        pages.drain();
+        this.state.lock().balance = Balance::default();
+    }
+
+    /// Waits until the device has used the request of `slot`.
+    fn wait_for_move(pages: &Pages, slot: usize) -> Option<MoveRequest> {
+        let back = Self::wait(pages, MOVE_PATIENCE, |this| {
+            let mut state = this.state.lock();
+            match core::mem::replace(&mut state.moves[slot], Move::Awaited) {
+                Move::Back(request) => Some(Some(request)),
+                Move::Lost(request) => {
+                    state.moves[slot] = Move::Idle(request);
+                    Some(None)
+                }
+                other => {
+                    state.moves[slot] = other;
+                    None
+                }
+            }
+        });
+        if let Some(back) = back {
+            return back;
+        }
+        let this = pages.migrator();
+        let mut state = this.state.lock();
+        match core::mem::replace(&mut state.moves[slot], Move::Forgotten) {
+            // In the last moment.
+            Move::Back(request) => {
+                state.moves[slot] = Move::Awaited;
+                Some(request)
+            }
+            Move::Lost(request) => {
+                state.moves[slot] = Move::Idle(request);
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// Tells the device that `old` has left the balloon. What it has not heard or answered keeps the
+    /// page.
+    fn give_up(pages: &Pages, mut request: MoveRequest, old: PageRef) {
+        let this = pages.migrator();
+        let slot = request.slot();
+        // Its number did fit on the way in.
+        let _ = request.set(old);
+        let mut state = this.state.lock();
+        if let Err(AddError { buffer, failure }) = this.add_out(request.into_buffer()) {
+            if let Returned::Move(mut request) = buffer.into() {
+                state.moves[slot] = if failure == AddFailure::Gone {
+                    // After a reset it holds no page.
+                    drop(request.take());
+                    Move::Idle(request)
+                } else {
+                    Move::Unsent(request)
+                };
+            }
+            return;
+        }
+        drop(state);
+        this.notify();
+        if let Some(request) = Self::wait_for_move(pages, slot) {
+            this.state.lock().moves[slot] = Move::Idle(request);
+        }
+    }
+}
+
+impl State {
+    fn put(&mut self, request: Request) {
+        // Its room is still there: requests are only ever taken and put back.
+        let _ = self.spare.push_within_capacity(request);
+    }
+
+    /// Frees the pages of a request that is done.
+    fn release(&mut self, request: &mut Request) {
+        let pages = request.take();
+        self.released += pages.len() as u64;
+    }
+
+    /// Takes a request for a page that is to be moved. `EBUSY` if one is overdue: a device that does
+    /// not answer is not asked for more. `EAGAIN` if all are in use.
+    fn begin_move(&mut self) -> Result<MoveRequest> {
+        let overdue = |place: &Move| matches!(place, Move::Forgotten | Move::Unsent(_));
+        if self.moves.iter().any(overdue) {
+            return Err(EBUSY);
+        }
+        for place in &mut self.moves {
+            match core::mem::replace(place, Move::Awaited) {
+                Move::Idle(request) => return Ok(request),
+                other => *place = other,
+            }
+        }
+        Err(EAGAIN)
+    }
+}
+
+/// First the device takes the new page, then it gives the old one back. A page that it does not
+/// answer for stays what it is to the device, and is used for nothing else: the request keeps it.
+impl MigratePages for Traffic {
+    fn migrate(pages: &Pages, new: PageRef, old: PageRef) -> Result<Migrated> {
+        let this = pages.migrator();
+        if this.is_closed() {
+            return Err(EBUSY);
+        }
+        let mut state = this.state.lock();
+        let mut request = state.begin_move()?;
+        let slot = request.slot();
+        let failure = match request.set(new) {
+            Err(_) => Some((request, EBUSY)),
+            Ok(()) => match this.add_in(request.into_buffer()) {
+                Ok(()) => None,
+                Err(AddError { buffer, failure }) => match buffer.into() {
+                    Returned::Move(mut request) => {
+                        drop(request.take());
+                        let error = match failure {
+                            AddFailure::Full => EAGAIN,
+                            _ => EBUSY,
+                        };
+                        Some((request, error))
+                    }
+                    Returned::Request(_) => return Err(EBUSY),
+                },
+            },
+        };
+        if let Some((request, error)) = failure {
+            state.moves[slot] = Move::Idle(request);
+            return Err(error);
+        }
+        drop(state);
+        this.notify();
+        let mut request = Self::wait_for_move(pages, slot).ok_or(EBUSY)?;
+        drop(request.take());
+        Self::give_up(pages, request, old);
+        this.counters.migrated_pages.add(1);
+        Ok(Migrated::Replaced)
+    }
+}

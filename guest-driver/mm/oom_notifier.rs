@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Giving memory back before a process is killed for want of it.
+//!
+//! C header: `include/linux/oom.h`.
+
+use core::pin::Pin;
+
+use kernel::bindings;
+use kernel::container_of;
+use kernel::error::to_result;
+use kernel::ffi::{c_int, c_ulong, c_void};
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use kernel::types::Opaque;
+
+use crate::bindings as helpers;
+
+/// Something that can give pages back when the guest has run out of memory.
+pub trait OnOutOfMemory: Send + Sync {
+    /// Gives pages back to the page allocator, and returns how many. With 0 from all who are asked,
+    /// the kernel chooses a process and kills it.
+    ///
+    /// Called from within the allocation that found no memory, in any task, by one at a time. Other
+    /// tasks that need memory wait meanwhile. May sleep, for a short and limited time; must not
+    /// allocate with reclaim allowed, nor take a lock under which anybody does.
+    fn give_back(self: &Arc<Self>) -> usize;
+}
+
+/// A registered OOM notifier.
+///
+/// Dropping it takes the registration back and waits for a call that is under way; may sleep. Must
+/// not be dropped by the call itself.
+pub struct OomNotifier<T: OnOutOfMemory + 'static>(Pin<KBox<Inner<T>>>);
+
+#[pin_data]
+struct Inner<T: OnOutOfMemory> {
+    #[pin]
+    block: Opaque<bindings::notifier_block>,
+    data: Arc<T>,
+}
+
+// SAFETY: A registration may be taken back by any thread, and `T` is shared by all.
+unsafe impl<T: OnOutOfMemory> Send for OomNotifier<T> {}
+
+// SAFETY: A shared reference gives access to nothing.
+unsafe impl<T: OnOutOfMemory> Sync for OomNotifier<T> {}
+
+impl<T: OnOutOfMemory> OomNotifier<T> {
+    /// Registers a notifier; those with a higher priority are asked first.
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`], or what the notifier chain says.
+    pub fn register(priority: i32, data: Arc<T>) -> Result<Self> {
+        let inner = pin_init!(Inner {
+            block <- Opaque::ffi_init(|slot: *mut bindings::notifier_block| {
+                // SAFETY: `slot` is valid for writes.
+                unsafe {
+                    slot.write(bindings::notifier_block {
+                        notifier_call: Some(Self::callback),
+                        next: core::ptr::null_mut(),
+                        priority,
+                    })
+                }
+            }),
+            data,
+        });
+        let inner = KBox::pin_init(inner, GFP_KERNEL)?;
+        // SAFETY: The block is initialised, pinned, and lives until the drop unregisters it.
+        to_result(unsafe { helpers::register_oom_notifier(inner.block.get()) })?;
+        Ok(Self(inner))
+    }
+
+    extern "C" fn callback(
+        block: *mut bindings::notifier_block,
+        _action: c_ulong,
+        freed: *mut c_void,
+    ) -> c_int {
+        /// `NOTIFY_OK`
+        const OK: c_int = 1;
+
+        // SAFETY: The kernel calls with a registered block, which is part of an `Inner`.
+        let inner = unsafe { &*container_of!(Opaque::cast_from(block), Inner<T>, block) };
+        let pages = T::give_back(&inner.data);
+        // SAFETY: The kernel passes a counter that is the caller's for the call.
+        unsafe { *freed.cast::<c_ulong>() += pages as c_ulong };
+        OK
+    }
+}
+
+impl<T: OnOutOfMemory + 'static> Drop for OomNotifier<T> {
+    fn drop(&mut self) {
+        // SAFETY: `register` has registered it, and this is the one place that ends it.
+        unsafe { helpers::unregister_oom_notifier(self.0.block.get()) };
+    }
+}
