@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The balloon where memory is short or in pieces: deflation on OOM, page migration, and the host that must be told.
+
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+use tests::artifacts::Artifacts;
+use tests::calls::{DropMemoryCaches, Fill, Free, ReadFile, Release, Verify, WriteFile};
+use tests::guest::{Builder, Driver, Guest};
+use tests::vmm::Vmm;
+use tests::MIB;
+
+const BALLOON_LIMIT: Duration = Duration::from_secs(120);
+/// What the balloon leaves to the guest.
+const LEFT: u64 = 64 * MIB;
+/// What a process then wants.
+const WANTED: u64 = 128 * MIB;
+
+/// A counter of `/proc/vmstat`.
+fn vm_event(guest: &mut Guest, name: &str) -> Result<u64> {
+    let path = "/proc/vmstat".to_owned();
+    let text = guest.call(ReadFile { path })?;
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value
+        .with_context(|| format!("no {name} in /proc/vmstat"))?
+        .parse()
+        .with_context(|| format!("{name} is no number"))
+}
+
+/// Inflates the balloon until so many bytes are left free, and returns what the guest then has.
+fn leave(guest: &mut Guest, left: u64) -> Result<u64> {
+    let free = guest.settled_free()?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let target = (whole - free.saturating_sub(left)) / MIB * MIB;
+    guest.balloon()?.balloon(target)?;
+    guest.balloon()?.wait_balloon(target, BALLOON_LIMIT)?;
+    Ok(target)
+}
+
+fn fill(bytes: u64, keep_every: u64, seed: u64) -> Fill {
+    Fill {
+        bytes,
+        keep_every,
+        seed,
+    }
+}
+
+#[test]
+fn our_balloon_makes_room_for_a_process_in_user_mode_linux() -> Result<()> {
+    balloon_makes_room(Vmm::Uml, Driver::Ours, &["stats", "deflate-on-oom"])
+}
+
+#[test]
+fn our_balloon_makes_room_for_a_process_when_the_host_must_be_told_in_user_mode_linux() -> Result<()>
+{
+    let features = ["stats", "deflate-on-oom", "must-tell-host"];
+    balloon_makes_room(Vmm::Uml, Driver::Ours, &features)
+}
+
+#[test]
+fn our_balloon_makes_room_for_a_process_in_qemu() -> Result<()> {
+    balloon_makes_room(Vmm::Qemu, Driver::Ours, &["stats", "deflate-on-oom"])
+}
+
+#[test]
+fn the_c_drivers_balloon_makes_room_for_a_process_in_user_mode_linux() -> Result<()> {
+    balloon_makes_room(Vmm::Uml, Driver::C, &["stats", "deflate-on-oom"])
+}
+
+/// With the feature a process gets memory out of the balloon that it could not have had otherwise, and keeps it.
+fn balloon_makes_room(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, vmm).features(features).boot()?;
+    let before = guest.settled_free()?;
+    let managed = guest.mem_info()?.total();
+    guest.load(driver)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let target = leave(&mut guest, LEFT)?;
+    // The pages in such a balloon are the guest's all the same.
+    let total = guest.mem_info()?.total();
+    ensure!(
+        total >= managed - MIB,
+        "{total} of {managed} bytes are left"
+    );
+
+    let filled = guest.call(fill(WANTED, 1, 3))?;
+    let verified = guest.call(Verify {
+        workload: filled.workload,
+    })?;
+    ensure!(
+        verified.pages == WANTED / 4096 && verified.wrong == 0,
+        "{verified:?}"
+    );
+    ensure!(
+        vm_event(&mut guest, "oom_kill")? == 0,
+        "somebody was killed"
+    );
+    let actual = guest.balloon()?.balloon_actual()?;
+    ensure!(
+        actual >= target + (WANTED - LEFT) / 2,
+        "the balloon gave back {} bytes only",
+        actual.saturating_sub(target)
+    );
+    if driver == Driver::Ours {
+        let counters = guest.counters()?;
+        let given = counters.get("oom_deflated_pages")? * 4096;
+        ensure!(counters.get("oom_deflations")? > 0, "{counters:?}");
+        ensure!(actual <= target + given, "{actual}, {target}: {counters:?}");
+        // As long as there is no memory the balloon does not want it back; when there is, it does.
+        let still = guest.balloon()?.balloon_actual()?;
+        ensure!(still >= actual, "{still} after {actual}");
+        guest.call(Free {
+            workload: filled.workload,
+        })?;
+        guest.balloon()?.wait_balloon(target, BALLOON_LIMIT)?;
+    } else {
+        guest.call(Free {
+            workload: filled.workload,
+        })?;
+    }
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
+    guest.unload(driver)?;
+    guest.farewell(before)
+}
+
+#[test]
+fn a_balloon_that_may_not_make_room_makes_none() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    for driver in [Driver::Ours, Driver::C] {
+        let mut guest = Builder::new(&artifacts, Vmm::Uml)
+            .features(&["stats"])
+            .boot()?;
+        let before = guest.settled_free()?;
+        guest.load(driver)?;
+        let target = leave(&mut guest, LEFT)?;
+        // The kernel may find out when the memory is used, as where more is mapped than is used.
+        guest.call(WriteFile {
+            path: "/proc/sys/vm/overcommit_memory".to_owned(),
+            text: "1".to_owned(),
+        })?;
+        let error = guest.call(fill(WANTED, 1, 3)).err();
+        let error = error.context("a process has memory that is not there")?;
+        ensure!(format!("{error:#}").contains("is gone"), "{error:#}");
+        ensure!(vm_event(&mut guest, "oom_kill")? > 0, "{driver:?}: no kill");
+        let actual = guest.balloon()?.balloon_actual()?;
+        ensure!(actual == target, "{driver:?}: {actual} is not {target}");
+        guest.unload(driver)?;
+        guest.check_free(before)?;
+        guest.power_off()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn our_balloons_pages_are_moved_in_user_mode_linux() -> Result<()> {
+    pages_are_moved(Vmm::Uml, Driver::Ours, &["stats"])
+}
+
+#[test]
+fn our_balloons_pages_are_moved_when_the_host_must_be_told_in_user_mode_linux() -> Result<()> {
+    pages_are_moved(Vmm::Uml, Driver::Ours, &["stats", "must-tell-host"])
+}
+
+#[test]
+fn our_balloons_pages_are_moved_in_qemu() -> Result<()> {
+    pages_are_moved(Vmm::Qemu, Driver::Ours, &["stats"])
+}
+
+#[test]
+fn the_c_drivers_balloons_pages_are_moved_in_user_mode_linux() -> Result<()> {
+    pages_are_moved(Vmm::Uml, Driver::C, &["stats"])
+}
+
+/// Compaction moves the pages of a balloon that lies in pieces, and the host has the memory where they are now.
+fn pages_are_moved(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
+    const BALLOON: u64 = 64 * MIB;
+
+    let artifacts = Artifacts::load()?;
+    // User-mode Linux maps each piece by a mapping of the host, of which a process may have 65530.
+    let mut guest = Builder::new(&artifacts, vmm)
+        .features(features)
+        .memory(256 * MIB)
+        .boot()?;
+    let before = guest.settled_free()?;
+    guest.load(driver)?;
+    // Every other page is free, the balloon takes of those, and then the rest becomes free.
+    let pieces = guest.call(fill(before - 32 * MIB, 2, 5))?;
+    guest.call(Release {
+        workload: pieces.workload,
+    })?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let target = whole - BALLOON;
+    guest.balloon()?.balloon(target)?;
+    guest.balloon()?.wait_balloon(target, BALLOON_LIMIT)?;
+    guest.call(Free {
+        workload: pieces.workload,
+    })?;
+    let kept = guest.call(fill(16 * MIB, 1, 6))?;
+
+    let moved_before = vm_event(&mut guest, "balloon_migrate")?;
+    let in_use = guest.memory_in_use()?;
+    guest.call(WriteFile {
+        path: "/proc/sys/vm/compact_memory".to_owned(),
+        text: "1".to_owned(),
+    })?;
+    let moved = vm_event(&mut guest, "balloon_migrate")? - moved_before;
+    println!("{driver:?} in {vmm:?}: {moved} pages moved");
+    ensure!(moved >= 1000, "only {moved} pages were moved");
+    // The new places had contents, which the host has got; the old ones are empty.
+    let got = in_use.saturating_sub(guest.memory_in_use()?);
+    ensure!(
+        got >= moved * 4096 / 2,
+        "the host got {got} bytes for {moved} pages"
+    );
+    let actual = guest.balloon()?.balloon_actual()?;
+    ensure!(actual == target, "{actual} is not {target}");
+    if driver == Driver::Ours {
+        let counters = guest.counters()?;
+        ensure!(
+            counters.get("migrated_pages")? >= moved
+                && counters.get("balloon_pages")? == BALLOON / 4096,
+            "{counters:?}"
+        );
+    }
+
+    // Moved into what was free, and nowhere else; and the balloon has as many pages as before.
+    let verified = guest.call(Verify {
+        workload: kept.workload,
+    })?;
+    ensure!(verified.wrong == 0, "{verified:?}");
+    guest.call(Free {
+        workload: kept.workload,
+    })?;
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
+    guest.check_free(before)?;
+    ensure!(
+        vm_event(&mut guest, "nr_balloon_pages")? == 0,
+        "the kernel still counts pages in the balloon"
+    );
+    guest.unload(driver)?;
+    guest.farewell(before)
+}
+
+#[test]
+fn the_host_is_told_when_it_must_be_in_user_mode_linux() -> Result<()> {
+    host_is_told(Vmm::Uml)
+}
+
+#[test]
+fn the_host_is_told_when_it_must_be_in_qemu() -> Result<()> {
+    host_is_told(Vmm::Qemu)
+}
+
+/// The driver accepts the feature, and a process that fills what came out of the balloon finds nothing changed.
+fn host_is_told(vmm: Vmm) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, vmm)
+        .features(&["stats", "must-tell-host"])
+        .boot()?;
+    let before = guest.settled_free()?;
+    guest.load(Driver::Ours)?;
+    let status = guest.daemon()?.virtio_status()?;
+    ensure!(
+        status
+            .negotiated_features
+            .iter()
+            .any(|name| name == "must-tell-host"),
+        "{status:?}"
+    );
+    let whole = guest.balloon()?.balloon_actual()?;
+    for seed in 0..3 {
+        leave(&mut guest, LEFT)?;
+        guest.balloon()?.balloon(whole)?;
+        // Begins while the balloon deflates, and takes what has come out.
+        guest.call(DropMemoryCaches {})?;
+        let filled = guest.call(fill(LEFT / 2, 1, seed))?;
+        guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
+        let more = guest.call(fill(2 * WANTED, 1, seed + 10))?;
+        for workload in [filled.workload, more.workload] {
+            let verified = guest.call(Verify { workload })?;
+            ensure!(verified.wrong == 0, "{verified:?}");
+            guest.call(Free { workload })?;
+        }
+    }
+    guest.unload(Driver::Ours)?;
+    guest.farewell(before)
+}
