@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a driver's work costs, ours beside the C driver's. Counts, not seconds: they are the same on a busy host.
+
+use anyhow::{ensure, Result};
+use tests::artifacts::Artifacts;
+use tests::guest::{Builder, Driver};
+use tests::measure::{costs, hint, Costs, Counts, Suppression};
+use tests::vmm::Vmm;
+use tests::MIB;
+
+const MEMORY: u64 = 768 * MIB;
+const INFLATED: u64 = 512 * MIB;
+const ROUNDS: usize = 3;
+
+/// The C driver's costs and ours.
+fn both(suppression: Suppression) -> Result<(Costs, Costs)> {
+    let artifacts = Artifacts::load()?;
+    let of = |driver| costs(&artifacts, driver, suppression, MEMORY, INFLATED, ROUNDS);
+    let (c, ours) = (of(Driver::C)?, of(Driver::Ours)?);
+    println!("C: {c:#?}\nours: {ours:#?}");
+    Ok((c, ours))
+}
+
+/// Fails unless `part` of the C driver's count is as much as ours.
+fn at_most(what: &str, ours: u64, c: u64, part: u64) -> Result<()> {
+    ensure!(
+        ours * part <= c,
+        "{what}: {ours}, and the C driver's {c}; a {part}th of that was to be enough"
+    );
+    Ok(())
+}
+
+#[test]
+fn left_to_themselves_our_driver_calls_a_tenth_as_often_to_hint_and_a_quarter_to_inflate(
+) -> Result<()> {
+    let (c, ours) = both(Suppression::Never)?;
+    // The C driver notifies for each request, and so nothing was lost in counting.
+    ensure!(
+        c.hint.counts.notifications == c.hint.counts.requests,
+        "{c:?}"
+    );
+    ensure!(
+        c.inflate.counts.notifications == c.inflate.counts.requests,
+        "{c:?}"
+    );
+    ensure!(ours.hint.bytes * 10 >= c.hint.bytes * 9, "{ours:?} {c:?}");
+    let calls = |counts: Counts| counts.notifications + counts.interrupts;
+    let (mine, theirs) = (ours.hint.counts, c.hint.counts);
+    at_most(
+        "notifications to hint",
+        mine.notifications,
+        theirs.notifications,
+        10,
+    )?;
+    at_most(
+        "notifications and interrupts to hint",
+        calls(mine),
+        calls(theirs),
+        10,
+    )?;
+    for (what, mine, theirs) in [
+        ("inflate", ours.inflate.counts, c.inflate.counts),
+        ("deflate", ours.deflate.counts, c.deflate.counts),
+    ] {
+        let (notifications, interrupts) = (
+            format!("notifications to {what}"),
+            format!("interrupts to {what}"),
+        );
+        at_most(&notifications, mine.notifications, theirs.notifications, 4)?;
+        at_most(&interrupts, mine.interrupts, theirs.interrupts, 4)?;
+        at_most(&format!("exits to {what}"), mine.exits(), theirs.exits(), 4)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn with_event_index_our_driver_calls_no_more_often_than_the_c_driver() -> Result<()> {
+    /// The device may be so quick or so slow that the C driver need not notify at all but once, and ours waits for
+    /// room in the ring.
+    const FEW: u64 = 10;
+    let (c, ours) = both(Suppression::EventIndex)?;
+    let (mine, theirs) = (ours.hint.counts, c.hint.counts);
+    ensure!(
+        mine.exits() <= theirs.exits() + FEW,
+        "to hint: {mine:?}, and the C driver {theirs:?}"
+    );
+    at_most(
+        "exits to inflate",
+        ours.inflate.counts.exits(),
+        c.inflate.counts.exits(),
+        4,
+    )?;
+    at_most(
+        "exits to deflate",
+        ours.deflate.counts.exits(),
+        c.deflate.counts.exits(),
+        4,
+    )
+}
+
+#[test]
+fn the_driver_counts_the_notifications_that_the_device_counts() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Uml)
+        .device_options(Suppression::Never.options())
+        .boot()?;
+    guest.load(Driver::Ours)?;
+    let free = guest.settled_free()?;
+    hint(&mut guest)?;
+    guest.daemon()?.qmp().hint_done()?;
+    guest.check_free(free)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    for target in [whole - 200 * MIB, whole] {
+        let qmp = guest.daemon()?.qmp();
+        qmp.balloon(target)?;
+        qmp.wait_balloon(target, std::time::Duration::from_secs(60))?;
+    }
+    let counters = guest.counters()?;
+    for queue in guest.daemon()?.virtio_status()?.queues {
+        let name = queue.name.replace('-', "_");
+        let driver = counters.get(&format!("{name}_notifications"))?;
+        ensure!(
+            driver == queue.notifications && driver > 0,
+            "{name}: the driver counted {driver} notifications, the device {queue:?}"
+        );
+        // One interrupt may stand for many signals of the device, but none comes without.
+        let taken = counters.get(&format!("{name}_interrupts"))?;
+        ensure!(
+            taken <= queue.interrupts,
+            "{name}: the driver took {taken} interrupts, the device gave {queue:?}"
+        );
+    }
+    guest.farewell(free)
+}
