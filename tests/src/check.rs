@@ -79,6 +79,20 @@ impl Guest {
         Ok(())
     }
 
+    /// As [`Guest::check_free`], but leaves free memory in the pieces that it is in.
+    ///
+    /// # Errors
+    ///
+    /// If it has not by ten seconds.
+    pub fn check_free_as_it_is(&mut self, before: u64) -> Result<()> {
+        self.call(WaitMemFree {
+            at_least: before.saturating_sub(FREE_TOLERANCE),
+            at_most: u64::MAX,
+            limit_ms: 10_000,
+        })?;
+        Ok(())
+    }
+
     /// Fails if the guest has lost memory (see [`Guest::check_free`]) or its kernel has complained.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ use std::ops::Sub;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use guest_agent::calls::{BuddyInfo, Fill, Release, Zone};
 
 use crate::artifacts::Artifacts;
 use crate::daemon::Daemon;
@@ -187,6 +188,66 @@ pub fn hint(guest: &mut Guest) -> Result<Work> {
         counts: Counts::now(daemon)? - before,
         time: Duration::from_micros(round.duration_us),
     })
+}
+
+/// Free memory by the size of its blocks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FreeBlocks {
+    page_size: u64,
+    zones: Vec<Zone>,
+}
+
+impl FreeBlocks {
+    /// Bytes that are free in blocks of `2^order` pages or more.
+    #[must_use]
+    pub fn from_order(&self, order: usize) -> u64 {
+        let zones = self.zones.iter();
+        zones
+            .map(|zone| zone.free_from(order, self.page_size))
+            .sum()
+    }
+}
+
+/// Guests whose free memory is in pieces.
+impl Guest {
+    /// The free memory, as `/proc/buddyinfo` says.
+    ///
+    /// # Errors
+    ///
+    /// As [`crate::agent::Agent::call`].
+    pub fn free_blocks(&mut self) -> Result<FreeBlocks> {
+        let page_size = self.agent().hello().page_size;
+        let zones = self.call(BuddyInfo {})?;
+        Ok(FreeBlocks { page_size, zones })
+    }
+
+    /// Fills all free memory but `spare` bytes, and frees it again but for one page in `keep_every`. Returns the workloads
+    /// that keep those.
+    ///
+    /// # Errors
+    ///
+    /// As [`crate::agent::Agent::call`].
+    pub fn fragment(&mut self, keep_every: u64, spare: u64, seed: u64) -> Result<Vec<u32>> {
+        /// In user-mode Linux each piece of a process's memory is a mapping on the host, which has a limit for them: two
+        /// pieces for each page that is kept, and some to spare.
+        const KEPT_PAGES: u64 = 20_000;
+        let bytes = self.settled_free()?.saturating_sub(spare);
+        let pages = bytes / 4096;
+        let parts = (pages / keep_every).div_ceil(KEPT_PAGES).max(1);
+        let mut workloads = Vec::new();
+        for part in 0..parts {
+            let filled = self.call(Fill {
+                bytes: pages / parts * 4096,
+                keep_every,
+                seed: seed + part,
+            })?;
+            workloads.push(filled.workload);
+        }
+        for &workload in &workloads {
+            self.call(Release { workload })?;
+        }
+        Ok(workloads)
+    }
 }
 
 fn resize(guest: &mut Guest, target: u64, bytes: u64) -> Result<Work> {

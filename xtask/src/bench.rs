@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Our driver's work beside the C driver's, counted by our device in one run.
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 use clap::Args;
-use tests::guest::Driver;
+use tests::artifacts::Artifacts;
+use tests::calls::{ReadFile, Run};
+use tests::guest::{Builder, Driver, Guest};
 use tests::measure::{self, Suppression, Work};
+use tests::vmm::Vmm;
 use tests::MIB;
 
 use crate::build::{self, Profile};
@@ -68,9 +71,169 @@ pub fn command(options: &Options) -> Result<()> {
             row("", "", "ours", &ours);
         }
     }
+    fragmented(&artifacts, memory * MIB, rounds)?;
+    afterwards(&artifacts, memory * MIB)?;
     println!();
     println!("  Counts are exact; times are of this machine, now.");
     Ok(())
+}
+
+/// One page of so many is kept. The last is one in each MiB.
+const KEPT: [u64; 4] = [4, 16, 64, 256];
+/// What a guest keeps when it fills its memory, so that its kernel and first process are not in want.
+const UNFILLED: u64 = 12 * MIB;
+/// The orders of a huge page and of the largest block, of x86-64.
+const HUGE: usize = 9;
+const LARGEST: usize = 10;
+
+/// Hinting where free memory is in pieces, by the smallest order that is hinted.
+fn fragmented(artifacts: &Artifacts, memory: u64, rounds: usize) -> Result<()> {
+    println!();
+    println!(
+        "  {:<10}{:<8}{:>9}{:>9}{:>9}{:>8}{:>9}{:>11}{:>8}{:>12}{:>18}",
+        "1 kept of",
+        "driver",
+        "MiB free",
+        "hinted",
+        "blocks",
+        "%",
+        "notified",
+        "interrupts",
+        "exits",
+        "time",
+        "MiB >= 2 MiB after"
+    );
+    for keep_every in KEPT {
+        let mut guest = Builder::new(artifacts, Vmm::Uml).memory(memory).boot()?;
+        guest.fragment(keep_every, UNFILLED, 11)?;
+        let drivers = (0..=LARGEST).map(|order| (Driver::Ours, order));
+        for (driver, order) in [(Driver::C, LARGEST)].into_iter().chain(drivers) {
+            let parameters = match driver {
+                Driver::Ours => format!("hint_min_order={order}"),
+                Driver::C => String::new(),
+            };
+            let free = guest.free_blocks()?;
+            guest.load_with(driver, &parameters)?;
+            let mut rounds_done = Vec::new();
+            for _ in 0..rounds {
+                rounds_done.push(measure::hint(&mut guest)?);
+                guest.daemon()?.qmp().hint_done()?;
+                guest.check_free_as_it_is(free.from_order(0))?;
+            }
+            guest.unload(driver)?;
+            let after = guest.free_blocks()?;
+            let work = Work::median(rounds_done);
+            let all = free.from_order(0);
+            println!(
+                "  {keep_every:<10}{:<8}{:>9}{:>9}{:>9}{:>8}{:>9}{:>11}{:>8}{:>12}{:>18}",
+                match driver {
+                    Driver::Ours => format!(">= {order}"),
+                    Driver::C => "C".to_owned(),
+                },
+                all / MIB,
+                work.bytes / MIB,
+                work.counts.requests - 2,
+                work.bytes * 100 / all.max(1),
+                work.counts.notifications,
+                work.counts.interrupts,
+                work.counts.exits(),
+                format!("{:.1?}", work.time),
+                format!(
+                    "{} -> {}",
+                    free.from_order(HUGE) / MIB,
+                    after.from_order(HUGE) / MIB
+                ),
+            );
+        }
+        guest.power_off()?;
+    }
+    Ok(())
+}
+
+/// Whether a round has a price that is paid later: what compaction makes of fragmented memory after a round, and to whom
+/// the blocks of memory belong that the kernel groups its pages by.
+fn afterwards(artifacts: &Artifacts, memory: u64) -> Result<()> {
+    const KEEP_EVERY: u64 = 64;
+    println!();
+    println!(
+        "  {:<16}{:>18}{:>20}{:>22}",
+        "1 kept of 64,", "", "MiB >= 2 MiB", "blocks that are not"
+    );
+    println!(
+        "  {:<16}{:>18}{:>20}{:>22}",
+        "hinted blocks", "at once", "after compaction", "movable"
+    );
+    let ours = [0, 2, 4, 6, LARGEST].map(|order| Some((Driver::Ours, order)));
+    let all = [None, Some((Driver::C, LARGEST))];
+    for hinting in all.into_iter().chain(ours) {
+        let mut guest = Builder::new(artifacts, Vmm::Uml).memory(memory).boot()?;
+        guest.fragment(KEEP_EVERY, UNFILLED, 12)?;
+        if let Some((driver, order)) = hinting {
+            let parameters = match driver {
+                Driver::Ours => format!("hint_min_order={order}"),
+                Driver::C => String::new(),
+            };
+            let free = guest.mem_info()?.free();
+            guest.load_with(driver, &parameters)?;
+            measure::hint(&mut guest)?;
+            use_kernel_memory(&mut guest)?;
+            guest.daemon()?.qmp().hint_done()?;
+            guest.check_free_as_it_is(free - KERNEL_MEMORY)?;
+        } else {
+            use_kernel_memory(&mut guest)?;
+        }
+        let at_once = guest.free_blocks()?;
+        guest.settled_free()?;
+        let compacted = guest.free_blocks()?;
+        let unmovable = unmovable_blocks(&mut guest)?;
+        println!(
+            "  {:<16}{:>18}{:>20}{:>22}",
+            match hinting {
+                None => "none".to_owned(),
+                Some((Driver::C, _)) => "C".to_owned(),
+                Some((Driver::Ours, order)) => format!(">= {order}"),
+            },
+            at_once.from_order(HUGE) / MIB,
+            compacted.from_order(HUGE) / MIB,
+            unmovable
+        );
+        guest.power_off()?;
+    }
+    Ok(())
+}
+
+/// More than what files of [`use_kernel_memory`] cost.
+const KERNEL_MEMORY: u64 = 64 * MIB;
+
+/// Has the kernel allocate some 20 MiB that it cannot move: for the inodes and names of files.
+fn use_kernel_memory(guest: &mut Guest) -> Result<()> {
+    let script =
+        "PATH=/bin; mkdir /files && cd /files && busybox seq 1 25000 | busybox xargs busybox touch";
+    let finished = guest.call(Run {
+        argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
+    })?;
+    ensure!(finished.status == Some(0), "no files: {finished:?}");
+    Ok(())
+}
+
+/// The blocks of memory that the kernel keeps for pages that it cannot move.
+fn unmovable_blocks(guest: &mut Guest) -> Result<String> {
+    let text = guest.call(ReadFile {
+        path: "/proc/pagetypeinfo".to_owned(),
+    })?;
+    let mut lines = text
+        .lines()
+        .skip_while(|line| !line.starts_with("Number of blocks type"));
+    let names = lines.next().unwrap_or_default();
+    let names = names.split_whitespace().skip(4);
+    let counts = lines.next().unwrap_or_default();
+    let counts = counts.split_whitespace().skip(4);
+    let shown: Vec<_> = names
+        .zip(counts)
+        .filter(|(name, count)| *name != "Movable" && *count != "0")
+        .map(|(name, count)| format!("{count} {name}"))
+        .collect();
+    Ok(shown.join(", "))
 }
 
 fn row(kind: &str, way: &str, driver: &str, work: &Work) {
