@@ -259,6 +259,9 @@ mod tests {
         assert_eq!(bound.device.notifications(), 0);
         assert_eq!(queue.kick(), Kick::Sent);
         assert_eq!(bound.device.notifications(), 1);
+        // There is nothing new to tell it of.
+        assert_eq!(queue.kick(), Kick::NotWanted);
+        assert_eq!(bound.device.notifications(), 1);
 
         bound.device.suppress_notifications(0, true);
         queue.add(Mortal::new(3, &DEATHS)?)?;

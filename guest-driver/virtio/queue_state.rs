@@ -72,6 +72,8 @@ pub(super) enum Phase {
 /// What the lock of a queue guards: the ring, too.
 pub(super) struct State {
     pub(super) phase: Phase,
+    /// Buffers were added since the device was last told.
+    pub(super) untold: bool,
     /// What came back without the device's doing. Has room for all that a ring can hold.
     returned: KVec<Token>,
 }
@@ -112,6 +114,7 @@ impl QueueState {
     ) -> Result<Arc<Self>> {
         let state = State {
             phase: Phase::Idle,
+            untold: false,
             returned: KVec::new(),
         };
         let queue = pin_init!(Self {
@@ -165,6 +168,7 @@ impl QueueState {
         let mut room = KVec::with_capacity(size, GFP_KERNEL)?;
         let mut state = self.state.lock();
         state.phase = Phase::Live(ring);
+        state.untold = false;
         core::mem::swap(&mut state.returned, &mut room);
         drop(state);
         self.drop_tokens(room);

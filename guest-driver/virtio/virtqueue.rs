@@ -78,7 +78,7 @@ impl<B: Buffer> Virtqueue<B> {
     /// notification of the device.
     pub fn add(&self, buffer: B) -> Result<(), AddError<B>> {
         let mut segments = Segments::of(&buffer);
-        let state = self.queue.state().lock();
+        let mut state = self.queue.state().lock();
         let failure = match state.live() {
             None => AddFailure::Gone,
             Some(ring) => match Self::check(ring, &segments) {
@@ -89,6 +89,7 @@ impl<B: Buffer> Virtqueue<B> {
                     // token is new.
                     let result = unsafe { segments.add_to(ring.as_non_null(), token) };
                     if result == 0 {
+                        state.untold = true;
                         return Ok(());
                     }
                     drop(state);
@@ -128,16 +129,22 @@ impl<B: Buffer> Virtqueue<B> {
         }
     }
 
-    /// Tells the device that there are buffers, unless it has said that it does not want to know.
+    /// Tells the device that there are buffers, unless it has said that it does not want to know, or
+    /// none was added since it was last told.
+    ///
+    /// The latter the ring itself minds only with event index: without, it would notify each time.
     ///
     /// The notification itself, which may leave the guest, happens outside the lock.
     pub fn kick(&self) -> Kick {
         // The ring is not deleted before all read-side sections that saw it live have ended.
         let _guard = rcu::read_lock();
-        let state = self.queue.state().lock();
+        let mut state = self.queue.state().lock();
         let Some(ring) = state.live() else {
             return Kick::Failed;
         };
+        if !core::mem::take(&mut state.untold) {
+            return Kick::NotWanted;
+        }
         // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
         let wanted = unsafe { bindings::virtqueue_kick_prepare(ring.as_ptr()) };
         drop(state);
