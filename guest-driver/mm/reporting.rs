@@ -276,6 +276,8 @@ impl<T: ReportPages> PinnedDrop for PageReporting<T> {
 mod tests {
     use super::super::PageBlock;
     use super::*;
+    use crate::virtio::kunit_device::{Bound, Counter};
+    use crate::virtio::Virtqueue;
     use kernel::sync::atomic::Atomic;
     use kernel::sync::{new_mutex, Mutex};
     use kernel::time::{delay::fsleep, Delta};
@@ -321,18 +323,12 @@ mod tests {
         }
     }
 
-    /// Two blocks of four pages, as the kernel reports them.
-    fn report_two(fate: Fate) -> Result<(c_int, Taker)> {
+    /// Reports two blocks of four pages, as the kernel does.
+    fn report_two<T: ReportPages>(taker: &T) -> Result<c_int> {
         let blocks = [
             PageBlock::take_free(2).ok_or(ENOMEM)?,
             PageBlock::take_free(2).ok_or(ENOMEM)?,
         ];
-        let taker = Taker {
-            fate,
-            blocks: Atomic::new(0),
-            pages: Atomic::new(0),
-            nearly: Arc::new(AtomicFlag::new(false), GFP_KERNEL)?,
-        };
         let mut list = [bindings::scatterlist::default(); 2];
         // SAFETY: There is room for two entries, and the blocks live until the end of this function.
         unsafe {
@@ -343,9 +339,7 @@ mod tests {
             }
         }
         // SAFETY: As above.
-        let result =
-            unsafe { PageReporting::report(&taker, NonNull::from(&mut list).cast(), blocks.len()) };
-        Ok((result, taker))
+        Ok(unsafe { PageReporting::report(taker, NonNull::from(&mut list).cast(), blocks.len()) })
     }
 
     #[test]
@@ -356,11 +350,84 @@ mod tests {
             (Fate::AcknowledgedLater, 0),
             (Fate::DroppedLater, EIO.to_errno()),
         ] {
-            let (result, taker) = report_two(fate)?;
-            assert_eq!(result, expected);
+            let taker = Taker {
+                fate,
+                blocks: Atomic::new(0),
+                pages: Atomic::new(0),
+                nearly: Arc::new(AtomicFlag::new(false), GFP_KERNEL)?,
+            };
+            assert_eq!(report_two(&taker)?, expected);
             assert!(taker.nearly.load(Relaxed));
             assert_eq!(taker.blocks.load(Relaxed), 2);
             assert_eq!(taker.pages.load(Relaxed), 8);
+        }
+        Ok(())
+    }
+
+    /// A device and its queue of reports. The device is silent, or uses the buffer at once.
+    #[pin_data]
+    struct Far {
+        #[pin]
+        bound: Mutex<Option<Bound>>,
+        queue: Virtqueue<FreePages>,
+        silent: bool,
+    }
+
+    // SAFETY: A test is one thread.
+    unsafe impl Send for Far {}
+
+    // SAFETY: As above.
+    unsafe impl Sync for Far {}
+
+    impl ReportPages for Far {
+        fn report(&self, pages: FreePages) {
+            assert!(self.queue.add(pages).is_ok());
+            let bound = self.bound.lock();
+            let Some(device) = bound.as_ref().map(|bound| &bound.device) else {
+                return;
+            };
+            let Some(seen) = device.take(0) else {
+                return;
+            };
+            assert_eq!(seen.segments.len(), 2);
+            for segment in &seen.segments {
+                assert_eq!(
+                    (segment.length, segment.writable),
+                    (4 * PAGE_SIZE as u32, true)
+                );
+            }
+            if !self.silent {
+                device.give_back(0, seen.head, 0);
+                let returned = self.queue.pop();
+                assert!(returned.is_some());
+                if let Some((pages, _)) = returned {
+                    pages.acknowledge();
+                }
+            }
+        }
+
+        fn overdue(&self, _seconds: u32) {
+            assert!(self.silent);
+            assert!(self.queue.pop().is_none());
+            drop(self.bound.lock().take());
+        }
+    }
+
+    /// A report that the device was given ends when the device answers, or when it is unbound.
+    #[test]
+    fn a_report_ends_with_its_buffer() -> Result {
+        for (silent, expected) in [(false, 0), (true, EIO.to_errno())] {
+            let queue = Virtqueue::new(c"test")?;
+            let bound = Bound::new()?;
+            bound.find_queues(&[&queue], Counter::new()?)?;
+            let far = pin_init!(Far {
+                bound <- new_mutex!(Some(bound), "Far::bound"),
+                queue,
+                silent,
+            });
+            let far = KBox::pin_init(far, GFP_KERNEL)?;
+            assert_eq!(report_two(&*far)?, expected);
+            assert_eq!(far.bound.lock().is_none(), silent);
         }
         Ok(())
     }

@@ -37,7 +37,7 @@ struct Memory(UnsafeCell<[u8; 8192]>);
 
 /// The device.
 #[repr(C)]
-pub(super) struct TestDevice {
+pub(crate) struct TestDevice {
     /// At offset 0: callbacks of the transport cast between the two.
     vdev: UnsafeCell<bindings::virtio_device>,
     memory: [Memory; QUEUES],
@@ -56,16 +56,16 @@ pub(super) struct TestDevice {
 }
 
 /// A buffer as the device sees it.
-pub(super) struct Seen {
-    pub(super) head: u32,
-    pub(super) segments: KVec<Segment>,
+pub(crate) struct Seen {
+    pub(crate) head: u32,
+    pub(crate) segments: KVec<Segment>,
 }
 
 /// A segment of a buffer as the device sees it.
-pub(super) struct Segment {
+pub(crate) struct Segment {
     address: u64,
-    pub(super) length: u32,
-    pub(super) writable: bool,
+    pub(crate) length: u32,
+    pub(crate) writable: bool,
 }
 
 impl Segment {
@@ -116,14 +116,14 @@ static OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
 };
 
 /// A device with its binding, as between probe and removal.
-pub(super) struct Bound {
-    pub(super) device: KBox<TestDevice>,
+pub(crate) struct Bound {
+    pub(crate) device: KBox<TestDevice>,
     binding: *mut Binding,
 }
 
 impl Bound {
     /// Creates a device and binds it.
-    pub(super) fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         // SAFETY: All zeroes is a valid value of each field.
         let zeroed = unsafe {
             pin_init::init_from_closure(|slot: *mut TestDevice| {
@@ -150,7 +150,7 @@ impl Bound {
         unsafe { &*self.binding }
     }
 
-    pub(super) fn find_queues(
+    pub(crate) fn find_queues(
         &self,
         queues: &[&dyn AnyQueue],
         handler: Arc<dyn QueueHandler>,
@@ -169,7 +169,7 @@ impl Drop for Bound {
 
 impl TestDevice {
     /// Takes the next buffer that the driver made available on `queue`.
-    pub(super) fn take(&self, queue: usize) -> Option<Seen> {
+    pub(crate) fn take(&self, queue: usize) -> Option<Seen> {
         let next = self.seen[queue].get();
         if self.read_u16(queue, AVAILABLE + 2) == next {
             return None;
@@ -198,7 +198,7 @@ impl TestDevice {
     }
 
     /// Gives the buffer with this head back.
-    pub(super) fn give_back(&self, queue: usize, head: u32, written: u32) {
+    pub(crate) fn give_back(&self, queue: usize, head: u32, written: u32) {
         let next = self.used[queue].get();
         let at = USED + 4 + 8 * (usize::from(next) % ENTRIES);
         self.write(queue, at, head.to_le_bytes());
@@ -506,10 +506,10 @@ unsafe impl Buffer for Mortal {
 }
 
 /// A handler that counts what it is told.
-pub(super) struct Counter(pub(super) [AtomicU32; QUEUES]);
+pub(crate) struct Counter(pub(super) [AtomicU32; QUEUES]);
 
 impl Counter {
-    pub(super) fn new() -> Result<Arc<Self>> {
+    pub(crate) fn new() -> Result<Arc<Self>> {
         Ok(Arc::new(
             Self([const { AtomicU32::new(0) }; QUEUES]),
             GFP_KERNEL,

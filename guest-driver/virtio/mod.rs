@@ -55,7 +55,7 @@ pub mod work;
 #[cfg(CONFIG_KUNIT = "y")]
 mod kunit;
 #[cfg(CONFIG_KUNIT = "y")]
-mod kunit_device;
+pub(crate) mod kunit_device;
 
 pub use self::{
     accompanied::Accompanied,
