@@ -8,16 +8,23 @@
 //! new command is noticed within one ring's worth of work, and a removal never has to wait for an
 //! answer.
 //!
-//! The kernel's own driver takes no interrupt from this queue, and so there are devices whose
-//! interrupts nobody ever missed: QEMU's (11.1, TCG) serves the queue in an I/O thread, and from
-//! there none arrives. Therefore, while buffers are in flight, a timer looks after them too, less
-//! and less often.
+//! An interrupt costs the guest an exit, and a device that is at work returns the next blocks
+//! within microseconds. So the work item watches the ring for a moment before it asks for one: as
+//! long as the device keeps up, a round needs no interrupt; the ring is kept full meanwhile, and the
+//! device is notified when it is through with nearly all that it was notified of (if it wants to be:
+//! one that is at work looks by itself).
+//!
+//! The kernel's own driver takes no interrupt from this queue at all, and so there are devices
+//! whose interrupts nobody ever missed: QEMU's (11.1, TCG) serves the queue in an I/O thread, and
+//! from there none arrives. Therefore, while buffers are in flight, a timer looks after them too,
+//! less and less often.
 //!
 //! A block is owned by the queue while it is in flight, by [`Held`] until the device is done with
 //! it, and by the page allocator before and after. There is no other way, so the feature
 //! `KEEPS_HINTED_UNTIL_RETURNED` is kept by construction.
 
 use kernel::prelude::*;
+use kernel::processor::cpu_relax;
 use kernel::sync::atomic::{AtomicFlag, Relaxed};
 use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::time::{msecs_to_jiffies, Delta, Instant, Monotonic, Msecs};
@@ -59,6 +66,9 @@ const UNNOTICED: Delta = Delta::from_millis(100);
 const LOOK_MIN: Msecs = 8;
 const LOOK_MAX: Msecs = 1024;
 
+/// How long the ring is watched without anything coming back, before an interrupt is asked for.
+const WATCH: Delta = Delta::from_micros(500);
+
 const TURN: u64 = 1;
 const LOOK: u64 = 2;
 
@@ -97,6 +107,10 @@ struct Round {
     /// The command buffers that are not in flight. Has room for all.
     spare: KVec<Command>,
     in_flight_pages: usize,
+    /// The buffers in flight of which the device was notified, as far as it uses them in order.
+    noticed: usize,
+    /// The others.
+    unnoticed: usize,
     /// When the round began.
     began: Instant<Monotonic>,
     /// How long to wait for the next interrupt.
@@ -133,6 +147,8 @@ impl Hinting {
             outbox: [None; 2],
             spare,
             in_flight_pages: 0,
+            noticed: 0,
+            unnoticed: 0,
             began: Instant::now(),
             patience: LOOK_MIN,
         };
@@ -215,10 +231,13 @@ impl Hinting {
         self.held.give_up();
     }
 
-    /// Takes back the buffers that the device has used.
-    fn collect(&self, round: &mut Round) {
+    /// Takes back the buffers that the device has used. Returns whether there was any.
+    fn collect(&self, round: &mut Round) -> bool {
+        let mut any = false;
         while let Some((buffer, _)) = self.queue.pop() {
+            any = true;
             round.patience = LOOK_MIN;
+            round.came_back();
             match buffer {
                 Either::Left(command) => {
                     // Its room is still there: commands are only ever taken and put back.
@@ -231,6 +250,12 @@ impl Hinting {
                 }
             }
         }
+        any
+    }
+
+    /// Whether the device may have something new to say, or the driver goes.
+    fn has_news(&self) -> bool {
+        self.command_changed.load(Relaxed) || self.stopping.load(Relaxed)
     }
 
     /// Finds the place of a block that the device has returned.
@@ -297,6 +322,7 @@ impl Hinting {
                 };
             }
             round.outbox = [next, None];
+            round.unnoticed += 1;
         }
         Ok(true)
     }
@@ -306,7 +332,7 @@ impl Hinting {
     fn offer(&self, round: &mut Round) -> Result {
         let limit = state::managed_pages() / IN_FLIGHT_SHARE;
         let mut noticed: Instant<Monotonic> = Instant::now();
-        while !self.command_changed.load(Relaxed) && !self.stopping.load(Relaxed) {
+        while !self.has_news() {
             if round.in_flight_pages >= limit || self.queue.free_entries() <= COMMAND_ENTRIES {
                 break;
             }
@@ -335,9 +361,11 @@ impl Hinting {
                 return Err(failure.into());
             }
             round.in_flight_pages += pages;
+            round.unnoticed += 1;
             self.counters.hinted(order, bytes);
+            work::give_way();
             if noticed.elapsed() > UNNOTICED {
-                self.kick();
+                self.notify(round);
                 noticed = Instant::now();
             }
         }
@@ -352,13 +380,18 @@ impl Hinting {
         self.counters.last_round_us.set(took.max(0) as u64);
     }
 
-    fn kick(&self) {
-        self.counters.kicked(Queue::FreePage, self.queue.kick());
+    /// Lets the device know of new buffers, if there are any.
+    fn notify(&self, round: &mut Round) {
+        if round.unnoticed > 0 {
+            round.noticed += round.unnoticed;
+            round.unnoticed = 0;
+            self.counters.kicked(Queue::FreePage, self.queue.kick());
+        }
     }
 
     /// Looks after the buffers in flight later, should no interrupt come.
     fn look_later(self: &Arc<Self>, round: &mut Round) {
-        if round.in_flight_pages == 0 && round.spare.len() == COMMANDS {
+        if !round.any_in_flight() {
             return;
         }
         let delay = msecs_to_jiffies(round.patience);
@@ -366,6 +399,37 @@ impl Hinting {
         let _ = self
             .work_queue
             .enqueue_delayed::<Arc<Self>, LOOK>(self.clone(), delay);
+    }
+
+    /// Takes turns for as long as the device keeps up. On return nothing is in flight any more, or
+    /// nothing has come back for a while; the device knows of everything. Fails if it is gone.
+    fn turns(&self, round: &mut Round) -> Result {
+        let mut last: Instant<Monotonic> = Instant::now();
+        loop {
+            let result = self.turn(round);
+            if result.is_err() || round.notice_is_due() {
+                self.notify(round);
+            }
+            result?;
+            work::give_way();
+            loop {
+                if self.has_news() {
+                    break;
+                }
+                if self.collect(round) {
+                    last = Instant::now();
+                    break;
+                }
+                if !round.any_in_flight() || last.elapsed() > WATCH {
+                    self.notify(round);
+                    return Ok(());
+                }
+                cpu_relax();
+            }
+            if self.stopping.load(Relaxed) {
+                return Ok(());
+            }
+        }
     }
 
     /// One turn: everything that can be done now. Fails if the device is gone.
@@ -386,6 +450,26 @@ impl Hinting {
 }
 
 impl Round {
+    fn any_in_flight(&self) -> bool {
+        self.noticed > 0 || self.unnoticed > 0
+    }
+
+    /// A buffer came back.
+    fn came_back(&mut self) {
+        let count = if self.noticed > 0 {
+            &mut self.noticed
+        } else {
+            &mut self.unnoticed
+        };
+        *count = count.saturating_sub(1);
+    }
+
+    /// Whether the device should be notified now of what it does not know of. It would otherwise
+    /// have nothing to do soon, or there is no more to come.
+    fn notice_is_due(&self) -> bool {
+        self.harvest.is_none() || self.noticed <= self.unnoticed / 8
+    }
+
     fn send(&mut self, command: CommandId) {
         // Commands come from `step` only when the outbox is empty, and at most two at a time.
         if let Some(slot) = self.outbox.iter_mut().find(|slot| slot.is_none()) {
@@ -406,13 +490,12 @@ impl WorkItem<1> for Hinting {
     fn run(this: Arc<Self>) {
         let mut round = this.round.lock();
         while !this.stopping.load(Relaxed) {
-            let result = this.turn(&mut round);
-            this.kick();
-            if result.is_err() {
+            this.queue.disable_callback();
+            if this.turns(&mut round).is_err() {
                 return;
             }
             let quiet = this.queue.enable_callback_delayed();
-            if quiet && !this.command_changed.load(Relaxed) {
+            if quiet && !this.has_news() {
                 this.look_later(&mut round);
                 return;
             }

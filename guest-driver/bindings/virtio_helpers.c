@@ -90,6 +90,11 @@ void vbrs_relax(struct device *dev)
 	pm_relax(dev);
 }
 
+void vbrs_cond_resched(void)
+{
+	cond_resched();
+}
+
 #if IS_BUILTIN(CONFIG_KUNIT)
 /* What register_virtio_device() does to the part of a device that rings need. */
 void vbrs_test_device_init(struct virtio_device *vdev)

@@ -7,6 +7,7 @@
 
 #include <linux/device.h>
 #include <linux/scatterlist.h>
+#include <linux/sched.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #include <linux/wait.h>
@@ -30,6 +31,8 @@ bool vbrs_wait_for_change(struct wait_queue_head *waiters, const u32 *counter, u
 void vbrs_set_wakeup_capable(struct device *dev, bool capable);
 void vbrs_stay_awake(struct device *dev);
 void vbrs_relax(struct device *dev);
+
+void vbrs_cond_resched(void);
 
 #if IS_BUILTIN(CONFIG_KUNIT)
 void vbrs_test_device_init(struct virtio_device *vdev);

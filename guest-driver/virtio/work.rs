@@ -100,6 +100,14 @@ where
     }
 }
 
+/// Lets others run, if the processor is wanted: for work that goes on for long.
+///
+/// May sleep.
+pub fn give_way() {
+    // SAFETY: May be called in any context that may sleep.
+    unsafe { helpers::vbrs_cond_resched() };
+}
+
 /// The `work_struct` inside `owner`.
 ///
 /// # Safety
