@@ -34,7 +34,11 @@ module_virtio_driver! {
     params: {
         hint_min_order: u8 {
             default: 4,
-            description: "Smallest order of the free page blocks that are hinted (blocks of 4 KiB << order; 0 to 10)",
+            description: "Smallest order of the free page blocks that are hinted (blocks of 4 KiB << order; 0 to 10, 4 unless set)",
+        },
+        hint_reserve_mib: u32 {
+            default: 0,
+            description: "Free memory in MiB that hinting leaves to the guest (0, unless set: as much as its zones' watermarks say; never less than their high watermarks)",
         },
     },
 }

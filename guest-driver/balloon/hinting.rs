@@ -35,7 +35,7 @@ use kernel::workqueue::{
 use super::config::BalloonConfig;
 use super::counters::Counters;
 use super::held::Held;
-use super::reserve::Harvest;
+use super::reserve::{Harvest, Limits};
 use crate::mm::{state, LentBlock};
 use crate::shared_abi::command::CommandId;
 use crate::shared_abi::hinting::driver::{self, Action, Event};
@@ -77,7 +77,7 @@ const LOOK: u64 = 2;
 pub(crate) struct Hinting {
     config: BalloonConfig,
     queue: Virtqueue<HintBuffer>,
-    min_order: u32,
+    limits: Limits,
     /// The device may show a new command id. It is read only then: QEMU's device shows STOP again
     /// once a round has started, and does not mean it.
     command_changed: AtomicFlag,
@@ -126,14 +126,14 @@ impl_has_delayed_work! {
 }
 
 impl Hinting {
-    /// Offers nothing yet. Blocks smaller than `2^min_order` pages will not be hinted.
+    /// Offers nothing yet. What will be offered is within `limits`.
     ///
     /// May sleep. Fails with `ENOMEM`.
     pub(crate) fn new(
         config: BalloonConfig,
         work_queue: Arc<WorkQueue>,
         counters: Arc<Counters>,
-        min_order: u32,
+        limits: Limits,
     ) -> Result<Arc<Self>> {
         let mut spare = KVec::with_capacity(COMMANDS, GFP_KERNEL)?;
         for _ in 0..COMMANDS {
@@ -155,7 +155,7 @@ impl Hinting {
         let hinting = try_pin_init!(Self {
             config,
             queue: Virtqueue::new(c"free-page")?,
-            min_order,
+            limits,
             command_changed: AtomicFlag::new(true),
             stopping: AtomicFlag::new(false),
             round <- new_mutex!(round, "Hinting::round"),
@@ -287,7 +287,7 @@ impl Hinting {
                 Action::SendStart(id) => {
                     round.number = round.number.wrapping_add(1);
                     round.send(CommandId::from_number(id.number()));
-                    round.harvest = Some(Harvest::new(self.min_order, &self.counters));
+                    round.harvest = Some(Harvest::new(self.limits, &self.counters));
                     round.began = Instant::now();
                     self.counters.rounds_started.add(1);
                     self.held.forget_pressure();

@@ -32,6 +32,7 @@ use self::held::Held;
 use self::hinting::Hinting;
 use self::interrupts::Interrupts;
 use self::reporting::{Registration, Reporting};
+use self::reserve::Limits;
 use self::sizing::Sizing;
 use self::statistics::Statistics;
 use crate::mm::{state, OomNotifier, Shrinker};
@@ -114,17 +115,17 @@ impl Data {
     fn bind(dev: &virtio::Device<Core<'_>>) -> Result<Self> {
         let features = Features::from_bits(dev.features());
         let config = dev.config()?;
+        let printer: &device::Device = dev.as_ref();
         let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
         let work_queue = Arc::new(WorkQueue::new(c"virtio_balloon_rs")?, GFP_KERNEL)?;
 
         let hinting = if features.contains(Features::FREE_PAGE_HINT) {
             let config = BalloonConfig::new(config.clone());
-            let min_order = u32::from(crate::module_parameters::hint_min_order.value());
             Some(Hinting::new(
                 config,
                 work_queue.clone(),
                 counters.clone(),
-                min_order,
+                Limits::from_parameters(printer),
             )?)
         } else {
             None

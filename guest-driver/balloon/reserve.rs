@@ -2,16 +2,81 @@
 
 //! How much memory the guest keeps, and which block is hinted next.
 
+use kernel::page::PAGE_SHIFT;
+use kernel::prelude::*;
+use kernel::{dev_warn, device};
+
 use super::counters::Counters;
 use crate::mm::{state, PageBlock};
 
-/// The free pages that hinting leaves alone: so many that the guest neither begins to reclaim
-/// memory nor stalls, and so few that nearly all free memory is hinted.
+/// Pages of the guest in 1 MiB. (A page is smaller than that everywhere.)
+const PAGES_PER_MIB: usize = 1 << (20 - PAGE_SHIFT);
+
+/// What the administrator has set for hinting, within what is possible.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// The smallest order of blocks.
+    min_order: u32,
+    /// Pages to be left alone, or 0 for [`usual_reserve`].
+    reserve: usize,
+}
+
+impl Limits {
+    /// Reads the module's parameters, and says in the log what cannot be as they want it.
+    pub(crate) fn from_parameters(dev: &device::Device) -> Self {
+        let (min_order, reserve_mib) = (
+            crate::module_parameters::hint_min_order.value(),
+            crate::module_parameters::hint_reserve_mib.value(),
+        );
+        let limits = Self::new(min_order, reserve_mib);
+        if limits.min_order != u32::from(min_order) {
+            dev_warn!(
+                dev,
+                "hint_min_order={} is beyond the largest order; taking {}\n",
+                min_order,
+                limits.min_order
+            );
+        }
+        if limits.reserve >= state::managed_pages() {
+            dev_warn!(
+                dev,
+                "hint_reserve_mib={} is all of memory; nothing will be hinted\n",
+                reserve_mib
+            );
+        } else if limits.reserve > 0 && limits.reserve < state::high_watermarks() {
+            dev_warn!(
+                dev,
+                "hint_reserve_mib={} is less than the zones' high watermarks; taking those\n",
+                reserve_mib
+            );
+        }
+        limits
+    }
+
+    /// An order beyond the largest becomes the largest.
+    fn new(min_order: u8, reserve_mib: u32) -> Self {
+        Self {
+            min_order: u32::from(min_order).min(PageBlock::max_order()),
+            reserve: (reserve_mib as usize).saturating_mul(PAGES_PER_MIB),
+        }
+    }
+
+    /// How many free pages are to be left alone now.
+    fn reserve(self) -> usize {
+        match self.reserve {
+            0 => usual_reserve(),
+            pages => pages.max(state::high_watermarks()),
+        }
+    }
+}
+
+/// So many that the guest neither begins to reclaim memory nor stalls, and so few that nearly all
+/// free memory is hinted.
 ///
 /// Three times the sum of the zones' high watermarks, or 1/64 of memory if that is more. Above its
 /// high watermark a zone is not reclaimed, and the kernel may raise it for a while by one and a
 /// half times (`watermark_boost_factor`); the rest is room for processes.
-fn reserve() -> usize {
+fn usual_reserve() -> usize {
     let watermarks = state::high_watermarks().saturating_mul(3);
     watermarks.max(state::managed_pages() / 64)
 }
@@ -34,14 +99,13 @@ pub(crate) struct Harvest {
 
 impl Harvest {
     /// Begins with the largest order. The reserve is computed now.
-    pub(crate) fn new(min_order: u32, counters: &Counters) -> Self {
-        let order = PageBlock::max_order();
-        let reserve = reserve();
+    pub(crate) fn new(limits: Limits, counters: &Counters) -> Self {
+        let reserve = limits.reserve();
         counters.hint_reserve_pages.set(reserve as u64);
         counters.hint_free_pages_low.set(state::free_pages() as u64);
         Self {
-            order,
-            min_order: min_order.min(order),
+            order: PageBlock::max_order(),
+            min_order: limits.min_order,
             reserve,
         }
     }
@@ -70,5 +134,50 @@ impl Harvest {
             }
             self.order -= 1;
         }
+    }
+}
+
+#[kunit_tests(virtio_balloon_rs_reserve)]
+mod tests {
+    use super::*;
+    use crate::mm::BlockList;
+
+    #[test]
+    fn parameters_are_kept_within_what_is_possible() {
+        let largest = PageBlock::max_order();
+        assert_eq!(Limits::new(4, 0).min_order, 4);
+        assert_eq!(Limits::new(u8::MAX, 0).min_order, largest);
+        assert_eq!(Limits::new(0, 3).reserve, 3 * PAGES_PER_MIB);
+        assert_eq!(Limits::new(0, 3).reserve << PAGE_SHIFT, 3 << 20);
+        assert_eq!(Limits::new(0, 0).reserve(), usual_reserve());
+        assert!(Limits::new(0, 1).reserve() >= state::high_watermarks());
+        assert!(Limits::new(0, u32::MAX).reserve() >= state::managed_pages());
+    }
+
+    #[test]
+    fn the_reserve_is_left_alone() {
+        let counters = Counters::new();
+        // All but 8 MiB of what is free is to be left alone.
+        let keep = state::free_pages().saturating_sub(8 * PAGES_PER_MIB);
+        let limits = Limits {
+            min_order: 0,
+            reserve: keep,
+        };
+        let mut harvest = Harvest::new(limits, &counters);
+        let mut taken = BlockList::new();
+        let mut last = PageBlock::max_order();
+        while let Some(block) = harvest.next(false, &counters) {
+            assert!(block.order() <= last);
+            last = block.order();
+            taken.push(block);
+        }
+        let reserve = keep.max(state::high_watermarks()) as u64;
+        assert_eq!(counters.hint_reserve_pages.get(), reserve);
+        assert!(counters.hint_free_pages_low.get() >= reserve);
+        assert!(taken.pages() <= 9 * PAGES_PER_MIB);
+        // Under pressure it is twice as much, of which there is not enough.
+        assert!(Harvest::new(limits, &counters)
+            .next(true, &counters)
+            .is_none());
     }
 }

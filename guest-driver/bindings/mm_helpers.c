@@ -221,3 +221,33 @@ struct workqueue_struct *vbrs_alloc_workqueue(const char *name)
 {
 	return alloc_workqueue("%s", WQ_UNBOUND | WQ_FREEZABLE, 0, name);
 }
+
+#if IS_BUILTIN(CONFIG_KUNIT)
+void vbrs_test_fill_page(struct page *page, u8 value)
+{
+	void *address = kmap_local_page(page);
+
+	memset(address, value, PAGE_SIZE);
+	kunmap_local(address);
+}
+
+bool vbrs_test_page_holds(struct page *page, u8 value)
+{
+	void *address = kmap_local_page(page);
+	bool holds = !memchr_inv(address, value, PAGE_SIZE);
+
+	kunmap_local(address);
+	return holds;
+}
+
+/* Keeps the page when its block is freed. */
+void vbrs_test_get_page(struct page *page)
+{
+	get_page(page);
+}
+
+void vbrs_test_put_page(struct page *page)
+{
+	put_page(page);
+}
+#endif

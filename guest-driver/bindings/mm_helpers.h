@@ -64,4 +64,11 @@ bool vbrs_read_vm_events(struct vbrs_vm_events *events, struct vbrs_hugetlb_even
 
 struct workqueue_struct *vbrs_alloc_workqueue(const char *name);
 
+#if IS_BUILTIN(CONFIG_KUNIT)
+void vbrs_test_fill_page(struct page *page, u8 value);
+bool vbrs_test_page_holds(struct page *page, u8 value);
+void vbrs_test_get_page(struct page *page);
+void vbrs_test_put_page(struct page *page);
+#endif
+
 #endif

@@ -76,3 +76,73 @@ unsafe impl Buffer for LentBlock {
         Self(unsafe { PageBlock::from_raw(token.cast()) })
     }
 }
+
+#[kunit_tests(virtio_balloon_rs_mm_lent)]
+mod tests {
+    use super::*;
+    use crate::bindings as helpers;
+    use crate::mm::BlockList;
+    use kernel::prelude::*;
+
+    const PATTERN: u8 = 0x5a;
+    const ORDER: u32 = 2;
+
+    /// Lends a block that is full of [`PATTERN`], lets `end` do away with it, and returns whether
+    /// its first page holds `value` then.
+    fn first_page_holds(value: u8, end: impl FnOnce(LentBlock)) -> Result<bool> {
+        let block = PageBlock::take_free(ORDER).ok_or(ENOMEM)?;
+        let page = block.as_raw().as_ptr();
+        for index in 0..block.pages() {
+            // SAFETY: The block is ours, and has so many pages.
+            unsafe { helpers::vbrs_test_fill_page(page.add(index), PATTERN) };
+        }
+        // SAFETY: The page is ours; with the reference it remains when the block is freed.
+        unsafe { helpers::vbrs_test_get_page(page) };
+        end(LentBlock::new(block));
+        // SAFETY: Nobody has the page but we, by the reference, which ends here.
+        unsafe {
+            let holds = helpers::vbrs_test_page_holds(page, value);
+            helpers::vbrs_test_put_page(page);
+            Ok(holds)
+        }
+    }
+
+    #[test]
+    fn a_block_that_is_dropped_goes_back_full_of_zeroes() -> Result {
+        assert!(first_page_holds(0, drop)?);
+        Ok(())
+    }
+
+    #[test]
+    fn a_list_of_blocks_that_is_dropped_is_zeroed_too() -> Result {
+        let on_a_list = |block| {
+            let mut list = BlockList::new();
+            list.push(block);
+            drop(list);
+        };
+        assert!(first_page_holds(0, on_a_list)?);
+        Ok(())
+    }
+
+    #[test]
+    fn a_block_that_is_released_goes_back_as_it_is() -> Result {
+        assert!(first_page_holds(PATTERN, LentBlock::release)?);
+        Ok(())
+    }
+
+    #[test]
+    fn all_pages_of_a_block_are_zeroed() -> Result {
+        let mut block = PageBlock::take_free(ORDER).ok_or(ENOMEM)?;
+        let page = block.as_raw().as_ptr();
+        for index in 0..block.pages() {
+            // SAFETY: The block is ours, and has so many pages.
+            unsafe { helpers::vbrs_test_fill_page(page.add(index), PATTERN) };
+        }
+        block.zero();
+        for index in 0..block.pages() {
+            // SAFETY: As above.
+            assert!(unsafe { helpers::vbrs_test_page_holds(page.add(index), 0) });
+        }
+        Ok(())
+    }
+}
