@@ -226,6 +226,7 @@ impl Hinting {
         round.outbox = [None; 2];
         round.done = round.number;
         round.in_flight_pages = 0;
+        (round.noticed, round.unnoticed) = (0, 0);
         round.patience = LOOK_MIN;
         drop(round);
         self.held.give_up();

@@ -100,7 +100,7 @@ impl Works {
             statistics.recover();
         }
         if let Some(reporting) = &self.reporting {
-            reporting.give_up();
+            reporting.recover();
         }
     }
 }
@@ -130,7 +130,6 @@ impl Data {
         } else {
             None
         };
-        let printer: &device::Device = dev.as_ref();
         let wakeup = Wakeup::new(ARef::from(dev))?;
         let statistics = if features.contains(Features::STATS_VQ) {
             Some(Statistics::new(

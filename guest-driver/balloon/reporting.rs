@@ -30,7 +30,7 @@ pub(crate) struct Reporting {
 
 /// The registration, which takes the reports for as long as it lives.
 ///
-/// To be dropped after the device's reset and [`Reporting::give_up`], or it may wait for the device.
+/// To be dropped after the device's reset and [`Reporting::recover`], or it may wait for the device.
 pub(crate) type Registration = Pin<KBox<PageReporting<Reporting>>>;
 
 impl Reporting {
@@ -89,7 +89,7 @@ impl Reporting {
 
     /// Gives back, as not reported, the pages that the device had when it was reset. To be called
     /// after each reset.
-    pub(crate) fn give_up(&self) {
+    pub(crate) fn recover(&self) {
         while let Some(pages) = self.queue.detach() {
             self.counters.failed_reports.add(1);
             drop(pages);

@@ -6,6 +6,8 @@ use core::ffi::c_void;
 use core::mem::ManuallyDrop;
 use core::ptr::{self, NonNull};
 
+use kernel::prelude::*;
+
 use super::list::sealed::Role;
 use super::PageBlock;
 use crate::virtio::{Buffer, Segments};
@@ -82,7 +84,6 @@ mod tests {
     use super::*;
     use crate::bindings as helpers;
     use crate::mm::BlockList;
-    use kernel::prelude::*;
 
     const PATTERN: u8 = 0x5a;
     const ORDER: u32 = 2;

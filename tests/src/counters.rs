@@ -2,6 +2,8 @@
 //! What our driver counts: its file in the guest's debugfs.
 
 use std::collections::BTreeMap;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use guest_agent::calls::{ReadFile, Run};
@@ -50,6 +52,26 @@ impl Guest {
         );
         let path = format!("{FOLDER}/{}/counters", devices[0]);
         Counters::parse(&self.call(ReadFile { path })?)
+    }
+
+    /// Waits until the counter `key` is at least `at_least`, and returns all. The guest has no event for this.
+    ///
+    /// # Errors
+    ///
+    /// If it is not by the limit.
+    pub fn wait_counter(&mut self, key: &str, at_least: u64, limit: Duration) -> Result<Counters> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let now = self.counters()?;
+            if now.get(key)? >= at_least {
+                return Ok(now);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{key} is not {at_least} after {limit:?}: {now:?}"
+            );
+            sleep(Duration::from_millis(10));
+        }
     }
 
     /// The devices that have a folder for counters.
