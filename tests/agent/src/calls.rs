@@ -111,6 +111,33 @@ calls! {
         workload: u32,
     } -> RangeSet;
 
+    /// Starts a process that uses memory as a busy guest does, until [`EndChurn`]: it maps pieces of memory, fills them
+    /// with patterns, compares them, and unmaps them, in an order that only the seed decides.
+    Churn {
+        /// How many bytes it has mapped at most.
+        bytes: u64,
+        /// The seed of the order and the patterns.
+        seed: u64,
+    } -> u32;
+
+    /// Ends such a process, which compares once more all that it has.
+    EndChurn {
+        /// As the answer to [`Churn`] said.
+        workload: u32,
+    } -> Churned;
+
+    /// The balloon devices of the guest.
+    Balloons -> Vec<Balloon>;
+
+    /// Waits until the guest has so many balloon devices. The kernel tells of them by messages that need a program to
+    /// collect them; so they are looked at every 5 ms instead.
+    WaitBalloons {
+        /// How many.
+        count: usize,
+        /// How long to wait.
+        limit_ms: u64,
+    } -> Vec<Balloon>;
+
     /// Loads a module of the initramfs.
     LoadModule {
         /// Its path in the guest.
@@ -166,6 +193,19 @@ calls! {
 
     /// Connects a shell to the console and waits for its end.
     Shell -> ();
+
+    /// Loads a kernel, to be started by [`StartKernel`] without the machine being reset.
+    LoadKernel {
+        /// Its path in the guest.
+        kernel: String,
+        /// The path of its initramfs in the guest.
+        initramfs: String,
+        /// Its command line.
+        command_line: String,
+    } -> ();
+
+    /// Starts the kernel that was loaded. The answer comes before; then there is a new guest, which says hello.
+    StartKernel -> ();
 
     /// Switches the guest off. The answer comes before.
     PowerOff -> ();
@@ -244,6 +284,30 @@ pub struct Verified {
     pub wrong: u64,
     /// The number of the first of these.
     pub first_wrong: Option<u64>,
+}
+
+/// What a process that used memory has done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Churned {
+    /// Pieces mapped and filled.
+    pub pieces: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+    /// Pages compared.
+    pub compared: u64,
+    /// Pages that did not hold their pattern.
+    pub wrong: u64,
+}
+
+/// A balloon device, as the guest's kernel knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Balloon {
+    /// Its name: `virtio1`, ...
+    pub name: String,
+    /// The feature bits that it and its driver have agreed on; all zero without a driver.
+    pub features: u64,
+    /// The name of its driver.
+    pub driver: Option<String>,
 }
 
 /// A record of the kernel log.

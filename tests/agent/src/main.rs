@@ -2,8 +2,10 @@
 //! `/init` of a test guest: brings the guest up, then does what the host asks until it is told to switch off.
 //!
 //! Started as a guest's first process. It starts itself again, with the argument `worker`, for each workload.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod balloons;
+mod churn;
 mod files;
 mod kernel_log;
 mod memory;
@@ -12,10 +14,14 @@ mod power;
 mod processes;
 mod serve;
 mod set_up;
+#[allow(unsafe_code)]
+mod sys;
 mod worker;
 mod workloads;
 
 use std::process::ExitCode;
+
+use nix::sys::reboot::RebootMode;
 
 fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some(workloads::WORKER_ARGUMENT) {
@@ -39,5 +45,5 @@ fn main() -> ExitCode {
     }) {
         eprintln!("agent: {error:#}");
     }
-    power::off()
+    power::end(RebootMode::RB_POWER_OFF)
 }

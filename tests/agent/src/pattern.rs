@@ -7,8 +7,17 @@ pub const PAGE: usize = 4096;
 
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
+/// The number that follows `last` in a sequence that looks random.
+#[must_use]
+pub fn next_random(last: u64) -> u64 {
+    mix(last.wrapping_add(STEP))
+}
+
 fn first(seed: u64, page: u64) -> u64 {
-    let mut word = seed ^ page.wrapping_mul(STEP);
+    mix(seed ^ page.wrapping_mul(STEP))
+}
+
+fn mix(mut word: u64) -> u64 {
     word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     word ^ (word >> 31)

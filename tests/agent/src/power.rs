@@ -1,13 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The end of the guest.
+//! The end of the guest, and the kernel that may come after it.
 
+use std::ffi::CString;
+use std::fs::File;
 use std::process::ExitCode;
 
+use anyhow::{Context, Result};
+use guest_agent::calls::LoadKernel;
 use nix::sys::reboot::{reboot, RebootMode};
 
-/// Switches the guest off. Returns only if the kernel refuses, and then the kernel panics: its first process has ended.
-pub fn off() -> ExitCode {
-    let Err(error) = reboot(RebootMode::RB_POWER_OFF);
-    eprintln!("agent: cannot switch off: {error}");
+use crate::serve::Answer;
+use crate::sys::kexec_file_load;
+
+/// Ends the guest. Returns only if the kernel refuses, and then the kernel panics: its first process has ended.
+pub fn end(mode: RebootMode) -> ExitCode {
+    let Err(error) = reboot(mode);
+    eprintln!("agent: {mode:?} failed: {error}");
     ExitCode::FAILURE
+}
+
+impl Answer for LoadKernel {
+    fn answer(self) -> Result<()> {
+        let open = |path| File::open(path).with_context(|| format!("cannot open {path}"));
+        let (kernel, initramfs) = (open(&self.kernel)?, open(&self.initramfs)?);
+        let command_line = CString::new(self.command_line).context("a NUL byte")?;
+        kexec_file_load(&kernel, &initramfs, &command_line)
+            .with_context(|| format!("cannot load {}", self.kernel))
+    }
 }

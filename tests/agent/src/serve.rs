@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use guest_agent::calls::{AnyCall, Call};
 use guest_agent::protocol::{Hello, Outcome, Request, Response, VERSION};
+use nix::sys::reboot::RebootMode;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -52,7 +53,11 @@ pub fn serve(mut port: File) -> Result<()> {
         let request: Request =
             serde_json::from_str(&line).with_context(|| format!("not a request: {line:?}"))?;
         line.clear();
-        let last = matches!(request.call, AnyCall::PowerOff(_));
+        let end = match request.call {
+            AnyCall::PowerOff(_) => Some(RebootMode::RB_POWER_OFF),
+            AnyCall::StartKernel(_) => Some(RebootMode::RB_KEXEC),
+            _ => None,
+        };
         let outcome = match agent.answer(request.call) {
             Ok(value) => Outcome::Done(value),
             Err(error) => Outcome::Failed(format!("{error:#}")),
@@ -64,8 +69,8 @@ pub fn serve(mut port: File) -> Result<()> {
                 outcome,
             },
         )?;
-        if last {
-            power::off();
+        if let Some(mode) = end {
+            power::end(mode);
         }
     }
 }
@@ -104,6 +109,9 @@ impl Agent {
             AnyCall::WaitMemFree(call) => done(call),
             AnyCall::WaitMemSettled(call) => done(call),
             AnyCall::DropMemoryCaches(call) => done(call),
+            AnyCall::Balloons(call) => done(call),
+            AnyCall::WaitBalloons(call) => done(call),
+            AnyCall::LoadKernel(call) => done(call),
             AnyCall::LoadModule(call) => done(call),
             AnyCall::UnloadModule(call) => done(call),
             AnyCall::Modules(call) => done(call),
@@ -119,7 +127,9 @@ impl Agent {
             AnyCall::Verify(call) => encode(self.workloads.verify(call.workload)?),
             AnyCall::KeptPages(call) => encode(self.workloads.kept_pages(call.workload)?),
             AnyCall::Free(call) => encode(self.workloads.free(call.workload)?),
-            AnyCall::PowerOff(_) => encode(()),
+            AnyCall::Churn(call) => encode(self.workloads.churn(&call)?),
+            AnyCall::EndChurn(call) => encode(self.workloads.end_churn(call.workload)?),
+            AnyCall::PowerOff(_) | AnyCall::StartKernel(_) => encode(()),
         }
     }
 }

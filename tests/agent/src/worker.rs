@@ -13,6 +13,7 @@ use guest_agent::ranges::{PhysicalRange, RangeSet};
 use memmap2::{Advice, MmapMut};
 use serde_json::Value;
 
+use crate::churn::Running;
 use crate::workloads::Order;
 
 /// Obeys orders until standard input ends.
@@ -20,11 +21,11 @@ pub fn run() -> Result<()> {
     // When memory runs out it is this process that should go, not the guest's first.
     fs::write("/proc/self/oom_score_adj", "1000")
         .context("cannot offer myself to the OOM killer")?;
-    let mut held = None;
+    let mut state = State::default();
     for line in stdin().lines() {
         let order: Order =
             serde_json::from_str(&line.context("cannot read an order")?).context("not an order")?;
-        let outcome = match obey(&mut held, order) {
+        let outcome = match obey(&mut state, order) {
             Ok(value) => Outcome::Done(value),
             Err(error) => Outcome::Failed(format!("{error:#}")),
         };
@@ -37,7 +38,14 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-fn obey(held: &mut Option<Held>, order: Order) -> Result<Value> {
+#[derive(Default)]
+struct State {
+    held: Option<Held>,
+    churn: Option<Running>,
+}
+
+fn obey(state: &mut State, order: Order) -> Result<Value> {
+    let held = &mut state.held;
     let answer = match order {
         Order::Fill(fill) => {
             let new = Held::fill(&fill)?;
@@ -51,6 +59,14 @@ fn obey(held: &mut Option<Held>, order: Order) -> Result<Value> {
         }
         Order::Verify => serde_json::to_value(some(held)?.verify()),
         Order::KeptPages => serde_json::to_value(some(held)?.physical()?),
+        Order::Churn(churn) => {
+            state.churn = Some(Running::start(&churn)?);
+            serde_json::to_value(())
+        }
+        Order::EndChurn => {
+            let running = state.churn.take().context("nothing churns")?;
+            serde_json::to_value(running.end()?)
+        }
     };
     answer.context("cannot encode an answer")
 }

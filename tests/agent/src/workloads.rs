@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{bail, Context, Result};
-use guest_agent::calls::{Fill, Filled, Verified};
+use guest_agent::calls::{Churn, Churned, Fill, Filled, Verified};
 use guest_agent::protocol::Outcome;
 use guest_agent::ranges::RangeSet;
 use serde::de::DeserializeOwned;
@@ -29,6 +29,10 @@ pub enum Order {
     Verify,
     /// Say where it lies.
     KeptPages,
+    /// Use memory in the background.
+    Churn(Churn),
+    /// End that, and say what was done; answered by a [`Churned`].
+    EndChurn,
 }
 
 /// The workloads that run.
@@ -43,13 +47,31 @@ impl Workloads {
     pub fn fill(&mut self, fill: &Fill) -> Result<Filled> {
         let mut worker = Worker::start()?;
         let (pages, kept) = worker.order(&Order::Fill(fill.clone()))?;
-        self.last = self.last.wrapping_add(1);
-        self.running.insert(self.last, worker);
         Ok(Filled {
-            workload: self.last,
+            workload: self.add(worker),
             pages,
             kept,
         })
+    }
+
+    /// Starts one that never stands still.
+    pub fn churn(&mut self, churn: &Churn) -> Result<u32> {
+        let mut worker = Worker::start()?;
+        worker.order::<()>(&Order::Churn(churn.clone()))?;
+        Ok(self.add(worker))
+    }
+
+    /// Ends one of these.
+    pub fn end_churn(&mut self, workload: u32) -> Result<Churned> {
+        let churned = self.find(workload)?.order(&Order::EndChurn)?;
+        self.free(workload)?;
+        Ok(churned)
+    }
+
+    fn add(&mut self, worker: Worker) -> u32 {
+        self.last = self.last.wrapping_add(1);
+        self.running.insert(self.last, worker);
+        self.last
     }
 
     /// Has one give back what it does not keep.

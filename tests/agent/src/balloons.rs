@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The balloon devices that the kernel knows.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+use guest_agent::calls::{Balloon, Balloons, WaitBalloons};
+
+use crate::serve::Answer;
+
+const FOLDER: &str = "/sys/bus/virtio/devices";
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// The device id of a balloon, as sysfs writes it.
+const BALLOON: &str = "0x0005";
+
+impl Answer for Balloons {
+    fn answer(self) -> Result<Vec<Balloon>> {
+        let devices = fs::read_dir(FOLDER).with_context(|| format!("cannot list {FOLDER}"))?;
+        devices
+            .filter_map(|device| {
+                device
+                    .and_then(|device| look_at(&device.path()))
+                    .transpose()
+            })
+            .collect::<io::Result<_>>()
+            .with_context(|| format!("cannot read {FOLDER}"))
+    }
+}
+
+/// The device at `path`, if it is a balloon and not gone.
+fn look_at(path: &Path) -> io::Result<Option<Balloon>> {
+    let read = |name: &str| match fs::read_to_string(path.join(name)) {
+        Ok(text) => Ok(Some(text.trim().to_owned())),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound) => Ok(None),
+        // ENODEV: the device went while its file was open.
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        Err(error) => Err(error),
+    };
+    let (Some(device), Some(features)) = (read("device")?, read("features")?) else {
+        return Ok(None);
+    };
+    if device != BALLOON {
+        return Ok(None);
+    }
+    let name = |path: &Path| {
+        path.file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+    };
+    Ok(Some(Balloon {
+        name: name(path).unwrap_or_default(),
+        features: parse_features(&features),
+        driver: fs::read_link(path.join("driver"))
+            .ok()
+            .as_deref()
+            .and_then(name),
+    }))
+}
+
+/// One digit a bit, the lowest bit first.
+fn parse_features(text: &str) -> u64 {
+    let bits = text.bytes().take(64).zip(0..);
+    bits.filter(|(digit, _)| *digit == b'1')
+        .fold(0, |all, (_, bit)| all | 1 << bit)
+}
+
+impl Answer for WaitBalloons {
+    fn answer(self) -> Result<Vec<Balloon>> {
+        let deadline = Instant::now() + Duration::from_millis(self.limit_ms);
+        loop {
+            let balloons = Balloons {}.answer()?;
+            if balloons.len() == self.count {
+                return Ok(balloons);
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "there are not {} balloon devices after {} ms, but {balloons:?}",
+                    self.count,
+                    self.limit_ms
+                );
+            }
+            sleep(LOOK_EVERY);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_feature_bit_comes_first() {
+        assert_eq!(parse_features("0101"), 0b1010);
+        assert_eq!(
+            parse_features(&format!("{}1{}", "0".repeat(63), "1".repeat(64))),
+            1 << 63
+        );
+    }
+}
