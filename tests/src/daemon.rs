@@ -42,6 +42,8 @@ pub struct VirtioStatus {
     pub config_writes: u64,
     /// How often the front end was told that it has changed.
     pub config_changes: u64,
+    /// Bytes that the guest gave back by reporting them.
+    pub bytes_reported: u64,
 }
 
 /// One queue's counters.
@@ -101,11 +103,10 @@ impl Daemon {
             .arg("--socket-path")
             .arg(&socket)
             .arg("--qmp-socket")
-            .arg(&control);
-        if !features.is_empty() {
-            command.arg("--features").arg(features.join(","));
-        }
-        command.args(options);
+            .arg(&control)
+            .arg("--features")
+            .arg(features.join(","))
+            .args(options);
         let mut process = Process::start("vhost-device-balloon", command, Streams::Collected)?;
         let qmp = wait_listening(&mut process, &socket, &control);
         let qmp = qmp.with_context(|| process.diary())?;

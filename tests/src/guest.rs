@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A guest: a VMM, a balloon device, and what the guest does when told.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -63,6 +63,10 @@ pub struct Builder<'a> {
     memory: u64,
     features: Vec<&'a str>,
     device_options: Vec<&'a str>,
+    foreign: Option<&'a Path>,
+    slot: bool,
+    next_kernel: bool,
+    sleeps: bool,
     kernel_arguments: &'a str,
     console: Streams,
 }
@@ -79,6 +83,10 @@ impl<'a> Builder<'a> {
             memory: 512 * MIB,
             features,
             device_options: Vec::new(),
+            foreign: None,
+            slot: false,
+            next_kernel: false,
+            sleeps: false,
             kernel_arguments: "",
             console: Streams::Collected,
         }
@@ -109,6 +117,34 @@ impl<'a> Builder<'a> {
     #[must_use]
     pub fn device_options(mut self, options: &[&'a str]) -> Self {
         self.device_options = options.to_vec();
+        self
+    }
+
+    /// Another vhost-user device instead, which listens on `socket`.
+    #[must_use]
+    pub fn foreign(mut self, socket: &'a Path) -> Self {
+        self.foreign = Some(socket);
+        self
+    }
+
+    /// Puts the device into a slot from which it can be pulled. QEMU only.
+    #[must_use]
+    pub fn slot(mut self) -> Self {
+        self.slot = true;
+        self
+    }
+
+    /// Prepares the guest for [`Guest::sleep_and_wake`]. QEMU only.
+    #[must_use]
+    pub fn sleeps(mut self) -> Self {
+        self.sleeps = true;
+        self
+    }
+
+    /// Gives the guest a kernel and an initramfs that it can be told to start: the same as it has itself.
+    #[must_use]
+    pub fn next_kernel(mut self) -> Self {
+        self.next_kernel = true;
         self
     }
 
@@ -156,11 +192,23 @@ impl<'a> Builder<'a> {
             .map(AsRef::as_ref)
             .collect();
         let busybox = self.artifacts.rootfs.join("usr/bin/busybox");
-        initramfs::write(&initramfs, &self.artifacts.agent, &busybox, &modules)?;
-        let (daemon, device) = match self.device {
-            Device::None => (None, Attachment::None),
-            Device::QemuOwn => (None, Attachment::QemuOwn(self.device_options.join(","))),
-            Device::Ours => {
+        let agent = &self.artifacts.agent;
+        let next_initramfs = scratch.path("next-initramfs.cpio");
+        let mut more: Vec<(&str, &Path)> = Vec::new();
+        if self.next_kernel {
+            initramfs::write(&next_initramfs, agent, &busybox, &modules, &[])?;
+            more.push((initramfs::NEXT_KERNEL, &kernel.image));
+            more.push((initramfs::NEXT_INITRAMFS, &next_initramfs));
+        }
+        initramfs::write(&initramfs, agent, &busybox, &modules, &more)?;
+        let (daemon, device) = match (self.foreign, self.device) {
+            (Some(socket), _) => (None, Attachment::VhostUser(socket.to_owned())),
+            (None, Device::None) => (None, Attachment::None),
+            (None, Device::QemuOwn) => {
+                let properties = qemu::properties(&self.device_options);
+                (None, Attachment::QemuOwn(properties))
+            }
+            (None, Device::Ours) => {
                 let (program, options) = (&self.artifacts.daemon, &self.device_options);
                 let daemon = Daemon::start(program, &scratch, &self.features, options)?;
                 let socket = daemon.socket().to_owned();
@@ -171,6 +219,8 @@ impl<'a> Builder<'a> {
             memory: self.memory,
             initramfs,
             device,
+            slot: self.slot,
+            sleeps: self.sleeps,
             kernel_arguments: self.kernel_arguments.to_owned(),
             console: self.console,
         };
@@ -181,6 +231,9 @@ impl<'a> Builder<'a> {
         Guest::meet(self, daemon, started, scratch)
     }
 }
+
+/// Ordinary boots take 0.3 s (user-mode Linux) and 6 s (emulated); a busy host may make them slow.
+pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(90);
 
 fn kernel(artifacts: &Artifacts, vmm: Vmm) -> Result<&Kernel> {
     match vmm {
@@ -200,15 +253,16 @@ fn kernel(artifacts: &Artifacts, vmm: Vmm) -> Result<&Kernel> {
 #[derive(Debug)]
 pub struct Guest {
     // Dropped in this order: the VMM before the daemon, both before their folder.
-    vmm: Process,
-    agent: Agent,
-    monitor: Option<Qmp>,
-    daemon: Option<Daemon>,
-    scratch: Scratch,
+    pub(crate) vmm: Process,
+    pub(crate) agent: Agent,
+    pub(crate) monitor: Option<Qmp>,
+    pub(crate) daemon: Option<Daemon>,
+    pub(crate) scratch: Scratch,
     kind: Vmm,
     memory: u64,
+    pub(crate) daemon_program: PathBuf,
     ended: bool,
-    log: Vec<KernelLine>,
+    pub(crate) log: Vec<KernelLine>,
 }
 
 impl Guest {
@@ -219,8 +273,6 @@ impl Guest {
         started: Started,
         scratch: Scratch,
     ) -> Result<Self> {
-        /// Ordinary boots take 0.3 s (user-mode Linux) and 6 s (emulated); a busy host may make them slow.
-        const BOOT_LIMIT: Duration = Duration::from_secs(90);
         let Started {
             process: mut vmm,
             agent,
@@ -238,6 +290,7 @@ impl Guest {
                     scratch,
                     kind: builder.vmm,
                     memory: builder.memory,
+                    daemon_program: builder.artifacts.daemon.clone(),
                     ended: false,
                     log: Vec::new(),
                 };

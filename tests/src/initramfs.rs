@@ -18,15 +18,26 @@ pub fn module_path(file_name: &str) -> String {
     format!("/modules/{file_name}")
 }
 
-/// Writes an initramfs to `target`.
+/// Where a kernel lies in the guest that it may be told to start.
+pub const NEXT_KERNEL: &str = "/next/kernel";
+/// Where that kernel's initramfs lies.
+pub const NEXT_INITRAMFS: &str = "/next/initramfs";
+
+/// Writes an initramfs to `target`, with `more` files: where they lie in the guest, and on the host.
 ///
 /// # Errors
 ///
 /// If a file cannot be read or written.
-pub fn write(target: &Path, agent: &Path, busybox: &Path, modules: &[&Path]) -> Result<()> {
+pub fn write(
+    target: &Path,
+    agent: &Path,
+    busybox: &Path,
+    modules: &[&Path],
+    more: &[(&str, &Path)],
+) -> Result<()> {
     let file = File::create(target).with_context(|| format!("cannot make {}", target.display()))?;
     let mut archive = BufWriter::new(file);
-    for folder in ["bin", "dev", "modules", "proc", "sys", "tmp"] {
+    for folder in ["bin", "dev", "modules", "next", "proc", "sys", "tmp"] {
         archive = add(archive, Builder::new(folder).mode(FOLDER), &[])?;
     }
     // The kernel opens it as the first process's standard streams.
@@ -43,6 +54,9 @@ pub fn write(target: &Path, agent: &Path, busybox: &Path, modules: &[&Path]) -> 
             .context("a module has no name")?
             .to_string_lossy();
         archive = add_file(archive, module_path(&name).trim_start_matches('/'), module)?;
+    }
+    for (name, source) in more {
+        archive = add_file(archive, name.trim_start_matches('/'), source)?;
     }
     trailer(archive)
         .and_then(|mut archive| archive.flush())

@@ -14,6 +14,7 @@ pub mod artifacts;
 pub mod check;
 pub mod counters;
 pub mod daemon;
+pub mod exercise;
 pub mod guest;
 pub mod hinting;
 pub mod host;
@@ -25,6 +26,8 @@ pub mod measure;
 pub mod process;
 pub mod qmp;
 pub mod scratch;
+pub mod sleep;
+pub mod slot;
 #[allow(unsafe_code)]
 mod sys;
 pub mod vmm;

@@ -10,6 +10,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
+use serde_json::{Map, Value};
+
 use crate::process::{Process, Streams};
 
 /// A program that runs guests.
@@ -30,6 +32,11 @@ pub struct Machine {
     pub initramfs: PathBuf,
     /// Its balloon device, if any.
     pub device: Attachment,
+    /// Whether the balloon is, or later will be, in a slot that it can be pulled from.
+    pub slot: bool,
+    /// Whether it is going to sleep. Linux 7.3's console driver loses its way to the host then: when it wakes it asks
+    /// whether the host listens before it has queued a buffer for the answer. So the agent has a serial line instead.
+    pub sleeps: bool,
     /// More words for the kernel's command line.
     pub kernel_arguments: String,
     /// What becomes of its console.
@@ -43,8 +50,8 @@ pub enum Attachment {
     None,
     /// A vhost-user device that listens on a socket.
     VhostUser(PathBuf),
-    /// QEMU's own, with free page hinting, and these further properties (`a=b,c=d`).
-    QemuOwn(String),
+    /// QEMU's own, with free page hinting, and these further properties.
+    QemuOwn(Map<String, Value>),
 }
 
 /// A guest that has been started.

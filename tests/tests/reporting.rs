@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{ensure, Result};
 use tests::artifacts::Artifacts;
-use tests::calls::{Fill, Free, Verify, WriteFile};
-use tests::guest::{Builder, Device, Driver, Guest};
+use tests::calls::{Fill, Free, Verify};
+use tests::guest::{Builder, Device, Driver};
 use tests::vmm::Vmm;
 use tests::MIB;
 
@@ -75,8 +75,6 @@ fn the_drivers_counters_agree_with_the_devices() -> Result<()> {
     Ok(())
 }
 
-/// The parameters of the kernel's reporting.
-const PARAMETERS: &str = "/sys/module/page_reporting/parameters";
 /// How long the guest may take to report nearly all of its free memory. The kernel reports a sixteenth at a time.
 const REPORT_LIMIT: Duration = Duration::from_secs(120);
 
@@ -104,7 +102,7 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
         _ => builder.features(&["stats", "free-page-hint", "free-page-reporting"]),
     };
     let mut guest = builder.boot()?;
-    hurry(&mut guest)?;
+    guest.hurry_reporting()?;
     guest.fill_and_free(16 * MIB, 11)?;
     let free = guest.settled_free()?;
     let before = guest.memory_in_use()?;
@@ -135,14 +133,6 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
     Ok(())
 }
 
-/// Has the kernel report at short intervals.
-fn hurry(guest: &mut Guest) -> Result<()> {
-    guest.call(WriteFile {
-        path: format!("{PARAMETERS}/page_reporting_delay_ms"),
-        text: "20".to_owned(),
-    })
-}
-
 #[test]
 fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve() -> Result<()> {
     const RESERVE: u64 = 200 * MIB;
@@ -163,7 +153,7 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
         let round = qmp.wait_hint_status("finished")?;
         let left = guest.mem_info()?.free();
         ensure!(
-            left >= RESERVE && left <= RESERVE + 16 * MIB,
+            (RESERVE..=RESERVE + 16 * MIB).contains(&left),
             "{left} bytes were left of {free}: {round:?}"
         );
         let counters = guest.counters()?;

@@ -7,7 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use command_fds::{CommandFdExt, FdMapping};
-use guest_agent::protocol::PORT_NAME;
+use guest_agent::protocol::{PORT_NAME, PORT_VARIABLE};
+use serde_json::{json, Map, Value};
 
 use super::{line, Attachment, Machine, Started};
 use crate::host::Accelerator;
@@ -18,6 +19,10 @@ const MONITOR_FD: i32 = 4;
 
 /// The device id under which QEMU knows the balloon.
 pub const BALLOON_ID: &str = "balloon0";
+/// The chardev through which it reaches a vhost-user device.
+pub const CHARDEV: &str = "balloon";
+/// The slot that a balloon can be pulled from.
+pub const SLOT: &str = "slot0";
 
 /// Starts QEMU with `kernel`.
 ///
@@ -64,10 +69,15 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
     } else {
         ""
     };
+    let port = if machine.sleeps {
+        format!(" {PORT_VARIABLE}=/dev/ttyS1")
+    } else {
+        String::new()
+    };
     command.args([
         "-append",
         &format!(
-            "console=ttyS0 panic=-1 loglevel=5{quiet} {}",
+            "console=ttyS0 panic=-1 loglevel=5{quiet}{port} {}",
             machine.kernel_arguments
         ),
     ]);
@@ -75,15 +85,17 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
         Streams::Collected => command.args(["-chardev", "stdio,id=console"]),
         Streams::Terminal => command.args(["-chardev", "stdio,id=console,signal=off"]),
     };
-    command.args(["-serial", "chardev:console", "-device", "virtio-serial-pci"]);
+    command.args(["-serial", "chardev:console"]);
     command.args(["-chardev", &format!("socket,id=agent,fd={AGENT_FD}")]);
-    command.args([
-        "-device",
-        &format!("virtserialport,chardev=agent,name={PORT_NAME}"),
-    ]);
+    if machine.sleeps {
+        command.args(["-serial", "chardev:agent"]);
+    } else {
+        let port = format!("virtserialport,chardev=agent,name={PORT_NAME}");
+        command.args(["-device", "virtio-serial-pci", "-device", &port]);
+    }
     command.args(["-chardev", &format!("socket,id=monitor,fd={MONITOR_FD}")]);
     command.args(["-object", "monitor-qmp,id=qmp,chardev=monitor"]);
-    attach(&mut command, &machine.device);
+    attach(&mut command, machine);
     command
         .fd_mappings(vec![
             FdMapping {
@@ -124,28 +136,64 @@ pub fn program(rootfs: &Path) -> Command {
     command
 }
 
-fn attach(command: &mut Command, device: &Attachment) {
-    match device {
-        Attachment::None => {}
-        Attachment::VhostUser(socket) => {
-            command.args([
-                "-chardev",
-                &format!("socket,id=balloon,path={}", socket.display()),
-            ]);
-            let numbers = "virtio-id=5,num_vqs=5,vq_size=128,config_size=16";
-            command.args([
-                "-device",
-                &format!("vhost-user-test-device-pci,id={BALLOON_ID},chardev=balloon,{numbers}"),
-            ]);
-        }
-        Attachment::QemuOwn(properties) => {
-            command.args(["-object", "iothread,id=io0"]);
-            let hinting = "free-page-hint=on,iothread=io0";
-            let separator = if properties.is_empty() { "" } else { "," };
-            command.args([
-                "-device",
-                &format!("virtio-balloon-pci,id={BALLOON_ID},{hinting}{separator}{properties}"),
-            ]);
-        }
+fn attach(command: &mut Command, machine: &Machine) {
+    command.args(["-object", "iothread,id=io0"]);
+    if machine.slot {
+        command.args([
+            "-device",
+            &format!("pcie-root-port,id={SLOT},chassis=1,io-reserve=4096"),
+        ]);
     }
+    if let Attachment::VhostUser(socket) = &machine.device {
+        command.args([
+            "-chardev",
+            &format!("socket,id={CHARDEV},path={}", socket.display()),
+        ]);
+    }
+    if let Some(device) = balloon(&machine.device, machine.slot) {
+        command.args(["-device", &device.to_string()]);
+    }
+}
+
+/// The properties of a device (`a=b`), of the types that QEMU wants them to have in JSON.
+#[must_use]
+pub fn properties(options: &[&str]) -> Map<String, Value> {
+    let typed = |(name, value): (&str, &str)| {
+        let value = match value {
+            // It has a third value, hence is no boolean.
+            "on" | "off" if name == "disable-legacy" => value.into(),
+            "on" => true.into(),
+            "off" => false.into(),
+            _ => value
+                .parse::<u64>()
+                .map_or_else(|_| value.into(), Value::from),
+        };
+        (name.to_owned(), value)
+    };
+    let pairs = options.iter().filter_map(|option| option.split_once('='));
+    pairs.map(typed).collect()
+}
+
+/// A balloon device as QEMU's `-device` and `device_add` take it.
+#[must_use]
+pub fn balloon(device: &Attachment, slot: bool) -> Option<Value> {
+    let mut value = match device {
+        Attachment::None => return None,
+        Attachment::VhostUser(_) => json!({
+            "driver": "vhost-user-test-device-pci", "chardev": CHARDEV,
+            "virtio-id": 5, "num_vqs": 5, "vq_size": 128, "config_size": 16,
+        }),
+        Attachment::QemuOwn(_) => json!({
+            "driver": "virtio-balloon-pci", "free-page-hint": true, "iothread": "io0",
+        }),
+    };
+    let all = value.as_object_mut()?;
+    all.insert("id".into(), BALLOON_ID.into());
+    if slot {
+        all.insert("bus".into(), SLOT.into());
+    }
+    if let Attachment::QemuOwn(properties) = device {
+        all.extend(properties.clone());
+    }
+    Some(value)
 }
