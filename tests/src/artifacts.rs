@@ -23,6 +23,9 @@ pub struct Artifacts {
     pub stock: Option<Kernel>,
     /// The user-mode Linux kernel.
     pub uml: Option<Kernel>,
+    /// The debug kernel, which is user-mode Linux too.
+    #[serde(default)]
+    pub debug: Option<Kernel>,
 }
 
 /// A kernel and the balloon drivers built for it.

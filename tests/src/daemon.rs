@@ -30,6 +30,8 @@ pub struct Daemon {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct VirtioStatus {
+    /// `no-front-end`, `no-driver` or `running`.
+    pub status: String,
     /// Whether a front end is there.
     pub connected: bool,
     /// The names of the features that both sides have.
@@ -156,6 +158,22 @@ impl Daemon {
     /// As [`Qmp::query`].
     pub fn virtio_status(&mut self) -> Result<VirtioStatus> {
         self.qmp.query("query-virtio-status")
+    }
+
+    /// Waits until a driver is there and its queues can be used.
+    ///
+    /// # Errors
+    ///
+    /// If there is none in time.
+    pub fn wait_driver(&mut self) -> Result<()> {
+        let deadline = Instant::now() + LIMIT;
+        while self.virtio_status()?.status != "running" {
+            if Instant::now() > deadline {
+                bail!("the device had no driver within {LIMIT:?}");
+            }
+            sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Notifications of the driver so far, over all queues.

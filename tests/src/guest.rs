@@ -183,7 +183,8 @@ impl<'a> Builder<'a> {
     ///
     /// If a part is missing or the guest does not come up; the error holds the diaries of all processes.
     pub fn boot(self) -> Result<Guest> {
-        let kernel = kernel(self.artifacts, self.vmm)?;
+        let vmm = self.vmm.resolve()?;
+        let kernel = kernel(self.artifacts, vmm)?;
         let scratch = Scratch::new()?;
         let initramfs = scratch.path("initramfs.cpio");
         let modules: Vec<&Path> = [Some(&kernel.c_driver), kernel.our_driver.as_ref()]
@@ -224,9 +225,10 @@ impl<'a> Builder<'a> {
             kernel_arguments: self.kernel_arguments.to_owned(),
             console: self.console,
         };
-        let started = match self.vmm {
+        let started = match vmm {
             Vmm::Qemu => qemu::start(&self.artifacts.rootfs, &kernel.image, &machine)?,
-            Vmm::Uml => uml::start(&kernel.image, &machine)?,
+            Vmm::Uml => uml::start(&kernel.image, &[], &machine)?,
+            Vmm::Debug => uml::start(&kernel.image, &uml::DEBUG_ARGUMENTS, &machine)?,
         };
         Guest::meet(self, daemon, started, scratch)
     }
@@ -245,6 +247,10 @@ fn kernel(artifacts: &Artifacts, vmm: Vmm) -> Result<&Kernel> {
             .uml
             .as_ref()
             .context("no user-mode Linux kernel was set up"),
+        Vmm::Debug => artifacts
+            .debug
+            .as_ref()
+            .context("no debug kernel was set up"),
     }
 }
 
@@ -415,7 +421,12 @@ impl Guest {
         self.call(LoadModule {
             path,
             parameters: parameters.to_owned(),
-        })
+        })?;
+        // The device hears of it a little later than the driver is done.
+        match &mut self.daemon {
+            Some(daemon) => daemon.wait_driver(),
+            None => Ok(()),
+        }
     }
 
     /// Loads a driver.

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{bail, Context, Result};
 
 use serde_json::{Map, Value};
 
@@ -21,6 +21,47 @@ pub enum Vmm {
     Qemu,
     /// User-mode Linux: kernel and VMM in one.
     Uml,
+    /// User-mode Linux with the debug kernel, which watches locks, objects and memory, and on two processors.
+    Debug,
+}
+
+impl Vmm {
+    /// The environment variable that, if it is set, makes [`Vmm::Uml`] mean the debug kernel. Then no other VMM can be
+    /// had, so that the tests of guests in user-mode Linux, and only they, are run.
+    pub const DEBUG_VARIABLE: &'static str = "VIRTIO_BALLOON_RS_DEBUG_KERNEL";
+
+    /// The VMMs that a test is to go through one after the other: both, unless [`Vmm::DEBUG_VARIABLE`] is set.
+    #[must_use]
+    pub fn each() -> &'static [Self] {
+        if Self::only_debug() {
+            &[Self::Uml]
+        } else {
+            &[Self::Uml, Self::Qemu]
+        }
+    }
+
+    /// Whether [`Vmm::DEBUG_VARIABLE`] is set.
+    #[must_use]
+    pub fn only_debug() -> bool {
+        std::env::var_os(Self::DEBUG_VARIABLE).is_some()
+    }
+
+    /// What is really to be run for this one.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be had, because [`Vmm::DEBUG_VARIABLE`] is set.
+    pub(crate) fn resolve(self) -> Result<Self> {
+        match self {
+            Self::Uml if Self::only_debug() => Ok(Self::Debug),
+            Self::Qemu if Self::only_debug() => bail!(
+                "with {} there is no QEMU: a test of a guest in it has `qemu` in its name, and one of several VMMs asks \
+                 `Vmm::each`",
+                Self::DEBUG_VARIABLE
+            ),
+            vmm => Ok(vmm),
+        }
+    }
 }
 
 /// What a guest is to have, whatever runs it.

@@ -13,7 +13,6 @@ use tests::vmm::Vmm;
 use tests::MIB;
 
 const LIMIT: Duration = Duration::from_secs(10);
-const VMMS: [Vmm; 2] = [Vmm::Uml, Vmm::Qemu];
 
 fn guest(artifacts: &Artifacts, vmm: Vmm) -> Result<Guest> {
     let mut guest = Builder::new(artifacts, vmm).boot()?;
@@ -98,7 +97,7 @@ fn the_operator_goes_in_the_middle_of_a_round() -> Result<()> {
 #[test]
 fn the_guest_is_killed_in_the_middle_of_a_round() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    for vmm in VMMS {
+    for &vmm in Vmm::each() {
         let mut guest = guest(&artifacts, vmm)?;
         guest.load(Driver::Ours)?;
         guest.vmm().signal(tests::process::Signal::SIGSTOP)?;
@@ -136,7 +135,7 @@ fn leaves_nothing(guest: &mut Guest) -> Result<()> {
 #[test]
 fn the_daemon_is_told_to_end_in_the_middle_of_a_round() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    for vmm in VMMS {
+    for &vmm in Vmm::each() {
         let mut guest = guest(&artifacts, vmm)?;
         guest.load(Driver::Ours)?;
         let id = start_round(&mut guest)?;
@@ -158,7 +157,7 @@ fn the_daemon_is_told_to_end_in_the_middle_of_a_round() -> Result<()> {
 #[test]
 fn the_daemon_is_killed_in_the_middle_of_a_round() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    for vmm in VMMS {
+    for &vmm in Vmm::each() {
         let mut guest = guest(&artifacts, vmm)?;
         guest.load(Driver::Ours)?;
         start_round(&mut guest)?;

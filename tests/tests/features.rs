@@ -83,6 +83,9 @@ fn our_driver_takes_any_offer_of_our_device_in_user_mode_linux() -> Result<()> {
     /// Most of the time a guest waits for the kernel's own timers.
     const AT_ONCE: usize = 4;
     let then = Instant::now();
+    let all = FEATURES
+        .into_iter()
+        .fold(Features::NONE, |all, one| all | one);
     let subsets: Vec<(Features, Kernel)> = (0..1 << FEATURES.len())
         .map(Features::from_bits)
         .flat_map(|offer| [(offer, Kernel::Plain), (offer, Kernel::Fills)])
@@ -91,6 +94,8 @@ fn our_driver_takes_any_offer_of_our_device_in_user_mode_linux() -> Result<()> {
             let differs = Features::PAGE_POISON | Features::REPORTING;
             *kernel == Kernel::Plain || !(*offer & differs).is_empty()
         })
+        // The debug kernel takes its time: there the sets that QEMU is offered must do.
+        .filter(|(offer, _)| !Vmm::only_debug() || offers(all).contains(offer))
         .collect();
     let next = AtomicUsize::new(0);
     let work = || -> Result<()> {

@@ -86,12 +86,12 @@ fn hints_spare_what_is_kept(vmm: Vmm, driver: Driver) -> Result<()> {
 }
 
 #[test]
-fn our_driver_hints_what_the_buddy_lists_of_the_stock_kernel_hold() -> Result<()> {
+fn our_driver_hints_what_the_buddy_lists_of_a_guest_in_qemu_hold() -> Result<()> {
     hinted_is_what_was_free(Vmm::Qemu, Driver::Ours)
 }
 
 #[test]
-fn the_c_driver_hints_what_the_buddy_lists_of_the_stock_kernel_hold() -> Result<()> {
+fn the_c_driver_hints_what_the_buddy_lists_of_a_guest_in_qemu_hold() -> Result<()> {
     hinted_is_what_was_free(Vmm::Qemu, Driver::C)
 }
 

@@ -56,6 +56,7 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
         daemon,
         stock: None,
         uml: None,
+        debug: None,
     };
     for &kernel in kernels {
         say(format_args!(
@@ -63,29 +64,27 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
             kernel.name()
         ));
         let our_driver = Some(module::make(set_up, kernel, false)?);
-        let parts = set_up.rootfs.join("kernel");
         let tree = set_up.tree(kernel)?;
-        match kernel {
+        let (image, c_driver) = match kernel {
             Kernel::Stock => {
-                let (image, c_driver) = (parts.join("vmlinuz"), parts.join("virtio_balloon.ko"));
-                artifacts.stock = Some(GuestKernel {
-                    image,
-                    c_driver,
-                    our_driver,
-                });
+                let parts = set_up.rootfs.join("kernel");
+                (parts.join("vmlinuz"), parts.join("virtio_balloon.ko"))
             }
-            Kernel::Uml => {
-                let (image, c_driver) = (
-                    tree.join("linux"),
-                    tree.join("drivers/virtio/virtio_balloon.ko"),
-                );
-                artifacts.uml = Some(GuestKernel {
-                    image,
-                    c_driver,
-                    our_driver,
-                });
-            }
-        }
+            Kernel::Uml | Kernel::Debug => (
+                tree.join("linux"),
+                tree.join("drivers/virtio/virtio_balloon.ko"),
+            ),
+        };
+        let place = match kernel {
+            Kernel::Stock => &mut artifacts.stock,
+            Kernel::Uml => &mut artifacts.uml,
+            Kernel::Debug => &mut artifacts.debug,
+        };
+        *place = Some(GuestKernel {
+            image,
+            c_driver,
+            our_driver,
+        });
     }
     Ok(artifacts)
 }

@@ -39,6 +39,7 @@ pub struct Options {
 enum VmmChoice {
     Qemu,
     Uml,
+    Debug,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -59,6 +60,7 @@ pub fn command(options: &Options) -> Result<()> {
     let (vmm, kernel) = match options.vmm {
         VmmChoice::Qemu => (Vmm::Qemu, Kernel::Stock),
         VmmChoice::Uml => (Vmm::Uml, Kernel::Uml),
+        VmmChoice::Debug => (Vmm::Debug, Kernel::Debug),
     };
     let device = match options.device {
         DeviceChoice::Ours => Device::Ours,

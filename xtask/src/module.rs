@@ -31,6 +31,7 @@ pub struct Options {
 enum Choice {
     Stock,
     Uml,
+    Debug,
     All,
 }
 
@@ -39,6 +40,7 @@ pub fn command(options: &Options) -> Result<()> {
     let kernels = match options.kernel {
         Choice::Stock => vec![Kernel::Stock],
         Choice::Uml => vec![Kernel::Uml],
+        Choice::Debug => vec![Kernel::Debug],
         Choice::All => Kernel::ALL.to_vec(),
     };
     let set_up = setup::ensure(&kernels)?;
@@ -68,10 +70,6 @@ pub fn make(set_up: &SetUp, kernel: Kernel, clippy: bool) -> Result<PathBuf> {
         .join("module")
         .join(format!("{}{suffix}", kernel.name()));
     fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
-    let architecture = match kernel {
-        Kernel::Stock => "x86",
-        Kernel::Uml => "um",
-    };
     let log = out.with_extension("log");
     let mut command = set_up
         .sandbox()
@@ -79,7 +77,7 @@ pub fn make(set_up: &SetUp, kernel: Kernel, clippy: bool) -> Result<PathBuf> {
         .readable(&place::repository()?, "/repo")
         .writable(&out, "/out")
         .variable("TREE", kernel.inside())
-        .variable("ARCH", architecture)
+        .variable("ARCH", kernel.architecture())
         .variable("CLIPPY", if clippy { "1" } else { "" })
         .command("make -C \"$TREE\" ARCH=\"$ARCH\" CLIPPY=\"$CLIPPY\" M=/repo MO=/out -j\"$(nproc)\" modules");
     run::logged(&what, &mut command, &log)?;

@@ -2,10 +2,13 @@
 //! Runs all tests.
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use tests::artifacts;
+use tests::vmm::Vmm;
 
 use crate::build::{self, Profile};
 use crate::progress::say;
@@ -18,26 +21,66 @@ pub struct Options {
     /// Only the tests of guests.
     #[arg(long)]
     guests: bool,
+    /// Only the tests of guests, and only with this kernel.
+    #[arg(long)]
+    kernels: Option<Kernels>,
     /// Only tests of guests whose names hold this text, and further options of the test program.
     #[arg(last = true)]
     rest: Vec<String>,
 }
 
+/// The tests of guests are run twice.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kernels {
+    /// With the stock kernel in QEMU, and with user-mode Linux.
+    Usual,
+    /// With the debug kernel wherever they want user-mode Linux; those of QEMU are left out.
+    Debug,
+}
+
+/// Part of the name of each test of a guest in QEMU.
+const NEEDS_QEMU: &str = "qemu";
+/// Part of the name of each test that is for the debug kernel alone.
+const NEEDS_DEBUG: &str = "debug_kernel";
+
 /// Does what `test` says.
 pub fn command(options: &Options) -> Result<()> {
-    let set_up = setup::ensure(&Kernel::ALL)?;
-    if !options.guests && options.rest.is_empty() {
+    let kernels: &[Kernel] = match options.kernels {
+        None => &Kernel::ALL,
+        Some(Kernels::Usual) => &[Kernel::Stock, Kernel::Uml],
+        Some(Kernels::Debug) => &[Kernel::Debug],
+    };
+    let set_up = setup::ensure(kernels)?;
+    if !options.guests && options.kernels.is_none() && options.rest.is_empty() {
         say("tests of the crates");
         run::shown(build::cargo()?.args(["test", "--quiet", "--workspace"]))?;
     }
-    let artifacts = build::artifacts(&set_up, &Kernel::ALL, Profile::Dev)?;
+    let artifacts = build::artifacts(&set_up, kernels, Profile::Dev)?;
     let path = build::target_folder()?.join("guest-artifacts.json");
     let text = serde_json::to_string_pretty(&artifacts).context("cannot encode paths")?;
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-    say("tests of guests");
+    if options.kernels != Some(Kernels::Debug) {
+        say("tests of guests");
+        run::shown(guests(&path, &options.rest)?.args(["--skip", NEEDS_DEBUG]))?;
+    }
+    if options.kernels != Some(Kernels::Usual) {
+        say("tests of guests with the debug kernel");
+        run::shown(
+            guests(&path, &options.rest)?
+                .args(["--skip", NEEDS_QEMU])
+                .env(Vmm::DEBUG_VARIABLE, "1"),
+        )?;
+    }
+    say("all tests passed");
+    Ok(())
+}
+
+/// The command that runs the tests of guests; more options may follow.
+fn guests(artifacts: &Path, rest: &[String]) -> Result<Command> {
     let mut command = build::cargo()?;
     command.args([
         "test",
+        "--no-fail-fast",
         "--package",
         "tests",
         "--features",
@@ -51,12 +94,10 @@ pub fn command(options: &Options) -> Result<()> {
         .max(2);
     command
         .args(["--", "--test-threads", &threads.to_string()])
-        .args(&options.rest);
+        .args(rest);
     // An error says where it comes from; a trace of the test program would only hide it.
     command
-        .env(artifacts::VARIABLE, &path)
+        .env(artifacts::VARIABLE, artifacts)
         .env("RUST_LIB_BACKTRACE", "0");
-    run::shown(&mut command)?;
-    say("all tests passed");
-    Ok(())
+    Ok(command)
 }

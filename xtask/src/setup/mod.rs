@@ -20,6 +20,7 @@ use cache::{Cache, Made, Step};
 const STOCK: &str = include_str!("../../scripts/stock.sh");
 const UML: &str = include_str!("../../scripts/uml.sh");
 const UML_CONFIGURATION: &str = include_str!("../../scripts/uml.config");
+const DEBUG_CONFIGURATION: &str = include_str!("../../scripts/debug.config");
 const ENTER: &str = include_str!("../../scripts/enter.sh");
 
 /// A kernel that guests run.
@@ -29,17 +30,28 @@ pub enum Kernel {
     Stock,
     /// User-mode Linux with KUnit.
     Uml,
+    /// User-mode Linux that also watches locks, objects and memory, and can have allocations fail.
+    Debug,
 }
 
 impl Kernel {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::Stock, Self::Uml];
+    pub const ALL: [Self; 3] = [Self::Stock, Self::Uml, Self::Debug];
 
     /// Its name in paths and messages.
     pub fn name(self) -> &'static str {
         match self {
             Self::Stock => "stock",
             Self::Uml => "uml",
+            Self::Debug => "debug",
+        }
+    }
+
+    /// The kernel's name of its architecture.
+    pub fn architecture(self) -> &'static str {
+        match self {
+            Self::Stock => "x86",
+            Self::Uml | Self::Debug => "um",
         }
     }
 
@@ -47,7 +59,7 @@ impl Kernel {
     pub fn inside(self) -> &'static str {
         match self {
             Self::Stock => "/src/stock",
-            Self::Uml => "/src/uml",
+            Self::Uml | Self::Debug => "/src/uml",
         }
     }
 }
@@ -74,6 +86,8 @@ pub struct SetUp {
     pub stock: Option<PathBuf>,
     /// User-mode Linux's build tree.
     pub uml: Option<PathBuf>,
+    /// The debug kernel's build tree.
+    pub debug: Option<PathBuf>,
 }
 
 impl SetUp {
@@ -82,6 +96,7 @@ impl SetUp {
         let tree = match kernel {
             Kernel::Stock => &self.stock,
             Kernel::Uml => &self.uml,
+            Kernel::Debug => &self.debug,
         };
         tree.as_ref()
             .with_context(|| format!("the {} kernel was not set up", kernel.name()))
@@ -125,12 +140,16 @@ pub fn ensure(kernels: &[Kernel]) -> Result<SetUp> {
         source: source.path.clone(),
         stock: None,
         uml: None,
+        debug: None,
     };
     if kernels.contains(&Kernel::Stock) {
         set_up.stock = Some(make_stock(&cache, &rootfs, &source)?.path);
     }
     if kernels.contains(&Kernel::Uml) {
-        set_up.uml = Some(make_uml(&cache, &rootfs, &source)?.path);
+        set_up.uml = Some(make_uml(&cache, &rootfs, &source, Kernel::Uml)?.path);
+    }
+    if kernels.contains(&Kernel::Debug) {
+        set_up.debug = Some(make_uml(&cache, &rootfs, &source, Kernel::Debug)?.path);
     }
     Ok(set_up)
 }
@@ -168,20 +187,28 @@ fn make_stock(cache: &Cache, rootfs: &Made, source: &Made) -> Result<Made> {
     })
 }
 
-fn make_uml(cache: &Cache, rootfs: &Made, source: &Made) -> Result<Made> {
+/// `kernel` is one of those that are user-mode Linux.
+fn make_uml(cache: &Cache, rootfs: &Made, source: &Made, kernel: Kernel) -> Result<Made> {
+    let (about, more) = if kernel == Kernel::Debug {
+        let about = "user-mode Linux that watches locks, objects and memory";
+        (about, DEBUG_CONFIGURATION)
+    } else {
+        ("user-mode Linux with KUnit", "")
+    };
+    let configuration = format!("{UML_CONFIGURATION}{more}");
     let step = Step {
-        name: "uml",
-        about: "user-mode Linux with KUnit",
+        name: kernel.name(),
+        about,
         from: &[rootfs, source],
-        recipe: &[UML, UML_CONFIGURATION, ENTER],
+        recipe: &[UML, &configuration, ENTER],
     };
     cache.ensure(&step, |folder, log| {
-        fs::write(folder.join("fragment"), UML_CONFIGURATION)
+        fs::write(folder.join("fragment"), &configuration)
             .context("cannot write the configuration")?;
         let sandbox = Sandbox::new(&rootfs.path).readable(&source.path, "/src/linux");
         run::logged(
             "make",
-            &mut sandbox.writable(folder, Kernel::Uml.inside()).command(UML),
+            &mut sandbox.writable(folder, kernel.inside()).command(UML),
             log,
         )
     })
