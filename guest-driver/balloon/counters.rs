@@ -15,11 +15,13 @@
 //! Without debugfs in the kernel nobody can read them; the driver works all the same.
 
 use kernel::debugfs::{File, Writer};
+use kernel::device;
 use kernel::fmt;
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, Relaxed};
-use kernel::sync::Arc;
+use kernel::sync::{aref::ARef, Arc};
 
+use crate::bindings::trace::Tracer;
 use crate::shared_abi::queue::Queue;
 use crate::virtio::{debugfs, Kick};
 
@@ -69,15 +71,17 @@ macro_rules! counters {
             queues: [Traffic; Queue::MAX_COUNT],
             /// `hinted_blocks_order_N`: blocks of `2^N` pages offered on the free page queue.
             hinted_by_order: [Counter; ORDERS],
+            tracer: Tracer,
         }
 
         impl Counters {
-            /// All zero.
-            pub(crate) const fn new() -> Self {
+            /// All zero. What is counted by methods is traced too, as events of `device`.
+            pub(crate) fn new(device: Option<ARef<device::Device>>) -> Self {
                 Self {
                     $($name: Counter::new(),)*
                     queues: [const { Traffic::new() }; Queue::MAX_COUNT],
                     hinted_by_order: [const { Counter::new() }; ORDERS],
+                    tracer: Tracer::new(device),
                 }
             }
 
@@ -170,8 +174,54 @@ impl Counters {
         self.traffic(queue).interrupts.add(1);
     }
 
-    /// Counts a block of `2^order` pages and `bytes` bytes that was offered.
-    pub(crate) fn hinted(&self, order: u32, bytes: usize) {
+    /// Counts a request of so many balloon pages that was sent.
+    pub(crate) fn requested(&self, queue: Queue, pages: u64) {
+        match queue {
+            Queue::Inflate => self.inflate_requests.add(1),
+            Queue::Deflate => self.deflate_requests.add(1),
+            Queue::Stats | Queue::FreePage | Queue::Reporting => {}
+        }
+        self.tracer.request(c_name(queue), pages);
+    }
+
+    /// The device has used a request of so many balloon pages.
+    pub(crate) fn acknowledged(&self, queue: Queue, pages: u64) {
+        self.tracer.acknowledge(c_name(queue), pages);
+    }
+
+    /// Counts a round that begins.
+    pub(crate) fn round_started(&self, id: u32) {
+        self.rounds_started.add(1);
+        self.tracer.hint_start(id, self.hint_reserve_pages.get());
+    }
+
+    /// A round ends, after so many microseconds.
+    pub(crate) fn round_stopped(&self, microseconds: u64) {
+        self.tracer.hint_stop(microseconds);
+    }
+
+    /// Counts a block of so many pages that the guest took back.
+    pub(crate) fn returned(&self, pages: u64) {
+        self.returned_blocks.add(1);
+        self.returned_pages.add(pages);
+        self.tracer.hint_return(pages);
+    }
+
+    /// Counts a report of free pages that has ended.
+    pub(crate) fn reported(&self, blocks: usize, pages: usize, acknowledged: bool) {
+        if acknowledged {
+            self.reported_blocks.add(blocks as u64);
+            self.reported_pages.add(pages as u64);
+        } else {
+            self.failed_reports.add(1);
+        }
+        self.tracer
+            .report(blocks as u32, pages as u64, acknowledged);
+    }
+
+    /// Counts a block of `2^order` pages and `bytes` bytes at a physical address that was offered.
+    pub(crate) fn hinted(&self, address: u64, order: u32, bytes: usize) {
+        self.tracer.hint_block(address, order);
         let slot = (order as usize).min(ORDERS - 1);
         self.hinted_by_order[slot].add(1);
         self.hinted_blocks.add(1);
@@ -204,6 +254,17 @@ impl Counters {
     }
 }
 
+/// The queue's name as C has strings.
+fn c_name(queue: Queue) -> &'static CStr {
+    match queue {
+        Queue::Inflate => c"inflate",
+        Queue::Deflate => c"deflate",
+        Queue::Stats => c"stats",
+        Queue::FreePage => c"free-page",
+        Queue::Reporting => c"reporting",
+    }
+}
+
 /// The file's content.
 pub(crate) struct Report(Arc<Counters>);
 
@@ -222,10 +283,7 @@ impl CountersFile {
     /// Shows `counters` in the device's folder; `None` if there is no such folder.
     ///
     /// May sleep. Fails with `ENOMEM`; a debugfs that does not want the file is no error.
-    pub(crate) fn new(
-        device: &kernel::device::Device,
-        counters: Arc<Counters>,
-    ) -> Result<Option<Self>> {
+    pub(crate) fn new(device: &device::Device, counters: Arc<Counters>) -> Result<Option<Self>> {
         let Some(folder) = debugfs::device_folder(device) else {
             return Ok(None);
         };
@@ -242,10 +300,17 @@ mod tests {
 
     #[test]
     fn the_file_is_keys_and_values() -> Result {
-        let counters = Counters::new();
-        counters.rounds_started.add(2);
-        counters.hinted(4, 65536);
-        counters.hinted(u32::MAX, 1);
+        let counters = Counters::new(None);
+        counters.round_started(7);
+        counters.round_started(8);
+        counters.requested(Queue::Deflate, 256);
+        counters.acknowledged(Queue::Deflate, 256);
+        counters.round_stopped(100);
+        counters.returned(16);
+        counters.reported(2, 1024, true);
+        counters.reported(1, 512, false);
+        counters.hinted(0x10000, 4, 65536);
+        counters.hinted(0, u32::MAX, 1);
         counters.kicked(Queue::FreePage, Kick::Sent);
         counters.kicked(Queue::FreePage, Kick::NotWanted);
         counters.interrupted(Queue::Inflate);
@@ -267,6 +332,11 @@ mod tests {
         };
         assert_eq!(find("rounds_started"), Some("2"));
         assert_eq!(find("rounds_finished"), Some("0"));
+        assert_eq!(find("inflate_requests"), Some("0"));
+        assert_eq!(find("deflate_requests"), Some("1"));
+        assert_eq!(find("returned_pages"), Some("16"));
+        assert_eq!(find("reported_pages"), Some("1024"));
+        assert_eq!(find("failed_reports"), Some("1"));
         assert_eq!(find("hinted_blocks_order_4"), Some("1"));
         assert_eq!(find("hinted_blocks_order_15"), Some("1"));
         assert_eq!(find("hinted_bytes"), Some("65537"));

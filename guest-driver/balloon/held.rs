@@ -127,8 +127,7 @@ impl Shrink for Held {
             match self.give_back_one() {
                 Some(pages) => {
                     freed += pages;
-                    self.counters.returned_blocks.add(1);
-                    self.counters.returned_pages.add(pages as u64);
+                    self.counters.returned(pages as u64);
                 }
                 None if freed == 0 => return None,
                 None => break,

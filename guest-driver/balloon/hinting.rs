@@ -290,13 +290,14 @@ impl Hinting {
                     round.send(CommandId::from_number(id.number()));
                     round.harvest = Some(Harvest::new(self.limits, &self.counters));
                     round.began = Instant::now();
-                    self.counters.rounds_started.add(1);
+                    self.counters.round_started(id.number());
                     self.held.forget_pressure();
                 }
                 Action::OfferHeld => self.held.offer_all_again(),
                 Action::SendStop => {
                     round.harvest = None;
                     round.send(CommandId::Stop);
+                    self.counters.round_stopped(round.age_us());
                 }
                 Action::ReleaseHeld => {
                     round.done = round.number;
@@ -349,9 +350,9 @@ impl Hinting {
                 break;
             };
             let earlier = block.block().tag();
-            let (order, pages, bytes) = {
+            let (address, order, pages, bytes) = {
                 let block = block.block();
-                (block.order(), block.pages(), block.size())
+                (block.address(), block.order(), block.pages(), block.size())
             };
             block.set_tag(round.number);
             if let Err(AddError { buffer, failure }) = self.queue.add(Either::Right(block)) {
@@ -363,7 +364,7 @@ impl Hinting {
             }
             round.in_flight_pages += pages;
             round.unnoticed += 1;
-            self.counters.hinted(order, bytes);
+            self.counters.hinted(address, order, bytes);
             work::give_way();
             if noticed.elapsed() > UNNOTICED {
                 self.notify(round);
@@ -376,9 +377,8 @@ impl Hinting {
     /// Nothing is left to offer.
     fn finish(&self, round: &mut Round) {
         self.step(round, Event::Exhausted);
-        let took = round.began.elapsed().as_micros_ceil();
         self.counters.rounds_finished.add(1);
-        self.counters.last_round_us.set(took.max(0) as u64);
+        self.counters.last_round_us.set(round.age_us());
     }
 
     /// Lets the device know of new buffers, if there are any.
@@ -451,6 +451,11 @@ impl Hinting {
 }
 
 impl Round {
+    /// Microseconds since the round began.
+    fn age_us(&self) -> u64 {
+        self.began.elapsed().as_micros_ceil().max(0) as u64
+    }
+
     fn any_in_flight(&self) -> bool {
         self.noticed > 0 || self.unnoticed > 0
     }

@@ -116,7 +116,7 @@ impl Data {
         let features = Features::from_bits(dev.features());
         let config = dev.config()?;
         let printer: &device::Device = dev.as_ref();
-        let counters = Arc::new(Counters::new(), GFP_KERNEL)?;
+        let counters = Arc::new(Counters::new(Some(ARef::from(printer))), GFP_KERNEL)?;
         let work_queue = Arc::new(WorkQueue::new(c"virtio_balloon_rs")?, GFP_KERNEL)?;
 
         let hinting = if features.contains(Features::FREE_PAGE_HINT) {

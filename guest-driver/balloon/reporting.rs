@@ -81,9 +81,7 @@ impl Reporting {
     /// The device has used buffers. Any context but NMI.
     pub(crate) fn used(&self) {
         while let Some((pages, _)) = self.queue.pop() {
-            self.counters.reported_blocks.add(pages.blocks() as u64);
-            self.counters.reported_pages.add(pages.pages() as u64);
-            pages.acknowledge();
+            self.end(pages, true);
         }
     }
 
@@ -91,8 +89,17 @@ impl Reporting {
     /// after each reset.
     pub(crate) fn recover(&self) {
         while let Some(pages) = self.queue.detach() {
-            self.counters.failed_reports.add(1);
-            drop(pages);
+            self.end(pages, false);
+        }
+    }
+}
+
+impl Reporting {
+    fn end(&self, pages: FreePages, acknowledged: bool) {
+        self.counters
+            .reported(pages.blocks(), pages.pages(), acknowledged);
+        if acknowledged {
+            pages.acknowledge();
         }
     }
 }
@@ -100,11 +107,10 @@ impl Reporting {
 impl ReportPages for Reporting {
     fn report(&self, pages: FreePages) {
         if let Err(AddError { buffer, failure }) = self.queue.add(pages) {
-            self.counters.failed_reports.add(1);
             if failure != crate::virtio::AddFailure::Gone {
                 dev_info!(self.dev, "free pages were not reported: {:?}\n", failure);
             }
-            drop(buffer);
+            self.end(buffer, false);
             return;
         }
         self.counters.kicked(Queue::Reporting, self.queue.kick());

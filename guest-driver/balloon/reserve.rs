@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn the_reserve_is_left_alone() {
-        let counters = Counters::new();
+        let counters = Counters::new(None);
         // All but 8 MiB of what is free is to be left alone.
         let keep = state::free_pages().saturating_sub(8 * PAGES_PER_MIB);
         let limits = Limits {

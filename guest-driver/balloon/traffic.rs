@@ -192,6 +192,7 @@ impl Traffic {
         while let Some((buffer, _)) = this.inflate.pop() {
             match Returned::from(buffer) {
                 Returned::Request(mut request) => {
+                    this.counters.acknowledged(Queue::Inflate, request.pfns());
                     state.balance.arrived(request.pfns());
                     pages.enqueue(request.take());
                     state.put(request);
@@ -209,6 +210,7 @@ impl Traffic {
         while let Some((buffer, _)) = this.deflate.pop() {
             match Returned::from(buffer) {
                 Returned::Request(mut request) => {
+                    this.counters.acknowledged(Queue::Deflate, request.pfns());
                     state.balance.left(request.pfns());
                     // The device has let go of the pages: only now are they the guest's again.
                     state.release(&mut request);
@@ -254,7 +256,7 @@ impl Traffic {
         match self.add_in(request.into_buffer()) {
             Ok(()) => {
                 state.balance.send_in(pfns);
-                self.counters.inflate_requests.add(1);
+                self.counters.requested(Queue::Inflate, pfns);
                 Ok(())
             }
             Err(AddError { buffer, failure }) => {
@@ -299,7 +301,7 @@ impl Traffic {
         match this.add_out(request.into_buffer()) {
             Ok(()) => {
                 state.balance.send_out(pfns);
-                this.counters.deflate_requests.add(1);
+                this.counters.requested(Queue::Deflate, pfns);
                 state.released += free.len() as u64;
                 drop(state);
                 if at_once {

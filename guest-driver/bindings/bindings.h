@@ -14,3 +14,4 @@
 
 #include "virtio_helpers.h"
 #include "mm_helpers.h"
+#include "trace_helpers.h"

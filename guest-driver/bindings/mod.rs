@@ -3,7 +3,7 @@
 //! Bindings to the kernel headers that [`kernel::bindings`] leaves out, made by bindgen when the
 //! module is built.
 //!
-//! Only `virtio/` and `mm/` use them.
+//! Only `virtio/` and `mm/` use them; [`trace`] is safe.
 
 #![allow(
     clippy::all,
@@ -21,5 +21,7 @@
     unsafe_op_in_unsafe_fn,
     unused_imports
 )]
+
+pub(crate) mod trace;
 
 include!(env!("VIRTIO_BALLOON_RS_BINDINGS"));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{ensure, Result};
 use tests::artifacts::Artifacts;
-use tests::calls::{Fill, Free, Verify};
+use tests::calls::{Fill, Free, ReadFile, Run, Verify, WriteFile};
 use tests::guest::{Builder, Device, Driver};
 use tests::vmm::Vmm;
 use tests::MIB;
@@ -193,6 +193,46 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
             "the module takes {wrong}"
         );
     }
+    guest.power_off()?;
+    Ok(())
+}
+
+/// The kernel's own way to watch: user-mode Linux has no tracepoints, the stock kernel has.
+#[test]
+fn tracepoints_tell_of_hinting_and_sizing_in_qemu() -> Result<()> {
+    const TRACING: &str = "/sys/kernel/tracing";
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu).boot()?;
+    guest.load(Driver::Ours)?;
+    let argv = ["mount", "-t", "tracefs", "tracefs", TRACING].map(str::to_owned);
+    guest.call(Run {
+        argv: argv.to_vec(),
+    })?;
+    guest.call(WriteFile {
+        path: format!("{TRACING}/events/virtio_balloon_rs/enable"),
+        text: "1".to_owned(),
+    })?;
+    let qmp = guest.daemon()?.qmp();
+    let id = qmp.hint_start()?;
+    let round = qmp.wait_hint_status("finished")?;
+    qmp.hint_done()?;
+    let whole = qmp.balloon_actual()?;
+    qmp.balloon(whole - 4 * MIB)?;
+    qmp.wait_balloon(whole - 4 * MIB, BALLOON_LIMIT)?;
+    let path = format!("{TRACING}/trace");
+    let trace = guest.call(ReadFile { path })?;
+    let count = |text: &str| trace.lines().filter(|line| line.contains(text)).count();
+    let blocks = count("balloon_hint_block: virtio");
+    ensure!(blocks as u64 == round.blocks, "{blocks} lines: {round:?}");
+    ensure!(count(&format!(" id={id:#x} reserve=")) == 1, "{trace}");
+    ensure!(count("balloon_hint_stop: virtio") == 1, "{trace}");
+    for event in ["balloon_request", "balloon_acknowledge"] {
+        let lines = count(&format!("{event}: virtio"));
+        ensure!(lines == 4, "{lines} lines of {event} for 4 MiB:\n{trace}");
+        ensure!(count("queue=inflate pages=256") == 8, "{trace}");
+    }
+    guest.unload(Driver::Ours)?;
+    guest.check_log()?;
     guest.power_off()?;
     Ok(())
 }
