@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Formats, lints, and where unsafe code stands.
+//! Formats, lints, where unsafe code stands, and whether the tests exist that the documents name.
 
 use anyhow::Result;
 
 use crate::build;
+use crate::conformance;
 use crate::module;
 use crate::progress::say;
 use crate::run;
@@ -16,6 +17,8 @@ pub fn command() -> Result<()> {
     run::shown(build::cargo()?.args(["fmt", "--all", "--check"]))?;
     say("where unsafe code stands");
     unsafe_count::check()?;
+    say("the tests that docs/conformance.md names");
+    conformance::check()?;
     say("lints of the crates");
     run::shown(build::cargo()?.args([
         "clippy",

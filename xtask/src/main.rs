@@ -5,6 +5,7 @@
 mod bench;
 mod build;
 mod check;
+mod conformance;
 mod demo;
 mod guest;
 mod module;
@@ -13,6 +14,7 @@ mod progress;
 mod run;
 mod sandbox;
 mod setup;
+mod sources;
 mod test;
 mod unsafe_count;
 

@@ -2,12 +2,11 @@
 //! Counts unsafe code by folder, and refuses it where the design does not allow it.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 
 use crate::place;
+use crate::sources::{self, Source};
 
 /// Where it may stand: the safe layers of the kernel module, and one small module of each host crate that needs a system
 /// call.
@@ -17,45 +16,27 @@ const ALLOWED: [&str; 3] = [
     "guest-driver/virtio/",
 ];
 const SYSTEM_MODULE: &str = "sys.rs";
-const ROOTS: [&str; 5] = [
-    "guest-driver",
-    "host-device",
-    "shared-abi",
-    "tests",
-    "xtask",
-];
-
 /// Prints how many unsafe blocks, functions and implementations each folder has.
 ///
 /// # Errors
 ///
 /// If one stands elsewhere.
 pub fn check() -> Result<()> {
-    let repository = place::repository()?;
     let mut counts = BTreeMap::<String, usize>::new();
     let mut strays = Vec::new();
-    for root in ROOTS {
-        for file in sources(&repository.join(root))? {
-            let text = fs::read_to_string(&file)
-                .with_context(|| format!("cannot read {}", file.display()))?;
-            let found = count(&text);
-            if found == 0 {
-                continue;
-            }
-            let name = file
-                .strip_prefix(&repository)
-                .unwrap_or(&file)
-                .to_string_lossy()
-                .into_owned();
-            let folder = name
-                .rsplit_once('/')
-                .map_or(name.as_str(), |(folder, _)| folder);
-            *counts.entry(folder.to_owned()).or_default() += found;
-            let host_system_module =
-                !name.starts_with("guest-driver/") && name.ends_with(SYSTEM_MODULE);
-            if !host_system_module && !ALLOWED.iter().any(|allowed| name.starts_with(allowed)) {
-                strays.push(name);
-            }
+    for Source { name, text } in sources::read_all(&place::repository()?)? {
+        let found = count(&text);
+        if found == 0 {
+            continue;
+        }
+        let folder = name
+            .rsplit_once('/')
+            .map_or(name.as_str(), |(folder, _)| folder);
+        *counts.entry(folder.to_owned()).or_default() += found;
+        let host_system_module =
+            !name.starts_with("guest-driver/") && name.ends_with(SYSTEM_MODULE);
+        if !host_system_module && !ALLOWED.iter().any(|allowed| name.starts_with(allowed)) {
+            strays.push(name);
         }
     }
     for (folder, count) in &counts {
@@ -68,21 +49,6 @@ pub fn check() -> Result<()> {
         strays.join(", ")
     );
     Ok(())
-}
-
-fn sources(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in
-        fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?
-    {
-        let path = entry?.path();
-        if path.is_dir() {
-            found.append(&mut sources(&path)?);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push(path);
-        }
-    }
-    Ok(found)
 }
 
 /// The keyword `unsafe` in code: not in comments, attributes, strings, or as part of a name.

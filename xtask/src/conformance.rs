@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Holds `docs/conformance.md` to the tests that it names: one that was renamed or removed is missed at once.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use anyhow::{ensure, Context, Result};
+
+use crate::place;
+use crate::sources;
+
+/// Prints how many rows and tests the document has.
+///
+/// # Errors
+///
+/// If it names a test that does not exist.
+pub fn check() -> Result<()> {
+    let repository = place::repository()?;
+    let path = repository.join("docs/conformance.md");
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let sources = sources::read_all(&repository)?;
+    let functions: BTreeSet<&str> = sources
+        .iter()
+        .flat_map(|source| functions(&source.text))
+        .collect();
+    let evidence: Vec<&str> = text.lines().filter_map(last_cell).collect();
+    let named: BTreeSet<&str> = evidence.iter().flat_map(|cell| tests(cell)).collect();
+    let missing: Vec<&str> = named
+        .iter()
+        .copied()
+        .filter(|name| !exists(name, &functions))
+        .collect();
+    println!("{:>5}  rows, {} tests named", evidence.len(), named.len());
+    ensure!(
+        missing.is_empty(),
+        "{} names tests that do not exist: {}",
+        path.display(),
+        missing.join(", ")
+    );
+    Ok(())
+}
+
+/// The names of the functions that are defined in a source.
+fn functions(text: &str) -> impl Iterator<Item = &str> {
+    let definitions = text.lines().filter_map(|line| {
+        let (before, after) = line.split_once("fn ")?;
+        (before.is_empty() || before.ends_with(' ')).then_some(after)
+    });
+    definitions.filter_map(|after| after.split(['(', '<']).next())
+}
+
+/// What a row of a table has in its last column; none for headings.
+fn last_cell(line: &str) -> Option<&str> {
+    let row = line.strip_prefix('|')?.trim_end().strip_suffix('|')?;
+    let (_, last) = row.rsplit_once('|')?;
+    let last = last.trim();
+    (!last.starts_with("---") && last != "shown by").then_some(last)
+}
+
+/// The names in a cell that can only be those of tests: words of code with an underscore, perhaps with a star after it.
+fn tests(cell: &str) -> impl Iterator<Item = &str> {
+    let code = cell.split('`').skip(1).step_by(2);
+    code.filter(|word| {
+        let name = word.trim_end_matches('*');
+        let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
+        name.contains('_') && name.bytes().all(plain)
+    })
+}
+
+fn exists(name: &str, functions: &BTreeSet<&str>) -> bool {
+    match name.strip_suffix('*') {
+        Some(start) => functions
+            .range(start..)
+            .next()
+            .is_some_and(|found| found.starts_with(start)),
+        None => functions.contains(name),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_found_in_the_last_column_only() {
+        let row = "| MUST use `poison_val` | `r1_it_sleeps`, `r2_*`, by `LentBlock`, `a/b_c.rs` |";
+        let cell = last_cell(row).unwrap_or_default();
+        assert_eq!(tests(cell).collect::<Vec<_>>(), ["r1_it_sleeps", "r2_*"]);
+        assert_eq!(last_cell("|---|---|"), None);
+    }
+
+    #[test]
+    fn a_star_stands_for_any_end() {
+        let text = "    fn r2_one() {\n    pub(crate) fn other<T>(x: T) {}\n";
+        let functions: BTreeSet<&str> = functions(text).collect();
+        assert!(exists("r2_*", &functions) && exists("other", &functions));
+        assert!(!exists("r2_", &functions) && !exists("r3_*", &functions));
+    }
+}

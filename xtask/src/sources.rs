@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The Rust sources of the repository.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+const ROOTS: [&str; 5] = [
+    "guest-driver",
+    "host-device",
+    "shared-abi",
+    "tests",
+    "xtask",
+];
+
+/// A source file.
+pub struct Source {
+    /// Its path in the repository.
+    pub name: String,
+    /// What it holds.
+    pub text: String,
+}
+
+/// Reads all of them.
+///
+/// # Errors
+///
+/// If one cannot be read.
+pub fn read_all(repository: &Path) -> Result<Vec<Source>> {
+    let mut sources = Vec::new();
+    for root in ROOTS {
+        for file in files(&repository.join(root))? {
+            let text = fs::read_to_string(&file)
+                .with_context(|| format!("cannot read {}", file.display()))?;
+            let name = file.strip_prefix(repository).unwrap_or(&file);
+            let name = name.to_string_lossy().into_owned();
+            sources.push(Source { name, text });
+        }
+    }
+    Ok(sources)
+}
+
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in
+        fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?
+    {
+        let path = entry?.path();
+        if path.is_dir() {
+            found.append(&mut files(&path)?);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
