@@ -37,6 +37,12 @@ impl Balance {
         self.inside
     }
 
+    /// How many pages the balloon has as far as the device has acknowledged it: those inside, and
+    /// those on their way out.
+    pub(crate) fn actual(self) -> u64 {
+        self.inside + self.coming_out
+    }
+
     /// How many pages were taken out that the device has not given back yet.
     pub(crate) fn coming_out(self) -> u64 {
         self.coming_out
@@ -122,7 +128,9 @@ mod tests {
         assert_eq!(balance.next(5), Step::Deflate(5));
         balance.send_out(10);
         assert!(!balance.is_empty());
+        assert_eq!((balance.inside(), balance.actual()), (0, 20));
         balance.left(20);
+        assert_eq!(balance.actual(), 0);
         assert!(balance.is_empty());
     }
 

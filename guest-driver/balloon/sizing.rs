@@ -246,10 +246,11 @@ impl Sizing {
 
     /// Tells the host the balloon's size, if it does not know it.
     fn report(&self, turn: &mut Turn) {
-        let inside = self.traffic().inside();
-        self.counters.balloon_pages.set(inside);
-        if turn.reported != Some(inside) && self.config.set_actual(inside).is_ok() {
-            turn.reported = Some(inside);
+        let balance = self.traffic().balance();
+        self.counters.balloon_pages.set(balance.inside());
+        let actual = balance.actual();
+        if turn.reported != Some(actual) && self.config.set_actual(actual).is_ok() {
+            turn.reported = Some(actual);
         }
     }
 
@@ -360,7 +361,7 @@ impl Sizing {
             dev_info!(
                 self.dev,
                 "Out of puff! {} of {} pages are in the balloon\n",
-                self.traffic().inside(),
+                self.traffic().balance().inside(),
                 turn.target
             );
         }

@@ -119,11 +119,6 @@ impl Traffic {
         &self.deflate
     }
 
-    /// How many balloon pages are in the balloon.
-    pub(crate) fn inside(&self) -> u64 {
-        self.state.lock().balance.inside()
-    }
-
     /// Where the balloon's pages are.
     pub(crate) fn balance(&self) -> Balance {
         self.state.lock().balance
