@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The balloon where memory is short or in pieces: deflation on OOM, page migration, and the host that must be told.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use tests::artifacts::Artifacts;
-use tests::calls::{DropMemoryCaches, Fill, Free, ReadFile, Release, Verify, WriteFile};
+use tests::calls::{
+    DropMemoryCaches, Fill, Free, Modules, ReadFile, Release, Run, Verify, WriteFile,
+};
 use tests::guest::{Builder, Driver, Guest};
+use tests::process::Signal;
 use tests::vmm::Vmm;
 use tests::MIB;
 
@@ -185,20 +188,14 @@ fn the_c_drivers_balloons_pages_are_moved_in_qemu() -> Result<()> {
     pages_are_moved(Vmm::Qemu, Driver::C, &["stats"])
 }
 
-/// Compaction moves the pages of a balloon that lies in pieces, and the host has the memory where they are now.
-fn pages_are_moved(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
-    const BALLOON: u64 = 64 * MIB;
+/// The balloon that is moved.
+const BALLOON: u64 = 64 * MIB;
 
-    let artifacts = Artifacts::load()?;
-    // User-mode Linux maps each piece by a mapping of the host, of which a process may have 65530.
-    let mut guest = Builder::new(&artifacts, vmm)
-        .features(features)
-        .memory(256 * MIB)
-        .boot()?;
-    let before = guest.settled_free()?;
-    guest.load(driver)?;
+/// Inflates a balloon of single pages with other single pages in between, which are free then. Returns what the guest
+/// had before and has now.
+fn inflate_in_pieces(guest: &mut Guest, free: u64) -> Result<(u64, u64)> {
     // Every other page is free, the balloon takes of those, and then the rest becomes free.
-    let pieces = guest.call(fill(before - 32 * MIB, 2, 5))?;
+    let pieces = guest.call(fill(free - 32 * MIB, 2, 5))?;
     guest.call(Release {
         workload: pieces.workload,
     })?;
@@ -209,14 +206,32 @@ fn pages_are_moved(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
     guest.call(Free {
         workload: pieces.workload,
     })?;
+    Ok((whole, target))
+}
+
+fn compact(guest: &mut Guest) -> Result<()> {
+    guest.call(WriteFile {
+        path: "/proc/sys/vm/compact_memory".to_owned(),
+        text: "1".to_owned(),
+    })
+}
+
+/// Compaction moves the pages of a balloon that lies in pieces, and the host has the memory where they are now.
+fn pages_are_moved(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    // User-mode Linux maps each piece by a mapping of the host, of which a process may have 65530.
+    let mut guest = Builder::new(&artifacts, vmm)
+        .features(features)
+        .memory(256 * MIB)
+        .boot()?;
+    let before = guest.settled_free()?;
+    guest.load(driver)?;
+    let (whole, target) = inflate_in_pieces(&mut guest, before)?;
     let kept = guest.call(fill(16 * MIB, 1, 6))?;
 
     let moved_before = vm_event(&mut guest, "balloon_migrate")?;
     let in_use = guest.memory_in_use()?;
-    guest.call(WriteFile {
-        path: "/proc/sys/vm/compact_memory".to_owned(),
-        text: "1".to_owned(),
-    })?;
+    compact(&mut guest)?;
     let moved = vm_event(&mut guest, "balloon_migrate")? - moved_before;
     println!("{driver:?} in {vmm:?}: {moved} pages moved");
     ensure!(moved >= 1000, "only {moved} pages were moved");
@@ -297,6 +312,160 @@ fn host_is_told(vmm: Vmm) -> Result<()> {
             guest.call(Free { workload })?;
         }
     }
+    guest.unload(Driver::Ours)?;
+    guest.farewell(before)
+}
+
+/// How long a guest may take for what it does without its device: the driver's patience, and room for a busy host.
+const SILENT_LIMIT: Duration = Duration::from_secs(20);
+
+fn stop_device(guest: &mut Guest) -> Result<()> {
+    guest.daemon()?.process().signal(Signal::SIGSTOP)
+}
+
+fn continue_device(guest: &mut Guest) -> Result<()> {
+    guest.daemon()?.process().signal(Signal::SIGCONT)
+}
+
+#[test]
+fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Uml)
+        .features(&["stats"])
+        .memory(256 * MIB)
+        .boot()?;
+    let before = guest.settled_free()?;
+    guest.load(Driver::Ours)?;
+    let (whole, target) = inflate_in_pieces(&mut guest, before)?;
+    let moved = vm_event(&mut guest, "balloon_migrate")?;
+
+    stop_device(&mut guest)?;
+    let since = Instant::now();
+    compact(&mut guest)?;
+    let took = since.elapsed();
+    ensure!(took < SILENT_LIMIT, "compaction took {took:?}");
+    let now = vm_event(&mut guest, "balloon_migrate")?;
+    ensure!(now == moved, "{} pages were moved by nobody", now - moved);
+    let pages = guest.counters()?.get("balloon_pages")?;
+    ensure!(pages == BALLOON / 4096, "{pages} pages are in the balloon");
+
+    // Whoever was waited for in vain gets the page back, and all is as before.
+    continue_device(&mut guest)?;
+    guest.balloon()?.balloon(target - MIB)?;
+    guest.balloon()?.wait_balloon(target - MIB, BALLOON_LIMIT)?;
+    compact(&mut guest)?;
+    let now = vm_event(&mut guest, "balloon_migrate")?;
+    ensure!(now > moved, "no page is moved any more");
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
+    guest.check_free(before)?;
+    guest.unload(Driver::Ours)?;
+    guest.farewell(before)
+}
+
+#[test]
+fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Uml)
+        .features(&["stats", "deflate-on-oom", "must-tell-host"])
+        .boot()?;
+    let before = guest.settled_free()?;
+    guest.load(Driver::Ours)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    leave(&mut guest, LEFT)?;
+
+    stop_device(&mut guest)?;
+    let since = Instant::now();
+    let filled = guest.call(fill(WANTED, 1, 3));
+    let took = since.elapsed();
+    ensure!(filled.is_err(), "it has memory that the host did not give");
+    ensure!(took < SILENT_LIMIT, "it waited {took:?}");
+    ensure!(vm_event(&mut guest, "oom_kill")? > 0, "nobody was killed");
+
+    continue_device(&mut guest)?;
+    let filled = guest.call(fill(WANTED, 1, 4))?;
+    let verified = guest.call(Verify {
+        workload: filled.workload,
+    })?;
+    ensure!(verified.wrong == 0, "{verified:?}");
+    guest.call(Free {
+        workload: filled.workload,
+    })?;
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
+    guest.unload(Driver::Ours)?;
+    guest.check_free(before)?;
+    guest.power_off()?;
+    Ok(())
+}
+
+#[test]
+fn the_driver_goes_when_the_device_does_not_answer() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Uml)
+        .features(&["stats"])
+        .boot()?;
+    let before = guest.settled_free()?;
+    guest.load(Driver::Ours)?;
+    leave(&mut guest, LEFT)?;
+
+    stop_device(&mut guest)?;
+    let script = "(sleep 0.2; rmmod virtio_balloon_rs) >/dev/null 2>&1 </dev/null &";
+    guest.call(Run {
+        argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
+    })?;
+    // The driver gives up. What follows is the transport's: that of user-mode Linux waits for an answer when the queues
+    // are taken away, and the whole guest with it.
+    let gives_up = |line: &str| line.contains("the host does not take its pages back");
+    guest
+        .vmm()
+        .output()
+        .wait_for("the driver to give up", gives_up, SILENT_LIMIT)?;
+    continue_device(&mut guest)?;
+    guest.check_free(before)?;
+    let deadline = Instant::now() + SILENT_LIMIT;
+    while guest
+        .call(Modules {})?
+        .iter()
+        .any(|name| name == Driver::Ours.module())
+    {
+        ensure!(Instant::now() < deadline, "the module is still there");
+    }
+    guest.power_off()?;
+    Ok(())
+}
+
+#[test]
+fn the_device_is_bound_and_unbound_through_sysfs() -> Result<()> {
+    const DRIVER: &str = "/sys/bus/virtio/drivers/virtio_balloon_rs";
+
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Uml)
+        .features(&["stats", "free-page-hint", "deflate-on-oom"])
+        .boot()?;
+    let before = guest.settled_free()?;
+    guest.load(Driver::Ours)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let devices = guest.counted_devices()?;
+    let [device] = devices.as_slice() else {
+        bail!("not one device: {devices:?}");
+    };
+    guest.balloon()?.balloon(whole - BALLOON)?;
+    for _ in 0..20 {
+        // Also in the middle of inflating.
+        guest.call(WriteFile {
+            path: format!("{DRIVER}/unbind"),
+            text: device.clone(),
+        })?;
+        guest.check_free(before)?;
+        guest.call(WriteFile {
+            path: format!("{DRIVER}/bind"),
+            text: device.clone(),
+        })?;
+    }
+    guest
+        .balloon()?
+        .wait_balloon(whole - BALLOON, BALLOON_LIMIT)?;
     guest.unload(Driver::Ours)?;
     guest.farewell(before)
 }
