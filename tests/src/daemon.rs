@@ -36,6 +36,9 @@ pub struct VirtioStatus {
     pub connected: bool,
     /// The names of the features that both sides have.
     pub negotiated_features: Vec<String>,
+    /// What the guest fills its free pages with, if it says so.
+    #[serde(rename = "poison-val")]
+    pub poison: Option<u32>,
     /// The queues that there are.
     pub queues: Vec<QueueStatus>,
     /// How often configuration space was read.
@@ -46,6 +49,14 @@ pub struct VirtioStatus {
     pub config_changes: u64,
     /// Bytes that the guest gave back by reporting them.
     pub bytes_reported: u64,
+}
+
+impl VirtioStatus {
+    /// Whether both sides have this feature.
+    #[must_use]
+    pub fn accepted(&self, feature: &str) -> bool {
+        self.negotiated_features.iter().any(|name| name == feature)
+    }
 }
 
 /// One queue's counters.

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Rounds of free page hinting, with either device.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use guest_agent::calls::{WaitMemFree, WaitMemSettled};
 use guest_agent::ranges::RangeSet;
 use serde::Deserialize;
@@ -292,5 +294,42 @@ impl Guest {
         self.monitor()?
             .command("migrate_cancel", json!({}))
             .map(drop)
+    }
+}
+
+/// Rounds while the guest does something else.
+impl Guest {
+    /// Does `work`, and meanwhile from another connection one round after the other: each finishes, holds its blocks for
+    /// `hold`, and is done. Returns what `work` did and how many rounds there were.
+    ///
+    /// # Errors
+    ///
+    /// If the work or a round fails.
+    pub fn during_rounds<T>(
+        &mut self,
+        hold: Duration,
+        work: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<(T, u64)> {
+        let mut operator = self.daemon()?.connect()?;
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let rounds = scope.spawn(|| -> Result<u64> {
+                let mut count = 0;
+                while !over.load(Ordering::Relaxed) {
+                    operator.hint_start()?;
+                    operator.wait_hint_status("finished")?;
+                    thread::sleep(hold);
+                    operator.hint_done()?;
+                    count += 1;
+                }
+                Ok(count)
+            });
+            let done = work(self);
+            over.store(true, Ordering::Relaxed);
+            let count = rounds
+                .join()
+                .map_err(|_| anyhow!("the rounds panicked"))??;
+            Ok((done?, count))
+        })
     }
 }

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -94,6 +94,16 @@ pub fn activity(process: u32) -> Result<Activity> {
 /// If the process holds none.
 pub fn guest_memory_in_use(vmm: u32) -> Result<u64> {
     const BLOCK: u64 = 512;
+    let file = fs::metadata(guest_memory_file(vmm)?).context("the guest's memory is gone")?;
+    Ok(file.blocks() * BLOCK)
+}
+
+/// The memory file of a guest, as a path that can be opened: the largest deleted file or memfd that its VMM holds.
+///
+/// # Errors
+///
+/// If the process holds none.
+pub fn guest_memory_file(vmm: u32) -> Result<PathBuf> {
     let folder = format!("/proc/{vmm}/fd");
     let mut largest = None;
     for entry in fs::read_dir(&folder).with_context(|| format!("cannot list {folder}"))? {
@@ -101,11 +111,11 @@ pub fn guest_memory_in_use(vmm: u32) -> Result<u64> {
         let deleted = fs::read_link(&path)
             .is_ok_and(|target| target.to_string_lossy().ends_with(" (deleted)"));
         if let (true, Ok(file)) = (deleted, fs::metadata(&path)) {
-            largest = largest.max(Some((file.len(), file.blocks() * BLOCK)));
+            largest = largest.max(Some((file.len(), path)));
         }
     }
     largest
-        .map(|(_, used)| used)
+        .map(|(_, path)| path)
         .with_context(|| format!("process {vmm} holds no memory file"))
 }
 

@@ -32,7 +32,7 @@ pub mod slot;
 mod sys;
 pub mod vmm;
 
-pub use guest_agent::{calls, ranges};
+pub use guest_agent::{calls, pattern, ranges};
 
 /// One mebibyte.
 pub const MIB: u64 = 1 << 20;

@@ -5,7 +5,7 @@ use std::ops::Sub;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use guest_agent::calls::{BuddyInfo, Fill, Release, Zone};
+use guest_agent::calls::{BuddyInfo, Fill, Release, WriteFile, Zone};
 
 use crate::artifacts::Artifacts;
 use crate::daemon::Daemon;
@@ -231,6 +231,11 @@ impl Guest {
         /// In user-mode Linux each piece of a process's memory is a mapping on the host, which has a limit for them: two
         /// pieces for each page that is kept, and some to spare.
         const KEPT_PAGES: u64 = 20_000;
+        // Else the kernel mends by and by what this breaks. One that does not do so has no such file.
+        let _ = self.call(WriteFile {
+            path: "/proc/sys/vm/compaction_proactiveness".to_owned(),
+            text: "0".to_owned(),
+        });
         let bytes = self.settled_free()?.saturating_sub(spare);
         let pages = bytes / 4096;
         let parts = (pages / keep_every).div_ceil(KEPT_PAGES).max(1);

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Hints are right, not only many.
 
-use anyhow::{ensure, Result};
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
 use tests::artifacts::Artifacts;
-use tests::calls::{BuddyInfo, Fill, KeptPages, Release, Verify};
+use tests::calls::{BuddyInfo, Fill, Free, KeptPages, LowestMemFree, ReadFile, Release, Verify};
 use tests::guest::{Builder, Driver, Guest};
 use tests::vmm::Vmm;
 use tests::MIB;
@@ -126,4 +128,168 @@ fn free_in_lists(guest: &mut Guest) -> Result<u64> {
     let page_size = guest.agent().hello().page_size;
     let zones = guest.call(BuddyInfo {})?;
     Ok(zones.iter().map(|zone| zone.free_from(0, page_size)).sum())
+}
+
+#[test]
+fn fragmented_memory_of_a_guest_in_qemu_is_hinted_as_well() -> Result<()> {
+    fragmented_memory_is_hinted_as_well(Vmm::Qemu)
+}
+
+#[test]
+fn fragmented_memory_of_user_mode_linux_is_hinted_as_well() -> Result<()> {
+    fragmented_memory_is_hinted_as_well(Vmm::Uml)
+}
+
+/// With a page kept in each MiB there is hardly a block of the largest order, and the C driver has nothing to hint. Ours
+/// hints what is free in blocks of the smallest order that it was told, or more.
+fn fragmented_memory_is_hinted_as_well(vmm: Vmm) -> Result<()> {
+    const LARGEST: usize = 10;
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, vmm)
+        .kernel_arguments("init_on_alloc=0")
+        .boot()?;
+    let workloads = guest.fragment(256, 16 * MIB, 20)?;
+    guest.load(Driver::C)?;
+    let free = guest.free_blocks()?;
+    let theirs = guest.hint_all()?.bytes;
+    guest.daemon()?.qmp().hint_done()?;
+    guest.check_free_as_it_is(free.from_order(0))?;
+    guest.unload(Driver::C)?;
+    println!(
+        "free {}, in the largest blocks {}; the C driver hinted {theirs}",
+        free.from_order(0),
+        free.from_order(LARGEST)
+    );
+    ensure!(
+        theirs * 100 < free.from_order(0) * 5,
+        "the memory is not fragmented: {free:?}"
+    );
+    for order in [0, 4, 6] {
+        guest.load_with(Driver::Ours, &format!("hint_min_order={order}"))?;
+        let free = guest.free_blocks()?;
+        let round = guest.hint_all()?;
+        let large_enough = free.from_order(order);
+        println!("order {order}: {large_enough} are free; {round:?}");
+        ensure!(
+            round.bytes * 100 >= large_enough * 80,
+            "{round:?} of {large_enough} bytes that were free in blocks of order {order} or more"
+        );
+        guest.daemon()?.qmp().hint_done()?;
+        guest.check_free_as_it_is(free.from_order(0))?;
+        guest.unload(Driver::Ours)?;
+    }
+    for workload in workloads {
+        let found = guest.call(Verify { workload })?;
+        ensure!(found.wrong == 0 && found.pages > 0, "{found:?}");
+    }
+    guest.check_log()?;
+    guest.power_off()?;
+    Ok(())
+}
+
+#[test]
+fn hinting_leaves_a_reserve_to_a_guest_in_user_mode_linux() -> Result<()> {
+    hinting_leaves_a_reserve(Vmm::Uml)
+}
+
+#[test]
+fn hinting_leaves_a_reserve_to_a_guest_in_qemu() -> Result<()> {
+    hinting_leaves_a_reserve(Vmm::Qemu)
+}
+
+/// While a round goes on, and while its blocks are held, the guest has its reserve. A process that needs more gets it, and
+/// at once, without the OOM killer.
+fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
+    /// What the guest's own programs may meanwhile take of the reserve, and processors keep on lists of their own.
+    const OWN_USE: u64 = 2 * MIB;
+    /// How long each round holds its blocks while they are counted, and while a process needs them.
+    const HOLD: Duration = Duration::from_millis(50);
+    const LONG_HOLD: Duration = Duration::from_millis(500);
+    const NEEDED: u64 = 100 * MIB;
+    let artifacts = Artifacts::load()?;
+    let builder = Builder::new(&artifacts, vmm).kernel_arguments("init_on_alloc=0");
+    let (mut guest, free) = builder.boot_used(24 * MIB, Driver::Ours)?;
+    let reserve = documented_reserve(&mut guest)?;
+
+    let (lowest, rounds) =
+        guest.during_rounds(HOLD, |guest| guest.call(LowestMemFree { for_ms: 1000 }))?;
+    let counters = guest.counters()?;
+    println!("reserve {reserve}; {rounds} rounds; {lowest:?}; {counters:?}");
+    ensure!(
+        rounds > 2 && lowest.samples > 100,
+        "{rounds} rounds, {lowest:?}"
+    );
+    ensure!(
+        counters.get("hint_reserve_pages")? * 4096 == reserve,
+        "{reserve} bytes are the documented reserve, and not the driver's: {counters:?}"
+    );
+    ensure!(
+        counters.get("hint_free_pages_low")? * 4096 >= reserve,
+        "the driver took of the reserve of {reserve} bytes: {counters:?}"
+    );
+    ensure!(
+        (reserve - OWN_USE..free / 2).contains(&lowest.free),
+        "{} bytes were left of {free}, and {reserve} are the reserve",
+        lowest.free
+    );
+
+    let alone = use_memory(&mut guest, NEEDED)?;
+    let (worst, rounds) = guest.during_rounds(LONG_HOLD, |guest| {
+        let mut worst = Duration::ZERO;
+        for _ in 0..3 {
+            worst = worst.max(use_memory(guest, NEEDED)?);
+        }
+        Ok(worst)
+    })?;
+    let returned = guest.counters()?.get("returned_pages")?;
+    println!("{NEEDED} bytes in {alone:?}, with {rounds} rounds in {worst:?}; {returned} pages taken back");
+    ensure!(
+        rounds > 0 && returned > 0,
+        "{rounds} rounds, {returned} pages"
+    );
+    // Blocks are cleared as they are taken back, and an emulated guest on a busy host is slow at that: this is for a
+    // process that stands still.
+    ensure!(
+        worst < Duration::from_secs(30),
+        "a process waited for memory: {worst:?}, and {alone:?} without rounds"
+    );
+    guest.farewell(free)
+}
+
+/// Three times the high watermarks of the zones that have memory, or 1/64 of memory if that is more.
+fn documented_reserve(guest: &mut Guest) -> Result<u64> {
+    let page_size = guest.agent().hello().page_size;
+    let zones = guest.call(ReadFile {
+        path: "/proc/zoneinfo".to_owned(),
+    })?;
+    let (mut sum, mut high) = (0, 0);
+    for line in zones.lines() {
+        let mut words = line.split_whitespace();
+        let (name, number) = (words.next(), words.next());
+        // A processor's own list has a line `high: N`, which is another thing.
+        match name {
+            Some("high") => high = number.context("a watermark without a number")?.parse()?,
+            Some("managed") if number != Some("0") => sum += high,
+            _ => {}
+        }
+    }
+    let high: u64 = sum;
+    let total = guest.mem_info()?.total() / page_size;
+    Ok((3 * high).max(total / 64) * page_size)
+}
+
+/// How long a process takes to fill so much memory and find it as it was.
+fn use_memory(guest: &mut Guest, bytes: u64) -> Result<Duration> {
+    let start = Instant::now();
+    let filled = guest.call(Fill {
+        bytes,
+        keep_every: 1,
+        seed: 30,
+    })?;
+    let workload = filled.workload;
+    let found = guest.call(Verify { workload })?;
+    let took = start.elapsed();
+    ensure!(found.wrong == 0 && found.pages == bytes / 4096, "{found:?}");
+    guest.call(Free { workload })?;
+    Ok(took)
 }

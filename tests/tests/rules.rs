@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Rules of hinting that show only when driver, device and VMM work together.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use tests::artifacts::Artifacts;
-use tests::calls::{Fill, Free, Verify};
+use tests::calls::{Fill, Free, FreePages, Run, Verify};
 use tests::guest::{Builder, Driver, Guest};
-use tests::host::activity;
+use tests::host::{activity, guest_memory_file};
+use tests::pattern;
+use tests::ranges::{PhysicalRange, RangeSet};
 use tests::vmm::Vmm;
 use tests::MIB;
 
@@ -226,6 +230,173 @@ fn r17_a_hint_takes_no_page_away() -> Result<()> {
         );
         guest.daemon()?.qmp().hint_done()?;
         guest.farewell(free)?;
+    }
+    Ok(())
+}
+
+/// How the pages of a guest look from the host.
+struct Seen {
+    /// Pages that hold the pattern of a process that is no more.
+    old: RangeSet,
+    zero: RangeSet,
+}
+
+/// Looks at `ranges` of the guest's memory from the host. User-mode Linux keeps its memory in a file, each page where its
+/// physical address says.
+fn look_at(guest: &mut Guest, ranges: &RangeSet) -> Result<Seen> {
+    const PAGE: usize = 4096;
+    let path = guest_memory_file(guest.vmm().id())?;
+    let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut bytes = [0; PAGE];
+    let (mut old, mut zero) = (Vec::new(), Vec::new());
+    for range in ranges.ranges() {
+        for start in (range.start..range.end()).step_by(PAGE) {
+            file.read_exact_at(&mut bytes, start)
+                .context("cannot read the guest's memory")?;
+            let page = PhysicalRange {
+                start,
+                length: PAGE as u64,
+            };
+            if pattern::is_some(&bytes) {
+                old.push(page);
+            } else if bytes.iter().all(|byte| *byte == 0) {
+                zero.push(page);
+            }
+        }
+    }
+    Ok(Seen {
+        old: old.into(),
+        zero: zero.into(),
+    })
+}
+
+/// A page that goes back to the guest before the device is done with it is initialised first; one that is held is as it
+/// was, for a hint changes nothing.
+#[test]
+fn r17_what_the_guest_takes_back_before_done_is_initialised_and_the_rest_is_as_it_was() -> Result<()>
+{
+    const TAKEN: u64 = 64 * MIB;
+    /// What the guest may use for itself meanwhile.
+    const OWN_USE: u64 = MIB;
+    let artifacts = Artifacts::load()?;
+    let builder = Builder::new(&artifacts, Vmm::Uml).memory(192 * MIB);
+    let (mut guest, free) = builder.boot_used(16 * MIB, Driver::Ours)?;
+    guest.hint_all()?;
+    let hinted = guest.daemon()?.qmp().hinted_ranges()?;
+    let before = look_at(&mut guest, &hinted)?;
+    ensure!(
+        before.old.bytes() >= hinted.bytes() / 10 * 9,
+        "of {} hinted bytes only {} have been in use",
+        hinted.bytes(),
+        before.old.bytes()
+    );
+
+    // No memory group, first node, so many pages.
+    let script = format!(
+        "for file in /sys/kernel/debug/shrinker/virtio-balloon-rs-*/scan; do echo 0 0 {} > $file; done",
+        TAKEN / 4096
+    );
+    let argv = ["sh", "-c", &script].map(str::to_owned).to_vec();
+    let shrunk = guest.call(Run { argv })?;
+    ensure!(shrunk.status == Some(0), "{shrunk:?}");
+    let returned = guest.counters()?.get("returned_pages")? * 4096;
+    let back = guest.call(FreePages {})?.intersection(&hinted);
+    let after = look_at(&mut guest, &hinted)?;
+    println!(
+        "hinted {}, returned {returned}, found free {}, with the old pattern {} then {}, zero {}",
+        hinted.bytes(),
+        back.bytes(),
+        before.old.bytes(),
+        after.old.bytes(),
+        after.zero.bytes()
+    );
+    ensure!(
+        returned >= TAKEN && back.bytes() + OWN_USE >= TAKEN,
+        "{returned} bytes were given back, {} of them are free",
+        back.bytes()
+    );
+    let stale = after.old.intersection(&back);
+    ensure!(
+        stale.ranges().is_empty(),
+        "given back with their old content: {:x?}",
+        stale.ranges()
+    );
+    let changed = before.old.without(&after.old).without(&back);
+    ensure!(
+        changed.bytes() <= OWN_USE,
+        "held, and changed: {:x?}",
+        changed.ranges()
+    );
+
+    // Done: the rest goes back as it is.
+    guest.daemon()?.qmp().hint_done()?;
+    guest.check_free_as_it_is(free)?;
+    let done = look_at(&mut guest, &hinted)?;
+    let changed = after.old.without(&done.old);
+    ensure!(
+        changed.bytes() <= OWN_USE,
+        "released after done, and changed: {:x?}",
+        changed.ranges()
+    );
+    guest.farewell(free)
+}
+
+/// A guest that fills its free pages says with what, and its hints count all the same (R3); one that does not declines.
+fn poison_is_said_and_hints_count(
+    vmm: Vmm,
+    arguments: &str,
+    drivers: &[Driver],
+    poison: Option<u32>,
+) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, vmm)
+        .features(&["stats", "free-page-hint", "page-poison", "must-tell-host"])
+        .kernel_arguments(arguments)
+        .boot()?;
+    for &driver in drivers {
+        guest.load(driver)?;
+        let free = guest.settled_free()?;
+        let status = guest.daemon()?.virtio_status()?;
+        ensure!(
+            status.accepted("page-poison") == poison.is_some() && status.accepted("must-tell-host"),
+            "{driver:?}: {status:?}"
+        );
+        ensure!(status.poison == poison, "{driver:?}: {status:?}");
+        let round = guest.hint_all()?;
+        ensure!(
+            round.bytes >= free / 10 * 9 && round.pages_cleared * 4096 == round.bytes,
+            "{driver:?}: of {free} free bytes, {round:?}"
+        );
+        guest.daemon()?.qmp().hint_done()?;
+        guest.check_free(free)?;
+        guest.unload(driver)?;
+    }
+    guest.check_log()?;
+    guest.power_off()?;
+    Ok(())
+}
+
+#[test]
+fn r3_a_guest_in_qemu_that_clears_its_free_pages_says_so_and_its_hints_count() -> Result<()> {
+    let arguments = "init_on_free=1 init_on_alloc=0";
+    poison_is_said_and_hints_count(Vmm::Qemu, arguments, &BOTH_DRIVERS, Some(0))
+}
+
+#[test]
+fn r3_a_guest_with_the_debug_kernel_that_poisons_its_free_pages_says_so_and_its_hints_count(
+) -> Result<()> {
+    /// `PAGE_POISON`, four times.
+    const POISON: u32 = 0xaaaa_aaaa;
+    let arguments = "page_poison=1";
+    poison_is_said_and_hints_count(Vmm::Uml, arguments, &BOTH_DRIVERS, Some(POISON))
+}
+
+#[test]
+fn r3_a_guest_that_does_not_fill_its_free_pages_declines_poison() -> Result<()> {
+    // A boot for each: user-mode Linux, once a driver has declined what it had accepted, forgets that it speaks more of
+    // vhost-user than the bare rings, and the next driver hears of no change of configuration.
+    for driver in BOTH_DRIVERS {
+        poison_is_said_and_hints_count(Vmm::Uml, "", &[driver], None)?;
     }
     Ok(())
 }

@@ -70,6 +70,15 @@ calls! {
         limit_ms: u64,
     } -> Memory;
 
+    /// Looks at `MemFree` again and again, without a pause, and says what the least was.
+    LowestMemFree {
+        /// For how long.
+        for_ms: u64,
+    } -> Lowest;
+
+    /// The pages that are in free blocks (`/proc/kpageflags`), but for those on processors' own lists.
+    FreePages -> RangeSet;
+
     /// Drops what the kernel caches and merges free blocks, so that `MemFree` can be compared with another moment's.
     /// A kernel without these controls is asked for its memory as it is.
     DropMemoryCaches -> Memory;
@@ -240,6 +249,15 @@ impl Memory {
     pub fn available(&self) -> u64 {
         self.field("MemAvailable")
     }
+}
+
+/// The lowest of some samples.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lowest {
+    /// Bytes that were free at the worst moment.
+    pub free: u64,
+    /// How often it was looked.
+    pub samples: u64,
 }
 
 /// One zone's line of `/proc/buddyinfo`.

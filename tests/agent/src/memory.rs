@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 use guest_agent::calls::{
-    BuddyInfo, DropMemoryCaches, MemInfo, Memory, WaitMemFree, WaitMemSettled, Zone,
+    BuddyInfo, DropMemoryCaches, FreePages, Lowest, LowestMemFree, MemInfo, Memory, WaitMemFree,
+    WaitMemSettled, Zone,
 };
+use guest_agent::ranges::{PhysicalRange, RangeSet};
 
 use crate::serve::Answer;
 
@@ -76,6 +78,42 @@ impl Answer for WaitMemSettled {
             }
             sleep(LOOK_EVERY);
         }
+    }
+}
+
+impl Answer for LowestMemFree {
+    fn answer(self) -> Result<Lowest> {
+        let deadline = Instant::now() + Duration::from_millis(self.for_ms);
+        let mut lowest = Lowest {
+            free: u64::MAX,
+            samples: 0,
+        };
+        while Instant::now() < deadline {
+            lowest.free = lowest.free.min(MemInfo {}.answer()?.free());
+            lowest.samples += 1;
+        }
+        Ok(lowest)
+    }
+}
+
+impl Answer for FreePages {
+    fn answer(self) -> Result<RangeSet> {
+        /// `KPF_BUDDY`
+        const FREE: u64 = 1 << 10;
+        const PAGE: u64 = 4096;
+        let flags = fs::read("/proc/kpageflags").context("cannot read /proc/kpageflags")?;
+        let flags = flags
+            .chunks_exact(size_of::<u64>())
+            .filter_map(|bytes| bytes.try_into().ok())
+            .map(u64::from_ne_bytes);
+        Ok((0..)
+            .zip(flags)
+            .filter(|(_, flags)| flags & FREE != 0)
+            .map(|(frame, _): (u64, _)| PhysicalRange {
+                start: frame * PAGE,
+                length: PAGE,
+            })
+            .collect())
     }
 }
 

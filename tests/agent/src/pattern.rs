@@ -44,6 +44,21 @@ pub fn holds(bytes: &[u8], seed: u64, page: u64) -> bool {
         .all(|(word, value)| word == value)
 }
 
+/// Whether `bytes` hold the pattern of some seed and page.
+#[must_use]
+pub fn is_some(bytes: &[u8]) -> bool {
+    let mut words = bytes
+        .chunks_exact(8)
+        .filter_map(|word| word.try_into().ok())
+        .map(u64::from_le_bytes);
+    let Some(first) = words.next() else {
+        return false;
+    };
+    (1..)
+        .zip(words)
+        .all(|(index, word): (u64, u64)| word == first.wrapping_add(index.wrapping_mul(STEP)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -56,7 +71,9 @@ mod tests {
         assert!(holds(&page, 1, 2));
         assert!(!holds(&page, 1, 3));
         assert!(!holds(&page, 2, 2));
+        assert!(is_some(&page) && !is_some(&vec![0; PAGE]));
         page[PAGE - 1] ^= 1;
+        assert!(!is_some(&page));
         assert!(!holds(&page, 1, 2));
     }
 }

@@ -67,6 +67,34 @@ impl RangeSet {
         self.0.iter().map(|range| range.length).sum()
     }
 
+    /// The bytes that this set holds and the other does not.
+    #[must_use]
+    pub fn without(&self, other: &Self) -> Self {
+        let mut rest = Vec::new();
+        let mut others = other.0.iter().peekable();
+        for range in &self.0 {
+            let mut start = range.start;
+            while others.next_if(|other| other.end() <= start).is_some() {}
+            let mut ahead = others.clone();
+            while let Some(other) = ahead.next_if(|other| other.start < range.end()) {
+                if start < other.start {
+                    rest.push(PhysicalRange {
+                        start,
+                        length: other.start - start,
+                    });
+                }
+                start = start.max(other.end());
+            }
+            if start < range.end() {
+                rest.push(PhysicalRange {
+                    start,
+                    length: range.end() - start,
+                });
+            }
+        }
+        Self(rest)
+    }
+
     /// The bytes that both sets hold.
     #[must_use]
     pub fn intersection(&self, other: &Self) -> Self {
@@ -108,6 +136,15 @@ mod tests {
             set(&[(0, 6), (8, 4)])
         );
         assert_eq!(set(&[(8, 4), (0, 4), (4, 2)]).bytes(), 10);
+    }
+
+    #[test]
+    fn a_difference_holds_only_what_the_other_lacks() {
+        let a = set(&[(0, 10), (20, 10), (40, 1)]);
+        let b = set(&[(2, 2), (5, 20), (29, 20)]);
+        assert_eq!(a.without(&b), set(&[(0, 2), (4, 1), (25, 4)]));
+        assert_eq!(a.without(&set(&[])), a);
+        assert_eq!(a.without(&a), set(&[]));
     }
 
     #[test]

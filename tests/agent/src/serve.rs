@@ -108,6 +108,8 @@ impl Agent {
             AnyCall::BuddyInfo(call) => done(call),
             AnyCall::WaitMemFree(call) => done(call),
             AnyCall::WaitMemSettled(call) => done(call),
+            AnyCall::LowestMemFree(call) => done(call),
+            AnyCall::FreePages(call) => done(call),
             AnyCall::DropMemoryCaches(call) => done(call),
             AnyCall::Balloons(call) => done(call),
             AnyCall::WaitBalloons(call) => done(call),

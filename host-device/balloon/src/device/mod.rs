@@ -87,6 +87,8 @@ pub struct VirtioStatus {
     pub offered: Features,
     /// What the driver accepted; nothing before it did.
     pub negotiated: Option<Features>,
+    /// What the guest fills its free pages with, if it says so.
+    pub poison: Option<u32>,
     /// The queues that exist.
     pub queues: Vec<QueueStatus>,
     /// How often configuration space was read since the front end connected.

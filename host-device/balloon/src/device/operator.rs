@@ -141,6 +141,7 @@ impl Device {
             running: self.running(),
             offered: self.offered,
             negotiated: self.negotiated,
+            poison: self.poison(),
             queues,
             config_reads: connection.config_reads,
             config_writes: connection.config_writes,

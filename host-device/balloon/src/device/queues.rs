@@ -258,7 +258,7 @@ impl Device {
     }
 
     /// What the guest fills its free pages with, if it says so.
-    fn poison(&self) -> Option<u32> {
+    pub(super) fn poison(&self) -> Option<u32> {
         self.negotiated
             .is_some_and(|features| features.contains(Features::PAGE_POISON))
             .then_some(self.config.poison_val)

@@ -270,6 +270,7 @@ fn query_virtio_status(target: &Target, arguments: Option<&Value>) -> Result<Val
         "status": state,
         "offered-features": names(status.offered),
         "negotiated-features": names(status.negotiated.unwrap_or_default()),
+        "poison-val": status.poison,
         "queues": queues,
         "config-reads": status.config_reads,
         "config-writes": status.config_writes,
