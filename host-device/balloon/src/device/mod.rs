@@ -141,6 +141,8 @@ struct Connection {
     config_reads: u64,
     config_writes: u64,
     config_changes: Cell<u64>,
+    /// The configuration has changed while the queues were stopped, and the driver was not told.
+    untold: Cell<bool>,
     /// The driver has accepted features, and no queue was used since.
     starting: bool,
 }
@@ -358,6 +360,7 @@ impl Device {
         }
         self.notice_new_driver();
         self.notice_start();
+        self.tell_late();
         let features = self.negotiated.unwrap_or_default();
         let (Some(queue), Some(vring)) = (Queue::at(index, features), vrings.get(index)) else {
             debug!("queue {index} was kicked, and does not exist with these features");
@@ -450,8 +453,30 @@ impl Device {
 
     // What the outside is told.
 
+    /// Whether there were queues, and they are stopped: the driver has gone, or the guest is paused.
+    fn stopped(&self) -> bool {
+        let vrings = self.connection.iter().flat_map(|it| &it.vrings);
+        vrings
+            .take(1)
+            .any(|vring| !vring.get_ref().get_queue().ready())
+    }
+
+    /// Tells the driver of a change that it could not be told of when it happened.
+    fn tell_late(&self) {
+        let untold = self.connection.as_ref().map(|it| it.untold.take());
+        if untold == Some(true) {
+            self.notify();
+        }
+    }
+
+    /// Tells the driver that its configuration has changed; later, if it is not there to hear it. QEMU 11.1 crashes
+    /// when it starts the queues of a generic vhost-user device that has told it of a change while they were stopped.
     fn notify(&self) {
         if let Some(connection) = &self.connection {
+            if self.stopped() {
+                connection.untold.set(true);
+                return;
+            }
             connection.notifier.notify();
             connection
                 .config_changes

@@ -255,6 +255,19 @@ impl Guest {
     }
 }
 
+#[test]
+fn a_driver_whose_queues_are_stopped_is_told_of_a_change_when_they_start_again() {
+    let mut guest = Guest::new(Features::NONE, Features::NONE);
+    guest.vrings[0].set_queue_ready(false);
+    guest.device.set_target(LENGTH).unwrap();
+    assert_eq!(guest.config_changes(), 0);
+    guest.vrings[0].set_queue_ready(true);
+    guest.kick_index(0);
+    assert_eq!(guest.config_changes(), 1);
+    guest.kick_index(0);
+    assert_eq!(guest.config_changes(), 0);
+}
+
 /// The first address that the fake driver does not use itself.
 const FREE: u64 = START + 0x20_0000;
 
