@@ -23,6 +23,7 @@ pub mod json_lines;
 pub mod ktap;
 pub mod lines;
 pub mod measure;
+pub mod mute;
 pub mod process;
 pub mod qmp;
 pub mod scratch;

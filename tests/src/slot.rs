@@ -4,11 +4,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
-use guest_agent::calls::{Balloon, Balloons, WaitBalloons};
+use guest_agent::calls::{Balloon, Balloons, Modules, WaitBalloons};
 use serde_json::{json, Value};
 
 use crate::daemon::Daemon;
-use crate::guest::{Device, Guest};
+use crate::guest::{Device, Driver, Guest};
 use crate::vmm::qemu::{self, BALLOON_ID, CHARDEV};
 use crate::vmm::Attachment;
 
@@ -17,7 +17,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 const LIMIT_MS: u64 = 60_000;
 
 impl Guest {
-    /// Plugs a balloon into the slot, which must be empty, and waits until the guest has found it: our device with
+    /// Plugs a balloon into the slot, which must be empty, and waits until the guest has found it, and its driver,
+    /// if that is loaded, is ready: our device with
     /// `features`, or QEMU's own. `options` are as for [`Builder::device_options`].
     ///
     /// [`Builder::device_options`]: crate::guest::Builder::device_options
@@ -43,8 +44,11 @@ impl Guest {
         };
         let device = qemu::balloon(&attachment, true).context("no device")?;
         self.monitor()?.command("device_add", device)?;
+        let modules = self.call(Modules {})?;
+        let loaded = |driver: Driver| modules.iter().any(|name| name == driver.module());
         self.call(WaitBalloons {
             count: 1,
+            ready: loaded(Driver::Ours) || loaded(Driver::C),
             limit_ms: LIMIT_MS,
         })?;
         Ok(())

@@ -16,6 +16,8 @@ const FOLDER: &str = "/sys/bus/virtio/devices";
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// The device id of a balloon, as sysfs writes it.
 const BALLOON: &str = "0x0005";
+/// The bit of the device status by which a driver says that it is ready.
+const DRIVER_OK: u32 = 4;
 
 impl Answer for Balloons {
     fn answer(self) -> Result<Vec<Balloon>> {
@@ -40,7 +42,8 @@ fn look_at(path: &Path) -> io::Result<Option<Balloon>> {
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
         Err(error) => Err(error),
     };
-    let (Some(device), Some(features)) = (read("device")?, read("features")?) else {
+    let parts = (read("device")?, read("features")?, read("status")?);
+    let (Some(device), Some(features), Some(status)) = parts else {
         return Ok(None);
     };
     if device != BALLOON {
@@ -53,11 +56,18 @@ fn look_at(path: &Path) -> io::Result<Option<Balloon>> {
     Ok(Some(Balloon {
         name: name(path).unwrap_or_default(),
         features: parse_features(&features),
+        ready: parse_status(&status) & DRIVER_OK != 0,
         driver: fs::read_link(path.join("driver"))
             .ok()
             .as_deref()
             .and_then(name),
     }))
+}
+
+/// `0x0000000f`
+fn parse_status(text: &str) -> u32 {
+    let digits = text.trim_start_matches("0x");
+    u32::from_str_radix(digits, 16).unwrap_or_default()
 }
 
 /// One digit a bit, the lowest bit first.
@@ -72,12 +82,13 @@ impl Answer for WaitBalloons {
         let deadline = Instant::now() + Duration::from_millis(self.limit_ms);
         loop {
             let balloons = Balloons {}.answer()?;
-            if balloons.len() == self.count {
+            let ready = |balloon: &Balloon| balloon.ready || !self.ready;
+            if balloons.len() == self.count && balloons.iter().all(ready) {
                 return Ok(balloons);
             }
             if Instant::now() > deadline {
                 bail!(
-                    "there are not {} balloon devices after {} ms, but {balloons:?}",
+                    "there are not {} balloon devices (ready) after {} ms, but {balloons:?}",
                     self.count,
                     self.limit_ms
                 );
@@ -90,6 +101,11 @@ impl Answer for WaitBalloons {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_is_hexadecimal() {
+        assert_eq!(parse_status("0x0000001f"), 31);
+    }
 
     #[test]
     fn the_lowest_feature_bit_comes_first() {

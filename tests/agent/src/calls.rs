@@ -138,11 +138,13 @@ calls! {
     /// The balloon devices of the guest.
     Balloons -> Vec<Balloon>;
 
-    /// Waits until the guest has so many balloon devices. The kernel tells of them by messages that need a program to
+    /// Waits until the guest has so many balloon devices, each with a driver that is ready if that is asked for. The kernel tells of them by messages that need a program to
     /// collect them; so they are looked at every 5 ms instead.
     WaitBalloons {
         /// How many.
         count: usize,
+        /// Whether they must have drivers.
+        ready: bool,
         /// How long to wait.
         limit_ms: u64,
     } -> Vec<Balloon>;
@@ -326,6 +328,8 @@ pub struct Balloon {
     pub features: u64,
     /// The name of its driver.
     pub driver: Option<String>,
+    /// Whether the driver has said that it is ready (`DRIVER_OK`).
+    pub ready: bool,
 }
 
 /// A record of the kernel log.

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A balloon device that never answers: it negotiates everything, and never uses a buffer.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use anyhow::{Context, Result};
+use shared_abi::config::{Config, MAX_SIZE};
+use shared_abi::features::Features;
+use shared_abi::queue::Queue;
+use vhost::vhost_user::{Listener, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::scratch::Scratch;
+
+/// The device. It serves one VMM, for as long as that is there.
+#[derive(Debug)]
+pub struct Mute {
+    socket: PathBuf,
+    backend: Arc<Backend>,
+}
+
+impl Mute {
+    /// Listens in `scratch`, offering `features`, with `config` in its config space from the start.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot listen.
+    pub fn start(scratch: &Scratch, features: Features, config: Config) -> Result<Self> {
+        let socket = scratch.path("mute.sock");
+        let mut listener = Listener::new(&socket, true)
+            .with_context(|| format!("cannot listen at {}", socket.display()))?;
+        let backend = Arc::new(Backend {
+            features,
+            config: Mutex::new(config.to_bytes()),
+            kicks: AtomicU64::new(0),
+        });
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let mut daemon = VhostUserDaemon::new("mute".into(), backend.clone(), memory)
+            .map_err(|error| anyhow::anyhow!("no device: {error}"))?;
+        thread::spawn(move || {
+            // An error is the VMM's end; a VMM that does not get on says so itself.
+            let _ = daemon.start(&mut listener).and_then(|()| daemon.wait());
+        });
+        Ok(Self { socket, backend })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// How often the driver has notified it.
+    #[must_use]
+    pub fn kicks(&self) -> u64 {
+        self.backend.kicks.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Debug)]
+struct Backend {
+    features: Features,
+    config: Mutex<[u8; MAX_SIZE]>,
+    kicks: AtomicU64,
+}
+
+/// Bytes of config space from `offset` on, if there are so many.
+fn place(config: &mut [u8; MAX_SIZE], offset: u32, length: usize) -> Option<&mut [u8]> {
+    let start = usize::try_from(offset).ok()?;
+    config.get_mut(start..start.checked_add(length)?)
+}
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = VringRwLock;
+
+    fn num_queues(&self) -> usize {
+        Queue::MAX_COUNT
+    }
+
+    fn max_queue_size(&self) -> usize {
+        1024
+    }
+
+    fn features(&self) -> u64 {
+        const VERSION_1: u64 = 1 << 32;
+        self.features.bits() | VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    fn reset_device(&self) {}
+
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let mut config = *self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = place(&mut config, offset, size as usize);
+        bytes.map(|bytes| bytes.to_vec()).unwrap_or_default()
+    }
+
+    fn set_config(&self, _offset: u32, _data: &[u8]) -> io::Result<()> {
+        // What the driver says does not interest it.
+        Ok(())
+    }
+
+    fn update_memory(&self, _memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn handle_event(
+        &self,
+        _queue: u16,
+        _events: EventSet,
+        _vrings: &[VringRwLock],
+        _thread: usize,
+    ) -> io::Result<()> {
+        self.kicks.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}

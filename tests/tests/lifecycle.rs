@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The driver from its loading to its end, and all that may happen to it, its device and its guest in between.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use shared_abi::config::Config;
+use shared_abi::features::Features;
+use tests::artifacts::Artifacts;
+use tests::calls::{Fill, Filled, Free, ReadFile, Verify, WriteFile};
+use tests::check::complaints;
+use tests::guest::{Builder, Device, Driver, Guest};
+use tests::mute::Mute;
+use tests::scratch::Scratch;
+use tests::vmm::Vmm;
+use tests::MIB;
+
+const ALL: [&str; 5] = [
+    "must-tell-host",
+    "stats",
+    "deflate-on-oom",
+    "free-page-hint",
+    "free-page-reporting",
+];
+const BALLOON_LIMIT: Duration = Duration::from_secs(60);
+const INFLATE_BY: u64 = 100 * MIB;
+
+/// A machine with a balloon that has whatever we know, and with QEMU's device whatever that knows.
+fn builder(artifacts: &Artifacts, vmm: Vmm, device: Device) -> Builder<'_> {
+    let builder = Builder::new(artifacts, vmm)
+        .device(device)
+        // See the pairs.
+        .kernel_arguments("init_on_alloc=0");
+    match device {
+        Device::QemuOwn => builder.device_options(&["free-page-reporting=on", "deflate-on-oom=on"]),
+        _ => builder.features(&ALL),
+    }
+}
+
+/// Asks for [`INFLATE_BY`] bytes and waits for them; returns the target.
+fn inflate(guest: &mut Guest) -> Result<u64> {
+    let balloon = guest.balloon()?;
+    let target = balloon.balloon_actual()? - INFLATE_BY;
+    balloon.balloon(target)?;
+    balloon.wait_balloon(target, BALLOON_LIMIT)?;
+    Ok(target)
+}
+
+/// Fills as much memory as there is, and finds it as it was.
+fn memory_is_whole(guest: &mut Guest, seed: u64) -> Result<Filled> {
+    let bytes = guest.mem_info()?.free() - 48 * MIB;
+    let filled = guest.call(Fill {
+        bytes,
+        keep_every: 1,
+        seed,
+    })?;
+    let workload = filled.workload;
+    let found = guest.call(Verify { workload })?;
+    ensure!(found.wrong == 0 && found.pages > 0, "{found:?}");
+    guest.call(Free { workload })?;
+    Ok(filled)
+}
+
+#[test]
+fn a_guest_sleeps_with_an_inflated_balloon_of_our_device() -> Result<()> {
+    sleeps(Device::Ours)
+}
+
+#[test]
+fn a_guest_sleeps_with_an_inflated_balloon_of_qemus_device() -> Result<()> {
+    sleeps(Device::QemuOwn)
+}
+
+/// The guest sleeps (S3), the balloon inflated, and, with our device, blocks held. When it wakes the balloon is filled
+/// again, and everything works.
+///
+/// Once, and it is not switched off: the machine that Linux wakes to does not sleep again, nor does it switch off, with
+/// or without a balloon (QEMU 11.1).
+fn sleeps(device: Device) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = builder(&artifacts, Vmm::Qemu, device).sleeps().boot()?;
+    guest.hurry_reporting()?;
+    guest.fill_and_free(24 * MIB, 21)?;
+    let free = guest.settled_free()?;
+    guest.load(Driver::Ours)?;
+    let target = inflate(&mut guest)?;
+    if device == Device::Ours {
+        let held = guest.hint_all()?;
+        ensure!(held.bytes > 0, "nothing is held: {held:?}");
+    }
+    let then = Instant::now();
+    guest.sleep_and_wake()?;
+    guest.balloon()?.wait_balloon(target, BALLOON_LIMIT)?;
+    println!("{device:?}: target again after {:?}", then.elapsed());
+    guest.exercise()?;
+    guest.unload(Driver::Ours)?;
+    guest.check_whole(free)?;
+    guest.kill()?;
+    Ok(())
+}
+
+#[test]
+fn a_balloon_of_our_device_is_pulled_while_it_works() -> Result<()> {
+    pulled(Device::Ours)
+}
+
+#[test]
+fn a_balloon_of_qemus_device_is_pulled_while_it_works() -> Result<()> {
+    pulled(Device::QemuOwn)
+}
+
+/// The balloon is pulled while it is being inflated, and, if it is ours (QEMU pulls nothing while it migrates), in
+/// the middle of a round; each time the guest has its memory back, and the next balloon works.
+fn pulled(device: Device) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = builder(&artifacts, Vmm::Qemu, Device::None).slot().boot()?;
+    guest.fill_and_free(24 * MIB, 22)?;
+    guest.load(Driver::Ours)?;
+    let free = guest.settled_free()?;
+    let features = ["stats", "free-page-hint"];
+    for pages in [0, 1, 4096, 40_000] {
+        guest.plug(device, &features, &[])?;
+        let whole = guest.memory();
+        guest.balloon()?.balloon(whole - 300 * MIB)?;
+        while guest.counters()?.get("balloon_pages")? < pages {}
+        guest.unplug()?;
+        guest
+            .check_whole(free)
+            .with_context(|| format!("pulled with {pages} pages"))?;
+    }
+    for blocks in [0, 1, 30, u64::MAX] {
+        if device != Device::Ours {
+            break;
+        }
+        guest.plug(device, &features, &[])?;
+        let balloon = guest.balloon()?;
+        balloon.hint_start()?;
+        let round = balloon.wait_hint("so many blocks", |now| {
+            now.blocks >= blocks || now.status == "finished"
+        })?;
+        guest.unplug()?;
+        guest
+            .check_whole(free)
+            .with_context(|| format!("pulled at {round:?}"))?;
+    }
+    guest.plug(device, &features, &[])?;
+    guest.exercise()?;
+    guest.unplug()?;
+    guest.unload(Driver::Ours)?;
+    guest.farewell(free)
+}
+
+#[test]
+fn the_driver_is_unbound_and_bound_while_it_works() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    for vmm in [Vmm::Uml, Vmm::Qemu] {
+        let mut guest = builder(&artifacts, vmm, Device::Ours).boot()?;
+        guest.hurry_reporting()?;
+        guest.load(Driver::Ours)?;
+        let free = guest.settled_free()?;
+        let whole = guest.balloon()?.balloon_actual()?;
+        let times = if vmm == Vmm::Uml { 40 } else { 6 };
+        for time in 0..times {
+            let name = guest.balloon_device()?.name;
+            let balloon = guest.balloon()?;
+            balloon.balloon(whole - INFLATE_BY)?;
+            if time % 2 == 1 {
+                balloon.hint_start()?;
+            }
+            rebind(&mut guest, "unbind", &name)?;
+            guest
+                .check_free(free)
+                .with_context(|| format!("{vmm:?}, time {time}"))?;
+            guest.balloon()?.balloon(whole)?;
+            rebind(&mut guest, "bind", &name)?;
+        }
+        guest.exercise()?;
+        guest.farewell(free)?;
+    }
+    Ok(())
+}
+
+fn rebind(guest: &mut Guest, what: &str, name: &str) -> Result<()> {
+    guest.call(WriteFile {
+        path: format!("/sys/bus/virtio/drivers/{}/{what}", Driver::Ours.module()),
+        text: name.to_owned(),
+    })
+}
+
+#[test]
+fn a_new_kernel_takes_over_a_balloon_of_our_device() -> Result<()> {
+    a_new_kernel_takes_over(Device::Ours)
+}
+
+#[test]
+fn a_new_kernel_takes_over_a_balloon_of_qemus_device() -> Result<()> {
+    a_new_kernel_takes_over(Device::QemuOwn)
+}
+
+/// The guest starts another kernel (kexec) while the balloon is inflated and, with our device, blocks are held. The new
+/// kernel has all memory, and its driver fills the balloon.
+fn a_new_kernel_takes_over(device: Device) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = builder(&artifacts, Vmm::Qemu, device)
+        .next_kernel()
+        .boot()?;
+    guest.load(Driver::Ours)?;
+    let target = inflate(&mut guest)?;
+    if device == Device::Ours {
+        let held = guest.hint_all()?;
+        ensure!(held.bytes > 0, "nothing is held: {held:?}");
+    }
+    guest.check_log()?;
+    let then = Instant::now();
+    guest.start_next_kernel()?;
+    println!("{device:?}: a new kernel after {:?}", then.elapsed());
+    guest.hurry_reporting()?;
+    let free = guest.settled_free()?;
+    let filled = memory_is_whole(&mut guest, 23)?;
+    ensure!(
+        filled.pages * 4096 > guest.memory() / 10 * 7,
+        "only {} pages could be filled",
+        filled.pages
+    );
+    guest.load(Driver::Ours)?;
+    guest.balloon()?.wait_balloon(target, BALLOON_LIMIT)?;
+    if device == Device::Ours {
+        guest.daemon()?.qmp().hint_done()?;
+    }
+    guest.exercise()?;
+    guest.unload(Driver::Ours)?;
+    guest.farewell(free)
+}
+
+/// A host that takes no page, no hint, no report and no statistics costs the guest what is in flight, no more, and the
+/// module can go.
+#[test]
+fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
+    /// What an unload may take: the driver waits two seconds for a host that must take pages back.
+    const UNLOAD_LIMIT: Duration = Duration::from_secs(15);
+    const PAGES: u32 = 30_000;
+    const ROUND: u32 = 0x8000_0000;
+    let artifacts = Artifacts::load()?;
+    let hint = Features::FREE_PAGE_HINT;
+    let most = hint | Features::STATS_VQ | Features::DEFLATE_ON_OOM | Features::MUST_TELL_HOST;
+    let all = (most | Features::REPORTING, PAGES, ROUND);
+    let sorts = [(Features::NONE, PAGES, 0), (hint, 0, ROUND), all];
+    for (vmm, sorts) in [(Vmm::Uml, &sorts[..]), (Vmm::Qemu, &[all])] {
+        for &(features, num_pages, round) in sorts {
+            let scratch = Scratch::new()?;
+            let config = Config {
+                num_pages,
+                free_page_hint_cmd_id: round,
+                ..Config::default()
+            };
+            let mute = Mute::start(&scratch, features, config)?;
+            let mut guest = Builder::new(&artifacts, vmm)
+                .foreign(mute.socket())
+                .boot()?;
+            guest.hurry_reporting()?;
+            let free = guest.settled_free()?;
+            guest.load(Driver::Ours)?;
+            let spare = free / 2;
+            guest.fill_and_free(spare, 24)?;
+            let left = guest.settled_free()?;
+            ensure!(mute.kicks() > 0, "the driver has not asked for anything");
+            let then = Instant::now();
+            let what =
+                || format!("{vmm:?}, features {features}, {num_pages} pages, round {round:#x}");
+            guest.unload(Driver::Ours).with_context(what)?;
+            let took = then.elapsed();
+            println!(
+                "{}: {} MiB in flight, unloaded in {took:?}",
+                what(),
+                (free - left) / MIB
+            );
+            ensure!(took < UNLOAD_LIMIT, "{}: unloading took {took:?}", what());
+            guest.check_free(free).with_context(what)?;
+            // What it did not take back it did not acknowledge: that is worth a warning, and no other.
+            let log = guest.kernel_log()?;
+            let warned = complaints(&log).into_iter().map(|line| line.text.as_str());
+            let (expected, others): (Vec<_>, Vec<_>) =
+                warned.partition(|text| text.contains("the host does not take its pages back"));
+            ensure!(others.is_empty(), "{}: {others:?}", what());
+            ensure!(
+                expected.len() == usize::from(num_pages > 0),
+                "{}: {expected:?}",
+                what()
+            );
+            memory_is_whole(&mut guest, 25)?;
+            guest.check_log().with_context(what)?;
+            guest.power_off()?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn two_hundred_lives_leave_nothing_behind_in_user_mode_linux() -> Result<()> {
+    lives(Vmm::Uml, 200)
+}
+
+#[test]
+fn a_few_lives_leave_nothing_behind_in_qemu() -> Result<()> {
+    lives(Vmm::Qemu, 8)
+}
+
+/// What a life might leave behind.
+#[derive(Debug)]
+struct Use {
+    free: u64,
+    slab: u64,
+    unreclaimable: u64,
+    vmalloc: u64,
+}
+
+fn in_use(guest: &mut Guest) -> Result<Use> {
+    let free = guest.settled_free()?;
+    let memory = guest.mem_info()?;
+    Ok(Use {
+        free,
+        slab: memory.field("Slab"),
+        unreclaimable: memory.field("SUnreclaim"),
+        vmalloc: vmalloc(guest)?,
+    })
+}
+
+/// Bytes of the kernel's virtual mappings, of which a module has some.
+fn vmalloc(guest: &mut Guest) -> Result<u64> {
+    let text = guest.call(ReadFile {
+        path: "/proc/vmallocinfo".into(),
+    })?;
+    let bytes = text.lines().map(|line| {
+        let words = line.split_whitespace().nth(1);
+        words
+            .and_then(|word| word.parse::<u64>().ok())
+            .unwrap_or_default()
+    });
+    Ok(bytes.sum())
+}
+
+/// Loads the driver, inflates, hints, deflates and unloads it, over and over.
+fn lives(vmm: Vmm, times: u32) -> Result<()> {
+    /// The first ones fill caches that stay.
+    const FIRST: u32 = 4;
+    let artifacts = Artifacts::load()?;
+    let mut guest = builder(&artifacts, vmm, Device::Ours)
+        .memory(256 * MIB)
+        .boot()?;
+    guest.hurry_reporting()?;
+    let then = Instant::now();
+    let mut first = None;
+    for time in 0..times {
+        guest.load(Driver::Ours)?;
+        let balloon = guest.balloon()?;
+        let whole = balloon.balloon_actual()?;
+        balloon.balloon(whole - 16 * MIB)?;
+        balloon.wait_balloon(whole - 16 * MIB, BALLOON_LIMIT)?;
+        guest.hint_all()?;
+        let balloon = guest.balloon()?;
+        balloon.balloon(whole)?;
+        balloon.wait_balloon(whole, BALLOON_LIMIT)?;
+        // Every other life ends with its blocks held.
+        if time % 2 == 0 {
+            balloon.hint_done()?;
+        }
+        guest
+            .unload(Driver::Ours)
+            .with_context(|| format!("life {time}"))?;
+        if time + 1 == FIRST {
+            first = Some(in_use(&mut guest)?);
+        }
+    }
+    let took = then.elapsed();
+    let first = first.context("too few lives")?;
+    let last = in_use(&mut guest)?;
+    println!("{vmm:?}: {times} lives in {took:?}\nafter {FIRST}: {first:?}\nafter all: {last:?}");
+    ensure!(
+        last.free + MIB >= first.free,
+        "{} bytes less are free",
+        first.free - last.free
+    );
+    for (what, before, after) in [
+        ("slab", first.slab, last.slab),
+        (
+            "unreclaimable slab",
+            first.unreclaimable,
+            last.unreclaimable,
+        ),
+        ("vmalloc", first.vmalloc, last.vmalloc),
+    ] {
+        // One page a life would show.
+        let allowed = u64::from(times - FIRST) * 4096 / 2;
+        ensure!(
+            after <= before + allowed.max(256 << 10),
+            "{what} has grown from {before} to {after}"
+        );
+    }
+    guest.check_log()?;
+    guest.power_off()?;
+    Ok(())
+}
