@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Processes that are never done with memory, while rounds of hints follow each other and the balloon grows and shrinks.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use tests::artifacts::Artifacts;
+use tests::calls::{Churn, Churned, EndChurn, ReadFile, WaitMemFree};
+use tests::guest::{Builder, Driver, Guest};
+use tests::vmm::Vmm;
+use tests::MIB;
+
+/// The processes, and what each has mapped at most: with the balloon inflated a tenth of the memory is left.
+const MEMORY: u64 = 400 * MIB;
+const PROCESSES: u64 = 3;
+const EACH: u64 = 80 * MIB;
+const INFLATE_BY: u64 = 96 * MIB;
+/// What the processes have to themselves between two rounds, lest the rounds have the only processor all the time.
+const PAUSE: Duration = Duration::from_millis(10);
+const BALLOON_LIMIT: Duration = Duration::from_secs(60);
+
+#[test]
+fn no_process_loses_a_page_while_our_driver_works_in_user_mode_linux() -> Result<()> {
+    nothing_is_lost(Vmm::Uml, Driver::Ours, 400)
+}
+
+#[test]
+fn no_process_loses_a_page_while_the_c_driver_works_in_user_mode_linux() -> Result<()> {
+    nothing_is_lost(Vmm::Uml, Driver::C, 200)
+}
+
+#[test]
+fn no_process_loses_a_page_while_our_driver_works_in_qemu() -> Result<()> {
+    nothing_is_lost(Vmm::Qemu, Driver::Ours, 24)
+}
+
+#[test]
+fn no_process_loses_a_page_while_the_c_driver_works_in_qemu() -> Result<()> {
+    nothing_is_lost(Vmm::Qemu, Driver::C, 12)
+}
+
+/// With our driver the OOM killer never comes. With the kernel's own it is only counted: it takes nearly all free
+/// memory while it hints.
+fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let (mut guest, free) = Builder::new(&artifacts, vmm)
+        .memory(MEMORY)
+        .features(&[
+            "must-tell-host",
+            "stats",
+            "free-page-hint",
+            "free-page-reporting",
+        ])
+        .boot_used(24 * MIB, driver)?;
+    guest.hurry_reporting()?;
+    let mut workloads = Vec::new();
+    for seed in 1..=PROCESSES {
+        workloads.push(guest.call(Churn { bytes: EACH, seed })?);
+    }
+    let then = Instant::now();
+    // Not before all of them have what they want.
+    guest.call(WaitMemFree {
+        at_least: 0,
+        at_most: free - PROCESSES * EACH / 4 * 3,
+        limit_ms: 60_000,
+    })?;
+    println!("filled in {:?}", then.elapsed());
+    let then = Instant::now();
+    let hinted = rounds_follow_each_other(&mut guest, rounds)?;
+    let took = then.elapsed();
+    let mut all = Churned {
+        pieces: 0,
+        bytes: 0,
+        compared: 0,
+        wrong: 0,
+    };
+    let mut killed = 0;
+    for workload in workloads {
+        match guest.call(EndChurn { workload }) {
+            Ok(one) => {
+                all.pieces += one.pieces;
+                all.bytes += one.bytes;
+                all.compared += one.compared;
+                all.wrong += one.wrong;
+            }
+            Err(_) if driver == Driver::C => killed += 1,
+            Err(error) => return Err(error),
+        }
+    }
+    let kills = counted(&mut guest, "oom_kill")?;
+    let stalls = counted(&mut guest, "allocstall_normal")?
+        + counted(&mut guest, "allocstall_dma32").unwrap_or(0);
+    println!(
+        "{driver:?} driver, {vmm:?}: {rounds} rounds in {took:?}, {} MiB hinted; {} MiB filled in {} pieces, {} of {} pages wrong; \
+         {kills} OOM kills, {killed} processes lost, {stalls} allocation stalls",
+        hinted / MIB,
+        all.bytes / MIB,
+        all.pieces,
+        all.wrong,
+        all.compared,
+    );
+    ensure!(all.wrong == 0 && all.compared > 0, "{all:?}");
+    if driver == Driver::C {
+        guest.power_off()?;
+        return Ok(());
+    }
+    ensure!(kills == 0, "the OOM killer came {kills} times");
+    guest.unload(driver)?;
+    guest.farewell(free)
+}
+
+/// Rounds that are finished, cancelled or overtaken, while the target goes down and up; returns the bytes that were
+/// hinted.
+fn rounds_follow_each_other(guest: &mut Guest, rounds: u32) -> Result<u64> {
+    let balloon = guest.balloon()?;
+    let whole = balloon.balloon_actual()?;
+    let mut hinted = 0;
+    for round in 0..rounds {
+        match round % 6 {
+            0 => balloon.balloon(whole - INFLATE_BY)?,
+            3 => balloon.balloon(whole)?,
+            _ => {}
+        }
+        balloon.hint_start()?;
+        match round % 4 {
+            // In the middle, however far it is.
+            1 => balloon.hint_stop()?,
+            2 => {
+                balloon.hint_sync()?;
+                hinted += balloon.wait_hint_status("finished")?.bytes;
+            }
+            _ => hinted += balloon.wait_hint_status("finished")?.bytes,
+        }
+        balloon.hint_done()?;
+        sleep(PAUSE);
+    }
+    balloon.balloon(whole)?;
+    balloon.wait_balloon(whole, BALLOON_LIMIT)?;
+    Ok(hinted)
+}
+
+/// A counter of `/proc/vmstat`.
+fn counted(guest: &mut Guest, name: &str) -> Result<u64> {
+    let text = guest.call(ReadFile {
+        path: "/proc/vmstat".into(),
+    })?;
+    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+    let found = lines.find(|(key, _)| *key == name);
+    let (_, value) = found.with_context(|| format!("/proc/vmstat has no {name}"))?;
+    Ok(value.parse()?)
+}
