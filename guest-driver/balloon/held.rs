@@ -6,7 +6,8 @@ use kernel::prelude::*;
 use kernel::sync::{new_spinlock, Arc, SpinLock};
 
 use super::counters::Counters;
-use crate::mm::{BlockList, LentBlock, Shrink};
+use crate::mm::{BlockList, LentBlock, LentPages, Shrink};
+use crate::virtio::work::give_way;
 
 /// Hinted blocks that are neither with the device nor the guest's yet.
 ///
@@ -28,8 +29,10 @@ struct Blocks {
     offered: BlockList<LentBlock>,
     /// To be offered again.
     again: BlockList<LentBlock>,
-    /// The guest was short of memory and took blocks back.
-    pressed: bool,
+    /// What is left of a block of which the guest has taken a part back. It is not offered again.
+    opened: Option<LentPages>,
+    /// How many pages the guest took back lately because it was short of memory.
+    claimed: usize,
 }
 
 impl Held {
@@ -51,14 +54,14 @@ impl Held {
         self.blocks.lock().again.push(block);
     }
 
-    /// A new round: forgets the pressure of the last one.
-    pub(crate) fn forget_pressure(&self) {
-        self.blocks.lock().pressed = false;
+    /// A new round: half of what the guest has claimed is forgotten.
+    pub(crate) fn forget_claims(&self) {
+        self.blocks.lock().claimed /= 2;
     }
 
-    /// Whether the guest was short of memory in this round.
-    pub(crate) fn pressed(&self) -> bool {
-        self.blocks.lock().pressed
+    /// How many pages the guest took back lately, for its processes: they are not to be hinted.
+    pub(crate) fn claimed(&self) -> usize {
+        self.blocks.lock().claimed
     }
 
     /// All blocks that are held shall be offered again.
@@ -76,63 +79,153 @@ impl Held {
         self.blocks.lock().again.pop()
     }
 
-    /// The device is done with all blocks: gives them back to the guest as they are.
+    /// The device is done with all blocks: gives them back to the guest as they are. May sleep.
     pub(crate) fn release(&self) {
         let mut blocks = self.blocks.lock();
         let lists = [blocks.offered.take(), blocks.again.take()];
+        let opened = blocks.opened.take();
         drop(blocks);
+        if let Some(pages) = opened {
+            pages.release();
+        }
         for mut list in lists {
             while let Some(block) = list.pop() {
                 block.release();
+                give_way();
             }
         }
     }
 
-    /// Gives all blocks back to the guest, filled with zeroes. May take long.
+    /// Gives all blocks back to the guest, filled with zeroes. May sleep, and take long.
     pub(crate) fn give_up(&self) {
-        while self.give_back_one().is_some() {}
+        while self.give_back_some(usize::MAX).is_some() {
+            give_way();
+        }
     }
 
-    /// Gives one block back, filled with zeroes, and returns how many pages it has.
-    fn give_back_one(&self) -> Option<usize> {
+    /// Gives one block back, filled with zeroes, or a part of one if it has more than `max` pages.
+    /// Returns how many pages that were.
+    ///
+    /// Zeroes take time, and the guest wants its memory now: so it gets no more than it asks for.
+    fn give_back_some(&self, max: usize) -> Option<usize> {
         let mut blocks = self.blocks.lock();
-        let block = match blocks.offered.pop() {
-            Some(block) => block,
-            None => blocks.again.pop()?,
-        };
+        if blocks.opened.is_none() {
+            let block = match blocks.offered.pop() {
+                Some(block) => block,
+                None => blocks.again.pop()?,
+            };
+            if block.block().pages() <= max {
+                drop(blocks);
+                return Some(self.give_back(block));
+            }
+            blocks.opened = Some(block.open());
+        }
+        let opened = blocks.opened.as_mut()?;
+        let part = opened.take(max);
+        if opened.pages() == 0 {
+            blocks.opened = None;
+        }
         drop(blocks);
-        Some(self.give_back(block))
+        let pages = part.pages();
+        self.count_zeroed(pages);
+        drop(part);
+        Some(pages)
     }
 
     /// Gives `block` back, filled with zeroes, and returns how many pages it has.
     pub(crate) fn give_back(&self, block: LentBlock) -> usize {
         let pages = block.block().pages();
-        self.counters.zeroed_blocks.add(1);
-        self.counters.zeroed_pages.add(pages as u64);
+        self.count_zeroed(pages);
         drop(block);
         pages
+    }
+
+    fn count_zeroed(&self, pages: usize) {
+        self.counters.zeroed_blocks.add(1);
+        self.counters.zeroed_pages.add(pages as u64);
     }
 }
 
 impl Shrink for Held {
     fn count(&self) -> usize {
         let blocks = self.blocks.lock();
-        blocks.offered.pages() + blocks.again.pages()
+        let opened = blocks.opened.as_ref().map_or(0, LentPages::pages);
+        blocks.offered.pages() + blocks.again.pages() + opened
     }
 
     fn scan(&self, pages: usize) -> Option<usize> {
-        self.blocks.lock().pressed = true;
         let mut freed = 0;
         while freed < pages {
-            match self.give_back_one() {
+            match self.give_back_some(pages - freed) {
                 Some(pages) => {
                     freed += pages;
                     self.counters.returned(pages as u64);
+                    let mut blocks = self.blocks.lock();
+                    blocks.claimed = blocks.claimed.saturating_add(pages);
                 }
                 None if freed == 0 => return None,
                 None => break,
             }
         }
         Some(freed)
+    }
+}
+
+#[kunit_tests(virtio_balloon_rs_held)]
+mod tests {
+    use super::*;
+    use crate::mm::PageBlock;
+
+    /// Holds two blocks of eight pages.
+    fn held() -> Result<(Arc<Held>, Arc<Counters>)> {
+        let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
+        let held = Arc::pin_init(Held::new(counters.clone()), GFP_KERNEL)?;
+        for _ in 0..2 {
+            held.hold(LentBlock::new(PageBlock::take_free(3).ok_or(ENOMEM)?));
+        }
+        Ok((held, counters))
+    }
+
+    #[test]
+    fn the_guest_gets_back_what_it_asks_for_and_no_more() -> Result {
+        let (held, counters) = held()?;
+        assert_eq!(held.count(), 16);
+        assert_eq!(held.scan(3), Some(3));
+        assert_eq!(held.count(), 13);
+        // The rest of the opened block, and a part of the other.
+        assert_eq!(held.scan(6), Some(6));
+        assert_eq!(held.count(), 7);
+        assert_eq!(held.scan(100), Some(7));
+        assert_eq!(held.scan(1), None);
+        assert_eq!(counters.returned_pages.get(), 16);
+        assert_eq!(counters.zeroed_pages.get(), 16);
+        Ok(())
+    }
+
+    #[test]
+    fn what_the_guest_claimed_is_forgotten_by_and_by() -> Result {
+        let (held, _) = held()?;
+        assert_eq!(held.claimed(), 0);
+        held.scan(9);
+        assert_eq!(held.claimed(), 9);
+        held.forget_claims();
+        assert_eq!(held.claimed(), 4);
+        held.scan(2);
+        assert_eq!(held.claimed(), 6);
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_left_of_an_opened_block_is_released_too() -> Result {
+        let (held, counters) = held()?;
+        held.scan(1);
+        held.offer_all_again();
+        assert!(held.next_again().is_some());
+        assert!(held.next_again().is_none());
+        assert_eq!(held.count(), 7);
+        held.release();
+        assert_eq!(held.count(), 0);
+        assert_eq!(counters.zeroed_pages.get(), 1);
+        Ok(())
     }
 }

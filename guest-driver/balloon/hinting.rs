@@ -291,7 +291,7 @@ impl Hinting {
                     round.harvest = Some(Harvest::new(self.limits, &self.counters));
                     round.began = Instant::now();
                     self.counters.round_started(id.number());
-                    self.held.forget_pressure();
+                    self.held.forget_claims();
                 }
                 Action::OfferHeld => self.held.offer_all_again(),
                 Action::SendStop => {
@@ -342,7 +342,7 @@ impl Hinting {
                 break;
             };
             let block = self.held.next_again().or_else(|| {
-                let block = harvest.next(self.held.pressed(), &self.counters);
+                let block = harvest.next(self.held.claimed(), &self.counters);
                 block.map(LentBlock::new)
             });
             let Some(mut block) = block else {

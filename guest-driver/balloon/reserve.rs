@@ -112,10 +112,10 @@ impl Harvest {
 
     /// The next block; `None` when nothing is left above the reserve.
     ///
-    /// If the guest is `pressed` for memory, twice the reserve is left alone. Orders only go down:
+    /// What the guest has `claimed` under pressure is left alone too. Orders only go down:
     /// what is freed meanwhile is found in smaller blocks.
-    pub(crate) fn next(&mut self, pressed: bool, counters: &Counters) -> Option<PageBlock> {
-        let reserve = self.reserve << u32::from(pressed);
+    pub(crate) fn next(&mut self, claimed: usize, counters: &Counters) -> Option<PageBlock> {
+        let reserve = self.reserve.saturating_add(claimed);
         loop {
             let pages = 1usize << self.order;
             if state::free_pages() > reserve.saturating_add(pages) {
@@ -166,7 +166,7 @@ mod tests {
         let mut harvest = Harvest::new(limits, &counters);
         let mut taken = BlockList::new();
         let mut last = PageBlock::max_order();
-        while let Some(block) = harvest.next(false, &counters) {
+        while let Some(block) = harvest.next(0, &counters) {
             assert!(block.order() <= last);
             last = block.order();
             taken.push(block);
@@ -175,9 +175,11 @@ mod tests {
         assert_eq!(counters.hint_reserve_pages.get(), reserve);
         assert!(counters.hint_free_pages_low.get() >= reserve);
         assert!(taken.pages() <= 9 * PAGES_PER_MIB);
-        // Under pressure it is twice as much, of which there is not enough.
+        // What the guest claims is left to it.
+        drop(taken);
+        let claimed = 16 * PAGES_PER_MIB;
         assert!(Harvest::new(limits, &counters)
-            .next(true, &counters)
+            .next(claimed, &counters)
             .is_none());
     }
 }

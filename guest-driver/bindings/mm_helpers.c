@@ -34,6 +34,24 @@ void vbrs_zero_block(struct page *page, unsigned int order)
 		clear_highpage(page + i);
 }
 
+/* Makes single pages of a block. */
+void vbrs_split_block(struct page *page, unsigned int order)
+{
+	set_page_private(page, 0);
+	split_page(page, order);
+}
+
+void vbrs_free_single_pages(struct page *page, unsigned long count, bool zero)
+{
+	unsigned long i;
+
+	for (i = 0; i < count; i++) {
+		if (zero)
+			clear_highpage(page + i);
+		__free_page(page + i);
+	}
+}
+
 phys_addr_t vbrs_page_to_phys(struct page *page)
 {
 	return page_to_phys(page);

@@ -15,6 +15,8 @@
 
 struct page *vbrs_alloc_free_block(unsigned int order);
 void vbrs_zero_block(struct page *page, unsigned int order);
+void vbrs_split_block(struct page *page, unsigned int order);
+void vbrs_free_single_pages(struct page *page, unsigned long count, bool zero);
 phys_addr_t vbrs_page_to_phys(struct page *page);
 struct list_head *vbrs_page_lru(struct page *page);
 struct page *vbrs_lru_to_page(struct list_head *lru);

@@ -6,10 +6,12 @@ use core::ffi::c_void;
 use core::mem::ManuallyDrop;
 use core::ptr::{self, NonNull};
 
+use kernel::bindings;
 use kernel::prelude::*;
 
 use super::list::sealed::Role;
 use super::PageBlock;
+use crate::bindings as helpers;
 use crate::virtio::{Buffer, Segments};
 
 /// A block of free pages that was shown to the device: its content may change or get lost until
@@ -36,6 +38,17 @@ impl LentBlock {
         &self.0
     }
 
+    /// Makes single pages of the block, so that a part of it can go back.
+    pub fn open(self) -> LentPages {
+        let block = self.into_block();
+        let (order, count) = (block.order(), block.pages());
+        let first = block.into_raw();
+        // SAFETY: The block was ours alone, and has this order.
+        unsafe { helpers::vbrs_split_block(first.as_ptr(), order) };
+        // INVARIANT: These are the block's pages, each by itself now.
+        LentPages { first, count }
+    }
+
     /// Notes something on the block: see [`PageBlock::set_tag`].
     pub fn set_tag(&mut self, tag: u16) {
         self.0.set_tag(tag);
@@ -57,6 +70,64 @@ impl Role for LentBlock {
 impl Drop for LentBlock {
     fn drop(&mut self) {
         self.0.zero();
+    }
+}
+
+/// What is left of a [`LentBlock`] that was [opened](LentBlock::open): neighbouring pages.
+///
+/// Dropping it fills them with zeroes and gives them back, as with a block; so does
+/// [`release`](Self::release) without the zeroes. Any context that is not an interrupt.
+///
+/// # Invariants
+///
+/// `first` and the `count - 1` pages behind it are single pages that the page allocator gave out,
+/// and that nobody else refers to.
+pub struct LentPages {
+    first: NonNull<bindings::page>,
+    count: usize,
+}
+
+// SAFETY: The pages belong to the value alone and are not bound to a thread.
+unsafe impl Send for LentPages {}
+
+impl LentPages {
+    /// How many pages there are.
+    pub fn pages(&self) -> usize {
+        self.count
+    }
+
+    /// Takes the first `count` pages, or all if there are fewer.
+    #[must_use]
+    pub fn take(&mut self, count: usize) -> Self {
+        let count = count.min(self.count);
+        // INVARIANT: What is taken and what is left share no page.
+        let taken = Self {
+            first: self.first,
+            count,
+        };
+        // SAFETY: There are so many pages, all within what was one block, or this is just behind
+        // the last one, and never used.
+        self.first = unsafe { self.first.add(count) };
+        self.count -= count;
+        taken
+    }
+
+    /// Gives the pages back to the page allocator as they are.
+    pub fn release(self) {
+        ManuallyDrop::new(self).free(false);
+    }
+
+    /// Frees the pages, which must not be used any more.
+    fn free(&mut self, zero: bool) {
+        // SAFETY: By the invariants the pages are ours alone. INVARIANT: None is left.
+        unsafe { helpers::vbrs_free_single_pages(self.first.as_ptr(), self.count, zero) };
+        self.count = 0;
+    }
+}
+
+impl Drop for LentPages {
+    fn drop(&mut self) {
+        self.free(true);
     }
 }
 
@@ -82,7 +153,6 @@ unsafe impl Buffer for LentBlock {
 #[kunit_tests(virtio_balloon_rs_mm_lent)]
 mod tests {
     use super::*;
-    use crate::bindings as helpers;
     use crate::mm::BlockList;
 
     const PATTERN: u8 = 0x5a;
@@ -128,6 +198,23 @@ mod tests {
     #[test]
     fn a_block_that_is_released_goes_back_as_it_is() -> Result {
         assert!(first_page_holds(PATTERN, LentBlock::release)?);
+        Ok(())
+    }
+
+    #[test]
+    fn an_opened_block_goes_back_in_parts() -> Result {
+        let in_parts = |block: LentBlock| {
+            let mut rest = block.open();
+            let part = rest.take(1);
+            assert_eq!((part.pages(), rest.pages()), (1, (1 << ORDER) - 1));
+            drop(part);
+            let all = rest.take(usize::MAX);
+            assert_eq!((all.pages(), rest.pages()), ((1 << ORDER) - 1, 0));
+            all.release();
+        };
+        assert!(first_page_holds(0, in_parts)?);
+        let as_it_is = |block: LentBlock| block.open().release();
+        assert!(first_page_holds(PATTERN, as_it_is)?);
         Ok(())
     }
 

@@ -31,7 +31,7 @@ pub mod statistics;
 
 pub use balloon_pages::{BalloonPage, BalloonPages, MigratePages, Migrated};
 pub use block::PageBlock;
-pub use lent::LentBlock;
+pub use lent::{LentBlock, LentPages};
 pub use list::{BlockList, BlockShape};
 pub use oom_notifier::{OnOutOfMemory, OomNotifier};
 pub use page_ref::PageRef;
