@@ -124,7 +124,7 @@ counters! {
     /// Pages of the guest that hinting leaves to it, as computed for the last round.
     hint_reserve_pages,
     /// The fewest free pages that the guest had when hinting had just taken a block, in the last
-    /// round.
+    /// round that took any.
     hint_free_pages_low,
     /// Blocks that were taken and given back at once, because less than the reserve was left.
     hint_taken_back_blocks,

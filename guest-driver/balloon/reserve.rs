@@ -95,6 +95,8 @@ pub(crate) struct Harvest {
     order: u32,
     min_order: u32,
     reserve: usize,
+    /// No block was taken yet.
+    fresh: bool,
 }
 
 impl Harvest {
@@ -102,11 +104,11 @@ impl Harvest {
     pub(crate) fn new(limits: Limits, counters: &Counters) -> Self {
         let reserve = limits.reserve();
         counters.hint_reserve_pages.set(reserve as u64);
-        counters.hint_free_pages_low.set(state::free_pages() as u64);
         Self {
             order: PageBlock::max_order(),
             min_order: limits.min_order,
             reserve,
+            fresh: true,
         }
     }
 
@@ -123,7 +125,12 @@ impl Harvest {
                     // Others allocate too: what counts is what is left now.
                     let left = state::free_pages();
                     if left >= reserve {
-                        counters.hint_free_pages_low.lower(left as u64);
+                        // What others left in earlier rounds does not count.
+                        if core::mem::take(&mut self.fresh) {
+                            counters.hint_free_pages_low.set(left as u64);
+                        } else {
+                            counters.hint_free_pages_low.lower(left as u64);
+                        }
                         return Some(block);
                     }
                     counters.hint_taken_back_blocks.add(1);
