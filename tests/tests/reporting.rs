@@ -236,3 +236,89 @@ fn tracepoints_tell_of_hinting_and_sizing_in_qemu() -> Result<()> {
     guest.power_off()?;
     Ok(())
 }
+
+/// What a guest that fills its free pages makes of reporting: with `offered`, reports come or not, and the host releases
+/// what was reported or not.
+fn reporting_of_a_guest_that_fills_its_free_pages(
+    vmm: Vmm,
+    arguments: &str,
+    poison: u32,
+) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    for (offered, accepted) in [
+        (&["free-page-reporting"][..], false),
+        (&["free-page-reporting", "page-poison"][..], true),
+    ] {
+        let mut guest = Builder::new(&artifacts, vmm)
+            .features(offered)
+            .kernel_arguments(arguments)
+            .boot()?;
+        guest.hurry_reporting()?;
+        guest.fill_and_free(16 * MIB, 13)?;
+        let free = guest.settled_free()?;
+        let before = guest.memory_in_use()?;
+        guest.load(Driver::Ours)?;
+        let status = guest.daemon()?.virtio_status()?;
+        ensure!(
+            status.accepted("free-page-reporting") == accepted
+                && status.accepted("page-poison") == accepted
+                && status.poison == accepted.then_some(poison),
+            "{offered:?}: {status:?}"
+        );
+        if accepted {
+            guest.wait_counter("reported_pages", pages(free / 10 * 8), REPORT_LIMIT)?;
+            let released = before.saturating_sub(guest.memory_in_use()?);
+            let enough = if poison == 0 { free / 10 * 7 } else { 0 };
+            ensure!(
+                (enough..=enough + free / 2).contains(&released),
+                "{released} bytes were released of {free} that were free"
+            );
+        }
+        // The kernel looks at what it filled pages with when it gives them out, and would complain.
+        guest.fill_and_free(16 * MIB, 14)?;
+        guest.farewell(free)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_guest_that_clears_its_free_pages_reports_them_only_with_page_poison() -> Result<()> {
+    reporting_of_a_guest_that_fills_its_free_pages(Vmm::Uml, "init_on_free=1", 0)
+}
+
+#[test]
+fn a_guest_with_the_debug_kernel_that_poisons_its_free_pages_reports_them_only_with_page_poison(
+) -> Result<()> {
+    /// `PAGE_POISON`, four times.
+    const POISON: u32 = 0xaaaa_aaaa;
+    reporting_of_a_guest_that_fills_its_free_pages(Vmm::Uml, "page_poison=1", POISON)
+}
+
+/// While the system sleeps nothing is reported, and when it has woken all is as before.
+#[test]
+fn reports_go_on_when_a_guest_in_qemu_has_slept() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .features(&["stats", "free-page-hint", "free-page-reporting"])
+        .sleeps()
+        .boot()?;
+    guest.hurry_reporting()?;
+    guest.load(Driver::Ours)?;
+    let enough = pages(64 * MIB);
+    let first = guest.wait_counter("reported_pages", enough, REPORT_LIMIT)?;
+    guest.sleep_and_wake()?;
+    // Reported pages are reported again when they have been in use.
+    guest.fill_and_free(64 * MIB, 15)?;
+    let after = guest.wait_counter(
+        "reported_pages",
+        first.get("reported_pages")? + enough,
+        REPORT_LIMIT,
+    )?;
+    let failed = after.get("failed_reports")?;
+    ensure!(failed <= 1, "{failed} reports failed: {after:?}");
+    guest.unload(Driver::Ours)?;
+    guest.check_log()?;
+    // Linux does not switch off the machine that it woke to (QEMU 11.1).
+    guest.kill()?;
+    Ok(())
+}
