@@ -295,6 +295,40 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
     Ok(())
 }
 
+/// A silent host does not keep a guest from its sleep. (With reports under way the kernel refuses to sleep, after twenty
+/// seconds and with a message: it waits for its own reporting, whatever the driver.)
+#[test]
+fn a_guest_of_a_silent_host_sleeps() -> Result<()> {
+    /// The driver waits two seconds for the host; the rest is the kernel's work, emulated.
+    const LIMIT: Duration = Duration::from_secs(30);
+    let artifacts = Artifacts::load()?;
+    let scratch = Scratch::new()?;
+    let config = Config {
+        num_pages: 30_000,
+        free_page_hint_cmd_id: 0x8000_0000,
+        ..Config::default()
+    };
+    let features = Features::FREE_PAGE_HINT | Features::STATS_VQ | Features::DEFLATE_ON_OOM;
+    let mute = Mute::start(&scratch, features, config)?;
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .foreign(mute.socket())
+        .sleeps()
+        .boot()?;
+    let free = guest.settled_free()?;
+    guest.load(Driver::Ours)?;
+    // The driver has given what it could: it waits for the host.
+    guest.fill_and_free(free / 2, 26)?;
+    let then = Instant::now();
+    guest.sleep_and_wake()?;
+    let took = then.elapsed();
+    println!("slept and woke in {took:?}");
+    ensure!(took < LIMIT, "it took {took:?}");
+    guest.unload(Driver::Ours)?;
+    guest.check_free(free)?;
+    guest.kill()?;
+    Ok(())
+}
+
 #[test]
 fn two_hundred_lives_leave_nothing_behind_in_user_mode_linux() -> Result<()> {
     lives(Vmm::Uml, 200)
