@@ -7,7 +7,7 @@ use anyhow::{ensure, Context, Result};
 use shared_abi::config::Config;
 use shared_abi::features::Features;
 use tests::artifacts::Artifacts;
-use tests::calls::{Fill, Filled, Free, ReadFile, Verify, WriteFile};
+use tests::calls::{Fill, Filled, Free, ReadFile, Verify, WaitMemSettled, WriteFile};
 use tests::check::complaints;
 use tests::guest::{Builder, Device, Driver, Guest};
 use tests::mute::Mute;
@@ -46,9 +46,8 @@ fn inflate(guest: &mut Guest) -> Result<u64> {
     Ok(target)
 }
 
-/// Fills as much memory as there is, and finds it as it was.
-fn memory_is_whole(guest: &mut Guest, seed: u64) -> Result<Filled> {
-    let bytes = guest.mem_info()?.free() - 48 * MIB;
+/// Fills so much memory, and finds it as it was.
+fn memory_holds(guest: &mut Guest, bytes: u64, seed: u64) -> Result<Filled> {
     let filled = guest.call(Fill {
         bytes,
         keep_every: 1,
@@ -216,7 +215,7 @@ fn a_new_kernel_takes_over(device: Device) -> Result<()> {
     println!("{device:?}: a new kernel after {:?}", then.elapsed());
     guest.hurry_reporting()?;
     let free = guest.settled_free()?;
-    let filled = memory_is_whole(&mut guest, 23)?;
+    let filled = memory_holds(&mut guest, free - 48 * MIB, 23)?;
     ensure!(
         filled.pages * 4096 > guest.memory() / 10 * 7,
         "only {} pages could be filled",
@@ -260,8 +259,13 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
             guest.hurry_reporting()?;
             let free = guest.settled_free()?;
             guest.load(Driver::Ours)?;
-            let spare = free / 2;
-            guest.fill_and_free(spare, 24)?;
+            // A third of what is left once it has all that it can have in flight.
+            let left = guest.call(WaitMemSettled {
+                tolerance: MIB,
+                quiet_ms: 300,
+                limit_ms: 60_000,
+            })?;
+            guest.fill_and_free(left.free() - left.free() / 3, 24)?;
             let left = guest.settled_free()?;
             ensure!(mute.kicks() > 0, "the driver has not asked for anything");
             let then = Instant::now();
@@ -287,7 +291,7 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
                 "{}: {expected:?}",
                 what()
             );
-            memory_is_whole(&mut guest, 25)?;
+            memory_holds(&mut guest, 64 * MIB, 25)?;
             guest.check_log().with_context(what)?;
             guest.power_off()?;
         }
