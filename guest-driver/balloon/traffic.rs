@@ -550,3 +550,241 @@ impl MigratePages for Traffic {
         Ok(Migrated::Replaced)
     }
 }
+
+#[kunit_tests(virtio_balloon_rs_traffic)]
+mod tests {
+    use super::*;
+    use crate::mm::{BalloonPage, BlockList};
+    use crate::shared_abi::page::PFN_SHIFT;
+    use crate::virtio::kunit_device::{Bound, Counter};
+
+    const INFLATE: usize = 0;
+    const DEFLATE: usize = 1;
+
+    /// An empty balloon, and its device.
+    fn balloon() -> Result<(Bound, Pin<KBox<Pages>>)> {
+        let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
+        let pages = BalloonPages::new(false, Traffic::new(counters)?);
+        let pages = KBox::pin_init(pages, GFP_KERNEL)?;
+        let bound = Bound::new()?;
+        let traffic = pages.migrator();
+        let queues: [&dyn crate::virtio::AnyQueue; 2] =
+            [traffic.inflate_queue(), traffic.deflate_queue()];
+        bound.find_queues(&queues, Counter::new()?)?;
+        Ok((bound, pages))
+    }
+
+    fn number(address: u64) -> u32 {
+        (address >> PFN_SHIFT) as u32
+    }
+
+    /// A request about new pages, and the number of the first.
+    fn request(traffic: &Traffic, count: usize) -> Result<(Request, u32)> {
+        let mut request = traffic.take_spare().ok_or(ENOENT)?;
+        let mut first = None;
+        for _ in 0..count {
+            let page = BalloonPage::alloc().ok_or(ENOMEM)?;
+            first = first.or(Some(number(page.address())));
+            request.push(page).map_err(|_| EINVAL)?;
+        }
+        Ok((request, first.ok_or(EINVAL)?))
+    }
+
+    fn inflate(bound: &Bound, pages: &Pages, count: usize) -> Result {
+        let traffic = pages.migrator();
+        let (request, first) = request(traffic, count)?;
+        traffic.send_in(request)?;
+        assert_eq!(traffic.balance().inside(), 0);
+        assert_eq!(bound.device.answer(INFLATE), Some(first));
+        Traffic::collect(pages);
+        assert_eq!(traffic.balance().inside(), Guest::pfns(count));
+        Ok(())
+    }
+
+    #[test]
+    fn pages_go_in_and_come_out_when_the_device_says_so() -> Result {
+        let (bound, pages) = balloon()?;
+        let traffic = pages.migrator();
+        inflate(&bound, &pages, 5)?;
+        let request = traffic.take_spare().ok_or(ENOENT)?;
+        let sent = Traffic::send_out(&pages, request, Guest::pfns(3), false)?;
+        assert_eq!((sent, traffic.released()), (3, 0));
+        assert_eq!(traffic.balance().actual(), Guest::pfns(5));
+        assert!(bound.device.answer(DEFLATE).is_some());
+        Traffic::collect(&pages);
+        assert_eq!(traffic.released(), 3);
+        assert_eq!(traffic.balance().actual(), Guest::pfns(2));
+        Ok(())
+    }
+
+    #[test]
+    fn pages_that_need_no_answer_are_free_at_once() -> Result {
+        let (bound, pages) = balloon()?;
+        let traffic = pages.migrator();
+        inflate(&bound, &pages, 4)?;
+        let request = traffic.take_reserved().ok_or(ENOENT)?;
+        let notifications = bound.device.notifications();
+        assert_eq!(Traffic::send_out(&pages, request, u64::MAX, true)?, 4);
+        assert_eq!(traffic.released(), 4);
+        // The device was told before.
+        assert_eq!(bound.device.notifications(), notifications + 1);
+        assert!(!traffic.is_idle());
+        assert!(bound.device.answer(DEFLATE).is_some());
+        Traffic::collect(&pages);
+        assert_eq!(traffic.released(), 4);
+        assert!(traffic.is_idle());
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_full_ring_does_not_take_stays_in_the_balloon() -> Result {
+        let (bound, pages) = balloon()?;
+        let traffic = pages.migrator();
+        inflate(&bound, &pages, 6)?;
+        for _ in 0..traffic.deflate_queue().entries() {
+            let request = traffic.take_spare().ok_or(ENOENT)?;
+            Traffic::send_out(&pages, request, Guest::pfns(1), false)?;
+        }
+        let inside = traffic.balance();
+        for at_once in [false, true] {
+            let request = traffic.take_spare().ok_or(ENOENT)?;
+            let sent = Traffic::send_out(&pages, request, Guest::pfns(1), at_once);
+            assert_eq!(sent.err(), Some(ENOSPC));
+            assert_eq!((traffic.balance(), traffic.released()), (inside, 0));
+        }
+        let left = pages.dequeue(usize::MAX);
+        assert_eq!(Guest::pfns(left.len()), inside.inside());
+        pages.enqueue(left);
+        Ok(())
+    }
+
+    #[test]
+    fn the_last_requests_are_left_to_those_without_memory() -> Result {
+        let (_bound, pages) = balloon()?;
+        let traffic = pages.migrator();
+        let mut taken = KVec::with_capacity(REQUESTS, GFP_KERNEL)?;
+        while let Some(request) = traffic.take_spare() {
+            taken.push(request, GFP_KERNEL)?;
+        }
+        assert_eq!(taken.len(), REQUESTS - RESERVED);
+        for _ in 0..RESERVED {
+            taken.push(traffic.take_reserved().ok_or(ENOENT)?, GFP_KERNEL)?;
+        }
+        assert!(traffic.take_reserved().is_none());
+        for request in taken {
+            traffic.put(request);
+        }
+        assert!(traffic.take_spare().is_some());
+        Ok(())
+    }
+
+    #[test]
+    fn a_page_is_moved_in_two_steps() -> Result {
+        let (bound, pages) = balloon()?;
+        let (new, old) = two_pages()?;
+        bound.device.answer_at_once(true);
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        assert_eq!(moved, Ok(Migrated::Replaced));
+        assert_eq!(
+            &bound.device.take_answered()?[..],
+            &[
+                (INFLATE, number(new.address())),
+                (DEFLATE, number(old.address()))
+            ]
+        );
+        assert!(pages.migrator().is_idle());
+        // Each of the requests can be used any number of times.
+        for _ in 0..2 * MOVES {
+            let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+            assert_eq!(moved, Ok(Migrated::Replaced));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_page_that_the_device_does_not_answer_for_is_asked_back() -> Result {
+        let (bound, pages) = balloon()?;
+        let traffic = pages.migrator();
+        let (new, old) = two_pages()?;
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        assert_eq!(moved, Err(EBUSY));
+        // The next one is not kept waiting.
+        let since: Instant<Monotonic> = Instant::now();
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        assert_eq!(moved, Err(EBUSY));
+        assert!(since.elapsed() < MOVE_PATIENCE);
+        assert!(!traffic.is_idle());
+
+        assert_eq!(bound.device.answer(INFLATE), Some(number(new.address())));
+        assert_eq!(bound.device.answer(INFLATE), None);
+        Traffic::collect(&pages);
+        assert!(!traffic.is_idle());
+        assert_eq!(bound.device.answer(DEFLATE), Some(number(new.address())));
+        Traffic::collect(&pages);
+        assert!(traffic.is_idle());
+        bound.device.answer_at_once(true);
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        assert_eq!(moved, Ok(Migrated::Replaced));
+        Ok(())
+    }
+
+    #[test]
+    fn after_a_reset_nothing_is_missing_and_all_begins_anew() -> Result {
+        let (bound, pages) = balloon()?;
+        let traffic = pages.migrator();
+        inflate(&bound, &pages, 3)?;
+        let (request, _) = request(traffic, 2)?;
+        traffic.send_in(request)?;
+        let request = traffic.take_spare().ok_or(ENOENT)?;
+        Traffic::send_out(&pages, request, Guest::pfns(1), false)?;
+        let (new, old) = two_pages()?;
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        assert_eq!(moved, Err(EBUSY));
+
+        traffic.close();
+        bound.reset();
+        Traffic::recover(&pages);
+        assert!(traffic.is_idle());
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        assert_eq!(moved, Err(EBUSY));
+        let state = traffic.state.lock();
+        assert_eq!(state.spare.len(), REQUESTS);
+        drop(state);
+
+        let queues: [&dyn crate::virtio::AnyQueue; 2] =
+            [traffic.inflate_queue(), traffic.deflate_queue()];
+        bound.find_queues(&queues, Counter::new()?)?;
+        traffic.open();
+        inflate(&bound, &pages, 3)?;
+        bound.device.answer_at_once(true);
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        assert_eq!(moved, Ok(Migrated::Replaced));
+        Ok(())
+    }
+
+    #[test]
+    fn a_wait_ends_when_the_ring_breaks_or_this_is_closed() -> Result {
+        let (bound, pages) = balloon()?;
+        let traffic = pages.migrator();
+        let since: Instant<Monotonic> = Instant::now();
+        let long = Delta::from_secs(60);
+        let (request, _) = request(traffic, 1)?;
+        traffic.send_in(request)?;
+        bound.device.give_back(INFLATE, 1000, 0);
+        assert_eq!(Traffic::wait(&pages, long, |_| None::<()>), None);
+        assert!(traffic.is_broken());
+        let (_bound, pages) = balloon()?;
+        pages.migrator().close();
+        assert_eq!(Traffic::wait(&pages, long, |_| None::<()>), None);
+        assert!(since.elapsed() < long);
+        Ok(())
+    }
+
+    fn two_pages() -> Result<(BalloonPage, BalloonPage)> {
+        let mut pages: BlockList<BalloonPage> = BlockList::new();
+        for _ in 0..2 {
+            pages.push(BalloonPage::alloc().ok_or(ENOMEM)?);
+        }
+        Ok((pages.pop().ok_or(ENOMEM)?, pages.pop().ok_or(ENOMEM)?))
+    }
+}

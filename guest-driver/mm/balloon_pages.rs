@@ -35,6 +35,11 @@ impl BalloonPage {
     pub fn address(&self) -> u64 {
         self.0.address()
     }
+
+    #[cfg(CONFIG_KUNIT = "y")]
+    pub(super) fn as_raw(&self) -> NonNull<bindings::page> {
+        self.0.as_raw()
+    }
 }
 
 impl Role for BalloonPage {

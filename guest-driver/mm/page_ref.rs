@@ -38,6 +38,13 @@ impl PageRef {
         Self(page)
     }
 
+    /// Takes a reference to `page`, which then has two owners.
+    #[cfg(CONFIG_KUNIT = "y")]
+    pub(crate) fn of(page: &super::BalloonPage) -> Self {
+        // SAFETY: The page is borrowed from its owner for the call.
+        unsafe { Self::get(page.as_raw()) }
+    }
+
     /// The physical address of the page's first byte.
     pub fn address(&self) -> u64 {
         // SAFETY: By the invariant the page is valid.

@@ -24,6 +24,9 @@ const QUEUES: usize = 2;
 /// The entries of each ring.
 pub(super) const ENTRIES: usize = 4;
 
+/// How many answers the device remembers.
+const ANSWERS: usize = 16;
+
 const USED_FLAG_NO_NOTIFY: u16 = 1;
 const DESCRIPTOR_NEXT: u16 = 1;
 const DESCRIPTOR_WRITABLE: u16 = 2;
@@ -46,6 +49,10 @@ pub(crate) struct TestDevice {
     used: [Cell<u16>; QUEUES],
     notifications: Cell<u32>,
     deaf: Cell<bool>,
+    prompt: Cell<bool>,
+    /// The queues and the first words of the buffers that were answered at once, and their number.
+    answered: Cell<[(usize, u32); ANSWERS]>,
+    answers: Cell<usize>,
     stubborn: Cell<bool>,
     status: Cell<u8>,
     resets: Cell<u32>,
@@ -79,6 +86,18 @@ impl Segment {
                 .read_volatile()
         };
         u64::from_ne_bytes(bytes)
+    }
+
+    /// The first 4 bytes of the segment. Its buffer must still be with the device.
+    fn first_word(&self) -> u32 {
+        assert!(self.length >= 4);
+        // SAFETY: The memory of a buffer in flight is valid, and there are 4 bytes of it.
+        let bytes = unsafe {
+            bindings::vbrs_test_phys_to_virt(self.address)
+                .cast::<[u8; 4]>()
+                .read_volatile()
+        };
+        u32::from_le_bytes(bytes)
     }
 
     /// Writes the segment. Its buffer must still be with the device.
@@ -143,6 +162,11 @@ impl Bound {
             (*vdev).priv_ = binding.cast();
             Ok(Self { device, binding })
         }
+    }
+
+    /// Resets the device, as a driver does.
+    pub(crate) fn reset(&self) {
+        self.binding().take_down();
     }
 
     pub(super) fn binding(&self) -> &Binding {
@@ -226,6 +250,28 @@ impl TestDevice {
         self.read_u16(queue, AVAILABLE) & 1 != 0
     }
 
+    /// Makes the device give back at once whatever it is notified of, or no more.
+    pub(crate) fn answer_at_once(&self, prompt: bool) {
+        self.prompt.set(prompt);
+    }
+
+    /// The queues, and the first 4 bytes, of the buffers that were answered at once since the last
+    /// call of this, in their order.
+    pub(crate) fn take_answered(&self) -> Result<KVec<(usize, u32)>> {
+        let answered = self.answered.get();
+        let mut taken = KVec::new();
+        taken.extend_from_slice(&answered[..self.answers.replace(0)], GFP_KERNEL)?;
+        Ok(taken)
+    }
+
+    /// Takes the next buffer of `queue`, gives it back, and returns its first 4 bytes.
+    pub(crate) fn answer(&self, queue: usize) -> Option<u32> {
+        let seen = self.take(queue)?;
+        let word = seen.segments.first()?.first_word();
+        self.give_back(queue, seen.head, 0);
+        Some(word)
+    }
+
     /// Makes notifications fail.
     pub(super) fn deafen(&self) {
         self.deaf.set(true);
@@ -236,7 +282,7 @@ impl TestDevice {
         self.stubborn.set(true);
     }
 
-    pub(super) fn notifications(&self) -> u32 {
+    pub(crate) fn notifications(&self) -> u32 {
         self.notifications.get()
     }
 
@@ -409,8 +455,19 @@ impl TestDevice {
 
     extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
         // SAFETY: Called by the ring with itself.
-        let device = unsafe { Self::of((*vq).vdev) };
+        let (device, queue) = unsafe { (Self::of((*vq).vdev), (*vq).index as usize) };
         device.notifications.set(device.notifications.get() + 1);
+        while device.prompt.get() {
+            let Some(word) = device.answer(queue) else {
+                break;
+            };
+            let mut answered = device.answered.get();
+            if let Some(slot) = answered.get_mut(device.answers.get()) {
+                *slot = (queue, word);
+                device.answered.set(answered);
+                device.answers.set(device.answers.get() + 1);
+            }
+        }
         !device.deaf.get()
     }
 }
