@@ -67,8 +67,9 @@ impl Device<device::Core<'_>> {
     /// Creates the device's queues.
     ///
     /// The device numbers them in the order of `queues`: only queues that exist have a number. When
-    /// the device has used a buffer of one whose [`AnyQueue::wants_callback`] is set, `handler` is
-    /// told its number. That may happen before this function returns.
+    /// the device has used a buffer of one, `handler` is told its number, unless the queue was
+    /// created [without a callback](super::Virtqueue::without_callback). That may happen before this
+    /// function returns.
     ///
     /// Once per binding, or once more after [`reset`](Self::reset). Must come before
     /// [`ready`](Self::ready).

@@ -32,12 +32,30 @@ use kernel::{
 ///     type Data<'bound> = Data;
 ///     const ID_TABLE: virtio::IdTable = &ID_TABLE;
 ///
-///     fn probe<'bound>(dev: &'bound virtio::Device<Core<'_>>) -> impl PinInit<Data, Error> +
-/// 'bound { let input = virtio::Virtqueue::new(c"input")?; let data = Arc::new(Shared { input },
-/// GFP_KERNEL)?; dev.find_queues(&[&data.input], data.clone())?; dev.ready(); Ok(Data(data)) } }
+///     fn probe<'bound>(
+///         dev: &'bound virtio::Device<Core<'_>>,
+///     ) -> impl PinInit<Data, Error> + 'bound {
+///         Data::bind(dev)
+///     }
+/// }
 ///
-/// module_virtio_driver! { type: Rng, name: "rng", authors: ["A. U. Thor"], description: "...",
-/// license: "GPL" }
+/// impl Data {
+///     fn bind(dev: &virtio::Device<Core<'_>>) -> Result<Self> {
+///         let input = virtio::Virtqueue::new(c"input")?;
+///         let shared = Arc::new(Shared { input }, GFP_KERNEL)?;
+///         dev.find_queues(&[&shared.input], shared.clone())?;
+///         dev.ready();
+///         Ok(Self(shared))
+///     }
+/// }
+///
+/// module_virtio_driver! {
+///     type: Rng,
+///     name: "rng",
+///     authors: ["A. U. Thor"],
+///     description: "...",
+///     license: "GPL",
+/// }
 /// ```
 #[vtable]
 pub trait Driver {

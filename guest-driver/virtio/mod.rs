@@ -35,6 +35,11 @@
 //! | [`Driver::config_changed`], [`QueueHandler::used`] | hard interrupt or interrupts off, must not sleep |
 //! | methods of [`Virtqueue`] | any but NMI |
 //! | methods of [`Config`] | process, may sleep |
+//! | [`Signal::raise`], methods of [`Wakeup`] | any but NMI |
+//! | [`Signal::wait`] | process, sleeps for a limited time; within an allocation, too |
+//!
+//! Who needs to wait for a device does so with a limit ([`Signal`]): it may be silent or gone. A
+//! [`Virtqueue`] says when it is [broken](Virtqueue::is_broken), which comes without an interrupt.
 //!
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
