@@ -8,7 +8,7 @@
 //! none needs a work item to run.
 
 use kernel::prelude::*;
-use kernel::sync::atomic::{Atomic, AtomicFlag, Full, Relaxed, Release};
+use kernel::sync::atomic::{Atomic, AtomicFlag, Relaxed};
 use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::time::{Delta, Instant, Monotonic, Msecs};
 
@@ -41,8 +41,6 @@ pub(crate) type Pages = BalloonPages<Traffic>;
 pub(crate) struct Traffic {
     inflate: Virtqueue<PageBuffer>,
     deflate: Virtqueue<PageBuffer>,
-    /// Which of them have something that the device was not told of.
-    news: [AtomicFlag; 2],
     counters: Arc<Counters>,
     /// Raised when the device may have used something, and when it is not worth waiting any more.
     #[pin]
@@ -100,7 +98,6 @@ impl Traffic {
         Ok(pin_init!(Self {
             inflate,
             deflate,
-            news: [AtomicFlag::new(false), AtomicFlag::new(false)],
             counters,
             signal <- Signal::new(),
             waiting: Atomic::new(0),
@@ -230,7 +227,7 @@ impl Traffic {
     fn send_unsent(&self, state: &mut State) {
         for place in &mut state.moves {
             *place = match core::mem::replace(place, Move::Forgotten) {
-                Move::Unsent(request) => match self.add_out(request.into_buffer()) {
+                Move::Unsent(request) => match self.deflate.add(request.into_buffer()) {
                     Ok(()) => Move::Forgotten,
                     Err(AddError { buffer, .. }) => match Returned::from(buffer) {
                         Returned::Move(request) => Move::Unsent(request),
@@ -248,7 +245,7 @@ impl Traffic {
     pub(crate) fn send_in(&self, request: Request) -> Result {
         let pfns = request.pfns();
         let mut state = self.state.lock();
-        match self.add_in(request.into_buffer()) {
+        match self.inflate.add(request.into_buffer()) {
             Ok(()) => {
                 state.balance.send_in(pfns);
                 self.counters.requested(Queue::Inflate, pfns);
@@ -293,7 +290,7 @@ impl Traffic {
         }
         let free = if at_once { request.let_go() } else { out };
         let pfns = request.pfns();
-        match this.add_out(request.into_buffer()) {
+        match this.deflate.add(request.into_buffer()) {
             Ok(()) => {
                 state.balance.send_out(pfns);
                 this.counters.requested(Queue::Deflate, pfns);
@@ -323,23 +320,9 @@ impl Traffic {
             (Queue::Inflate, &self.inflate),
             (Queue::Deflate, &self.deflate),
         ];
-        for ((name, queue), news) in queues.into_iter().zip(&self.news) {
-            if news.xchg(false, Full) {
-                self.counters.kicked(name, queue.kick());
-            }
+        for (name, queue) in queues {
+            self.counters.kicked(name, queue.kick());
         }
-    }
-
-    fn add_in(&self, buffer: PageBuffer) -> Result<(), AddError<PageBuffer>> {
-        self.inflate.add(buffer)?;
-        self.news[0].store(true, Release);
-        Ok(())
-    }
-
-    fn add_out(&self, buffer: PageBuffer) -> Result<(), AddError<PageBuffer>> {
-        self.deflate.add(buffer)?;
-        self.news[1].store(true, Release);
-        Ok(())
     }
 
     /// Asks for interrupts. Returns `false` if there is something to collect already.
@@ -460,7 +443,7 @@ impl Traffic {
         // Its number did fit on the way in.
         let _ = request.set(old);
         let mut state = this.state.lock();
-        if let Err(AddError { buffer, failure }) = this.add_out(request.into_buffer()) {
+        if let Err(AddError { buffer, failure }) = this.deflate.add(request.into_buffer()) {
             if let Returned::Move(mut request) = buffer.into() {
                 state.moves[slot] = if failure == AddFailure::Gone {
                     // After a reset it holds no page.
@@ -522,7 +505,7 @@ impl MigratePages for Traffic {
         let slot = request.slot();
         let failure = match request.set(new) {
             Err(_) => Some((request, EBUSY)),
-            Ok(()) => match this.add_in(request.into_buffer()) {
+            Ok(()) => match this.inflate.add(request.into_buffer()) {
                 Ok(()) => None,
                 Err(AddError { buffer, failure }) => match buffer.into() {
                     Returned::Move(mut request) => {
