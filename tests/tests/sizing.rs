@@ -5,9 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use tests::artifacts::Artifacts;
-use tests::calls::{
-    DropMemoryCaches, Fill, Free, Modules, ReadFile, Release, Run, Verify, WriteFile,
-};
+use tests::calls::{DropMemoryCaches, Fill, Free, ReadFile, Release, Verify, WriteFile};
 use tests::guest::{Builder, Driver, Guest};
 use tests::process::Signal;
 use tests::vmm::Vmm;
@@ -395,42 +393,6 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
     guest.unload(Driver::Ours)?;
     guest.check_free(before)?;
-    guest.power_off()?;
-    Ok(())
-}
-
-#[test]
-fn the_driver_goes_when_the_device_does_not_answer() -> Result<()> {
-    let artifacts = Artifacts::load()?;
-    let mut guest = Builder::new(&artifacts, Vmm::Uml)
-        .features(&["stats"])
-        .boot()?;
-    let before = guest.settled_free()?;
-    guest.load(Driver::Ours)?;
-    leave(&mut guest, LEFT)?;
-
-    stop_device(&mut guest)?;
-    let script = "(sleep 0.2; rmmod virtio_balloon_rs) >/dev/null 2>&1 </dev/null &";
-    guest.call(Run {
-        argv: ["sh", "-c", script].map(str::to_owned).to_vec(),
-    })?;
-    // The driver gives up. What follows is the transport's: that of user-mode Linux waits for an answer when the queues
-    // are taken away, and the whole guest with it.
-    let gives_up = |line: &str| line.contains("the host does not take its pages back");
-    guest
-        .vmm()
-        .output()
-        .wait_for("the driver to give up", gives_up, SILENT_LIMIT)?;
-    continue_device(&mut guest)?;
-    guest.check_free(before)?;
-    let deadline = Instant::now() + SILENT_LIMIT;
-    while guest
-        .call(Modules {})?
-        .iter()
-        .any(|name| name == Driver::Ours.module())
-    {
-        ensure!(Instant::now() < deadline, "the module is still there");
-    }
     guest.power_off()?;
     Ok(())
 }
