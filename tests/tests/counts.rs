@@ -31,7 +31,7 @@ fn at_most(what: &str, ours: u64, c: u64, part: u64) -> Result<()> {
 }
 
 #[test]
-fn left_to_themselves_our_driver_calls_a_tenth_as_often_to_hint_and_a_quarter_to_inflate(
+fn left_to_itself_our_driver_calls_a_tenth_as_often_as_the_c_driver_to_hint_and_a_quarter_to_inflate(
 ) -> Result<()> {
     let (c, ours) = both(Suppression::Never)?;
     // The C driver notifies for each request, and so nothing was lost in counting.

@@ -149,21 +149,23 @@ fn fragmented_memory_is_hinted_as_well(vmm: Vmm) -> Result<()> {
         .kernel_arguments("init_on_alloc=0")
         .boot()?;
     let workloads = guest.fragment(256, 16 * MIB, 20)?;
-    guest.load(Driver::C)?;
-    let free = guest.free_blocks()?;
-    let theirs = guest.hint_all()?.bytes;
-    guest.daemon()?.qmp().hint_done()?;
-    guest.check_free_as_it_is(free.from_order(0))?;
-    guest.unload(Driver::C)?;
-    println!(
-        "free {}, in the largest blocks {}; the C driver hinted {theirs}",
-        free.from_order(0),
-        free.from_order(LARGEST)
-    );
-    ensure!(
-        theirs * 100 < free.from_order(0) * 5,
-        "the memory is not fragmented: {free:?}"
-    );
+    if Driver::each().contains(&Driver::C) {
+        guest.load(Driver::C)?;
+        let free = guest.free_blocks()?;
+        let theirs = guest.hint_all()?.bytes;
+        guest.daemon()?.qmp().hint_done()?;
+        guest.check_free_as_it_is(free.from_order(0))?;
+        guest.unload(Driver::C)?;
+        println!(
+            "free {}, in the largest blocks {}; the C driver hinted {theirs}",
+            free.from_order(0),
+            free.from_order(LARGEST)
+        );
+        ensure!(
+            theirs * 100 < free.from_order(0) * 5,
+            "the memory is not fragmented: {free:?}"
+        );
+    }
     for order in [0, 4, 6] {
         guest.load_with(Driver::Ours, &format!("hint_min_order={order}"))?;
         let free = guest.free_blocks()?;

@@ -16,8 +16,6 @@ use tests::ranges::{PhysicalRange, RangeSet};
 use tests::vmm::Vmm;
 use tests::MIB;
 
-const BOTH_DRIVERS: [Driver; 2] = [Driver::Ours, Driver::C];
-
 /// A guest of user-mode Linux whose free memory has been used, with a driver loaded, and what is free.
 fn uml_guest(artifacts: &Artifacts, driver: Driver) -> Result<(Guest, u64)> {
     Builder::new(artifacts, Vmm::Uml).boot_used(16 * MIB, driver)
@@ -67,7 +65,7 @@ fn idle(guest: &mut Guest, sleeps: u64, ticks: u64) -> Result<()> {
 #[test]
 fn r2_a_round_that_follows_a_cancelled_one_at_once_is_whole() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    for driver in BOTH_DRIVERS {
+    for &driver in Driver::each() {
         let (mut guest, free) = uml_guest(&artifacts, driver)?;
         for pause_us in [0, 0, 50, 200, 1000, 5000] {
             let qmp = guest.daemon()?.qmp();
@@ -123,7 +121,7 @@ fn r6_after_a_sync_the_guest_hints_again_under_a_new_id() -> Result<()> {
 #[test]
 fn r16_pages_return_when_a_round_is_done_and_when_it_is_cancelled() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    for driver in BOTH_DRIVERS {
+    for &driver in Driver::each() {
         let (mut guest, free) = uml_guest(&artifacts, driver)?;
         guest.hint_all()?;
         held(&mut guest, free)?;
@@ -159,7 +157,7 @@ fn held(guest: &mut Guest, free: u64) -> Result<()> {
 #[test]
 fn r16_pages_return_when_the_module_is_removed() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    for driver in BOTH_DRIVERS {
+    for &driver in Driver::each() {
         let mut guest = Builder::new(&artifacts, Vmm::Uml).boot()?;
         guest.fill_and_free(16 * MIB, 8)?;
         let free = guest.settled_free()?;
@@ -218,7 +216,7 @@ fn r16_a_guest_in_qemu_can_use_its_pages_when_the_daemon_is_gone() -> Result<()>
 #[test]
 fn r17_a_hint_takes_no_page_away() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    for driver in BOTH_DRIVERS {
+    for &driver in Driver::each() {
         let (mut guest, free) = uml_guest(&artifacts, driver)?;
         let before = guest.memory_in_use()?;
         let hinted = guest.hint_all()?.bytes;
@@ -379,7 +377,7 @@ fn poison_is_said_and_hints_count(
 #[test]
 fn r3_a_guest_in_qemu_that_clears_its_free_pages_says_so_and_its_hints_count() -> Result<()> {
     let arguments = "init_on_free=1 init_on_alloc=0";
-    poison_is_said_and_hints_count(Vmm::Qemu, arguments, &BOTH_DRIVERS, Some(0))
+    poison_is_said_and_hints_count(Vmm::Qemu, arguments, Driver::each(), Some(0))
 }
 
 #[test]
@@ -388,14 +386,14 @@ fn r3_a_guest_with_the_debug_kernel_that_poisons_its_free_pages_says_so_and_its_
     /// `PAGE_POISON`, four times.
     const POISON: u32 = 0xaaaa_aaaa;
     let arguments = "page_poison=1";
-    poison_is_said_and_hints_count(Vmm::Uml, arguments, &BOTH_DRIVERS, Some(POISON))
+    poison_is_said_and_hints_count(Vmm::Uml, arguments, Driver::each(), Some(POISON))
 }
 
 #[test]
 fn r3_a_guest_that_does_not_fill_its_free_pages_declines_poison() -> Result<()> {
     // A boot for each: user-mode Linux, once a driver has declined what it had accepted, forgets that it speaks more of
     // vhost-user than the bare rings, and the next driver hears of no change of configuration.
-    for driver in BOTH_DRIVERS {
+    for &driver in Driver::each() {
         poison_is_said_and_hints_count(Vmm::Uml, "", &[driver], None)?;
     }
     Ok(())

@@ -136,7 +136,7 @@ fn balloon_makes_room(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()>
 #[test]
 fn a_balloon_that_may_not_make_room_makes_none() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    for driver in [Driver::Ours, Driver::C] {
+    for &driver in Driver::each() {
         let mut guest = Builder::new(&artifacts, Vmm::Uml)
             .features(&["stats"])
             .boot()?;

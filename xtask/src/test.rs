@@ -34,12 +34,14 @@ pub struct Options {
 enum Kernels {
     /// With the stock kernel in QEMU, and with user-mode Linux.
     Usual,
-    /// With the debug kernel wherever they want user-mode Linux; those of QEMU are left out.
+    /// With the debug kernel wherever they want user-mode Linux; those of QEMU and of the C driver are left out.
     Debug,
 }
 
 /// Part of the name of each test of a guest in QEMU.
 const NEEDS_QEMU: &str = "qemu";
+/// Part of the name of each test that cannot do without the kernel's own driver, which does not bear the debug kernel.
+const NEEDS_C_DRIVER: &str = "c_driver";
 /// Part of the name of each test that is for the debug kernel alone.
 const NEEDS_DEBUG: &str = "debug_kernel";
 
@@ -67,7 +69,7 @@ pub fn command(options: &Options) -> Result<()> {
         say("tests of guests with the debug kernel");
         run::shown(
             guests(&path, &options.rest)?
-                .args(["--skip", NEEDS_QEMU])
+                .args(["--skip", NEEDS_QEMU, "--skip", NEEDS_C_DRIVER])
                 .env(Vmm::DEBUG_VARIABLE, "1"),
         )?;
     }
