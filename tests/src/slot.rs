@@ -42,15 +42,21 @@ impl Guest {
                 Attachment::VhostUser(path)
             }
         };
+        let is_ours = matches!(attachment, Attachment::VhostUser(_));
         let device = qemu::balloon(&attachment, true).context("no device")?;
         self.monitor()?.command("device_add", device)?;
         let modules = self.call(Modules {})?;
         let loaded = |driver: Driver| modules.iter().any(|name| name == driver.module());
+        let ready = loaded(Driver::Ours) || loaded(Driver::C);
         self.call(WaitBalloons {
             count: 1,
-            ready: loaded(Driver::Ours) || loaded(Driver::C),
+            ready,
             limit_ms: LIMIT_MS,
         })?;
+        if ready && is_ours {
+            // The guest knows it a moment before QEMU has told the device.
+            self.daemon()?.wait_driver()?;
+        }
         Ok(())
     }
 
