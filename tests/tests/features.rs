@@ -250,7 +250,7 @@ const TRANSPORTS: [(&[&str], u32, bool); 8] = [
 const IN_ORDER_PACKED: &[&str] = &["packed=on", "in_order=on"];
 
 #[test]
-fn our_driver_works_over_any_ring_and_transport() -> Result<()> {
+fn our_driver_works_over_any_ring_and_transport_of_qemu() -> Result<()> {
     let kernel = Kernel::Plain;
     let mut guest = machine(kernel)?;
     for (options, bit, agreed) in TRANSPORTS {
