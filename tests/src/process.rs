@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 pub use nix::sys::signal::Signal;
 use nix::sys::signal::{kill, killpg};
+use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 
 use crate::lines::Lines;
@@ -138,6 +139,21 @@ impl Process {
     /// If it is no more.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill(self.pid()?, signal).with_context(|| format!("cannot send {signal} to {}", self.name))
+    }
+
+    /// Has it stand still, and returns when all of it does. [`Signal::SIGCONT`] lets it go on.
+    ///
+    /// # Errors
+    ///
+    /// If it is no more.
+    pub fn stop(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)?;
+        // Whether it has ended is left for others to learn.
+        let look = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        match waitid(Id::Pid(self.pid()?), look) {
+            Ok(WaitStatus::Stopped(..)) => Ok(()),
+            other => bail!("{} was to stand still: {other:?}", self.name),
+        }
     }
 
     /// Kills it with its group, and waits.

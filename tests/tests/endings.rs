@@ -71,7 +71,7 @@ fn the_operator_goes_in_the_middle_of_a_round() -> Result<()> {
     guest.load(Driver::Ours)?;
     let free = guest.settled_free()?;
     // A guest that stands still cannot finish first.
-    guest.vmm().signal(tests::process::Signal::SIGSTOP)?;
+    guest.vmm().stop()?;
     let mut operator = guest.daemon()?.connect()?;
     let id = operator.hint_start()?;
     drop(operator);
@@ -100,7 +100,7 @@ fn the_guest_is_killed_in_the_middle_of_a_round() -> Result<()> {
     for &vmm in Vmm::each() {
         let mut guest = guest(&artifacts, vmm)?;
         guest.load(Driver::Ours)?;
-        guest.vmm().signal(tests::process::Signal::SIGSTOP)?;
+        guest.vmm().stop()?;
         let id = guest.daemon()?.qmp().hint_start()?;
         guest.kill()?;
         let names_it = |line: &str| {
