@@ -45,6 +45,11 @@ const NEEDS_C_DRIVER: &str = "c_driver";
 /// Part of the name of each test that is for the debug kernel alone.
 const NEEDS_DEBUG: &str = "debug_kernel";
 
+/// How many guests run at once for each two processors. An emulated one keeps a processor busy, and its VMM and daemon some of
+/// another; one in user-mode Linux waits most of the time, for timers of its kernel.
+const USUAL_AT_ONCE: usize = 3;
+const DEBUG_AT_ONCE: usize = 4;
+
 /// Does what `test` says.
 pub fn command(options: &Options) -> Result<()> {
     let kernels: &[Kernel] = match options.kernels {
@@ -63,12 +68,12 @@ pub fn command(options: &Options) -> Result<()> {
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     if options.kernels != Some(Kernels::Debug) {
         say("tests of guests");
-        run::shown(guests(&path, &options.rest)?.args(["--skip", NEEDS_DEBUG]))?;
+        run::shown(guests(&path, &options.rest, USUAL_AT_ONCE)?.args(["--skip", NEEDS_DEBUG]))?;
     }
     if options.kernels != Some(Kernels::Usual) {
         say("tests of guests with the debug kernel");
         run::shown(
-            guests(&path, &options.rest)?
+            guests(&path, &options.rest, DEBUG_AT_ONCE)?
                 .args(["--skip", NEEDS_QEMU, "--skip", NEEDS_C_DRIVER])
                 .env(Vmm::DEBUG_VARIABLE, "1"),
         )?;
@@ -78,7 +83,7 @@ pub fn command(options: &Options) -> Result<()> {
 }
 
 /// The command that runs the tests of guests; more options may follow.
-fn guests(artifacts: &Path, rest: &[String]) -> Result<Command> {
+fn guests(artifacts: &Path, rest: &[String], at_once: usize) -> Result<Command> {
     let mut command = build::cargo()?;
     command.args([
         "test",
@@ -90,10 +95,8 @@ fn guests(artifacts: &Path, rest: &[String]) -> Result<Command> {
         "--test",
         "*",
     ]);
-    // A guest keeps one processor busy, and its VMM and daemon some of another.
-    let threads = std::thread::available_parallelism()
-        .map_or(1, usize::from)
-        .max(2);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (processors * at_once / 2).max(2);
     command
         .args(["--", "--test-threads", &threads.to_string()])
         .args(rest);
