@@ -213,7 +213,8 @@ impl TestDevice {
                 length: u32::from_le_bytes(self.read(queue, at + 8)),
                 writable: flags & DESCRIPTOR_WRITABLE != 0,
             };
-            seen.segments.push(segment, GFP_KERNEL).ok()?;
+            // A notification comes from where one must not sleep.
+            seen.segments.push(segment, GFP_ATOMIC).ok()?;
             if flags & DESCRIPTOR_NEXT == 0 {
                 return Some(seen);
             }
