@@ -12,22 +12,27 @@ use crate::MIB;
 /// largest order.
 pub const FREE_TOLERANCE: u64 = 3 * MIB;
 
-const BAD_WORDS: [&str; 14] = [
+/// What reports of the kernel's own checks hold.
+const REPORTS: [&str; 15] = [
     "WARNING:",
     "BUG:",
     "BUG ",
     "Oops",
-    "Call Trace",
     "general protection",
     "stack segment",
     "rcu: INFO",
     "blocked for more than",
-    "Out of memory",
-    "oom-kill",
     "refcount",
     "use-after-free",
     "Bad page",
+    "bad page",
+    "memory corruption",
+    "ODEBUG",
+    "DEBUG_LOCKS",
 ];
+
+/// What the kernel says when memory runs out; a trace is part of other things, too.
+const NO_MEMORY: [&str; 3] = ["Out of memory", "oom-kill", "Call Trace"];
 
 /// What a module that is not of the kernel's own tree brings about when it is loaded.
 const ALLOWED: [&str; 2] = ["taints kernel", "tainting kernel"];
@@ -38,11 +43,20 @@ const ALLOWED: [&str; 2] = ["taints kernel", "tainting kernel"];
 pub fn complaints(log: &[KernelLine]) -> Vec<&KernelLine> {
     const WARNING: u8 = 4;
     let bad = |line: &&KernelLine| {
-        let allowed = ALLOWED.iter().any(|words| line.text.contains(words));
-        !allowed
-            && (line.level <= WARNING || BAD_WORDS.iter().any(|words| line.text.contains(words)))
+        !holds(line, &ALLOWED)
+            && (line.level <= WARNING || holds(line, &REPORTS) || holds(line, &NO_MEMORY))
     };
     log.iter().filter(bad).collect()
+}
+
+/// The lines that belong to reports of the kernel's own checks: these should not be there whatever a test has done.
+#[must_use]
+pub fn reports(log: &[KernelLine]) -> Vec<&KernelLine> {
+    log.iter().filter(|line| holds(line, &REPORTS)).collect()
+}
+
+fn holds(line: &KernelLine, words: &[&str]) -> bool {
+    words.iter().any(|words| line.text.contains(words))
 }
 
 impl Guest {

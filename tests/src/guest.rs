@@ -75,6 +75,7 @@ pub struct Builder<'a> {
     vmm: Vmm,
     device: Device,
     memory: u64,
+    exactly: bool,
     features: Vec<&'a str>,
     device_options: Vec<&'a str>,
     foreign: Option<&'a Path>,
@@ -95,6 +96,7 @@ impl<'a> Builder<'a> {
             vmm,
             device: Device::Ours,
             memory: 512 * MIB,
+            exactly: false,
             features,
             device_options: Vec::new(),
             foreign: None,
@@ -113,10 +115,17 @@ impl<'a> Builder<'a> {
         self
     }
 
-    /// So many bytes of memory: a multiple of 1 MiB.
+    /// So many bytes of memory: a multiple of 1 MiB. The debug kernel gets more, as much as it needs more for itself.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
         self.memory = bytes;
+        self
+    }
+
+    /// No more memory than that, on the debug kernel either.
+    #[must_use]
+    pub fn exactly(mut self) -> Self {
+        self.exactly = true;
         self
     }
 
@@ -196,8 +205,11 @@ impl<'a> Builder<'a> {
     /// # Errors
     ///
     /// If a part is missing or the guest does not come up; the error holds the diaries of all processes.
-    pub fn boot(self) -> Result<Guest> {
+    pub fn boot(mut self) -> Result<Guest> {
         let vmm = self.vmm.resolve()?;
+        if !self.exactly {
+            self.memory += vmm.overhead();
+        }
         let kernel = kernel(self.artifacts, vmm)?;
         let scratch = Scratch::new()?;
         let initramfs = scratch.path("initramfs.cpio");
@@ -281,6 +293,7 @@ pub struct Guest {
     kind: Vmm,
     memory: u64,
     pub(crate) daemon_program: PathBuf,
+    watched: bool,
     ended: bool,
     pub(crate) log: Vec<KernelLine>,
 }
@@ -311,6 +324,7 @@ impl Guest {
                     kind: builder.vmm,
                     memory: builder.memory,
                     daemon_program: builder.artifacts.daemon.clone(),
+                    watched: matches!(builder.vmm.resolve(), Ok(Vmm::Debug)),
                     ended: false,
                     log: Vec::new(),
                 };
@@ -538,12 +552,23 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// If the VMM does not end.
+    /// If the VMM does not end, or the debug kernel has something to report.
     pub fn power_off(&mut self) -> Result<ExitStatus> {
+        if self.watched && !self.has_lost_its_device()? {
+            self.check_watched()?;
+        }
         self.call(PowerOff {})?;
         let status = self.vmm.wait(Duration::from_secs(30))?;
         self.ended = true;
         Ok(status)
+    }
+
+    /// Whether our daemon is no more: then user-mode Linux warns, of its own accord, that it cannot talk to it.
+    fn has_lost_its_device(&mut self) -> Result<bool> {
+        match &mut self.daemon {
+            Some(daemon) => Ok(daemon.process().status()?.is_some()),
+            None => Ok(false),
+        }
     }
 
     /// Kills the VMM.

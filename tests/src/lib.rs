@@ -15,6 +15,7 @@ pub mod check;
 pub mod counters;
 pub mod daemon;
 pub mod exercise;
+pub mod faults;
 pub mod guest;
 pub mod hinting;
 pub mod host;
@@ -32,6 +33,7 @@ pub mod slot;
 #[allow(unsafe_code)]
 mod sys;
 pub mod vmm;
+pub mod watch;
 
 pub use guest_agent::{calls, pattern, ranges};
 

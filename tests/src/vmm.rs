@@ -13,6 +13,7 @@ use anyhow::{bail, Context, Result};
 use serde_json::{Map, Value};
 
 use crate::process::{Process, Streams};
+use crate::MIB;
 
 /// A program that runs guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,24 @@ impl Vmm {
             &[Self::Uml]
         } else {
             &[Self::Uml, Self::Qemu]
+        }
+    }
+
+    /// Bytes of a guest's memory that the debug kernel keeps for itself, and others do not.
+    pub(crate) fn overhead(self) -> u64 {
+        match self {
+            Self::Debug => 80 * MIB,
+            Self::Qemu | Self::Uml => 0,
+        }
+    }
+
+    /// How often a test that repeats itself does so: `times`, or a tenth of that on the debug kernel, which is slow.
+    #[must_use]
+    pub fn repeats(self, times: u32) -> u32 {
+        if matches!(self.resolve(), Ok(Self::Debug)) {
+            times.div_ceil(10)
+        } else {
+            times
         }
     }
 

@@ -221,6 +221,7 @@ fn pages_are_moved(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
     let mut guest = Builder::new(&artifacts, vmm)
         .features(features)
         .memory(256 * MIB)
+        .exactly()
         .boot()?;
     let before = guest.settled_free()?;
     guest.load(driver)?;
@@ -331,6 +332,7 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
         .features(&["stats"])
         .memory(256 * MIB)
+        .exactly()
         .boot()?;
     let before = guest.settled_free()?;
     guest.load(Driver::Ours)?;

@@ -43,6 +43,7 @@ fn no_process_loses_a_page_while_the_c_driver_works_in_qemu() -> Result<()> {
 /// With our driver the OOM killer never comes. With the kernel's own it is only counted: it takes nearly all free
 /// memory while it hints.
 fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
+    let rounds = vmm.repeats(rounds);
     let artifacts = Artifacts::load()?;
     let (mut guest, free) = Builder::new(&artifacts, vmm)
         .memory(MEMORY)

@@ -196,6 +196,27 @@ calls! {
         text: String,
     } -> ();
 
+    /// As [`WriteFile`], while one allocation of the kernel's on behalf of this fails. Which allocations count is the
+    /// kernel's fault injection to say (in debugfs); a kernel without it refuses.
+    WriteFileFaulted {
+        /// Its path.
+        path: String,
+        /// What to write, in one system call.
+        text: String,
+        /// The number of the allocation that fails, from 1.
+        nth: u32,
+    } -> Faulted;
+
+    /// As [`LoadModule`], while one allocation of the kernel's on behalf of this fails.
+    LoadModuleFaulted {
+        /// Its path in the guest.
+        path: String,
+        /// Its parameters, as `insmod` takes them.
+        parameters: String,
+        /// The number of the allocation that fails, from 1.
+        nth: u32,
+    } -> Faulted;
+
     /// Runs a program and waits for its end. Names of busybox applets are known.
     Run {
         /// The program and its arguments.
@@ -343,6 +364,17 @@ pub struct KernelLine {
     pub time_us: u64,
     /// The text.
     pub text: String,
+}
+
+/// What became of a system call in which an allocation was to fail.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Faulted {
+    /// The error number that it returned, if it failed.
+    pub error: Option<i32>,
+    /// Whether there were so many allocations that one failed.
+    pub failed: bool,
+    /// How many allocations counted, the one that failed included.
+    pub allocations: u32,
 }
 
 /// How a program ended.

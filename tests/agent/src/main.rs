@@ -6,6 +6,7 @@
 
 mod balloons;
 mod churn;
+mod faults;
 mod files;
 mod kernel_log;
 mod memory;

@@ -121,6 +121,8 @@ impl Agent {
             AnyCall::KunitResults(call) => done(call),
             AnyCall::ReadFile(call) => done(call),
             AnyCall::WriteFile(call) => done(call),
+            AnyCall::WriteFileFaulted(call) => done(call),
+            AnyCall::LoadModuleFaulted(call) => done(call),
             AnyCall::Run(call) => done(call),
             AnyCall::Shell(call) => done(call),
             AnyCall::KernelLog(_) => encode(self.log.rest()?),

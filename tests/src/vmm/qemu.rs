@@ -74,10 +74,11 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
     } else {
         String::new()
     };
+    // The kernel counts the timer's interrupts for a moment as it starts, and panics if an emulator on a busy host was slow.
     command.args([
         "-append",
         &format!(
-            "console=ttyS0 panic=-1 loglevel=5{quiet}{port} {}",
+            "console=ttyS0 panic=-1 no_timer_check loglevel=5{quiet}{port} {}",
             machine.kernel_arguments
         ),
     ]);

@@ -19,7 +19,7 @@ pub const FOLDER: &str = "user-mode-linux";
 
 /// What the debug kernel is told: two processors, which need seccomp; and not to note the stack at each allocation of a
 /// slab object, for in user-mode Linux that takes ten times as long as the allocation.
-pub const DEBUG_ARGUMENTS: [&str; 4] = ["ncpus=2", "seccomp=on", "slab_debug=FZP", "kmemleak=off"];
+pub const DEBUG_ARGUMENTS: [&str; 3] = ["ncpus=2", "seccomp=on", "slab_debug=FZP"];
 
 /// Starts `kernel` with these words on its command line, and those of the machine after them.
 ///

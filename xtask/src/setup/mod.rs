@@ -20,6 +20,7 @@ use cache::{Cache, Made, Step};
 const STOCK: &str = include_str!("../../scripts/stock.sh");
 const UML: &str = include_str!("../../scripts/uml.sh");
 const UML_CONFIGURATION: &str = include_str!("../../scripts/uml.config");
+const DEBUG: &str = include_str!("../../scripts/debug.sh");
 const DEBUG_CONFIGURATION: &str = include_str!("../../scripts/debug.config");
 const ENTER: &str = include_str!("../../scripts/enter.sh");
 
@@ -189,18 +190,19 @@ fn make_stock(cache: &Cache, rootfs: &Made, source: &Made) -> Result<Made> {
 
 /// `kernel` is one of those that are user-mode Linux.
 fn make_uml(cache: &Cache, rootfs: &Made, source: &Made, kernel: Kernel) -> Result<Made> {
-    let (about, more) = if kernel == Kernel::Debug {
+    let (about, before, more) = if kernel == Kernel::Debug {
         let about = "user-mode Linux that watches locks, objects and memory";
-        (about, DEBUG_CONFIGURATION)
+        (about, DEBUG, DEBUG_CONFIGURATION)
     } else {
-        ("user-mode Linux with KUnit", "")
+        ("user-mode Linux with KUnit", "", "")
     };
+    let script = format!("{before}{UML}");
     let configuration = format!("{UML_CONFIGURATION}{more}");
     let step = Step {
         name: kernel.name(),
         about,
         from: &[rootfs, source],
-        recipe: &[UML, &configuration, ENTER],
+        recipe: &[&script, &configuration, ENTER],
     };
     cache.ensure(&step, |folder, log| {
         fs::write(folder.join("fragment"), &configuration)
@@ -208,7 +210,7 @@ fn make_uml(cache: &Cache, rootfs: &Made, source: &Made, kernel: Kernel) -> Resu
         let sandbox = Sandbox::new(&rootfs.path).readable(&source.path, "/src/linux");
         run::logged(
             "make",
-            &mut sandbox.writable(folder, kernel.inside()).command(UML),
+            &mut sandbox.writable(folder, kernel.inside()).command(&script),
             log,
         )
     })
