@@ -122,7 +122,8 @@ impl<'a> Builder<'a> {
         self
     }
 
-    /// No more memory than that, on the debug kernel either.
+    /// No more memory than that, on the debug kernel either. What a process of user-mode Linux fills page by page may take a
+    /// mapping on the host for each page, and of these there are 65530.
     #[must_use]
     pub fn exactly(mut self) -> Self {
         self.exactly = true;

@@ -158,7 +158,7 @@ fn the_driver_is_unbound_and_bound_while_it_works() -> Result<()> {
         guest.load(Driver::Ours)?;
         let free = guest.settled_free()?;
         let whole = guest.balloon()?.balloon_actual()?;
-        let times = if vmm == Vmm::Uml { 40 } else { 6 };
+        let times = vmm.repeats(if vmm == Vmm::Uml { 40 } else { 6 });
         for time in 0..times {
             let name = guest.balloon_device()?.name;
             let balloon = guest.balloon()?;
