@@ -328,11 +328,6 @@ fn continue_device(guest: &mut Guest) -> Result<()> {
 
 #[test]
 fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
-    if Vmm::only_debug() {
-        // With two processors user-mode Linux may be held up by its transport, in an access to the configuration of a
-        // daemon that stands still, whatever the driver: the usual kernel shows what is to be shown.
-        return Ok(());
-    }
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
         .features(&["stats"])
@@ -375,11 +370,6 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
 
 #[test]
 fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()> {
-    if Vmm::only_debug() {
-        // With two processors user-mode Linux may be held up by its transport, in an access to the configuration of a
-        // daemon that stands still, whatever the driver: the usual kernel shows what is to be shown.
-        return Ok(());
-    }
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
         .features(&["stats", "deflate-on-oom", "must-tell-host"])
