@@ -63,6 +63,14 @@ pub struct Args {
     #[arg(long)]
     pub free_page_hint: bool,
 
+    /// Offer free-page-hint, and give the memory of hinted pages back to the host too.
+    ///
+    /// That needs a driver that keeps a hinted block until the device has returned it, as this project's does: it is
+    /// asked by a private feature bit. With another driver nothing is discarded, hints only spare sending, and the
+    /// log says so.
+    #[arg(long)]
+    pub discard_hinted: bool,
+
     /// Offer page-poison as well.
     #[arg(long)]
     pub page_poison: bool,
@@ -105,7 +113,11 @@ impl Args {
     pub fn offered(&self) -> Features {
         let FeatureList(listed) = self.features;
         [
-            (self.free_page_hint, Features::FREE_PAGE_HINT),
+            (
+                self.free_page_hint || self.discard_hinted,
+                Features::FREE_PAGE_HINT,
+            ),
+            (self.discard_hinted, Features::KEEPS_HINTED_UNTIL_RETURNED),
             (self.page_poison, Features::PAGE_POISON),
             (self.deflate_on_oom, Features::DEFLATE_ON_OOM),
             (self.free_page_reporting, Features::REPORTING),
@@ -134,7 +146,7 @@ impl std::str::FromStr for FeatureList {
     type Err = String;
 
     fn from_str(list: &str) -> Result<Self, String> {
-        // This one changes what a hint may do to memory; it is not offered before the device does it.
+        // This one changes what a hint does to memory: it is asked for by an option of its own only.
         let known = Features::from_bits(u64::MAX).without(Features::KEEPS_HINTED_UNTIL_RETURNED);
         list.split(',')
             .map(str::trim)
@@ -182,6 +194,8 @@ mod tests {
             .parse::<FeatureList>()
             .unwrap_err()
             .contains("nonsense"));
+        let discarding = both | Features::KEEPS_HINTED_UNTIL_RETURNED;
+        assert_eq!(offered(&["--discard-hinted"]), discarding);
         assert!("discard-hinted".parse::<FeatureList>().is_err());
     }
 }

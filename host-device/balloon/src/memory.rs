@@ -121,6 +121,13 @@ impl Ram {
         layout(self) == layout(other)
     }
 
+    /// Whether a byte of the guest physical addresses `range` is guest memory.
+    pub fn touches(&self, range: &Range<u64>) -> bool {
+        self.regions.iter().any(|region| {
+            range.start < region.start.saturating_add(region.length) && range.end > region.start
+        })
+    }
+
     /// Gives the memory at the guest physical addresses `range` back to the host, and returns how many bytes
     /// were. It reads as zeros from then on, and takes space again when it is written.
     ///
@@ -157,6 +164,37 @@ impl Ram {
         Ok(released)
     }
 
+    /// Gives back to the host what it can free as a whole of the guest physical addresses `range`, and returns
+    /// these parts: only they read as zeros from then on. What is not guest memory, or not in a file, is left out.
+    ///
+    /// # Errors
+    ///
+    /// If the host refuses. Some of the parts may read as zeros by then.
+    pub fn discard(&self, range: Range<u64>) -> Result<Vec<Range<u64>>, ReleaseError> {
+        let mut parts = Vec::new();
+        for region in &self.regions {
+            let start = range.start.max(region.start);
+            let end = range.end.min(region.start.saturating_add(region.length));
+            let Some(length) = end.checked_sub(start).filter(|length| *length > 0) else {
+                continue;
+            };
+            let offset = start - region.start;
+            let Some((offset, length)) = region.whole_granules(offset, length) else {
+                continue;
+            };
+            region
+                .release(offset, length)
+                .map_err(|source| ReleaseError::Punch {
+                    start: region.start.saturating_add(offset),
+                    length,
+                    source,
+                })?;
+            let start = region.start.saturating_add(offset);
+            parts.push(start..start.saturating_add(length));
+        }
+        Ok(parts)
+    }
+
     /// How much space guest memory takes on the host.
     ///
     /// # Errors
@@ -181,21 +219,27 @@ impl Ram {
 }
 
 impl RamRegion {
+    /// Offset and length of the whole granules among `length` bytes from `offset` on, which must be in the region.
+    /// Nothing if there are none, or the region is not in a file.
+    fn whole_granules(&self, offset: u64, length: u64) -> Option<(u64, u64)> {
+        let start = self.file.as_ref()?.start();
+        let first = start.checked_add(offset)?;
+        let end = first.checked_add(length)? / self.granule * self.granule;
+        let first = first.checked_next_multiple_of(self.granule)?;
+        let length = end.checked_sub(first).filter(|length| *length > 0)?;
+        Some((first - start, length))
+    }
+
     /// Frees the whole granules among `length` bytes from `offset` on, which must be in the region.
     fn release(&self, offset: u64, length: u64) -> io::Result<u64> {
-        let Some(file) = &self.file else {
-            return Ok(0);
-        };
-        let first = file.start().saturating_add(offset);
-        let end = first.saturating_add(length) / self.granule * self.granule;
-        let first = first.next_multiple_of(self.granule);
-        let Some(length) = end.checked_sub(first).filter(|length| *length > 0) else {
+        let whole = self.whole_granules(offset, length);
+        let (Some(file), Some((offset, length))) = (&self.file, whole) else {
             return Ok(0);
         };
         fallocate(
             file.file(),
             FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-            first,
+            file.start().saturating_add(offset),
             length,
         )?;
         Ok(length)

@@ -194,6 +194,33 @@ fn r1_it_sleeps_while_a_round_waits_for_the_guest() {
 }
 
 #[test]
+fn r17_the_log_says_once_why_nothing_is_discarded() {
+    let keeps = Features::KEEPS_HINTED_UNTIL_RETURNED;
+    for (accepted, said, discarded) in [(HINT, 1, 0), (HINT | keeps, 0, 0x10_0000)] {
+        let directory = tempfile::tempdir().unwrap();
+        let program = Program::start(directory.path(), &["--discard-hinted"]).ready();
+        let mut vmm = Vmm::connect(&program.socket);
+        assert!(vmm.offered().contains(HINT | keeps));
+        let mut operator = Operator::connect(&program.qmp);
+        for _ in 0..2 {
+            vmm.start_driver(accepted);
+            operator.event("DRIVER_STARTED", &json!({}));
+            let id = operator.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
+            vmm.send(Queue::FreePage, &id.to_le_bytes());
+            vmm.offer(Queue::FreePage, Vmm::FREE, 0x8_0000, true);
+            operator.run("free-page-hint-done");
+            vmm.stop_driver();
+        }
+        let state = operator.run("query-free-page-hint");
+        assert_eq!(state["bytes-discarded"], discarded, "{state}");
+        drop(vmm);
+        let (output, log) = program.finish();
+        assert!(output.status.success(), "{log}");
+        assert_eq!(log.matches("is not discarded").count(), said, "{log}");
+    }
+}
+
+#[test]
 fn help_explains_features_and_usage() {
     let output = Command::new(env!("CARGO_BIN_EXE_vhost-device-balloon"))
         .arg("--help")

@@ -6,18 +6,23 @@
 //! [`migration`]. This file joins the two: a block that the protocol accepts becomes a call of
 //! [`HintWindow::hint`], and there is a window exactly while a round is wanted.
 //!
-//! A hint spares *sending* a page. It never changes or discards the page (R17): a driver may have given a
-//! block to somebody else before the device gets to see the hint.
+//! A hint spares *sending* a page (R17). It changes the page only if the driver has accepted
+//! [`KEEPS_HINTED_UNTIL_RETURNED`](shared_abi::features::Features::KEEPS_HINTED_UNTIL_RETURNED): any other driver
+//! may have given a block to somebody else before the device gets to see the hint. See [`Hinting::block_came`].
 
 use std::time::{Duration, Instant};
 
-use migration::{DirtyBitmap, HintWindow, RegionError, SyncPhase};
+use migration::{DirtyBitmap, HintError, HintWindow, Hinted, RegionError, SyncPhase};
 use shared_abi::command::{CommandId, HintId};
 use shared_abi::hinting::device::{Action, Event, Ignored, Phase, State};
 use thiserror::Error;
 
 use super::request::{RequestError, Segment};
 use crate::memory::Ram;
+
+/// The most bytes that one request discards: what is given back takes time for each page, and the device is locked
+/// meanwhile. Linux hints 4 MiB in a request.
+pub const MAX_DISCARD: u64 = 256 << 20;
 
 /// Why a hinting command of the operator cannot be done.
 #[derive(Debug, Error)]
@@ -128,6 +133,8 @@ pub struct HintingStatus {
     pub pages_dirty: u64,
     /// From the request to the driver's STOP; up to now if it has not come.
     pub duration: Duration,
+    /// Bytes that hints have given back to the host, in all rounds.
+    pub bytes_discarded: u64,
     /// Blocks that did not count, in all rounds.
     pub ignored_blocks: u64,
     /// Command ids that did not count, in all rounds.
@@ -150,6 +157,7 @@ pub struct Hinting {
     state: State,
     right: Option<Right>,
     round: Option<Round>,
+    bytes_discarded: u64,
     ignored_blocks: u64,
     stale_commands: u64,
 }
@@ -163,6 +171,11 @@ impl Hinting {
     /// How far the round has come.
     pub fn phase(&self) -> Phase {
         self.state.phase()
+    }
+
+    /// Bytes that hints have given back to the host, in all rounds.
+    pub fn bytes_discarded(&self) -> u64 {
+        self.bytes_discarded
     }
 
     /// The state as an operator sees it.
@@ -180,6 +193,7 @@ impl Hinting {
             duration: round.map_or(Duration::ZERO, |round| {
                 round.duration.unwrap_or_else(|| round.requested.elapsed())
             }),
+            bytes_discarded: self.bytes_discarded,
             ignored_blocks: self.ignored_blocks,
             stale_commands: self.stale_commands,
         }
@@ -268,12 +282,27 @@ impl Hinting {
         }
     }
 
-    /// The driver sent a block of free pages.
+    /// The driver sent a block of free pages. Its buffer is still the device's.
+    ///
+    /// With `discard` the memory of a block that counts is given back to the host, and reads as zeros before the
+    /// driver gets it back. Only a driver that keeps the block until then allows that (R17). Exactly the pages that
+    /// were made zero are struck out of the dirty bitmap: who compares what the destination has with what the guest
+    /// has may rely on it. What the host cannot free, and what is beyond [`MAX_DISCARD`], stays to be sent.
+    ///
+    /// A sender may be reading such a page at the same moment, because it took the page's dirty bit earlier. It
+    /// reads the old bytes, zeros, or some of each, and any of these will do: nobody relies on the content of a page
+    /// that is free, and whoever gets the page next writes to it first. A tracker that compares content notes the
+    /// bytes that were really sent, so it finds the page changed if they differ from the zeros, or from what the
+    /// guest writes there later; a tracker that notices writes sees those.
     ///
     /// # Errors
     ///
-    /// Names the first segment that is not in guest memory. The others count.
-    pub fn block_came(&mut self, segments: &[Segment]) -> Result<(), RequestError> {
+    /// Names the first segment that is not in guest memory or cannot be discarded. The others count.
+    pub fn block_came(
+        &mut self,
+        segments: &[Segment],
+        discard: Option<&Ram>,
+    ) -> Result<(), RequestError> {
         let action = self.step(Event::Block);
         let (Some(Action::UseBlock(_)), Some(Right::Hint(window))) = (action, self.right.as_ref())
         else {
@@ -281,9 +310,23 @@ impl Hinting {
             return Ok(());
         };
         let mut result = Ok(());
+        let mut allowance = MAX_DISCARD;
         for segment in segments {
-            match window.hint(segment.address, u64::from(segment.length)) {
+            let (start, length) = (segment.address, u64::from(segment.length));
+            let hinted = match discard {
+                None => window.hint(start, length).map_err(RequestError::from),
+                Some(ram) => {
+                    let length = length.min(allowance);
+                    allowance -= length;
+                    hint_and_discard(window, ram, start, length)
+                }
+            };
+            match hinted {
                 Ok(hinted) => {
+                    if discard.is_some() {
+                        let bytes = hinted.pages * migration::PAGE_SIZE;
+                        self.bytes_discarded = self.bytes_discarded.saturating_add(bytes);
+                    }
                     if let Some(round) = &mut self.round {
                         round.bytes = round
                             .bytes
@@ -291,7 +334,7 @@ impl Hinting {
                         round.cleared = round.cleared.saturating_add(hinted.cleared);
                     }
                 }
-                Err(error) => result = result.and(Err(error.into())),
+                Err(error) => result = result.and(Err(error)),
             }
         }
         match (&result, &mut self.round) {
@@ -341,6 +384,37 @@ impl Hinting {
             }
         }
     }
+}
+
+/// Makes the whole pages of a range zero, and strikes those out that are.
+///
+/// In this order: a page whose memory the host did not take back is still to be sent.
+fn hint_and_discard(
+    window: &HintWindow,
+    ram: &Ram,
+    start: u64,
+    length: u64,
+) -> Result<Hinted, RequestError> {
+    // The whole range goes through the same checks as without discarding (R5), before anything is touched.
+    let end = start
+        .checked_add(length)
+        .ok_or(HintError::Wraps { start, length })?;
+    if length > 0 && !ram.touches(&(start..end)) {
+        return Err(HintError::Outside { start, length }.into());
+    }
+    let mut all = Hinted {
+        ignored_bytes: length,
+        ..Hinted::default()
+    };
+    for part in ram.discard(start..end)? {
+        let hinted = window.hint(part.start, part.end.saturating_sub(part.start))?;
+        all.pages += hinted.pages;
+        all.cleared += hinted.cleared;
+        all.ignored_bytes = all
+            .ignored_bytes
+            .saturating_sub(hinted.pages * migration::PAGE_SIZE);
+    }
+    Ok(all)
 }
 
 fn log_ignored(ignored: Ignored) {

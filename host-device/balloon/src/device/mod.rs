@@ -97,6 +97,8 @@ pub struct VirtioStatus {
     pub config_writes: u64,
     /// How often the front end was told that it has changed.
     pub config_changes: u64,
+    /// Whether the memory of hinted blocks is given back to the host.
+    pub discards_hinted: bool,
     /// Pages that the driver put into the balloon and took out of it.
     pub pages_inflated: u64,
     /// See `pages_inflated`.
@@ -145,6 +147,8 @@ struct Connection {
     untold: Cell<bool>,
     /// The driver has accepted features, and no queue was used since.
     starting: bool,
+    /// The log says why hinted memory is not discarded.
+    discarding_explained: bool,
 }
 
 impl std::fmt::Debug for Device {
@@ -420,6 +424,29 @@ impl Device {
         }
     }
 
+    /// Whether the memory of hinted blocks is given back to the host (R17).
+    pub fn discards_hinted(&self) -> bool {
+        self.negotiated
+            .is_some_and(|features| features.contains(Features::KEEPS_HINTED_UNTIL_RETURNED))
+    }
+
+    /// Says why nothing is discarded, if that was wanted: once for each connection.
+    fn explain_discarding(&mut self) {
+        let wanted = self.offered.contains(Features::KEEPS_HINTED_UNTIL_RETURNED);
+        let refused = wanted && !self.discards_hinted();
+        let Some(connection) = &mut self.connection else {
+            return;
+        };
+        if refused && !std::mem::replace(&mut connection.discarding_explained, true) {
+            warn!(
+                "hinted memory is not discarded: the guest's driver has not promised to keep a hinted block until \
+                 its buffer is returned (it did not accept the private feature bit {}), so the block may be in \
+                 use again; hints only spare sending",
+                Features::KEEPS_HINTED_UNTIL_RETURNED.bit_number()
+            );
+        }
+    }
+
     /// Notices the first use of a queue after the driver has accepted its features.
     fn notice_start(&mut self) {
         let Some(connection) = &mut self.connection else {
@@ -428,6 +455,7 @@ impl Device {
         if !std::mem::take(&mut connection.starting) {
             return;
         }
+        self.explain_discarding();
         let features: Vec<_> = self.negotiated.unwrap_or_default().names().collect();
         self.events
             .emit("DRIVER_STARTED", json!({ "features": features }));

@@ -146,6 +146,7 @@ impl Device {
             config_reads: connection.config_reads,
             config_writes: connection.config_writes,
             config_changes: connection.config_changes.get(),
+            discards_hinted: self.discards_hinted(),
             pages_inflated: self.pages_inflated,
             pages_deflated: self.pages_deflated,
             bytes_released: self.bytes_released,

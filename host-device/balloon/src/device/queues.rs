@@ -17,6 +17,9 @@ use crate::vring::{Suppression, Vring};
 /// Roughly how many ranges of memory are handled before other queues, and operators, get their turn.
 const TURN: usize = 1 << 14;
 
+/// How many bytes of memory take as long to give back as a range takes by itself, roughly.
+const PER_RANGE: u64 = 1 << 16;
+
 /// How a look at a queue ended.
 enum Pass {
     /// There was nothing more to take; `taken` says whether there was anything at all.
@@ -219,11 +222,20 @@ impl Device {
     /// DONE, initialises it. Linux fills pages with its pattern when it frees them, which is after the hint,
     /// and the write makes them dirty again. (Reported pages are another matter: see
     /// [`reported`](Self::reported).)
+    ///
+    /// For the same reason a hinted page may be discarded here and read as zeros, whatever `poison_val` is, once the
+    /// driver has promised to keep it until its buffer is returned (R17): uninitialised memory has no content that
+    /// a device could spoil. Without that promise nothing is discarded, because the page may be in use again.
     fn free_page(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<(), RequestError> {
         if request.starts_writable() {
             let segments = request.writable()?;
             turn.spend(segments.len());
-            return self.hinting.block_came(segments);
+            let before = self.hinting.bytes_discarded();
+            let discard = self.discards_hinted().then_some(&self.ram);
+            let result = self.hinting.block_came(segments, discard);
+            let discarded = self.hinting.bytes_discarded().saturating_sub(before);
+            turn.spend(usize::try_from(discarded / PER_RANGE).unwrap_or(usize::MAX));
+            return result;
         }
         let expected = "a command id of 4 bytes";
         request.read(&turn.memory, &mut self.buffer, 4, 4, expected)?;

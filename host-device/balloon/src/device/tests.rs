@@ -674,6 +674,105 @@ fn r17_a_hint_changes_no_page() {
     }
 }
 
+const DISCARD: Features = ALL.union(Features::KEEPS_HINTED_UNTIL_RETURNED);
+
+#[test]
+fn r17_a_hint_discards_for_a_driver_that_keeps_the_block() {
+    // Page poison changes nothing: a hinted page is uninitialised memory.
+    for poison in [0u32, 0xaaaa_aaaa] {
+        let mut guest = Guest::new(DISCARD, DISCARD);
+        guest.device.write_config(12, &poison.to_le_bytes());
+        let before = guest.device.ram().allocated().unwrap().total;
+        // Not before the round is current, nor after it.
+        guest.block(FREE, 0x1000);
+        guest.start_round();
+        // The page at each end is covered in part only.
+        guest.block(FREE + 0x800, 0x4000);
+        guest.send(
+            Queue::FreePage,
+            &[(SECOND, 0x2000, true), (SECOND + 0x4000, 0x1000, true)],
+        );
+        guest.device.sync_hinting().unwrap();
+        guest.block(FREE + 0x8000, 0x1000);
+        guest.command(0);
+
+        let status = guest.device.hinting();
+        assert_eq!(status.bytes_discarded, 0x6000);
+        assert_eq!(status.pages_total - status.pages_dirty, 6);
+        assert_eq!(
+            guest.device.hinted_ranges(0, usize::MAX),
+            [
+                (FREE + 0x1000, 0x3000),
+                (SECOND, 0x2000),
+                (SECOND + 0x4000, 0x1000)
+            ]
+        );
+        let after = guest.device.ram().allocated().unwrap().total;
+        assert_eq!(before - after, 0x6000);
+        for (address, byte) in [
+            (FREE, 0x5a),
+            (FREE + 0xfff, 0x5a),
+            (FREE + 0x1000, 0),
+            (FREE + 0x3fff, 0),
+            (FREE + 0x4000, 0x5a),
+            (FREE + 0x8000, 0x5a),
+            (SECOND, 0),
+            (SECOND + 0x2000, 0x5a),
+            (SECOND + 0x4000, 0),
+        ] {
+            assert_eq!(guest.byte(address), byte, "{address:#x}");
+        }
+        assert_eq!(guest.errors(), 0);
+    }
+}
+
+#[test]
+fn r17_nothing_is_discarded_without_the_drivers_promise() {
+    for (offered, accepted) in [(DISCARD, ALL), (ALL, DISCARD)] {
+        let mut guest = Guest::new(offered, accepted & offered);
+        assert!(!guest.device.discards_hinted());
+        let before = guest.device.ram().allocated().unwrap();
+        guest.start_round();
+        guest.block(FREE, 0x10_0000);
+        let status = guest.device.hinting();
+        assert_eq!((status.pages_cleared, status.bytes_discarded), (0x100, 0));
+        assert_eq!(guest.device.ram().allocated().unwrap(), before);
+        assert_eq!(guest.byte(FREE), 0x5a);
+    }
+}
+
+#[test]
+fn r17_what_is_discarded_is_what_is_struck_out() {
+    let mut guest = Guest::new(DISCARD, DISCARD);
+    guest.start_round();
+    // Outside, around the end of the addresses, and over the end of a region: R5 as ever.
+    guest.block(0x1000, 0x1000);
+    guest.block(u64::MAX - 0xfff, 0x2000);
+    assert_eq!(guest.errors(), 2);
+    assert!(guest
+        .last_error()
+        .starts_with("free-page queue: the range at 0xfffffffffffff000"));
+    guest.block(START + LENGTH - 0x1000, 0x10_0000);
+    assert_eq!(
+        guest.device.hinted_ranges(0, usize::MAX),
+        [(START + LENGTH - 0x1000, 0x1000)]
+    );
+    assert_eq!(
+        (guest.byte(START + LENGTH - 1), guest.byte(SECOND)),
+        (0, 0x5a)
+    );
+    // A request that names more than is discarded at a time: the rest is left alone, and stays to be sent.
+    let far = hinting::MAX_DISCARD as u32;
+    for (length, byte) in [(far, 0x5a), (far - 0x1000, 0)] {
+        guest.send(
+            Queue::FreePage,
+            &[(SECOND + 0x8000, length, true), (SECOND, 0x1000, true)],
+        );
+        assert_eq!(guest.byte(SECOND + 0x8000), 0);
+        assert_eq!(guest.byte(SECOND), byte);
+    }
+}
+
 #[test]
 fn a_paused_guest_goes_on_with_its_round() {
     let mut guest = Guest::new(ALL, ALL);
@@ -950,12 +1049,16 @@ proptest! {
     #[test]
     fn whatever_is_on_the_queues_nothing_breaks(
         accepted in 0u64..64,
+        keeps in any::<bool>(),
         poison in any::<u32>(),
         table in prop::collection::vec(descriptor(), SIZE as usize),
         rounds in prop::collection::vec((0usize..5, 0..SIZE + 1, any::<Option<u16>>()), 1..30),
     ) {
-        let accepted = Features::from_bits(accepted) & ALL;
-        let mut guest = Guest::new(ALL, accepted);
+        let mut accepted = Features::from_bits(accepted) & ALL;
+        if keeps {
+            accepted = accepted | Features::KEEPS_HINTED_UNTIL_RETURNED;
+        }
+        let mut guest = Guest::new(DISCARD, accepted);
         guest.device.write_config(12, &poison.to_le_bytes());
         let _ = guest.device.start_hinting();
         for index in 0..Queue::count(accepted) {

@@ -202,6 +202,7 @@ fn query_hint(target: &Target, arguments: Option<&Value>) -> Result<Value, Comma
         "pages-total": status.pages_total,
         "pages-dirty": status.pages_dirty,
         "duration-us": u64::try_from(status.duration.as_micros()).unwrap_or(u64::MAX),
+        "bytes-discarded": status.bytes_discarded,
         "ignored-blocks": status.ignored_blocks,
         "stale-commands": status.stale_commands,
     });
@@ -275,6 +276,7 @@ fn query_virtio_status(target: &Target, arguments: Option<&Value>) -> Result<Val
         "config-reads": status.config_reads,
         "config-writes": status.config_writes,
         "config-changes": status.config_changes,
+        "discards-hinted": status.discards_hinted,
         "pages-inflated": status.pages_inflated,
         "pages-deflated": status.pages_deflated,
         "bytes-released": status.bytes_released,
