@@ -8,11 +8,13 @@ use std::time::Duration;
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{AnyCall, Call};
 use guest_agent::protocol::{Hello, Outcome, Request, Response, VERSION};
-
-use crate::json_lines::JsonLines;
+use qmp_client::JsonLines;
 
 /// How long a call may take if it has no limit of its own. Emulated guests are slow when the host is busy.
 const CALL_LIMIT: Duration = Duration::from_secs(120);
+
+/// The longest answer: a whole kernel log, or a file.
+const MAX_LINE: usize = 256 << 20;
 
 fn receive_hello(lines: &mut JsonLines, limit: Duration) -> Result<Hello> {
     let hello: Option<Hello> = lines.receive(limit)?;
@@ -41,7 +43,7 @@ impl Agent {
     ///
     /// If it does not come up within the limit, or carries an agent of another version.
     pub fn meet(stream: UnixStream, limit: Duration) -> Result<Self> {
-        let mut lines = JsonLines::new(stream, "the guest's agent");
+        let mut lines = JsonLines::new(stream, "the guest's agent").longest(MAX_LINE);
         let hello = receive_hello(&mut lines, limit)?;
         Ok(Self {
             lines,

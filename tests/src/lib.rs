@@ -20,7 +20,6 @@ pub mod guest;
 pub mod hinting;
 pub mod host;
 pub mod initramfs;
-pub mod json_lines;
 pub mod ktap;
 pub mod lines;
 pub mod measure;

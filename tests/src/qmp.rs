@@ -1,69 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A client of the QEMU Monitor Protocol, which QEMU and our daemon both speak.
+//! Connections on which QEMU and our daemon are commanded.
 
-use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
+use qmp_client::{Client, Error, COMMAND_LIMIT};
+pub use qmp_client::{Event, Refusal};
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
 use serde_json::{json, Value};
-use thiserror::Error;
-
-use crate::json_lines::JsonLines;
-
-/// How long a command may take.
-const COMMAND_LIMIT: Duration = Duration::from_secs(60);
-
-/// The peer's refusal of a command.
-#[derive(Clone, Debug, PartialEq, Eq, Error, Deserialize)]
-#[error("{desc} ({class})")]
-pub struct Refusal {
-    /// The class of the error: `GenericError`, `CommandNotFound`, ...
-    pub class: String,
-    /// A sentence for people.
-    pub desc: String,
-}
-
-/// Something that the peer told unasked.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Event {
-    /// Its name: `BALLOON_CHANGE`, ...
-    #[serde(rename = "event")]
-    pub name: String,
-    /// Its data, `null` if it has none.
-    #[serde(default)]
-    pub data: Value,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Message {
-    Event(Event),
-    Return {
-        #[serde(rename = "return")]
-        value: Value,
-        id: Option<Value>,
-    },
-    Error {
-        error: Refusal,
-        id: Option<Value>,
-    },
-    Greeting {
-        #[serde(rename = "QMP")]
-        _greeting: Value,
-    },
-}
 
 /// A connection on which commands may be given.
 #[derive(Debug)]
-pub struct Qmp {
-    lines: JsonLines,
-    events: VecDeque<Event>,
-    last: u64,
-}
+pub struct Qmp(Client);
 
 impl Qmp {
     /// Connects to a socket and negotiates.
@@ -72,9 +23,7 @@ impl Qmp {
     ///
     /// If nobody listens there, or it is no QMP.
     pub fn connect(path: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(path)
-            .with_context(|| format!("cannot connect to {}", path.display()))?;
-        Self::new(stream)
+        Ok(Self(Client::connect(path)?))
     }
 
     /// Negotiates on a connected stream.
@@ -83,18 +32,8 @@ impl Qmp {
     ///
     /// If it is no QMP.
     pub fn new(stream: UnixStream) -> Result<Self> {
-        let mut qmp = Self {
-            lines: JsonLines::new(stream, "the QMP server"),
-            events: VecDeque::new(),
-            last: 0,
-        };
-        match qmp.lines.receive(COMMAND_LIMIT)? {
-            Some(Message::Greeting { .. }) => {}
-            Some(_) => bail!("the QMP server did not greet"),
-            None => bail!("the QMP server did not greet within {COMMAND_LIMIT:?}"),
-        }
-        qmp.command("qmp_capabilities", json!({}))?;
-        Ok(qmp)
+        let client = Client::negotiate(stream, "the QMP server", COMMAND_LIMIT)?;
+        Ok(Self(client))
     }
 
     /// Gives a command and returns its answer.
@@ -103,27 +42,11 @@ impl Qmp {
     ///
     /// A [`Refusal`] if the peer refuses it (to be found with `downcast_ref`), else what went wrong on the way.
     pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
-        self.last += 1;
-        let number = Value::from(self.last);
-        self.lines
-            .send(&json!({ "execute": name, "arguments": arguments, "id": number }))?;
-        let deadline = Instant::now() + COMMAND_LIMIT;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let message = self
-                .lines
-                .receive(left)
-                .with_context(|| format!("the command {name}"))?;
-            match message
-                .with_context(|| format!("{name} was not answered within {COMMAND_LIMIT:?}"))?
-            {
-                Message::Event(event) => self.events.push_back(event),
-                Message::Return { value, id } if id.as_ref() == Some(&number) => return Ok(value),
-                Message::Error { error, id } if id.as_ref() == Some(&number) => {
-                    return Err(error).with_context(|| format!("{name} was refused"));
-                }
-                Message::Return { .. } | Message::Error { .. } | Message::Greeting { .. } => {}
+        match self.0.command(name, arguments) {
+            Err(Error::Refused { refusal, .. }) => {
+                Err(refusal).with_context(|| format!("{name} was refused"))
             }
+            other => other.with_context(|| format!("the command {name}")),
         }
     }
 
@@ -149,27 +72,12 @@ impl Qmp {
         wanted: impl Fn(&Event) -> bool,
         limit: Duration,
     ) -> Result<Option<Event>> {
-        let deadline = Instant::now() + limit;
-        loop {
-            while let Some(event) = self.events.pop_front() {
-                if wanted(&event) {
-                    return Ok(Some(event));
-                }
-            }
-            match self
-                .lines
-                .receive(deadline.saturating_duration_since(Instant::now()))?
-            {
-                Some(Message::Event(event)) => self.events.push_back(event),
-                Some(_) => {}
-                None => return Ok(None),
-            }
-        }
+        Ok(self.0.wait_event(wanted, limit)?)
     }
 
     /// Forgets the events that have come.
     pub fn forget_events(&mut self) {
-        self.events.clear();
+        self.0.forget_events();
     }
 
     /// Sets the memory that the guest should have, as QEMU's `balloon` does.

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The connection.
+
+use std::collections::VecDeque;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+use serde_json::{json, Value};
+
+use crate::error::Error;
+use crate::json_lines::JsonLines;
+use crate::message::{Event, Message};
+
+/// How long a command, and the greeting, may take unless told otherwise.
+pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+
+/// The most events that wait to be taken; of more, the oldest are dropped.
+const MAX_EVENTS: usize = 1 << 14;
+
+/// A connection on which commands may be given.
+///
+/// It may be dropped at any time; the peer goes on with what it was told.
+#[derive(Debug)]
+pub struct Client {
+    lines: JsonLines,
+    events: VecDeque<Event>,
+    last: u64,
+    limit: Duration,
+}
+
+impl Client {
+    /// Connects to a socket and negotiates, with [`COMMAND_LIMIT`] for this and for each command.
+    ///
+    /// # Errors
+    ///
+    /// If nobody listens there, or it is no QMP.
+    pub fn connect(path: &Path) -> Result<Self, Error> {
+        Self::connect_within(path, COMMAND_LIMIT)
+    }
+
+    /// As [`Client::connect`], with another limit.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::connect`].
+    pub fn connect_within(path: &Path, limit: Duration) -> Result<Self, Error> {
+        let stream = UnixStream::connect(path).map_err(|source| Error::Connect {
+            path: path.to_owned(),
+            source,
+        })?;
+        let peer = format!("the QMP server at {}", path.display());
+        Self::negotiate(stream, &peer, limit)
+    }
+
+    /// Negotiates on a connected stream; `peer` names the other end in messages.
+    ///
+    /// # Errors
+    ///
+    /// If it is no QMP.
+    pub fn negotiate(stream: UnixStream, peer: &str, limit: Duration) -> Result<Self, Error> {
+        let mut client = Self {
+            lines: JsonLines::new(stream, peer),
+            events: VecDeque::new(),
+            last: 0,
+            limit,
+        };
+        match client.lines.receive(limit)? {
+            Some(Message::Greeting { .. }) => {}
+            // The daemon does so when too many are connected.
+            Some(Message::Error { error, .. }) => {
+                return Err(Error::Refused {
+                    peer: peer.to_owned(),
+                    command: "the connection".to_owned(),
+                    refusal: error,
+                })
+            }
+            Some(_) => {
+                return Err(Error::NotQmp {
+                    peer: peer.to_owned(),
+                })
+            }
+            None => {
+                return Err(Error::NoGreeting {
+                    peer: peer.to_owned(),
+                    limit,
+                })
+            }
+        }
+        client.command("qmp_capabilities", json!({}))?;
+        Ok(client)
+    }
+
+    /// The name of the other end in messages.
+    #[must_use]
+    pub fn peer(&self) -> &str {
+        self.lines.peer()
+    }
+
+    /// Gives a command and returns its answer. Events that come in between are kept.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] if the peer refuses it, else what went wrong on the way.
+    pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value, Error> {
+        self.last = self.last.wrapping_add(1);
+        let number = Value::from(self.last);
+        self.lines
+            .send(&json!({ "execute": name, "arguments": arguments, "id": number }))?;
+        let deadline = Instant::now() + self.limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let Some(message) = self.lines.receive(left)? else {
+                return Err(Error::Late {
+                    peer: self.peer().to_owned(),
+                    command: name.to_owned(),
+                    limit: self.limit,
+                });
+            };
+            match message {
+                Message::Event(event) => self.keep(event),
+                Message::Return { value, id } if id.as_ref() == Some(&number) => return Ok(value),
+                // Without an id it is about a line that could not be read at all: none but ours is on the way.
+                Message::Error { error, id } if id.is_none() || id.as_ref() == Some(&number) => {
+                    return Err(Error::Refused {
+                        peer: self.peer().to_owned(),
+                        command: name.to_owned(),
+                        refusal: error,
+                    });
+                }
+                // The answer to a command that was given up.
+                Message::Return { .. } | Message::Error { .. } | Message::Greeting { .. } => {}
+            }
+        }
+    }
+
+    /// Gives a command without arguments and reads its answer into a type.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::command`], or if the answer is of another shape.
+    pub fn query<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, Error> {
+        let value = self.command(name, json!({}))?;
+        T::deserialize(&value).map_err(|source| Error::Strange {
+            peer: self.peer().to_owned(),
+            command: name.to_owned(),
+            answer: value.to_string(),
+            source,
+        })
+    }
+
+    /// The first event, of those that came and were not taken and of those to come, that satisfies `wanted`; earlier
+    /// ones are dropped. `None` when the limit is over.
+    ///
+    /// # Errors
+    ///
+    /// If the connection is gone.
+    pub fn wait_event(
+        &mut self,
+        wanted: impl Fn(&Event) -> bool,
+        limit: Duration,
+    ) -> Result<Option<Event>, Error> {
+        let deadline = Instant::now() + limit;
+        loop {
+            while let Some(event) = self.events.pop_front() {
+                if wanted(&event) {
+                    return Ok(Some(event));
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.receive(left)? {
+                Some(Message::Event(event)) => self.keep(event),
+                Some(_) => {}
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// Forgets the events that have come.
+    pub fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
+    fn keep(&mut self, event: Event) {
+        if self.events.len() >= MAX_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+}
