@@ -34,6 +34,7 @@
 
 mod bitmap;
 mod bits;
+pub mod digest;
 mod region;
 mod runs;
 mod window;

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Hashes of pages, and one digest over all of them that can be kept up to date page by page.
+//!
+//! Both ends of a migration compute the same digest: the sender from the pages as it sent them, the receiver
+//! from its memory files. Layout and arithmetic are part of the stream's format (`docs/stream.md`).
+
+use std::io;
+
+use xxhash_rust::const_xxh3::const_custom_default_secret;
+use xxhash_rust::xxh3::{xxh3_128_with_secret, xxh3_128_with_seed};
+
+use crate::PAGE_SIZE;
+
+static ZEROS: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+
+/// Whether every byte is zero.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    bytes
+        .chunks(ZEROS.len())
+        .all(|chunk| ZEROS.get(..chunk.len()) == Some(chunk))
+}
+
+/// 128 bits that stand for the bytes of one page.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct PageHash(u128);
+
+impl PageHash {
+    /// The hash of a page of zeros, and of no other. Also the default: a table of hashes starts as one of an
+    /// empty memory.
+    pub const ZERO: Self = Self(0);
+}
+
+/// Hashes pages under a seed, which those who choose the pages' bytes must not know: without it they cannot
+/// make two pages of one hash.
+#[derive(Clone)]
+pub struct PageHasher {
+    seed: u64,
+    secret: [u8; 192],
+}
+
+impl std::fmt::Debug for PageHasher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PageHasher").finish_non_exhaustive()
+    }
+}
+
+impl PageHasher {
+    /// A hasher under a seed that is known already: the other end's.
+    pub fn new(seed: u64) -> Self {
+        let secret = const_custom_default_secret(seed);
+        Self { seed, secret }
+    }
+
+    /// A hasher under a seed that nobody can guess.
+    ///
+    /// # Errors
+    ///
+    /// The system has no random numbers yet.
+    pub fn random() -> io::Result<Self> {
+        let mut seed = [0; 8];
+        let got = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())?;
+        if got != seed.len() {
+            return Err(io::Error::other("the system gave too few random bytes"));
+        }
+        Ok(Self::new(u64::from_le_bytes(seed)))
+    }
+
+    /// The seed, for the header of the stream.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The hash of one page.
+    pub fn hash(&self, page: &[u8]) -> PageHash {
+        if is_zero(page) {
+            return PageHash::ZERO;
+        }
+        // No page but the one of zeros may have its hash.
+        PageHash(xxh3_128_with_secret(page, &self.secret).max(1))
+    }
+}
+
+/// A digest over all pages of all blocks.
+///
+/// The sum, wrapping, of each page's hash mixed with its place: so one page can be exchanged without looking
+/// at the others, in any order. Pages of zeros add nothing, and an empty memory's digest is zero.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ContentDigest(u128);
+
+impl ContentDigest {
+    /// The digest of a memory of zeros.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Notes that the page `page` of the block with index `block`, whose hash was `old`, now has `new`.
+    pub fn replace(&mut self, block: usize, page: u64, old: PageHash, new: PageHash) {
+        if old != new {
+            let sum = self.0.wrapping_sub(at_its_place(block, page, old));
+            self.0 = sum.wrapping_add(at_its_place(block, page, new));
+        }
+    }
+
+    /// Adds a page that was zero until now.
+    pub fn add(&mut self, block: usize, page: u64, hash: PageHash) {
+        self.replace(block, page, PageHash::ZERO, hash);
+    }
+
+    /// Joins the digest of other pages to this one's.
+    pub fn join(&mut self, other: Self) {
+        self.0 = self.0.wrapping_add(other.0);
+    }
+
+    /// The digest as a number.
+    pub fn value(self) -> u128 {
+        self.0
+    }
+}
+
+/// What a page adds to the digest: the hash of its hash, its block and its number, each little endian.
+fn at_its_place(block: usize, page: u64, hash: PageHash) -> u128 {
+    if hash == PageHash::ZERO {
+        return 0;
+    }
+    let mut bytes = [0; 32];
+    let block = (block as u64).to_le_bytes();
+    let parts: [&[u8]; 3] = [&hash.0.to_le_bytes(), &block, &page.to_le_bytes()];
+    for (to, from) in bytes.iter_mut().zip(parts.into_iter().flatten()) {
+        *to = *from;
+    }
+    xxh3_128_with_seed(&bytes, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SIZE: usize = PAGE_SIZE as usize;
+
+    fn page(value: u8) -> Vec<u8> {
+        vec![value; SIZE]
+    }
+
+    #[test]
+    fn a_page_of_zeros_adds_nothing_and_any_other_byte_does() {
+        let hasher = PageHasher::random().unwrap();
+        assert_eq!(hasher.hash(&page(0)), PageHash::ZERO);
+        for at in [0, 1, 63, 64, 2048, SIZE - 1] {
+            let mut page = page(0);
+            page[at] = 1;
+            assert!(!is_zero(&page));
+            assert_ne!(hasher.hash(&page), PageHash::ZERO);
+        }
+        let mut digest = ContentDigest::new();
+        digest.add(3, 7, PageHash::ZERO);
+        assert_eq!(digest.value(), 0);
+    }
+
+    #[test]
+    fn the_seed_and_the_place_matter() {
+        let hasher = PageHasher::new(1);
+        let hash = hasher.hash(&page(5));
+        assert_eq!(hash, PageHasher::new(hasher.seed()).hash(&page(5)));
+        assert_ne!(hash, PageHasher::new(2).hash(&page(5)));
+        let digest = |block, page| {
+            let mut digest = ContentDigest::new();
+            digest.add(block, page, hash);
+            digest.value()
+        };
+        let all = [digest(0, 0), digest(0, 1), digest(1, 0), digest(1, 1)];
+        for (index, one) in all.iter().enumerate() {
+            assert_eq!(all.iter().position(|other| other == one), Some(index));
+        }
+    }
+
+    /// What is written in `docs/stream.md`: another program must come to the same numbers.
+    #[test]
+    fn the_numbers_are_those_of_the_format() {
+        let hash = PageHasher::new(0x0123_4567_89ab_cdef).hash(&page(0xa5));
+        let plain = xxh3_128_with_seed(&page(0xa5), 0x0123_4567_89ab_cdef);
+        assert_eq!(hash, PageHash(plain));
+        let mut digest = ContentDigest::new();
+        digest.add(1, 2, hash);
+        let mut bytes = plain.to_le_bytes().to_vec();
+        bytes.extend(1u64.to_le_bytes());
+        bytes.extend(2u64.to_le_bytes());
+        assert_eq!(digest.value(), xxh3_128_with_seed(&bytes, 0));
+    }
+
+    proptest! {
+        #[test]
+        fn kept_page_by_page_it_is_the_one_of_the_whole(
+            writes in prop::collection::vec((0usize..2, 0u64..6, 0u8..4), 0..60),
+        ) {
+            let hasher = PageHasher::new(9);
+            let mut memory = [[0u8; 6]; 2];
+            let mut kept = ContentDigest::new();
+            for (block, number, value) in writes {
+                let byte = &mut memory[block][number as usize];
+                kept.replace(block, number, hasher.hash(&page(*byte)), hasher.hash(&page(value)));
+                *byte = value;
+            }
+            let mut halves = [ContentDigest::new(); 2];
+            for (block, bytes) in memory.iter().enumerate() {
+                for (number, byte) in bytes.iter().enumerate() {
+                    halves[block].add(block, number as u64, hasher.hash(&page(*byte)));
+                }
+            }
+            halves[0].join(halves[1]);
+            prop_assert_eq!(kept, halves[0]);
+        }
+    }
+}
