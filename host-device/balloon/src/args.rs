@@ -99,6 +99,13 @@ pub struct Args {
     #[arg(long)]
     pub every_notification: bool,
 
+    /// Go on from the state in this file, which `save-device-state` wrote: for the destination of a migration.
+    ///
+    /// The balloon's size, the poison value and the next hint id are what they were. The other options have to be those
+    /// of the daemon that saved it, or offer more.
+    #[arg(long, value_name = "FILE")]
+    pub device_state: Option<PathBuf>,
+
     /// Wait for the next VMM when one has gone.
     #[arg(long)]
     pub persistent: bool,

@@ -38,6 +38,7 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
         socket_path: args.socket_path,
         qmp_socket: args.qmp_socket,
         persistent: args.persistent,
+        device_state: args.device_state,
     })?;
     for signal in [SIGTERM, SIGINT] {
         pipe::register(signal, server.stopper()?.into_stream())?;

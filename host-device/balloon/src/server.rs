@@ -13,6 +13,7 @@ use shared_abi::features::Features;
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
+use crate::device::saved::{SavedState, SavedStateError};
 use crate::device::Device;
 use crate::events::Events;
 use crate::qmp::{Operators, Target};
@@ -33,6 +34,8 @@ pub struct Options {
     pub suppression: Suppression,
     /// Whether to wait for the next front end when one has gone.
     pub persistent: bool,
+    /// The file with the saved state to go on from.
+    pub device_state: Option<PathBuf>,
 }
 
 /// Why the program cannot go on.
@@ -41,6 +44,9 @@ pub enum ServerError {
     /// A socket cannot be listened at.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// There is no going on from the saved state.
+    #[error(transparent)]
+    SavedState(#[from] SavedStateError),
     /// The front end broke the protocol.
     #[error("{0}")]
     FrontEnd(String),
@@ -104,8 +110,15 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// If one is in use, or the host refuses.
+    /// If one is in use, the host refuses, or there is no going on from the saved state.
     pub fn bind(options: Options) -> Result<Self, ServerError> {
+        let events = Arc::new(Events::default());
+        let mut device =
+            Device::new(options.features, events.clone()).with_suppression(options.suppression);
+        if let Some(path) = &options.device_state {
+            device.resume(&SavedState::read(path)?)?;
+        }
+        let device = Arc::new(Mutex::new(device));
         let front_ends = Listening::bind(&options.socket_path)?;
         let operators_socket = options
             .qmp_socket
@@ -115,10 +128,6 @@ impl Server {
         let wake = UnixStream::pair()?;
         wake.0.set_nonblocking(true)?;
         wake.1.set_nonblocking(true)?;
-        let events = Arc::new(Events::default());
-        let device = Arc::new(Mutex::new(
-            Device::new(options.features, events.clone()).with_suppression(options.suppression),
-        ));
         let stopper = Stopper(wake.1.try_clone()?);
         let operators = Operators::new(Target {
             device: device.clone(),

@@ -7,77 +7,19 @@ mod common;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::program::Program;
 use common::{Operator, Vmm};
-use rustix::process::{kill_process, Pid, Signal};
+use rustix::process::Signal;
 use serde_json::json;
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
 
 const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
-
-/// The program, with its sockets in a directory of its own. Killed if the test fails before its end.
-struct Program {
-    child: Option<Child>,
-    socket: PathBuf,
-    qmp: PathBuf,
-}
-
-impl Program {
-    fn start(directory: &Path, arguments: &[&str]) -> Self {
-        let (socket, qmp) = (directory.join("vhost"), directory.join("qmp"));
-        let child = Command::new(env!("CARGO_BIN_EXE_vhost-device-balloon"))
-            .args(["--socket-path".as_ref(), socket.as_os_str()])
-            .args(["--qmp-socket".as_ref(), qmp.as_os_str()])
-            .args(arguments)
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        Self {
-            child: Some(child),
-            socket,
-            qmp,
-        }
-    }
-
-    /// Waits until it listens.
-    fn ready(self) -> Self {
-        let limit = Instant::now() + Duration::from_secs(10);
-        while std::os::unix::net::UnixStream::connect(&self.qmp).is_err() {
-            assert!(Instant::now() < limit, "it does not listen");
-            thread::sleep(Duration::from_millis(5));
-        }
-        self
-    }
-
-    fn id(&self) -> u32 {
-        self.child.as_ref().unwrap().id()
-    }
-
-    fn signal(&self, signal: Signal) {
-        let id = Pid::from_raw(i32::try_from(self.id()).unwrap()).unwrap();
-        kill_process(id, signal).unwrap();
-    }
-
-    fn finish(mut self) -> (Output, String) {
-        let output = self.child.take().unwrap().wait_with_output().unwrap();
-        let log = String::from_utf8_lossy(&output.stderr).into_owned();
-        (output, log)
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
 
 fn empty(directory: &Path) -> bool {
     directory.read_dir().unwrap().next().is_none()
@@ -217,6 +159,93 @@ fn r17_the_log_says_once_why_nothing_is_discarded() {
         let (output, log) = program.finish();
         assert!(output.status.success(), "{log}");
         assert_eq!(log.matches("is not discarded").count(), said, "{log}");
+    }
+}
+
+#[test]
+fn r9_a_fresh_program_goes_on_from_the_state_of_another() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("state.json");
+    let features = HINT | Features::PAGE_POISON;
+    let options = ["--free-page-hint", "--page-poison"];
+    fs::write(&file, "the state of yesterday").unwrap();
+
+    let here = tempfile::tempdir().unwrap();
+    let program = Program::start(here.path(), &options).ready();
+    let mut vmm = Vmm::connect(&program.socket);
+    vmm.start_driver(features);
+    vmm.write_config(12, &0xaaaa_aaaau32.to_le_bytes());
+    let mut operator = Operator::connect(&program.qmp);
+    operator.until_running();
+    let id = operator.run("free-page-hint-start")["id"].as_u64().unwrap();
+    operator.run("free-page-hint-done");
+    let nowhere = directory.path().join("no/state.json");
+    let (_, why) = operator.fail("save-device-state", &json!({ "filename": nowhere }));
+    assert!(why.contains("no/state.json: No such file"), "{why}");
+    let answer = operator.execute("save-device-state", &json!({ "filename": file }));
+    assert!(answer.get("return").is_some(), "{answer}");
+    let shown = operator.run("query-device-state");
+    let written: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    assert_eq!(shown, written);
+    assert_eq!(directory.path().read_dir().unwrap().count(), 1);
+    drop(vmm);
+    program.finish();
+
+    let there = tempfile::tempdir().unwrap();
+    let state = ["--device-state", file.to_str().unwrap()];
+    let program = Program::start(there.path(), &[&options[..], &state].concat()).ready();
+    let mut operator = Operator::connect(&program.qmp);
+    assert_eq!(operator.run("query-device-state"), written);
+    let mut vmm = Vmm::connect(&program.socket);
+    vmm.start_driver(features);
+    assert_eq!(vmm.config(16)[12..], 0xaaaa_aaaau32.to_le_bytes());
+    operator.until_running();
+    assert_eq!(operator.run("free-page-hint-start")["id"], id + 1);
+    drop(vmm);
+    assert!(program.finish().0.status.success());
+}
+
+#[test]
+fn r9_a_bad_file_is_an_error_that_names_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let good = json!({
+        "device": "virtio-balloon", "version": 1, "negotiated-features": null, "num-pages": 0,
+        "actual": 0, "poison-val": 0, "command-id": 0, "next-hint-id": 0x8000_0000u32,
+    });
+    let with = |key: &str, value: serde_json::Value| {
+        let mut state = good.clone();
+        state[key] = value;
+        state.to_string()
+    };
+    let cases = [
+        (String::new(), "is not a saved device state: EOF"),
+        (
+            good.to_string()[..60].to_owned(),
+            "is not a saved device state: EOF",
+        ),
+        ("x".repeat(70_000), "longer than 65536 bytes"),
+        (with("version", json!(2)), "has version 2"),
+        (with("device", json!("toaster")), "of a 'toaster'"),
+        (
+            with("poison-val", json!(-1)),
+            "is not a saved device state: invalid value",
+        ),
+        (with("wings", json!(2)), "unknown field `wings`"),
+        (with("next-hint-id", json!(1)), "next hint id 0x1"),
+        (
+            with("negotiated-features", json!(["page-poison"])),
+            "uses page-poison",
+        ),
+    ];
+    for (text, word) in cases {
+        let file = directory.path().join("state");
+        fs::write(&file, &text).unwrap();
+        let here = tempfile::tempdir().unwrap();
+        let state = ["--device-state", file.to_str().unwrap()];
+        let (output, log) = Program::start(here.path(), &state).finish();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(log.contains(word), "{text}: {log}");
+        assert!(empty(here.path()));
     }
 }
 

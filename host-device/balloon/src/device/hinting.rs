@@ -163,6 +163,24 @@ pub struct Hinting {
 }
 
 impl Hinting {
+    /// Hinting that goes on after another device's: the next round gets the id `next`, and with `over` the driver is
+    /// shown that no earlier one is of use any more.
+    pub fn resumed(next: HintId, over: bool) -> Self {
+        let mut hinting = Self {
+            state: State::with_next_id(next),
+            ..Self::default()
+        };
+        if over {
+            hinting.step(Event::Done);
+        }
+        hinting
+    }
+
+    /// The id that the next round gets.
+    pub fn next_id(&self) -> HintId {
+        self.state.next_id()
+    }
+
     /// The command id for config space.
     pub fn command(&self) -> CommandId {
         self.state.command()

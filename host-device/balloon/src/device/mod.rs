@@ -12,6 +12,7 @@ mod operator;
 pub mod pages;
 mod queues;
 pub mod request;
+pub mod saved;
 pub mod stats;
 #[cfg(test)]
 mod tests;

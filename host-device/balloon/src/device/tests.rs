@@ -57,10 +57,12 @@ struct Guest {
 
 impl Guest {
     fn new(offered: Features, accepted: Features) -> Self {
-        let events = Arc::new(Events::default());
+        Self::with_device(Device::new(offered, Arc::default()), accepted)
+    }
+
+    fn with_device(mut device: Device, accepted: Features) -> Self {
         let (lines, received) = sync_channel(1000);
-        let listening = events.listen(lines);
-        let mut device = Device::new(offered, events);
+        let listening = device.events.listen(lines);
         let notifier = Arc::new(ConfigNotifier::default());
         let (changes, channel) = UnixStream::pair().unwrap();
         changes.set_nonblocking(true).unwrap();
@@ -671,6 +673,69 @@ fn r17_a_hint_changes_no_page() {
             bytes.iter().all(|byte| *byte == 0x5a),
             "the content of a hinted page is untouched"
         );
+    }
+}
+
+#[test]
+fn r9_the_saved_state_goes_on_in_a_fresh_device() {
+    let mut guest = Guest::new(ALL, ALL);
+    guest.device.set_target(LENGTH).unwrap();
+    guest.device.write_config(4, &7u32.to_le_bytes());
+    guest.device.write_config(12, &0xaaaa_aaaau32.to_le_bytes());
+    let used: Vec<_> = (0..3).map(|_| guest.start_round()).collect();
+    let before = guest.config();
+    // As an operator sees it, and as a file has it.
+    let text = serde_json::to_string(&guest.device.saved_state()).unwrap();
+    let saved: saved::SavedState = serde_json::from_str(&text).unwrap();
+    assert_eq!(saved, guest.device.saved_state());
+
+    let mut device = Device::new(ALL, Arc::default());
+    device.resume(&saved).unwrap();
+    assert_eq!(device.saved_state().clone(), {
+        let value = serde_json::to_value(&saved).unwrap();
+        let mut value = value.as_object().unwrap().clone();
+        value.insert("command-id".into(), 1.into());
+        serde_json::from_value(value.into()).unwrap()
+    });
+    // The driver that goes on: the same features, and nothing written again.
+    device.connected(Arc::default());
+    device.set_features(ALL.bits());
+    let config = Config::from_bytes(device.read_config(0, 16).try_into().unwrap());
+    assert_eq!(
+        (config.num_pages, config.actual, config.poison_val),
+        (before.num_pages, 7, 0xaaaa_aaaa)
+    );
+    // R16: the round is over, and its blocks are the guest's.
+    assert_eq!(config.free_page_hint_cmd_id, 1);
+    // R8: no id comes twice.
+    let mut next = Guest::with_device(device, ALL);
+    assert_eq!(next.device.start_hinting().unwrap(), used[2].successor());
+    // Another driver promises nothing of what this one did.
+    next.start_driver(Features::PAGE_POISON);
+    assert_eq!(next.config().poison_val, 0);
+}
+
+#[test]
+fn r9_a_state_that_cannot_be_is_refused_and_changes_nothing() {
+    let good = serde_json::to_value(Guest::new(ALL, ALL).device.saved_state()).unwrap();
+    for (key, value, word) in [
+        ("next-hint-id", json!(0x7fff_ffff), "0x7fffffff"),
+        ("command-id", json!(2), "0x2, which is reserved"),
+        ("negotiated-features", json!(["stats", "wings"]), "'wings'"),
+        (
+            "negotiated-features",
+            json!(["discard-hinted"]),
+            "uses discard-hinted",
+        ),
+    ] {
+        let mut state = good.clone();
+        state[key] = value;
+        let state: saved::SavedState = serde_json::from_value(state).unwrap();
+        let mut device = Device::new(ALL, Arc::default());
+        let before = device.saved_state();
+        let error = device.resume(&state).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+        assert_eq!(device.saved_state(), before);
     }
 }
 

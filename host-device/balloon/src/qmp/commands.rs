@@ -2,6 +2,7 @@
 
 //! The commands.
 
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
@@ -13,6 +14,7 @@ use thiserror::Error;
 
 use super::Target;
 use crate::device::hinting::HintingError;
+use crate::device::saved::SavedStateError;
 use crate::device::{phase_name, BalloonError, Device, StatsReport};
 use crate::lock;
 
@@ -43,6 +45,9 @@ pub enum CommandError {
     /// See [`HintingError`].
     #[error(transparent)]
     Hinting(#[from] HintingError),
+    /// See [`SavedStateError`].
+    #[error(transparent)]
+    SavedState(#[from] SavedStateError),
     /// The memory files cannot be asked.
     #[error("the guest's memory files cannot be examined: {0}")]
     Memory(std::io::Error),
@@ -67,7 +72,7 @@ const MAX_RANGES: usize = 1 << 16;
 type Command = fn(&Target, Option<&Value>) -> Result<Value, CommandError>;
 
 /// What `query-commands` lists, but for those that the protocol itself serves.
-const COMMANDS: [(&str, Command); 13] = [
+const COMMANDS: [(&str, Command); 15] = [
     ("balloon", balloon),
     ("query-balloon", query_balloon),
     ("query-commands", query_commands),
@@ -80,6 +85,8 @@ const COMMANDS: [(&str, Command); 13] = [
     ("query-guest-memory", query_guest_memory),
     ("query-virtio-status", query_virtio_status),
     ("query-guest-stats", query_guest_stats),
+    ("query-device-state", query_device_state),
+    ("save-device-state", save_device_state),
     ("query-version", query_version),
 ];
 
@@ -284,6 +291,25 @@ fn query_virtio_status(target: &Target, arguments: Option<&Value>) -> Result<Val
         "errors": status.errors,
         "last-error": status.last_error,
     }))
+}
+
+fn query_device_state(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    no_arguments(arguments)?;
+    let state = lock(&target.device).saved_state();
+    Ok(serde_json::to_value(state)?)
+}
+
+fn save_device_state(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        filename: PathBuf,
+    }
+    let Arguments { filename } = parse(arguments)?;
+    // Not under the device's lock: a file may take its time.
+    let state = lock(&target.device).saved_state();
+    state.write(&filename)?;
+    Ok(json!({}))
 }
 
 /// Asks the guest, and waits a little for its answer. Without one the last statistics are given: their age

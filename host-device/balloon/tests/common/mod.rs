@@ -4,6 +4,8 @@
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+pub mod program;
+
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -50,6 +52,7 @@ impl Running {
             features,
             suppression,
             persistent,
+            device_state: None,
         })
         .unwrap();
         Self {
