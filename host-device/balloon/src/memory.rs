@@ -7,10 +7,12 @@
 //! reading a hole through a mapping would fill it.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 
-use migration::{Region, RegionError, Regions};
+use migration::{Block, Layout, LayoutError, Memory, MemoryError, Region, PAGE_SIZE};
 use rustix::fs::{fallocate, fstat, fstatfs, seek, FallocateFlags, SeekFrom};
 use thiserror::Error;
 use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -40,6 +42,31 @@ pub enum ReleaseError {
         /// Bytes.
         length: u64,
         /// What the host says.
+        source: io::Error,
+    },
+}
+
+/// Why guest memory cannot be migrated, or its pages not be tracked.
+#[derive(Debug, Error)]
+pub enum LayoutFailure {
+    /// It is not what a migration can work with.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Its files are not what a migration can work with.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Some of it is not shared as a file.
+    #[error("the guest memory at {start:#x} is not a file: give the VMM shared memory, such as QEMU's memory-backend-memfd with share=on")]
+    NoFile {
+        /// Guest physical address.
+        start: u64,
+    },
+    /// The system refused.
+    #[error("the file of the guest memory at {start:#x} cannot be examined: {source}")]
+    Io {
+        /// Guest physical address.
+        start: u64,
+        /// Why.
         source: io::Error,
     },
 }
@@ -91,18 +118,64 @@ impl Ram {
         self.regions.iter().map(|region| region.length).sum()
     }
 
-    /// The regions as the migration side knows them.
+    /// Where it lies, as the migration side knows it: each memory file is a block, named `ram0` and so on in the order of the
+    /// guest physical addresses that show them. Memory without a file is a block by itself.
     ///
     /// # Errors
     ///
-    /// If they are not made of whole pages.
-    pub fn regions(&self) -> Result<Regions, RegionError> {
-        let regions: Result<Vec<_>, _> = self
-            .regions
-            .iter()
-            .map(|region| Region::new(region.start, region.length))
-            .collect();
-        Regions::new(regions?)
+    /// If it is not made of whole pages, or a file cannot be examined.
+    pub fn layout(&self) -> Result<Layout, LayoutFailure> {
+        Ok(self.blocks()?.0)
+    }
+
+    /// Guest memory as the migration side reads it.
+    ///
+    /// # Errors
+    ///
+    /// If part of it has no file, and as [`Ram::layout`].
+    pub fn memory(&self) -> Result<Memory, LayoutFailure> {
+        let (layout, files) = self.blocks()?;
+        let files = files
+            .into_iter()
+            .map(|(start, file)| {
+                let file = file.ok_or(LayoutFailure::NoFile { start })?;
+                file.try_clone()
+                    .map_err(|source| LayoutFailure::Io { start, source })
+            })
+            .collect::<Result<Vec<File>, _>>()?;
+        Ok(Memory::new(Arc::new(layout), files)?)
+    }
+
+    /// The layout, and the file of each block with the guest physical address that it first shows at.
+    #[allow(clippy::type_complexity)]
+    fn blocks(&self) -> Result<(Layout, Vec<(u64, Option<&File>)>), LayoutFailure> {
+        let (mut blocks, mut regions) = (Vec::new(), Vec::new());
+        let mut files: Vec<(u64, Option<&File>)> = Vec::new();
+        let mut known: Vec<Option<(u64, u64)>> = Vec::new();
+        for region in &self.regions {
+            let start = region.start;
+            let io = |source: io::Error| LayoutFailure::Io { start, source };
+            let file = region.file.as_ref().map(FileOffset::file);
+            let stat = file.map(fstat).transpose().map_err(|it| io(it.into()))?;
+            let inode = stat.map(|stat| (stat.st_dev, stat.st_ino));
+            let found = known.iter().position(|it| inode.is_some() && *it == inode);
+            let index = match found {
+                Some(index) => index,
+                None => {
+                    let bytes = stat.map_or(region.length, |stat| {
+                        let bytes = u64::try_from(stat.st_size).unwrap_or(0);
+                        bytes / PAGE_SIZE * PAGE_SIZE
+                    });
+                    blocks.push(Block::new(&format!("ram{}", blocks.len()), bytes)?);
+                    files.push((start, file));
+                    known.push(inode);
+                    known.len() - 1
+                }
+            };
+            let offset = region.file.as_ref().map_or(0, FileOffset::start);
+            regions.push(Region::new(start, region.length)?.showing(index, offset));
+        }
+        Ok((Layout::new(blocks, regions)?, files))
     }
 
     /// The number of regions.
@@ -357,6 +430,33 @@ pub(crate) mod tests {
             (byte(0x40_0fff), byte(0x40_1000), byte(0x40_2000)),
             (0x5a, 0, 0x5a)
         );
+    }
+
+    #[test]
+    fn a_block_is_a_file_with_all_that_is_in_it() {
+        // Two regions of one file in another order, with a gap between them that the guest does not see.
+        let memory = guest(&[(0x1000, 0x4000, 0x6000), (0x8000, 0x4000, 0)]);
+        let layout = Ram::new(&memory).memory().unwrap().layout().clone();
+        let blocks: Vec<_> = layout
+            .blocks()
+            .iter()
+            .map(|it| (it.name(), it.length()))
+            .collect();
+        assert_eq!(blocks, [("ram0", 0xa000)]);
+        let shown = |index: usize| {
+            let region = layout.regions()[index];
+            (region.start(), region.block(), region.offset())
+        };
+        assert_eq!((shown(0), shown(1)), ((0x1000, 0, 0x6000), (0x8000, 0, 0)));
+    }
+
+    #[test]
+    fn memory_without_a_file_can_be_tracked_but_not_migrated() {
+        let ranges = [(GuestAddress(0), 0x1000), (GuestAddress(0x8000), 0x2000)];
+        let ram = Ram::new(&GuestMemoryMmap::from_ranges(&ranges).unwrap());
+        assert_eq!(ram.layout().unwrap().pages(), 3);
+        let error = ram.memory().unwrap_err().to_string();
+        assert!(error.contains("share=on"), "{error}");
     }
 
     #[test]

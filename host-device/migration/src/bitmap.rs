@@ -1,12 +1,47 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One bit for each page that is still to be sent.
+//! Which pages are still to be sent, and which were sent.
 
-use std::ops::Range;
+use std::sync::Arc;
 
-use crate::bits::Bits;
-use crate::runs::Runs;
-use crate::{Region, RegionError, Regions};
+use crate::bits::{self, Bits};
+use crate::runs::{Run, Runs};
+use crate::{Layout, LayoutError, Region};
+
+/// What is asked of a page.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Kind {
+    /// Whether it is still to be sent.
+    Dirty,
+    /// Whether it need not be sent (any more).
+    Clean,
+    /// Whether it need not be sent and was not.
+    Skipped,
+}
+
+/// The bits of one block.
+#[derive(Debug)]
+pub(crate) struct BlockBits {
+    /// Set for a page that is still to be sent.
+    dirty: Bits,
+    /// Set for a page that was taken to be sent since it was last marked dirty.
+    taken: Bits,
+}
+
+impl BlockBits {
+    pub(crate) fn pages(&self) -> u64 {
+        self.dirty.len()
+    }
+
+    /// The first page at or after `from` for which `kind` is `holds`, or the number of pages.
+    pub(crate) fn find(&self, kind: Kind, from: u64, holds: bool) -> u64 {
+        match kind {
+            Kind::Dirty => self.dirty.find(from, holds),
+            Kind::Clean => self.dirty.find(from, !holds),
+            Kind::Skipped => bits::find_in_neither(&self.dirty, &self.taken, from, holds),
+        }
+    }
+}
 
 /// The dirty bits of all guest memory.
 ///
@@ -18,72 +53,120 @@ use crate::{Region, RegionError, Regions};
 /// means that nothing is left.
 #[derive(Debug)]
 pub struct DirtyBitmap {
-    regions: Box<[(Region, Bits)]>,
+    layout: Arc<Layout>,
+    blocks: Box<[BlockBits]>,
 }
 
 impl DirtyBitmap {
-    pub(crate) fn new(regions: &Regions) -> Result<Self, RegionError> {
-        let regions = regions
+    pub(crate) fn new(layout: &Arc<Layout>) -> Result<Self, LayoutError> {
+        let blocks = layout
+            .blocks()
             .iter()
-            .map(|region| {
-                let bits = Bits::new(region.pages()).ok_or(RegionError::TooLarge {
-                    start: region.start(),
-                    length: region.length(),
-                })?;
-                Ok((*region, bits))
+            .map(|block| {
+                let bits = || {
+                    Bits::new(block.pages()).ok_or_else(|| LayoutError::TooLarge {
+                        name: block.name().to_owned(),
+                        length: block.length(),
+                    })
+                };
+                Ok(BlockBits {
+                    dirty: bits()?,
+                    taken: bits()?,
+                })
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self { regions })
+        Ok(Self {
+            layout: layout.clone(),
+            blocks,
+        })
+    }
+
+    /// Where the pages lie.
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
     }
 
     /// The number of pages of guest memory.
     pub fn pages(&self) -> u64 {
-        self.regions.iter().map(|(_, bits)| bits.len()).sum()
+        self.blocks.iter().map(BlockBits::pages).sum()
     }
 
     /// The number of pages that are still to be sent.
     pub fn dirty_pages(&self) -> u64 {
-        self.regions.iter().map(|(_, bits)| bits.count()).sum()
+        self.blocks.iter().map(|block| block.dirty.count()).sum()
     }
 
-    /// Clears the bits of `pages` pages from the guest physical address `start` on, and returns how many of
-    /// them were set. Pages outside guest memory have no bit.
+    /// The number of pages that need not be sent and were not, since they were last marked dirty: what hints have
+    /// spared. The destination has zeros there, or older bytes.
+    pub fn skipped_pages(&self) -> u64 {
+        let taken: u64 = self.blocks.iter().map(|block| block.taken.count()).sum();
+        self.pages()
+            .saturating_sub(self.dirty_pages())
+            .saturating_sub(taken)
+    }
+
+    /// Clears the bits of the pages `run`, and returns how many of them were set. Pages that no block has have no bit.
     ///
     /// The bit goes before the page is read: a write that comes between the two is seen by the next sync.
-    pub fn take(&self, start: u64, pages: u64) -> u64 {
-        let bytes = start..start.saturating_add(pages.saturating_mul(crate::PAGE_SIZE));
-        self.over(&bytes)
-            .map(|(region, bits)| bits.clear(region.pages_within(&bytes)))
-            .sum()
+    pub fn take(&self, run: Run) -> u64 {
+        self.blocks.get(run.block).map_or(0, |block| {
+            block.dirty.move_to(&block.taken, run.first..run.end())
+        })
     }
 
-    /// The runs of pages that are still to be sent, by ascending address.
+    /// The first run of pages that are still to be sent at or after the page `page` of the block `block`, of at most
+    /// `most` pages.
+    pub fn next_dirty(&self, block: usize, page: u64, most: u64) -> Option<Run> {
+        let run = Runs::from(&self.blocks, Kind::Dirty, block, page).next()?;
+        run.pieces(most).next()
+    }
+
+    /// The runs of pages that are still to be sent, by ascending block and page.
     ///
-    /// A run does not cross the border of a region. Clear words are skipped a word at a time.
+    /// Clear words are skipped a word at a time.
     pub fn dirty_runs(&self) -> Runs<'_> {
-        Runs::new(&self.regions, true)
+        Runs::new(&self.blocks, Kind::Dirty)
     }
 
-    /// The runs of pages that need not be sent, by ascending address.
+    /// The runs of pages that need not be sent (any more), by ascending block and page.
     pub fn clean_runs(&self) -> Runs<'_> {
-        Runs::new(&self.regions, false)
+        Runs::new(&self.blocks, Kind::Clean)
+    }
+
+    /// The runs of pages that [`DirtyBitmap::skipped_pages`] counts, by ascending block and page.
+    pub fn skipped_runs(&self) -> Runs<'_> {
+        Runs::new(&self.blocks, Kind::Skipped)
+    }
+
+    /// Those of [`DirtyBitmap::skipped_runs`] that `region` shows.
+    pub fn skipped_in(&self, region: &Region) -> Runs<'_> {
+        let pages = region.block_pages();
+        Runs::within(&self.blocks, Kind::Skipped, region.block(), pages)
     }
 
     pub(crate) fn set_all(&self) {
-        for (_, bits) in &self.regions {
-            bits.set(0..bits.len());
+        for (index, block) in self.blocks.iter().enumerate() {
+            let run = Run {
+                block: index,
+                first: 0,
+                pages: block.pages(),
+            };
+            self.mark(run);
         }
     }
 
-    /// The regions that share a byte with `bytes`.
-    pub(crate) fn over(&self, bytes: &Range<u64>) -> impl Iterator<Item = &(Region, Bits)> {
-        let first = self
-            .regions
-            .partition_point(|(region, _)| region.end() <= bytes.start);
-        let end = bytes.end;
-        self.regions
-            .iter()
-            .skip(first)
-            .take_while(move |(region, _)| region.start() < end)
+    /// Marks pages dirty, and returns how many were not.
+    pub(crate) fn mark(&self, run: Run) -> u64 {
+        self.blocks.get(run.block).map_or(0, |block| {
+            block.taken.clear(run.first..run.end());
+            block.dirty.set(run.first..run.end())
+        })
+    }
+
+    /// Clears the dirty bits of pages that are not to be sent, and returns how many were set.
+    pub(crate) fn skip(&self, block: usize, pages: std::ops::Range<u64>) -> u64 {
+        self.blocks
+            .get(block)
+            .map_or(0, |block| block.dirty.clear(pages))
     }
 }

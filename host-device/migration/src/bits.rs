@@ -72,20 +72,37 @@ impl Bits {
         cleared
     }
 
+    /// Clears the bits in `range` here, and sets those of them that were set in `other`, which is as long and has them
+    /// clear. Returns how many they are.
+    pub(crate) fn move_to(&self, other: &Self, range: Range<u64>) -> u64 {
+        let range = self.clamp(range);
+        let total = range.end - range.start;
+        other.count.fetch_add(total, Ordering::AcqRel);
+        let moved: u64 = self
+            .masks(range.clone())
+            .zip(other.masks(range))
+            .map(|((from, mask), (to, _))| {
+                let moved = from.fetch_and(!mask, Ordering::AcqRel) & mask;
+                if moved != 0 {
+                    to.fetch_or(moved, Ordering::AcqRel);
+                }
+                u64::from(moved.count_ones())
+            })
+            .sum();
+        other.count.fetch_sub(total - moved, Ordering::AcqRel);
+        self.count.fetch_sub(moved, Ordering::AcqRel);
+        moved
+    }
+
     /// The next bit at or after `from` that is `set`, or `len` if there is none.
     pub(crate) fn find(&self, from: u64, set: bool) -> u64 {
         let flip = if set { 0 } else { u64::MAX };
-        let skip = usize::try_from(from / BITS).unwrap_or(usize::MAX);
-        let mut mask = u64::MAX << (from % BITS);
-        for (index, word) in self.words.iter().enumerate().skip(skip) {
-            let found = (word.load(Ordering::Acquire) ^ flip) & mask;
-            if found != 0 {
-                let bit = index as u64 * BITS + u64::from(found.trailing_zeros());
-                return bit.min(self.len);
-            }
-            mask = u64::MAX;
-        }
-        self.len
+        let words = self.words.iter();
+        find(
+            words.map(|word| word.load(Ordering::Acquire) ^ flip),
+            from,
+            self.len,
+        )
     }
 
     fn clamp(&self, range: Range<u64>) -> Range<u64> {
@@ -110,6 +127,33 @@ impl Bits {
             })
             .filter(|(_, mask)| *mask != 0)
     }
+}
+
+/// The next bit at or after `from` that is set in neither `a` nor `b`, which are as long as each other; or, with `holds` false,
+/// one that is set in either. The length if there is none.
+pub(crate) fn find_in_neither(a: &Bits, b: &Bits, from: u64, holds: bool) -> u64 {
+    let flip = if holds { u64::MAX } else { 0 };
+    let words = a.words.iter().zip(&b.words).map(|(a, b)| {
+        // A bit that is just moving from `a` to `b` may be seen in neither: exact at rest only, as the counts are.
+        let a = a.load(Ordering::Acquire);
+        (a | b.load(Ordering::Acquire)) ^ flip
+    });
+    find(words, from, a.len)
+}
+
+/// The next bit at or after `from` that is set in `words`, or `len` if there is none.
+fn find(words: impl Iterator<Item = u64>, from: u64, len: u64) -> u64 {
+    let skip = usize::try_from(from / BITS).unwrap_or(usize::MAX);
+    let mut mask = u64::MAX << (from % BITS);
+    for (index, word) in words.enumerate().skip(skip) {
+        let found = word & mask;
+        if found != 0 {
+            let bit = index as u64 * BITS + u64::from(found.trailing_zeros());
+            return bit.min(len);
+        }
+        mask = u64::MAX;
+    }
+    len
 }
 
 #[cfg(test)]

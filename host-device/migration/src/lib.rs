@@ -6,17 +6,20 @@
 //! range of guest memory holds nothing worth sending, and clears its bits. This crate owns both, and knows
 //! neither who gives the hints nor how: a balloon is one source of them.
 //!
-//! - [`Regions`] says where guest memory lies.
+//! - [`Layout`] says where guest memory lies: in named blocks, which a migration moves, and in regions, through which
+//!   the guest addresses them. [`Memory`] are the files of these blocks.
 //! - [`DirtyBitmap`] is the bits, shared by whoever sends pages and whoever asks how much is left.
 //! - [`SyncPhase`] and [`HintWindow`] are the two states of a migration round, each owning the right to do
 //!   what only that state allows: bits are set in a `SyncPhase`, hints are taken in a `HintWindow`, and each
 //!   is consumed to make the other. A hint that comes too late has no value to be given to.
+//! - [`HintSource`] is who asks the guest for hints, [`track::DirtyTracker`] is who knows what the guest has written, and
+//!   [`machine::Machine`] is who can pause it.
 //!
 //! ```
-//! use migration::{Region, Regions, SyncPhase, PAGE_SIZE};
+//! use migration::{Layout, Region, SyncPhase, PAGE_SIZE};
 //!
-//! let regions = Regions::new([Region::new(0x10_0000, 64 * PAGE_SIZE)?])?;
-//! let sync = SyncPhase::new(&regions)?;
+//! let layout = Layout::of_regions([Region::new(0x10_0000, 64 * PAGE_SIZE)?])?;
+//! let sync = SyncPhase::new(&layout.into())?;
 //! sync.set_all();
 //!
 //! let window = sync.finish();
@@ -34,13 +37,22 @@
 
 mod bitmap;
 mod bits;
+mod cancel;
 pub mod digest;
-mod region;
+mod hints;
+mod layout;
+pub mod machine;
+mod memory;
 mod runs;
+pub mod status;
+pub mod track;
 mod window;
 
 pub use bitmap::DirtyBitmap;
-pub use region::{Region, RegionError, Regions};
+pub use cancel::Cancel;
+pub use hints::{HintSource, HintSourceError, Waited};
+pub use layout::{Block, Layout, LayoutError, Region, MAX_NAME};
+pub use memory::{Memory, MemoryError};
 pub use runs::{Run, Runs};
 pub use window::{HintError, HintWindow, Hinted, SyncPhase};
 

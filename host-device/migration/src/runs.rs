@@ -2,22 +2,49 @@
 
 //! Neighbouring pages in the same state.
 
-use crate::bits::Bits;
-use crate::{Region, PAGE_SIZE};
+use std::ops::Range;
 
-/// Neighbouring pages of one region.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+use crate::bitmap::{BlockBits, Kind};
+use crate::PAGE_SIZE;
+
+/// Neighbouring pages of one block.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Run {
-    /// Guest physical address of the first page.
-    pub start: u64,
+    /// The index of the block.
+    pub block: usize,
+    /// The first page, counted from the start of the block.
+    pub first: u64,
     /// The number of pages, at least one.
     pub pages: u64,
 }
 
 impl Run {
+    /// How many bytes of the block come before the first page.
+    pub const fn offset(&self) -> u64 {
+        self.first.saturating_mul(PAGE_SIZE)
+    }
+
     /// The number of bytes.
     pub const fn length(&self) -> u64 {
-        self.pages * PAGE_SIZE
+        self.pages.saturating_mul(PAGE_SIZE)
+    }
+
+    /// The page after the last.
+    pub const fn end(&self) -> u64 {
+        self.first.saturating_add(self.pages)
+    }
+
+    /// The same pages in pieces of at most `pages`, which is taken as 1 if it is 0.
+    pub fn pieces(self, pages: u64) -> impl Iterator<Item = Self> {
+        let most = pages.max(1);
+        let end = self.end();
+        std::iter::successors(Some(self.first), move |at| at.checked_add(most))
+            .take_while(move |at| *at < end)
+            .map(move |first| Self {
+                block: self.block,
+                first,
+                pages: most.min(end - first),
+            })
     }
 }
 
@@ -27,17 +54,43 @@ impl Run {
 /// does not.
 #[derive(Clone, Debug)]
 pub struct Runs<'a> {
-    regions: &'a [(Region, Bits)],
+    blocks: &'a [BlockBits],
+    kind: Kind,
+    block: usize,
     page: u64,
-    set: bool,
+    /// Where it stops, if before the end of the block: then other blocks do not count.
+    end: Option<u64>,
 }
 
 impl<'a> Runs<'a> {
-    pub(crate) fn new(regions: &'a [(Region, Bits)], set: bool) -> Self {
+    pub(crate) fn new(blocks: &'a [BlockBits], kind: Kind) -> Self {
+        Self::from(blocks, kind, 0, 0)
+    }
+
+    /// From the page `page` of the block `block` on.
+    pub(crate) fn from(blocks: &'a [BlockBits], kind: Kind, block: usize, page: u64) -> Self {
         Self {
-            regions,
-            page: 0,
-            set,
+            blocks,
+            kind,
+            block,
+            page,
+            end: None,
+        }
+    }
+
+    /// Only these pages of the block `block`.
+    pub(crate) fn within(
+        blocks: &'a [BlockBits],
+        kind: Kind,
+        block: usize,
+        pages: Range<u64>,
+    ) -> Self {
+        Self {
+            blocks,
+            kind,
+            block,
+            page: pages.start,
+            end: Some(pages.end),
         }
     }
 }
@@ -46,20 +99,43 @@ impl Iterator for Runs<'_> {
     type Item = Run;
 
     fn next(&mut self) -> Option<Run> {
-        while let Some(((region, bits), rest)) = self.regions.split_first() {
-            let first = bits.find(self.page, self.set);
-            if first < bits.len() {
+        while let Some(bits) = self.blocks.get(self.block) {
+            let limit = self.end.map_or(bits.pages(), |end| end.min(bits.pages()));
+            let first = bits.find(self.kind, self.page, true);
+            if first < limit {
                 // A bit that changed since it was found may make the run empty: it still counts as seen.
-                let end = bits.find(first, !self.set).max(first + 1);
+                let end = bits.find(self.kind, first, false).clamp(first + 1, limit);
                 self.page = end;
                 return Some(Run {
-                    start: region.start() + first * PAGE_SIZE,
+                    block: self.block,
+                    first,
                     pages: end - first,
                 });
             }
-            self.regions = rest;
+            if self.end.is_some() {
+                return None;
+            }
+            self.block += 1;
             self.page = 0;
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_the_run_again() {
+        let run = Run {
+            block: 1,
+            first: 5,
+            pages: 10,
+        };
+        let pieces: Vec<_> = run.pieces(4).map(|it| (it.first, it.pages)).collect();
+        assert_eq!(pieces, [(5, 4), (9, 4), (13, 2)]);
+        assert_eq!(run.pieces(u64::MAX).collect::<Vec<_>>(), [run]);
+        assert_eq!(run.pieces(0).count(), 10);
     }
 }

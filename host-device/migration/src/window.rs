@@ -15,7 +15,8 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::{DirtyBitmap, RegionError, Regions};
+use crate::runs::Run;
+use crate::{DirtyBitmap, Layout, LayoutError};
 
 /// The right to set dirty bits: a round is at a sync, and no hint can be given.
 #[derive(Debug)]
@@ -31,9 +32,9 @@ pub struct SyncPhase {
 /// A hint after the window was closed does not compile:
 ///
 /// ```compile_fail,E0382
-/// # use migration::{Region, Regions, SyncPhase};
-/// # let regions = Regions::new([Region::new(0, 0x10_0000).unwrap()]).unwrap();
-/// let window = SyncPhase::new(&regions).unwrap().finish();
+/// # use migration::{Layout, Region, SyncPhase};
+/// # let layout = Layout::of_regions([Region::new(0, 0x10_0000).unwrap()]).unwrap().into();
+/// let window = SyncPhase::new(&layout).unwrap().finish();
 /// let sync = window.close();
 /// window.hint(0, 0x1000); // the window is gone
 /// ```
@@ -41,18 +42,18 @@ pub struct SyncPhase {
 /// nor does one while a sync is setting bits:
 ///
 /// ```compile_fail,E0599
-/// # use migration::{Region, Regions, SyncPhase};
-/// # let regions = Regions::new([Region::new(0, 0x10_0000).unwrap()]).unwrap();
-/// let sync = SyncPhase::new(&regions).unwrap();
+/// # use migration::{Layout, Region, SyncPhase};
+/// # let layout = Layout::of_regions([Region::new(0, 0x10_0000).unwrap()]).unwrap().into();
+/// let sync = SyncPhase::new(&layout).unwrap();
 /// sync.hint(0, 0x1000);
 /// ```
 ///
 /// nor a sync that starts while another thread is still giving a hint:
 ///
 /// ```compile_fail,E0505
-/// # use migration::{Region, Regions, SyncPhase};
-/// # let regions = Regions::new([Region::new(0, 0x10_0000).unwrap()]).unwrap();
-/// let window = SyncPhase::new(&regions).unwrap().finish();
+/// # use migration::{Layout, Region, SyncPhase};
+/// # let layout = Layout::of_regions([Region::new(0, 0x10_0000).unwrap()]).unwrap().into();
+/// let window = SyncPhase::new(&layout).unwrap().finish();
 /// std::thread::scope(|scope| {
 ///     scope.spawn(|| window.hint(0, 0x1000));
 ///     window.close();
@@ -101,14 +102,14 @@ pub enum HintError {
 }
 
 impl SyncPhase {
-    /// A round over `regions`, at its first sync, with no page dirty.
+    /// A round over the memory that `layout` describes, at its first sync, with no page dirty.
     ///
     /// # Errors
     ///
     /// If there is no memory for the bitmap.
-    pub fn new(regions: &Regions) -> Result<Self, RegionError> {
+    pub fn new(layout: &Arc<Layout>) -> Result<Self, LayoutError> {
         Ok(Self {
-            bitmap: Arc::new(DirtyBitmap::new(regions)?),
+            bitmap: Arc::new(DirtyBitmap::new(layout)?),
         })
     }
 
@@ -120,6 +121,11 @@ impl SyncPhase {
     /// Marks all guest memory.
     pub fn set_all(&self) {
         self.bitmap.set_all();
+    }
+
+    /// Marks the pages `run`, and returns how many were not marked yet. Pages that no block has are none.
+    pub fn mark(&self, run: Run) -> u64 {
+        self.bitmap.mark(run)
     }
 
     /// Marks each page that has a byte among the `length` bytes from the guest physical address `start`, and
@@ -138,9 +144,14 @@ impl SyncPhase {
         let bytes = start..end;
         let mut inside = false;
         let mut marked = 0;
-        for (region, bits) in self.bitmap.over(&bytes) {
+        for region in self.bitmap.layout().over(&bytes) {
             inside = true;
-            marked += bits.set(region.pages_touching(&bytes));
+            let pages = region.pages_touching(&bytes);
+            marked += self.bitmap.mark(Run {
+                block: region.block(),
+                first: pages.start,
+                pages: pages.end - pages.start,
+            });
         }
         if !inside {
             return Err(HintError::Outside { start, length });
@@ -181,11 +192,11 @@ impl HintWindow {
         let bytes = start..end;
         let mut inside = false;
         let mut hinted = Hinted::default();
-        for (region, bits) in self.bitmap.over(&bytes) {
+        for region in self.bitmap.layout().over(&bytes) {
             inside = true;
             let pages = region.pages_within(&bytes);
             hinted.pages += pages.end - pages.start;
-            hinted.cleared += bits.clear(pages);
+            hinted.cleared += self.bitmap.skip(region.block(), pages);
         }
         if !inside {
             return Err(HintError::Outside { start, length });

@@ -4,24 +4,43 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::RwLock;
+use std::sync::{Arc, RwLock};
 
-use migration::{HintError, HintWindow, Region, Regions, SyncPhase, PAGE_SIZE};
+use migration::{Block, HintError, HintWindow, Layout, Region, Run, SyncPhase, PAGE_SIZE};
 use proptest::prelude::*;
 
 /// Page numbers below this are in play; everything above is outside.
 const SPACE: u64 = 400;
 
-/// Regions from alternating gaps and lengths in pages. A gap of none makes regions that touch.
-fn regions() -> impl Strategy<Value = Regions> {
-    prop::collection::vec((0u64..40, 1u64..150), 1..4).prop_map(|pieces| {
-        let mut at = 0;
-        let regions = pieces.into_iter().map(|(gap, pages)| {
+/// Regions from alternating gaps and lengths in pages. A gap of none makes regions that touch. All show one block, each some
+/// pages after the last, and in the other order if `turned`.
+fn layouts() -> impl Strategy<Value = Arc<Layout>> {
+    let pieces = prop::collection::vec((0u64..40, 1u64..150, 0u64..5), 1..4);
+    (pieces, any::<bool>()).prop_map(|(pieces, turned)| {
+        let (mut at, mut offset) = (0, 0);
+        let mut places: Vec<_> = pieces
+            .iter()
+            .map(|(_, pages, hidden)| {
+                let place = offset + hidden;
+                offset = place + pages;
+                place
+            })
+            .collect();
+        let block = Block::new("ram", offset * PAGE_SIZE).unwrap();
+        let end = offset;
+        if turned {
+            for (place, (_, pages, _)) in places.iter_mut().zip(&pieces) {
+                *place = end - *place - pages;
+            }
+        }
+        let regions = pieces.iter().zip(places).map(|((gap, pages, _), place)| {
             let start = at + gap;
             at = start + pages;
-            Region::new(start * PAGE_SIZE, pages * PAGE_SIZE).unwrap()
+            Region::new(start * PAGE_SIZE, pages * PAGE_SIZE)
+                .unwrap()
+                .showing(0, place * PAGE_SIZE)
         });
-        Regions::new(regions).unwrap()
+        Arc::new(Layout::new([block], regions).unwrap())
     })
 }
 
@@ -41,22 +60,34 @@ fn ranges() -> impl Strategy<Value = (u64, u64)> {
     (start, length)
 }
 
-/// Guest memory as a set of page numbers.
-fn pages_of(regions: &Regions) -> BTreeSet<u64> {
-    regions
+/// Guest memory as a set of numbers of guest pages.
+fn pages_of(layout: &Layout) -> BTreeSet<u64> {
+    layout
+        .regions()
         .iter()
         .flat_map(|region| region.start() / PAGE_SIZE..region.end() / PAGE_SIZE)
         .collect()
 }
 
+/// Those of the block's pages `run` that a region shows, as numbers of guest pages.
+fn shown(layout: &Layout, run: Run) -> impl Iterator<Item = u64> + '_ {
+    layout.regions().iter().flat_map(move |region| {
+        let offset = region.offset() / PAGE_SIZE;
+        (run.first..run.end())
+            .filter(move |page| (offset..offset + region.length() / PAGE_SIZE).contains(page))
+            .map(move |page| region.start() / PAGE_SIZE + page - offset)
+    })
+}
+
 /// The dirty pages as the bitmap's runs give them, checked for order and for being as long as can be.
 fn dirty(window: &HintWindow) -> BTreeSet<u64> {
     let mut pages = BTreeSet::new();
+    let mut last = None;
     for run in window.bitmap().dirty_runs() {
         assert!(run.pages > 0);
-        let first = run.start / PAGE_SIZE;
-        assert!(pages.last().is_none_or(|last| *last < first), "runs ascend");
-        pages.extend(first..first + run.pages);
+        assert!(last.is_none_or(|last| last < run.first), "runs ascend");
+        last = Some(run.end());
+        pages.extend(shown(window.bitmap().layout(), run));
     }
     pages
 }
@@ -66,15 +97,16 @@ proptest! {
 
     #[test]
     fn r5_r11_r12_hints_clear_exactly_the_whole_pages_inside(
-        regions in regions(),
+        layout in layouts(),
         clean in prop::collection::vec(ranges(), 0..4),
         hints in prop::collection::vec(ranges(), 1..20),
     ) {
-        let memory = pages_of(&regions);
+        let memory = pages_of(&layout);
         let mut model = memory.clone();
-        let sync = SyncPhase::new(&regions).unwrap();
+        let sync = SyncPhase::new(&layout).unwrap();
         sync.set_all();
-        prop_assert_eq!(sync.bitmap().pages(), memory.len() as u64);
+        let hidden = sync.bitmap().pages() - memory.len() as u64;
+        prop_assert_eq!(sync.bitmap().pages(), layout.pages());
         let window = sync.finish();
 
         for (start, length) in clean.into_iter().chain(hints) {
@@ -96,7 +128,7 @@ proptest! {
                     prop_assert!(!memory.iter().any(touches));
                 }
             }
-            prop_assert_eq!(window.bitmap().dirty_pages(), model.len() as u64);
+            prop_assert_eq!(window.bitmap().dirty_pages(), hidden + model.len() as u64);
             prop_assert_eq!(&dirty(&window), &model);
             let clean: u64 = window.bitmap().clean_runs().map(|run| run.pages).sum();
             prop_assert_eq!(clean, (memory.len() - model.len()) as u64);
@@ -105,12 +137,12 @@ proptest! {
 
     #[test]
     fn r12_a_sync_marks_every_page_that_was_touched(
-        regions in regions(),
+        layout in layouts(),
         writes in prop::collection::vec(ranges(), 1..12),
     ) {
-        let memory = pages_of(&regions);
+        let memory = pages_of(&layout);
         let mut model = BTreeSet::new();
-        let sync = SyncPhase::new(&regions).unwrap();
+        let sync = SyncPhase::new(&layout).unwrap();
         for (start, length) in writes {
             let before = model.len();
             if let Ok(marked) = sync.mark_dirty(start, length) {
@@ -128,8 +160,10 @@ proptest! {
 #[test]
 fn r11_the_first_page_of_a_hint_is_its_start_and_the_count_its_length() {
     // The bug of the first version: the start was computed from the length.
-    let regions = Regions::new([Region::new(0, 1024 * PAGE_SIZE).unwrap()]).unwrap();
-    let sync = SyncPhase::new(&regions).unwrap();
+    let layout = Layout::of_regions([Region::new(0, 1024 * PAGE_SIZE).unwrap()])
+        .unwrap()
+        .into();
+    let sync = SyncPhase::new(&layout).unwrap();
     sync.set_all();
     let window = sync.finish();
     let hinted = window.hint(100 * PAGE_SIZE, 3 * PAGE_SIZE).unwrap();
@@ -137,7 +171,7 @@ fn r11_the_first_page_of_a_hint_is_its_start_and_the_count_its_length() {
     let clean: Vec<_> = window
         .bitmap()
         .clean_runs()
-        .map(|run| (run.start, run.pages))
+        .map(|run| (run.offset(), run.pages))
         .collect();
     assert_eq!(clean, [(100 * PAGE_SIZE, 3)]);
 }
@@ -145,12 +179,13 @@ fn r11_the_first_page_of_a_hint_is_its_start_and_the_count_its_length() {
 #[test]
 fn r5_a_hint_is_never_applied_elsewhere() {
     // A region that starts at an odd address, a hole, a second region.
-    let regions = Regions::new([
+    let layout = Layout::of_regions([
         Region::new(0x3e_f000, 16 * PAGE_SIZE).unwrap(),
         Region::new(0x100_0000, 16 * PAGE_SIZE).unwrap(),
     ])
-    .unwrap();
-    let sync = SyncPhase::new(&regions).unwrap();
+    .unwrap()
+    .into();
+    let sync = SyncPhase::new(&layout).unwrap();
     sync.set_all();
     let window = sync.finish();
 
@@ -177,8 +212,10 @@ fn r5_a_hint_is_never_applied_elsewhere() {
 
 #[test]
 fn r6_closing_the_window_waits_for_hints_under_way() {
-    let regions = Regions::new([Region::new(0, 4096 * PAGE_SIZE).unwrap()]).unwrap();
-    let sync = SyncPhase::new(&regions).unwrap();
+    let layout = Layout::of_regions([Region::new(0, 4096 * PAGE_SIZE).unwrap()])
+        .unwrap()
+        .into();
+    let sync = SyncPhase::new(&layout).unwrap();
     sync.set_all();
     let bitmap = sync.bitmap().clone();
     let window = RwLock::new(Some(sync.finish()));
@@ -213,12 +250,13 @@ fn r6_closing_the_window_waits_for_hints_under_way() {
 #[test]
 fn r12_hints_and_sending_at_once_count_each_page_once() {
     const PAGES: u64 = 100_000;
-    let regions = Regions::new([
+    let layout = Layout::of_regions([
         Region::new(0, PAGES / 2 * PAGE_SIZE).unwrap(),
         Region::new(PAGES * PAGE_SIZE, PAGES / 2 * PAGE_SIZE).unwrap(),
     ])
-    .unwrap();
-    let sync = SyncPhase::new(&regions).unwrap();
+    .unwrap()
+    .into();
+    let sync = SyncPhase::new(&layout).unwrap();
     sync.set_all();
     let window = sync.finish();
     let (sent, hinted) = std::thread::scope(|scope| {
@@ -240,7 +278,7 @@ fn r12_hints_and_sending_at_once_count_each_page_once() {
                     let bitmap = window.bitmap();
                     let mut sent = 0;
                     while let Some(run) = bitmap.dirty_runs().next() {
-                        sent += bitmap.take(run.start, run.pages.min(5));
+                        sent += bitmap.take(run.pieces(5).next().unwrap());
                         assert!(bitmap.dirty_pages() <= PAGES);
                     }
                     sent

@@ -10,15 +10,16 @@
 //! [`KEEPS_HINTED_UNTIL_RETURNED`](shared_abi::features::Features::KEEPS_HINTED_UNTIL_RETURNED): any other driver
 //! may have given a block to somebody else before the device gets to see the hint. See [`Hinting::block_came`].
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration::{DirtyBitmap, HintError, HintWindow, Hinted, RegionError, SyncPhase};
+use migration::{DirtyBitmap, HintError, HintWindow, Hinted, SyncPhase};
 use shared_abi::command::{CommandId, HintId};
 use shared_abi::hinting::device::{Action, Event, Ignored, Phase, State};
 use thiserror::Error;
 
 use super::request::{RequestError, Segment};
-use crate::memory::Ram;
+use crate::memory::{LayoutFailure, Ram};
 
 /// The most bytes that one request discards: what is given back takes time for each page, and the device is locked
 /// meanwhile. Linux hints 4 MiB in a request.
@@ -43,7 +44,7 @@ pub enum HintingError {
     NoDriver,
     /// The front end's memory does not fit a bitmap.
     #[error("guest memory cannot be tracked: {0}")]
-    Memory(#[from] RegionError),
+    Memory(#[from] LayoutFailure),
     /// The driver has answered none of the ids that were issued.
     #[error("no command id is free: the driver has not answered any of the last 2^31")]
     IdsExhausted,
@@ -217,14 +218,19 @@ impl Hinting {
         }
     }
 
-    /// The runs of pages that need not be sent, as (guest physical address, bytes): at most `limit` of those
+    /// The runs of pages that hints have spared, as (guest physical address, bytes): at most `limit` of those
     /// that end after the address `from`.
-    pub fn clean_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
+    pub fn skipped_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
         self.right.as_ref().map_or_else(Vec::new, |right| {
-            right
-                .bitmap()
-                .clean_runs()
-                .map(|run| (run.start, run.length()))
+            let bitmap = right.bitmap();
+            let regions = bitmap.layout().regions().iter();
+            regions
+                .flat_map(|region| {
+                    let start = region.start().wrapping_sub(region.offset());
+                    bitmap
+                        .skipped_in(region)
+                        .map(move |run| (start.wrapping_add(run.offset()), run.length()))
+                })
                 .skip_while(|(start, length)| start.saturating_add(*length) <= from)
                 .take(limit)
                 .collect()
@@ -238,7 +244,7 @@ impl Hinting {
     ///
     /// If the memory cannot be tracked, or no id is free. A round that was under way has ended then.
     pub fn start(&mut self, ram: &Ram) -> Result<Changes, HintingError> {
-        let sync = SyncPhase::new(&ram.regions()?)?;
+        let sync = SyncPhase::new(&Arc::new(ram.layout()?)).map_err(LayoutFailure::from)?;
         sync.set_all();
         self.right = Some(Right::Sync(sync));
         self.issue(Event::Start)

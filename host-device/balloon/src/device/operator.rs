@@ -106,7 +106,7 @@ impl Device {
     /// The runs of pages that hints have spared, as (guest physical address, bytes): at most `limit` of those
     /// that end after the address `from`. How many there are is the guest's to say; hence the limit.
     pub fn hinted_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
-        self.hinting.clean_ranges(from, limit)
+        self.hinting.skipped_ranges(from, limit)
     }
 
     /// Guest memory, to be looked at without holding the device.

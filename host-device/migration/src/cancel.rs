@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The order to give up, from another thread.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+type Action = Box<dyn Fn() + Send>;
+
+/// Ends what is under way, at once and from any thread. Copies stand for the same order.
+#[derive(Clone, Default)]
+pub struct Cancel(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    state: Mutex<State>,
+    given: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    given: bool,
+    actions: Vec<Action>,
+}
+
+impl Cancel {
+    /// Gives the order. Whatever was to happen on it has happened when this returns; once is enough.
+    pub fn cancel(&self) {
+        let actions = {
+            let mut state = self.state();
+            state.given = true;
+            std::mem::take(&mut state.actions)
+        };
+        self.0.given.notify_all();
+        for action in actions {
+            action();
+        }
+    }
+
+    /// Whether the order was given.
+    pub fn is_cancelled(&self) -> bool {
+        self.state().given
+    }
+
+    /// Does `action` when the order is given, in the thread that gives it; now, if it was given already. It must not wait
+    /// for anything: to close a connection that another thread is blocked in is what it is for.
+    pub fn on_cancel(&self, action: impl Fn() + Send + 'static) {
+        let mut state = self.state();
+        if state.given {
+            drop(state);
+            action();
+        } else {
+            state.actions.push(Box::new(action));
+        }
+    }
+
+    /// Sleeps for `duration` or until the order is given, and says whether it was.
+    pub fn sleep(&self, duration: Duration) -> bool {
+        let end = Instant::now().checked_add(duration);
+        let mut state = self.state();
+        loop {
+            if state.given {
+                return true;
+            }
+            let rest = match end {
+                Some(end) => end.saturating_duration_since(Instant::now()),
+                None => Duration::from_secs(3600),
+            };
+            if rest.is_zero() {
+                return false;
+            }
+            state = self
+                .0
+                .given
+                .wait_timeout(state, rest)
+                .map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state);
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for Cancel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Cancel").field(&self.is_cancelled()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn the_order_wakes_a_sleeper_and_does_what_was_to_be_done() {
+        let cancel = Cancel::default();
+        let (sender, done) = channel();
+        let late = sender.clone();
+        cancel.on_cancel(move || sender.send("at once").unwrap());
+        let sleeper = std::thread::spawn({
+            let cancel = cancel.clone();
+            move || cancel.sleep(Duration::from_secs(600))
+        });
+        assert!(!cancel.sleep(Duration::from_millis(1)));
+        cancel.cancel();
+        assert!(sleeper.join().unwrap());
+        assert_eq!(done.try_recv(), Ok("at once"));
+        cancel.on_cancel(move || late.send("late").unwrap());
+        assert_eq!(done.try_recv(), Ok("late"));
+    }
+}

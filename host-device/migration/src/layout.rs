@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Where guest memory lies: in which files, and at which guest physical addresses.
+//!
+//! What a migration moves are *blocks*: named memory files, which both sides know by the same names and sizes. What the
+//! guest addresses are *regions*: each shows a part of a block at a guest physical address. A block may hold memory that
+//! no region shows at the moment, as behind a PC's VGA window; it is moved with the rest. And a page may be shown by
+//! more than one region.
+
+use std::ops::Range;
+
+use thiserror::Error;
+
+use crate::PAGE_SIZE;
+
+/// The longest name of a block, in bytes.
+pub const MAX_NAME: usize = 255;
+
+/// Why something cannot be the layout of guest memory.
+#[derive(Clone, Debug, Eq, Error, PartialEq)]
+pub enum LayoutError {
+    /// A start or a length is not a multiple of [`PAGE_SIZE`].
+    #[error("the region at {start:#x} of {length:#x} bytes is not made of whole pages of {PAGE_SIZE} bytes")]
+    Unaligned {
+        /// Guest physical address.
+        start: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// A region holds no page.
+    #[error("the region at {start:#x} is empty")]
+    Empty {
+        /// Guest physical address.
+        start: u64,
+    },
+    /// A region goes on beyond the last address.
+    #[error(
+        "the region at {start:#x} of {length:#x} bytes goes on beyond the end of the address space"
+    )]
+    Wraps {
+        /// Guest physical address.
+        start: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// Two regions share a guest physical address.
+    #[error("the regions at {first:#x} and {second:#x} overlap")]
+    Overlap {
+        /// Guest physical address of the lower region.
+        first: u64,
+        /// Guest physical address of the higher region.
+        second: u64,
+    },
+    /// A region shows what is not there.
+    #[error("the region at {start:#x} shows bytes from {offset:#x} on of block {block}, which has not so many, or does not exist")]
+    Beyond {
+        /// Guest physical address.
+        start: u64,
+        /// The index of the block.
+        block: usize,
+        /// Bytes from the start of the block.
+        offset: u64,
+    },
+    /// A block's name is empty or too long, or its length is 0 or not a multiple of [`PAGE_SIZE`].
+    #[error("a block needs a name of 1 to {MAX_NAME} bytes and a length of whole pages of {PAGE_SIZE} bytes; '{name}' has {length:#x} bytes")]
+    Block {
+        /// Its name.
+        name: String,
+        /// Its bytes.
+        length: u64,
+    },
+    /// Two blocks have the same name.
+    #[error("there are two blocks with the name '{0}'")]
+    SameName(String),
+    /// The bitmap of so large a block does not fit in memory.
+    #[error("no memory for the dirty bitmap of block '{name}' of {length:#x} bytes")]
+    TooLarge {
+        /// The block.
+        name: String,
+        /// Its bytes.
+        length: u64,
+    },
+}
+
+/// A memory file, of at least one page and of whole pages only.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Block {
+    name: Box<str>,
+    pages: u64,
+}
+
+impl Block {
+    /// The block `name` of `length` bytes.
+    ///
+    /// # Errors
+    ///
+    /// If the name is empty or longer than [`MAX_NAME`], or the length is 0 or not one of whole pages.
+    pub fn new(name: &str, length: u64) -> Result<Self, LayoutError> {
+        if name.is_empty() || name.len() > MAX_NAME || length == 0 || length % PAGE_SIZE != 0 {
+            return Err(LayoutError::Block {
+                name: name.chars().take(MAX_NAME).collect(),
+                length,
+            });
+        }
+        Ok(Self {
+            name: name.into(),
+            pages: length / PAGE_SIZE,
+        })
+    }
+
+    /// What both sides call it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The number of pages.
+    pub const fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The number of bytes.
+    pub const fn length(&self) -> u64 {
+        self.pages * PAGE_SIZE
+    }
+}
+
+/// A piece of guest memory without holes, and the part of a block that it shows: at least one page, whole pages only,
+/// inside the address space.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Region {
+    start: u64,
+    length: u64,
+    block: usize,
+    offset: u64,
+}
+
+impl Region {
+    /// A region of `length` bytes from the guest physical address `start`, which shows the start of the first block.
+    ///
+    /// # Errors
+    ///
+    /// If the region is empty, is not made of whole pages, or does not end within the address space.
+    pub const fn new(start: u64, length: u64) -> Result<Self, LayoutError> {
+        if start % PAGE_SIZE != 0 || length % PAGE_SIZE != 0 {
+            return Err(LayoutError::Unaligned { start, length });
+        }
+        if length == 0 {
+            return Err(LayoutError::Empty { start });
+        }
+        if start.checked_add(length).is_none() {
+            return Err(LayoutError::Wraps { start, length });
+        }
+        Ok(Self {
+            start,
+            length,
+            block: 0,
+            offset: 0,
+        })
+    }
+
+    /// The same addresses, but showing the block with this index from the byte `offset` on.
+    #[must_use]
+    pub const fn showing(mut self, block: usize, offset: u64) -> Self {
+        self.block = block;
+        self.offset = offset;
+        self
+    }
+
+    /// The guest physical address of the first byte.
+    pub const fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// The number of bytes.
+    pub const fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// The guest physical address after the last byte.
+    pub const fn end(&self) -> u64 {
+        // `new` made sure that this does not wrap.
+        self.start + self.length
+    }
+
+    /// The index of the block that it shows.
+    pub const fn block(&self) -> usize {
+        self.block
+    }
+
+    /// How many bytes of the block come before the first that it shows.
+    pub const fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The pages of the block that it shows.
+    pub(crate) const fn block_pages(&self) -> Range<u64> {
+        let first = self.offset / PAGE_SIZE;
+        first..first + self.length / PAGE_SIZE
+    }
+
+    /// The pages of the block that lie wholly inside both this region and the guest physical addresses `bytes`.
+    pub(crate) fn pages_within(&self, bytes: &Range<u64>) -> Range<u64> {
+        let start = bytes.start.max(self.start) - self.start;
+        let end = bytes.end.min(self.end()).saturating_sub(self.start);
+        let (first, last) = (start.div_ceil(PAGE_SIZE), end / PAGE_SIZE);
+        self.in_block(first..last.max(first))
+    }
+
+    /// The pages of the block that share at least a byte with both this region and the guest physical addresses `bytes`.
+    pub(crate) fn pages_touching(&self, bytes: &Range<u64>) -> Range<u64> {
+        let start = bytes.start.max(self.start) - self.start;
+        let end = bytes.end.min(self.end()).saturating_sub(self.start);
+        if start >= end {
+            return 0..0;
+        }
+        self.in_block(start / PAGE_SIZE..end.div_ceil(PAGE_SIZE))
+    }
+
+    fn in_block(&self, pages: Range<u64>) -> Range<u64> {
+        let first = self.offset / PAGE_SIZE;
+        first + pages.start..first + pages.end
+    }
+}
+
+/// The blocks of guest memory, and the regions that show them, by ascending address.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Layout {
+    blocks: Vec<Block>,
+    regions: Vec<Region>,
+}
+
+impl Layout {
+    /// Guest memory that is kept in `blocks`, and that the guest addresses through `regions`, which may come in any order.
+    ///
+    /// # Errors
+    ///
+    /// If two regions overlap, if one shows what no block has, or if two blocks have the same name.
+    pub fn new(
+        blocks: impl IntoIterator<Item = Block>,
+        regions: impl IntoIterator<Item = Region>,
+    ) -> Result<Self, LayoutError> {
+        let blocks: Vec<Block> = blocks.into_iter().collect();
+        for (index, block) in blocks.iter().enumerate() {
+            if blocks
+                .iter()
+                .skip(index + 1)
+                .any(|it| it.name == block.name)
+            {
+                return Err(LayoutError::SameName(block.name().to_owned()));
+            }
+        }
+        let mut regions: Vec<Region> = regions.into_iter().collect();
+        regions.sort_unstable();
+        for region in &regions {
+            let end = region.offset.checked_add(region.length);
+            let length = blocks.get(region.block).map_or(0, Block::length);
+            if region.offset % PAGE_SIZE != 0 || end.is_none_or(|end| end > length) {
+                return Err(LayoutError::Beyond {
+                    start: region.start,
+                    block: region.block,
+                    offset: region.offset,
+                });
+            }
+        }
+        for pair in regions.windows(2) {
+            if let [first, second] = pair {
+                if first.end() > second.start() {
+                    return Err(LayoutError::Overlap {
+                        first: first.start(),
+                        second: second.start(),
+                    });
+                }
+            }
+        }
+        Ok(Self { blocks, regions })
+    }
+
+    /// Guest memory whose `regions` have each a block of its own, named by its address.
+    ///
+    /// # Errors
+    ///
+    /// As [`Layout::new`].
+    pub fn of_regions(regions: impl IntoIterator<Item = Region>) -> Result<Self, LayoutError> {
+        let (mut blocks, mut showing) = (Vec::new(), Vec::new());
+        for (index, region) in regions.into_iter().enumerate() {
+            blocks.push(Block::new(&format!("{:#x}", region.start), region.length)?);
+            showing.push(region.showing(index, 0));
+        }
+        Self::new(blocks, showing)
+    }
+
+    /// The blocks, in the order of their indices.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// The regions by ascending address.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    /// The number of pages in all blocks together.
+    pub fn pages(&self) -> u64 {
+        self.blocks.iter().map(Block::pages).sum()
+    }
+
+    /// The regions that share a byte with the guest physical addresses `bytes`.
+    pub(crate) fn over(&self, bytes: &Range<u64>) -> impl Iterator<Item = &Region> {
+        let first = self
+            .regions
+            .partition_point(|region| region.end() <= bytes.start);
+        let end = bytes.end;
+        self.regions
+            .iter()
+            .skip(first)
+            .take_while(move |region| region.start() < end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_region_is_whole_pages_inside_the_address_space() {
+        assert_eq!(
+            Region::new(0x1000, 0),
+            Err(LayoutError::Empty { start: 0x1000 })
+        );
+        assert!(matches!(
+            Region::new(0x1001, 0x1000),
+            Err(LayoutError::Unaligned { .. })
+        ));
+        assert!(matches!(
+            Region::new(0x1000, 0x1001),
+            Err(LayoutError::Unaligned { .. })
+        ));
+        assert!(matches!(
+            Region::new(!0xfff, 0x1000),
+            Err(LayoutError::Wraps { .. })
+        ));
+        assert_eq!(
+            Region::new(0x3e_f000, 0x2000).map(|r| r.end()),
+            Ok(0x3f_1000)
+        );
+    }
+
+    #[test]
+    fn regions_may_touch_but_not_overlap() {
+        let region = |start, length| Region::new(start, length).unwrap();
+        assert!(Layout::of_regions([region(0x2000, 0x1000), region(0, 0x2000)]).is_ok());
+        assert_eq!(
+            Layout::of_regions([region(0x1000, 0x1000), region(0, 0x2000)]),
+            Err(LayoutError::Overlap {
+                first: 0,
+                second: 0x1000
+            })
+        );
+    }
+
+    #[test]
+    fn a_region_shows_what_its_block_has() {
+        let block = || Block::new("ram", 0x4000).unwrap();
+        let region = Region::new(0x10_0000, 0x2000).unwrap();
+        assert!(Layout::new([block()], [region.showing(0, 0x2000)]).is_ok());
+        for wrong in [
+            region.showing(0, 0x3000),
+            region.showing(0, 0x1001),
+            region.showing(0, !0xfff),
+            region.showing(1, 0),
+        ] {
+            assert!(matches!(
+                Layout::new([block()], [wrong]),
+                Err(LayoutError::Beyond { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn blocks_have_names_of_their_own() {
+        let block = |name| Block::new(name, 0x1000).unwrap();
+        assert_eq!(
+            Layout::new([block("a"), block("b"), block("a")], []),
+            Err(LayoutError::SameName("a".into()))
+        );
+        for (name, length) in [("", 0x1000), ("a", 0), ("a", 0x1001)] {
+            assert!(Block::new(name, length).is_err());
+        }
+        assert!(Block::new(&"a".repeat(MAX_NAME + 1), 0x1000).is_err());
+    }
+
+    #[test]
+    fn r5_only_whole_pages_inside_are_within() {
+        let region = Region::new(0x1000, 0x4000).unwrap().showing(0, 0x7000);
+        assert_eq!(region.pages_within(&(0..u64::MAX)), 7..11);
+        assert_eq!(region.pages_within(&(0x1001..0x3fff)), 8..9);
+        assert_eq!(region.pages_within(&(0x1001..0x1fff)), 8..8);
+        assert_eq!(region.pages_touching(&(0x1fff..0x2001)), 7..9);
+        assert!(region.pages_touching(&(0..0x1000)).is_empty());
+        assert!(region.pages_touching(&(0x5000..0x6000)).is_empty());
+    }
+}

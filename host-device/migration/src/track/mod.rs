@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Who knows which pages the guest has written.
+
+use std::io;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::{Run, SyncPhase};
+
+/// Why writes cannot be tracked.
+#[derive(Debug, Error)]
+pub enum TrackError {
+    /// The way of tracking is not to be had, for this reason.
+    #[error("{0}")]
+    Unavailable(String),
+    /// Guest memory cannot be read.
+    #[error("guest memory cannot be read at {offset:#x} of block {block}: {source}")]
+    Read {
+        /// The index of the block.
+        block: usize,
+        /// Bytes from its start.
+        offset: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// A process that maps guest memory cannot be examined.
+    #[error("the process {pid}, which maps guest memory, cannot be tracked: {what}: {source}")]
+    Process {
+        /// Its number.
+        pid: u32,
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+/// Whether the guest runs during a sync.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Stage {
+    /// It runs: what it writes meanwhile may show at the next sync only.
+    Live,
+    /// It is paused, and stays so.
+    Paused,
+}
+
+/// What a sync did.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Synced {
+    /// Pages that were not dirty before, and now are.
+    pub marked: u64,
+    /// How long processes were stopped for it.
+    pub stopped: Duration,
+}
+
+/// A way to know which pages were written.
+///
+/// Sound means: a page that was written after it was taken to be sent is marked at the next sync at the latest that begins
+/// after the write.
+pub trait DirtyTracker: Send {
+    /// Its name for operators, as the parameter `dirty-tracking` has it.
+    fn name(&self) -> &'static str;
+
+    /// Whether it is sound with hints only if the hinted pages were made zero before the guest used them again
+    /// ([`HintSource::discards`](crate::HintSource::discards)).
+    fn hints_need_discard(&self) -> bool;
+
+    /// Whether it must be told the very bytes that are sent. Then no page goes out without a copy.
+    fn wants_bytes(&self) -> bool;
+
+    /// Begins: each write after this shows at the first sync. Called once, before anything is sent.
+    ///
+    /// # Errors
+    ///
+    /// If writes cannot be tracked.
+    fn begin(&mut self) -> Result<(), TrackError>;
+
+    /// Marks the pages that were written since the last sync, or since [`begin`](Self::begin).
+    ///
+    /// # Errors
+    ///
+    /// If writes cannot be tracked any more. The migration must fail then.
+    fn sync(&mut self, phase: &SyncPhase, stage: Stage) -> Result<Synced, TrackError>;
+
+    /// The pages `run` were sent, as these `bytes`, [`PAGE_SIZE`](crate::PAGE_SIZE) each.
+    fn sent(&mut self, run: Run, bytes: &[u8]) {
+        let _ = (run, bytes);
+    }
+
+    /// The pages `run` were sent as zeros.
+    fn sent_zeros(&mut self, run: Run) {
+        let _ = run;
+    }
+}
