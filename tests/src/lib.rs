@@ -19,6 +19,7 @@ pub mod faults;
 pub mod guest;
 pub mod hinting;
 pub mod host;
+pub mod image;
 pub mod initramfs;
 pub mod ktap;
 pub mod lines;
@@ -29,6 +30,7 @@ pub mod qmp;
 pub mod scratch;
 pub mod sleep;
 pub mod slot;
+pub mod stress;
 #[allow(unsafe_code)]
 mod sys;
 pub mod vmm;

@@ -8,6 +8,10 @@ use anyhow::{ensure, Context, Result};
 use tests::artifacts::Artifacts;
 use tests::calls::{Churn, Churned, EndChurn, ReadFile, WaitMemFree};
 use tests::guest::{Builder, Driver, Guest};
+use tests::host::guest_memory_file;
+use tests::image::Image;
+use tests::pattern;
+use tests::stress::{Load, Stress};
 use tests::vmm::Vmm;
 use tests::MIB;
 
@@ -150,4 +154,48 @@ fn counted(guest: &mut Guest, name: &str) -> Result<u64> {
     let found = lines.find(|(key, _)| *key == name);
     let (_, value) = found.with_context(|| format!("/proc/vmstat has no {name}"))?;
     Ok(value.parse()?)
+}
+
+/// What the proofs of migration rest on: each of the workloads sees pages that were changed behind its back.
+#[test]
+fn r15_every_workload_sees_pages_that_are_lost() -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(60);
+    const PAGE: usize = 4096;
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Uml)
+        .memory(192 * MIB)
+        .boot()?;
+    let stress = Stress::start(&mut guest, Load::of(32 * MIB), 1)?;
+    stress.wait_compared(&mut guest, 1000, LIMIT)?;
+    let image = Image::open(&guest_memory_file(guest.vmm().id())?)?;
+    let mut lost = 0;
+    // Lest a page become something else between the look and the loss.
+    guest.vmm().stop()?;
+    for range in image.data()?.ranges() {
+        for (start, page) in (range.start..)
+            .step_by(PAGE)
+            .zip(image.read(*range)?.chunks_exact(PAGE))
+        {
+            if pattern::is_some(page) {
+                image.write(start, &[0; PAGE])?;
+                lost += 1;
+            }
+        }
+    }
+    ensure!(lost > 1000, "only {lost} pages had a pattern");
+    guest.vmm().signal(tests::process::Signal::SIGCONT)?;
+    let deadline = Instant::now() + LIMIT;
+    let each = loop {
+        let each = stress.so_far(&mut guest)?;
+        if each.iter().all(|one| one.wrong > 0) {
+            break each;
+        }
+        ensure!(Instant::now() < deadline, "not all have seen it: {each:?}");
+        sleep(PAUSE);
+    };
+    println!("{lost} pages were lost, free ones among them: {each:?}");
+    ensure!(stress.end_whole(&mut guest).is_err());
+    ensure!(guest.call(tests::calls::PageUse {})?.used.bytes() > MIB);
+    guest.power_off()?;
+    Ok(())
 }

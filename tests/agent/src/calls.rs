@@ -79,6 +79,9 @@ calls! {
     /// The pages that are in free blocks (`/proc/kpageflags`), but for those on processors' own lists.
     FreePages -> RangeSet;
 
+    /// What the kernel uses its pages for (`/proc/kpageflags`).
+    PageUse -> PagesByUse;
+
     /// Drops what the kernel caches and merges free blocks, so that `MemFree` can be compared with another moment's.
     /// A kernel without these controls is asked for its memory as it is.
     DropMemoryCaches -> Memory;
@@ -129,9 +132,33 @@ calls! {
         seed: u64,
     } -> u32;
 
+    /// Starts a process that uses the page cache, until [`EndChurn`]: it writes files of the guest's tmpfs, overwrites parts of
+    /// them, compares them with what was written (by reading and through mappings), truncates and removes them.
+    ChurnFiles {
+        /// How many bytes of files there are at most.
+        bytes: u64,
+        /// The seed of the order and the patterns.
+        seed: u64,
+    } -> u32;
+
+    /// Starts a process that forks without end, until [`EndChurn`]: children compare what they share with it, write to
+    /// their copies and end, while it writes to its own.
+    ChurnForks {
+        /// How many bytes it shares with its children.
+        bytes: u64,
+        /// The seed of the patterns, and of which pages are written.
+        seed: u64,
+    } -> u32;
+
+    /// What such a process has done so far. It goes on.
+    ChurnedSoFar {
+        /// As the answer to [`Churn`], [`ChurnFiles`] or [`ChurnForks`] said.
+        workload: u32,
+    } -> Churned;
+
     /// Ends such a process, which compares once more all that it has.
     EndChurn {
-        /// As the answer to [`Churn`] said.
+        /// As the answer to [`Churn`], [`ChurnFiles`] or [`ChurnForks`] said.
         workload: u32,
     } -> Churned;
 
@@ -328,9 +355,9 @@ pub struct Verified {
 }
 
 /// What a process that used memory has done.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Churned {
-    /// Pieces mapped and filled.
+    /// Pieces mapped, files written or children forked, and filled.
     pub pieces: u64,
     /// Bytes of these.
     pub bytes: u64,
@@ -338,6 +365,28 @@ pub struct Churned {
     pub compared: u64,
     /// Pages that did not hold their pattern.
     pub wrong: u64,
+}
+
+impl std::ops::AddAssign for Churned {
+    fn add_assign(&mut self, other: Self) {
+        self.pieces += other.pieces;
+        self.bytes += other.bytes;
+        self.compared += other.compared;
+        self.wrong += other.wrong;
+    }
+}
+
+/// The guest's pages at one time.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PagesByUse {
+    /// In the allocator's free blocks, but for those on processors' own lists.
+    pub free: RangeSet,
+    /// In a balloon.
+    pub ballooned: RangeSet,
+    /// With contents that somebody relies on, as their flags show: of processes, of files, of the slab allocators, page
+    /// tables, the kernel's own.
+    pub used: RangeSet,
+    // The rest has no flag that tells: processors' lists of free pages, and whatever a driver has taken for itself.
 }
 
 /// A balloon device, as the guest's kernel knows it.

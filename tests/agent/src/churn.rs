@@ -1,101 +1,76 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A workload that never stands still.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
-use std::thread::{self, JoinHandle};
-
-use anyhow::{anyhow, Context, Result};
+use anyhow::{Context, Result};
 use guest_agent::calls::{Churn, Churned};
 use guest_agent::pattern::{self, PAGE};
 use memmap2::MmapMut;
+
+use crate::job::{Job, Random};
 
 /// Pages of a piece: at least and at most. From less than what the page allocator keeps for a processor to what it
 /// gives out at once.
 const PAGES_MIN: usize = 4;
 const PAGES_MAX: usize = 1024;
 
-/// A churn in a thread of its own, so that this process can be told to end it.
-pub struct Running {
-    stop: Arc<AtomicBool>,
-    thread: JoinHandle<Result<Churned>>,
-}
-
-impl Running {
-    /// Begins.
-    pub fn start(churn: &Churn) -> Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let (seen, mut state) = (stop.clone(), State::new(churn)?);
-        let thread = thread::spawn(move || {
-            while !seen.load(Ordering::Relaxed) {
-                state.step()?;
-            }
-            while state.drop_one() {}
-            Ok(state.done)
-        });
-        Ok(Self { stop, thread })
-    }
-
-    /// Ends it.
-    pub fn end(self) -> Result<Churned> {
-        self.stop.store(true, Ordering::Relaxed);
-        let joined = self.thread.join();
-        joined.map_err(|_| anyhow!("the churning thread panicked"))?
-    }
-}
-
 struct Piece {
     map: MmapMut,
     seed: u64,
 }
 
-struct State {
+/// Memory that is mapped, filled, compared and unmapped.
+pub struct Pieces {
     pieces: Vec<Piece>,
     mapped: usize,
     limit: usize,
-    random: u64,
+    random: Random,
     done: Churned,
 }
 
-impl State {
-    fn new(churn: &Churn) -> Result<Self> {
+impl Pieces {
+    /// None yet.
+    pub fn new(churn: &Churn) -> Result<Self> {
         Ok(Self {
             pieces: Vec::new(),
             mapped: 0,
             limit: usize::try_from(churn.bytes)?,
-            random: churn.seed,
-            done: Churned {
-                pieces: 0,
-                bytes: 0,
-                compared: 0,
-                wrong: 0,
-            },
+            random: Random(churn.seed),
+            done: Churned::default(),
         })
     }
 
-    fn random(&mut self) -> u64 {
-        self.random = pattern::next_random(self.random);
-        self.random
+    /// Compares and unmaps a piece; `false` if there is none.
+    fn drop_one(&mut self) -> bool {
+        if self.pieces.is_empty() {
+            return false;
+        }
+        let index = self.random.below(self.pieces.len());
+        let piece = self.pieces.swap_remove(index);
+        for (page, number) in piece.map.chunks_exact(PAGE).zip(0..) {
+            self.done.compared += 1;
+            if !pattern::holds(page, piece.seed, number) {
+                self.done.wrong += 1;
+            }
+        }
+        self.mapped -= piece.map.len();
+        true
     }
+}
 
-    fn below(&mut self, bound: usize) -> usize {
-        // Truncation is what is wanted: the low bits are as random as all.
-        (self.random() as usize) % bound.max(1)
-    }
-
+impl Job for Pieces {
     /// Maps a piece if there is room for it, else unmaps some.
     fn step(&mut self) -> Result<()> {
-        let pages = PAGES_MIN + self.below(PAGES_MAX - PAGES_MIN + 1);
+        let pages = PAGES_MIN + self.random.below(PAGES_MAX - PAGES_MIN + 1);
         let bytes = pages * PAGE;
         if self.mapped + bytes > self.limit {
             // As many as make room for more than the next one, so that free blocks grow large now and then.
-            for _ in 0..=self.below(self.pieces.len()) {
+            for _ in 0..=self.random.below(self.pieces.len()) {
                 self.drop_one();
             }
             return Ok(());
         }
         let mut map = MmapMut::map_anon(bytes).context("cannot map memory")?;
-        let seed = self.random();
+        let seed = self.random.next();
         for (page, number) in map.chunks_exact_mut(PAGE).zip(0..) {
             pattern::write(page, seed, number);
         }
@@ -106,21 +81,13 @@ impl State {
         Ok(())
     }
 
-    /// Compares and unmaps a piece; `false` if there is none.
-    fn drop_one(&mut self) -> bool {
-        if self.pieces.is_empty() {
-            return false;
-        }
-        let index = self.below(self.pieces.len());
-        let piece = self.pieces.swap_remove(index);
-        for (page, number) in piece.map.chunks_exact(PAGE).zip(0..) {
-            self.done.compared += 1;
-            if !pattern::holds(page, piece.seed, number) {
-                self.done.wrong += 1;
-            }
-        }
-        self.mapped -= piece.map.len();
-        true
+    fn finish(&mut self) -> Result<()> {
+        while self.drop_one() {}
+        Ok(())
+    }
+
+    fn done(&self) -> &Churned {
+        &self.done
     }
 }
 
@@ -134,7 +101,7 @@ mod tests {
             bytes: 16 << 20,
             seed: 1,
         };
-        let mut state = State::new(&churn).unwrap();
+        let mut state = Pieces::new(&churn).unwrap();
         for _ in 0..50 {
             state.step().unwrap();
             assert!(state.mapped <= state.limit);
@@ -151,7 +118,7 @@ mod tests {
             bytes: 16 << 20,
             seed: 2,
         };
-        let mut state = State::new(&churn).unwrap();
+        let mut state = Pieces::new(&churn).unwrap();
         state.step().unwrap();
         state.pieces[0].map[PAGE..2 * PAGE].fill(0);
         state.drop_one();

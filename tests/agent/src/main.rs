@@ -7,9 +7,13 @@
 mod balloons;
 mod churn;
 mod faults;
+mod file_churn;
 mod files;
+mod fork_churn;
+mod job;
 mod kernel_log;
 mod memory;
+mod page_use;
 mod port;
 mod power;
 mod processes;

@@ -8,10 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 use guest_agent::calls::{
-    BuddyInfo, DropMemoryCaches, FreePages, Lowest, LowestMemFree, MemInfo, Memory, WaitMemFree,
+    BuddyInfo, DropMemoryCaches, Lowest, LowestMemFree, MemInfo, Memory, WaitMemFree,
     WaitMemSettled, Zone,
 };
-use guest_agent::ranges::{PhysicalRange, RangeSet};
 
 use crate::serve::Answer;
 
@@ -93,27 +92,6 @@ impl Answer for LowestMemFree {
             lowest.samples += 1;
         }
         Ok(lowest)
-    }
-}
-
-impl Answer for FreePages {
-    fn answer(self) -> Result<RangeSet> {
-        /// `KPF_BUDDY`
-        const FREE: u64 = 1 << 10;
-        const PAGE: u64 = 4096;
-        let flags = fs::read("/proc/kpageflags").context("cannot read /proc/kpageflags")?;
-        let flags = flags
-            .chunks_exact(size_of::<u64>())
-            .filter_map(|bytes| bytes.try_into().ok())
-            .map(u64::from_ne_bytes);
-        Ok((0..)
-            .zip(flags)
-            .filter(|(_, flags)| flags & FREE != 0)
-            .map(|(frame, _): (u64, _)| PhysicalRange {
-                start: frame * PAGE,
-                length: PAGE,
-            })
-            .collect())
     }
 }
 

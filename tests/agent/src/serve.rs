@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::kernel_log::KernelLog;
 use crate::power;
-use crate::workloads::Workloads;
+use crate::workloads::{Order, Workloads};
 
 /// A call that needs nothing of the agent's own state.
 pub trait Answer: Call {
@@ -110,6 +110,7 @@ impl Agent {
             AnyCall::WaitMemSettled(call) => done(call),
             AnyCall::LowestMemFree(call) => done(call),
             AnyCall::FreePages(call) => done(call),
+            AnyCall::PageUse(call) => done(call),
             AnyCall::DropMemoryCaches(call) => done(call),
             AnyCall::Balloons(call) => done(call),
             AnyCall::WaitBalloons(call) => done(call),
@@ -131,7 +132,10 @@ impl Agent {
             AnyCall::Verify(call) => encode(self.workloads.verify(call.workload)?),
             AnyCall::KeptPages(call) => encode(self.workloads.kept_pages(call.workload)?),
             AnyCall::Free(call) => encode(self.workloads.free(call.workload)?),
-            AnyCall::Churn(call) => encode(self.workloads.churn(&call)?),
+            AnyCall::Churn(call) => encode(self.workloads.churn(&Order::Churn(call))?),
+            AnyCall::ChurnFiles(call) => encode(self.workloads.churn(&Order::ChurnFiles(call))?),
+            AnyCall::ChurnForks(call) => encode(self.workloads.churn(&Order::ChurnForks(call))?),
+            AnyCall::ChurnedSoFar(call) => encode(self.workloads.churned_so_far(call.workload)?),
             AnyCall::EndChurn(call) => encode(self.workloads.end_churn(call.workload)?),
             AnyCall::PowerOff(_) | AnyCall::StartKernel(_) => encode(()),
         }

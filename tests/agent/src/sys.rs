@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The one thing here that needs `unsafe`: a system call that no crate wraps.
+//! What here needs `unsafe`: a system call that no crate wraps, and a fork.
 
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+
+use nix::unistd::{ForkResult, Pid};
 
 /// Has the kernel load another one, for `reboot(2)` to start.
 pub fn kexec_file_load(kernel: &File, initramfs: &File, command_line: &CStr) -> io::Result<()> {
@@ -26,5 +28,23 @@ pub fn kexec_file_load(kernel: &File, initramfs: &File, command_line: &CStr) -> 
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+/// Has a child of this process, which shares its memory until one of them writes, do `work` and then end: with status 0 if
+/// that returns true, else 1.
+///
+/// Other threads do not come with the child, but what they hold does: `work` must not allocate, take a lock or panic, or
+/// the child may wait for ever.
+pub fn fork(work: impl FnOnce() -> bool) -> nix::Result<Pid> {
+    // SAFETY: a child of a process with several threads may do only what is safe in a signal handler. It calls `work`, of
+    // which the same is asked, and then _exit(2), so that nothing of this process's is run or dropped twice.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(child),
+        ForkResult::Child => {
+            let status = i32::from(!work());
+            // SAFETY: _exit(2) takes any status and does not return.
+            unsafe { libc::_exit(status) }
+        }
     }
 }

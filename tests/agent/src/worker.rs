@@ -13,7 +13,10 @@ use guest_agent::ranges::{PhysicalRange, RangeSet};
 use memmap2::{Advice, MmapMut};
 use serde_json::Value;
 
-use crate::churn::Running;
+use crate::churn::Pieces;
+use crate::file_churn::Files;
+use crate::fork_churn::Forks;
+use crate::job::Running;
 use crate::workloads::Order;
 
 /// Obeys orders until standard input ends.
@@ -60,8 +63,20 @@ fn obey(state: &mut State, order: Order) -> Result<Value> {
         Order::Verify => serde_json::to_value(some(held)?.verify()),
         Order::KeptPages => serde_json::to_value(some(held)?.physical()?),
         Order::Churn(churn) => {
-            state.churn = Some(Running::start(&churn)?);
+            state.churn = Some(Running::start(Pieces::new(&churn)?));
             serde_json::to_value(())
+        }
+        Order::ChurnFiles(churn) => {
+            state.churn = Some(Running::start(Files::new(&churn)?));
+            serde_json::to_value(())
+        }
+        Order::ChurnForks(churn) => {
+            state.churn = Some(Running::start(Forks::new(&churn)?));
+            serde_json::to_value(())
+        }
+        Order::ChurnedSoFar => {
+            let running = state.churn.as_ref().context("nothing churns")?;
+            serde_json::to_value(running.so_far()?)
         }
         Order::EndChurn => {
             let running = state.churn.take().context("nothing churns")?;

@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{bail, Context, Result};
-use guest_agent::calls::{Churn, Churned, Fill, Filled, Verified};
+use guest_agent::calls::{Churn, ChurnFiles, ChurnForks, Churned, Fill, Filled, Verified};
 use guest_agent::protocol::Outcome;
 use guest_agent::ranges::RangeSet;
 use serde::de::DeserializeOwned;
@@ -31,6 +31,12 @@ pub enum Order {
     KeptPages,
     /// Use memory in the background.
     Churn(Churn),
+    /// Use files in the background.
+    ChurnFiles(ChurnFiles),
+    /// Fork in the background.
+    ChurnForks(ChurnForks),
+    /// Say what was done so far; answered by a [`Churned`].
+    ChurnedSoFar,
     /// End that, and say what was done; answered by a [`Churned`].
     EndChurn,
 }
@@ -55,10 +61,15 @@ impl Workloads {
     }
 
     /// Starts one that never stands still.
-    pub fn churn(&mut self, churn: &Churn) -> Result<u32> {
+    pub fn churn(&mut self, order: &Order) -> Result<u32> {
         let mut worker = Worker::start()?;
-        worker.order::<()>(&Order::Churn(churn.clone()))?;
+        worker.order::<()>(order)?;
         Ok(self.add(worker))
+    }
+
+    /// Asks one of these what it has done.
+    pub fn churned_so_far(&mut self, workload: u32) -> Result<Churned> {
+        self.find(workload)?.order(&Order::ChurnedSoFar)
     }
 
     /// Ends one of these.

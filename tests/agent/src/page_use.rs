@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the kernel uses its pages for.
+
+use std::fs;
+
+use anyhow::{Context, Result};
+use guest_agent::calls::{FreePages, PageUse, PagesByUse};
+use guest_agent::pattern::PAGE;
+use guest_agent::ranges::{PhysicalRange, RangeSet};
+
+use crate::serve::Answer;
+
+/// The bits of an entry, by their numbers in the kernel's `kernel-page-flags.h`.
+mod flags {
+    pub const FREE: u64 = 1 << 10;
+    pub const OFFLINE: u64 = 1 << 23;
+    /// `LOCKED`, `REFERENCED`, `UPTODATE`, `DIRTY`, `LRU`, `ACTIVE`, `SLAB`, `WRITEBACK`, `MMAP`, `ANON`, `SWAPCACHE`,
+    /// `SWAPBACKED`, `HUGE`, `UNEVICTABLE`, `KSM`, `ZERO_PAGE`, `PGTABLE`, `RESERVED`, `MLOCKED`, `PRIVATE`: none of them
+    /// is set for a page that is free or in the hands of a balloon driver for hinting.
+    pub const USED: u64 = 0b1111_1101
+        | (1 << 8)
+        | (0b1111 << 11)
+        | (0b11 << 17)
+        | (1 << 21)
+        | (1 << 24)
+        | (1 << 26)
+        | (0b11 << 32)
+        | (1 << 35);
+}
+
+impl Answer for FreePages {
+    fn answer(self) -> Result<RangeSet> {
+        let all = read()?;
+        Ok(those(&all, |flags| flags & flags::FREE != 0))
+    }
+}
+
+impl Answer for PageUse {
+    fn answer(self) -> Result<PagesByUse> {
+        let all = read()?;
+        Ok(PagesByUse {
+            free: those(&all, |flags| flags & flags::FREE != 0),
+            ballooned: those(&all, |flags| flags & flags::OFFLINE != 0),
+            used: those(&all, |flags| {
+                flags & (flags::FREE | flags::OFFLINE) == 0 && flags & flags::USED != 0
+            }),
+        })
+    }
+}
+
+/// An entry for each page, from physical address 0 on.
+fn read() -> Result<Vec<u8>> {
+    fs::read("/proc/kpageflags").context("cannot read /proc/kpageflags")
+}
+
+fn those(entries: &[u8], wanted: impl Fn(u64) -> bool) -> RangeSet {
+    let entries = entries
+        .chunks_exact(size_of::<u64>())
+        .filter_map(|bytes| bytes.try_into().ok())
+        .map(u64::from_ne_bytes);
+    (0..)
+        .zip(entries)
+        .filter(|(_, flags)| wanted(*flags))
+        .map(|(frame, _): (u64, _)| PhysicalRange {
+            start: frame * PAGE as u64,
+            length: PAGE as u64,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_of_one_use_are_one_range() {
+        let entries: Vec<u8> = [0, flags::FREE, flags::FREE, 1 << 12, flags::FREE]
+            .into_iter()
+            .flat_map(u64::to_ne_bytes)
+            .collect();
+        let page = PAGE as u64;
+        assert_eq!(
+            those(&entries, |flags| flags & flags::FREE != 0).ranges(),
+            [(1, 2), (4, 1)].map(|(first, pages)| PhysicalRange {
+                start: first * page,
+                length: pages * page
+            })
+        );
+        assert_eq!(
+            those(&entries, |bits| bits & flags::USED != 0).bytes(),
+            page
+        );
+    }
+}
