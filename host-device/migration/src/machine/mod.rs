@@ -2,7 +2,11 @@
 
 //! Who can pause the virtual machine for the last of a migration.
 
+mod qmp;
+
 use thiserror::Error;
+
+pub use qmp::QmpMachine;
 
 /// Why a virtual machine was not paused, or does not go on.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
