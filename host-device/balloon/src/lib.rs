@@ -31,10 +31,12 @@ pub mod backend;
 pub mod device;
 pub mod events;
 pub mod memory;
+pub mod migrate;
 pub mod qmp;
 pub mod relay;
 pub mod server;
 pub mod session;
+pub mod signal;
 pub mod socket;
 pub mod vring;
 

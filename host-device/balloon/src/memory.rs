@@ -183,12 +183,12 @@ impl Ram {
         self.regions.len()
     }
 
-    /// Whether `other` lies at the same addresses.
+    /// Whether `other` is the same parts of the same files, at the same addresses.
     pub fn same_layout(&self, other: &Self) -> bool {
-        let layout = |ram: &Self| -> Vec<(u64, u64)> {
+        let layout = |ram: &Self| -> Vec<_> {
             ram.regions
                 .iter()
-                .map(|region| (region.start, region.length))
+                .map(|region| (region.start, region.length, region.identity()))
                 .collect()
         };
         layout(self) == layout(other)
@@ -292,6 +292,14 @@ impl Ram {
 }
 
 impl RamRegion {
+    /// What says which bytes of which file it is: device, inode, offset. Nothing if there is no file, or it cannot be
+    /// asked.
+    fn identity(&self) -> Option<(u64, u64, u64)> {
+        let file = self.file.as_ref()?;
+        let stat = fstat(file.file()).ok()?;
+        Some((stat.st_dev, stat.st_ino, file.start()))
+    }
+
     /// Offset and length of the whole granules among `length` bytes from `offset` on, which must be in the region.
     /// Nothing if there are none, or the region is not in a file.
     fn whole_granules(&self, offset: u64, length: u64) -> Option<(u64, u64)> {

@@ -48,6 +48,12 @@ pub enum HintingError {
     /// The driver has answered none of the ids that were issued.
     #[error("no command id is free: the driver has not answered any of the last 2^31")]
     IdsExhausted,
+    /// A migration has hinting.
+    #[error("a migration is under way, and hinting is its own: wait for its end, or give it up with migrate-cancel")]
+    Migrating,
+    /// The memory has changed under a migration.
+    #[error("the guest's memory is not that any more which is being migrated")]
+    OtherMemory,
     /// A sync without a round.
     #[error("no round of hinting is under way: start one with free-page-hint-start")]
     NoRound,
@@ -60,13 +66,24 @@ enum Right {
     Hint(HintWindow),
     /// No round is wanted: the bitmap stands as it is.
     Sync(SyncPhase),
+    /// A migration has hinting. The window is here while it is open, and waits to be taken back after its round has
+    /// ended, for whatever reason.
+    Lent(Option<HintWindow>),
 }
 
 impl Right {
-    fn bitmap(&self) -> &DirtyBitmap {
+    fn bitmap(&self) -> Option<&DirtyBitmap> {
         match self {
-            Self::Hint(window) => window.bitmap(),
-            Self::Sync(sync) => sync.bitmap(),
+            Self::Sync(sync) => Some(sync.bitmap()),
+            other => other.window().map(|window| &**window.bitmap()),
+        }
+    }
+
+    fn window(&self) -> Option<&HintWindow> {
+        match self {
+            Self::Hint(window) => Some(window),
+            Self::Lent(window) => window.as_ref(),
+            Self::Sync(_) => None,
         }
     }
 
@@ -199,7 +216,7 @@ impl Hinting {
 
     /// The state as an operator sees it.
     pub fn status(&self) -> HintingStatus {
-        let bitmap = self.right.as_ref().map(Right::bitmap);
+        let bitmap = self.right.as_ref().and_then(Right::bitmap);
         let round = self.round.as_ref();
         HintingStatus {
             phase: self.phase(),
@@ -221,8 +238,8 @@ impl Hinting {
     /// The runs of pages that hints have spared, as (guest physical address, bytes): at most `limit` of those
     /// that end after the address `from`.
     pub fn skipped_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
-        self.right.as_ref().map_or_else(Vec::new, |right| {
-            let bitmap = right.bitmap();
+        let bitmap = self.right.as_ref().and_then(Right::bitmap);
+        bitmap.map_or_else(Vec::new, |bitmap| {
             let regions = bitmap.layout().regions().iter();
             regions
                 .flat_map(|region| {
@@ -286,8 +303,56 @@ impl Hinting {
     /// The memory is another one: the bitmap means nothing any more.
     pub fn forget_memory(&mut self) -> Changes {
         let changes = self.stop();
-        self.right = None;
+        // A migration's window is the migration's to take back.
+        if !matches!(self.right, Some(Right::Lent(_))) {
+            self.right = None;
+        }
         changes
+    }
+
+    /// Lends hinting to a migration. A round that is under way ends.
+    pub fn lend(&mut self) -> Changes {
+        let changes = self.stop();
+        self.right = Some(Right::Lent(None));
+        changes
+    }
+
+    /// Takes hinting back from a migration.
+    pub fn take_back(&mut self) {
+        self.right = None;
+    }
+
+    /// Whether the driver was ever asked for hints.
+    pub fn has_asked(&self) -> bool {
+        self.round.is_some()
+    }
+
+    /// Asks for hints under a new id, which count in `window`.
+    ///
+    /// # Errors
+    ///
+    /// If no id is free. The window comes back.
+    pub fn open(&mut self, window: HintWindow) -> Result<Changes, (HintWindow, HintingError)> {
+        let event = match self.phase() {
+            Phase::Syncing => Event::SyncEnds,
+            _ => Event::Start,
+        };
+        match self.issue(event) {
+            Ok(changes) => {
+                self.right = Some(Right::Lent(Some(window)));
+                Ok(changes)
+            }
+            Err(error) => Err((window, error)),
+        }
+    }
+
+    /// A dirty sync of the migration begins: the id dies, and its window, if one was open, goes back.
+    pub fn close(&mut self) -> (Option<HintWindow>, Changes) {
+        let changes = self.operator(Event::SyncStarts);
+        match &mut self.right {
+            Some(Right::Lent(window)) => (window.take(), changes),
+            _ => (None, changes),
+        }
     }
 
     /// The driver sent a command id.
@@ -328,8 +393,8 @@ impl Hinting {
         discard: Option<&Ram>,
     ) -> Result<(), RequestError> {
         let action = self.step(Event::Block);
-        let (Some(Action::UseBlock(_)), Some(Right::Hint(window))) = (action, self.right.as_ref())
-        else {
+        let window = self.right.as_ref().and_then(Right::window);
+        let (Some(Action::UseBlock(_)), Some(window)) = (action, window) else {
             self.ignored_blocks = self.ignored_blocks.saturating_add(1);
             return Ok(());
         };

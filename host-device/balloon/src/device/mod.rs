@@ -8,6 +8,7 @@
 
 pub mod complaints;
 pub mod hinting;
+pub mod lending;
 mod operator;
 pub mod pages;
 mod queues;
@@ -36,9 +37,11 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use crate::events::Events;
 use crate::memory::Ram;
 use crate::relay::ConfigNotifier;
+use crate::signal::Signal;
 use crate::vring::{Suppression, Vring};
 use complaints::Complaints;
 use hinting::{Changes, Hinting};
+use lending::{Claim, Trouble};
 use stats::Stats;
 
 /// The longest queue that is offered.
@@ -171,6 +174,9 @@ pub struct Device {
     config: Config,
     ram: Ram,
     hinting: Hinting,
+    /// There while a migration has hinting.
+    claim: Option<Claim>,
+    signal: Arc<Signal>,
     stats: Stats,
     complaints: Complaints,
     events: Arc<Events>,
@@ -193,6 +199,8 @@ impl Device {
             config: Config::default(),
             ram: Ram::default(),
             hinting: Hinting::default(),
+            claim: None,
+            signal: Arc::default(),
             stats: Stats::default(),
             complaints: Complaints::default(),
             events,
@@ -255,6 +263,7 @@ impl Device {
             num_pages: self.config.num_pages,
             ..Config::default()
         };
+        self.tell_trouble(Trouble::FrontEnd(reason.into()));
         self.events
             .emit("FRONTEND_DISCONNECTED", json!({ "reason": reason }));
     }
@@ -276,6 +285,8 @@ impl Device {
             }
             let changes = self.hinting.forget_memory();
             self.pass_on(changes);
+            let text = "the front end has changed the layout of guest memory, or its files";
+            self.tell_trouble(Trouble::Memory(text.into()));
         }
         self.ram = ram;
         if let Some(connection) = &mut self.connection {
@@ -522,6 +533,7 @@ impl Device {
 
     fn emit_phase(&self, changes: Changes) {
         if changes.phase {
+            self.signal.give();
             let mut data = json!({ "status": phase_name(self.hinting.phase()) });
             if let (Some(id), Some(data)) = (self.hinting.phase().id(), data.as_object_mut()) {
                 data.insert("id".into(), id.number().into());

@@ -67,6 +67,7 @@ impl Device {
     pub fn start_hinting(&mut self) -> Result<HintId, HintingError> {
         self.notice_new_driver();
         self.can_hint()?;
+        self.is_the_operators()?;
         let command = self.hinting.command();
         let result = self.hinting.start(&self.ram);
         self.issued(command, result)
@@ -81,6 +82,7 @@ impl Device {
     pub fn sync_hinting(&mut self) -> Result<HintId, HintingError> {
         self.notice_new_driver();
         self.can_hint()?;
+        self.is_the_operators()?;
         let command = self.hinting.command();
         let result = self.hinting.sync();
         self.issued(command, result)
@@ -187,7 +189,19 @@ impl Device {
         asked
     }
 
-    fn can_hint(&self) -> Result<(), HintingError> {
+    /// Checks that no migration has hinting.
+    ///
+    /// # Errors
+    ///
+    /// If one has.
+    pub fn is_the_operators(&self) -> Result<(), HintingError> {
+        match self.claim {
+            Some(_) => Err(HintingError::Migrating),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn can_hint(&self) -> Result<(), HintingError> {
         if self.connection.is_none() {
             return Err(HintingError::NoFrontEnd);
         }

@@ -188,13 +188,17 @@ fn hint_sync(target: &Target, arguments: Option<&Value>) -> Result<Value, Comman
 
 fn hint_stop(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
     no_arguments(arguments)?;
-    lock(&target.device).stop_hinting();
+    let mut device = lock(&target.device);
+    device.is_the_operators()?;
+    device.stop_hinting();
     Ok(json!({}))
 }
 
 fn hint_done(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
     no_arguments(arguments)?;
-    lock(&target.device).finish_hinting();
+    let mut device = lock(&target.device);
+    device.is_the_operators()?;
+    device.finish_hinting();
     Ok(json!({}))
 }
 

@@ -291,20 +291,34 @@ impl Vmm {
         self.features
     }
 
-    /// What happens when a driver binds and has accepted `features`.
-    pub fn start_driver(&mut self, features: Features) {
-        self.features = features;
-        let ring = VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        self.frontend.set_features(features.bits() | ring).unwrap();
+    /// Tells where guest memory is.
+    pub fn share_memory(&mut self) {
+        self.share(LENGTH);
+    }
+
+    /// Tells that there is less of it than there was.
+    pub fn share_half_the_memory(&mut self) {
+        self.share(LENGTH / 2);
+    }
+
+    fn share(&mut self, length: u64) {
         self.frontend
             .set_mem_table(&[VhostUserMemoryRegionInfo {
                 guest_phys_addr: START,
-                memory_size: LENGTH,
+                memory_size: length,
                 userspace_addr: START,
                 mmap_offset: START,
                 mmap_handle: self.file.as_raw_fd(),
             }])
             .unwrap();
+    }
+
+    /// What happens when a driver binds and has accepted `features`.
+    pub fn start_driver(&mut self, features: Features) {
+        self.features = features;
+        let ring = VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.frontend.set_features(features.bits() | ring).unwrap();
+        self.share_memory();
         self.queues.clear();
         for index in 0..Queue::count(features) {
             let base = START + 0x3000 * index as u64;

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The device as a migration's source of hints, with a driver behind a real front end.
+
+mod common;
+
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc::{channel, Receiver};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::Vmm;
+use migration::{Cancel, HintSource, HintWindow, SyncPhase, Waited};
+use shared_abi::features::Features;
+use shared_abi::hinting::device::Phase;
+use shared_abi::queue::Queue;
+use vhost_device_balloon::device::hinting::HintingError;
+use vhost_device_balloon::device::lending::{ClaimError, Trouble};
+use vhost_device_balloon::device::Device;
+use vhost_device_balloon::events::Events;
+use vhost_device_balloon::migrate::hints::DeviceHints;
+use vhost_device_balloon::session::Session;
+
+const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
+const DISCARD: Features = HINT.union(Features::KEEPS_HINTED_UNTIL_RETURNED);
+/// Longer than anything takes that is waited for.
+const LONG: Duration = Duration::from_secs(20);
+
+/// A device with a driver, claimed by a migration.
+struct Claimed {
+    device: Arc<Mutex<Device>>,
+    session: Option<Session>,
+    vmm: Option<Vmm>,
+    hints: DeviceHints,
+    cancel: Cancel,
+    window: Option<HintWindow>,
+    troubles: Receiver<Trouble>,
+}
+
+impl Claimed {
+    fn new(offered: Features, accepted: Features) -> Self {
+        let events = Arc::new(Events::default());
+        let device = Arc::new(Mutex::new(Device::new(offered, events)));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let served = device.clone();
+        let serving = thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            Session::start(stream, served, || {}).unwrap()
+        });
+        let mut vmm = Vmm::connect(&path);
+        let session = serving.join().unwrap();
+        vmm.start_driver(accepted);
+        let limit = Instant::now() + LONG;
+        while !device.lock().unwrap().virtio_status().running {
+            assert!(Instant::now() < limit, "no driver");
+            thread::sleep(Duration::from_millis(1));
+        }
+        let (sender, troubles) = channel();
+        let on_trouble = Box::new(move |trouble| sender.send(trouble).unwrap());
+        let claimed = device.lock().unwrap().claim(on_trouble).unwrap();
+        let sync = SyncPhase::new(claimed.memory.layout()).unwrap();
+        sync.set_all();
+        let cancel = Cancel::default();
+        Self {
+            hints: DeviceHints::new(device.clone(), claimed.discards, &cancel),
+            device,
+            session: Some(session),
+            vmm: Some(vmm),
+            cancel,
+            window: Some(sync.finish()),
+            troubles,
+        }
+    }
+
+    fn device(&self) -> MutexGuard<'_, Device> {
+        self.device.lock().unwrap()
+    }
+
+    fn vmm(&mut self) -> &mut Vmm {
+        self.vmm.as_mut().unwrap()
+    }
+
+    /// Opens the window, and returns the id that the driver sees.
+    fn open(&mut self) -> u32 {
+        let window = self.window.take().unwrap();
+        self.hints.open(window).unwrap();
+        self.vmm().command()
+    }
+
+    /// Tries to, and returns why it does not open.
+    fn does_not_open(&mut self) -> String {
+        let window = self.window.take().unwrap();
+        let (window, error) = self.hints.open(window).unwrap_err();
+        self.window = Some(window);
+        error.to_string()
+    }
+
+    /// Closes the window, and returns how many pages are still dirty.
+    fn close(&mut self) -> u64 {
+        let sync = self.hints.close().unwrap().close();
+        let dirty = sync.bitmap().dirty_pages();
+        self.window = Some(sync.finish());
+        dirty
+    }
+
+    fn command(&mut self, id: u32) {
+        self.vmm().send(Queue::FreePage, &id.to_le_bytes());
+    }
+
+    fn block(&mut self, offset: u64, length: u32) {
+        self.vmm()
+            .offer(Queue::FreePage, Vmm::FREE + offset, length, true);
+    }
+}
+
+impl Drop for Claimed {
+    fn drop(&mut self) {
+        self.vmm = None;
+        if let Some(session) = self.session.take() {
+            session.join();
+        }
+    }
+}
+
+#[test]
+fn r6_hints_count_between_open_and_close_only() {
+    let mut it = Claimed::new(HINT, HINT);
+    assert!(!it.hints.discards());
+    let all = it.window.as_ref().unwrap().bitmap().dirty_pages();
+    // What comes before anybody asked belongs to nothing.
+    it.block(0, 0x1000);
+    let first = it.open();
+    it.command(first);
+    it.block(0, 0x4000);
+    it.command(0);
+    let cancel = it.cancel.clone();
+    assert_eq!(it.hints.wait(LONG, &cancel), Waited::Finished);
+    // R14: hints that come after the wait count as well, until the window is closed.
+    assert_eq!(it.close(), all - 4);
+    assert_eq!(it.vmm().command(), 0);
+    it.block(0x4000, 0x1000);
+
+    let second = it.open();
+    assert_eq!(second, first + 1, "R8");
+    it.block(0x5000, 0x1000);
+    it.command(first);
+    it.block(0x6000, 0x1000);
+    it.command(second);
+    it.block(0x7000, 0x1000);
+    assert_eq!(it.close(), all - 5);
+    it.hints.done();
+    assert_eq!(it.vmm().command(), 1);
+    it.hints.done();
+    assert!(it.hints.close().is_err());
+}
+
+#[test]
+fn r14_waiting_ends_at_its_limit_and_when_the_migration_is_given_up() {
+    let mut it = Claimed::new(HINT, HINT);
+    let id = it.open();
+    let cancel = it.cancel.clone();
+    let began = Instant::now();
+    let limit = Duration::from_millis(50);
+    assert_eq!(it.hints.wait(limit, &cancel), Waited::TimedOut);
+    assert!(began.elapsed() >= limit);
+    // It has begun, and does not come to an end.
+    it.command(id);
+    assert_eq!(it.hints.wait(Duration::ZERO, &cancel), Waited::TimedOut);
+    let canceller = thread::spawn({
+        let cancel = cancel.clone();
+        move || cancel.cancel()
+    });
+    assert_eq!(it.hints.wait(Duration::MAX, &cancel), Waited::Cancelled);
+    canceller.join().unwrap();
+    it.close();
+}
+
+#[test]
+fn r16_the_window_is_not_lost_with_the_driver_or_the_front_end() {
+    let mut it = Claimed::new(HINT, HINT);
+    let all = it.window.as_ref().unwrap().bitmap().dirty_pages();
+    let cancel = it.cancel.clone();
+
+    // The driver is reset in the middle of a round, and starts anew.
+    let first = it.open();
+    it.command(first);
+    it.block(0, 0x1000);
+    it.vmm().stop_driver();
+    it.vmm().start_driver(HINT);
+    it.vmm().send(Queue::Inflate, &[]);
+    let Waited::Lost(why) = it.hints.wait(LONG, &cancel) else {
+        panic!("nobody will answer");
+    };
+    assert!(why.contains("started anew"), "{why}");
+    it.block(0x1000, 0x1000);
+    assert_eq!(it.close(), all - 1, "what came before counts");
+
+    // The next window is for the new driver.
+    let second = it.open();
+    assert_ne!(first, second);
+    it.command(second);
+    it.block(0x2000, 0x1000);
+    thread::scope(|scope| {
+        let hints = &mut it.hints;
+        let waiter = scope.spawn(|| hints.wait(Duration::MAX, &cancel));
+        it.vmm = None;
+        it.session.take().unwrap().join();
+        assert!(matches!(waiter.join().unwrap(), Waited::Lost(_)));
+    });
+    assert_eq!(it.close(), all - 2);
+    assert!(matches!(it.troubles.recv(), Ok(Trouble::FrontEnd(_))));
+    let why = it.does_not_open();
+    assert!(why.contains("no front end"), "{why}");
+    it.hints.done();
+}
+
+#[test]
+fn a_migration_has_hinting_for_itself_until_it_lets_go() {
+    let mut it = Claimed::new(HINT, HINT);
+    let refused = |it: &Claimed| {
+        let mut device = it.device();
+        assert!(matches!(
+            device.start_hinting(),
+            Err(HintingError::Migrating)
+        ));
+        assert!(matches!(
+            device.sync_hinting(),
+            Err(HintingError::Migrating)
+        ));
+        let again = device.claim(Box::new(|_| {}));
+        assert!(matches!(again, Err(ClaimError::Claimed)));
+    };
+    refused(&it);
+    it.open();
+    refused(&it);
+    // R16: letting go with a window open is an end as well.
+    let cancel = it.cancel.clone();
+    let device = it.device.clone();
+    it.hints = {
+        let other = Arc::new(Mutex::new(Device::new(HINT, Arc::default())));
+        DeviceHints::new(other, false, &cancel)
+    };
+    assert_eq!(it.vmm().command(), 1);
+    device.lock().unwrap().start_hinting().unwrap();
+    let phase = device.lock().unwrap().hinting().phase;
+    assert!(matches!(phase, Phase::Requested(_)));
+}
+
+#[test]
+fn other_memory_is_trouble_and_no_hint_counts_for_it() {
+    let mut it = Claimed::new(HINT, HINT);
+    // The same once more, as a front end sends it when the guest goes on after a pause.
+    it.vmm().share_memory();
+    it.open();
+    assert!(it.troubles.try_recv().is_err());
+    it.vmm().share_half_the_memory();
+    it.vmm().command();
+    assert!(matches!(it.troubles.recv(), Ok(Trouble::Memory(_))));
+    it.close();
+    let why = it.does_not_open();
+    assert!(why.contains("not that any more"), "{why}");
+}
+
+#[test]
+fn r17_a_driver_that_does_not_keep_its_blocks_cannot_take_over() {
+    let mut it = Claimed::new(DISCARD, DISCARD);
+    assert!(it.hints.discards());
+    let id = it.open();
+    it.command(id);
+    it.block(0, 0x1000);
+    assert_eq!(it.device().hinting().bytes_discarded, 0x1000);
+    it.close();
+    it.vmm().stop_driver();
+    it.vmm().start_driver(HINT);
+    it.vmm().send(Queue::Inflate, &[]);
+    let why = it.does_not_open();
+    assert!(why.contains("does not keep hinted blocks"), "{why}");
+}
