@@ -42,6 +42,7 @@ pub mod digest;
 mod hints;
 mod layout;
 pub mod machine;
+mod mappers;
 mod memory;
 mod runs;
 pub mod status;

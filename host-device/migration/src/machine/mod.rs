@@ -2,10 +2,12 @@
 
 //! Who can pause the virtual machine for the last of a migration.
 
+mod processes;
 mod qmp;
 
 use thiserror::Error;
 
+pub use processes::Processes;
 pub use qmp::QmpMachine;
 
 /// Why a virtual machine was not paused, or does not go on.

@@ -2,10 +2,27 @@
 
 //! Who knows which pages the guest has written.
 
+mod choose;
+mod content;
+mod driven;
+mod pagemap;
+mod punched;
+mod quiesce;
+mod sent;
+mod soft_dirty;
+
 use std::io;
 use std::time::Duration;
 
 use thiserror::Error;
+
+pub use choose::{choose, Choice, Request};
+pub use content::Content;
+pub use driven::{driven, Driven, Writes};
+pub use punched::Punched;
+pub use quiesce::{NeverWrites, Quiesce};
+pub use sent::SentTable;
+pub use soft_dirty::SoftDirty;
 
 use crate::{Run, SyncPhase};
 
@@ -84,13 +101,41 @@ pub trait DirtyTracker: Send {
     /// If writes cannot be tracked any more. The migration must fail then.
     fn sync(&mut self, phase: &SyncPhase, stage: Stage) -> Result<Synced, TrackError>;
 
-    /// The pages `run` were sent, as these `bytes`, [`PAGE_SIZE`](crate::PAGE_SIZE) each.
+    /// The pages `run` were sent, as these `bytes`, [`PAGE_SIZE`](crate::PAGE_SIZE) each; there may be none if it does not
+    /// [want](Self::wants_bytes) them. Called for each page that is sent, before the next sync.
     fn sent(&mut self, run: Run, bytes: &[u8]) {
         let _ = (run, bytes);
     }
 
-    /// The pages `run` were sent as zeros.
+    /// The pages `run` were sent as zeros. Called for each page that is, before the next sync.
     fn sent_zeros(&mut self, run: Run) {
         let _ = run;
     }
+
+    /// What was sent of each page, if it keeps that.
+    fn sent_table(&self) -> Option<&SentTable> {
+        None
+    }
+}
+
+/// Memory with a block of so many pages each; the first is shown from address 0 on.
+#[cfg(test)]
+fn test_memory(pages: &[u64]) -> crate::Memory {
+    use crate::{Block, Layout, Memory, Region, PAGE_SIZE};
+    use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+
+    let lengths = pages.iter().map(|pages| pages * PAGE_SIZE);
+    let names = ('a'..='z').map(String::from);
+    let blocks = lengths
+        .clone()
+        .zip(names)
+        .map(|(length, name)| Block::new(&name, length).unwrap());
+    let region = Region::new(0, pages[0] * PAGE_SIZE).unwrap();
+    let layout = Layout::new(blocks, [region]).unwrap();
+    let files = lengths.map(|length| {
+        let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, length).unwrap();
+        file.into()
+    });
+    Memory::new(layout.into(), files.collect()).unwrap()
 }

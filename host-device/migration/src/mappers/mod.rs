@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which processes map guest memory, and how they are made to stand still.
+//!
+//! They are found by the device and inode of the memory files in `/proc/*/maps`. A process that may not be looked at is
+//! taken to map nothing: to see those of other users takes the rights to do so. So does a file system that shows another
+//! device in `maps` than `stat` does (btrfs, some overlays): keep guest memory in a memfd, or on tmpfs or hugetlbfs.
+
+mod maps;
+mod process;
+mod stop;
+
+use std::fs;
+use std::io;
+
+use rustix::fs::{fstat, major, minor};
+
+pub(crate) use maps::Mapping;
+pub(crate) use process::{fresh_mappings, gone, stat, Process};
+pub(crate) use stop::{StopError, Stopped};
+
+use crate::Memory;
+
+/// What a file is called in `/proc/PID/maps`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct FileId {
+    major: u32,
+    minor: u32,
+    inode: u64,
+}
+
+/// The memory files of a guest, by the index of their block.
+#[derive(Clone, Debug)]
+pub(crate) struct Files(Vec<FileId>);
+
+/// A process that maps guest memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Mapper {
+    pub(crate) process: Process,
+    pub(crate) parent: u32,
+    pub(crate) tracer: u32,
+}
+
+impl Files {
+    /// The files of `memory`.
+    pub(crate) fn of(memory: &Memory) -> io::Result<Self> {
+        let ids = memory.blocks().map(|(_, file)| {
+            let stat = fstat(file)?;
+            Ok(FileId {
+                major: major(stat.st_dev),
+                minor: minor(stat.st_dev),
+                inode: stat.st_ino,
+            })
+        });
+        ids.collect::<io::Result<_>>().map(Self)
+    }
+
+    fn block(&self, id: FileId) -> Option<usize> {
+        self.0.iter().position(|file| *file == id)
+    }
+
+    /// Where the process maps guest memory such that others see what it writes there, by ascending address. Nothing if it
+    /// is no more.
+    pub(crate) fn mappings(&self, pid: u32) -> io::Result<Vec<Mapping>> {
+        match gone(fs::read(format!("/proc/{pid}/maps")))? {
+            Some(text) => Ok(maps::parse(&text, |id| self.block(id)).collect()),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Every process but ours that maps guest memory, by its number.
+    pub(crate) fn mappers(&self) -> io::Result<Vec<Mapper>> {
+        let own = std::process::id();
+        let mut mappers = Vec::new();
+        for entry in fs::read_dir("/proc")? {
+            let name = entry?.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            if pid == own {
+                continue;
+            }
+            match self.mapper(pid) {
+                Ok(mapper) => mappers.extend(mapper),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                Err(error) => return Err(error),
+            }
+        }
+        mappers.sort_by_key(|mapper| mapper.process.pid);
+        Ok(mappers)
+    }
+
+    fn mapper(&self, pid: u32) -> io::Result<Option<Mapper>> {
+        if self.mappings(pid)?.is_empty() {
+            return Ok(None);
+        }
+        let (Some(stat), Some(status)) = (stat(pid)?, process::status(pid)?) else {
+            return Ok(None);
+        };
+        Ok(Some(Mapper {
+            process: stat.process,
+            parent: stat.parent,
+            tracer: status.tracer,
+        }))
+    }
+}
