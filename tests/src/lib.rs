@@ -35,6 +35,7 @@ pub mod stress;
 mod sys;
 pub mod vmm;
 pub mod watch;
+pub mod wire;
 
 pub use guest_agent::{calls, pattern, ranges};
 

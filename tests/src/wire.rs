@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A line between two peers that fails when it is told to.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use anyhow::{Context, Result};
+
+/// How a line fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// Both ends see that the connection is gone.
+    Cut,
+    /// Nothing goes over it any more, and neither end is told.
+    Stall,
+}
+
+/// Connections that are taken at one socket and carried on to another, until so many bytes have gone to the far end.
+#[derive(Debug)]
+pub struct Wire {
+    socket: PathBuf,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    far: PathBuf,
+    /// Bytes that may still pass.
+    left: AtomicU64,
+    carried: AtomicU64,
+    failure: Failure,
+    ends: Mutex<Vec<UnixStream>>,
+}
+
+impl Wire {
+    /// Listens at `socket`. Each connection is carried on to `far`; when all together have carried `bytes`, they fail.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot listen there.
+    pub fn start(socket: PathBuf, far: &Path, bytes: u64, failure: Failure) -> Result<Self> {
+        let listener = UnixListener::bind(&socket)
+            .with_context(|| format!("cannot listen at {}", socket.display()))?;
+        let shared = Arc::new(Shared {
+            far: far.to_owned(),
+            left: AtomicU64::new(bytes),
+            carried: AtomicU64::new(0),
+            failure,
+            ends: Mutex::default(),
+        });
+        let this = shared.clone();
+        // It ends with the process: nothing else would wake it.
+        thread::spawn(move || {
+            for near in listener.incoming().flatten() {
+                if this.carry(near).is_err() {
+                    this.cut();
+                }
+            }
+        });
+        Ok(Self { socket, shared })
+    }
+
+    /// Where it is connected to.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Bytes that have reached the far end.
+    #[must_use]
+    pub fn carried(&self) -> u64 {
+        self.shared.carried.load(Ordering::Relaxed)
+    }
+
+    /// Whether it has failed.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.shared.left.load(Ordering::Relaxed) == 0
+    }
+
+    /// Ends all connections.
+    pub fn cut(&self) {
+        self.shared.cut();
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.cut();
+        // Who connects later finds nobody.
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+impl Shared {
+    fn carry(self: &Arc<Self>, near: UnixStream) -> Result<()> {
+        let far = UnixStream::connect(&self.far)?;
+        {
+            let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+            ends.push(near.try_clone()?);
+            ends.push(far.try_clone()?);
+        }
+        let (mut back_from, mut back_to) = (far.try_clone()?, near.try_clone()?);
+        thread::spawn(move || {
+            let _ = std::io::copy(&mut back_from, &mut back_to);
+            let _ = back_to.shutdown(Shutdown::Write);
+        });
+        let this = self.clone();
+        thread::spawn(move || this.forward(near, far));
+        Ok(())
+    }
+
+    fn forward(&self, mut near: UnixStream, mut far: UnixStream) {
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let Ok(count) = near.read(&mut buffer) else {
+                break;
+            };
+            if count == 0 {
+                break;
+            }
+            let before = self
+                .left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                    Some(left.saturating_sub(count as u64))
+                })
+                .unwrap_or_default();
+            let passing = usize::try_from(before).map_or(count, |left| left.min(count));
+            let part = buffer.get(..passing).unwrap_or_default();
+            if far.write_all(part).is_err() {
+                break;
+            }
+            self.carried.fetch_add(part.len() as u64, Ordering::Relaxed);
+            if before <= count as u64 {
+                match self.failure {
+                    Failure::Cut => self.cut(),
+                    // Its ends are kept open until the line is dropped.
+                    Failure::Stall => return,
+                }
+            }
+        }
+        let _ = far.shutdown(Shutdown::Write);
+    }
+
+    fn cut(&self) {
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        for end in ends.drain(..) {
+            // One that is gone already needs no end.
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scratch::Scratch;
+
+    #[test]
+    fn so_many_bytes_pass_and_answers_come_back() {
+        let scratch = Scratch::new().unwrap();
+        let far = UnixListener::bind(scratch.path("far")).unwrap();
+        let wire = Wire::start(
+            scratch.path("near"),
+            &scratch.path("far"),
+            100_000,
+            Failure::Cut,
+        )
+        .unwrap();
+        let mut near = UnixStream::connect(wire.socket()).unwrap();
+        let (mut far, _) = far.accept().unwrap();
+        far.write_all(b"hello").unwrap();
+        let mut answer = [0; 5];
+        near.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"hello");
+        let writer = thread::spawn(move || near.write_all(&[7; 1 << 20]).is_err());
+        let mut got = Vec::new();
+        let _ = far.read_to_end(&mut got);
+        assert_eq!(got.len(), 100_000);
+        assert!(writer.join().unwrap());
+        assert!(wire.has_failed());
+        assert_eq!(wire.carried(), 100_000);
+    }
+}
