@@ -83,6 +83,7 @@ pub struct Builder<'a> {
     next_kernel: bool,
     sleeps: bool,
     kernel_arguments: &'a str,
+    operators: bool,
     console: Streams,
 }
 
@@ -104,6 +105,7 @@ impl<'a> Builder<'a> {
             next_kernel: false,
             sleeps: false,
             kernel_arguments: "",
+            operators: false,
             console: Streams::Collected,
         }
     }
@@ -179,6 +181,13 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// Has the VMM listen for operators ([`Guest::operators_socket`]). QEMU only.
+    #[must_use]
+    pub fn operators(mut self) -> Self {
+        self.operators = true;
+        self
+    }
+
     /// Connects the console to the terminal.
     #[must_use]
     pub fn on_terminal(mut self) -> Self {
@@ -250,6 +259,7 @@ impl<'a> Builder<'a> {
             slot: self.slot,
             sleeps: self.sleeps,
             kernel_arguments: self.kernel_arguments.to_owned(),
+            operators: self.operators.then(|| scratch.path(OPERATORS)),
             console: self.console,
         };
         let started = match vmm {
@@ -263,6 +273,9 @@ impl<'a> Builder<'a> {
 
 /// Ordinary boots take 0.3 s (user-mode Linux) and 6 s (emulated); a busy host may make them slow.
 pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(90);
+
+/// The name of the socket at which a VMM listens for operators.
+const OPERATORS: &str = "vmm-qmp.sock";
 
 fn kernel(artifacts: &Artifacts, vmm: Vmm) -> Result<&Kernel> {
     match vmm {
@@ -395,6 +408,12 @@ impl Guest {
     /// If the VMM has none.
     pub fn monitor(&mut self) -> Result<&mut Qmp> {
         self.monitor.as_mut().context("the VMM has no monitor")
+    }
+
+    /// Where a VMM that was built with [`Builder::operators`] listens for more of them.
+    #[must_use]
+    pub fn operators_socket(&self) -> PathBuf {
+        self.scratch.path(OPERATORS)
     }
 
     /// The connection on which the balloon is commanded: our daemon's, or QEMU's monitor.

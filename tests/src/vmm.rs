@@ -99,6 +99,8 @@ pub struct Machine {
     pub sleeps: bool,
     /// More words for the kernel's command line.
     pub kernel_arguments: String,
+    /// Where its VMM is to listen for operators besides the test.
+    pub operators: Option<PathBuf>,
     /// What becomes of its console.
     pub console: Streams,
 }

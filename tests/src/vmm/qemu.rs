@@ -96,6 +96,12 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
     }
     command.args(["-chardev", &format!("socket,id=monitor,fd={MONITOR_FD}")]);
     command.args(["-object", "monitor-qmp,id=qmp,chardev=monitor"]);
+    if let Some(socket) = &machine.operators {
+        command.args([
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", socket.display()),
+        ]);
+    }
     attach(&mut command, machine);
     command
         .fd_mappings(vec![
