@@ -117,10 +117,7 @@ impl Shared {
 
     fn forward(&self, mut near: UnixStream, mut far: UnixStream) {
         let mut buffer = vec![0; 1 << 16];
-        loop {
-            let Ok(count) = near.read(&mut buffer) else {
-                break;
-            };
+        while let Ok(count) = near.read(&mut buffer) {
             if count == 0 {
                 break;
             }
