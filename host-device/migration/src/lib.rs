@@ -46,6 +46,7 @@ mod mappers;
 mod memory;
 mod runs;
 pub mod status;
+pub mod stream;
 pub mod track;
 mod window;
 

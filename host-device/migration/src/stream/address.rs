@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Where a stream goes or comes from, written as QEMU writes it.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+/// Where a stream goes or comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// `unix:PATH`: a Unix socket. Two-way.
+    Unix(PathBuf),
+    /// `tcp:HOST:PORT`. Two-way. An IPv6 address stands in brackets.
+    Tcp(String, u16),
+    /// `file:PATH`: written by the sender, read by the receiver.
+    File(PathBuf),
+    /// `fd:N`: an open file descriptor of this process: a stream socket (two-way), a pipe or a file. On the receiving
+    /// side also a socket that listens.
+    Fd(i32),
+}
+
+/// Why a text is not an [`Address`].
+#[derive(Debug, Clone, Error, PartialEq, Eq)]
+#[error("'{text}' is not an address: {why}; known are unix:PATH, tcp:HOST:PORT, file:PATH and fd:NUMBER")]
+pub struct AddressError {
+    text: String,
+    why: &'static str,
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        let error = |why| AddressError {
+            text: text.to_owned(),
+            why,
+        };
+        let (kind, rest) = text
+            .split_once(':')
+            .ok_or_else(|| error("it does not say of which kind"))?;
+        if rest.is_empty() {
+            return Err(error("nothing follows the colon"));
+        }
+        match kind {
+            "unix" => Ok(Self::Unix(rest.into())),
+            "file" => Ok(Self::File(rest.into())),
+            "fd" => match rest.parse() {
+                Ok(number) if number >= 0 => Ok(Self::Fd(number)),
+                _ => Err(error("a file descriptor is a number")),
+            },
+            "tcp" => {
+                let (host, port) = rest
+                    .rsplit_once(':')
+                    .ok_or_else(|| error("the port is missing"))?;
+                let host = match host.strip_prefix('[') {
+                    Some(inner) => inner
+                        .strip_suffix(']')
+                        .ok_or_else(|| error("a bracket is missing"))?,
+                    None if host.contains(':') => {
+                        return Err(error("an IPv6 address stands in brackets"))
+                    }
+                    None => host,
+                };
+                let port = port
+                    .parse()
+                    .map_err(|_| error("a port is a number up to 65535"))?;
+                Ok(Self::Tcp(host.to_owned(), port))
+            }
+            _ => Err(error("its kind is unknown")),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp(host, port) if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            Self::Tcp(host, port) => write!(f, "tcp:{host}:{port}"),
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Fd(number) => write!(f, "fd:{number}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_read_back_as_written() {
+        for text in [
+            "unix:/run/a b",
+            "unix:relative",
+            "tcp:localhost:4444",
+            "tcp::4444",
+            "tcp:[::1]:1",
+            "file:/tmp/x:y",
+            "fd:0",
+        ] {
+            let address: Address = text.parse().unwrap();
+            assert_eq!(address.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn anything_else_says_why() {
+        for (text, why) in [
+            ("/run/socket", "of which kind"),
+            ("unix:", "nothing follows"),
+            ("exec:cat", "unknown"),
+            ("tcp:host", "port is missing"),
+            ("tcp:host:70000", "65535"),
+            ("tcp:::1:5", "brackets"),
+            ("tcp:[::1:5", "bracket is missing"),
+            ("fd:-1", "number"),
+            ("fd:stdin", "number"),
+        ] {
+            let error = text.parse::<Address>().unwrap_err().to_string();
+            assert!(error.contains(why) && error.contains(text), "{error}");
+        }
+    }
+}

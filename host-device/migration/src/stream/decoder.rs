@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One channel of a stream on its way in: bytes become records that are right in themselves and in their place.
+
+use std::io::IoSliceMut;
+use std::sync::Arc;
+use std::time::Duration;
+
+use zstd::bulk::Decompressor;
+
+use super::error::Fault;
+use super::format::{
+    bytes_of, payload_check, BlockName, Counts, Final, Head, Header, Kind, FLAG_UNSEEN, FLAG_ZSTD,
+    HEAD, HEADER_START, RECORD_PAGES,
+};
+use super::wire::Wire;
+use super::StreamError;
+use crate::{Run, PAGE_SIZE};
+
+/// Small records are read together, up to this many bytes.
+const BUFFER: usize = 64 << 10;
+/// The longest payload.
+const PAYLOAD: usize = (RECORD_PAGES * PAGE_SIZE) as usize;
+
+/// Where bytes come from.
+pub(super) trait Source {
+    /// Reads at least a byte; 0 is the end. Waits for `limit` at most, if there is one.
+    fn read(
+        &mut self,
+        slices: &mut [IoSliceMut<'_>],
+        limit: Option<Duration>,
+    ) -> Result<usize, StreamError>;
+}
+
+impl Source for Wire {
+    fn read(
+        &mut self,
+        slices: &mut [IoSliceMut<'_>],
+        limit: Option<Duration>,
+    ) -> Result<usize, StreamError> {
+        Wire::read(self, slices, limit)
+    }
+}
+
+/// What a record says.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Record<'a> {
+    /// Pages of this content.
+    Pages(Run, &'a [u8]),
+    /// Pages of zeros.
+    Zeros(Run),
+    /// A round has ended; its number.
+    Round(u64),
+    /// All has been said; with the check value that the channel had before.
+    Final(Final, u64),
+}
+
+/// Reads a channel. Takes a bounded amount of memory, whatever comes.
+pub(super) struct Decoder<S> {
+    source: S,
+    channel: u16,
+    /// How long the other side may be silent inside a record.
+    limit: Duration,
+    buffer: Box<[u8]>,
+    /// The part of the buffer that was read and not used.
+    start: usize,
+    end: usize,
+    /// Bytes of the stream before `start`.
+    offset: u64,
+    chain: u64,
+    /// What it was before the last head.
+    chain_before: u64,
+    sequence: u64,
+    round: u64,
+    counts: Counts,
+    payload: Vec<u8>,
+    unpacked: Vec<u8>,
+    decompressor: Option<Decompressor<'static>>,
+    blocks: Arc<[BlockName]>,
+}
+
+/// Where a payload is.
+enum Place {
+    /// In the buffer, which has these bytes still unused in front of the next record.
+    Buffer(std::ops::Range<usize>),
+    /// By itself, so many bytes.
+    Own(usize),
+}
+
+impl<S: Source> Decoder<S> {
+    /// Reads what `source` begins with.
+    pub fn start(source: S, limit: Duration) -> Self {
+        Self {
+            source,
+            channel: 0,
+            limit,
+            buffer: vec![0; BUFFER].into_boxed_slice(),
+            start: 0,
+            end: 0,
+            offset: 0,
+            chain: 0,
+            chain_before: 0,
+            sequence: 0,
+            round: 0,
+            counts: Counts::default(),
+            payload: Vec::new(),
+            unpacked: Vec::new(),
+            decompressor: None,
+            blocks: Arc::from([]),
+        }
+    }
+
+    /// The transport.
+    pub fn source(&mut self) -> &mut S {
+        &mut self.source
+    }
+
+    /// Bytes of the stream that were taken in.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// An error about what begins at `offset`.
+    pub fn fault(&self, offset: u64, fault: Fault) -> StreamError {
+        StreamError::Malformed {
+            channel: self.channel,
+            offset,
+            fault,
+        }
+    }
+
+    /// Reads the header.
+    pub fn header(&mut self) -> Result<Header, StreamError> {
+        let ended = Fault::EndedInHeader;
+        let limit = Some(self.limit);
+        let mut bytes = Vec::new();
+        self.take(HEADER_START, limit, &mut bytes, &ended)?;
+        let length = Header::length(&bytes).map_err(|fault| self.fault(0, fault))?;
+        self.take(length - HEADER_START, limit, &mut bytes, &ended)?;
+        let (header, chain) = Header::decode(&bytes).map_err(|fault| self.fault(0, fault))?;
+        self.chain = chain;
+        self.channel = header.channel;
+        self.blocks = header.blocks.clone().into();
+        Ok(header)
+    }
+
+    /// The next record. Between records the other side may be silent for as long as it likes.
+    pub fn next(&mut self) -> Result<Record<'_>, StreamError> {
+        let at = self.offset;
+        let head = self.head()?;
+        let channel = self.channel;
+        let fault = |fault| StreamError::Malformed {
+            channel,
+            offset: at,
+            fault,
+        };
+        let run = Run {
+            block: usize::from(head.block),
+            first: head.first,
+            pages: head.pages,
+        };
+        match head.kind {
+            Kind::Pages | Kind::Zeros => {
+                let has = match self.blocks.get(run.block) {
+                    Some(block) => block.pages,
+                    None => return Err(fault(Fault::Block(head.block))),
+                };
+                if head
+                    .first
+                    .checked_add(head.pages)
+                    .is_none_or(|end| end > has)
+                {
+                    return Err(fault(Fault::Outside {
+                        first: head.first,
+                        pages: head.pages,
+                        has,
+                    }));
+                }
+            }
+            Kind::Round | Kind::Final => {}
+        }
+        match head.kind {
+            Kind::Pages => {
+                let length = usize::try_from(head.length).unwrap_or(usize::MAX);
+                let place = self.payload(length, at)?;
+                self.counts.add(Counts {
+                    pages: head.pages,
+                    zeros: 0,
+                    payload: u64::from(head.length),
+                });
+                let payload = match &place {
+                    Place::Buffer(range) => self.buffer.get(range.clone()),
+                    Place::Own(length) => self.payload.get(..*length),
+                }
+                .unwrap_or_default();
+                if head.flags & FLAG_UNSEEN == 0 && payload_check(payload) != head.payload {
+                    return Err(fault(Fault::Payload));
+                }
+                if head.flags & FLAG_ZSTD == 0 {
+                    return Ok(Record::Pages(run, payload));
+                }
+                let raw = usize::try_from(bytes_of(head.pages)).unwrap_or(0);
+                unpack(&mut self.decompressor, payload, &mut self.unpacked, raw).map_err(
+                    |why| {
+                        fault(Fault::Compressed {
+                            pages: head.pages,
+                            why,
+                        })
+                    },
+                )?;
+                Ok(Record::Pages(run, &self.unpacked))
+            }
+            Kind::Zeros => {
+                self.counts.zeros = self.counts.zeros.saturating_add(head.pages);
+                Ok(Record::Zeros(run))
+            }
+            Kind::Round => {
+                let expected = self.round.saturating_add(1);
+                if head.first != expected {
+                    return Err(fault(Fault::Round(head.first, expected)));
+                }
+                self.round = expected;
+                Ok(Record::Round(expected))
+            }
+            Kind::Final => self.last(head, at),
+        }
+    }
+
+    /// That nothing follows, as far as one can see without waiting.
+    pub fn nothing_follows(&mut self) -> Result<(), StreamError> {
+        if self.start < self.end {
+            return Err(self.fault(self.offset, Fault::Trailing));
+        }
+        let (offset, limit) = (self.offset, Some(Duration::ZERO));
+        match self
+            .source
+            .read(&mut [IoSliceMut::new(&mut self.buffer)], limit)
+        {
+            Ok(0) | Err(StreamError::Stalled { .. } | StreamError::Closed { .. }) => Ok(()),
+            Ok(_) => Err(self.fault(offset, Fault::Trailing)),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn last(&mut self, head: Head, at: u64) -> Result<Record<'_>, StreamError> {
+        let mut bytes = Vec::new();
+        let length = usize::try_from(head.length).unwrap_or(0);
+        self.take(length, Some(self.limit), &mut bytes, &Fault::EndedInside)?;
+        if payload_check(&bytes) != head.payload {
+            return Err(self.fault(at, Fault::Payload));
+        }
+        let last = Final::decode(&bytes).map_err(|fault| self.fault(at, fault))?;
+        let (said, seen) = (last.counts, self.counts);
+        for (what, said, seen) in [
+            ("rounds", head.first, self.round),
+            ("pages", said.pages, seen.pages),
+            ("zero pages", said.zeros, seen.zeros),
+            ("bytes of pages", said.payload, seen.payload),
+        ] {
+            if said != seen {
+                return Err(self.fault(at, Fault::Count { what, said, seen }));
+            }
+        }
+        Ok(Record::Final(last, self.chain_before))
+    }
+
+    fn head(&mut self) -> Result<Head, StreamError> {
+        let at = self.offset;
+        if self.start == self.end && self.fill(None)? == 0 {
+            return Err(self.fault(at, Fault::Ended));
+        }
+        while self.end - self.start < HEAD {
+            if self.fill(Some(self.limit))? == 0 {
+                return Err(self.fault(at, Fault::EndedInside));
+            }
+        }
+        let bytes = self.buffer.get(self.start..self.end);
+        let Some(bytes) = bytes.and_then(|bytes| bytes.first_chunk::<HEAD>()) else {
+            return Err(self.fault(at, Fault::EndedInside));
+        };
+        self.chain_before = self.chain;
+        let head = Head::decode(bytes, &mut self.chain, self.sequence)
+            .map_err(|fault| self.fault(at, fault))?;
+        self.sequence = self.sequence.saturating_add(1);
+        self.used(HEAD);
+        Ok(head)
+    }
+
+    /// Reads `length` bytes that follow the head at `at`.
+    fn payload(&mut self, length: usize, at: u64) -> Result<Place, StreamError> {
+        let have = self.end - self.start;
+        if have >= length {
+            let range = self.start..self.start + length;
+            self.used(length);
+            return Ok(Place::Buffer(range));
+        }
+        if self.payload.is_empty() {
+            self.payload.resize(PAYLOAD, 0);
+        }
+        let mut filled = 0;
+        if let (Some(to), Some(from)) = (
+            self.payload.get_mut(..have),
+            self.buffer.get(self.start..self.end),
+        ) {
+            to.copy_from_slice(from);
+            filled = have;
+        }
+        self.used(have);
+        (self.start, self.end) = (0, 0);
+        while filled < length {
+            let rest = self.payload.get_mut(filled..length).unwrap_or_default();
+            let missing = rest.len();
+            // What follows the payload comes along, as far as it is there.
+            let mut slices = [IoSliceMut::new(rest), IoSliceMut::new(&mut self.buffer)];
+            let count = self.source.read(&mut slices, Some(self.limit))?;
+            if count == 0 {
+                return Err(self.fault(at, Fault::EndedInside));
+            }
+            filled += count.min(missing);
+            self.end = count.saturating_sub(missing);
+        }
+        self.offset += (length - have) as u64;
+        Ok(Place::Own(length))
+    }
+
+    /// Appends the next `length` bytes.
+    fn take(
+        &mut self,
+        length: usize,
+        limit: Option<Duration>,
+        to: &mut Vec<u8>,
+        ended: &Fault,
+    ) -> Result<(), StreamError> {
+        let at = self.offset;
+        let wanted = to.len().saturating_add(length);
+        while to.len() < wanted {
+            if self.start == self.end && self.fill(limit)? == 0 {
+                return Err(self.fault(at, ended.clone()));
+            }
+            let count = (wanted - to.len()).min(self.end - self.start);
+            let bytes = self.buffer.get(self.start..self.start + count);
+            to.extend_from_slice(bytes.unwrap_or_default());
+            self.used(count);
+        }
+        Ok(())
+    }
+
+    fn used(&mut self, count: usize) {
+        self.start += count;
+        self.offset += count as u64;
+    }
+
+    /// Reads more into the buffer, which must not be full.
+    fn fill(&mut self, limit: Option<Duration>) -> Result<usize, StreamError> {
+        self.buffer.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+        let free = self.buffer.get_mut(self.end..).unwrap_or_default();
+        let count = self.source.read(&mut [IoSliceMut::new(free)], limit)?;
+        self.end += count;
+        Ok(count)
+    }
+}
+
+/// Unpacks into exactly `raw` bytes: what would be more or less is refused, and takes no more memory.
+fn unpack(
+    decompressor: &mut Option<Decompressor<'static>>,
+    packed: &[u8],
+    unpacked: &mut Vec<u8>,
+    raw: usize,
+) -> Result<(), String> {
+    if decompressor.is_none() {
+        *decompressor = Some(Decompressor::new().map_err(|error| error.to_string())?);
+    }
+    unpacked.resize(raw, 0);
+    let count = match decompressor {
+        Some(it) => it.decompress_to_buffer(packed, unpacked.as_mut_slice()),
+        None => return Err("no decompressor".into()),
+    };
+    match count {
+        Ok(count) if count == raw => Ok(()),
+        Ok(count) => Err(format!("they are {count} bytes")),
+        Err(error) => Err(error.to_string()),
+    }
+}

@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The memory files that a stream is written into, and the marks beside them as long as they are incomplete.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{fallocate, flock, seek, FallocateFlags, FlockOperation, SeekFrom};
+use rustix::io::Errno;
+
+use super::error::DestinationError;
+use super::format::BlockName;
+use crate::digest::{is_zero, ContentDigest, PageHasher};
+use crate::PAGE_SIZE;
+
+const PAGE: usize = PAGE_SIZE as usize;
+/// Pages that are hashed between two looks at the clock.
+const CHECK_PAGES: usize = 64;
+
+/// Memory files for the blocks of a stream.
+///
+/// A file that does not exist is created; one that does must be empty or as long as its block, and its content is given
+/// up. It may be mapped already by a VMM that waits for it. What the stream does not bring, or brings as zeros, is
+/// a hole afterwards.
+///
+/// From before the first byte is written until the stream has ended well, `PATH.incomplete` stands beside the file,
+/// and if the stream ends badly it stays there and says why.
+#[derive(Debug, Clone, Default)]
+pub struct Destination {
+    /// For the one block of a stream, whatever its name.
+    only: Option<PathBuf>,
+    named: Vec<(String, PathBuf)>,
+}
+
+impl Destination {
+    /// No file yet: see [`block`](Self::block).
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One file, for a stream that has one block, whatever its name is.
+    pub fn single(path: impl Into<PathBuf>) -> Self {
+        Self {
+            only: Some(path.into()),
+            named: Vec::new(),
+        }
+    }
+
+    /// The file for the block `name`.
+    #[must_use]
+    pub fn block(mut self, name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
+        self.named.push((name.into(), path.into()));
+        self
+    }
+
+    /// The mark beside a memory file that is not complete.
+    pub fn marker(path: &Path) -> PathBuf {
+        let mut name = OsString::from(path);
+        name.push(".incomplete");
+        name.into()
+    }
+
+    fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        let named = self.named.iter().map(|(_, path)| path);
+        self.only.iter().chain(named)
+    }
+
+    /// Marks all files as incomplete. Nothing is written into them yet.
+    pub(super) fn mark(self) -> Result<Marked, DestinationError> {
+        if self.paths().next().is_none() {
+            return Err(DestinationError::NoFile);
+        }
+        for (index, (name, _)) in self.named.iter().enumerate() {
+            if self.named.iter().skip(index + 1).any(|it| it.0 == *name) {
+                return Err(DestinationError::Twice(name.clone()));
+            }
+        }
+        let markers = self.paths().map(|path| Marker::set(path));
+        let markers = markers.collect::<Result<_, _>>()?;
+        Ok(Marked {
+            destination: self,
+            markers,
+        })
+    }
+
+    /// The file for each block, in the order of the blocks.
+    fn assign(&self, blocks: &[BlockName]) -> Result<Vec<PathBuf>, DestinationError> {
+        if let Some(path) = &self.only {
+            if blocks.len() == 1 && self.named.is_empty() {
+                return Ok(vec![path.clone()]);
+            }
+            let names: Vec<_> = blocks.iter().map(|block| block.name.as_str()).collect();
+            return Err(DestinationError::NeedNames {
+                blocks: blocks.len(),
+                names: names.join(", "),
+            });
+        }
+        let unused = |(name, _): &&(String, PathBuf)| blocks.iter().all(|it| it.name != *name);
+        if let Some((name, _)) = self.named.iter().find(unused) {
+            return Err(DestinationError::Unused(name.clone()));
+        }
+        blocks
+            .iter()
+            .map(|block| {
+                let named = self.named.iter().find(|(name, _)| *name == block.name);
+                let names: Vec<_> = self.named.iter().map(|(name, _)| name.as_str()).collect();
+                named
+                    .map(|(_, path)| path.clone())
+                    .ok_or_else(|| DestinationError::Unknown {
+                        block: block.name.clone(),
+                        given: names.join(", "),
+                    })
+            })
+            .collect()
+    }
+}
+
+/// Files that are marked as incomplete, and hold nothing yet of the stream.
+#[derive(Debug)]
+pub(super) struct Marked {
+    destination: Destination,
+    markers: Vec<Marker>,
+}
+
+impl Marked {
+    /// Opens a file for each of the blocks, and makes it empty and as long as the block.
+    pub fn open(&self, blocks: &[BlockName]) -> Result<Opened, DestinationError> {
+        let paths = self.destination.assign(blocks)?;
+        // All are looked at before one is changed.
+        let files = blocks
+            .iter()
+            .zip(&paths)
+            .map(|(block, path)| open(block, path))
+            .collect::<Result<Vec<_>, _>>()?;
+        let parts = blocks.iter().zip(paths).zip(files);
+        let slots = parts
+            .map(|((block, path), file)| {
+                let slot = Slot {
+                    file,
+                    path,
+                    pages: block.pages,
+                };
+                slot.clear().map(|()| slot)
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Opened { slots })
+    }
+
+    /// Takes the marks away: the files are complete.
+    pub fn complete(&self) -> Result<(), DestinationError> {
+        self.markers.iter().try_for_each(Marker::remove)
+    }
+
+    /// Puts the marks there again, if they were taken away, and says in them why the files are not complete.
+    pub fn failed(&self, why: &str) {
+        for marker in &self.markers {
+            // There is nobody to tell but the one who is told of the first error.
+            let _ = marker.say(why);
+        }
+    }
+}
+
+fn open(block: &BlockName, path: &Path) -> Result<File, DestinationError> {
+    let error = |doing| {
+        move |source| DestinationError::Io {
+            path: path.to_owned(),
+            doing,
+            source,
+        }
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        // It will hold all that the guest has in memory.
+        .mode(0o600)
+        .open(path)
+        .map_err(error("cannot open the memory file"))?;
+    let metadata = file.metadata().map_err(error("cannot examine it"))?;
+    if !metadata.is_file() {
+        return Err(DestinationError::Kind(path.to_owned()));
+    }
+    let wanted = block.pages.saturating_mul(PAGE_SIZE);
+    if metadata.len() != 0 && metadata.len() != wanted {
+        return Err(DestinationError::Size {
+            path: path.to_owned(),
+            block: block.name.clone(),
+            has: metadata.len(),
+            wanted,
+        });
+    }
+    Ok(file)
+}
+
+/// The file of one block.
+#[derive(Debug)]
+struct Slot {
+    file: File,
+    path: PathBuf,
+    pages: u64,
+}
+
+impl Slot {
+    fn error(&self, doing: &'static str) -> impl Fn(io::Error) -> DestinationError + '_ {
+        move |source| DestinationError::Io {
+            path: self.path.clone(),
+            doing,
+            source,
+        }
+    }
+
+    /// Makes it all one hole. It is not cut: somebody may have mapped it.
+    fn clear(&self) -> Result<(), DestinationError> {
+        self.file
+            .set_len(self.pages.saturating_mul(PAGE_SIZE))
+            .map_err(self.error("cannot make it as long as the block"))?;
+        self.zero(0, self.pages)
+    }
+
+    fn zero(&self, first: u64, pages: u64) -> Result<(), DestinationError> {
+        let (offset, length) = (
+            first.saturating_mul(PAGE_SIZE),
+            pages.saturating_mul(PAGE_SIZE),
+        );
+        if !self.has_data(offset, length) {
+            return Ok(());
+        }
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(&self.file, how, offset, length) {
+            Ok(()) => Ok(()),
+            // A file system without holes.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros(offset, length),
+            Err(error) => Err(error.into()),
+        }
+        .map_err(self.error("cannot make a hole"))
+    }
+
+    fn write_zeros(&self, offset: u64, length: u64) -> io::Result<()> {
+        let zeros = [0; PAGE];
+        let end = offset.saturating_add(length);
+        let mut at = offset;
+        while at < end {
+            self.file.write_all_at(&zeros, at)?;
+            at = at.saturating_add(PAGE_SIZE);
+        }
+        Ok(())
+    }
+
+    /// Whether something there is not a hole, as far as one can tell.
+    fn has_data(&self, offset: u64, length: u64) -> bool {
+        match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) => data < offset.saturating_add(length),
+            Err(error) => error != Errno::NXIO,
+        }
+    }
+
+    /// Writes pages; those of zeros become, or stay, holes.
+    fn write(&self, first: u64, bytes: &[u8]) -> Result<(), DestinationError> {
+        let mut at = first;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let zero = is_zero(rest.get(..PAGE.min(rest.len())).unwrap_or_default());
+            let same = rest.chunks(PAGE).take_while(|page| is_zero(page) == zero);
+            let pages = same.count();
+            let (part, tail) = rest
+                .split_at_checked(pages.saturating_mul(PAGE))
+                .unwrap_or((rest, &[]));
+            if zero {
+                self.zero(at, pages as u64)?;
+            } else {
+                self.file
+                    .write_all_at(part, at.saturating_mul(PAGE_SIZE))
+                    .map_err(self.error("cannot write pages"))?;
+            }
+            at = at.saturating_add(pages as u64);
+            rest = tail;
+        }
+        Ok(())
+    }
+}
+
+/// Files that pages are written into, from several threads.
+#[derive(Debug)]
+pub(super) struct Opened {
+    slots: Vec<Slot>,
+}
+
+impl Opened {
+    /// Writes whole pages into a block from page `first` on.
+    pub fn write(&self, block: usize, first: u64, bytes: &[u8]) -> Result<(), DestinationError> {
+        self.slot(block)?.write(first, bytes)
+    }
+
+    /// Makes pages zero.
+    pub fn zero(&self, block: usize, first: u64, pages: u64) -> Result<(), DestinationError> {
+        self.slot(block)?.zero(first, pages)
+    }
+
+    fn slot(&self, block: usize) -> Result<&Slot, DestinationError> {
+        self.slots.get(block).ok_or(DestinationError::NoFile)
+    }
+
+    /// The paths, by block.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.slots.iter().map(|slot| slot.path.clone()).collect()
+    }
+
+    /// The digest of what is in the files. Calls `tick` now and then, whose error ends it.
+    pub fn digest<E: From<DestinationError>>(
+        &self,
+        hasher: &PageHasher,
+        mut tick: impl FnMut() -> Result<(), E>,
+    ) -> Result<ContentDigest, E> {
+        let mut digest = ContentDigest::new();
+        let mut buffer = vec![0; CHECK_PAGES * PAGE];
+        for (block, slot) in self.slots.iter().enumerate() {
+            let length = slot.pages.saturating_mul(PAGE_SIZE);
+            let mut at = 0;
+            while at < length {
+                at = match seek(&slot.file, SeekFrom::Data(at)) {
+                    Ok(data) => data / PAGE_SIZE * PAGE_SIZE,
+                    Err(Errno::NXIO) => break,
+                    Err(_) => at,
+                };
+                let count = (length.saturating_sub(at)).min(buffer.len() as u64);
+                let bytes = buffer
+                    .get_mut(..usize::try_from(count).unwrap_or(0))
+                    .unwrap_or_default();
+                slot.file
+                    .read_exact_at(bytes, at)
+                    .map_err(slot.error("cannot read it back"))?;
+                for (page, bytes) in (at / PAGE_SIZE..).zip(bytes.chunks_exact(PAGE)) {
+                    digest.add(block, page, hasher.hash(bytes));
+                }
+                at = at.saturating_add(count);
+                tick()?;
+            }
+        }
+        Ok(digest)
+    }
+}
+
+/// `PATH.incomplete`, locked for this receiver.
+#[derive(Debug)]
+struct Marker {
+    path: PathBuf,
+    file: File,
+}
+
+impl Marker {
+    fn set(memory: &Path) -> Result<Self, DestinationError> {
+        let path = Destination::marker(memory);
+        let error = |doing| {
+            let path = path.clone();
+            move |source: io::Error| DestinationError::Io {
+                path,
+                doing,
+                source,
+            }
+        };
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(error("cannot mark the memory file as incomplete"))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => return Err(DestinationError::Busy(memory.to_owned())),
+            Err(other) => return Err(error("cannot lock it")(other.into())),
+        }
+        let marker = Self { path, file };
+        marker
+            .say("the migration into it is under way")
+            .map_err(|source| DestinationError::Io {
+                path: marker.path.clone(),
+                doing: "cannot write to it",
+                source,
+            })?;
+        Ok(marker)
+    }
+
+    fn say(&self, why: &str) -> io::Result<()> {
+        let mut file = if self.path.exists() {
+            self.file.try_clone()?
+        } else {
+            File::create(&self.path)?
+        };
+        file.set_len(0)?;
+        rustix::fs::seek(&file, SeekFrom::Start(0))?;
+        writeln!(
+            file,
+            "The memory file beside this one is incomplete: {why}."
+        )
+    }
+
+    fn remove(&self) -> Result<(), DestinationError> {
+        fs::remove_file(&self.path).map_err(|source| DestinationError::Io {
+            path: self.path.clone(),
+            doing: "the memory file is complete, but its mark cannot be removed",
+            source,
+        })
+    }
+}

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What can go wrong with a stream.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use super::format::{VERSION, WORDS_MAX};
+use super::Address;
+use crate::PAGE_SIZE;
+
+/// Why a stream ended before its time. Cheap to copy: whoever asks after the first failure is told the same.
+#[derive(Debug, Clone, Error)]
+pub enum StreamError {
+    /// Somebody asked for it.
+    #[error("the stream was cancelled")]
+    Cancelled,
+    /// The sender cannot reach the address.
+    #[error("cannot send to {address}: {source}")]
+    Connect {
+        /// The address.
+        address: Address,
+        /// Why.
+        source: Arc<io::Error>,
+    },
+    /// The receiver cannot take the address.
+    #[error("cannot receive at {address}: {source}")]
+    Listen {
+        /// The address.
+        address: Address,
+        /// Why.
+        source: Arc<io::Error>,
+    },
+    /// Nobody, or too few, came within the time that they have.
+    #[error("{there} of {wanted} channels were connected within {limit:?}")]
+    Missing {
+        /// Channels that were there.
+        there: usize,
+        /// Channels that were announced.
+        wanted: usize,
+        /// The time they had.
+        limit: Duration,
+    },
+    /// The options do not go together, or exceed what the format has room for.
+    #[error("{0}")]
+    Options(String),
+    /// The system refused something that has no better name.
+    #[error("{doing}: {source}")]
+    System {
+        /// What was tried.
+        doing: &'static str,
+        /// Why it failed.
+        source: Arc<io::Error>,
+    },
+    /// The transport failed.
+    #[error("channel {channel}, byte {offset}: {doing} failed: {source}")]
+    Transport {
+        /// The channel.
+        channel: u16,
+        /// Bytes of its stream before the failure.
+        offset: u64,
+        /// What was tried.
+        doing: &'static str,
+        /// Why it failed.
+        source: Arc<io::Error>,
+    },
+    /// The other side went away.
+    #[error("channel {channel}, byte {offset}: the other side has closed the connection")]
+    Closed {
+        /// The channel.
+        channel: u16,
+        /// Bytes of its stream before that.
+        offset: u64,
+    },
+    /// The other side is connected and silent.
+    #[error("channel {channel}, byte {offset}: {doing}: nothing went on for {limit:?}")]
+    Stalled {
+        /// The channel.
+        channel: u16,
+        /// Bytes of its stream before that.
+        offset: u64,
+        /// What was waited for.
+        doing: &'static str,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// The receiver does not take the stream. Its words.
+    #[error("the receiver refuses the stream: {0}")]
+    Refused(String),
+    /// The receiver took the stream and gave up later. Its words.
+    #[error("the receiver has given up: {0}")]
+    GaveUp(String),
+    /// The receiver said what it must not say there.
+    #[error("channel {channel}: the receiver's answer makes no sense: {fault}")]
+    Answer {
+        /// The channel.
+        channel: u16,
+        /// What is wrong with it.
+        fault: Fault,
+    },
+    /// The stream is not what the format asks for.
+    #[error("channel {channel}, byte {offset}: {fault}")]
+    Malformed {
+        /// The channel.
+        channel: u16,
+        /// Where in its stream the thing starts that is wrong.
+        offset: u64,
+        /// What is wrong.
+        fault: Fault,
+    },
+    /// The memory files cannot take the stream.
+    #[error(transparent)]
+    Destination(Arc<DestinationError>),
+    /// The memory that is to be sent cannot be read.
+    #[error("cannot read {pages} pages from page {first} of block {block} on: {source}")]
+    Memory {
+        /// Index of the block.
+        block: usize,
+        /// The first page.
+        first: u64,
+        /// How many.
+        pages: u64,
+        /// Why.
+        source: Arc<io::Error>,
+    },
+    /// The caller gave pages that the layout has not, or bytes that are not theirs.
+    #[error("{pages} pages from page {first} of block {block} on, given with {bytes} bytes, are not pages of the layout")]
+    Run {
+        /// Index of the block.
+        block: usize,
+        /// The first page.
+        first: u64,
+        /// How many.
+        pages: u64,
+        /// The bytes that came with them.
+        bytes: usize,
+    },
+    /// What is in the memory files is not what the sender has.
+    #[error("the memory files' digest is {here:032x}, the sender's {there:032x}: some page is not as it was sent")]
+    Content {
+        /// The digest of the files.
+        here: u128,
+        /// The digest that the sender gave.
+        there: u128,
+    },
+}
+
+/// What is wrong with a stream or an answer.
+#[derive(Debug, Clone, Error, PartialEq, Eq)]
+#[allow(missing_docs)] // The texts say it.
+pub enum Fault {
+    #[error("the stream begins with {0:02x?}: this is not a stream of memory pages")]
+    Magic([u8; 8]),
+    #[error("the stream is of version {0}, this receiver knows version {VERSION} only")]
+    Version(u32),
+    #[error("the header says that it has {0} bytes, which no header has")]
+    HeaderLength(u32),
+    #[error("the header is damaged: its check value does not fit")]
+    HeaderCheck,
+    #[error("the header has bytes that belong to nothing")]
+    HeaderContent,
+    #[error("pages of {0} bytes; this receiver knows pages of {PAGE_SIZE} bytes only")]
+    PageSize(u32),
+    #[error("the header has the flags {0:#x}, of which some are unknown")]
+    HeaderFlags(u32),
+    #[error("it is channel {channel} of {channels}, which cannot be")]
+    Channels { channel: u16, channels: u16 },
+    #[error("the header has {0} blocks, which is none or too many")]
+    BlockCount(u32),
+    #[error("the name of block {0} is empty, too long, not UTF-8, or taken")]
+    BlockName(u32),
+    #[error("block {block} has {pages} pages, which is none or too many")]
+    BlockPages { block: u32, pages: u64 },
+    #[error("the sender waits for answers, which cannot be given here")]
+    OneWay,
+    #[error("its header is not that of the other channels' migration")]
+    OtherMigration,
+    #[error("there was a channel {0} already")]
+    ChannelTwice(u16),
+    #[error("the stream ends before its header does")]
+    EndedInHeader,
+    #[error("the stream ends without its final record")]
+    Ended,
+    #[error("the stream ends inside a record")]
+    EndedInside,
+    #[error("the record is damaged, or out of its place: its check value does not fit")]
+    HeadCheck,
+    #[error("the record has the number {0}, expected was {1}")]
+    Sequence(u64, u64),
+    #[error("there is no record of kind {0}")]
+    Kind(u8),
+    #[error("a record of kind {kind} has the flags {flags:#x}")]
+    Flags { kind: u8, flags: u8 },
+    #[error("the record is for block {0}, which does not exist")]
+    Block(u16),
+    #[error("the record is for {pages} pages from page {first} on, the block has {has}")]
+    Outside { first: u64, pages: u64, has: u64 },
+    #[error("the record has {0} pages, which is none or too many")]
+    Pages(u64),
+    #[error("the record has {length} bytes for {pages} pages")]
+    Length { length: u32, pages: u64 },
+    #[error("a field is not zero that must be")]
+    Reserved,
+    #[error("the pages' check value does not fit: they were changed on the way")]
+    Payload,
+    #[error("the compressed pages cannot be unpacked into {pages} pages: {why}")]
+    Compressed { pages: u64, why: String },
+    #[error("round {0} ends, expected was the end of round {1}")]
+    Round(u64, u64),
+    #[error("the final record says {said} {what}, there were {seen}")]
+    Count {
+        what: &'static str,
+        said: u64,
+        seen: u64,
+    },
+    #[error("the final records of the channels differ")]
+    Finals,
+    #[error("the digest of the stream in the final record does not fit")]
+    StreamDigest,
+    #[error("something follows the final record")]
+    Trailing,
+    #[error("it is not an answer, or damaged")]
+    AnswerFormat,
+    #[error("an answer of kind {0} was not asked for")]
+    AnswerKind(u8),
+    #[error("its words have {0} bytes, more than {WORDS_MAX}")]
+    AnswerWords(u16),
+}
+
+/// Why the memory files cannot take a stream.
+#[derive(Debug, Error)]
+#[allow(missing_docs)] // The texts say it.
+pub enum DestinationError {
+    #[error("no memory file was given")]
+    NoFile,
+    #[error("two memory files were given for block '{0}'")]
+    Twice(String),
+    #[error("the stream has block '{block}', for which no memory file was given (given: {given})")]
+    Unknown { block: String, given: String },
+    #[error("the stream has {blocks} blocks ({names}), and only one memory file was given: give each as NAME=PATH")]
+    NeedNames { blocks: usize, names: String },
+    #[error("a memory file was given for block '{0}', which the stream has not")]
+    Unused(String),
+    #[error("{} has {has} bytes, block '{block}' of the stream {wanted}: give a file of that size, or none that exists", path.display())]
+    Size {
+        path: PathBuf,
+        block: String,
+        has: u64,
+        wanted: u64,
+    },
+    #[error("{} is not a regular file: memory is received into files only", .0.display())]
+    Kind(PathBuf),
+    #[error("another receiver is at work on {}", .0.display())]
+    Busy(PathBuf),
+    #[error("{}: {doing}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        doing: &'static str,
+        source: io::Error,
+    },
+}
+
+impl From<DestinationError> for StreamError {
+    fn from(error: DestinationError) -> Self {
+        Self::Destination(Arc::new(error))
+    }
+}

@@ -1,0 +1,585 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The bytes of a stream: `docs/stream.md` in code. Nothing here reads or writes; lengths are checked here.
+
+use xxhash_rust::xxh3::{xxh3_128, xxh3_64, xxh3_64_with_seed};
+
+use super::error::Fault;
+use crate::PAGE_SIZE;
+
+/// The version that is written, and the only one that is read.
+pub const VERSION: u32 = 1;
+/// The most channels of one stream.
+pub const CHANNELS_MAX: u16 = 64;
+/// The most pages that one record carries.
+pub const RECORD_PAGES: u64 = 256;
+/// The most bytes of a receiver's words.
+pub const WORDS_MAX: u16 = 1024;
+
+pub(super) const MAGIC: [u8; 8] = *b"\x8dPAGES\r\n";
+/// Bytes of a header up to its length, which are read first.
+pub(super) const HEADER_START: usize = 16;
+const HEADER_FIXED: usize = 64;
+const NAME_MAX: usize = 255;
+const BLOCKS_MAX: usize = 256;
+/// 16 TiB.
+const BLOCK_PAGES_MAX: u64 = 1 << 32;
+const CHECK: usize = 8;
+const HEADER_MAX: usize = HEADER_FIXED + BLOCKS_MAX * (10 + NAME_MAX) + CHECK;
+pub(super) const HEAD: usize = 48;
+pub(super) const FINAL: usize = 96;
+pub(super) const ANSWER_FIXED: usize = 8;
+const ANSWER_MAGIC: [u8; 4] = *b"\x8dANS";
+
+/// The sender waits for answers.
+const HEADER_ANSWERS: u32 = 1;
+
+/// The bytes of a record's raw payload. No record that is within bounds overflows.
+pub(super) const fn bytes_of(pages: u64) -> u64 {
+    pages.saturating_mul(PAGE_SIZE)
+}
+
+/// Takes little endian numbers from the front of bytes.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn bytes(&mut self, count: usize) -> Option<&'a [u8]> {
+        let (head, tail) = self.0.split_at_checked(count)?;
+        self.0 = tail;
+        Some(head)
+    }
+
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        self.bytes(N)?.try_into().ok()
+    }
+
+    fn u8(&mut self) -> Option<u8> {
+        self.array().map(u8::from_le_bytes)
+    }
+
+    fn u16(&mut self) -> Option<u16> {
+        self.array().map(u16::from_le_bytes)
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    fn u128(&mut self) -> Option<u128> {
+        self.array().map(u128::from_le_bytes)
+    }
+}
+
+/// A block as the header names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct BlockName {
+    pub name: String,
+    pub pages: u64,
+}
+
+/// What each channel begins with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Header {
+    pub answers: bool,
+    pub id: [u8; 16],
+    pub channel: u16,
+    pub channels: u16,
+    pub seed: u64,
+    pub blocks: Vec<BlockName>,
+}
+
+impl Header {
+    /// The bytes, and the check value that the chain of records begins with. `None` if the format has no room for it.
+    pub fn encode(&self) -> Option<(Vec<u8>, u64)> {
+        let names: usize = self.blocks.iter().map(|block| 10 + block.name.len()).sum();
+        let length = HEADER_FIXED + names + CHECK;
+        let mut bytes = Vec::with_capacity(length);
+        bytes.extend(MAGIC);
+        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend(u32::try_from(length).ok()?.to_le_bytes());
+        bytes.extend(u32::try_from(PAGE_SIZE).ok()?.to_le_bytes());
+        let flags = if self.answers { HEADER_ANSWERS } else { 0 };
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(self.id);
+        bytes.extend(self.channel.to_le_bytes());
+        bytes.extend(self.channels.to_le_bytes());
+        bytes.extend(u32::try_from(self.blocks.len()).ok()?.to_le_bytes());
+        bytes.extend(self.seed.to_le_bytes());
+        bytes.extend(0u64.to_le_bytes());
+        for block in &self.blocks {
+            bytes.extend(block.pages.to_le_bytes());
+            bytes.extend(u16::try_from(block.name.len()).ok()?.to_le_bytes());
+            bytes.extend(block.name.bytes());
+        }
+        let check = xxh3_64(&bytes);
+        bytes.extend(check.to_le_bytes());
+        // What is written can be read.
+        Self::decode(&bytes).ok()?;
+        Some((bytes, check))
+    }
+
+    /// How long the header is that begins with these [`HEADER_START`] bytes.
+    pub fn length(start: &[u8]) -> Result<usize, Fault> {
+        let mut fields = Fields(start);
+        let (Some(magic), Some(version), Some(length)) =
+            (fields.array::<8>(), fields.u32(), fields.u32())
+        else {
+            return Err(Fault::EndedInHeader);
+        };
+        if magic != MAGIC {
+            return Err(Fault::Magic(magic));
+        }
+        if version != VERSION {
+            return Err(Fault::Version(version));
+        }
+        match usize::try_from(length) {
+            Ok(bytes) if (HEADER_FIXED + CHECK..=HEADER_MAX).contains(&bytes) => Ok(bytes),
+            _ => Err(Fault::HeaderLength(length)),
+        }
+    }
+
+    /// The header in these bytes, and the check value that the chain of records begins with.
+    pub fn decode(bytes: &[u8]) -> Result<(Self, u64), Fault> {
+        let length = Self::length(bytes)?;
+        if bytes.len() != length {
+            return Err(Fault::EndedInHeader);
+        }
+        let (body, check) = bytes
+            .split_at_checked(length - CHECK)
+            .ok_or(Fault::EndedInHeader)?;
+        let check = Fields(check).u64().ok_or(Fault::EndedInHeader)?;
+        if xxh3_64(body) != check {
+            return Err(Fault::HeaderCheck);
+        }
+        let mut fields = Fields(body.get(HEADER_START..).ok_or(Fault::EndedInHeader)?);
+        Self::fields(&mut fields)
+            .unwrap_or(Err(Fault::HeaderContent))
+            .map(|header| (header, check))
+    }
+
+    /// `None` if the bytes end too early.
+    fn fields(fields: &mut Fields<'_>) -> Option<Result<Self, Fault>> {
+        let page_size = fields.u32()?;
+        if u64::from(page_size) != PAGE_SIZE {
+            return Some(Err(Fault::PageSize(page_size)));
+        }
+        let flags = fields.u32()?;
+        if flags & !HEADER_ANSWERS != 0 {
+            return Some(Err(Fault::HeaderFlags(flags)));
+        }
+        let id = fields.array()?;
+        let (channel, channels) = (fields.u16()?, fields.u16()?);
+        if channel >= channels || channels > CHANNELS_MAX {
+            return Some(Err(Fault::Channels { channel, channels }));
+        }
+        let count = fields.u32()?;
+        let seed = fields.u64()?;
+        if fields.u64()? != 0 {
+            return Some(Err(Fault::Reserved));
+        }
+        if !(1..=BLOCKS_MAX).contains(&(count as usize)) {
+            return Some(Err(Fault::BlockCount(count)));
+        }
+        let mut blocks: Vec<BlockName> = Vec::new();
+        for block in 0..count {
+            let pages = fields.u64()?;
+            let length = usize::from(fields.u16()?);
+            let name = String::from_utf8(fields.bytes(length)?.to_vec());
+            if !(1..=BLOCK_PAGES_MAX).contains(&pages) {
+                return Some(Err(Fault::BlockPages { block, pages }));
+            }
+            match name {
+                Ok(name)
+                    if (1..=NAME_MAX).contains(&length)
+                        && blocks.iter().all(|other| other.name != name) =>
+                {
+                    blocks.push(BlockName { name, pages });
+                }
+                _ => return Some(Err(Fault::BlockName(block))),
+            }
+        }
+        if !fields.0.is_empty() {
+            return Some(Err(Fault::HeaderContent));
+        }
+        Some(Ok(Self {
+            answers: flags & HEADER_ANSWERS != 0,
+            id,
+            channel,
+            channels,
+            seed,
+            blocks,
+        }))
+    }
+}
+
+/// What a record is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Pages,
+    Zeros,
+    Round,
+    Final,
+}
+
+impl Kind {
+    const fn number(self) -> u8 {
+        match self {
+            Self::Pages => 1,
+            Self::Zeros => 2,
+            Self::Round => 3,
+            Self::Final => 4,
+        }
+    }
+
+    const fn of(number: u8) -> Option<Self> {
+        match number {
+            1 => Some(Self::Pages),
+            2 => Some(Self::Zeros),
+            3 => Some(Self::Round),
+            4 => Some(Self::Final),
+            _ => None,
+        }
+    }
+}
+
+/// The payload is compressed.
+pub(super) const FLAG_ZSTD: u8 = 1;
+/// The payload has no check value: the sender has not seen it.
+pub(super) const FLAG_UNSEEN: u8 = 2;
+
+/// The head of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Head {
+    pub kind: Kind,
+    pub flags: u8,
+    pub block: u16,
+    /// Bytes that follow the head.
+    pub length: u32,
+    pub sequence: u64,
+    /// The first page; of a round's end, its number.
+    pub first: u64,
+    pub pages: u64,
+    /// Check value of the payload, or 0.
+    pub payload: u64,
+}
+
+impl Head {
+    /// The bytes after a record, or header, whose check value was `chain`, which becomes this one's.
+    pub fn encode(&self, chain: &mut u64) -> [u8; HEAD] {
+        let mut bytes = [0; HEAD];
+        let words = [
+            u64::from(self.kind.number())
+                | u64::from(self.flags) << 8
+                | u64::from(self.block) << 16
+                | u64::from(self.length) << 32,
+            self.sequence,
+            self.first,
+            self.pages,
+            self.payload,
+        ];
+        for (slot, word) in bytes.chunks_exact_mut(8).zip(words) {
+            slot.copy_from_slice(&word.to_le_bytes());
+        }
+        if let Some((body, check)) = bytes.split_last_chunk_mut::<CHECK>() {
+            *chain = xxh3_64_with_seed(body, *chain);
+            *check = chain.to_le_bytes();
+        }
+        bytes
+    }
+
+    /// The head in these bytes after a record or header whose check value was `chain`, which becomes this one's. It must
+    /// have the number `sequence`.
+    pub fn decode(bytes: &[u8; HEAD], chain: &mut u64, sequence: u64) -> Result<Self, Fault> {
+        let Some((body, check)) = bytes.split_last_chunk::<CHECK>() else {
+            return Err(Fault::HeadCheck);
+        };
+        let expected = xxh3_64_with_seed(body, *chain);
+        if u64::from_le_bytes(*check) != expected {
+            return Err(Fault::HeadCheck);
+        }
+        *chain = expected;
+        let head = Self::fields(&mut Fields(body)).unwrap_or(Err(Fault::HeadCheck))?;
+        if head.sequence != sequence {
+            return Err(Fault::Sequence(head.sequence, sequence));
+        }
+        head.check().map(|()| head)
+    }
+
+    /// `None` if the bytes end too early.
+    fn fields(fields: &mut Fields<'_>) -> Option<Result<Self, Fault>> {
+        let number = fields.u8()?;
+        let Some(kind) = Kind::of(number) else {
+            return Some(Err(Fault::Kind(number)));
+        };
+        Some(Ok(Self {
+            kind,
+            flags: fields.u8()?,
+            block: fields.u16()?,
+            length: fields.u32()?,
+            sequence: fields.u64()?,
+            first: fields.u64()?,
+            pages: fields.u64()?,
+            payload: fields.u64()?,
+        }))
+    }
+
+    /// What can be said of the head without knowing the blocks.
+    fn check(&self) -> Result<(), Fault> {
+        let flags = match self.kind {
+            // What is compressed was seen.
+            Kind::Pages if self.flags != FLAG_ZSTD | FLAG_UNSEEN => FLAG_ZSTD | FLAG_UNSEEN,
+            _ => 0,
+        };
+        if self.flags & !flags != 0 {
+            return Err(Fault::Flags {
+                kind: self.kind.number(),
+                flags: self.flags,
+            });
+        }
+        let length = u64::from(self.length);
+        let wrong_length = Err(Fault::Length {
+            length: self.length,
+            pages: self.pages,
+        });
+        match self.kind {
+            Kind::Pages => {
+                if !(1..=RECORD_PAGES).contains(&self.pages) {
+                    return Err(Fault::Pages(self.pages));
+                }
+                let raw = bytes_of(self.pages);
+                let fits = match self.flags & FLAG_ZSTD {
+                    0 => length == raw,
+                    _ => (1..raw).contains(&length),
+                };
+                if !fits {
+                    return wrong_length;
+                }
+                if self.flags & FLAG_UNSEEN != 0 && self.payload != 0 {
+                    return Err(Fault::Reserved);
+                }
+            }
+            Kind::Zeros => {
+                if self.pages == 0 {
+                    return Err(Fault::Pages(0));
+                }
+                if length != 0 {
+                    return wrong_length;
+                }
+                if self.payload != 0 {
+                    return Err(Fault::Reserved);
+                }
+            }
+            Kind::Round => {
+                if length != 0 {
+                    return wrong_length;
+                }
+                if self.pages != 0 || self.payload != 0 || self.block != 0 {
+                    return Err(Fault::Reserved);
+                }
+            }
+            Kind::Final => {
+                if length != FINAL as u64 {
+                    return wrong_length;
+                }
+                if self.pages != 0 || self.block != 0 {
+                    return Err(Fault::Reserved);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The check value of a payload that the sender has seen.
+pub(super) fn payload_check(payload: &[u8]) -> u64 {
+    xxh3_64(payload)
+}
+
+/// What was sent, on one channel or on all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    /// Pages with content.
+    pub pages: u64,
+    /// Pages of zeros.
+    pub zeros: u64,
+    /// Bytes after the heads of records with pages.
+    pub payload: u64,
+}
+
+impl Counts {
+    pub fn add(&mut self, other: Self) {
+        self.pages = self.pages.saturating_add(other.pages);
+        self.zeros = self.zeros.saturating_add(other.zeros);
+        self.payload = self.payload.saturating_add(other.payload);
+    }
+}
+
+/// What the final record says of all channels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Totals {
+    pub counts: Counts,
+    /// The digest of the memory's content, if the sender has one.
+    pub content: Option<u128>,
+    /// [`stream_digest`] of all channels.
+    pub stream: u128,
+}
+
+/// The payload of the final record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Final {
+    /// Of this channel.
+    pub counts: Counts,
+    pub totals: Totals,
+}
+
+impl Final {
+    pub fn encode(&self) -> [u8; FINAL] {
+        let mut bytes = [0; FINAL];
+        let content = self.totals.content;
+        let counts = [self.counts, self.totals.counts];
+        let words = counts
+            .iter()
+            .flat_map(|counts| [counts.pages, counts.zeros, counts.payload])
+            .chain([u64::from(content.is_some()), 0])
+            .flat_map(u64::to_le_bytes);
+        let digests = [content.unwrap_or(0), self.totals.stream];
+        let all = words.chain(digests.into_iter().flat_map(u128::to_le_bytes));
+        for (slot, byte) in bytes.iter_mut().zip(all) {
+            *slot = byte;
+        }
+        bytes
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, Fault> {
+        Self::fields(&mut Fields(bytes)).ok_or(Fault::Reserved)
+    }
+
+    /// `None` if the bytes end too early, or a field that must be zero is not.
+    fn fields(fields: &mut Fields<'_>) -> Option<Self> {
+        let mut counts = || {
+            Some(Counts {
+                pages: fields.u64()?,
+                zeros: fields.u64()?,
+                payload: fields.u64()?,
+            })
+        };
+        let (own, all) = (counts()?, counts()?);
+        let (has, reserved) = (fields.u64()?, fields.u64()?);
+        let (content, stream) = (fields.u128()?, fields.u128()?);
+        let content = match (has, content) {
+            (0, 0) => None,
+            (1, content) => Some(content),
+            _ => return None,
+        };
+        (reserved == 0).then_some(Self {
+            counts: own,
+            totals: Totals {
+                counts: all,
+                content,
+                stream,
+            },
+        })
+    }
+}
+
+/// The digest of the stream: of the check values before the final records, by ascending channel. Through their chains
+/// they stand for all heads and all payloads that were seen.
+pub(super) fn stream_digest(chains: impl IntoIterator<Item = u64>) -> u128 {
+    let bytes: Vec<u8> = chains.into_iter().flat_map(u64::to_le_bytes).collect();
+    xxh3_128(&bytes)
+}
+
+/// What a receiver answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// The stream may come.
+    Accepted,
+    /// It may not, because of this.
+    Refused(String),
+    /// All of it is there and right.
+    Complete,
+    /// It was given up, because of this.
+    Failed(String),
+    /// All of it is there, and looked at: wait on.
+    Working,
+}
+
+impl Answer {
+    pub const fn number(&self) -> u8 {
+        match self {
+            Self::Accepted => 1,
+            Self::Refused(_) => 2,
+            Self::Complete => 3,
+            Self::Failed(_) => 4,
+            Self::Working => 5,
+        }
+    }
+
+    pub fn encode(&self) -> Vec<u8> {
+        let words = match self {
+            Self::Refused(words) | Self::Failed(words) => shortened(words),
+            _ => "",
+        };
+        let mut bytes = ANSWER_MAGIC.to_vec();
+        bytes.extend([self.number(), 0]);
+        // No longer than `WORDS_MAX`.
+        bytes.extend((words.len() as u16).to_le_bytes());
+        bytes.extend(words.bytes());
+        bytes.extend(xxh3_64(&bytes).to_le_bytes());
+        bytes
+    }
+
+    /// How many bytes follow the first [`ANSWER_FIXED`] of an answer.
+    pub fn rest(fixed: &[u8; ANSWER_FIXED]) -> Result<usize, Fault> {
+        let mut fields = Fields(fixed);
+        if fields.array() != Some(ANSWER_MAGIC) {
+            return Err(Fault::AnswerFormat);
+        }
+        fields.u16();
+        match fields.u16() {
+            Some(words) if words <= WORDS_MAX => Ok(usize::from(words) + CHECK),
+            words => Err(Fault::AnswerWords(words.unwrap_or(0))),
+        }
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<Self, Fault> {
+        let parts = bytes
+            .split_last_chunk::<CHECK>()
+            .and_then(|(body, check)| Some((body, check, body.split_at_checked(ANSWER_FIXED)?)));
+        let Some((body, check, (fixed, words))) = parts else {
+            return Err(Fault::AnswerFormat);
+        };
+        if xxh3_64(body) != u64::from_le_bytes(*check) {
+            return Err(Fault::AnswerFormat);
+        }
+        let words = || printable(&String::from_utf8_lossy(words));
+        match fixed.get(4).copied() {
+            Some(1) => Ok(Self::Accepted),
+            Some(2) => Ok(Self::Refused(words())),
+            Some(3) => Ok(Self::Complete),
+            Some(4) => Ok(Self::Failed(words())),
+            Some(5) => Ok(Self::Working),
+            kind => Err(Fault::AnswerKind(kind.unwrap_or(0))),
+        }
+    }
+}
+
+/// At most [`WORDS_MAX`] bytes of a text, whole characters.
+fn shortened(text: &str) -> &str {
+    let mut end = text.len().min(usize::from(WORDS_MAX));
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.get(..end).unwrap_or("")
+}
+
+/// What the other side says, fit for a terminal.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}

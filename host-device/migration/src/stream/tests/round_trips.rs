@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What goes in comes out, over every transport and with every option.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::digest::{ContentDigest, PageHasher};
+
+const PAGES: [u64; 2] = [600, 30];
+
+#[derive(Debug, Clone)]
+enum Op {
+    /// Bytes that the caller has.
+    Bytes(Run, u64),
+    /// Bytes in a file.
+    File(Run, u64),
+    Zeros(Run),
+    Round,
+}
+
+fn runs() -> impl Strategy<Value = Run> {
+    let longest = prop_oneof![3 => Just(4u64), 2 => Just(40), 1 => Just(600)];
+    (0usize..2, 0u64..600, longest, any::<u64>()).prop_map(|(block, first, longest, pages)| {
+        let first = first % PAGES[block];
+        run(block, first, 1 + pages % longest.min(PAGES[block] - first))
+    })
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let op = prop_oneof![
+        4 => (runs(), any::<u64>()).prop_map(|(run, seed)| Op::Bytes(run, seed >> 1)),
+        4 => (runs(), any::<u64>()).prop_map(|(run, seed)| Op::File(run, seed >> 1)),
+        2 => runs().prop_map(Op::Zeros),
+        2 => Just(Op::Round),
+    ];
+    prop::collection::vec(op, 0..25)
+}
+
+fn options() -> impl Strategy<Value = Options> {
+    let compression = prop_oneof![
+        2 => Just(Compression::None),
+        1 => Just(Compression::Zstd(1)),
+        1 => Just(Compression::Zstd(-3)),
+    ];
+    (1u16..=4, compression).prop_map(|(channels, compression)| Options {
+        channels,
+        compression,
+        ..Options::default()
+    })
+}
+
+/// Memory as plain bytes.
+struct Model(Vec<Vec<u8>>);
+
+impl Model {
+    fn new() -> Self {
+        Self(PAGES.map(|pages| vec![0; pages as usize * PAGE]).to_vec())
+    }
+
+    fn write(&mut self, run: Run, bytes: &[u8]) {
+        let at = run.first as usize * PAGE;
+        self.0[run.block][at..at + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn digest(&self, hasher: &PageHasher) -> u128 {
+        let mut digest = ContentDigest::new();
+        for (block, bytes) in self.0.iter().enumerate() {
+            for (page, bytes) in (0..).zip(bytes.chunks(PAGE)) {
+                digest.add(block, page, hasher.hash(bytes));
+            }
+        }
+        digest.value()
+    }
+
+    fn check(&self, place: &Place) {
+        for (block, expected) in self.0.iter().enumerate() {
+            let (bytes, data) = place.content(block);
+            assert!(bytes == *expected, "block {block} is not as it was sent");
+            for (page, bytes) in expected.chunks(PAGE).enumerate() {
+                let zero = bytes.iter().all(|byte| *byte == 0);
+                assert!(!(zero && data[page]), "page {page} of zeros is no hole");
+            }
+        }
+    }
+}
+
+/// Sends `ops`, and applies them to a model. Files to be sent from stay as they are.
+fn send(mut writer: Writer, ops: &[Op], content: Option<&PageHasher>) -> (Model, Receipt) {
+    let layout = layout(PAGES);
+    let mut model = Model::new();
+    let mut files = Vec::new();
+    let (mut pages, mut zeros, mut rounds) = (0, 0, 0);
+    for op in ops {
+        match op {
+            Op::Bytes(run, seed) => {
+                let bytes = pattern(*seed, run.pages);
+                writer.pages(*run, &bytes).unwrap();
+                model.write(*run, &bytes);
+                pages += run.pages;
+            }
+            Op::File(run, seed) => {
+                let memory = memory(&layout);
+                let bytes = pattern(*seed, run.pages);
+                let file = memory.file(run.block).unwrap();
+                file.write_all_at(&bytes, run.offset()).unwrap();
+                writer.pages_from(*run, &memory).unwrap();
+                model.write(*run, &bytes);
+                files.push(memory);
+                pages += run.pages;
+            }
+            Op::Zeros(run) => {
+                writer.zeros(*run).unwrap();
+                model.write(*run, &vec![0; run.length() as usize]);
+                zeros += run.pages;
+            }
+            Op::Round => {
+                writer.end_round().unwrap();
+                rounds += 1;
+            }
+        }
+    }
+    let digest = content.map(|hasher| model.digest(hasher));
+    let receipt = writer.finish(digest).unwrap();
+    assert_eq!(
+        (receipt.pages, receipt.zeros, receipt.rounds),
+        (pages, zeros, rounds)
+    );
+    (model, receipt)
+}
+
+fn compare(received: &Received, receipt: &Receipt, options: &Options, checked: bool) {
+    assert_eq!(received.bytes, receipt.bytes);
+    assert_eq!(received.pages, receipt.pages);
+    assert_eq!(received.zeros, receipt.zeros);
+    assert_eq!(received.rounds, receipt.rounds);
+    assert_eq!(received.channels, options.channels);
+    assert_eq!(received.content_checked, checked);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn two_way(
+        kind in prop_oneof![Just("unix"), Just("tcp")],
+        ops in ops(),
+        options in options(),
+        checked in any::<bool>(),
+        exists in any::<bool>(),
+    ) {
+        let place = Place::new();
+        if exists {
+            // As a VMM that waits leaves it: of the right size, with something in it.
+            for (name, pages) in NAMES.iter().zip(PAGES) {
+                std::fs::write(place.path(name), pattern(9, pages)).unwrap();
+            }
+        }
+        let (address, receiving) = place.receive(&place.address(kind));
+        let hasher = PageHasher::random().unwrap();
+        let options = Options { seed: hasher.seed(), ..options };
+        let writer = Writer::start(address, &layout(PAGES), options.clone()).unwrap();
+        let (model, receipt) = send(writer, &ops, checked.then_some(&hasher));
+        prop_assert!(receipt.confirmed);
+        prop_assert!(!place.marked());
+        let received = receiving.end().unwrap();
+        compare(&received, &receipt, &options, checked);
+        model.check(&place);
+    }
+
+    #[test]
+    fn file(ops in ops(), options in options(), checked in any::<bool>()) {
+        let place = Place::new();
+        let address = place.address("file");
+        let hasher = PageHasher::random().unwrap();
+        let options = Options { channels: 1, seed: hasher.seed(), ..options };
+        let writer = Writer::start(address.clone(), &layout(PAGES), options.clone()).unwrap();
+        let (model, receipt) = send(writer, &ops, checked.then_some(&hasher));
+        prop_assert!(!receipt.confirmed);
+        prop_assert_eq!(std::fs::metadata(place.path("stream")).unwrap().len(), receipt.bytes);
+        let (_, receiving) = place.receive(&address);
+        let received = receiving.end().unwrap();
+        compare(&received, &receipt, &options, checked);
+        prop_assert!(!place.marked());
+        model.check(&place);
+    }
+
+    #[test]
+    fn descriptors(ops in ops(), pipe in any::<bool>(), options in options()) {
+        let place = Place::new();
+        let (from, to): (OwnedFd, OwnedFd) = if pipe {
+            rustix::pipe::pipe().unwrap()
+        } else {
+            let (a, b) = UnixStream::pair().unwrap();
+            (a.into(), b.into())
+        };
+        let (_, receiving) = place.receive(&Address::Fd(from.as_raw_fd()));
+        drop(from);
+        let options = Options { channels: 1, ..options };
+        let address = Address::Fd(to.as_raw_fd());
+        let writer = Writer::start(address, &layout(PAGES), options.clone()).unwrap();
+        let (model, receipt) = send(writer, &ops, None);
+        prop_assert_eq!(receipt.confirmed, !pipe);
+        let received = receiving.end().unwrap();
+        compare(&received, &receipt, &options, false);
+        model.check(&place);
+    }
+}
+
+#[test]
+fn one_file_takes_a_stream_of_one_block_and_a_listening_descriptor_will_do() {
+    let place = Place::new();
+    let socket = std::os::unix::net::UnixListener::bind(place.path("stream")).unwrap();
+    let address = Address::Fd(socket.as_raw_fd());
+    let path = place.path("memory");
+    let receiving = std::thread::spawn({
+        let destination = Destination::single(&path);
+        move || receive(&address, destination)
+    });
+    let layout = Layout::new([Block::new("any name", 2 * PAGE_SIZE).unwrap()], []).unwrap();
+    let mut writer = Writer::start(place.address("unix"), &layout, Options::default()).unwrap();
+    writer.pages(run(0, 1, 1), &[3; PAGE]).unwrap();
+    writer.finish(None).unwrap();
+    let received = receiving.join().unwrap().unwrap();
+    assert_eq!(received.blocks, [("any name".into(), 2, path.clone())]);
+    let (bytes, data) = read(&path);
+    assert!(bytes[..PAGE].iter().all(|byte| *byte == 0));
+    assert!(bytes[PAGE..].iter().all(|byte| *byte == 3));
+    assert_eq!(data, [false, true]);
+}
+
+#[test]
+fn channels_that_are_connected_already() {
+    let place = Place::new();
+    let (address, receiving) = place.receive(&place.address("unix"));
+    let Address::Unix(path) = &address else {
+        panic!("{address}");
+    };
+    let fds = (0..3).map(|_| OwnedFd::from(UnixStream::connect(path).unwrap()));
+    let target = Target::Connected(fds.collect());
+    let mut writer = Writer::start(target, &layout(PAGES), Options::default()).unwrap();
+    let bytes = pattern(3, 600);
+    writer.pages(run(0, 0, 600), &bytes).unwrap();
+    assert!(writer.finish(None).unwrap().confirmed);
+    assert_eq!(receiving.end().unwrap().channels, 3);
+    assert!(place.content(0).0 == bytes);
+}
+
+#[test]
+fn sending_a_file_allocates_none_of_its_holes() {
+    use std::os::unix::fs::MetadataExt;
+    let place = Place::new();
+    let (address, receiving) = place.receive(&place.address("unix"));
+    let memory = memory(&layout(PAGES));
+    let file = memory.file(0).unwrap();
+    file.write_all_at(&[1; PAGE], 300 * PAGE_SIZE).unwrap();
+    let mut writer = Writer::start(address, memory.layout(), Options::default()).unwrap();
+    writer.pages_from(run(0, 0, 600), &memory).unwrap();
+    writer.pages_from(run(1, 3, 2), &memory).unwrap();
+    writer.finish(None).unwrap();
+    receiving.end().unwrap();
+    assert_eq!(file.metadata().unwrap().blocks() * 512, PAGE_SIZE);
+    assert_eq!(memory.file(1).unwrap().metadata().unwrap().blocks(), 0);
+    let (_, data) = place.content(0);
+    assert_eq!(data.iter().position(|it| *it), Some(300));
+    assert_eq!(data.iter().filter(|it| **it).count(), 1);
+}
+
+#[test]
+fn what_is_small_is_gathered_and_what_packs_is_packed() {
+    let place = Place::new();
+    let (address, receiving) = place.receive(&place.address("unix"));
+    let options = Options {
+        compression: Compression::Zstd(1),
+        ..Options::default()
+    };
+    let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
+    let header = writer.bytes();
+    for page in 0..20 {
+        writer
+            .pages(run(1, page, 1), &[page as u8 + 1; PAGE])
+            .unwrap();
+    }
+    assert_eq!(
+        writer.bytes(),
+        header,
+        "nothing was written for each by itself"
+    );
+    writer.flush().unwrap();
+    let packed = writer.bytes() - header;
+    assert!(packed > 20 * 48 && packed < 20 * 200, "{packed}");
+    writer.finish(None).unwrap();
+    receiving.end().unwrap();
+}
+
+#[test]
+fn pages_that_are_not_of_the_layout_are_refused_and_the_stream_goes_on() {
+    let place = Place::new();
+    let (address, receiving) = place.receive(&place.address("unix"));
+    let mut writer = Writer::start(address, &layout(PAGES), Options::default()).unwrap();
+    for bad in [
+        run(2, 0, 1),
+        run(0, 600, 1),
+        run(0, 0, 0),
+        run(0, 599, 2),
+        run(1, u64::MAX, 2),
+    ] {
+        assert!(matches!(writer.zeros(bad), Err(StreamError::Run { .. })));
+    }
+    assert!(matches!(
+        writer.pages(run(0, 0, 1), &[0; 4095]),
+        Err(StreamError::Run { .. })
+    ));
+    writer.zeros(run(0, 599, 1)).unwrap();
+    writer.finish(None).unwrap();
+    assert_eq!(receiving.end().unwrap().zeros, 1);
+}
