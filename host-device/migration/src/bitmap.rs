@@ -17,6 +17,8 @@ pub(crate) enum Kind {
     Clean,
     /// Whether it need not be sent and was not.
     Skipped,
+    /// Whether it was taken to be sent since it was last marked dirty.
+    Taken,
 }
 
 /// The bits of one block.
@@ -38,6 +40,7 @@ impl BlockBits {
         match kind {
             Kind::Dirty => self.dirty.find(from, holds),
             Kind::Clean => self.dirty.find(from, !holds),
+            Kind::Taken => self.taken.find(from, holds),
             Kind::Skipped => bits::find_in_neither(&self.dirty, &self.taken, from, holds),
         }
     }
@@ -142,6 +145,11 @@ impl DirtyBitmap {
     pub fn skipped_in(&self, region: &Region) -> Runs<'_> {
         let pages = region.block_pages();
         Runs::within(&self.blocks, Kind::Skipped, region.block(), pages)
+    }
+
+    /// The runs of pages among `run` that were sent since they were last marked dirty.
+    pub fn taken_among(&self, run: Run) -> Runs<'_> {
+        Runs::within(&self.blocks, Kind::Taken, run.block, run.first..run.end())
     }
 
     pub(crate) fn set_all(&self) {

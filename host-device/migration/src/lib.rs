@@ -44,6 +44,7 @@ mod layout;
 pub mod machine;
 mod mappers;
 mod memory;
+pub mod precopy;
 mod runs;
 pub mod status;
 pub mod stream;

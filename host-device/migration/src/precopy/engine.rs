@@ -1,0 +1,447 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The rounds, from the first to the last.
+
+use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
+
+use crate::digest::PageHasher;
+use crate::machine::{Machine, MachineError};
+use crate::status::{Round, State};
+use crate::track::{DirtyTracker, SentTable, Stage, Synced};
+use crate::{Cancel, DirtyBitmap, HintSource, HintWindow, Memory, SyncPhase, Waited, PAGE_SIZE};
+
+use super::pace::{self, Pace};
+use super::progress::Progress;
+use super::send::Sender;
+use super::sink::{Sink, SinkError};
+use super::{Parameters, Parts, PrecopyError};
+
+/// A migration by precopy.
+pub struct Precopy {
+    parameters: Parameters,
+    tracker: Box<dyn DirtyTracker>,
+    /// Before the hints: when both are dropped, a guest that was paused runs on, and then hears that the round is done.
+    machine: Paused,
+    hints: Hints,
+    sender: Sender,
+    progress: Progress,
+    cancel: Cancel,
+    /// Bytes a second, as last measured.
+    bandwidth: Option<u64>,
+}
+
+impl Precopy {
+    /// Moves the memory of `parts` to where `connect` leads, and returns the machine, which is paused then.
+    ///
+    /// It takes as long as it takes, in this thread; `progress` shows how far it is, and `cancel` ends it at once. What
+    /// `connect` makes must end when `cancel` is given, too.
+    ///
+    /// # Errors
+    ///
+    /// If anything goes wrong, or `cancel` came first. The machine runs then, unless it was paused by others; the guest has its
+    /// hinted pages back; and `progress` says the same.
+    pub fn run(
+        parameters: Parameters,
+        parts: Parts,
+        connect: impl FnOnce(&Memory, Option<&PageHasher>) -> Result<Box<dyn Sink>, SinkError>,
+        progress: &Progress,
+        cancel: &Cancel,
+    ) -> Result<Option<Box<dyn Machine>>, PrecopyError> {
+        let result = Self::set_up(parameters, parts, connect, progress, cancel).and_then(Self::go);
+        match result {
+            Ok(machine) => {
+                progress.enter(State::Completed);
+                Ok(machine)
+            }
+            Err(error) => {
+                // Whatever failed after the order was given failed because of it.
+                let error = if cancel.is_cancelled() {
+                    PrecopyError::Cancelled
+                } else {
+                    error
+                };
+                progress.fail(&error);
+                Err(error)
+            }
+        }
+    }
+
+    fn set_up(
+        parameters: Parameters,
+        parts: Parts,
+        connect: impl FnOnce(&Memory, Option<&PageHasher>) -> Result<Box<dyn Sink>, SinkError>,
+        progress: &Progress,
+        cancel: &Cancel,
+    ) -> Result<Self, PrecopyError> {
+        let Parts {
+            memory,
+            tracker,
+            sent,
+            hints,
+            machine,
+        } = parts;
+        // Dropped on whichever way out: the guest gets back what it has hinted (R16).
+        let hints = Hints::new(hints);
+        if parameters.postcopy {
+            return Err(match hints.source {
+                Some(_) => PrecopyError::PostcopyWithHints,
+                None => PrecopyError::Postcopy,
+            });
+        }
+        if machine.is_none() && !parameters.pause_before_switchover {
+            return Err(PrecopyError::NoMachine);
+        }
+        let discards = hints.source.as_ref().is_none_or(|it| it.discards());
+        if tracker.hints_need_discard() && !discards {
+            return Err(PrecopyError::UnsoundHints(tracker.name()));
+        }
+        let pages = memory.layout().pages();
+        progress.update(|status| status.ram.total = pages.saturating_mul(PAGE_SIZE));
+        let table = sent.as_ref().or(tracker.sent_table());
+        let sink = connect(&memory, table.map(SentTable::hasher)).map_err(PrecopyError::Sink)?;
+        let detect = parameters.zero_page_detection;
+        Ok(Self {
+            sender: Sender::new(memory, sink, sent, detect)?,
+            parameters,
+            tracker,
+            hints,
+            machine: Paused::not_yet(machine),
+            progress: progress.clone(),
+            cancel: cancel.clone(),
+            bandwidth: None,
+        })
+    }
+
+    fn go(mut self) -> Result<Option<Box<dyn Machine>>, PrecopyError> {
+        let layout = self.sender.memory().layout().clone();
+        let mut phase = SyncPhase::new(&layout)?;
+        // In this order: what is written from here on shows at the first sync.
+        self.tracker.begin()?;
+        phase.set_all();
+        self.progress.enter(State::Active);
+        let mut rounds = 0;
+        loop {
+            phase = self.live_round(phase)?;
+            rounds += 1;
+            if self.fits(phase.bitmap()) {
+                break;
+            }
+            if rounds >= self.parameters.max_rounds {
+                info!("{rounds} rounds are over: what is left is sent with the guest paused");
+                break;
+            }
+        }
+        self.pause()?;
+        self.last_round(&phase)?;
+        let table = self.sender.sent_table().or(self.tracker.sent_table());
+        let digest = table.map(SentTable::digest);
+        self.sender
+            .sink()
+            .finish(digest)
+            .map_err(PrecopyError::Sink)?;
+        if self.cancel.is_cancelled() {
+            return Err(PrecopyError::Cancelled);
+        }
+        self.hints.done();
+        Ok(self.machine.stays())
+    }
+
+    /// From the end of a sync to the end of the next, with the guest running.
+    fn live_round(&mut self, phase: SyncPhase) -> Result<SyncPhase, PrecopyError> {
+        let mut round = Round {
+            dirty: phase.bitmap().dirty_pages(),
+            ..Round::default()
+        };
+        let bitmap = phase.bitmap().clone();
+        let (before, bytes) = (self.sender.counts(), self.sender.bytes());
+        self.hints.open(phase.finish());
+        round.hint_wait_us = micros(self.wait_for_hints()?);
+        let begun = Instant::now();
+        self.send(&bitmap, self.parameters.max_bandwidth)?;
+        self.end_round()?;
+        let took = begun.elapsed();
+        round.send_us = micros(took);
+        let phase = self.hints.close()?.close();
+        let counts = self.sender.counts();
+        round.normal = counts.normal - before.normal;
+        round.duplicate = counts.duplicate - before.duplicate;
+        round.transferred = self.sender.bytes().saturating_sub(bytes);
+        let gone = round.normal + round.duplicate + bitmap.dirty_pages();
+        round.hinted = round.dirty.saturating_sub(gone);
+        if round.normal > 0 {
+            self.bandwidth = pace::rate(round.transferred, took).or(self.bandwidth);
+        }
+        let (synced, duration) = self.sync(&phase, Stage::Live)?;
+        round.sync_us = micros(duration);
+        round.stopped_us = micros(synced.stopped);
+        let rate = pace::rate(synced.marked, begun.elapsed()).unwrap_or(0);
+        let expected = self.expected_downtime(&bitmap).saturating_add(duration);
+        self.progress.update(|status| {
+            status.ram.hinted += round.hinted;
+            status.ram.dirty_pages_rate = rate;
+            status.expected_downtime = u64::try_from(expected.as_millis()).ok();
+        });
+        self.show(&bitmap);
+        self.progress.round(round, true);
+        Ok(phase)
+    }
+
+    /// Waits for hints, all rounds together not longer than the limit (R14), and returns how long it did.
+    fn wait_for_hints(&mut self) -> Result<Duration, PrecopyError> {
+        let begun = Instant::now();
+        match self.hints.wait(self.parameters.hint_wait, &self.cancel) {
+            Waited::Cancelled => return Err(PrecopyError::Cancelled),
+            Waited::TimedOut => info!("the guest has not given all hints in time: the rest of them come while pages are sent, or not at all"),
+            Waited::Lost(why) => info!("there are no more hints: {why}"),
+            Waited::Finished => {}
+        }
+        let waited = begun.elapsed();
+        self.parameters.hint_wait = self.parameters.hint_wait.saturating_sub(waited);
+        if self.cancel.is_cancelled() {
+            return Err(PrecopyError::Cancelled);
+        }
+        Ok(waited)
+    }
+
+    /// Pauses the machine, or waits until somebody has.
+    fn pause(&mut self) -> Result<(), PrecopyError> {
+        if self.parameters.pause_before_switchover {
+            // Whoever is to pause the guest may want to take the balloon from it first: it gets its pages back.
+            self.hints.done();
+            self.progress.enter(State::PreSwitchover);
+            if !self.progress.wait_to_go_on(&self.cancel) {
+                return Err(PrecopyError::Cancelled);
+            }
+        }
+        self.progress.enter(State::Device);
+        if !self.parameters.pause_before_switchover {
+            self.machine.pause()?;
+        }
+        Ok(())
+    }
+
+    /// What is left, with the guest paused.
+    fn last_round(&mut self, phase: &SyncPhase) -> Result<(), PrecopyError> {
+        let bitmap = phase.bitmap().clone();
+        let (before, bytes) = (self.sender.counts(), self.sender.bytes());
+        let (synced, duration) = self.sync(phase, Stage::Paused)?;
+        let mut round = Round {
+            paused: true,
+            dirty: bitmap.dirty_pages(),
+            sync_us: micros(duration),
+            stopped_us: micros(synced.stopped),
+            ..Round::default()
+        };
+        let begun = Instant::now();
+        self.send(&bitmap, 0)?;
+        self.verify(phase)?;
+        self.end_round()?;
+        round.send_us = micros(begun.elapsed());
+        let counts = self.sender.counts();
+        round.normal = counts.normal - before.normal;
+        round.duplicate = counts.duplicate - before.duplicate;
+        round.transferred = self.sender.bytes().saturating_sub(bytes);
+        self.show(&bitmap);
+        self.progress.round(round, true);
+        Ok(())
+    }
+
+    /// Compares each page that was sent with what it was sent as, if that is known, and sends what differs once more.
+    fn verify(&mut self, phase: &SyncPhase) -> Result<(), PrecopyError> {
+        let missed = self.sender.mark_changed(phase)?;
+        if missed > 0 {
+            warn!(
+                "dirty tracking by {} has missed writes to {missed} pages; they are sent again",
+                self.tracker.name()
+            );
+            self.progress.update(|status| status.ram.missed += missed);
+            // A round of its own: a page is sent once in each.
+            self.end_round()?;
+            self.send(phase.bitmap(), 0)?;
+        }
+        Ok(())
+    }
+
+    fn sync(
+        &mut self,
+        phase: &SyncPhase,
+        stage: Stage,
+    ) -> Result<(Synced, Duration), PrecopyError> {
+        if self.cancel.is_cancelled() {
+            return Err(PrecopyError::Cancelled);
+        }
+        let begun = Instant::now();
+        let synced = self.tracker.sync(phase, stage)?;
+        Ok((synced, begun.elapsed()))
+    }
+
+    fn send(&mut self, bitmap: &DirtyBitmap, max_bandwidth: u64) -> Result<(), PrecopyError> {
+        let mut pace = Pace::new(max_bandwidth);
+        let progress = &self.progress;
+        let mut shown = Instant::now();
+        self.sender.send(
+            bitmap,
+            &mut *self.tracker,
+            &mut pace,
+            &self.cancel,
+            |sender| {
+                if shown.elapsed() >= Duration::from_millis(20) {
+                    shown = Instant::now();
+                    show(progress, sender, bitmap);
+                }
+            },
+        )
+    }
+
+    fn end_round(&mut self) -> Result<(), PrecopyError> {
+        self.sender.sink().end_round().map_err(PrecopyError::Sink)
+    }
+
+    fn show(&self, bitmap: &DirtyBitmap) {
+        show(&self.progress, &self.sender, bitmap);
+    }
+
+    /// Whether what is dirty can be sent in the downtime that is allowed.
+    fn fits(&self, bitmap: &DirtyBitmap) -> bool {
+        self.expected_downtime(bitmap) <= self.parameters.downtime_limit
+    }
+
+    fn expected_downtime(&self, bitmap: &DirtyBitmap) -> Duration {
+        let bytes = bitmap.dirty_pages().saturating_mul(PAGE_SIZE);
+        // Before anything was sent there is nothing to measure by: a slow network is assumed.
+        const GIGABIT: u64 = 125_000_000;
+        pace::due(bytes, self.bandwidth.unwrap_or(GIGABIT))
+    }
+}
+
+fn show(progress: &Progress, sender: &Sender, bitmap: &DirtyBitmap) {
+    let counts = sender.counts();
+    progress.update(|status| {
+        let ram = &mut status.ram;
+        ram.remaining = bitmap.dirty_pages().saturating_mul(PAGE_SIZE);
+        ram.transferred = sender.bytes();
+        ram.normal = counts.normal;
+        ram.duplicate = counts.duplicate;
+        ram.resent = counts.resent;
+        ram.skipped = bitmap.skipped_pages();
+    });
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The source of hints, and the window when there is none.
+#[derive(Default)]
+struct Hints {
+    source: Option<Box<dyn HintSource>>,
+    window: Window,
+}
+
+#[derive(Default)]
+enum Window {
+    /// Nobody has it: a sync is under way.
+    #[default]
+    Closed,
+    /// The source has it.
+    Lent,
+    /// There are no hints: it is kept here.
+    Kept(HintWindow),
+}
+
+impl Hints {
+    fn new(source: Option<Box<dyn HintSource>>) -> Self {
+        Self {
+            source,
+            window: Window::Closed,
+        }
+    }
+
+    fn open(&mut self, window: HintWindow) {
+        let Some(source) = &mut self.source else {
+            self.window = Window::Kept(window);
+            return;
+        };
+        self.window = match source.open(window) {
+            Ok(()) => Window::Lent,
+            Err((window, why)) => {
+                info!("this round goes without hints: {why}");
+                Window::Kept(window)
+            }
+        };
+    }
+
+    fn wait(&mut self, limit: Duration, cancel: &Cancel) -> Waited {
+        match (&mut self.source, &self.window) {
+            (Some(source), Window::Lent) if !limit.is_zero() => source.wait(limit, cancel),
+            _ => Waited::Finished,
+        }
+    }
+
+    fn close(&mut self) -> Result<HintWindow, PrecopyError> {
+        match (std::mem::take(&mut self.window), &mut self.source) {
+            (Window::Kept(window), _) => Ok(window),
+            (Window::Lent, Some(source)) => source
+                .close()
+                .map_err(|error| PrecopyError::Hints(error.to_string())),
+            _ => Err(PrecopyError::Hints("there was no round".into())),
+        }
+    }
+
+    fn done(&mut self) {
+        if let Some(source) = &mut self.source {
+            source.done();
+        }
+        self.window = Window::Closed;
+    }
+}
+
+impl Drop for Hints {
+    fn drop(&mut self) {
+        self.done();
+    }
+}
+
+/// A machine that goes on if it is dropped while it is paused, whatever happened.
+struct Paused {
+    machine: Option<Box<dyn Machine>>,
+    paused: bool,
+}
+
+impl Paused {
+    fn not_yet(machine: Option<Box<dyn Machine>>) -> Self {
+        Self {
+            machine,
+            paused: false,
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        if let Some(machine) = &mut self.machine {
+            // Also if it fails half-way.
+            self.paused = true;
+            machine.pause()?;
+        }
+        Ok(())
+    }
+
+    fn stays(&mut self) -> Option<Box<dyn Machine>> {
+        self.paused = false;
+        self.machine.take()
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        if let (true, Some(machine)) = (self.paused, &mut self.machine) {
+            if let Err(error) = machine.resume() {
+                warn!(
+                    "the machine was paused and does not go on ({}): {error}",
+                    machine.describe()
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Sending what is dirty.
+
+use crate::bits::Bits;
+use crate::digest::is_zero;
+use crate::track::{DirtyTracker, SentTable};
+use crate::{Cancel, DirtyBitmap, Layout, LayoutError, Memory, Run, SyncPhase, PAGE_SIZE};
+
+use super::pace::Pace;
+use super::sink::Sink;
+use super::PrecopyError;
+
+/// The most pages that are read and sent at once.
+const PIECE: u64 = 256;
+
+/// What was sent.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Counts {
+    /// Pages with their content.
+    pub(super) normal: u64,
+    /// Pages as zeros.
+    pub(super) duplicate: u64,
+    /// Of both, those that had been sent before.
+    pub(super) resent: u64,
+}
+
+/// Takes dirty pages and sends them.
+pub(super) struct Sender {
+    memory: Memory,
+    sink: Box<dyn Sink>,
+    sent: Option<SentTable>,
+    /// Pages that were sent at least once, by block.
+    ever: Vec<Bits>,
+    zero_page_detection: bool,
+    buffer: Vec<u8>,
+    counts: Counts,
+}
+
+impl Sender {
+    pub(super) fn new(
+        memory: Memory,
+        sink: Box<dyn Sink>,
+        sent: Option<SentTable>,
+        zero_page_detection: bool,
+    ) -> Result<Self, LayoutError> {
+        Ok(Self {
+            ever: bits_of(memory.layout())?,
+            memory,
+            sink,
+            sent,
+            zero_page_detection,
+            buffer: Vec::new(),
+            counts: Counts::default(),
+        })
+    }
+
+    pub(super) fn sink(&mut self) -> &mut dyn Sink {
+        &mut *self.sink
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.sink.bytes()
+    }
+
+    /// All that was sent so far.
+    pub(super) fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    pub(super) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// What was sent of each page, if it is kept here and not by the tracker.
+    pub(super) fn sent_table(&self) -> Option<&SentTable> {
+        self.sent.as_ref()
+    }
+
+    /// Marks each page that was sent and is not any more what it was sent as. Returns how many there are.
+    pub(super) fn mark_changed(&mut self, phase: &SyncPhase) -> Result<u64, PrecopyError> {
+        let mut marked = 0;
+        if let Some(table) = &mut self.sent {
+            let mut changed = Vec::new();
+            table.compare(&self.memory, |run| {
+                // What hints have spared is not the same, and need not be.
+                changed.extend(phase.bitmap().taken_among(run));
+            })?;
+            marked = changed.into_iter().map(|run| phase.mark(run)).sum();
+        }
+        Ok(marked)
+    }
+
+    /// Sends every page that is dirty, each once, and calls `after` now and then.
+    ///
+    /// A page that becomes clean before its turn is left out: somebody has hinted it.
+    pub(super) fn send(
+        &mut self,
+        bitmap: &DirtyBitmap,
+        tracker: &mut dyn DirtyTracker,
+        pace: &mut Pace,
+        cancel: &Cancel,
+        mut after: impl FnMut(&Self),
+    ) -> Result<(), PrecopyError> {
+        let (mut block, mut page) = (0, 0);
+        // Where the file has data; looked up once for each stretch of it. A page that is written after the look is written
+        // after the last sync, and shows at the next.
+        let mut data: Option<Run> = None;
+        while let Some(run) = bitmap.next_dirty(block, page, u64::MAX) {
+            if cancel.is_cancelled() {
+                return Err(PrecopyError::Cancelled);
+            }
+            if data.is_none_or(|it| it.block != run.block || it.end() <= run.first) {
+                let found = self.memory.next_data(run.block, run.first);
+                let pages = bitmap.layout().blocks().get(run.block);
+                data = Some(
+                    found
+                        .map_err(|source| read_error(run, source))?
+                        // Nothing but holes up to the end of the block.
+                        .unwrap_or(Run {
+                            block: run.block,
+                            first: pages.map_or(u64::MAX, |it| it.pages()),
+                            pages: 1,
+                        }),
+                );
+            }
+            let start = data.map_or(0, |it| it.first);
+            let before = self.bytes();
+            let run = if run.first < start {
+                let hole = Run {
+                    pages: run.pages.min(start - run.first),
+                    ..run
+                };
+                if bitmap.take(hole) > 0 {
+                    self.zeros(hole, tracker)?;
+                }
+                hole
+            } else {
+                let end = data.map_or(u64::MAX, |it| it.end());
+                let piece = Run {
+                    pages: run.pages.min(PIECE).min(end - run.first),
+                    ..run
+                };
+                if bitmap.take(piece) > 0 {
+                    self.data(piece, tracker)?;
+                }
+                piece
+            };
+            (block, page) = (run.block, run.end());
+            after(self);
+            let wait = pace.after(self.bytes().saturating_sub(before));
+            if !wait.is_zero() && cancel.sleep(wait) {
+                return Err(PrecopyError::Cancelled);
+            }
+        }
+        Ok(())
+    }
+
+    fn data(&mut self, run: Run, tracker: &mut dyn DirtyTracker) -> Result<(), PrecopyError> {
+        let copies = tracker.wants_bytes() || self.sent.is_some() || self.zero_page_detection;
+        if !copies {
+            self.sink
+                .pages_from(run, &self.memory)
+                .map_err(PrecopyError::Sink)?;
+            self.count(run, false);
+            return Ok(());
+        }
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let result = self.copied(run, &mut buffer, tracker);
+        self.buffer = buffer;
+        result
+    }
+
+    /// Sends pages through the buffer: these bytes and no others are what the destination has, and what the tracker is told.
+    fn copied(
+        &mut self,
+        run: Run,
+        buffer: &mut Vec<u8>,
+        tracker: &mut dyn DirtyTracker,
+    ) -> Result<(), PrecopyError> {
+        // A piece is at most 1 MiB.
+        let length = usize::try_from(run.length()).unwrap_or(usize::MAX);
+        buffer.resize(length, 0);
+        self.memory
+            .read(run, buffer)
+            .map_err(|source| read_error(run, source))?;
+        let page_size = usize::try_from(PAGE_SIZE).unwrap_or(usize::MAX);
+        let mut rest: &[u8] = buffer;
+        let mut at = run.first;
+        while at < run.end() {
+            let mut pages = rest.chunks(page_size).map(is_zero);
+            let zero = pages.next().unwrap_or(true);
+            let more = pages.take_while(|it| *it == zero).count();
+            let some = Run {
+                block: run.block,
+                first: at,
+                pages: 1 + more as u64,
+            };
+            let (bytes, others) = rest
+                .split_at_checked((1 + more).saturating_mul(page_size))
+                .unwrap_or((rest, &[]));
+            if zero {
+                self.zeros(some, tracker)?;
+            } else {
+                self.sink.pages(some, bytes).map_err(PrecopyError::Sink)?;
+                tracker.sent(some, bytes);
+                if let Some(table) = &mut self.sent {
+                    table.sent(some, bytes);
+                }
+                self.count(some, false);
+            }
+            rest = others;
+            at = some.end();
+        }
+        Ok(())
+    }
+
+    fn zeros(&mut self, run: Run, tracker: &mut dyn DirtyTracker) -> Result<(), PrecopyError> {
+        self.sink.zeros(run).map_err(PrecopyError::Sink)?;
+        tracker.sent_zeros(run);
+        if let Some(table) = &mut self.sent {
+            table.sent_zeros(run);
+        }
+        self.count(run, true);
+        Ok(())
+    }
+
+    fn count(&mut self, run: Run, zeros: bool) {
+        let new = self
+            .ever
+            .get(run.block)
+            .map_or(0, |bits| bits.set(run.first..run.end()));
+        let counts = &mut self.counts;
+        counts.resent += run.pages.saturating_sub(new);
+        if zeros {
+            counts.duplicate += run.pages;
+        } else {
+            counts.normal += run.pages;
+        }
+    }
+}
+
+fn bits_of(layout: &Layout) -> Result<Vec<Bits>, LayoutError> {
+    let blocks = layout.blocks().iter();
+    blocks
+        .map(|block| {
+            Bits::new(block.pages()).ok_or_else(|| LayoutError::TooLarge {
+                name: block.name().to_owned(),
+                length: block.length(),
+            })
+        })
+        .collect()
+}
+
+fn read_error(run: Run, source: std::io::Error) -> PrecopyError {
+    PrecopyError::Read {
+        block: run.block,
+        offset: run.offset(),
+        source,
+    }
+}

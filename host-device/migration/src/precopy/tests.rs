@@ -1,0 +1,664 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The rounds, with a guest, a device and a destination that are in the test.
+
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::digest::ContentDigest;
+use crate::machine::{Machine, MachineError};
+use crate::status::{State, Status};
+use crate::track::{driven, Content, Writes};
+use crate::{
+    Block, Cancel, DirtyBitmap, HintSource, HintSourceError, HintWindow, Layout, Region, Run,
+    Waited, PAGE_SIZE,
+};
+
+const PAGES: u64 = 64;
+const PAGE: usize = PAGE_SIZE as usize;
+
+/// What the parts of a migration have done, in order, and what they are to do.
+#[derive(Default)]
+struct World {
+    log: Vec<String>,
+    there: Vec<u8>,
+    /// What happens when the destination is called for the n-th time.
+    at: Vec<(usize, Act)>,
+    calls: usize,
+    /// What the guest hints in each of its rounds.
+    hints: Vec<Vec<Run>>,
+    discards: bool,
+    silent: bool,
+    waited: Duration,
+    lose_window: bool,
+    pause_fails: bool,
+    /// A guest that is paused does not write.
+    paused: bool,
+    bitmap: Option<Arc<DirtyBitmap>>,
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Write(u64, u8, Report),
+    Cancel,
+    Fail,
+}
+
+/// Whether a tracker that is told of writes is told of this one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Report {
+    Yes,
+    No,
+}
+
+#[derive(Clone)]
+struct Test {
+    world: Arc<Mutex<World>>,
+    memory: Memory,
+    writes: Option<Writes>,
+    cancel: Cancel,
+}
+
+impl Test {
+    fn new() -> Self {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(PAGES * PAGE_SIZE).unwrap();
+        let block = Block::new("ram", PAGES * PAGE_SIZE).unwrap();
+        let region = Region::new(0, PAGES * PAGE_SIZE).unwrap();
+        let layout = Layout::new([block], [region]).unwrap();
+        let world = World {
+            there: vec![0xff; PAGES as usize],
+            ..World::default()
+        };
+        Self {
+            world: Arc::new(Mutex::new(world)),
+            memory: Memory::new(layout.into(), vec![file]).unwrap(),
+            writes: None,
+            cancel: Cancel::default(),
+        }
+    }
+
+    fn set(&self, change: impl FnOnce(&mut World)) -> &Self {
+        change(&mut self.world.lock().unwrap());
+        self
+    }
+
+    fn log(&self, what: impl Into<String>) {
+        self.set(|world| world.log.push(what.into()));
+    }
+
+    fn logged(&self) -> Vec<String> {
+        self.world.lock().unwrap().log.clone()
+    }
+
+    fn count(&self, what: &str) -> usize {
+        self.logged().iter().filter(|it| *it == what).count()
+    }
+
+    fn write(&self, page: u64, value: u8, report: Report) {
+        let file = self.memory.file(0).unwrap();
+        file.write_all_at(&[value; PAGE], page * PAGE_SIZE).unwrap();
+        if let (Report::Yes, Some(writes)) = (report, &self.writes) {
+            writes.wrote(run(page, 1));
+        }
+    }
+
+    fn here(&self) -> Vec<u8> {
+        let mut bytes = vec![0; PAGES as usize * PAGE];
+        self.memory.read(run(0, PAGES), &mut bytes).unwrap();
+        bytes.chunks(PAGE).map(|page| page[0]).collect()
+    }
+
+    fn there(&self) -> Vec<u8> {
+        self.world.lock().unwrap().there.clone()
+    }
+
+    /// Moves, with a tracker that is told of writes, or with one that compares.
+    fn migrate(
+        &mut self,
+        parameters: Parameters,
+        compare: bool,
+    ) -> (Result<bool, PrecopyError>, Status) {
+        let tracker: Box<dyn DirtyTracker> = if compare {
+            Box::new(Content::new(self.memory.clone()).unwrap())
+        } else {
+            let (tracker, writes) = driven();
+            self.writes = Some(writes);
+            Box::new(tracker)
+        };
+        let parts = Parts {
+            memory: self.memory.clone(),
+            tracker,
+            sent: None,
+            hints: Some(Box::new(Guest {
+                test: self.clone(),
+                window: None,
+                round: 0,
+            })),
+            machine: Some(Box::new(Vm(self.clone()))),
+        };
+        self.run(parameters, parts)
+    }
+
+    fn run(&self, parameters: Parameters, parts: Parts) -> (Result<bool, PrecopyError>, Status) {
+        let listener = self.clone();
+        let progress = Progress::new(move |notice| {
+            if let Notice::State(state) = notice {
+                listener.log(format!("state {}", state.name()));
+            }
+        });
+        let destination = Destination(self.clone());
+        let result = Precopy::run(
+            parameters,
+            parts,
+            move |_, _| Ok(Box::new(destination)),
+            &progress,
+            &self.cancel,
+        );
+        (result.map(|machine| machine.is_some()), progress.status())
+    }
+}
+
+fn run(first: u64, pages: u64) -> Run {
+    Run {
+        block: 0,
+        first,
+        pages,
+    }
+}
+
+struct Destination(Test);
+
+impl Destination {
+    fn called(&self) -> Result<(), SinkError> {
+        let acts: Vec<Act> = {
+            let mut world = self.0.world.lock().unwrap();
+            world.calls += 1;
+            let calls = world.calls;
+            let now = world.at.iter().filter(|(at, _)| *at == calls);
+            now.map(|(_, act)| act.clone()).collect()
+        };
+        let paused = self.0.world.lock().unwrap().paused;
+        for act in acts {
+            match act {
+                Act::Write(..) if paused => {}
+                Act::Write(page, value, report) => self.0.write(page, value, report),
+                Act::Cancel => self.0.cancel.cancel(),
+                Act::Fail => return Err("the wire was cut".into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn put(&self, run: Run, value: impl Fn(usize) -> u8) {
+        let first = run.first as usize;
+        self.0.set(|world| {
+            for page in 0..run.pages as usize {
+                world.there[first + page] = value(page);
+            }
+        });
+    }
+}
+
+impl Sink for Destination {
+    fn zeros(&mut self, run: Run) -> Result<(), SinkError> {
+        self.put(run, |_| 0);
+        self.called()
+    }
+
+    fn pages(&mut self, run: Run, bytes: &[u8]) -> Result<(), SinkError> {
+        assert_eq!(bytes.len() as u64, run.length());
+        self.put(run, |page| bytes[page * PAGE]);
+        self.called()
+    }
+
+    fn pages_from(&mut self, run: Run, memory: &Memory) -> Result<(), SinkError> {
+        let mut bytes = vec![0; run.length() as usize];
+        memory.read(run, &mut bytes)?;
+        self.put(run, |page| bytes[page * PAGE]);
+        self.called()
+    }
+
+    fn end_round(&mut self) -> Result<(), SinkError> {
+        self.0.log("end of round");
+        self.called()
+    }
+
+    fn finish(&mut self, _: Option<ContentDigest>) -> Result<(), SinkError> {
+        self.called()?;
+        self.0.log("finish");
+        Ok(())
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.world.lock().unwrap().calls as u64 * PAGE_SIZE
+    }
+}
+
+struct Vm(Test);
+
+impl Machine for Vm {
+    fn describe(&self) -> String {
+        "a machine in a test".into()
+    }
+
+    fn pause(&mut self) -> Result<(), MachineError> {
+        self.0.log("pause");
+        self.0.set(|world| world.paused = true);
+        if self.0.world.lock().unwrap().pause_fails {
+            return Err(MachineError("it does not want to".into()));
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        self.0.log("resume");
+        self.0.set(|world| world.paused = false);
+        Ok(())
+    }
+}
+
+struct Guest {
+    test: Test,
+    window: Option<HintWindow>,
+    round: usize,
+}
+
+impl HintSource for Guest {
+    fn discards(&self) -> bool {
+        self.test.world.lock().unwrap().discards
+    }
+
+    fn open(&mut self, window: HintWindow) -> Result<(), (HintWindow, HintSourceError)> {
+        self.test.log("open");
+        let bitmap = window.bitmap().clone();
+        self.test.set(|world| world.bitmap = Some(bitmap));
+        let hints = {
+            let world = self.test.world.lock().unwrap();
+            world.hints.get(self.round).cloned().unwrap_or_default()
+        };
+        self.round += 1;
+        for hint in hints {
+            let _ = window.hint(hint.offset(), hint.length()).unwrap();
+            if self.discards() {
+                for page in hint.first..hint.end() {
+                    self.test.write(page, 0, Report::No);
+                }
+            }
+        }
+        self.window = Some(window);
+        Ok(())
+    }
+
+    fn wait(&mut self, limit: Duration, cancel: &Cancel) -> Waited {
+        if !self.test.world.lock().unwrap().silent {
+            return Waited::Finished;
+        }
+        self.test.set(|world| world.waited += limit);
+        if cancel.sleep(limit) {
+            Waited::Cancelled
+        } else {
+            Waited::TimedOut
+        }
+    }
+
+    fn close(&mut self) -> Result<HintWindow, HintSourceError> {
+        self.test.log("close");
+        if self.test.world.lock().unwrap().lose_window {
+            return Err(HintSourceError("the front end has gone".into()));
+        }
+        Ok(self.window.take().unwrap())
+    }
+
+    fn done(&mut self) {
+        self.window = None;
+        self.test.log("done");
+    }
+}
+
+fn filled() -> Test {
+    let test = Test::new();
+    for page in 0..PAGES / 2 {
+        test.write(page, 1 + page as u8, Report::No);
+    }
+    test
+}
+
+#[test]
+fn all_of_memory_arrives_but_what_was_hinted() {
+    let mut test = filled();
+    test.set(|world| world.hints = vec![vec![run(3, 5)]]);
+    let (result, status) = test.migrate(Parameters::default(), false);
+    assert!(result.unwrap(), "the machine comes back, paused");
+    let (here, there) = (test.here(), test.there());
+    for page in 0..PAGES as usize {
+        let hinted = (3..8).contains(&page);
+        assert_eq!(
+            there[page],
+            if hinted { 0xff } else { here[page] },
+            "{page}"
+        );
+    }
+    assert_eq!(status.status, State::Completed);
+    assert_eq!((status.ram.skipped, status.ram.hinted), (5, 5));
+    assert_eq!(status.ram.normal, PAGES / 2 - 5);
+    assert_eq!(status.ram.duplicate, PAGES / 2);
+    assert_eq!((status.ram.resent, status.ram.remaining), (0, 0));
+    assert_eq!(status.ram.total, PAGES * PAGE_SIZE);
+    assert_eq!(status.rounds.len(), 2);
+    assert_eq!(status.rounds[0].hinted, 5);
+    assert_eq!(
+        test.logged(),
+        [
+            "state active",
+            "open",
+            "end of round",
+            "close",
+            "state device",
+            "pause",
+            "end of round",
+            "finish",
+            "done",
+            "done",
+            "state completed"
+        ]
+    );
+}
+
+#[test]
+fn what_is_written_while_memory_is_sent_is_sent_again() {
+    for compare in [false, true] {
+        let mut test = filled();
+        test.set(|world| {
+            world.discards = true;
+            // In the first round, and between the end of the second and the pause.
+            world.at = vec![
+                (1, Act::Write(2, 77, Report::Yes)),
+                (1, Act::Write(60, 78, Report::Yes)),
+                (2, Act::Write(3, 79, Report::Yes)),
+            ];
+        });
+        let (result, status) = test.migrate(Parameters::default(), compare);
+        result.unwrap();
+        assert_eq!(test.here(), test.there());
+        // To compare shows that page 60 was written before its turn came; to be told does not.
+        assert_eq!(status.ram.resent, if compare { 2 } else { 3 });
+        assert_eq!(status.ram.dirty_sync_count, status.rounds.len() as u64);
+    }
+}
+
+#[test]
+fn rounds_go_on_while_too_much_is_dirty_and_come_to_an_end() {
+    let mut test = filled();
+    let parameters = Parameters {
+        downtime_limit: Duration::ZERO,
+        max_rounds: 4,
+        ..Parameters::default()
+    };
+    // Each call writes the first page again.
+    let acts = (1..100).map(|at| (at, Act::Write(0, at as u8, Report::Yes)));
+    test.set(|world| world.at = acts.collect());
+    let (result, status) = test.migrate(parameters, false);
+    result.unwrap();
+    assert_eq!(status.rounds.iter().filter(|it| !it.paused).count(), 4);
+    assert_eq!(test.count("open"), 4);
+    // The guest is paused by then in earnest.
+    assert_eq!(status.rounds.last().map(|it| it.paused), Some(true));
+}
+
+#[test]
+fn r16_the_guest_gets_its_pages_back_and_runs_on_wherever_it_fails() {
+    let calls = {
+        let mut test = filled();
+        test.migrate(Parameters::default(), false).0.unwrap();
+        let calls = test.world.lock().unwrap().calls;
+        calls
+    };
+    assert!(calls > 3);
+    for act in [Act::Fail, Act::Cancel] {
+        for at in 1..=calls {
+            let mut test = filled();
+            test.set(|world| world.at = vec![(at, act.clone())]);
+            let (result, status) = test.migrate(Parameters::default(), false);
+            let error = result.unwrap_err();
+            assert_eq!(test.count("resume"), test.count("pause"), "{act:?} {at}");
+            assert!(test.count("done") > 0);
+            let log = test.logged();
+            let last = log.last().map(String::as_str);
+            match act {
+                Act::Fail => {
+                    assert_eq!(last, Some("state failed"));
+                    assert_eq!(status.error_desc.as_deref(), Some("the wire was cut"));
+                }
+                _ => {
+                    assert!(matches!(error, PrecopyError::Cancelled));
+                    assert_eq!((last, status.error_desc), (Some("state cancelled"), None));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn r16_also_if_the_machine_the_tracker_or_the_device_fails() {
+    type Change = fn(&mut World);
+    let fails: [(&str, Change); 2] = [
+        ("it does not want to", |world| world.pause_fails = true),
+        ("the front end has gone", |world| world.lose_window = true),
+    ];
+    for (words, fail) in fails {
+        let mut test = filled();
+        test.set(fail);
+        let (result, status) = test.migrate(Parameters::default(), false);
+        let text = result.unwrap_err().to_string();
+        assert!(text.contains(words), "{text}");
+        assert_eq!(status.error_desc, Some(text));
+        assert_eq!(test.count("resume"), test.count("pause"));
+        assert!(test.count("done") > 0);
+    }
+    let test = filled();
+    let (tracker, writes) = driven();
+    writes.fail("no more soft-dirty bits");
+    let parts = Parts {
+        memory: test.memory.clone(),
+        tracker: Box::new(tracker),
+        sent: None,
+        hints: None,
+        machine: Some(Box::new(Vm(test.clone()))),
+    };
+    let (result, _) = test.run(Parameters::default(), parts);
+    let text = result.unwrap_err().to_string();
+    assert!(text.contains("no more soft-dirty bits"), "{text}");
+    assert_eq!(test.count("pause"), 0);
+}
+
+#[test]
+fn r14_a_silent_guest_delays_by_the_limit_at_most_all_rounds_together() {
+    let mut test = filled();
+    let limit = Duration::from_millis(30);
+    let parameters = Parameters {
+        hint_wait: limit,
+        downtime_limit: Duration::ZERO,
+        max_rounds: 5,
+        ..Parameters::default()
+    };
+    let acts = (1..100).map(|at| (at, Act::Write(0, at as u8, Report::Yes)));
+    test.set(|world| {
+        world.silent = true;
+        world.at = acts.collect();
+    });
+    let (result, status) = test.migrate(parameters, false);
+    result.unwrap();
+    assert_eq!(test.count("open"), 5);
+    assert_eq!(test.world.lock().unwrap().waited, limit);
+    assert!(status.rounds[0].hint_wait_us >= 30_000);
+}
+
+#[test]
+fn waiting_for_hints_ends_when_it_is_told_to() {
+    let mut test = filled();
+    test.set(|world| world.silent = true);
+    let cancel = test.cancel.clone();
+    let parameters = Parameters {
+        hint_wait: Duration::from_secs(600),
+        ..Parameters::default()
+    };
+    let other = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(5));
+        cancel.cancel();
+    });
+    let (result, _) = test.migrate(parameters, false);
+    assert!(matches!(result, Err(PrecopyError::Cancelled)));
+    other.join().unwrap();
+}
+
+#[test]
+fn r7_post_copy_is_refused_at_the_start() {
+    let mut test = filled();
+    let parameters = Parameters {
+        postcopy: true,
+        ..Parameters::default()
+    };
+    let (result, status) = test.migrate(parameters, false);
+    assert!(matches!(result, Err(PrecopyError::PostcopyWithHints)));
+    assert_eq!(status.status, State::Failed);
+    assert_eq!(test.count("open") + test.count("pause"), 0);
+    assert_eq!(test.world.lock().unwrap().calls, 0);
+}
+
+#[test]
+fn r17_hints_that_discard_nothing_are_refused_with_comparison() {
+    let mut test = filled();
+    let (result, _) = test.migrate(Parameters::default(), true);
+    assert!(matches!(result, Err(PrecopyError::UnsoundHints("content"))));
+    assert_eq!(test.count("open"), 0);
+}
+
+#[test]
+fn before_switchover_hinted_pages_are_back_and_others_pause() {
+    let mut test = filled();
+    test.set(|world| world.hints = vec![vec![run(3, 5)]]);
+    let (tracker, writes) = driven();
+    test.writes = Some(writes);
+    let parts = Parts {
+        memory: test.memory.clone(),
+        tracker: Box::new(tracker),
+        sent: None,
+        hints: Some(Box::new(Guest {
+            test: test.clone(),
+            window: None,
+            round: 0,
+        })),
+        machine: None,
+    };
+    let (sender, states) = std::sync::mpsc::channel();
+    let progress = Progress::new(move |notice| sender.send(notice).unwrap());
+    std::thread::scope(|scope| {
+        let migration = scope.spawn(|| {
+            let destination = Destination(test.clone());
+            let parameters = Parameters {
+                pause_before_switchover: true,
+                ..Parameters::default()
+            };
+            let connect = move |_: &Memory, _: Option<&_>| -> Result<Box<dyn Sink>, SinkError> {
+                Ok(Box::new(destination))
+            };
+            Precopy::run(parameters, parts, connect, &progress, &test.cancel)
+        });
+        let waits = Notice::State(State::PreSwitchover);
+        while states.recv().unwrap() != waits {}
+        assert_eq!(test.count("done"), 1);
+        assert_eq!(test.count("finish"), 0);
+        // The guest still runs, and uses what it has got back.
+        test.write(4, 99, Report::Yes);
+        assert!(progress.go_on());
+        assert!(!progress.go_on(), "once is enough");
+        assert!(migration.join().unwrap().unwrap().is_none());
+    });
+    assert_eq!(test.there()[4], 99);
+    assert_eq!(progress.status().status, State::Completed);
+    assert_eq!(test.count("pause"), 0);
+}
+
+#[test]
+fn a_check_at_the_end_finds_what_tracking_has_missed() {
+    let test = filled();
+    let (tracker, _) = driven();
+    let parts = Parts {
+        memory: test.memory.clone(),
+        tracker: Box::new(tracker),
+        sent: Some(SentTable::new(test.memory.layout()).unwrap()),
+        hints: None,
+        machine: Some(Box::new(Vm(test.clone()))),
+    };
+    // After it was sent, and nobody is told.
+    test.set(|world| world.at = vec![(1, Act::Write(0, 99, Report::No))]);
+    let (result, status) = test.run(Parameters::default(), parts);
+    result.unwrap();
+    assert_eq!(status.ram.missed, 1);
+    assert_eq!(test.here(), test.there());
+}
+
+#[test]
+fn a_bandwidth_that_is_too_low_is_kept_to() {
+    let mut test = filled();
+    let parameters = Parameters {
+        max_bandwidth: 20 * PAGE_SIZE,
+        ..Parameters::default()
+    };
+    let (result, status) = test.migrate(parameters, false);
+    result.unwrap();
+    // Two calls a round here, which count a page each; the last round has no limit.
+    let bytes = status.rounds[0].transferred - PAGE_SIZE;
+    let least = bytes * 1_000_000 / (20 * PAGE_SIZE);
+    assert!(status.rounds[0].send_us >= least, "{status:?}");
+}
+
+fn acts() -> impl Strategy<Value = Vec<(usize, Act)>> {
+    let act = (1..12usize, 0..PAGES, 0..3u8)
+        .prop_map(|(at, page, value)| (at, Act::Write(page, value, Report::Yes)));
+    prop::collection::vec(act, 0..40)
+}
+
+fn hints() -> impl Strategy<Value = Vec<Vec<Run>>> {
+    let hint = (0..PAGES - 8, 1..8u64).prop_map(|(first, pages)| run(first, pages));
+    prop::collection::vec(prop::collection::vec(hint, 0..5), 0..4)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever the guest writes and hints meanwhile: what is not the same at the end is what hints have spared.
+    #[test]
+    fn only_what_hints_have_spared_may_differ_at_the_end(
+        acts in acts(), hints in hints(), compare: bool, rounds in 1..5u32,
+    ) {
+        let mut test = filled();
+        test.set(|world| {
+            world.discards = compare;
+            world.there = vec![0; PAGES as usize];
+            world.at = acts;
+            world.hints = hints;
+        });
+        let parameters = Parameters {
+            downtime_limit: Duration::ZERO,
+            max_rounds: rounds,
+            ..Parameters::default()
+        };
+        let (result, status) = test.migrate(parameters, compare);
+        result.unwrap();
+        let (here, there) = (test.here(), test.there());
+        let bitmap = test.world.lock().unwrap().bitmap.clone().unwrap();
+        let skipped: Vec<Run> = bitmap.skipped_runs().collect();
+        prop_assert_eq!(skipped.iter().map(|it| it.pages).sum::<u64>(), status.ram.skipped);
+        for page in 0..PAGES {
+            let same = here[page as usize] == there[page as usize];
+            let spared = skipped.iter().any(|it| (it.first..it.end()).contains(&page));
+            prop_assert!(same || spared, "page {} differs: {:?}", page, test.logged());
+        }
+    }
+}
