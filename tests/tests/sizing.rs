@@ -318,7 +318,11 @@ fn host_is_told(vmm: Vmm) -> Result<()> {
 /// How long a guest may take for what it does without its device: the driver's patience, and room for a busy host.
 const SILENT_LIMIT: Duration = Duration::from_secs(20);
 
+/// Stops the daemon in its tracks, and not while user-mode Linux waits for its answer to a write to configuration space: that
+/// would stop all of the guest, which has one thread for its kernel. What the guest says is said when no such write is under way;
+/// and it makes none while nothing comes from the device.
 fn stop_device(guest: &mut Guest) -> Result<()> {
+    guest.mem_info()?;
     guest.daemon()?.process().stop()
 }
 
