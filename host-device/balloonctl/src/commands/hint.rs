@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `hint`: rounds of free page hinting by hand.
+
+use qmp_client::Client;
+use serde_json::{json, Value};
+
+use crate::args::Hint;
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::size;
+
+/// Gives the command.
+pub fn run(daemon: &mut Client, what: Hint, output: &mut Output) -> Result<(), Failure> {
+    let command = match what {
+        Hint::Start => "free-page-hint-start",
+        Hint::Stop => "free-page-hint-stop",
+        Hint::Done => "free-page-hint-done",
+        Hint::Status => "query-free-page-hint",
+    };
+    let answer = daemon.command(command, json!({}))?;
+    let text = match what {
+        Hint::Start => format!("a round has begun, with the id {}", id(&answer)),
+        Hint::Stop => {
+            "the guest is told to give no more hints, and keeps what it has hinted".into()
+        }
+        Hint::Done => "the guest is told to take its hinted pages back".into(),
+        Hint::Status => line(&answer),
+    };
+    output.result(&answer, &text)
+}
+
+fn id(answer: &Value) -> String {
+    let id = answer.get("id").and_then(Value::as_u64);
+    id.map_or_else(|| "unknown".to_owned(), |id| format!("{id:#x}"))
+}
+
+/// An answer of `query-free-page-hint` in a line.
+pub fn line(answer: &Value) -> String {
+    let number = |name: &str| answer.get(name).and_then(Value::as_u64).unwrap_or_default();
+    let status = answer.get("status").and_then(Value::as_str);
+    let mut text = status.unwrap_or("unknown").to_owned();
+    if answer.get("id").is_some() {
+        text = format!("{text}, id {}", id(answer));
+    }
+    if number("blocks") > 0 {
+        let (blocks, bytes) = (number("blocks"), size::show(number("bytes")));
+        let (cleared, total) = (number("pages-cleared"), number("pages-total"));
+        text = format!(
+            "{text}, {blocks} blocks, {bytes}: {cleared} of {total} pages need not be sent"
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_is_told_in_a_line() {
+        assert_eq!(
+            line(&json!({ "status": "stopped", "blocks": 0 })),
+            "stopped"
+        );
+        let answer = json!({
+            "status": "finished", "id": 0x8000_0001_u32, "blocks": 2, "bytes": 8 << 20,
+            "pages-cleared": 2048, "pages-total": 131_072,
+        });
+        assert_eq!(
+            line(&answer),
+            "finished, id 0x80000001, 2 blocks, 8.00 MiB: 2048 of 131072 pages need not be sent"
+        );
+    }
+}

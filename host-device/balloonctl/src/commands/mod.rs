@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One file a command.
+
+pub mod hint;
+pub mod migrate;
+pub mod progress;
+pub mod receive;
+pub mod status;
+pub mod target;

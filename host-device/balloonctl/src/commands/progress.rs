@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A migration in a line while it runs, and in a table when it is over.
+
+use std::time::Duration;
+
+use migration::status::{State, Status};
+use migration::PAGE_SIZE;
+use qmp_client::Client;
+use serde_json::json;
+
+use crate::failure::Failure;
+use crate::interrupt::Interrupts;
+use crate::output::{fields, table, Output};
+use crate::size;
+
+/// How often it is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// Shows the daemon's migration until it is over, or in a state that is `wanted`, and returns how it stands then. The
+/// first interrupt cancels it; at the second one it is left alone.
+///
+/// # Errors
+///
+/// If the daemon is gone, or at the second interrupt.
+pub fn watch(
+    daemon: &mut Client,
+    wanted: Option<State>,
+    interrupts: &Interrupts,
+    output: &mut Output,
+) -> Result<Status, Failure> {
+    let mut cancelled = false;
+    loop {
+        let status: Status = daemon.query("query-migrate")?;
+        if status.status.is_over() || Some(status.status) == wanted {
+            output.end_progress();
+            return Ok(status);
+        }
+        output.progress(&line(&status));
+        match interrupts.count() {
+            0 => {}
+            1 if cancelled => {}
+            1 => {
+                cancelled = true;
+                output.say("cancelling; Ctrl-C again leaves without waiting");
+                match daemon.command("migrate-cancel", json!({})) {
+                    Err(error) if error.is_final() => return Err(error.into()),
+                    // It may have ended just now, and then there is nothing to cancel.
+                    _ => {}
+                }
+            }
+            _ => {
+                return Err(Failure::Cancelled(
+                    "left while the migration was being cancelled: balloonctl status shows how it ends"
+                        .into(),
+                ));
+            }
+        }
+        daemon.wait_event(|event| event.name == "MIGRATION", LOOK_EVERY)?;
+    }
+}
+
+/// The result of a migration that is over.
+///
+/// # Errors
+///
+/// If it has not completed.
+pub fn verdict(status: &Status) -> Result<(), Failure> {
+    let why = status.error_desc.as_deref();
+    let why = why.unwrap_or("the daemon does not say why");
+    match status.status {
+        State::Completed => Ok(()),
+        State::Cancelled => Err(Failure::Cancelled(
+            "the migration was cancelled; the guest runs on".into(),
+        )),
+        State::Failed => Err(Failure::Failed(format!(
+            "the migration failed, and the guest runs on: {why}"
+        ))),
+        other => Err(Failure::Failed(format!(
+            "the migration is {}: {why}",
+            other.name()
+        ))),
+    }
+}
+
+/// A migration in a line.
+#[must_use]
+pub fn line(status: &Status) -> String {
+    let ram = &status.ram;
+    let mut parts = vec![status.status.name().to_owned()];
+    if ram.dirty_sync_count > 0 || ram.transferred > 0 {
+        parts.push(format!("round {}", ram.dirty_sync_count.max(1)));
+        parts.push(format!("{} sent", size::show(ram.transferred)));
+        parts.push(format!("{} left", size::show(ram.remaining)));
+        if ram.skipped > 0 {
+            let bytes = ram.skipped.saturating_mul(PAGE_SIZE);
+            parts.push(format!("{} skipped", size::show(bytes)));
+        }
+        parts.push(format!("{:.0} Mbit/s", ram.mbps));
+        if let Some(expected) = status.expected_downtime {
+            parts.push(format!("{expected} ms of downtime expected"));
+        }
+    }
+    parts.join(", ")
+}
+
+/// A migration that is over, in tables.
+#[must_use]
+pub fn report(status: &Status) -> String {
+    let ram = &status.ram;
+    let pages = |count: u64| {
+        let bytes = count.saturating_mul(PAGE_SIZE);
+        format!("{count} ({})", size::show(bytes))
+    };
+    let downtime = status.downtime.map(|time| format!("{time} ms"));
+    let mut lines = vec![
+        ("status", status.status.name().to_owned()),
+        ("time", format!("{} ms", status.total_time)),
+        ("downtime", downtime.unwrap_or_else(|| "none".into())),
+        ("on the wire", size::show(ram.transferred)),
+        ("of memory", size::show(ram.total)),
+        ("pages with content", pages(ram.normal)),
+        ("pages as zeros", pages(ram.duplicate)),
+        ("pages sent again", pages(ram.resent)),
+        ("pages skipped by hints", pages(ram.skipped)),
+    ];
+    if ram.missed > 0 {
+        lines.push(("pages that tracking missed", pages(ram.missed)));
+    }
+    if let Some(tracking) = &status.tracking {
+        lines.push((
+            "tracking",
+            format!("{}: {}", tracking.mode, tracking.reason),
+        ));
+    }
+    if let Some(error) = &status.error_desc {
+        lines.push(("error", error.clone()));
+    }
+    let mut text = fields(&lines);
+    if !status.rounds.is_empty() {
+        text.push('\n');
+        text.push_str(&rounds(status));
+    }
+    text
+}
+
+fn rounds(status: &Status) -> String {
+    let head = [
+        "round",
+        "dirty",
+        "hinted",
+        "content",
+        "zeros",
+        "wire",
+        "hints ms",
+        "send ms",
+        "sync ms",
+        "stopped ms",
+    ];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    let ms = |us: u64| format!("{:.1}", Duration::from_micros(us).as_secs_f64() * 1000.0);
+    for (round, number) in status.rounds.iter().zip(1u64..) {
+        let paused = if round.paused { " paused" } else { "" };
+        rows.push(vec![
+            format!("{number}{paused}"),
+            round.dirty.to_string(),
+            round.hinted.to_string(),
+            round.normal.to_string(),
+            round.duplicate.to_string(),
+            size::show(round.transferred),
+            ms(round.hint_wait_us),
+            ms(round.send_us),
+            ms(round.sync_us),
+            ms(round.stopped_us),
+        ]);
+    }
+    table(&rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use migration::status::{Ram, Round};
+
+    use super::*;
+
+    fn status() -> Status {
+        let round = |dirty, paused| Round {
+            dirty,
+            paused,
+            normal: dirty,
+            transferred: dirty * PAGE_SIZE,
+            send_us: 1500,
+            ..Round::default()
+        };
+        Status {
+            status: State::Completed,
+            downtime: Some(12),
+            ram: Ram {
+                transferred: 411 << 20,
+                remaining: 1 << 20,
+                skipped: 2048,
+                dirty_sync_count: 2,
+                mbps: 812.3,
+                ..Ram::default()
+            },
+            rounds: vec![round(1000, false), round(7, true)],
+            ..Status::default()
+        }
+    }
+
+    #[test]
+    fn the_line_says_what_is_left_and_what_was_spared() {
+        assert_eq!(
+            line(&status()),
+            "completed, round 2, 411 MiB sent, 1.00 MiB left, 8.00 MiB skipped, 812 Mbit/s"
+        );
+        let begun = Status {
+            status: State::Setup,
+            ..Status::default()
+        };
+        assert_eq!(line(&begun), "setup");
+    }
+
+    #[test]
+    fn the_table_has_a_row_a_round() {
+        let text = report(&status());
+        assert!(
+            text.contains("pages skipped by hints  2048 (8.00 MiB)"),
+            "{text}"
+        );
+        let rows: Vec<&str> = text.lines().rev().take(2).collect();
+        assert!(rows[1].starts_with("1          1000"), "{text}");
+        assert!(rows[0].starts_with("2 paused      7"), "{text}");
+        assert!(!text.contains("missed"), "{text}");
+    }
+
+    #[test]
+    fn each_end_has_its_exit_status() {
+        let end = |state, why: Option<&str>| {
+            verdict(&Status {
+                status: state,
+                error_desc: why.map(str::to_owned),
+                ..Status::default()
+            })
+        };
+        end(State::Completed, None).unwrap();
+        assert_eq!(end(State::Cancelled, None).unwrap_err().exit_status(), 4);
+        let failed = end(State::Failed, Some("the receiver has gone")).unwrap_err();
+        assert_eq!(failed.exit_status(), 1);
+        assert!(failed.to_string().ends_with("the receiver has gone"));
+    }
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `receive`: the other end of `migrate`.
+
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use migration::stream::{
+    Address, Destination, Listener, Phase, Progress, Received, Receiver, ReceiverOptions,
+    StreamError,
+};
+use migration::{Cancel, PAGE_SIZE};
+use serde_json::{json, Value};
+
+use crate::args::Receive;
+use crate::failure::Failure;
+use crate::interrupt::Interrupts;
+use crate::output::{fields, Output};
+use crate::size;
+
+/// How often it is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Receives, and shows how it goes. An interrupt ends it.
+pub fn run(options: &Receive, interrupts: &Interrupts, output: &mut Output) -> Result<(), Failure> {
+    let address: Address = options
+        .listen
+        .parse()
+        .map_err(|error| Failure::Usage(format!("--listen {}: {error}", options.listen)))?;
+    let destination = destination(&options.memory_file)?;
+    let cancel = Cancel::default();
+    let failed = |error: StreamError| Failure::Failed(error.to_string());
+    let listener = Listener::bind(&address).map_err(failed)?;
+    let receiver_options = ReceiverOptions {
+        cancel: cancel.clone(),
+        ..ReceiverOptions::default()
+    };
+    let receiver = Receiver::new(listener, destination, receiver_options).map_err(failed)?;
+    output.say(&format!("listening at {}", receiver.address()));
+    let progress = receiver.progress();
+    let receiving = thread::spawn(move || receiver.run());
+    while !receiving.is_finished() {
+        if interrupts.count() > 0 {
+            cancel.cancel();
+        }
+        if progress.phase() != Phase::Waiting {
+            output.progress(&line(&progress));
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+    let received = receiving
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    match received {
+        Ok(received) => output.result(&value(&received), &report(&received)),
+        Err(error) => Err(incomplete(options, &error)),
+    }
+}
+
+/// Where blocks go: `PATH` for the only one, or `NAME=PATH` for each.
+fn destination(files: &[String]) -> Result<Destination, Failure> {
+    if let [file] = files {
+        if !file.contains('=') {
+            return Ok(Destination::single(file));
+        }
+    }
+    let mut destination = Destination::new();
+    for file in files {
+        let (name, path) = file.split_once('=').ok_or_else(|| {
+            Failure::Usage(format!(
+                "--memory-file {file}: with several files each needs its block's name, as in ram0={file}"
+            ))
+        })?;
+        destination = destination.block(name, path);
+    }
+    Ok(destination)
+}
+
+fn incomplete(options: &Receive, error: &StreamError) -> Failure {
+    let paths = options.memory_file.iter().map(|file| {
+        let (_, path) = file.split_once('=').unwrap_or(("", file));
+        Destination::marker(Path::new(path)).display().to_string()
+    });
+    let markers: Vec<String> = paths.collect();
+    let story = format!(
+        "{error}; memory is incomplete, as {} says",
+        markers.join(", ")
+    );
+    match error {
+        StreamError::Cancelled => Failure::Cancelled(story),
+        _ => Failure::Incomplete(story),
+    }
+}
+
+fn line(progress: &Progress) -> String {
+    let doing = match progress.phase() {
+        Phase::Waiting => "waiting",
+        Phase::Receiving => "receiving",
+        Phase::Checking => "checking",
+        Phase::Ended => "ended",
+    };
+    format!(
+        "{doing}, round {}, {} received, {} pages with content, {} zeros, of {}",
+        progress.rounds().saturating_add(1),
+        size::show(progress.bytes()),
+        progress.pages(),
+        progress.zeros(),
+        size::show(progress.total().saturating_mul(PAGE_SIZE)),
+    )
+}
+
+fn value(received: &Received) -> Value {
+    let blocks: Vec<Value> = received
+        .blocks
+        .iter()
+        .map(|(name, pages, path)| json!({ "name": name, "pages": pages, "file": path }))
+        .collect();
+    json!({
+        "transferred": received.bytes,
+        "normal": received.pages,
+        "duplicate": received.zeros,
+        "rounds": received.rounds,
+        "channels": received.channels,
+        "content-checked": received.content_checked,
+        "blocks": blocks,
+    })
+}
+
+fn report(received: &Received) -> String {
+    let pages = |count: u64| {
+        let bytes = count.saturating_mul(PAGE_SIZE);
+        format!("{count} ({})", size::show(bytes))
+    };
+    let mut lines = vec![
+        ("status", "complete".to_owned()),
+        ("received", size::show(received.bytes)),
+        ("pages with content", pages(received.pages)),
+        ("pages as zeros", pages(received.zeros)),
+        ("rounds", received.rounds.to_string()),
+        ("channels", received.channels.to_string()),
+        (
+            "compared with the sender's digest",
+            if received.content_checked {
+                "yes"
+            } else {
+                "no: it gave none"
+            }
+            .to_owned(),
+        ),
+    ];
+    for (name, count, path) in &received.blocks {
+        lines.push((
+            "memory",
+            format!("{name}: {} in {}", pages(*count), path.display()),
+        ));
+    }
+    fields(&lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_files_need_names() {
+        let files = |files: &[&str]| {
+            let files: Vec<String> = files.iter().map(|file| (*file).to_owned()).collect();
+            destination(&files)
+        };
+        for right in [&["/a"][..], &["ram=/a"], &["x=/a", "y=/b"]] {
+            files(right).unwrap();
+        }
+        let failure = files(&["x=/a", "/b"]).unwrap_err();
+        assert_eq!(failure.exit_status(), 2);
+        assert!(failure.to_string().contains("/b"), "{failure}");
+    }
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `status`: all that the daemon says of the balloon.
+
+use migration::status::{State, Status};
+use qmp_client::{Client, Error};
+use serde::{Deserialize, Serialize};
+use serde_json::{json, Value};
+
+use super::{hint, progress};
+use crate::failure::Failure;
+use crate::output::{fields, Output};
+use crate::size;
+
+/// What is asked; some of it may be missing, and then says why.
+#[derive(Debug, Serialize)]
+struct Overview {
+    balloon: Answer,
+    virtio: Answer,
+    memory: Answer,
+    hinting: Answer,
+    migration: Answer,
+}
+
+/// An answer, or the refusal in the daemon's words.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Answer {
+    Given(Value),
+    Refused { unavailable: String },
+}
+
+impl Answer {
+    /// Asks; only a connection that is lost is an error.
+    fn get(daemon: &mut Client, command: &str) -> Result<Self, Failure> {
+        match daemon.command(command, json!({})) {
+            Ok(value) => Ok(Self::Given(value)),
+            Err(Error::Refused { refusal, .. }) => Ok(Self::Refused {
+                unavailable: refusal.desc,
+            }),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// What `show` makes of it, or why there is nothing.
+    fn show(&self, show: impl Fn(&Value) -> String) -> String {
+        match self {
+            Self::Given(value) => show(value),
+            Self::Refused { unavailable } => format!("unavailable: {unavailable}"),
+        }
+    }
+}
+
+/// Shows it.
+pub fn run(daemon: &mut Client, output: &mut Output) -> Result<(), Failure> {
+    let overview = Overview {
+        balloon: Answer::get(daemon, "query-balloon")?,
+        virtio: Answer::get(daemon, "query-virtio-status")?,
+        memory: Answer::get(daemon, "query-guest-memory")?,
+        hinting: Answer::get(daemon, "query-free-page-hint")?,
+        migration: Answer::get(daemon, "query-migrate")?,
+    };
+    output.result(&overview, &describe(&overview))
+}
+
+fn describe(overview: &Overview) -> String {
+    let virtio = &overview.virtio;
+    fields(&[
+        ("device", virtio.show(|it| text(it, "status").to_owned())),
+        ("features", virtio.show(features)),
+        (
+            "guest has",
+            overview.balloon.show(|it| size::show(number(it, "actual"))),
+        ),
+        ("on the host", overview.memory.show(memory)),
+        ("hinting", overview.hinting.show(hint::line)),
+        ("migration", overview.migration.show(migration)),
+    ])
+}
+
+fn text<'a>(value: &'a Value, name: &str) -> &'a str {
+    let text = value.get(name).and_then(Value::as_str);
+    text.unwrap_or_default()
+}
+
+fn number(value: &Value, name: &str) -> u64 {
+    let number = value.get(name).and_then(Value::as_u64);
+    number.unwrap_or_default()
+}
+
+fn list<'a>(value: &'a Value, name: &str) -> impl Iterator<Item = &'a Value> {
+    let list = value.get(name).and_then(Value::as_array);
+    list.into_iter().flatten()
+}
+
+fn features(virtio: &Value) -> String {
+    let names: Vec<&str> = list(virtio, "negotiated-features")
+        .filter_map(Value::as_str)
+        .collect();
+    names.join(", ")
+}
+
+fn memory(memory: &Value) -> String {
+    let total = list(memory, "regions").fold(0u64, |sum, region| {
+        sum.saturating_add(number(region, "length"))
+    });
+    let allocated = size::show(number(memory, "allocated"));
+    format!("{allocated} of {}", size::show(total))
+}
+
+fn migration(migration: &Value) -> String {
+    match Status::deserialize(migration) {
+        Ok(status) if status.status == State::None => "none".to_owned(),
+        Ok(status) => progress::line(&status),
+        Err(_) => text(migration, "status").to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_refused_is_said() {
+        let refused = || Answer::Refused {
+            unavailable: "no driver".into(),
+        };
+        let overview = Overview {
+            balloon: refused(),
+            virtio: Answer::Given(json!({
+                "status": "no-driver", "negotiated-features": ["stats", "free-page-hint"],
+            })),
+            memory: Answer::Given(json!({
+                "allocated": 1 << 20, "regions": [{ "length": 3 << 20 }, { "length": 1 << 20 }],
+            })),
+            hinting: refused(),
+            migration: Answer::Given(json!({ "status": "none" })),
+        };
+        let text = describe(&overview);
+        for line in [
+            "device       no-driver",
+            "features     stats, free-page-hint",
+            "guest has    unavailable: no driver",
+            "on the host  1.00 MiB of 4.00 MiB",
+            "migration    none",
+        ] {
+            assert!(text.lines().any(|got| got == line), "{text}");
+        }
+        let value = serde_json::to_value(&overview).unwrap();
+        assert_eq!(value["balloon"]["unavailable"], "no driver");
+    }
+}

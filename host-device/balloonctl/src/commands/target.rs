@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `target`: how much memory the guest shall have.
+
+use std::time::{Duration, Instant};
+
+use qmp_client::Client;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::args::Target;
+use crate::failure::Failure;
+use crate::output::Output;
+use crate::size;
+
+/// How often it is looked at; changes come as events too.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+#[derive(Deserialize)]
+struct Balloon {
+    actual: u64,
+}
+
+/// Sets it, and waits if asked to.
+pub fn run(daemon: &mut Client, options: &Target, output: &mut Output) -> Result<(), Failure> {
+    let wanted = options.memory;
+    daemon.command("balloon", json!({ "value": wanted }))?;
+    let mut actual = daemon.query::<Balloon>("query-balloon")?.actual;
+    if let Some(seconds) = options.wait {
+        let (begun, limit) = (Instant::now(), Duration::from_secs(seconds));
+        // The balloon holds whole pages.
+        while actual.abs_diff(wanted) >= migration::PAGE_SIZE {
+            let (has, shall) = (size::show(actual), size::show(wanted));
+            let left = limit.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                return Err(Failure::TimedOut(format!(
+                    "the guest has {has} after {seconds} s, and not {shall}; the target stays"
+                )));
+            }
+            output.progress(&format!("the guest has {has}, and shall have {shall}"));
+            daemon.wait_event(|event| event.name == "BALLOON_CHANGE", left.min(LOOK_EVERY))?;
+            actual = daemon.query::<Balloon>("query-balloon")?.actual;
+        }
+    }
+    let (has, shall) = (size::show(actual), size::show(wanted));
+    output.result(
+        &json!({ "target": wanted, "actual": actual }),
+        &format!("target {shall}, the guest has {has}"),
+    )
+}

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The commands of `balloonctl`, which steers `vhost-device-balloon` over its QMP socket.
+//!
+//! [`migrate_vm`] moves a whole guest between two stock QEMUs; everything else is one conversation with the daemon.
+
+#![forbid(unsafe_code)]
+
+pub mod args;
+mod commands;
+pub mod failure;
+pub mod interrupt;
+pub mod migrate_vm;
+pub mod output;
+pub mod size;
+
+use std::path::PathBuf;
+
+use args::{Args, Command};
+use failure::Failure;
+use interrupt::Interrupts;
+use output::Output;
+use qmp_client::Client;
+
+/// Does what the command line says.
+///
+/// # Errors
+///
+/// See [`Failure`].
+pub fn run(args: Args, output: &mut Output) -> Result<(), Failure> {
+    let Args { qmp, command, .. } = args;
+    match command {
+        Command::Receive(options) => commands::receive::run(&options, &watch()?, output),
+        Command::Status => commands::status::run(&mut connect(qmp)?, output),
+        Command::Target(options) => commands::target::run(&mut connect(qmp)?, &options, output),
+        Command::Hint(what) => commands::hint::run(&mut connect(qmp)?, what, output),
+        Command::Migrate(options) => {
+            let interrupts = watch()?;
+            commands::migrate::run(&mut connect(qmp)?, &options, &interrupts, output)
+        }
+        Command::MigrateCancel => commands::migrate::cancel(&mut connect(qmp)?, output),
+        Command::MigrateVm(options) => {
+            let interrupts = watch()?;
+            migrate_vm::run(connect(qmp)?, &options, &interrupts, output)
+        }
+    }
+}
+
+fn watch() -> Result<Interrupts, Failure> {
+    Interrupts::watch().map_err(|error| Failure::Io("cannot watch for signals".into(), error))
+}
+
+fn connect(qmp: Option<PathBuf>) -> Result<Client, Failure> {
+    let path = qmp.ok_or_else(|| {
+        let text =
+            "no QMP socket: give --qmp PATH, or set BALLOONCTL_QMP, to the daemon's --qmp-socket";
+        Failure::Usage(text.into())
+    })?;
+    Ok(Client::connect(&path)?)
+}

@@ -1,0 +1,435 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Two QEMUs and a daemon that are none, but keep their states as the real ones do.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
+
+use balloonctl::args::{Args, Command, MigrateVm};
+use balloonctl::migrate_vm::{Order, Side, World};
+use clap::Parser;
+use qmp_client::Client;
+use serde_json::{json, Value};
+
+/// What goes wrong.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Trouble {
+    /// The first such command of that side is refused.
+    Refuse(Side, &'static str),
+    /// The side hangs up at the first such command, which it does not do.
+    HangUp(Side, &'static str),
+    /// The side does the command, and hangs up before it answers.
+    HangUpAfter(Side, &'static str),
+    /// The guest says that it keeps the balloon.
+    Keeps,
+    /// The guest does not say anything when it is asked for the balloon.
+    Silent,
+    /// Sending memory fails, the first or the last of it.
+    Memory(&'static str),
+    /// QEMU's own migration fails, here or there.
+    VmState(Side),
+    /// The user presses Ctrl-C when this side gets this command.
+    Interrupt(Side, &'static str),
+}
+
+/// A QEMU.
+#[derive(Debug, Default)]
+pub struct Qemu {
+    pub status: &'static str,
+    pub devices: BTreeSet<String>,
+    pub chardevs: Vec<(String, String)>,
+    pub ignores_shared: bool,
+    pub vm_state: &'static str,
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub struct State {
+    pub source: Qemu,
+    pub destination: Qemu,
+    pub memory: &'static str,
+    pub waits: bool,
+    /// Every command that changes something.
+    pub journal: Vec<(Side, String, Value)>,
+    pub trouble: Option<Trouble>,
+    pub interrupts: balloonctl::interrupt::Interrupts,
+    /// How the destination's memory differs from what is needed.
+    pub destination_share: bool,
+}
+
+/// The three, and what the command line says of them.
+pub struct Fake {
+    pub state: Arc<Mutex<State>>,
+    pub world: World,
+    pub options: MigrateVm,
+    pub folder: tempfile::TempDir,
+}
+
+pub const SOURCE_SOCKET: &str = "/run/b1";
+
+/// Starts all, with `more` on the command line.
+pub fn fake(trouble: Option<Trouble>, more: &[&str]) -> Fake {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("b2");
+    std::fs::write(&socket, "").unwrap();
+    let state = State {
+        source: Qemu {
+            status: "running",
+            devices: ["balloon0".to_owned(), "slot0".to_owned()].into(),
+            chardevs: vec![("balloon".into(), format!("unix:{SOURCE_SOCKET}"))],
+            ..Qemu::default()
+        },
+        destination: Qemu {
+            status: "inmigrate",
+            devices: ["slot0".to_owned()].into(),
+            ..Qemu::default()
+        },
+        memory: "none",
+        trouble,
+        destination_share: true,
+        ..State::default()
+    };
+    let state = Arc::new(Mutex::new(state));
+    let world = World {
+        source: serve(Side::Source, &state),
+        destination: serve(Side::Destination, &state),
+        daemon: serve(Side::Daemon, &state),
+    };
+    let options = options(&socket, more);
+    Fake {
+        state,
+        world,
+        options,
+        folder,
+    }
+}
+
+fn options(socket: &Path, more: &[&str]) -> MigrateVm {
+    let socket = socket.to_str().unwrap();
+    let line = [
+        "balloonctl",
+        "migrate-vm",
+        "--source-qmp",
+        "q1",
+        "--destination-qmp",
+        "q2",
+        "--to",
+        "unix:/run/ram",
+        "--device-socket",
+        socket,
+    ];
+    let args = Args::try_parse_from(line.iter().chain(more)).unwrap();
+    match args.command {
+        Command::MigrateVm(options) => *options,
+        other => panic!("{other:?}"),
+    }
+}
+
+impl Fake {
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// The device state's file.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+impl State {
+    /// The commands of the journal, as a plan has them.
+    pub fn orders(&self) -> Vec<(Side, Order)> {
+        let orders = self.journal.iter().map(|(side, name, arguments)| {
+            let order = Order {
+                execute: name.clone(),
+                arguments: arguments.clone(),
+            };
+            (*side, order)
+        });
+        orders.collect()
+    }
+
+    /// How often a side was given a command.
+    pub fn count(&self, side: Side, name: &str) -> usize {
+        let same = |entry: &&(Side, String, Value)| entry.0 == side && entry.1 == name;
+        self.journal.iter().filter(same).count()
+    }
+}
+
+fn serve(side: Side, state: &Arc<Mutex<State>>) -> Client {
+    let (near, far) = UnixStream::pair().unwrap();
+    let state = state.clone();
+    thread::spawn(move || {
+        let mut output = far.try_clone().unwrap();
+        let _ = writeln!(output, r#"{{"QMP": {{}}}}"#);
+        for line in BufReader::new(far).lines() {
+            let Ok(line) = line else { break };
+            let command: Value = serde_json::from_str(&line).unwrap();
+            let name = command["execute"].as_str().unwrap();
+            let (answer, events) = answer(&state, side, name, &command["arguments"]);
+            let mut answer = match answer {
+                Answer::Given(value) => json!({ "return": value }),
+                Answer::Refused(why) => {
+                    json!({ "error": { "class": "GenericError", "desc": why } })
+                }
+                Answer::HangUp => break,
+            };
+            answer["id"] = command["id"].clone();
+            let _ = writeln!(output, "{answer}");
+            for event in events {
+                let _ = writeln!(output, "{event}");
+            }
+        }
+    });
+    let peer = format!("the {}", side.name());
+    Client::negotiate(near, &peer, Duration::from_secs(20)).unwrap()
+}
+
+enum Answer {
+    Given(Value),
+    Refused(String),
+    HangUp,
+}
+
+fn answer(state: &Mutex<State>, side: Side, name: &str, arguments: &Value) -> (Answer, Vec<Value>) {
+    let mut state = state.lock().unwrap();
+    let query = name.starts_with("query-") || name.starts_with("qom-");
+    if !query && name != "qmp_capabilities" && name != "device-list-properties"
+        || name == "query-device-state"
+    {
+        let entry = (side, name.to_owned(), arguments.clone());
+        state.journal.push(entry);
+    }
+    match state.trouble.clone() {
+        Some(Trouble::Refuse(whom, what)) if (whom, what) == (side, name) => {
+            state.trouble = None;
+            return (Answer::Refused("I will not".into()), Vec::new());
+        }
+        Some(Trouble::HangUp(whom, what)) if (whom, what) == (side, name) => {
+            return (Answer::HangUp, Vec::new());
+        }
+        Some(Trouble::Interrupt(whom, what)) if (whom, what) == (side, name) => {
+            state.trouble = None;
+            state.interrupts.add();
+        }
+        _ => {}
+    }
+    let mut events = Vec::new();
+    let given = match side {
+        Side::Daemon => daemon(&mut state, name, arguments),
+        _ => qemu(&mut state, side, name, arguments, &mut events),
+    };
+    if state.trouble.as_ref().is_some_and(|trouble| {
+        matches!(trouble, Trouble::HangUpAfter(whom, what) if (*whom, *what) == (side, name))
+    }) {
+        return (Answer::HangUp, Vec::new());
+    }
+    match given {
+        Ok(value) => (Answer::Given(value), events),
+        Err(why) => (Answer::Refused(why), events),
+    }
+}
+
+fn daemon(state: &mut State, name: &str, arguments: &Value) -> Result<Value, String> {
+    let ends_badly = |at: &str| {
+        state.trouble
+            == Some(Trouble::Memory(if at == "first" {
+                "first"
+            } else {
+                "last"
+            }))
+    };
+    match name {
+        "migrate" => state.memory = "active",
+        "migrate-continue" if state.memory == "pre-switchover" => {
+            assert_eq!(arguments["state"], "pre-switchover");
+            assert!(state.source.status != "running", "the guest is not paused");
+            state.memory = "device";
+        }
+        "migrate-cancel" if state.memory != "completed" => state.memory = "cancelling",
+        "migrate-set-capabilities" => {
+            assert_eq!(
+                arguments["capabilities"][0]["capability"],
+                "pause-before-switchover"
+            );
+            state.waits = arguments["capabilities"][0]["state"] == true;
+        }
+        "query-device-state" => return Ok(json!({ "device": "virtio-balloon", "poison-val": 7 })),
+        "query-migrate" => {
+            let now = state.memory;
+            // It goes on while one looks.
+            state.memory = match now {
+                "active" if ends_badly("first") => "failed",
+                "active" if state.waits => "pre-switchover",
+                "device" if ends_badly("last") => "failed",
+                "active" | "device" => "completed",
+                "cancelling" => "cancelled",
+                now => now,
+            };
+            let why = (now == "failed").then_some("the receiver has gone");
+            let mut answer = json!({ "status": now, "ram": { "transferred": 1 << 20 } });
+            if let Some(why) = why {
+                answer["error-desc"] = why.into();
+            }
+            return Ok(answer);
+        }
+        "qmp_capabilities" | "migrate-set-parameters" => {}
+        other => return Err(format!("The command {other} has not been found")),
+    }
+    Ok(json!({}))
+}
+
+fn qemu(
+    state: &mut State,
+    side: Side,
+    name: &str,
+    arguments: &Value,
+    events: &mut Vec<Value>,
+) -> Result<Value, String> {
+    let trouble = state.trouble.clone();
+    let share = side == Side::Source || state.destination_share;
+    let source = side == Side::Source;
+    let memory = state.memory;
+    let here = if source {
+        &mut state.source
+    } else {
+        &mut state.destination
+    };
+    let id = arguments["id"].as_str().unwrap_or_default().to_owned();
+    match name {
+        "query-status" => {
+            return Ok(json!({ "status": here.status, "running": here.status == "running" }))
+        }
+        "qom-list" => {
+            return Ok(json!([
+                { "name": "type", "type": "string" },
+                { "name": "mem", "type": "child<memory-backend-file>" },
+                { "name": "io0", "type": "child<iothread>" },
+            ]))
+        }
+        "qom-get" => return qom_get(here, arguments, share),
+        "device-list-properties" => {
+            return Ok(json!([
+                { "name": "virtio-id", "type": "uint16", "default-value": 0 },
+                { "name": "num_vqs", "type": "uint32", "default-value": 1 },
+                { "name": "chardev", "type": "str" },
+                { "name": "addr", "type": "str", "default-value": -1 },
+                { "name": "event_idx", "type": "bool", "default-value": true },
+                { "name": "packed", "type": "bool", "default-value": false },
+            ]))
+        }
+        "query-chardev" => {
+            let all = here.chardevs.iter();
+            return Ok(all
+                .map(|(label, filename)| json!({ "label": label, "filename": filename }))
+                .collect());
+        }
+        "query-migrate" => {
+            let now = here.vm_state;
+            here.vm_state = match now {
+                "active" if trouble == Some(Trouble::VmState(side)) => "failed",
+                "active" => "completed",
+                now => now,
+            };
+            if now == "completed" {
+                here.status = if source { "postmigrate" } else { "paused" };
+            }
+            return Ok(match now {
+                "" => json!({}),
+                "failed" => json!({ "status": now, "error-desc": "no space left" }),
+                now => json!({ "status": now }),
+            });
+        }
+        "migrate-set-capabilities" => {
+            assert_eq!(
+                arguments["capabilities"][0]["capability"],
+                "x-ignore-shared"
+            );
+            here.ignores_shared = arguments["capabilities"][0]["state"] == true;
+        }
+        "migrate" => {
+            assert!(here.ignores_shared && here.status == "paused" && memory == "completed");
+            assert!(!here.devices.contains("balloon0"), "QEMU cannot migrate it");
+            here.vm_state = "active";
+        }
+        "migrate-incoming" => {
+            assert!(here.ignores_shared && here.status == "inmigrate");
+            here.vm_state = "active";
+        }
+        "migrate_cancel" => here.vm_state = "cancelled",
+        "stop" => here.status = "paused",
+        "cont" => here.status = "running",
+        "device_del" => match trouble {
+            Some(Trouble::Keeps) => events
+                .push(json!({ "event": "DEVICE_UNPLUG_GUEST_ERROR", "data": { "device": id } })),
+            Some(Trouble::Silent) => {}
+            _ => {
+                here.devices.remove(&id);
+                let path = format!("/machine/peripheral/{id}/virtio-backend");
+                events.push(json!({ "event": "DEVICE_DELETED", "data": { "path": path } }));
+                events.push(json!({ "event": "DEVICE_DELETED", "data": { "device": id } }));
+            }
+        },
+        "device_add" => {
+            let chardev = arguments["chardev"].as_str().unwrap_or_default();
+            if !here.chardevs.iter().any(|(label, _)| label == chardev) {
+                return Err(format!("Chardev '{chardev}' not found"));
+            }
+            assert_eq!(arguments["driver"], "vhost-user-test-device-pci");
+            assert_eq!(
+                (&arguments["virtio-id"], &arguments["num_vqs"]),
+                (&json!(5), &json!(5))
+            );
+            assert!(arguments.get("event_idx").is_none() && arguments.get("addr").is_none());
+            here.devices.insert(id);
+        }
+        "chardev-add" => {
+            let path = arguments["backend"]["data"]["addr"]["data"]["path"].as_str();
+            let filename = format!("unix:{}", path.unwrap());
+            here.chardevs.push((id, filename));
+        }
+        "chardev-remove" => {
+            let there = here.chardevs.len();
+            here.chardevs.retain(|(label, _)| *label != id);
+            if here.chardevs.len() == there {
+                return Err(format!("Chardev '{id}' not found"));
+            }
+        }
+        "qmp_capabilities" | "quit" => {}
+        other => return Err(format!("The command {other} has not been found")),
+    }
+    Ok(json!({}))
+}
+
+fn qom_get(here: &Qemu, arguments: &Value, share: bool) -> Result<Value, String> {
+    let path = arguments["path"].as_str().unwrap();
+    let property = arguments["property"].as_str().unwrap();
+    if path == "/objects/mem" {
+        return match property {
+            "share" => Ok(share.into()),
+            "size" => Ok((512u64 << 20).into()),
+            _ => Err("no such property".into()),
+        };
+    }
+    let id = path
+        .strip_prefix("/machine/peripheral/")
+        .unwrap_or_default();
+    if !here.devices.contains(id) {
+        return Err(format!("Device '{path}' not found"));
+    }
+    Ok(match (id, property) {
+        ("slot0", "type") => "pcie-root-port".into(),
+        (_, "type") => "vhost-user-test-device-pci".into(),
+        (_, "chardev") => "balloon".into(),
+        (_, "parent_bus") => "/machine/peripheral/slot0/slot0".into(),
+        (_, "virtio-id" | "num_vqs") => 5.into(),
+        (_, "addr") => 0.into(),
+        (_, "event_idx" | "packed") => false.into(),
+        _ => return Err("no such property".into()),
+    })
+}

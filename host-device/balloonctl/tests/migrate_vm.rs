@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `migrate-vm`, against peers that fail wherever a peer can.
+
+mod common;
+
+use balloonctl::failure::Failure;
+use balloonctl::migrate_vm::{perform, plan, survey, Moved, Side, Step};
+use balloonctl::output::Output;
+use common::{fake, Fake, Trouble, SOURCE_SOCKET};
+use serde_json::{json, Value};
+
+const VM_STATE: &str = "file:/run/vm-state";
+
+fn steps(fake: &mut Fake, vm_state: &str) -> Vec<Step> {
+    let seen = survey(&mut fake.world, &fake.options).unwrap();
+    plan(&fake.options, &seen, vm_state)
+}
+
+fn moved(fake: &mut Fake, vm_state: &str) -> Result<Moved, Failure> {
+    let seen = survey(&mut fake.world, &fake.options)?;
+    let steps = plan(&fake.options, &seen, vm_state);
+    let interrupts = fake.state().interrupts.clone();
+    let mut output = Output::new(true);
+    perform(&mut fake.world, &seen, &steps, &interrupts, &mut output)
+}
+
+/// The guest runs at the source with its balloon, as if nothing had been.
+fn check_source_is_whole(fake: &Fake, what: &str) {
+    let state = fake.state();
+    let source = &state.source;
+    assert_eq!(source.status, "running", "{what}");
+    assert!(source.devices.contains("balloon0"), "{what}: {source:?}");
+    let chardev = ("balloon".to_owned(), format!("unix:{SOURCE_SOCKET}"));
+    assert_eq!(source.chardevs, [chardev], "{what}");
+    assert!(!source.ignores_shared && !state.waits, "{what}");
+    assert_ne!(state.destination.status, "running", "{what}");
+    let over = ["none", "failed", "cancelled", "completed"];
+    assert!(over.contains(&state.memory), "{what}: {}", state.memory);
+    assert_eq!(
+        state.count(Side::Destination, "cont"),
+        usize::from(what.contains("Destination, \"cont\""))
+    );
+}
+
+#[test]
+fn a_guest_is_moved_by_just_the_commands_of_the_plan() {
+    let mut fake = fake(None, &["--max-bandwidth", "100M", "--quit-source"]);
+    let steps = steps(&mut fake, VM_STATE);
+    assert!(fake.state().journal.is_empty(), "to look changes nothing");
+    let done = moved(&mut fake, VM_STATE).unwrap();
+    assert_eq!(done.steps.len(), steps.len());
+    let planned: Vec<_> = steps
+        .iter()
+        .filter_map(|step| Some((step.side, step.order.clone()?)))
+        .collect();
+    let state = fake.state();
+    assert_eq!(state.orders(), planned);
+    assert_eq!(state.source.status, "postmigrate");
+    assert_eq!(state.destination.status, "running");
+    assert!(state.destination.devices.contains("balloon0"));
+    assert_eq!(
+        planned[3].1.arguments,
+        json!({ "max-bandwidth": 100 << 20 })
+    );
+    let plugged = planned
+        .iter()
+        .find(|(_, order)| order.execute == "device_add");
+    assert_eq!(
+        plugged.unwrap().1.arguments,
+        json!({
+            "driver": "vhost-user-test-device-pci", "id": "balloon0", "bus": "slot0",
+            "chardev": "balloon", "virtio-id": 5, "num_vqs": 5,
+        })
+    );
+}
+
+#[test]
+fn a_listener_is_there_before_what_is_sent_to_it() {
+    let mut fake = fake(None, &[]);
+    moved(&mut fake, "unix:/run/state").unwrap();
+    let state = fake.state();
+    let place = |side, name: &str| {
+        let found = |entry: &(Side, String, Value)| entry.0 == side && entry.1 == name;
+        state.journal.iter().position(found).unwrap()
+    };
+    assert!(place(Side::Destination, "migrate-incoming") < place(Side::Source, "migrate"));
+}
+
+#[test]
+fn the_state_of_the_balloon_is_written_for_the_fresh_daemon() {
+    let mut fake = fake(None, &[]);
+    let file = fake.path("state");
+    fake.options.device_state = Some(file.clone());
+    // The socket is there only once the command has run, which wants the state.
+    let socket = fake.path("late");
+    fake.options.device_socket.clone_from(&socket);
+    let (from, to) = (file.display(), socket.display());
+    fake.options.device_command = Some(format!("cp {from} {to}; sleep 100"));
+    moved(&mut fake, VM_STATE).unwrap();
+    let state: Value = serde_json::from_slice(&std::fs::read(socket).unwrap()).unwrap();
+    assert_eq!(state["poison-val"], 7);
+}
+
+#[test]
+fn whatever_is_refused_the_guest_goes_on_at_the_source() {
+    let mut quiet = fake(None, &["--downtime-limit", "100"]);
+    let mut seen = 0;
+    for step in steps(&mut quiet, VM_STATE) {
+        let Some(order) = step.order else { continue };
+        let name: &'static str = order.execute.clone().leak();
+        // That of the other QEMU is tried in its own turn.
+        let trouble = Trouble::Refuse(step.side, name);
+        let mut fake = fake(Some(trouble.clone()), &["--downtime-limit", "100"]);
+        let failure = moved(&mut fake, VM_STATE).unwrap_err();
+        let what = format!("{trouble:?}: {}", failure.story());
+        assert_eq!(failure.exit_status(), 1, "{what}");
+        assert!(failure.story().contains("I will not"), "{what}");
+        check_source_is_whole(&fake, &what);
+        seen += 1;
+    }
+    assert_eq!(seen, 13);
+}
+
+#[test]
+fn whatever_fails_on_the_way_the_guest_goes_on_at_the_source() {
+    let cases = [
+        (Trouble::Memory("first"), "the receiver has gone"),
+        (Trouble::Memory("last"), "the receiver has gone"),
+        (Trouble::VmState(Side::Source), "no space left"),
+        (Trouble::VmState(Side::Destination), "no space left"),
+        (Trouble::Keeps, "still plugged in"),
+        (
+            Trouble::HangUp(Side::Destination, "migrate-incoming"),
+            "closed the connection",
+        ),
+        (
+            Trouble::HangUp(Side::Destination, "device_add"),
+            "closed the connection",
+        ),
+    ];
+    for (trouble, words) in cases {
+        let mut fake = fake(Some(trouble.clone()), &[]);
+        let failure = moved(&mut fake, VM_STATE).unwrap_err();
+        let what = format!("{trouble:?}: {}", failure.story());
+        assert!(failure.story().contains(words), "{what}");
+        check_source_is_whole(&fake, &what);
+    }
+}
+
+#[test]
+fn a_guest_that_does_not_let_the_balloon_go_keeps_it() {
+    let mut fake = fake(Some(Trouble::Silent), &["--step-limit", "0"]);
+    let failure = moved(&mut fake, VM_STATE).unwrap_err();
+    assert_eq!(failure.exit_status(), 5, "{}", failure.story());
+    assert!(failure.story().contains("did not let 'balloon0' go"));
+    check_source_is_whole(&fake, "silent");
+}
+
+#[test]
+fn ctrl_c_brings_the_guest_back() {
+    let cases = [
+        (Side::Destination, "migrate-set-capabilities"),
+        (Side::Daemon, "migrate"),
+        (Side::Source, "device_del"),
+        (Side::Source, "stop"),
+        (Side::Daemon, "migrate-continue"),
+        (Side::Source, "migrate"),
+        (Side::Destination, "device_add"),
+    ];
+    for (side, name) in cases {
+        let mut fake = fake(Some(Trouble::Interrupt(side, name)), &[]);
+        let failure = moved(&mut fake, VM_STATE).unwrap_err();
+        let what = format!("{side:?} {name}: {}", failure.story());
+        assert_eq!(failure.exit_status(), 4, "{what}");
+        check_source_is_whole(&fake, &what);
+    }
+}
+
+#[test]
+fn a_guest_that_may_run_at_the_destination_is_not_let_go_on_at_the_source() {
+    for trouble in [
+        Trouble::HangUp(Side::Destination, "cont"),
+        Trouble::HangUpAfter(Side::Destination, "cont"),
+    ] {
+        let mut fake = fake(Some(trouble.clone()), &[]);
+        let failure = moved(&mut fake, VM_STATE).unwrap_err();
+        assert_eq!(failure.exit_status(), 7, "{trouble:?}: {}", failure.story());
+        let state = fake.state();
+        assert_eq!(state.source.status, "postmigrate", "{trouble:?}");
+        assert_eq!(state.count(Side::Source, "cont"), 0, "{trouble:?}");
+    }
+}
+
+#[test]
+fn once_it_runs_at_the_destination_nothing_is_undone() {
+    let trouble = Trouble::Refuse(Side::Source, "quit");
+    let mut fake = fake(Some(trouble), &["--quit-source"]);
+    let failure = moved(&mut fake, VM_STATE).unwrap_err();
+    assert_eq!(failure.exit_status(), 7);
+    assert!(failure
+        .story()
+        .starts_with("the guest runs at the destination"));
+    assert_eq!(fake.state().source.status, "postmigrate");
+}
+
+#[test]
+fn what_cannot_be_undone_is_said() {
+    let trouble = Trouble::HangUp(Side::Source, "migrate");
+    let mut fake = fake(Some(trouble), &[]);
+    let failure = moved(&mut fake, VM_STATE).unwrap_err();
+    let story = failure.story();
+    assert_eq!(failure.exit_status(), 7, "{story}");
+    for words in [
+        "letting the guest go on at the source",
+        "plugging the balloon in again",
+    ] {
+        assert!(story.contains(words), "{story}");
+    }
+}
+
+#[test]
+fn a_guest_that_cannot_be_moved_is_left_alone() {
+    let mut fake = fake(None, &["--device", "other", "--bus", "nowhere"]);
+    {
+        let mut state = fake.state();
+        state.source.status = "paused";
+        state.destination.status = "running";
+        state.destination_share = false;
+    }
+    fake.options.to = "file:/tmp/ram".into();
+    let story = moved(&mut fake, VM_STATE).unwrap_err().story();
+    for words in [
+        "nothing was changed",
+        "the source is paused",
+        "the destination is running",
+        "'mem' of the destination has to be a memory-backend-file with share=on",
+        "no vhost-user device 'other'",
+        "not 'file:/tmp/ram'",
+    ] {
+        assert!(story.contains(words), "{story}");
+    }
+    fake.options.device = "balloon0".into();
+    let story = moved(&mut fake, VM_STATE).unwrap_err().story();
+    assert!(story.contains("no slot 'nowhere'"), "{story}");
+    assert!(fake.state().journal.is_empty());
+}
