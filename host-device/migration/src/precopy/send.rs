@@ -162,6 +162,7 @@ impl Sender {
             self.sink
                 .pages_from(run, &self.memory)
                 .map_err(PrecopyError::Sink)?;
+            tracker.sent(run, &[]);
             self.count(run, false);
             return Ok(());
         }

@@ -604,6 +604,24 @@ fn a_check_at_the_end_finds_what_tracking_has_missed() {
 }
 
 #[test]
+fn without_a_look_for_zeros_only_holes_are_zeros_and_the_tracker_hears_of_all() {
+    let mut test = filled();
+    // A page of zeros that is no hole.
+    test.write(40, 0, Report::No);
+    let parameters = Parameters {
+        zero_page_detection: false,
+        ..Parameters::default()
+    };
+    let (result, status) = test.migrate(parameters, false);
+    result.unwrap();
+    assert_eq!(test.here(), test.there());
+    assert_eq!(status.ram.normal, PAGES / 2 + 1);
+    assert_eq!(status.ram.duplicate, PAGES / 2 - 1);
+    let told = test.writes.as_ref().map(Writes::sent).unwrap_or_default();
+    assert_eq!(told.iter().map(|it| it.pages).sum::<u64>(), PAGES);
+}
+
+#[test]
 fn a_bandwidth_that_is_too_low_is_kept_to() {
     let mut test = filled();
     let parameters = Parameters {
