@@ -3,7 +3,8 @@
 //! A fixed number of bits that several threads set and clear, and their count.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::sync::{AtomicU64, Ordering};
 
 const BITS: u64 = u64::BITS as u64;
 
@@ -72,24 +73,22 @@ impl Bits {
         cleared
     }
 
-    /// Clears the bits in `range` here, and sets those of them that were set in `other`, which is as long and has them
-    /// clear. Returns how many they are.
+    /// Clears the bits in `range` here, and sets those of them that were set in `other`, which is as long. Returns how many
+    /// they are.
     pub(crate) fn move_to(&self, other: &Self, range: Range<u64>) -> u64 {
         let range = self.clamp(range);
         let total = range.end - range.start;
         other.count.fetch_add(total, Ordering::AcqRel);
-        let moved: u64 = self
-            .masks(range.clone())
-            .zip(other.masks(range))
-            .map(|((from, mask), (to, _))| {
-                let moved = from.fetch_and(!mask, Ordering::AcqRel) & mask;
-                if moved != 0 {
-                    to.fetch_or(moved, Ordering::AcqRel);
-                }
-                u64::from(moved.count_ones())
-            })
-            .sum();
-        other.count.fetch_sub(total - moved, Ordering::AcqRel);
+        let (mut moved, mut new) = (0, 0);
+        for ((from, mask), (to, _)) in self.masks(range.clone()).zip(other.masks(range)) {
+            let bits = from.fetch_and(!mask, Ordering::AcqRel) & mask;
+            if bits != 0 {
+                let there = to.fetch_or(bits, Ordering::AcqRel);
+                new += u64::from((bits & !there).count_ones());
+            }
+            moved += u64::from(bits.count_ones());
+        }
+        other.count.fetch_sub(total - new, Ordering::AcqRel);
         self.count.fetch_sub(moved, Ordering::AcqRel);
         moved
     }
@@ -97,12 +96,18 @@ impl Bits {
     /// The next bit at or after `from` that is `set`, or `len` if there is none.
     pub(crate) fn find(&self, from: u64, set: bool) -> u64 {
         let flip = if set { 0 } else { u64::MAX };
-        let words = self.words.iter();
+        let words = self.words_from(from).iter();
         find(
             words.map(|word| word.load(Ordering::Acquire) ^ flip),
             from,
             self.len,
         )
+    }
+
+    /// The words from the one with the bit `from` on.
+    fn words_from(&self, from: u64) -> &[AtomicU64] {
+        let first = usize::try_from(from / BITS).unwrap_or(usize::MAX);
+        self.words.get(first..).unwrap_or_default()
     }
 
     fn clamp(&self, range: Range<u64>) -> Range<u64> {
@@ -133,7 +138,8 @@ impl Bits {
 /// one that is set in either. The length if there is none.
 pub(crate) fn find_in_neither(a: &Bits, b: &Bits, from: u64, holds: bool) -> u64 {
     let flip = if holds { u64::MAX } else { 0 };
-    let words = a.words.iter().zip(&b.words).map(|(a, b)| {
+    let words = a.words_from(from).iter().zip(b.words_from(from));
+    let words = words.map(|(a, b)| {
         // A bit that is just moving from `a` to `b` may be seen in neither: exact at rest only, as the counts are.
         let a = a.load(Ordering::Acquire);
         (a | b.load(Ordering::Acquire)) ^ flip
@@ -141,103 +147,18 @@ pub(crate) fn find_in_neither(a: &Bits, b: &Bits, from: u64, holds: bool) -> u64
     find(words, from, a.len)
 }
 
-/// The next bit at or after `from` that is set in `words`, or `len` if there is none.
+/// The next bit at or after `from` that is set in `words`, of which the first is the one with the bit `from`; or `len` if
+/// there is none.
 fn find(words: impl Iterator<Item = u64>, from: u64, len: u64) -> u64 {
-    let skip = usize::try_from(from / BITS).unwrap_or(usize::MAX);
     let mut mask = u64::MAX << (from % BITS);
-    for (index, word) in words.enumerate().skip(skip) {
+    let mut base = from - from % BITS;
+    for word in words {
         let found = word & mask;
         if found != 0 {
-            let bit = index as u64 * BITS + u64::from(found.trailing_zeros());
-            return bit.min(len);
+            return (base + u64::from(found.trailing_zeros())).min(len);
         }
         mask = u64::MAX;
+        base += BITS;
     }
     len
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    impl Bits {
-        fn to_vec(&self) -> Vec<bool> {
-            (0..self.len)
-                .map(|bit| self.find(bit, true) == bit)
-                .collect()
-        }
-    }
-
-    #[test]
-    fn empty_and_reversed_ranges_touch_nothing() {
-        let bits = Bits::new(130).unwrap();
-        assert_eq!(bits.set(5..5), 0);
-        assert_eq!(bits.set(64..64), 0);
-        assert_eq!(bits.set(130..500), 0);
-        #[allow(clippy::reversed_empty_ranges)]
-        let reversed = 70..3;
-        assert_eq!(bits.set(reversed), 0);
-        assert_eq!(bits.count(), 0);
-        assert_eq!(Bits::new(0).unwrap().find(0, true), 0);
-    }
-
-    proptest! {
-        #[test]
-        fn r12_count_is_the_number_of_set_bits_after_every_operation(
-            len in 1u64..400,
-            ops in prop::collection::vec((any::<bool>(), 0u64..450, 0u64..450), 0..60),
-        ) {
-            let bits = Bits::new(len).unwrap();
-            let mut model = vec![false; len as usize];
-            for (set, a, b) in ops {
-                let (low, high) = (a.min(b), a.max(b));
-                let mut changed = 0;
-                for bit in low.min(len)..high.min(len) {
-                    let was = std::mem::replace(&mut model[bit as usize], set);
-                    changed += u64::from(was != set);
-                }
-                let said = if set { bits.set(low..high) } else { bits.clear(low..high) };
-                prop_assert_eq!(said, changed);
-                prop_assert_eq!(bits.count(), model.iter().filter(|bit| **bit).count() as u64);
-                prop_assert_eq!(&bits.to_vec(), &model);
-            }
-        }
-    }
-
-    #[test]
-    fn r12_count_is_never_below_the_set_bits_and_exact_at_rest() {
-        const LEN: u64 = 64 * 40 + 7;
-        let bits = Bits::new(LEN).unwrap();
-        // One bit that nobody clears: the count may never be seen at zero.
-        bits.set(LEN - 1..LEN);
-        std::thread::scope(|scope| {
-            for seed in 1..=4u64 {
-                let bits = &bits;
-                scope.spawn(move || {
-                    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-                    let mut next = |below: u64| {
-                        state ^= state << 13;
-                        state ^= state >> 7;
-                        state ^= state << 17;
-                        state % below
-                    };
-                    for _ in 0..20_000 {
-                        let start = next(LEN - 1);
-                        let end = (start + next(200)).min(LEN - 1);
-                        if next(2) == 0 {
-                            bits.set(start..end);
-                        } else {
-                            bits.clear(start..end);
-                        }
-                        let count = bits.count();
-                        assert!((1..=LEN).contains(&count), "count {count}");
-                    }
-                });
-            }
-        });
-        let set = bits.to_vec().into_iter().filter(|bit| *bit).count() as u64;
-        assert_eq!(bits.count(), set);
-    }
 }

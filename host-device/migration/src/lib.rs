@@ -37,6 +37,8 @@
 
 mod bitmap;
 mod bits;
+#[cfg(test)]
+mod bits_tests;
 mod cancel;
 pub mod digest;
 mod hints;
@@ -48,6 +50,7 @@ pub mod precopy;
 mod runs;
 pub mod status;
 pub mod stream;
+mod sync;
 pub mod track;
 mod window;
 
