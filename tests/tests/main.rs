@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The tests of guests. `cargo xtask test` makes what they need and runs them.
+
+mod counts;
+mod debug;
+mod endings;
+mod features;
+mod hints;
+mod kunit;
+mod lifecycle;
+mod migration;
+mod pairs;
+mod reporting;
+mod rules;
+mod sizing;
+mod stress;
+
+/// A file that is not named above would never be compiled, and nobody would miss its tests.
+#[test]
+fn each_file_here_is_part_of_this_program() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests");
+    let this = include_str!("main.rs");
+    for entry in std::fs::read_dir(folder).expect("this folder is there") {
+        let name = entry.expect("it can be listed").file_name();
+        let module = name.to_string_lossy().replace(".rs", "");
+        assert!(
+            module == "main" || this.contains(&format!("mod {module};")),
+            "{module} is not named in main.rs"
+        );
+    }
+}
