@@ -10,8 +10,8 @@ mod maps;
 mod process;
 mod stop;
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader};
 
 use rustix::fs::{fstat, major, minor};
 
@@ -70,6 +70,11 @@ impl Files {
 
     /// Every process but ours that maps guest memory, by its number.
     pub(crate) fn mappers(&self) -> io::Result<Vec<Mapper>> {
+        self.mappers_but(&[])
+    }
+
+    /// Every process but ours and `known` that maps guest memory, by its number.
+    fn mappers_but(&self, known: &[Process]) -> io::Result<Vec<Mapper>> {
         let own = std::process::id();
         let mut mappers = Vec::new();
         for entry in fs::read_dir("/proc")? {
@@ -79,6 +84,12 @@ impl Files {
             };
             if pid == own {
                 continue;
+            }
+            // Another may have its number by now.
+            if let Some(known) = known.iter().find(|it| it.pid == pid) {
+                if stat(pid)?.is_none_or(|it| it.process == *known) {
+                    continue;
+                }
             }
             match self.mapper(pid) {
                 Ok(mapper) => mappers.extend(mapper),
@@ -90,8 +101,24 @@ impl Files {
         Ok(mappers)
     }
 
+    /// Whether the process maps guest memory. Reads no more than it takes to see that: there may be thousands of mappings.
+    fn mapped_by(&self, pid: u32) -> io::Result<bool> {
+        let Some(file) = gone(File::open(format!("/proc/{pid}/maps")))? else {
+            return Ok(false);
+        };
+        let mut reader = BufReader::new(file);
+        let mut line = Vec::new();
+        while gone(reader.read_until(b'\n', &mut line))?.unwrap_or(0) > 0 {
+            if maps::parse(&line, |id| self.block(id)).next().is_some() {
+                return Ok(true);
+            }
+            line.clear();
+        }
+        Ok(false)
+    }
+
     fn mapper(&self, pid: u32) -> io::Result<Option<Mapper>> {
-        if self.mappings(pid)?.is_empty() {
+        if !self.mapped_by(pid)? {
             return Ok(None);
         }
         let (Some(stat), Some(status)) = (stat(pid)?, process::status(pid)?) else {

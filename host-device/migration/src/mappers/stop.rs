@@ -97,8 +97,8 @@ impl Stopped {
             since: Instant::now(),
         };
         loop {
-            let mut found = files.mappers().map_err(StopError::Search)?;
-            found.retain(|it| stopped.held.iter().all(|held| held.process != it.process));
+            let held: Vec<Process> = stopped.processes().collect();
+            let found = files.mappers_but(&held).map_err(StopError::Search)?;
             if found.is_empty() {
                 return Ok(stopped);
             }

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Guests that are paused by stopping their processes, again and again, in the middle of their work: they do not notice, and
+//! nothing writes to their memory meanwhile.
+
+use std::fs::{File, OpenOptions};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use migration::machine::{Machine, Processes};
+use migration::track::SentTable;
+use migration::{Block, Layout, Memory};
+use tests::artifacts::Artifacts;
+use tests::guest::{Builder, Device};
+use tests::host::guest_memory_file;
+use tests::stress::{Load, Stress};
+use tests::vmm::Vmm;
+use tests::MIB;
+
+const MEMORY: u64 = 256 * MIB;
+/// How often a pause is long enough to look at all of memory twice.
+const LOOK_EVERY: u32 = 50;
+/// How far each workload must come between two looks.
+const PAGES: u64 = 100;
+const LIMIT: Duration = Duration::from_secs(120);
+
+#[test]
+fn user_mode_linux_does_not_notice_that_its_processes_are_stopped() -> Result<()> {
+    paused_again_and_again(Vmm::Uml, "", 300)
+}
+
+#[test]
+fn user_mode_linux_with_filtered_processes_does_not_notice_either() -> Result<()> {
+    paused_again_and_again(Vmm::Uml, "seccomp=on", 200)
+}
+
+#[test]
+fn a_guest_in_qemu_does_not_notice_that_its_process_is_stopped() -> Result<()> {
+    paused_again_and_again(Vmm::Qemu, "", 100)
+}
+
+fn paused_again_and_again(vmm: Vmm, arguments: &str, cycles: u32) -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, vmm)
+        .device(Device::None)
+        .memory(MEMORY)
+        .kernel_arguments(arguments)
+        .boot()?;
+    let memory = memory_of(guest.vmm().id())?;
+    let free = guest.settled_free()?;
+    let stress = Stress::start(&mut guest, Load::of(free / 2), 1)?;
+    let mut machine = Processes::new(&memory)?;
+    let mut watch = Watch::new(&memory)?;
+    let (mut longest, mut all, mut most) = (Duration::ZERO, Duration::ZERO, 0);
+    let cycles = vmm.repeats(cycles);
+    for cycle in 0..cycles {
+        // Not always at the same point of what the guest does by the clock.
+        sleep(Duration::from_micros(u64::from(cycle % 17) * 300));
+        let then = Instant::now();
+        machine.pause()?;
+        let took = then.elapsed();
+        (longest, all) = (longest.max(took), all + took);
+        let paused = machine.paused();
+        ensure!(paused.contains(&guest.vmm().id()), "{paused:?}");
+        most = most.max(paused.len());
+        if cycle % LOOK_EVERY == 0 {
+            watch.nothing_is_written()?;
+        }
+        machine.resume()?;
+        if cycle % LOOK_EVERY == 0 {
+            stress.wait_compared(&mut guest, PAGES, LIMIT)?;
+        }
+    }
+    // One that is dropped goes on.
+    machine.pause()?;
+    drop(machine);
+    let done = stress.end_whole(&mut guest)?;
+    println!(
+        "{vmm:?} {arguments}: {cycles} pauses of up to {most} processes, each within {:?} on average and {longest:?} at most; \
+         {} pages compared",
+        all / cycles,
+        done.compared
+    );
+    guest.farewell(free)
+}
+
+/// The guest's memory file as one block.
+fn memory_of(vmm: u32) -> Result<Memory> {
+    let path = guest_memory_file(vmm)?;
+    let file = open(&path)?;
+    let block = Block::new("ram", file.metadata()?.len())?;
+    Ok(Memory::new(Layout::new([block], [])?.into(), vec![file])?)
+}
+
+fn open(path: &std::path::Path) -> Result<File> {
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    file.with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// Sees whether anybody writes.
+struct Watch<'a> {
+    memory: &'a Memory,
+    seen: SentTable,
+}
+
+impl<'a> Watch<'a> {
+    fn new(memory: &'a Memory) -> Result<Self> {
+        let seen = SentTable::new(memory.layout())?;
+        Ok(Self { memory, seen })
+    }
+
+    /// Looks at all of memory twice.
+    fn nothing_is_written(&mut self) -> Result<()> {
+        let mut changed = Vec::new();
+        self.seen.compare(self.memory, |run| changed.push(run))?;
+        ensure!(
+            !changed.is_empty(),
+            "the guest has not written anything since the last pause"
+        );
+        let mut bytes = Vec::new();
+        for run in changed.drain(..) {
+            bytes.resize(usize::try_from(run.length())?, 0);
+            self.memory.read(run, &mut bytes)?;
+            self.seen.sent(run, &bytes);
+        }
+        self.seen.compare(self.memory, |run| changed.push(run))?;
+        ensure!(
+            changed.is_empty(),
+            "written while all stood still: {changed:?}"
+        );
+        Ok(())
+    }
+}
