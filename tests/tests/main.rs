@@ -10,6 +10,7 @@ mod kunit;
 mod lifecycle;
 mod migration;
 mod pairs;
+mod pausing;
 mod reporting;
 mod rules;
 mod sizing;
