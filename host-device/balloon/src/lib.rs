@@ -19,6 +19,7 @@
 //! - [`vring`] is a queue of that crate's, which counts.
 //! - [`device`] is the balloon: configuration space, queues, hinting rounds, statistics.
 //! - [`memory`] is the guest's memory as files that space can be given back from.
+//! - [`migrate`] is what a migration needs of all these, and its start and end.
 //! - [`qmp`] is the operators' side.
 //!
 //! Whatever the guest puts on a queue is checked once, in [`device::request`], and wrong input becomes a

@@ -12,7 +12,8 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use migration::{Block, Layout, LayoutError, Memory, MemoryError, Region, PAGE_SIZE};
+use migration::track::Punched;
+use migration::{Block, Layout, LayoutError, Memory, MemoryError, Region, Run, PAGE_SIZE};
 use rustix::fs::{fallocate, fstat, fstatfs, seek, FallocateFlags, SeekFrom};
 use thiserror::Error;
 use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -94,6 +95,36 @@ pub struct Allocated {
 #[derive(Clone, Debug, Default)]
 pub struct Ram {
     regions: Vec<RamRegion>,
+    notes: Option<HoleNotes>,
+}
+
+/// Where a migration wants to know of holes that are made in guest memory.
+#[derive(Clone, Debug)]
+pub struct HoleNotes {
+    /// Guest memory as the migration knows it.
+    pub layout: Arc<Layout>,
+    /// The notes.
+    pub punched: Punched,
+}
+
+impl HoleNotes {
+    /// The guest physical addresses `range` become holes.
+    fn note(&self, range: &Range<u64>) {
+        for region in self.layout.regions() {
+            let start = range.start.max(region.start());
+            let end = range.end.min(region.end());
+            if start < end {
+                let offset =
+                    |address: u64| region.offset().saturating_add(address - region.start());
+                let first = offset(start) / PAGE_SIZE;
+                self.punched.note(Run {
+                    block: region.block(),
+                    first,
+                    pages: offset(end).div_ceil(PAGE_SIZE).saturating_sub(first),
+                });
+            }
+        }
+    }
 }
 
 impl Ram {
@@ -110,7 +141,18 @@ impl Ram {
         });
         Self {
             regions: regions.collect(),
+            notes: None,
         }
+    }
+
+    /// Notes from now on, or no more, which holes are made.
+    pub fn note_holes(&mut self, notes: Option<HoleNotes>) {
+        self.notes = notes;
+    }
+
+    /// Where holes are noted.
+    pub fn hole_notes(&self) -> Option<HoleNotes> {
+        self.notes.clone()
     }
 
     /// The number of bytes.
@@ -212,6 +254,9 @@ impl Ram {
     /// If part of the range is outside guest memory (the rest is released), or if the host refuses.
     pub fn release(&self, range: Range<u64>) -> Result<u64, ReleaseError> {
         let (mut released, mut inside) = (0, 0);
+        if let Some(notes) = &self.notes {
+            notes.note(&range);
+        }
         for region in &self.regions {
             let start = range.start.max(region.start);
             let end = range.end.min(region.start.saturating_add(region.length));
@@ -245,6 +290,9 @@ impl Ram {
     /// If the host refuses. Some of the parts may read as zeros by then.
     pub fn discard(&self, range: Range<u64>) -> Result<Vec<Range<u64>>, ReleaseError> {
         let mut parts = Vec::new();
+        if let Some(notes) = &self.notes {
+            notes.note(&range);
+        }
         for region in &self.regions {
             let start = range.start.max(region.start);
             let end = range.end.min(region.start.saturating_add(region.length));

@@ -6,8 +6,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
-use rustix::event::{poll, PollFd, PollFlags};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 use shared_abi::features::Features;
 use thiserror::Error;
@@ -16,6 +17,7 @@ use tracing::{debug, info, warn};
 use crate::device::saved::{SavedState, SavedStateError};
 use crate::device::Device;
 use crate::events::Events;
+use crate::migrate::Migrations;
 use crate::qmp::{Operators, Target};
 use crate::session::{Ended, Session, SessionError};
 use crate::socket::{Listening, SocketError};
@@ -78,7 +80,7 @@ impl Stopper {
         let _ = (&self.0).write(&[STOP]);
     }
 
-    /// A stream that ends the server when anything but 0 is written to it.
+    /// A stream that ends the server when anything but 0 or 1 is written to it.
     pub fn into_stream(self) -> UnixStream {
         self.0
     }
@@ -86,7 +88,17 @@ impl Stopper {
 
 /// Not [`STOP`]: the session has ended.
 const SESSION_ENDED: u8 = 0;
-const STOP: u8 = 1;
+/// Not [`STOP`]: a migration has ended.
+const MIGRATION_ENDED: u8 = 1;
+const STOP: u8 = 2;
+
+/// How long the program stays for its operators, so that they can ask how the migration of a guest ended that is gone.
+const LINGER: Duration = Duration::from_secs(30);
+/// How often it looks then whether they have gone.
+const LOOK: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 50_000_000,
+};
 
 /// The most connections that may be there without a word.
 const MAX_SILENT: usize = 8;
@@ -98,6 +110,11 @@ pub struct Server {
     operators_socket: Option<Listening>,
     operators: Operators,
     device: Arc<Mutex<Device>>,
+    migrations: Arc<Migrations>,
+    /// The front end has gone during a migration, which goes on.
+    gone: Option<Ended>,
+    /// When the program ends at the latest, after that.
+    leaving: Option<Instant>,
     /// What other threads write to, and this one reads.
     wake: (UnixStream, UnixStream),
     session: Option<Session>,
@@ -128,9 +145,14 @@ impl Server {
         let wake = UnixStream::pair()?;
         wake.0.set_nonblocking(true)?;
         wake.1.set_nonblocking(true)?;
+        let waker = wake.1.try_clone()?;
+        let migrations = Arc::new(Migrations::new(device.clone(), events.clone(), move || {
+            let _ = (&waker).write(&[MIGRATION_ENDED]);
+        }));
         let stopper = Stopper(wake.1.try_clone()?);
         let operators = Operators::new(Target {
             device: device.clone(),
+            migrations: migrations.clone(),
             events,
             quit: Box::new(move || stopper.stop()),
         });
@@ -152,6 +174,9 @@ impl Server {
             operators_socket,
             operators,
             device,
+            migrations,
+            gone: None,
+            leaving: None,
             wake,
             session: None,
             silent: Vec::new(),
@@ -174,6 +199,8 @@ impl Server {
     /// If the front end broke the protocol, or the host refuses something.
     pub fn run(mut self) -> Result<Exit, ServerError> {
         let result = self.serve();
+        // While there is a driver that can take its pages back.
+        self.migrations.shut_down();
         if let Some(session) = self.session.take() {
             session.close();
             session.join();
@@ -192,13 +219,19 @@ impl Server {
                     other => other?,
                 };
                 let words = words.get(..count).unwrap_or_default();
-                if words.iter().any(|word| *word != SESSION_ENDED) {
+                let known = [SESSION_ENDED, MIGRATION_ENDED];
+                if words.iter().any(|word| !known.contains(word)) {
                     info!("told to end");
                     return Ok(Exit::Stopped);
                 }
-                if let Some(exit) = self.session_ended()? {
-                    return Ok(exit);
+                if words.contains(&SESSION_ENDED) {
+                    if let Some(exit) = self.session_ended()? {
+                        return Ok(exit);
+                    }
                 }
+            }
+            if let Some(exit) = self.leave()? {
+                return Ok(exit);
             }
             if ready.front_ends {
                 while let Some(stream) = self.front_ends.accept() {
@@ -231,7 +264,7 @@ impl Server {
                 .iter()
                 .map(|stream| PollFd::new(stream, PollFlags::IN)),
         );
-        match poll(&mut fds, None) {
+        match poll(&mut fds, self.leaving.map(|_| &LOOK)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -247,14 +280,26 @@ impl Server {
     /// Somebody connected. It is the front end if nobody else is, and once it has said something: whoever only
     /// looks whether the socket is alive is none.
     fn front_end_came(&mut self, stream: UnixStream) {
-        if self.session.is_some() || self.silent.len() >= MAX_SILENT {
+        if self.is_taken() || self.silent.len() >= MAX_SILENT {
             self.refuse();
         } else {
             self.silent.push(stream);
         }
     }
 
+    /// Whether there is a guest already: one that is served, or one that has gone from here and is still being moved.
+    fn is_taken(&self) -> bool {
+        self.session.is_some() || self.leaving.is_some() || self.migrations.under_way()
+    }
+
     fn refuse(&self) {
+        if self.session.is_none() {
+            warn!(
+                "a front end was refused at {}: the memory of the guest before it is still being migrated",
+                self.options.socket_path.display()
+            );
+            return;
+        }
         warn!(
             "a second front end was refused at {}: one is connected, and a balloon serves one guest; start \
              another vhost-device-balloon with a socket of its own",
@@ -269,7 +314,7 @@ impl Server {
             let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
             match rustix::net::recv(&stream, &mut byte, flags) {
                 Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => self.silent.push(stream),
-                Ok((_, 1..)) if self.session.is_none() => self.serve_front_end(stream)?,
+                Ok((_, 1..)) if !self.is_taken() => self.serve_front_end(stream)?,
                 Ok((_, 1..)) => self.refuse(),
                 Ok(_) | Err(_) => debug!("somebody connected and said nothing"),
             }
@@ -292,9 +337,16 @@ impl Server {
         let Some(session) = self.session.take() else {
             return Ok(None);
         };
+        // Before the device tells it, and it may end: there are operators who want to know how.
+        let migrating = self.migrations.under_way();
         let ended = session.join();
         if self.options.persistent {
             warn!("{}; waiting for the next front end", ended.reason);
+            return Ok(None);
+        }
+        if migrating {
+            info!("{}; stays until the migration has ended", ended.reason);
+            self.gone = Some(ended);
             return Ok(None);
         }
         if ended.broken {
@@ -302,6 +354,28 @@ impl Server {
         }
         info!("ends, because {}", ended.reason);
         Ok(Some(Exit::FrontEndGone(ended)))
+    }
+}
+
+impl Server {
+    /// Whether the program ends, after its front end has gone during a migration: once that is over, and the operators
+    /// have heard of it.
+    fn leave(&mut self) -> Result<Option<Exit>, ServerError> {
+        let Some(ended) = self.gone.as_ref() else {
+            return Ok(None);
+        };
+        if self.migrations.under_way() {
+            return Ok(None);
+        }
+        let limit = *self.leaving.get_or_insert_with(|| Instant::now() + LINGER);
+        if self.operators.count() > 0 && Instant::now() < limit {
+            return Ok(None);
+        }
+        if ended.broken {
+            return Err(ServerError::FrontEnd(ended.reason.clone()));
+        }
+        info!("ends, because {}, and the migration is over", ended.reason);
+        Ok(Some(Exit::FrontEndGone(ended.clone())))
     }
 }
 

@@ -19,7 +19,7 @@ use vhost_device_balloon::device::hinting::HintingError;
 use vhost_device_balloon::device::lending::{ClaimError, Trouble};
 use vhost_device_balloon::device::Device;
 use vhost_device_balloon::events::Events;
-use vhost_device_balloon::migrate::hints::DeviceHints;
+use vhost_device_balloon::migrate::hints::{Claim, DeviceHints};
 use vhost_device_balloon::session::Session;
 
 const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
@@ -32,7 +32,7 @@ struct Claimed {
     device: Arc<Mutex<Device>>,
     session: Option<Session>,
     vmm: Option<Vmm>,
-    hints: DeviceHints,
+    hints: Option<DeviceHints>,
     cancel: Cancel,
     window: Option<HintWindow>,
     troubles: Receiver<Trouble>,
@@ -60,12 +60,12 @@ impl Claimed {
         }
         let (sender, troubles) = channel();
         let on_trouble = Box::new(move |trouble| sender.send(trouble).unwrap());
-        let claimed = device.lock().unwrap().claim(on_trouble).unwrap();
+        let (claim, claimed) = Claim::new(&device, on_trouble).unwrap();
         let sync = SyncPhase::new(claimed.memory.layout()).unwrap();
         sync.set_all();
         let cancel = Cancel::default();
         Self {
-            hints: DeviceHints::new(device.clone(), claimed.discards, &cancel),
+            hints: Some(DeviceHints::new(claim, claimed.discards, &cancel)),
             device,
             session: Some(session),
             vmm: Some(vmm),
@@ -79,6 +79,10 @@ impl Claimed {
         self.device.lock().unwrap()
     }
 
+    fn hints(&mut self) -> &mut DeviceHints {
+        self.hints.as_mut().unwrap()
+    }
+
     fn vmm(&mut self) -> &mut Vmm {
         self.vmm.as_mut().unwrap()
     }
@@ -86,21 +90,21 @@ impl Claimed {
     /// Opens the window, and returns the id that the driver sees.
     fn open(&mut self) -> u32 {
         let window = self.window.take().unwrap();
-        self.hints.open(window).unwrap();
+        self.hints().open(window).unwrap();
         self.vmm().command()
     }
 
     /// Tries to, and returns why it does not open.
     fn does_not_open(&mut self) -> String {
         let window = self.window.take().unwrap();
-        let (window, error) = self.hints.open(window).unwrap_err();
+        let (window, error) = self.hints().open(window).unwrap_err();
         self.window = Some(window);
         error.to_string()
     }
 
     /// Closes the window, and returns how many pages are still dirty.
     fn close(&mut self) -> u64 {
-        let sync = self.hints.close().unwrap().close();
+        let sync = self.hints().close().unwrap().close();
         let dirty = sync.bitmap().dirty_pages();
         self.window = Some(sync.finish());
         dirty
@@ -128,7 +132,7 @@ impl Drop for Claimed {
 #[test]
 fn r6_hints_count_between_open_and_close_only() {
     let mut it = Claimed::new(HINT, HINT);
-    assert!(!it.hints.discards());
+    assert!(!it.hints().discards());
     let all = it.window.as_ref().unwrap().bitmap().dirty_pages();
     // What comes before anybody asked belongs to nothing.
     it.block(0, 0x1000);
@@ -137,7 +141,7 @@ fn r6_hints_count_between_open_and_close_only() {
     it.block(0, 0x4000);
     it.command(0);
     let cancel = it.cancel.clone();
-    assert_eq!(it.hints.wait(LONG, &cancel), Waited::Finished);
+    assert_eq!(it.hints().wait(LONG, &cancel), Waited::Finished);
     // R14: hints that come after the wait count as well, until the window is closed.
     assert_eq!(it.close(), all - 4);
     assert_eq!(it.vmm().command(), 0);
@@ -151,10 +155,10 @@ fn r6_hints_count_between_open_and_close_only() {
     it.command(second);
     it.block(0x7000, 0x1000);
     assert_eq!(it.close(), all - 5);
-    it.hints.done();
+    it.hints().done();
     assert_eq!(it.vmm().command(), 1);
-    it.hints.done();
-    assert!(it.hints.close().is_err());
+    it.hints().done();
+    assert!(it.hints().close().is_err());
 }
 
 #[test]
@@ -164,16 +168,16 @@ fn r14_waiting_ends_at_its_limit_and_when_the_migration_is_given_up() {
     let cancel = it.cancel.clone();
     let began = Instant::now();
     let limit = Duration::from_millis(50);
-    assert_eq!(it.hints.wait(limit, &cancel), Waited::TimedOut);
+    assert_eq!(it.hints().wait(limit, &cancel), Waited::TimedOut);
     assert!(began.elapsed() >= limit);
     // It has begun, and does not come to an end.
     it.command(id);
-    assert_eq!(it.hints.wait(Duration::ZERO, &cancel), Waited::TimedOut);
+    assert_eq!(it.hints().wait(Duration::ZERO, &cancel), Waited::TimedOut);
     let canceller = thread::spawn({
         let cancel = cancel.clone();
         move || cancel.cancel()
     });
-    assert_eq!(it.hints.wait(Duration::MAX, &cancel), Waited::Cancelled);
+    assert_eq!(it.hints().wait(Duration::MAX, &cancel), Waited::Cancelled);
     canceller.join().unwrap();
     it.close();
 }
@@ -191,7 +195,7 @@ fn r16_the_window_is_not_lost_with_the_driver_or_the_front_end() {
     it.vmm().stop_driver();
     it.vmm().start_driver(HINT);
     it.vmm().send(Queue::Inflate, &[]);
-    let Waited::Lost(why) = it.hints.wait(LONG, &cancel) else {
+    let Waited::Lost(why) = it.hints().wait(LONG, &cancel) else {
         panic!("nobody will answer");
     };
     assert!(why.contains("started anew"), "{why}");
@@ -204,7 +208,7 @@ fn r16_the_window_is_not_lost_with_the_driver_or_the_front_end() {
     it.command(second);
     it.block(0x2000, 0x1000);
     thread::scope(|scope| {
-        let hints = &mut it.hints;
+        let hints = it.hints.as_mut().unwrap();
         let waiter = scope.spawn(|| hints.wait(Duration::MAX, &cancel));
         it.vmm = None;
         it.session.take().unwrap().join();
@@ -214,7 +218,7 @@ fn r16_the_window_is_not_lost_with_the_driver_or_the_front_end() {
     assert!(matches!(it.troubles.recv(), Ok(Trouble::FrontEnd(_))));
     let why = it.does_not_open();
     assert!(why.contains("no front end"), "{why}");
-    it.hints.done();
+    it.hints().done();
 }
 
 #[test]
@@ -237,16 +241,10 @@ fn a_migration_has_hinting_for_itself_until_it_lets_go() {
     it.open();
     refused(&it);
     // R16: letting go with a window open is an end as well.
-    let cancel = it.cancel.clone();
-    let device = it.device.clone();
-    it.hints = {
-        let other = Arc::new(Mutex::new(Device::new(HINT, Arc::default())));
-        DeviceHints::new(other, false, &cancel)
-    };
+    it.hints = None;
     assert_eq!(it.vmm().command(), 1);
-    device.lock().unwrap().start_hinting().unwrap();
-    let phase = device.lock().unwrap().hinting().phase;
-    assert!(matches!(phase, Phase::Requested(_)));
+    it.device().start_hinting().unwrap();
+    assert!(matches!(it.device().hinting().phase, Phase::Requested(_)));
 }
 
 #[test]
@@ -267,7 +265,7 @@ fn other_memory_is_trouble_and_no_hint_counts_for_it() {
 #[test]
 fn r17_a_driver_that_does_not_keep_its_blocks_cannot_take_over() {
     let mut it = Claimed::new(DISCARD, DISCARD);
-    assert!(it.hints.discards());
+    assert!(it.hints().discards());
     let id = it.open();
     it.command(id);
     it.block(0, 0x1000);

@@ -8,13 +8,14 @@
 
 use std::sync::Arc;
 
+use migration::track::{Punched, TrackError};
 use migration::{HintWindow, Memory};
 use shared_abi::command::HintId;
 use shared_abi::hinting::device::Phase;
 
 use super::hinting::HintingError;
 use super::Device;
-use crate::memory::LayoutFailure;
+use crate::memory::{HoleNotes, LayoutFailure};
 use crate::signal::Signal;
 
 /// What happens to the device while a migration has a claim on it.
@@ -50,6 +51,9 @@ pub enum ClaimError {
     /// Guest memory is not in files.
     #[error("guest memory cannot be migrated: {0}")]
     Memory(#[from] LayoutFailure),
+    /// There is no memory for what has to be noted.
+    #[error(transparent)]
+    Track(#[from] TrackError),
 }
 
 /// What a migration gets with its claim.
@@ -57,6 +61,8 @@ pub enum ClaimError {
 pub struct Claimed {
     /// Guest memory.
     pub memory: Memory,
+    /// Where the device notes what it gives back to the host, under its lock, as long as the claim lasts.
+    pub punched: Punched,
     /// Whether the memory of hinted blocks is given back to the host before the guest may use them again.
     pub discards: bool,
     /// Whether hints could be had now, and why not.
@@ -82,6 +88,11 @@ impl Device {
             return Err(ClaimError::NoMemory);
         }
         let memory = self.ram.memory()?;
+        let punched = Punched::new(memory.layout())?;
+        self.ram.note_holes(Some(HoleNotes {
+            layout: memory.layout().clone(),
+            punched: punched.clone(),
+        }));
         self.notice_new_driver();
         let changes = self.hinting.lend();
         self.pass_on(changes);
@@ -91,6 +102,7 @@ impl Device {
         });
         Ok(Claimed {
             memory,
+            punched,
             discards: self.discards_hinted(),
             hints: self.can_hint(),
         })
@@ -99,6 +111,7 @@ impl Device {
     /// The migration is over: the guest takes its blocks back (R16), and the operator may give commands again.
     pub fn release_claim(&mut self) {
         if self.claim.take().is_some() {
+            self.ram.note_holes(None);
             self.done_for_migration();
             self.hinting.take_back();
         }
@@ -169,6 +182,11 @@ impl Device {
                 Ok(()) => "the guest's driver was started anew".into(),
             }),
         }
+    }
+
+    /// Whether the driver knows of the last command, as far as it is there to hear of it.
+    pub fn is_heard(&self) -> bool {
+        self.stopped() || self.connection.as_ref().is_none_or(|it| !it.unread.get())
     }
 
     /// Tells the migration, if there is one.

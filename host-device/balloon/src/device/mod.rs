@@ -149,6 +149,8 @@ struct Connection {
     config_changes: Cell<u64>,
     /// The configuration has changed while the queues were stopped, and the driver was not told.
     untold: Cell<bool>,
+    /// The driver was told of a change, and has not read the command id since.
+    unread: Cell<bool>,
     /// The driver has accepted features, and no queue was used since.
     starting: bool,
     /// The log says why hinted memory is not discarded.
@@ -270,7 +272,7 @@ impl Device {
 
     /// The front end shares this memory.
     pub fn set_memory(&mut self, memory: GuestMemoryAtomic<GuestMemoryMmap>) {
-        let ram = Ram::new(&memory.memory());
+        let mut ram = Ram::new(&memory.memory());
         if !self.ram.same_layout(&ram) {
             info!(
                 "guest memory: {} MiB in {} regions",
@@ -287,6 +289,8 @@ impl Device {
             self.pass_on(changes);
             let text = "the front end has changed the layout of guest memory, or its files";
             self.tell_trouble(Trouble::Memory(text.into()));
+        } else {
+            ram.note_holes(self.ram.hole_notes());
         }
         self.ram = ram;
         if let Some(connection) = &mut self.connection {
@@ -320,8 +324,13 @@ impl Device {
     /// Beyond the longest layout there is nothing: an empty answer.
     pub fn read_config(&mut self, offset: u32, size: u32) -> Vec<u8> {
         self.notice_new_driver();
+        let command = config::FREE_PAGE_HINT_CMD_ID as u64;
+        let end = u64::from(offset) + u64::from(size);
         if let Some(connection) = &mut self.connection {
             connection.config_reads += 1;
+            if u64::from(offset) <= command && command < end && connection.unread.take() {
+                self.signal.give();
+            }
         }
         self.config.free_page_hint_cmd_id = self.hinting.command().number();
         let mut bytes = self.config.to_bytes();
@@ -518,6 +527,7 @@ impl Device {
                 return;
             }
             connection.notifier.notify();
+            connection.unread.set(true);
             connection
                 .config_changes
                 .set(connection.config_changes.get() + 1);

@@ -8,15 +8,41 @@ use std::time::{Duration, Instant};
 use migration::{Cancel, HintSource, HintSourceError, HintWindow, Waited};
 use shared_abi::command::HintId;
 
+use crate::device::lending::{ClaimError, Claimed, OnTrouble};
 use crate::device::Device;
 use crate::lock;
 use crate::signal::Signal;
 
-/// Asks the driver of a device that this migration has claimed. Dropping it lets the claim go, and the guest takes its
-/// hinted pages back (R16).
+/// A migration's claim on a device. Dropping it lets the claim go, and the guest takes its hinted pages back (R16).
+#[derive(Debug)]
+#[must_use = "dropping it ends the claim"]
+pub struct Claim(Arc<Mutex<Device>>);
+
+impl Claim {
+    /// Claims `device`. `on_trouble` is called under the device's lock: it must not wait, nor lock the device.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::claim`].
+    pub fn new(
+        device: &Arc<Mutex<Device>>,
+        on_trouble: OnTrouble,
+    ) -> Result<(Self, Claimed), ClaimError> {
+        let claimed = lock(device).claim(on_trouble)?;
+        Ok((Self(device.clone()), claimed))
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        lock(&self.0).release_claim();
+    }
+}
+
+/// Asks the driver of a device that this migration has claimed. The claim goes with it.
 #[derive(Debug)]
 pub struct DeviceHints {
-    device: Arc<Mutex<Device>>,
+    claim: Claim,
     signal: Arc<Signal>,
     discards: bool,
     /// The round whose window is open.
@@ -24,13 +50,13 @@ pub struct DeviceHints {
 }
 
 impl DeviceHints {
-    /// The hints of `device`, which was claimed; `discards` is what the claim said. `cancel` ends a wait.
-    pub fn new(device: Arc<Mutex<Device>>, discards: bool, cancel: &Cancel) -> Self {
-        let signal = lock(&device).signal();
+    /// The hints of the device that is claimed; `discards` is what came with the claim. `cancel` ends a wait.
+    pub fn new(claim: Claim, discards: bool, cancel: &Cancel) -> Self {
+        let signal = lock(&claim.0).signal();
         let woken = signal.clone();
         cancel.on_cancel(move || woken.give());
         Self {
-            device,
+            claim,
             signal,
             discards,
             round: None,
@@ -44,7 +70,7 @@ impl HintSource for DeviceHints {
     }
 
     fn open(&mut self, window: HintWindow) -> Result<(), (HintWindow, HintSourceError)> {
-        let mut device = lock(&self.device);
+        let mut device = lock(&self.claim.0);
         // Another driver may have come since the migration began, one that does not keep its blocks.
         if self.discards && !device.discards_hinted() {
             let text = "the guest's driver has changed, and does not keep hinted blocks until they are returned";
@@ -69,7 +95,7 @@ impl HintSource for DeviceHints {
             if cancel.is_cancelled() {
                 return Waited::Cancelled;
             }
-            match lock(&self.device).has_finished(id) {
+            match lock(&self.claim.0).has_finished(id) {
                 Ok(true) => return Waited::Finished,
                 Ok(false) => {}
                 Err(reason) => return Waited::Lost(reason),
@@ -82,18 +108,12 @@ impl HintSource for DeviceHints {
 
     fn close(&mut self) -> Result<HintWindow, HintSourceError> {
         self.round = None;
-        lock(&self.device)
+        lock(&self.claim.0)
             .close_window()
             .ok_or_else(|| HintSourceError("no window for hints is open".into()))
     }
 
     fn done(&mut self) {
-        lock(&self.device).done_for_migration();
-    }
-}
-
-impl Drop for DeviceHints {
-    fn drop(&mut self) {
-        lock(&self.device).release_claim();
+        lock(&self.claim.0).done_for_migration();
     }
 }

@@ -12,11 +12,13 @@ use serde_json::{json, Map, Value};
 use shared_abi::features::Features;
 use thiserror::Error;
 
-use super::Target;
+use super::{migrate, Target};
 use crate::device::hinting::HintingError;
 use crate::device::saved::SavedStateError;
 use crate::device::{phase_name, BalloonError, Device, StatsReport};
 use crate::lock;
+use crate::migrate::parameters::ParameterError;
+use crate::migrate::MigrateError;
 
 /// How long `query-guest-stats` waits for the guest.
 const STATS_LIMIT: Duration = Duration::from_secs(1);
@@ -48,6 +50,12 @@ pub enum CommandError {
     /// See [`SavedStateError`].
     #[error(transparent)]
     SavedState(#[from] SavedStateError),
+    /// See [`MigrateError`].
+    #[error(transparent)]
+    Migrate(#[from] MigrateError),
+    /// See [`ParameterError`].
+    #[error(transparent)]
+    Parameter(#[from] ParameterError),
     /// The memory files cannot be asked.
     #[error("the guest's memory files cannot be examined: {0}")]
     Memory(std::io::Error),
@@ -69,9 +77,9 @@ impl CommandError {
 /// The most ranges in an answer of `query-hinted-ranges`.
 const MAX_RANGES: usize = 1 << 16;
 
-type Command = fn(&Target, Option<&Value>) -> Result<Value, CommandError>;
+pub(super) type Command = fn(&Target, Option<&Value>) -> Result<Value, CommandError>;
 
-/// What `query-commands` lists, but for those that the protocol itself serves.
+/// What `query-commands` lists, but for those of migration and those that the protocol itself serves.
 const COMMANDS: [(&str, Command); 15] = [
     ("balloon", balloon),
     ("query-balloon", query_balloon),
@@ -90,6 +98,10 @@ const COMMANDS: [(&str, Command); 15] = [
     ("query-version", query_version),
 ];
 
+fn all() -> impl Iterator<Item = &'static (&'static str, Command)> {
+    COMMANDS.iter().chain(&migrate::COMMANDS)
+}
+
 /// Does the command `name`.
 ///
 /// # Errors
@@ -100,7 +112,7 @@ pub fn execute(
     name: &str,
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
-    match COMMANDS.iter().find(|(known, _)| *known == name) {
+    match all().find(|(known, _)| *known == name) {
         Some((_, command)) => command(target, arguments),
         None => Err(CommandError::NotFound(name.chars().take(64).collect())),
     }
@@ -125,7 +137,7 @@ pub fn capabilities(arguments: Option<&Value>) -> Result<(), CommandError> {
     }
 }
 
-fn parse<T: DeserializeOwned>(arguments: Option<&Value>) -> Result<T, CommandError> {
+pub(super) fn parse<T: DeserializeOwned>(arguments: Option<&Value>) -> Result<T, CommandError> {
     let arguments = arguments
         .cloned()
         .unwrap_or_else(|| Value::Object(Map::new()));
@@ -162,7 +174,7 @@ fn query_balloon(target: &Target, arguments: Option<&Value>) -> Result<Value, Co
 
 fn query_commands(_: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
     no_arguments(arguments)?;
-    let names = COMMANDS.iter().map(|(name, _)| *name);
+    let names = all().map(|(name, _)| *name);
     Ok(names
         .chain(["qmp_capabilities", "quit"])
         .map(|name| json!({ "name": name }))

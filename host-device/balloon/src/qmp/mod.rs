@@ -8,6 +8,7 @@
 
 mod commands;
 mod frames;
+mod migrate;
 mod protocol;
 
 use std::collections::HashMap;
@@ -24,6 +25,7 @@ use tracing::{debug, info, warn};
 use crate::device::Device;
 use crate::events::Events;
 use crate::lock;
+use crate::migrate::Migrations;
 use frames::{FrameError, Frames};
 use protocol::Conversation;
 
@@ -36,6 +38,8 @@ const MAX_LINES: usize = 1024;
 pub struct Target {
     /// The balloon.
     pub device: Arc<Mutex<Device>>,
+    /// Its migrations.
+    pub migrations: Arc<Migrations>,
     /// Where events come from.
     pub events: Arc<Events>,
     /// Ends the program.
@@ -59,6 +63,11 @@ impl Operators {
             threads: Vec::new(),
             next: 1,
         }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        lock(&self.connected).len()
     }
 
     /// Serves an operator in threads of its own, if there are not too many.

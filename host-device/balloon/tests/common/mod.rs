@@ -4,11 +4,13 @@
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
+pub mod machine;
 pub mod program;
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
@@ -232,7 +234,29 @@ pub struct Vmm {
     /// Whether event index was offered; a driver here does not accept it.
     pub event_index: bool,
     /// Where the device's own messages come.
-    pub channel: Box<dyn Read>,
+    pub channel: Box<dyn Read + Send>,
+}
+
+/// Guest memory whose balloon was unplugged.
+pub struct Unplugged {
+    memory: GuestMemoryMmap,
+    file: File,
+}
+
+impl Unplugged {
+    /// What the guest writes.
+    pub fn write(&self, address: u64, bytes: &[u8]) {
+        self.memory
+            .write_slice(bytes, GuestAddress(address))
+            .unwrap();
+    }
+
+    /// Guest memory as bytes, with what the guest does not see of its file.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; (START + LENGTH) as usize];
+        self.file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
 }
 
 /// The virtio feature bit for the current specification.
@@ -252,7 +276,7 @@ impl Vmm {
         Self::connect_with(socket, Box::new(File::from(ours)), &theirs)
     }
 
-    fn connect_with(socket: &Path, channel: Box<dyn Read>, theirs: &OwnedFd) -> Self {
+    fn connect_with(socket: &Path, channel: Box<dyn Read + Send>, theirs: &OwnedFd) -> Self {
         let mut frontend = Frontend::connect(socket, Queue::MAX_COUNT as u64).unwrap();
         frontend.set_owner().unwrap();
         let features = frontend.get_features().unwrap();
@@ -285,6 +309,28 @@ impl Vmm {
             event_index: features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
             channel,
         }
+    }
+
+    /// Guest memory as bytes, with what the guest does not see of its file.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.memory().bytes()
+    }
+
+    /// What the guest writes.
+    pub fn write(&self, address: u64, bytes: &[u8]) {
+        self.memory().write(address, bytes);
+    }
+
+    fn memory(&self) -> Unplugged {
+        Unplugged {
+            memory: self.memory.clone(),
+            file: self.file.try_clone().unwrap(),
+        }
+    }
+
+    /// The VMM takes the balloon from its guest, which runs on.
+    pub fn unplug(self) -> Unplugged {
+        self.memory()
     }
 
     pub fn offered(&self) -> Features {

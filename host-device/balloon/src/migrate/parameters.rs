@@ -1,0 +1,411 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How the next migration is to go: parameters and capabilities, with QEMU's names where QEMU has one.
+
+use std::time::Duration;
+
+use migration::precopy;
+use migration::stream::CHANNELS_MAX;
+use serde::Serialize;
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+/// Why a parameter or a capability was not set. None was changed.
+#[derive(Clone, Debug, Eq, Error, PartialEq)]
+pub enum ParameterError {
+    /// There is none of this name.
+    #[error("there is no parameter '{name}'; there are {}", NAMES.join(", "))]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// Not a number, or out of range.
+    #[error("parameter '{name}' expects a whole number from {min} to {max}, in {unit}")]
+    Number {
+        /// The parameter.
+        name: &'static str,
+        /// The least that it takes.
+        min: u64,
+        /// The most.
+        max: u64,
+        /// What is counted.
+        unit: &'static str,
+    },
+    /// Neither true nor false.
+    #[error("parameter '{0}' expects true or false")]
+    Switch(&'static str),
+    /// Not one of its values.
+    #[error("parameter '{name}' expects one of {}", choices.join(", "))]
+    Choice {
+        /// The parameter.
+        name: &'static str,
+        /// What it takes.
+        choices: &'static [&'static str],
+    },
+    /// There is no capability of this name.
+    #[error("there is no capability '{name}'; there are {}", Capabilities::NAMES.join(", "))]
+    Capability {
+        /// The name.
+        name: String,
+    },
+}
+
+const NAMES: [&str; 11] = [
+    "max-bandwidth",
+    "downtime-limit",
+    "multifd-channels",
+    "multifd-compression",
+    "multifd-zstd-level",
+    "zero-page-detection",
+    "max-rounds",
+    "free-page-hint",
+    "free-page-hint-wait",
+    "dirty-tracking",
+    "verify",
+];
+
+/// How pages are packed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// With zstd.
+    Zstd,
+}
+
+/// Where pages of zeros are looked for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ZeroPages {
+    /// Only holes of the memory files are sent as zeros.
+    None,
+    /// Pages are read to see whether they are zero.
+    Multifd,
+}
+
+/// How the guest's writes are noticed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tracking {
+    /// Soft-dirty where the kernel has it, else by content.
+    Auto,
+    /// By the soft-dirty bits of every process that maps guest memory.
+    SoftDirty,
+    /// By comparing each page with what was sent.
+    Content,
+}
+
+/// What `query-migrate-parameters` shows and `migrate-set-parameters` sets.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Parameters {
+    /// Bytes a second over the wire while the guest runs; 0 for as many as there can be.
+    pub max_bandwidth: u64,
+    /// The guest is paused once what is left can be sent in so many milliseconds.
+    pub downtime_limit: u64,
+    /// Connections that pages are spread over.
+    pub multifd_channels: u16,
+    /// How pages are packed.
+    pub multifd_compression: Compression,
+    /// How hard zstd tries.
+    pub multifd_zstd_level: u8,
+    /// Where pages of zeros are looked for.
+    pub zero_page_detection: ZeroPages,
+    /// The guest is paused after so many rounds, however much is left.
+    pub max_rounds: u32,
+    /// Whether the guest is asked for its free pages, where that is sound.
+    pub free_page_hint: bool,
+    /// How long a migration waits for the guest's hints, in all its rounds together, in milliseconds (R14).
+    pub free_page_hint_wait: u64,
+    /// How the guest's writes are noticed.
+    pub dirty_tracking: Tracking,
+    /// Whether each page is compared with what was sent of it, with the guest paused.
+    pub verify: bool,
+}
+
+impl Default for Parameters {
+    fn default() -> Self {
+        Self {
+            max_bandwidth: 0,
+            downtime_limit: 300,
+            multifd_channels: 1,
+            multifd_compression: Compression::None,
+            multifd_zstd_level: 1,
+            zero_page_detection: ZeroPages::Multifd,
+            max_rounds: 10,
+            free_page_hint: true,
+            free_page_hint_wait: 2000,
+            dirty_tracking: Tracking::Auto,
+            verify: false,
+        }
+    }
+}
+
+impl Parameters {
+    /// Sets those that `values` names; all of them or none.
+    ///
+    /// # Errors
+    ///
+    /// Names the first that does not exist or does not take its value.
+    pub fn set(&mut self, values: &Map<String, Value>) -> Result<(), ParameterError> {
+        let mut new = self.clone();
+        for (name, value) in values {
+            new.set_one(name, value)?;
+        }
+        *self = new;
+        Ok(())
+    }
+
+    fn set_one(&mut self, name: &str, value: &Value) -> Result<(), ParameterError> {
+        match name {
+            "max-bandwidth" => {
+                self.max_bandwidth = number(
+                    "max-bandwidth",
+                    value,
+                    0,
+                    u64::MAX,
+                    "bytes a second (0: no limit)",
+                )?;
+            }
+            // QEMU's limit.
+            "downtime-limit" => {
+                self.downtime_limit = number("downtime-limit", value, 0, 2_000_000, "ms")?;
+            }
+            "multifd-channels" => {
+                self.multifd_channels = number(
+                    "multifd-channels",
+                    value,
+                    1,
+                    CHANNELS_MAX.into(),
+                    "connections",
+                )?;
+            }
+            "multifd-compression" => {
+                self.multifd_compression = choice(
+                    "multifd-compression",
+                    value,
+                    &["none", "zstd"],
+                    &[Compression::None, Compression::Zstd],
+                )?;
+            }
+            "multifd-zstd-level" => {
+                self.multifd_zstd_level = number("multifd-zstd-level", value, 1, 20, "levels")?;
+            }
+            "zero-page-detection" => {
+                self.zero_page_detection = choice(
+                    "zero-page-detection",
+                    value,
+                    &["none", "multifd"],
+                    &[ZeroPages::None, ZeroPages::Multifd],
+                )?;
+            }
+            "max-rounds" => {
+                self.max_rounds = number("max-rounds", value, 1, u32::MAX.into(), "rounds")?;
+            }
+            "free-page-hint" => self.free_page_hint = switch("free-page-hint", value)?,
+            "free-page-hint-wait" => {
+                self.free_page_hint_wait = number("free-page-hint-wait", value, 0, 600_000, "ms")?;
+            }
+            "dirty-tracking" => {
+                self.dirty_tracking = choice(
+                    "dirty-tracking",
+                    value,
+                    &["auto", "soft-dirty", "content"],
+                    &[Tracking::Auto, Tracking::SoftDirty, Tracking::Content],
+                )?;
+            }
+            "verify" => self.verify = switch("verify", value)?,
+            _ => {
+                let name = name.chars().take(64).collect();
+                return Err(ParameterError::Unknown { name });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the rounds need of them.
+    pub fn precopy(&self, capabilities: Capabilities) -> precopy::Parameters {
+        precopy::Parameters {
+            max_bandwidth: self.max_bandwidth,
+            downtime_limit: Duration::from_millis(self.downtime_limit),
+            max_rounds: self.max_rounds,
+            hint_wait: Duration::from_millis(self.free_page_hint_wait),
+            zero_page_detection: self.zero_page_detection == ZeroPages::Multifd,
+            postcopy: capabilities.postcopy_ram,
+            pause_before_switchover: capabilities.pause_before_switchover,
+        }
+    }
+}
+
+fn number<T: TryFrom<u64>>(
+    name: &'static str,
+    value: &Value,
+    min: u64,
+    max: u64,
+    unit: &'static str,
+) -> Result<T, ParameterError> {
+    value
+        .as_u64()
+        .filter(|number| (min..=max).contains(number))
+        .and_then(|number| T::try_from(number).ok())
+        .ok_or(ParameterError::Number {
+            name,
+            min,
+            max,
+            unit,
+        })
+}
+
+fn switch(name: &'static str, value: &Value) -> Result<bool, ParameterError> {
+    value.as_bool().ok_or(ParameterError::Switch(name))
+}
+
+fn choice<T: Copy>(
+    name: &'static str,
+    value: &Value,
+    choices: &'static [&'static str],
+    values: &[T],
+) -> Result<T, ParameterError> {
+    let text = value.as_str();
+    choices
+        .iter()
+        .zip(values)
+        .find(|(choice, _)| Some(**choice) == text)
+        .map(|(_, value)| *value)
+        .ok_or(ParameterError::Choice { name, choices })
+}
+
+/// What `query-migrate-capabilities` shows and `migrate-set-capabilities` sets.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Capabilities {
+    /// To go on at the destination before all pages are there. Not to be had here, and with hints never (R7).
+    pub postcopy_ram: bool,
+    /// To wait, before the guest is paused, for `migrate-continue`.
+    pub pause_before_switchover: bool,
+}
+
+impl Capabilities {
+    const NAMES: [&'static str; 2] = ["postcopy-ram", "pause-before-switchover"];
+
+    /// Each with its name.
+    pub fn all(self) -> [(&'static str, bool); 2] {
+        let [postcopy, pause] = Self::NAMES;
+        [
+            (postcopy, self.postcopy_ram),
+            (pause, self.pause_before_switchover),
+        ]
+    }
+
+    /// Switches those that `states` names; all of them or none.
+    ///
+    /// # Errors
+    ///
+    /// Names the first that does not exist.
+    pub fn set<'a>(
+        &mut self,
+        states: impl IntoIterator<Item = (&'a str, bool)>,
+    ) -> Result<(), ParameterError> {
+        let mut new = *self;
+        for (name, state) in states {
+            match name {
+                "postcopy-ram" => new.postcopy_ram = state,
+                "pause-before-switchover" => new.pause_before_switchover = state,
+                _ => {
+                    let name = name.chars().take(64).collect();
+                    return Err(ParameterError::Capability { name });
+                }
+            }
+        }
+        *self = new;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn set(parameters: &mut Parameters, values: Value) -> Result<(), String> {
+        let values = values.as_object().unwrap();
+        parameters.set(values).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn every_parameter_can_be_set_to_what_it_shows() {
+        let mut parameters = Parameters::default();
+        let shown = serde_json::to_value(&parameters).unwrap();
+        let names: Vec<_> = shown.as_object().unwrap().keys().cloned().collect();
+        let mut known = NAMES.to_vec();
+        known.sort_unstable();
+        assert_eq!(names, known);
+        set(&mut parameters, shown).unwrap();
+        assert_eq!(parameters, Parameters::default());
+        let other = json!({
+            "max-bandwidth": 1, "downtime-limit": 2, "multifd-channels": 3, "multifd-compression": "zstd",
+            "multifd-zstd-level": 4, "zero-page-detection": "none", "max-rounds": 5, "free-page-hint": false,
+            "free-page-hint-wait": 6, "dirty-tracking": "content", "verify": true,
+        });
+        set(&mut parameters, other.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&parameters).unwrap(), other);
+    }
+
+    #[test]
+    fn an_error_names_the_parameter_and_its_range_and_nothing_changes() {
+        for (name, value, word) in [
+            (
+                "downtime-limit",
+                json!(2_000_001),
+                "'downtime-limit' expects a whole number from 0 to 2000000, in ms",
+            ),
+            ("max-bandwidth", json!(-1), "from 0 to 18446744073709551615"),
+            ("max-rounds", json!(0), "from 1 to 4294967295"),
+            ("multifd-channels", json!(65), "from 1 to 64"),
+            ("multifd-zstd-level", json!("1"), "from 1 to 20"),
+            (
+                "free-page-hint",
+                json!(1),
+                "'free-page-hint' expects true or false",
+            ),
+            (
+                "dirty-tracking",
+                json!("kvm"),
+                "expects one of auto, soft-dirty, content",
+            ),
+            (
+                "multifd-compression",
+                json!(null),
+                "expects one of none, zstd",
+            ),
+            (
+                "wings",
+                json!(2),
+                "no parameter 'wings'; there are max-bandwidth, ",
+            ),
+        ] {
+            let mut parameters = Parameters::default();
+            let values = json!({ "verify": true, name: value, "zz": 0 });
+            let error = set(&mut parameters, values).unwrap_err();
+            assert!(error.contains(word), "{error}");
+            assert_eq!(parameters, Parameters::default());
+        }
+    }
+
+    #[test]
+    fn capabilities_are_switched_by_name() {
+        let mut capabilities = Capabilities::default();
+        capabilities
+            .set([("pause-before-switchover", true)])
+            .unwrap();
+        let expected = [("postcopy-ram", false), ("pause-before-switchover", true)];
+        assert_eq!(capabilities.all(), expected);
+        let error = capabilities.set([("postcopy-ram", true), ("xbzrle", true)]);
+        assert!(error
+            .unwrap_err()
+            .to_string()
+            .contains("'xbzrle'; there are postcopy-ram"));
+        assert_eq!(capabilities.all(), expected);
+    }
+}

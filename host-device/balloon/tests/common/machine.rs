@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A VMM's QMP socket, behind which a guest can be paused.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use serde_json::{json, Value};
+
+/// Answers `query-status`, `stop` and `cont`, one client at a time as QEMU does, and writes them down.
+pub struct Machine {
+    pub path: PathBuf,
+    orders: Arc<Mutex<Vec<String>>>,
+}
+
+impl Machine {
+    pub fn start(directory: &Path) -> Self {
+        let path = directory.join("vmm.qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let orders = Arc::default();
+        let machine = Self {
+            path,
+            orders: Arc::clone(&orders),
+        };
+        // It ends with the test program.
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                serve(&stream.unwrap(), &orders);
+            }
+        });
+        machine
+    }
+
+    /// What it was told, in this order.
+    pub fn orders(&self) -> Vec<String> {
+        self.orders.lock().unwrap().clone()
+    }
+}
+
+fn serve(mut stream: &UnixStream, orders: &Mutex<Vec<String>>) {
+    let _ = writeln!(stream, "{}", json!({ "QMP": {} }));
+    for line in BufReader::new(stream).lines() {
+        let Ok(line) = line else { return };
+        let command: Value = serde_json::from_str(&line).unwrap();
+        let name = command["execute"].as_str().unwrap();
+        let mut orders = orders.lock().unwrap();
+        if ["stop", "cont"].contains(&name) {
+            orders.push(name.to_owned());
+        }
+        let running = orders.last().is_none_or(|last| last == "cont");
+        let value = match name {
+            "query-status" => {
+                let status = if running { "running" } else { "paused" };
+                json!({ "running": running, "status": status })
+            }
+            _ => json!({}),
+        };
+        let _ = writeln!(
+            stream,
+            "{}",
+            json!({ "return": value, "id": command["id"] })
+        );
+    }
+}

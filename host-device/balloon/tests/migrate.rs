@@ -1,0 +1,558 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Migrations, with a driver that hints and a receiver, all over real sockets.
+
+mod common;
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use common::machine::Machine;
+use common::program::Program;
+use common::{Operator, Running, Vmm, LENGTH, START};
+use migration::stream::{Destination, Listener, Received, Receiver, ReceiverOptions, StreamError};
+use rustix::process::Signal;
+use serde_json::{json, Value};
+use shared_abi::features::Features;
+use shared_abi::queue::Queue;
+use vhost_device_balloon::server::Exit;
+
+const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
+const DISCARD: Features = HINT.union(Features::KEEPS_HINTED_UNTIL_RETURNED);
+const LIMIT: Duration = Duration::from_secs(20);
+/// What the driver says is free.
+const FREE_BYTES: u32 = 0x10_0000;
+
+/// A guest, in which a driver and nothing else runs, and its VMM.
+struct Guest {
+    stop: Arc<AtomicBool>,
+    driver: JoinHandle<Vmm>,
+}
+
+impl Guest {
+    /// The driver answers as long as it runs, if it `answers` at all.
+    fn start(mut vmm: Vmm, answers: bool) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let driver = thread::spawn(move || {
+            let mut last = 0;
+            while !stopped.load(Ordering::Acquire) {
+                let command = vmm.command();
+                if answers && command != last && command > 1 {
+                    vmm.send(Queue::FreePage, &command.to_le_bytes());
+                    vmm.offer(Queue::FreePage, Vmm::FREE, FREE_BYTES, true);
+                    vmm.send(Queue::FreePage, &[0; 4]);
+                }
+                last = command;
+                thread::sleep(Duration::from_millis(1));
+            }
+            vmm
+        });
+        Self { stop, driver }
+    }
+
+    fn end(self) -> Vmm {
+        self.stop.store(true, Ordering::Release);
+        self.driver.join().unwrap()
+    }
+}
+
+/// Everything that a migration needs.
+struct Place {
+    directory: tempfile::TempDir,
+    machine: Machine,
+}
+
+impl Place {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        Self {
+            machine: Machine::start(directory.path()),
+            directory,
+        }
+    }
+
+    fn uri(&self) -> String {
+        format!("unix:{}", self.directory.path().join("ram").display())
+    }
+
+    fn memory_file(&self) -> PathBuf {
+        self.directory.path().join("there")
+    }
+
+    /// Receives one stream.
+    fn receive(&self) -> JoinHandle<Result<Received, StreamError>> {
+        let listener = Listener::bind(&self.uri().parse().unwrap()).unwrap();
+        let destination = Destination::single(self.memory_file());
+        let receiver = Receiver::new(listener, destination, ReceiverOptions::default()).unwrap();
+        thread::spawn(move || receiver.run())
+    }
+
+    fn arguments(&self) -> Value {
+        json!({ "uri": self.uri(), "vmm-qmp": self.machine.path })
+    }
+
+    /// Begins a migration.
+    fn migrate(&self, operator: &mut Operator) {
+        ok(operator, "migrate", &self.arguments());
+    }
+}
+
+fn ok(operator: &mut Operator, command: &str, arguments: &Value) {
+    let answer = operator.execute(command, arguments);
+    assert!(answer.get("return").is_some(), "{command}: {answer}");
+}
+
+fn set(operator: &mut Operator, parameters: &Value) {
+    ok(operator, "migrate-set-parameters", parameters);
+}
+
+fn pause_before_switchover(operator: &mut Operator) {
+    let states = json!([{ "capability": "pause-before-switchover", "state": true }]);
+    ok(
+        operator,
+        "migrate-set-capabilities",
+        &json!({ "capabilities": states }),
+    );
+}
+
+fn until(operator: &mut Operator, status: &str) -> Value {
+    operator.event("MIGRATION", &json!({ "status": status }));
+    operator.run("query-migrate")
+}
+
+/// A VMM whose driver runs, with content in every page of its memory.
+fn filled(socket: &std::path::Path, accepted: Features, operator: &mut Operator) -> Vmm {
+    let mut vmm = Vmm::connect(socket);
+    let pages = LENGTH >> 12;
+    for page in 0..pages {
+        let content = (page + 1).to_le_bytes().repeat(512);
+        vmm.write(START + (page << 12), &content);
+    }
+    vmm.start_driver(accepted);
+    operator.until_running();
+    vmm
+}
+
+fn server(offered: Features) -> (Running, Operator) {
+    let server = Running::start(offered, false);
+    let operator = server.operator();
+    (server, operator)
+}
+
+#[test]
+fn memory_is_moved_and_what_was_hinted_is_not_sent() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let guest = Guest::start(vmm, true);
+    let receiving = place.receive();
+    assert_eq!(operator.run("query-migrate")["status"], "none");
+    place.migrate(&mut operator);
+    let mut states = Vec::new();
+    for state in ["setup", "active", "device", "completed"] {
+        operator.event("MIGRATION", &json!({ "status": state }));
+        states.push(state);
+    }
+    operator.event("MIGRATION_PASS", &json!({ "pass": 1 }));
+    let received = receiving.join().unwrap().unwrap();
+    assert!(received.content_checked);
+
+    let status = operator.run("query-migrate");
+    let free = u64::from(FREE_BYTES) >> 12;
+    assert_eq!(status["status"], "completed", "{status}");
+    assert_eq!(status["tracking"]["mode"], "content");
+    assert_eq!(status["tracking"]["free-page-hint"], true);
+    let ram = &status["ram"];
+    assert_eq!(ram["skipped"], free, "{status}");
+    assert_eq!(ram["remaining"], 0);
+    assert_eq!(ram["total"], START + LENGTH);
+    // All but what was free and, of the rings, what is zero.
+    let normal = ram["normal"].as_u64().unwrap();
+    let (pages, rings) = (LENGTH >> 12, 3 * 3);
+    assert!(
+        normal <= pages - free + rings && normal + rings >= pages - free,
+        "{status}"
+    );
+    assert!(status["downtime"].as_u64().is_some());
+    assert!(status["rounds"].as_array().unwrap().len() >= 2);
+    assert_eq!(place.machine.orders(), ["stop"]);
+
+    let vmm = guest.end();
+    let there = fs::read(place.memory_file()).unwrap();
+    assert!(there == vmm.bytes(), "the memory is the same");
+    assert!(!Destination::marker(&place.memory_file()).exists());
+
+    // The operator may want it back.
+    operator.run("cont");
+    assert_eq!(place.machine.orders(), ["stop", "cont"]);
+    let (_, why) = operator.fail("cont", &json!({}));
+    assert!(why.contains("no migration"), "{why}");
+    assert!(operator.run("free-page-hint-start")["id"]
+        .as_u64()
+        .is_some());
+    drop(vmm);
+    drop(operator);
+    assert!(matches!(server.join(), Ok(Exit::FrontEndGone(_))));
+}
+
+#[test]
+fn r17_hints_are_ignored_where_nothing_else_is_sound_and_it_says_so() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    // As Linux's own driver: it hints, and does not keep its blocks.
+    let vmm = filled(&server.socket(), HINT, &mut operator);
+    let guest = Guest::start(vmm, true);
+    set(
+        &mut operator,
+        &json!({ "dirty-tracking": "content", "multifd-channels": 3, "multifd-compression": "zstd" }),
+    );
+    let receiving = place.receive();
+    place.migrate(&mut operator);
+    let status = until(&mut operator, "completed");
+    assert_eq!(status["tracking"]["free-page-hint"], false);
+    let reason = status["tracking"]["reason"].as_str().unwrap();
+    assert!(reason.contains("hints are ignored"), "{reason}");
+    assert_eq!(status["ram"]["skipped"], 0);
+    assert_eq!(receiving.join().unwrap().unwrap().channels, 3);
+    assert_eq!(operator.run("query-free-page-hint")["blocks"], 0);
+    let vmm = guest.end();
+    assert!(fs::read(place.memory_file()).unwrap() == vmm.bytes());
+    server.stop();
+}
+
+#[test]
+fn r14_a_silent_guest_delays_it_by_the_limit_at_most() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let guest = Guest::start(vmm, false);
+    set(&mut operator, &json!({ "free-page-hint-wait": 100 }));
+    let receiving = place.receive();
+    place.migrate(&mut operator);
+    let status = until(&mut operator, "completed");
+    receiving.join().unwrap().unwrap();
+    let waits = status["rounds"].as_array().unwrap().iter();
+    let waited: u64 = waits.map(|it| it["hint-wait-us"].as_u64().unwrap()).sum();
+    assert!((100_000..10_000_000).contains(&waited), "{status}");
+    assert_eq!(status["ram"]["skipped"], 0);
+    let mut vmm = guest.end();
+    assert_eq!(vmm.command(), 1, "R16");
+    server.stop();
+}
+
+#[test]
+fn r16_it_can_be_cancelled_at_any_point_and_the_guest_has_its_pages() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let guest = Guest::start(vmm, false);
+    let path = place.directory.path().join("ram");
+
+    // Nobody accepts the stream.
+    let deaf = UnixListener::bind(&path).unwrap();
+    place.migrate(&mut operator);
+    operator.event("MIGRATION", &json!({ "status": "setup" }));
+    operator.run("migrate_cancel");
+    let status = until(&mut operator, "cancelled");
+    assert_eq!(status["status"], "cancelled");
+    drop(deaf);
+    fs::remove_file(&path).unwrap();
+
+    // It waits for hints that do not come.
+    set(&mut operator, &json!({ "free-page-hint-wait": 600_000 }));
+    let receiving = place.receive();
+    place.migrate(&mut operator);
+    operator.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
+    operator.run("migrate-cancel");
+    until(&mut operator, "cancelled");
+    assert_eq!(operator.run("query-free-page-hint")["status"], "done");
+    assert!(receiving.join().unwrap().is_err());
+    assert!(Destination::marker(&place.memory_file()).exists());
+
+    // It sends, slowly.
+    let slow = json!({ "free-page-hint-wait": 0, "max-bandwidth": 2_000_000 });
+    set(&mut operator, &slow);
+    let receiving = place.receive();
+    place.migrate(&mut operator);
+    operator.event("MIGRATION", &json!({ "status": "active" }));
+    let limit = Instant::now() + LIMIT;
+    while operator.run("query-migrate")["ram"]["transferred"] == 0 {
+        assert!(Instant::now() < limit);
+        thread::sleep(Duration::from_millis(2));
+    }
+    operator.run("migrate-cancel");
+    until(&mut operator, "cancelled");
+    assert!(receiving.join().unwrap().is_err());
+
+    // It waits to be continued.
+    set(&mut operator, &json!({ "max-bandwidth": 0 }));
+    pause_before_switchover(&mut operator);
+    let receiving = place.receive();
+    place.migrate(&mut operator);
+    until(&mut operator, "pre-switchover");
+    assert_eq!(operator.run("query-free-page-hint")["status"], "done");
+    operator.run("migrate-cancel");
+    until(&mut operator, "cancelled");
+    assert!(receiving.join().unwrap().is_err());
+
+    assert_eq!(
+        place.machine.orders(),
+        [""; 0],
+        "the guest was never paused"
+    );
+    let mut vmm = guest.end();
+    assert_eq!(vmm.command(), 1);
+    // Cancelling nothing is no error, as in QEMU.
+    operator.run("migrate_cancel");
+    server.stop();
+}
+
+#[test]
+fn what_does_not_go_together_is_refused_at_the_start() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let (_, why) = operator.fail("migrate", &place.arguments());
+    assert!(why.contains("no front end has shared"), "{why}");
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let (_, why) = operator.fail("migrate", &json!({ "uri": "carrier-pigeon:home" }));
+    assert!(
+        why.contains("'carrier-pigeon:home' is not an address"),
+        "{why}"
+    );
+    let (_, why) = operator.fail("migrate", &json!({ "uri": place.uri(), "wings": 2 }));
+    assert!(why.contains("wings"), "{why}");
+    let (_, why) = operator.fail("migrate-set-parameters", &json!({ "max-rounds": 0 }));
+    assert!(
+        why.contains("'max-rounds' expects a whole number from 1"),
+        "{why}"
+    );
+    assert_eq!(operator.run("query-migrate-parameters")["max-rounds"], 10);
+    let (_, why) = operator.fail("migrate-continue", &json!({ "state": "pre-switchover" }));
+    assert!(why.contains("its state is none"), "{why}");
+    let (_, why) = operator.fail("migrate-continue", &json!({ "state": "device" }));
+    assert!(why.contains("not in 'device'"), "{why}");
+    assert_eq!(operator.run("query-migrate")["status"], "none");
+    drop(vmm);
+    drop(operator);
+    assert!(server.join().is_ok());
+}
+
+#[test]
+fn r7_postcopy_is_refused_and_with_hints_for_their_sake() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let guest = Guest::start(vmm, true);
+    let states = json!([{ "capability": "postcopy-ram", "state": true }]);
+    let states = json!({ "capabilities": states });
+    ok(&mut operator, "migrate-set-capabilities", &states);
+    let all = operator.run("query-migrate-capabilities");
+    assert_eq!(
+        all[0],
+        json!({ "capability": "postcopy-ram", "state": true })
+    );
+    let (_, why) = operator.fail("migrate", &place.arguments());
+    assert!(
+        why.contains("free-page-hint cannot be used with postcopy-ram"),
+        "{why}"
+    );
+    set(&mut operator, &json!({ "free-page-hint": false }));
+    let (_, why) = operator.fail("migrate", &place.arguments());
+    assert!(why.contains("postcopy-ram is not supported"), "{why}");
+    assert_eq!(operator.run("query-migrate")["status"], "none");
+    assert_eq!(operator.run("query-free-page-hint")["status"], "stopped");
+    let _vmm = guest.end();
+    server.stop();
+}
+
+#[test]
+fn one_migration_at_a_time_and_hinting_is_its_own() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let guest = Guest::start(vmm, true);
+    pause_before_switchover(&mut operator);
+    let receiving = place.receive();
+    // A round of the operator's gives way.
+    operator.run("free-page-hint-start");
+    place.migrate(&mut operator);
+    until(&mut operator, "pre-switchover");
+    let (_, why) = operator.fail("migrate", &place.arguments());
+    assert!(why.contains("under way (pre-switchover)"), "{why}");
+    for command in ["start", "stop", "sync", "done"] {
+        let (_, why) = operator.fail(&format!("free-page-hint-{command}"), &json!({}));
+        assert!(why.contains("a migration is under way"), "{command}: {why}");
+    }
+    ok(
+        &mut operator,
+        "migrate-continue",
+        &json!({ "state": "pre-switchover" }),
+    );
+    until(&mut operator, "completed");
+    receiving.join().unwrap().unwrap();
+    // Whoever asked for the pause has made it himself.
+    assert_eq!(place.machine.orders(), [""; 0]);
+    let vmm = guest.end();
+    assert!(fs::read(place.memory_file()).unwrap() == vmm.bytes());
+    operator.run("free-page-hint-start");
+    server.stop();
+}
+
+#[test]
+fn a_front_end_that_goes_before_the_switchover_fails_the_migration() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let guest = Guest::start(vmm, false);
+    set(&mut operator, &json!({ "free-page-hint-wait": 600_000 }));
+    let receiving = place.receive();
+    place.migrate(&mut operator);
+    operator.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
+    drop(guest.end());
+    let status = until(&mut operator, "failed");
+    let why = status["error-desc"].as_str().unwrap();
+    assert!(why.contains("the front end closed the connection"), "{why}");
+    assert_eq!(status["status"], "failed");
+    assert!(receiving.join().unwrap().is_err());
+    drop(operator);
+    assert!(matches!(server.join(), Ok(Exit::FrontEndGone(_))));
+}
+
+#[test]
+fn a_balloon_that_is_unplugged_for_the_switchover_does_not_end_it() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let guest = Guest::start(vmm, true);
+    pause_before_switchover(&mut operator);
+    let receiving = place.receive();
+    place.migrate(&mut operator);
+    until(&mut operator, "pre-switchover");
+    let vmm = guest.end();
+    // The guest works on after the balloon is gone; then it is paused.
+    let memory = vmm.unplug();
+    operator.event("FRONTEND_DISCONNECTED", &json!({}));
+    memory.write(Vmm::FREE + 0x1234, &[7; 0x2000]);
+    // Another front end has to wait: the guest that is being moved has not ended.
+    let mut other = std::os::unix::net::UnixStream::connect(server.socket()).unwrap();
+    other.set_read_timeout(Some(LIMIT)).unwrap();
+    let end = std::io::Read::read(&mut other, &mut [0]);
+    assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+    ok(
+        &mut operator,
+        "migrate-continue",
+        &json!({ "state": "pre-switchover" }),
+    );
+    let status = until(&mut operator, "completed");
+    assert_eq!(status["status"], "completed");
+    receiving.join().unwrap().unwrap();
+    assert!(fs::read(place.memory_file()).unwrap() == memory.bytes());
+    // It has stayed for who wants to know, and ends now.
+    drop(operator);
+    assert!(matches!(server.join(), Ok(Exit::FrontEndGone(_))));
+}
+
+#[test]
+fn memory_that_changes_under_it_fails_the_migration() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let guest = Guest::start(vmm, false);
+    set(&mut operator, &json!({ "free-page-hint-wait": 600_000 }));
+    let receiving = place.receive();
+    place.migrate(&mut operator);
+    operator.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
+    let mut vmm = guest.end();
+    vmm.share_memory();
+    vmm.command();
+    assert_eq!(operator.run("query-migrate")["status"], "active");
+    vmm.share_half_the_memory();
+    let status = until(&mut operator, "failed");
+    let why = status["error-desc"].as_str().unwrap();
+    assert!(why.contains("memory has changed"), "{why}");
+    assert!(receiving.join().unwrap().is_err());
+    server.stop();
+}
+
+#[test]
+fn r16_a_destination_that_goes_leaves_the_guest_unharmed() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let before = vmm.bytes();
+    let guest = Guest::start(vmm, false);
+    set(
+        &mut operator,
+        &json!({ "free-page-hint-wait": 0, "max-bandwidth": 100_000 }),
+    );
+    let cancel = migration::Cancel::default();
+    let listener = Listener::bind(&place.uri().parse().unwrap()).unwrap();
+    let options = ReceiverOptions {
+        cancel: cancel.clone(),
+        ..ReceiverOptions::default()
+    };
+    let destination = Destination::single(place.memory_file());
+    let receiver = Receiver::new(listener, destination, options).unwrap();
+    let receiving = thread::spawn(move || receiver.run());
+    place.migrate(&mut operator);
+    operator.event("MIGRATION", &json!({ "status": "active" }));
+    cancel.cancel();
+    assert!(receiving.join().unwrap().is_err());
+    let status = until(&mut operator, "failed");
+    assert!(status["error-desc"].as_str().is_some(), "{status}");
+    let mut vmm = guest.end();
+    assert_eq!(vmm.command(), 1);
+    let (rings, after) = ((START + 0x20_0000) as usize, vmm.bytes());
+    assert!(after[rings..] == before[rings..]);
+    assert_eq!(place.machine.orders(), [""; 0]);
+    server.stop();
+}
+
+#[test]
+fn a_vmm_that_does_not_answer_is_an_error_before_anything_is_sent() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let guest = Guest::start(vmm, true);
+    let nowhere = place.directory.path().join("nowhere");
+    let arguments = json!({ "uri": place.uri(), "vmm-qmp": nowhere });
+    ok(&mut operator, "migrate", &arguments);
+    let status = until(&mut operator, "failed");
+    let why = status["error-desc"].as_str().unwrap();
+    assert!(why.contains("nowhere"), "{why}");
+    assert_eq!(operator.run("query-free-page-hint")["blocks"], 0);
+    // Hinting is the operator's again.
+    operator.run("free-page-hint-start");
+    let _vmm = guest.end();
+    server.stop();
+}
+
+#[test]
+fn r16_a_daemon_that_is_told_to_end_gives_up_and_the_guest_has_its_pages() {
+    let place = Place::new();
+    let here = tempfile::tempdir().unwrap();
+    let program = Program::start(here.path(), &["--discard-hinted"]).ready();
+    let mut operator = Operator::connect(&program.qmp);
+    let mut vmm = filled(&program.socket, DISCARD, &mut operator);
+    set(&mut operator, &json!({ "free-page-hint-wait": 600_000 }));
+    let receiving = place.receive();
+    place.migrate(&mut operator);
+    operator.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
+    vmm.config_change();
+    assert!(vmm.command() > 1);
+    program.signal(Signal::TERM);
+    vmm.config_change();
+    assert_eq!(vmm.command(), 1, "it stays for the driver to hear it");
+    operator.event("MIGRATION", &json!({ "status": "cancelled" }));
+    assert!(receiving.join().unwrap().is_err());
+    let (output, log) = program.finish();
+    assert!(output.status.success(), "{log}");
+    assert_eq!(place.machine.orders(), [""; 0]);
+    assert!(here.path().read_dir().unwrap().next().is_none());
+}
