@@ -39,6 +39,23 @@ Examples:
     {\"execute\":\"free-page-hint-done\"}
     {\"execute\":\"query-commands\"}
 
+  Sending the guest's memory elsewhere while it runs, as QEMU's commands of these names do. At the other end listens
+  'balloonctl receive'; 'balloonctl migrate' does what is here with less typing:
+    {\"execute\":\"migrate-set-parameters\",\"arguments\":{\"downtime-limit\":100,\"multifd-compression\":\"zstd\"}}
+    {\"execute\":\"migrate\",\"arguments\":{\"uri\":\"unix:/tmp/ram.sock\",\"vmm-qmp\":\"/tmp/vm.qmp\"}}
+    {\"execute\":\"query-migrate\"}
+    {\"execute\":\"migrate_cancel\"}
+
+  The same, sparing what the guest holds free on any kernel: needs this project's driver in the guest
+    vhost-device-balloon --socket-path /tmp/b.sock --qmp-socket /tmp/b.qmp --discard-hinted
+
+  A balloon that goes on at the destination of a migration: at the source, then there
+    {\"execute\":\"save-device-state\",\"arguments\":{\"filename\":\"/tmp/b.state\"}}
+    vhost-device-balloon --socket-path /tmp/b2.sock --qmp-socket /tmp/b2.qmp --free-page-hint --device-state /tmp/b.state
+
+During a migration SIGTERM, SIGINT and quit give it up first: the guest runs on. When the front end goes while the
+migration waits in pre-switchover or later, it goes on, and the program ends after it, once operators have gone too.
+
 Exit status: 0 when it was told to end (SIGTERM, SIGINT, quit) or its front end has gone; 1 after an error.";
 
 /// A virtio memory balloon as a vhost-user device.

@@ -262,6 +262,9 @@ fn help_explains_features_and_usage() {
         "vhost-user-test-device-pci",
         "virtio_uml.device",
         "--persistent",
+        "migrate_cancel",
+        "--device-state",
+        "--discard-hinted",
     ] {
         assert!(text.contains(word), "{word}");
     }

@@ -227,6 +227,42 @@ fn r17_hints_are_ignored_where_nothing_else_is_sound_and_it_says_so() {
 }
 
 #[test]
+fn it_goes_without_hints_where_there_are_none() {
+    let place = Place::new();
+    let (server, mut operator) = server(DISCARD);
+    let vmm = filled(&server.socket(), Features::STATS_VQ, &mut operator);
+    let guest = Guest::start(vmm, false);
+    set(
+        &mut operator,
+        &json!({ "verify": true, "zero-page-detection": "none" }),
+    );
+    for round in 0..2 {
+        let receiving = place.receive();
+        place.migrate(&mut operator);
+        let status = until(&mut operator, "completed");
+        assert!(receiving.join().unwrap().unwrap().content_checked);
+        assert_eq!(status["tracking"]["free-page-hint"], false, "{status}");
+        assert_eq!(status["ram"]["missed"], 0, "{status}");
+        // The VMM knows that its guest is paused; once that is told to go on, there can be another.
+        let vmm_knows = until_failed(&place, &mut operator);
+        assert!(vmm_knows.contains("does not run"), "{round}: {vmm_knows}");
+        place.machine.go_on();
+        fs::remove_file(place.memory_file()).unwrap();
+    }
+    let mut vmm = guest.end();
+    assert_eq!(vmm.command(), 0, "nobody was asked");
+    server.stop();
+}
+
+/// Migrates, and returns why that fails.
+fn until_failed(place: &Place, operator: &mut Operator) -> String {
+    operator.events.clear();
+    place.migrate(operator);
+    let status = until(operator, "failed");
+    status["error-desc"].as_str().unwrap().to_owned()
+}
+
+#[test]
 fn r14_a_silent_guest_delays_it_by_the_limit_at_most() {
     let place = Place::new();
     let (server, mut operator) = server(DISCARD);

@@ -57,6 +57,9 @@ pub enum MigrateError {
     /// `migrate-continue` for a state in which nothing waits.
     #[error("a migration waits to be continued in the state pre-switchover only, not in '{0}'")]
     NoSuchWait(String),
+    /// The guest's processes are stopped since the last one.
+    #[error("the guest is at the destination of the last migration, and its processes are stopped here: let it go on with 'cont' first, if it is to be migrated once more")]
+    Paused,
     /// `cont` with nothing to let go on.
     #[error("no migration from here has left the guest paused")]
     NotPaused,
@@ -101,6 +104,8 @@ struct Current {
     failure: Failure,
     thread: Option<JoinHandle<()>>,
     machine: Kept,
+    /// Whether the guest is paused by its VMM's own command, and not by stopping processes.
+    by_vmm: bool,
 }
 
 /// The machine that a completed migration has left paused.
@@ -169,7 +174,13 @@ impl Migrations {
             }
             // It has nothing left to wait for.
             current.thread.take().map(JoinHandle::join);
+            // Stopped processes would go on if their machine was dropped. A VMM may have been told by others to go on,
+            // and says by itself if it was not.
+            if !current.by_vmm && lock(&current.machine).is_some() {
+                return Err(MigrateError::Paused);
+            }
         }
+        let by_vmm = request.vmm_qmp.is_some();
         let address: Address = request.uri.parse()?;
         if state.capabilities.postcopy_ram {
             return Err(MigrateError::Refused(
@@ -212,6 +223,7 @@ impl Migrations {
             cancel,
             failure,
             machine,
+            by_vmm,
             thread: Some(thread),
         });
         Ok(())
@@ -323,8 +335,8 @@ impl Migrations {
             .map(|current| current.machine.clone());
         // A guest that is at the destination must not go on here as well, and dropping its machine might let it.
         if let Some(machine) = kept.and_then(|kept| lock(&kept).take()) {
-            warn!(
-                "the guest stays paused ({}): it was migrated",
+            info!(
+                "the guest was migrated, and is left as it is ({})",
                 machine.describe()
             );
             std::mem::forget(machine);

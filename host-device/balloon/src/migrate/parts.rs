@@ -79,22 +79,16 @@ impl Order {
         let wanted = self.parameters.free_page_hint;
         // Whatever this program writes to guest memory, it writes under the device's lock.
         let quiesce = Box::new(device);
-        let choice = choose(
-            request,
-            wanted && can_hint.is_ok(),
-            discards,
-            &memory,
-            &punched,
-            quiesce,
-        )?;
+        let choice = choose(request, wanted, discards, &memory, &punched, quiesce)?;
         let mut reason = choice.why;
-        if let (true, Err(why)) = (wanted, &can_hint) {
-            reason = format!("{reason}: {why}");
+        if let (true, Err(why)) = (choice.hints, &can_hint) {
+            reason = format!("{reason}, but there are none: {why}");
         }
+        let with_hints = choice.hints && can_hint.is_ok();
         info!("migration: {reason}");
         progress.tracking(status::Tracking {
             mode: choice.tracker.name().into(),
-            free_page_hint: choice.hints,
+            free_page_hint: with_hints,
             reason,
         });
         let compares = choice.tracker.sent_table().is_some();
@@ -102,7 +96,7 @@ impl Order {
             true => Some(SentTable::new(memory.layout())?),
             false => None,
         };
-        let (hints, claim): (Option<Box<dyn HintSource>>, _) = match choice.hints {
+        let (hints, claim): (Option<Box<dyn HintSource>>, _) = match with_hints {
             true => (
                 Some(Box::new(DeviceHints::new(claim, discards, cancel))),
                 None,

@@ -34,6 +34,11 @@ impl Machine {
         machine
     }
 
+    /// Somebody else tells it to go on.
+    pub fn go_on(&self) {
+        self.orders.lock().unwrap().push("cont".into());
+    }
+
     /// What it was told, in this order.
     pub fn orders(&self) -> Vec<String> {
         self.orders.lock().unwrap().clone()
