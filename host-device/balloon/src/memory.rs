@@ -110,20 +110,28 @@ pub struct HoleNotes {
 impl HoleNotes {
     /// The guest physical addresses `range` become holes.
     fn note(&self, range: &Range<u64>) {
-        for region in self.layout.regions() {
+        self.pages(range).for_each(|run| self.punched.note(run));
+    }
+
+    /// The pages that share a byte with the guest physical addresses `range`.
+    fn pages<'a>(&'a self, range: &'a Range<u64>) -> impl Iterator<Item = Run> + 'a {
+        self.layout.regions().iter().filter_map(|region| {
             let start = range.start.max(region.start());
             let end = range.end.min(region.end());
-            if start < end {
-                let offset =
-                    |address: u64| region.offset().saturating_add(address - region.start());
-                let first = offset(start) / PAGE_SIZE;
-                self.punched.note(Run {
-                    block: region.block(),
-                    first,
-                    pages: offset(end).div_ceil(PAGE_SIZE).saturating_sub(first),
-                });
+            let offset = |address: u64| {
+                let inside = address.checked_sub(region.start())?;
+                region.offset().checked_add(inside)
+            };
+            if start >= end {
+                return None;
             }
-        }
+            let first = offset(start)? / PAGE_SIZE;
+            Some(Run {
+                block: region.block(),
+                first,
+                pages: offset(end)?.div_ceil(PAGE_SIZE).checked_sub(first)?,
+            })
+        })
     }
 }
 
@@ -504,6 +512,26 @@ pub(crate) mod tests {
             (region.start(), region.block(), region.offset())
         };
         assert_eq!((shown(0), shown(1)), ((0x1000, 0, 0x6000), (0x8000, 0, 0)));
+    }
+
+    #[test]
+    fn holes_are_noted_where_they_are_in_their_files() {
+        let memory = guest(&[(0x1000, 0x4000, 0x6000), (0x8000, 0x4000, 0)]);
+        let layout = Ram::new(&memory).memory().unwrap().layout().clone();
+        let notes = HoleNotes {
+            punched: Punched::new(&layout).unwrap(),
+            layout,
+        };
+        let pages = |range| {
+            notes
+                .pages(&range)
+                .map(|run| (run.block, run.first, run.pages))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(pages(0x2000..0x3000), [(0, 7, 1)]);
+        assert_eq!(pages(0x2fff..0x3001), [(0, 7, 2)]);
+        assert_eq!(pages(0..u64::MAX), [(0, 6, 4), (0, 0, 4)]);
+        assert_eq!(pages(0x5000..0x8000), []);
     }
 
     #[test]

@@ -761,6 +761,8 @@ fn r17_a_hint_discards_for_a_driver_that_keeps_the_block() {
         guest.device.sync_hinting().unwrap();
         guest.block(FREE + 0x8000, 0x1000);
         guest.command(0);
+        guest.device.finish_hinting();
+        guest.block(FREE + 0x9000, 0x1000);
 
         let status = guest.device.hinting();
         assert_eq!(status.bytes_discarded, 0x6000);
@@ -782,6 +784,7 @@ fn r17_a_hint_discards_for_a_driver_that_keeps_the_block() {
             (FREE + 0x3fff, 0),
             (FREE + 0x4000, 0x5a),
             (FREE + 0x8000, 0x5a),
+            (FREE + 0x9000, 0x5a),
             (SECOND, 0),
             (SECOND + 0x2000, 0x5a),
             (SECOND + 0x4000, 0),

@@ -289,10 +289,13 @@ impl Migrations {
     ///
     /// If none has, or the guest does not go on.
     pub fn resume(&self) -> Result<(), MigrateError> {
-        let kept = lock(&self.state)
-            .current
-            .as_ref()
-            .map(|current| current.machine.clone());
+        let kept = lock(&self.state).current.as_mut().map(|current| {
+            if current.is_over() {
+                // It may be about to hand the machine over.
+                current.thread.take().map(JoinHandle::join);
+            }
+            current.machine.clone()
+        });
         // Not under the lock of everything: it takes as long as the VMM takes to answer.
         let kept = kept.ok_or(MigrateError::NotPaused)?;
         let mut machine = lock(&kept);
