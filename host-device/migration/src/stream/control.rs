@@ -80,7 +80,12 @@ impl Control {
 
     /// Has `socket` shut down when somebody cancels.
     pub fn watch(&self, socket: &Arc<OwnedFd>) {
-        self.state().sockets.push(Arc::clone(socket));
+        let mut state = self.state();
+        if matches!(state.reason, Some(StreamError::Cancelled)) {
+            let _ = rustix::net::shutdown(socket, Shutdown::Both);
+        } else {
+            state.sockets.push(Arc::clone(socket));
+        }
     }
 
     /// # Errors

@@ -134,9 +134,9 @@ impl<S: Source> Decoder<S> {
         let ended = Fault::EndedInHeader;
         let limit = Some(self.limit);
         let mut bytes = Vec::new();
-        self.take(HEADER_START, limit, &mut bytes, &ended)?;
+        self.take(0, HEADER_START, limit, &mut bytes, &ended)?;
         let length = Header::length(&bytes).map_err(|fault| self.fault(0, fault))?;
-        self.take(length - HEADER_START, limit, &mut bytes, &ended)?;
+        self.take(0, length - HEADER_START, limit, &mut bytes, &ended)?;
         let (header, chain) = Header::decode(&bytes).map_err(|fault| self.fault(0, fault))?;
         self.chain = chain;
         self.channel = header.channel;
@@ -245,7 +245,13 @@ impl<S: Source> Decoder<S> {
     fn last(&mut self, head: Head, at: u64) -> Result<Record<'_>, StreamError> {
         let mut bytes = Vec::new();
         let length = usize::try_from(head.length).unwrap_or(0);
-        self.take(length, Some(self.limit), &mut bytes, &Fault::EndedInside)?;
+        self.take(
+            at,
+            length,
+            Some(self.limit),
+            &mut bytes,
+            &Fault::EndedInside,
+        )?;
         if payload_check(&bytes) != head.payload {
             return Err(self.fault(at, Fault::Payload));
         }
@@ -323,15 +329,15 @@ impl<S: Source> Decoder<S> {
         Ok(Place::Own(length))
     }
 
-    /// Appends the next `length` bytes.
+    /// Appends the next `length` bytes of what begins at `at`.
     fn take(
         &mut self,
+        at: u64,
         length: usize,
         limit: Option<Duration>,
         to: &mut Vec<u8>,
         ended: &Fault,
     ) -> Result<(), StreamError> {
-        let at = self.offset;
         let wanted = to.len().saturating_add(length);
         while to.len() < wanted {
             if self.start == self.end && self.fill(limit)? == 0 {

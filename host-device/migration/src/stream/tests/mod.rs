@@ -2,6 +2,8 @@
 
 //! Streams against a plain model of memory, streams that lie, and peers that die.
 
+mod hostile;
+mod peers;
 mod round_trips;
 
 use std::fs::File;
@@ -50,7 +52,12 @@ struct Place(TempDir);
 
 impl Place {
     fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        // Where guest memory is, as a rule, and where files are quickly made.
+        let shared = Path::new("/dev/shm");
+        Self(match shared.is_dir() {
+            true => tempfile::tempdir_in(shared).unwrap(),
+            false => tempfile::tempdir().unwrap(),
+        })
     }
 
     fn path(&self, name: &str) -> PathBuf {

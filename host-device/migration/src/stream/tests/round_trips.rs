@@ -142,7 +142,7 @@ fn compare(received: &Received, receipt: &Receipt, options: &Options, checked: b
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
     fn two_way(

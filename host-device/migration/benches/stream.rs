@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! How fast a stream is, beside a plain copy of the same bytes over the same kind of socket, in turns within one run.
+//!
+//! `cargo bench -p migration --bench stream [-- MEBIBYTES]`. Two tables: with a reader that takes the bytes in and does
+//! nothing with them, so that it is the sender that is measured; and with the receiver as in real use, beside a plain
+//! reader that writes the bytes into a file of the same kind.
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use migration::stream::{
+    Compression, Destination, Listener, Options, Receiver, ReceiverOptions, Target, Writer,
+};
+use migration::{Block, Layout, Memory, Run, PAGE_SIZE};
+use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+use xxhash_rust::xxh3::xxh3_64;
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+const MEBIBYTE: usize = 1 << 20;
+/// Each way is measured so often, in turns; the medians are shown.
+const TURNS: usize = 7;
+
+fn main() -> Result<()> {
+    let mebibytes = std::env::args().filter_map(|it| it.parse().ok()).next();
+    let bench = Bench::new(mebibytes.unwrap_or(512))?;
+    println!(
+        "{} MiB of random bytes, median of {TURNS} turns; files in {}",
+        bench.bytes.len() / MEBIBYTE,
+        bench.directory.path().display()
+    );
+    for (name, pair) in [("Unix socket", unix as Pair), ("TCP", tcp as Pair)] {
+        bench.table(
+            &format!("{name}, a reader that only takes the bytes in"),
+            &[
+                ("plain copy", &|| bench.plain(pair, false)),
+                ("Writer::pages", &|| bench.sender(pair, false)),
+                ("Writer::pages_from", &|| bench.sender(pair, true)),
+            ],
+        )?;
+        bench.table(
+            &format!("{name}, into a file"),
+            &[
+                ("plain copy", &|| bench.plain(pair, true)),
+                ("Writer::pages, Receiver", &|| {
+                    bench.whole(pair, 1, Compression::None, false)
+                }),
+                ("Writer::pages_from, Receiver", &|| {
+                    bench.whole(pair, 1, Compression::None, true)
+                }),
+                ("... over 2 channels", &|| {
+                    bench.whole(pair, 2, Compression::None, true)
+                }),
+                ("... with zstd", &|| {
+                    bench.whole(pair, 1, Compression::Zstd(1), true)
+                }),
+            ],
+        )?;
+    }
+    Ok(())
+}
+
+type Pair = fn() -> Result<(OwnedFd, OwnedFd)>;
+
+fn unix() -> Result<(OwnedFd, OwnedFd)> {
+    let (a, b) = UnixStream::pair()?;
+    Ok((a.into(), b.into()))
+}
+
+fn tcp() -> Result<(OwnedFd, OwnedFd)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let a = TcpStream::connect(listener.local_addr()?)?;
+    let (b, _) = listener.accept()?;
+    a.set_nodelay(true)?;
+    Ok((a.into(), b.into()))
+}
+
+struct Bench {
+    memory: Memory,
+    bytes: Vec<u8>,
+    run: Run,
+    directory: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(mebibytes: usize) -> Result<Self> {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let bytes: Vec<u8> = (0..mebibytes * MEBIBYTE / 8)
+            .flat_map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                state.to_le_bytes()
+            })
+            .collect();
+        let length = bytes.len() as u64;
+        let layout = Layout::new([Block::new("ram", length)?], [])?;
+        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC)?);
+        ftruncate(&file, length)?;
+        file.write_all_at(&bytes, 0)?;
+        // Guest memory is in a tmpfs as a rule.
+        let shared = Path::new("/dev/shm");
+        let directory = match shared.is_dir() {
+            true => tempfile::tempdir_in(shared)?,
+            false => tempfile::tempdir()?,
+        };
+        Ok(Self {
+            memory: Memory::new(layout.into(), vec![file])?,
+            bytes,
+            run: Run {
+                block: 0,
+                first: 0,
+                pages: length / PAGE_SIZE,
+            },
+            directory,
+        })
+    }
+
+    fn table(&self, title: &str, ways: &[(&str, &dyn Fn() -> Result<Duration>)]) -> Result<()> {
+        println!("\n{title}\n");
+        let mut times: Vec<Vec<Duration>> = vec![Vec::new(); ways.len()];
+        for _ in 0..TURNS {
+            for (times, (_, way)) in times.iter_mut().zip(ways) {
+                times.push(way()?);
+            }
+        }
+        println!("| way | MiB/s | of the plain copy | fastest |");
+        println!("|---|---|---|---|");
+        let mut plain = None;
+        for (mut times, (name, _)) in times.into_iter().zip(ways) {
+            times.sort();
+            let speed = |time: Duration| (self.bytes.len() / MEBIBYTE) as f64 / time.as_secs_f64();
+            let (median, fastest) = (speed(times[TURNS / 2]), speed(times[0]));
+            let plain = *plain.get_or_insert(median);
+            let part = 100.0 * median / plain;
+            println!("| {name} | {median:.0} | {part:.0} % | {fastest:.0} |");
+        }
+        Ok(())
+    }
+
+    /// From the start of sending until the reader has everything.
+    fn plain(&self, pair: Pair, into_file: bool) -> Result<Duration> {
+        let (to, from) = pair()?;
+        let (mut to, mut from) = (File::from(to), File::from(from));
+        let path = self.directory.path().join("plain");
+        let file = into_file.then(|| File::create(&path)).transpose()?;
+        let length = self.bytes.len();
+        let start = Instant::now();
+        thread::scope(|scope| -> Result<()> {
+            let reader = scope.spawn(move || -> Result<()> {
+                let mut buffer = vec![0; MEBIBYTE];
+                let mut at = 0;
+                while at < length {
+                    let count = from.read(&mut buffer)?;
+                    if count == 0 {
+                        return Err("the sender went away".into());
+                    }
+                    if let Some(file) = &file {
+                        file.write_all_at(&buffer[..count], at as u64)?;
+                    }
+                    at += count;
+                }
+                Ok(())
+            });
+            for part in self.bytes.chunks(MEBIBYTE) {
+                to.write_all(part)?;
+            }
+            reader.join().map_err(|_| "the reader panicked")?
+        })?;
+        let time = start.elapsed();
+        if into_file {
+            std::fs::remove_file(path)?;
+        }
+        Ok(time)
+    }
+
+    fn send(&self, to: Vec<OwnedFd>, compression: Compression, uncopied: bool) -> Result<u64> {
+        let options = Options {
+            compression,
+            ..Options::default()
+        };
+        let mut writer = Writer::start(Target::Connected(to), self.memory.layout(), options)?;
+        if uncopied {
+            writer.pages_from(self.run, &self.memory)?;
+        } else {
+            writer.pages(self.run, &self.bytes)?;
+        }
+        Ok(writer.finish(None)?.bytes)
+    }
+
+    fn sender(&self, pair: Pair, uncopied: bool) -> Result<Duration> {
+        let (to, from) = pair()?;
+        let mut from = File::from(from);
+        // The header, the heads of all records, and the final record: docs/stream.md.
+        let records = self.run.pages.div_ceil(migration::stream::RECORD_PAGES);
+        let wanted = (64 + 10 + 3 + 8) + self.bytes.len() as u64 + 48 * records + 48 + 96;
+        let start = Instant::now();
+        thread::scope(|scope| -> Result<()> {
+            let reader = scope.spawn(move || -> Result<()> {
+                from.write_all(&answer(1))?;
+                let mut buffer = vec![0; MEBIBYTE];
+                let mut seen = 0;
+                while seen < wanted {
+                    let count = from.read(&mut buffer)?;
+                    if count == 0 {
+                        return Err("the sender went away".into());
+                    }
+                    seen += count as u64;
+                }
+                from.write_all(&answer(3))?;
+                Ok(())
+            });
+            let sent = self.send(vec![to], Compression::None, uncopied)?;
+            assert_eq!(sent, wanted);
+            reader.join().map_err(|_| "the reader panicked")?
+        })?;
+        Ok(start.elapsed())
+    }
+
+    fn whole(
+        &self,
+        pair: Pair,
+        channels: usize,
+        compression: Compression,
+        uncopied: bool,
+    ) -> Result<Duration> {
+        let path = self.directory.path().join("memory");
+        let destination = Destination::single(&path);
+        let start = Instant::now();
+        if channels > 1 {
+            // A listening socket of the same kind.
+            let address = match std::ptr::fn_addr_eq(pair, unix as Pair) {
+                true => format!("unix:{}", self.directory.path().join("socket").display()),
+                false => "tcp:127.0.0.1:0".to_owned(),
+            };
+            let listener = Listener::bind(&address.parse()?)?;
+            let address = listener.address().clone();
+            let receiver = Receiver::new(listener, destination, ReceiverOptions::default())?;
+            let thread = thread::spawn(move || receiver.run());
+            let options = Options {
+                channels: u16::try_from(channels)?,
+                compression,
+                ..Options::default()
+            };
+            let mut writer = Writer::start(address, self.memory.layout(), options)?;
+            writer.pages_from(self.run, &self.memory)?;
+            writer.finish(None)?;
+            thread.join().map_err(|_| "the receiver panicked")??;
+        } else {
+            let (to, from) = pair()?;
+            let listener = Listener::connected(from);
+            let receiver = Receiver::new(listener, destination, ReceiverOptions::default())?;
+            let thread = thread::spawn(move || receiver.run());
+            self.send(vec![to], compression, uncopied)?;
+            thread.join().map_err(|_| "the receiver panicked")??;
+        }
+        let time = start.elapsed();
+        std::fs::remove_file(path)?;
+        Ok(time)
+    }
+}
+
+/// A receiver's answer without words: docs/stream.md.
+fn answer(kind: u8) -> Vec<u8> {
+    let mut bytes = b"\x8dANS".to_vec();
+    bytes.extend([kind, 0, 0, 0]);
+    bytes.extend(xxh3_64(&bytes).to_le_bytes());
+    bytes
+}

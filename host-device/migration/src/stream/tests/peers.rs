@@ -1,0 +1,586 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Peers that refuse, die, or stand still, and those who cancel.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use super::super::format::{Answer, Header};
+use super::*;
+use crate::Cancel;
+
+const PAGES: [u64; 2] = [5000, 3];
+/// Far more than anything here takes.
+const LONG: Duration = Duration::from_secs(60);
+
+/// A receiver by hand: takes `channels` headers, and accepts them.
+fn by_hand(listener: &UnixListener, channels: usize) -> Vec<UnixStream> {
+    let mut streams: Vec<_> = (0..channels)
+        .map(|_| listener.accept().unwrap().0)
+        .collect();
+    for stream in &mut streams {
+        let mut start = [0; 16];
+        stream.read_exact(&mut start).unwrap();
+        let mut rest = vec![0; Header::length(&start).unwrap() - start.len()];
+        stream.read_exact(&mut rest).unwrap();
+    }
+    for stream in &mut streams {
+        stream.write_all(&Answer::Accepted.encode()).unwrap();
+    }
+    streams
+}
+
+fn write_until_it_fails(writer: &mut Writer) -> StreamError {
+    let bytes = pattern(3, 256);
+    let start = Instant::now();
+    loop {
+        assert!(start.elapsed() < LONG, "it never fails");
+        if let Err(error) = writer.pages(run(0, 0, 256), &bytes) {
+            return error;
+        }
+    }
+}
+
+fn same(a: &StreamError, b: &StreamError) {
+    assert_eq!(a.to_string(), b.to_string());
+}
+
+#[test]
+fn a_refusal_comes_with_its_words_over_all_channels() {
+    for kind in ["unix", "tcp"] {
+        for channels in [1, 3] {
+            let place = Place::new();
+            std::fs::write(place.path("vga"), "too short").unwrap();
+            let (address, receiving) = place.receive(&place.address(kind));
+            let options = Options {
+                channels,
+                ..Options::default()
+            };
+            let error = Writer::start(address, &layout(PAGES), options).unwrap_err();
+            let here = receiving.end().unwrap_err().to_string();
+            assert!(here.contains("has 9 bytes"), "{here}");
+            assert_eq!(
+                error.to_string(),
+                format!("the receiver refuses the stream: {here}")
+            );
+            assert!(place.marked());
+        }
+    }
+}
+
+#[test]
+fn what_the_receiver_finds_wrong_later_reaches_the_sender() {
+    for kind in ["unix", "tcp"] {
+        for channels in [1, 2] {
+            let place = Place::new();
+            let (address, receiving) = place.receive(&place.address(kind));
+            let options = Options {
+                channels,
+                ..Options::default()
+            };
+            let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
+            writer.pages(run(0, 1, 1), &[1; PAGE]).unwrap();
+            let error = writer.finish(Some(99)).unwrap_err();
+            let here = receiving.end().unwrap_err();
+            assert!(
+                matches!(here, StreamError::Content { there: 99, .. }),
+                "{here}"
+            );
+            let StreamError::GaveUp(words) = error else {
+                panic!("{error}");
+            };
+            assert_eq!(words, here.to_string());
+            assert!(place.marked());
+        }
+    }
+}
+
+#[test]
+fn a_receiver_that_gives_up_while_it_is_sent_to_is_heard() {
+    for channels in [1, 3] {
+        let place = Place::new();
+        let listener = UnixListener::bind(place.path("stream")).unwrap();
+        let receiver = std::thread::spawn(move || {
+            let mut streams = by_hand(&listener, channels);
+            let words = "no space left on device".to_owned();
+            let last = streams.len() - 1;
+            streams[last]
+                .write_all(&Answer::Failed(words).encode())
+                .unwrap();
+            drop(streams);
+        });
+        let options = Options {
+            channels: channels as u16,
+            ..Options::default()
+        };
+        let address = place.address("unix");
+        let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
+        receiver.join().unwrap();
+        let error = write_until_it_fails(&mut writer);
+        if channels == 1 {
+            let expected = "the receiver has given up: no space left on device";
+            assert_eq!(error.to_string(), expected);
+        } else {
+            let known = matches!(error, StreamError::GaveUp(_) | StreamError::Closed { .. });
+            assert!(known, "{error}");
+        }
+        same(&writer.zeros(run(0, 0, 1)).unwrap_err(), &error);
+        same(&writer.end_round().unwrap_err(), &error);
+        same(&writer.finish(None).unwrap_err(), &error);
+    }
+}
+
+#[test]
+fn a_receiver_that_dies_is_noticed_at_once() {
+    for channels in [1, 3] {
+        let place = Place::new();
+        let listener = UnixListener::bind(place.path("stream")).unwrap();
+        let receiver = std::thread::spawn(move || drop(by_hand(&listener, channels)));
+        let options = Options {
+            channels: channels as u16,
+            ..Options::default()
+        };
+        let address = place.address("unix");
+        let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
+        receiver.join().unwrap();
+        let error = write_until_it_fails(&mut writer);
+        assert!(matches!(error, StreamError::Closed { .. }), "{error}");
+        assert!(error.to_string().starts_with("channel "), "{error}");
+    }
+}
+
+#[test]
+fn a_receiver_that_dies_before_its_verdict_has_not_confirmed() {
+    let place = Place::new();
+    let listener = UnixListener::bind(place.path("stream")).unwrap();
+    let receiver = std::thread::spawn(move || {
+        let mut streams = by_hand(&listener, 1);
+        // Until a bit of the final record.
+        streams[0].read_exact(&mut [0; 60]).unwrap();
+        streams[0].write_all(&Answer::Working.encode()).unwrap();
+    });
+    let writer = Writer::start(place.address("unix"), &layout(PAGES), Options::default());
+    let error = writer.unwrap().finish(None).unwrap_err();
+    assert!(matches!(error, StreamError::Closed { .. }), "{error}");
+    receiver.join().unwrap();
+}
+
+#[test]
+fn an_answer_that_makes_no_sense_is_an_error() {
+    for (bytes, words) in [
+        (
+            b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(),
+            "not an answer",
+        ),
+        (Answer::Complete.encode(), "kind 3"),
+        (b"\x8dANS\x02\0\xff\xff".to_vec(), "65535 bytes"),
+    ] {
+        let place = Place::new();
+        let listener = UnixListener::bind(place.path("stream")).unwrap();
+        let receiver = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(&bytes).unwrap();
+            // Until the other side hangs up.
+            std::io::copy(&mut stream, &mut std::io::sink()).ok();
+        });
+        let address = place.address("unix");
+        let error = Writer::start(address, &layout(PAGES), Options::default()).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+        receiver.join().unwrap();
+    }
+}
+
+#[test]
+fn nobody_there_is_an_error_that_names_the_address() {
+    let place = Place::new();
+    let start = |text: &str| {
+        let address = text.parse::<Address>().unwrap();
+        let error = Writer::start(address, &layout(PAGES), Options::default()).unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+        error.to_string()
+    };
+    start(&format!("unix:{}", place.path("nobody").display()));
+    let port = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let error = start(&format!("tcp:127.0.0.1:{port}"));
+    assert!(error.contains("refused"), "{error}");
+    start("file:/nowhere/at/all");
+    start("fd:1073741824");
+    let options = Options {
+        channels: 2,
+        ..Options::default()
+    };
+    let address = place.address("file");
+    let error = Writer::start(address, &layout(PAGES), options).unwrap_err();
+    assert!(error.to_string().contains("several channels"), "{error}");
+    for channels in [0, 65] {
+        let options = Options {
+            channels,
+            ..Options::default()
+        };
+        let error = Writer::start(place.address("unix"), &layout(PAGES), options).unwrap_err();
+        assert!(error.to_string().contains("1 to 64 channels"), "{error}");
+    }
+}
+
+#[test]
+fn a_sender_that_dies_leaves_the_destination_incomplete() {
+    for kind in ["unix", "tcp"] {
+        for channels in [1, 3] {
+            let place = Place::new();
+            let (address, receiving) = place.receive(&place.address(kind));
+            let options = Options {
+                channels,
+                ..Options::default()
+            };
+            let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
+            writer.pages(run(0, 0, 1000), &pattern(1, 1000)).unwrap();
+            writer.end_round().unwrap();
+            drop(writer);
+            let error = receiving.end().unwrap_err();
+            let ended = matches!(
+                error,
+                StreamError::Closed { .. }
+                    | StreamError::Malformed {
+                        fault: Fault::Ended | Fault::EndedInside,
+                        ..
+                    }
+            );
+            assert!(ended, "{error}");
+            assert!(place.marked());
+        }
+    }
+}
+
+#[test]
+fn cancel_ends_a_writer_that_nobody_reads_from() {
+    for channels in [1, 3] {
+        let place = Place::new();
+        let listener = UnixListener::bind(place.path("stream")).unwrap();
+        let receiver = std::thread::spawn(move || by_hand(&listener, channels));
+        let options = Options {
+            channels: channels as u16,
+            ..Options::default()
+        };
+        let address = place.address("unix");
+        let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
+        let mut streams = receiver.join().unwrap();
+        let canceller = writer.canceller();
+        let memory = memory(&layout(PAGES));
+        let writing = std::thread::spawn(move || {
+            let uncopied = run(0, 0, PAGES[0]);
+            let error = loop {
+                if let Err(error) = writer.pages_from(uncopied, &memory) {
+                    break error;
+                }
+            };
+            (error, writer.end_round().unwrap_err())
+        });
+        // So that it is stuck in the middle: nothing more goes through.
+        let full = |stream: &UnixStream| {
+            let mut fds = [rustix::event::PollFd::new(
+                stream,
+                rustix::event::PollFlags::IN,
+            )];
+            rustix::event::poll(&mut fds, None).unwrap();
+        };
+        streams.iter().for_each(full);
+        canceller.cancel();
+        let (error, again) = writing.join().unwrap();
+        assert!(matches!(error, StreamError::Cancelled), "{error}");
+        assert!(matches!(again, StreamError::Cancelled), "{again}");
+        // And the other side sees it.
+        for stream in &mut streams {
+            std::io::copy(stream, &mut std::io::sink()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn cancel_ends_a_start_that_nobody_answers_and_a_wait_for_the_verdict() {
+    let place = Place::new();
+    let listener = UnixListener::bind(place.path("stream")).unwrap();
+    let cancel = Cancel::default();
+    let options = Options {
+        cancel: cancel.clone(),
+        ..Options::default()
+    };
+    let address = place.address("unix");
+    let starting =
+        std::thread::spawn(move || Writer::start(address, &layout(PAGES), options).map(drop));
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.read_exact(&mut [0; 16]).unwrap();
+    cancel.cancel();
+    let error = starting.join().unwrap().unwrap_err();
+    assert!(matches!(error, StreamError::Cancelled), "{error}");
+
+    let receiver = std::thread::spawn(move || by_hand(&listener, 1));
+    let writer = Writer::start(place.address("unix"), &layout(PAGES), Options::default());
+    let writer = writer.unwrap();
+    let mut streams = receiver.join().unwrap();
+    let canceller = writer.canceller();
+    let finishing = std::thread::spawn(move || writer.finish(None));
+    streams[0].read_exact(&mut [0; 48 + 96]).unwrap();
+    canceller.cancel();
+    let error = finishing.join().unwrap().unwrap_err();
+    assert!(matches!(error, StreamError::Cancelled), "{error}");
+}
+
+#[test]
+fn cancel_ends_a_writer_into_a_full_pipe() {
+    let (from, to) = rustix::pipe::pipe().unwrap();
+    let target = Target::Connected(vec![to]);
+    let mut writer = Writer::start(target, &layout(PAGES), Options::default()).unwrap();
+    let canceller = writer.canceller();
+    let writing = std::thread::spawn(move || write_until_it_fails(&mut writer));
+    let mut fds = [rustix::event::PollFd::new(
+        &from,
+        rustix::event::PollFlags::IN,
+    )];
+    rustix::event::poll(&mut fds, None).unwrap();
+    canceller.cancel();
+    assert!(matches!(writing.join().unwrap(), StreamError::Cancelled));
+}
+
+#[test]
+fn cancel_ends_a_receiver_that_waits() {
+    // For a sender, for its other channels, for a record, and at a round's end for another channel.
+    for stage in 0..4 {
+        let place = Place::new();
+        let cancel = Cancel::default();
+        let options = ReceiverOptions {
+            cancel: cancel.clone(),
+            ..ReceiverOptions::default()
+        };
+        let (address, receiving) = place.receive_with(&place.address("unix"), options);
+        let Address::Unix(path) = &address else {
+            panic!("{address}");
+        };
+        let mut kept = Vec::new();
+        match stage {
+            0 => {}
+            1 => {
+                let mut stream = UnixStream::connect(path).unwrap();
+                stream.write_all(&[0x8d]).unwrap();
+                kept.push(stream);
+            }
+            _ => {
+                let options = Options {
+                    channels: 2,
+                    ..Options::default()
+                };
+                let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
+                if stage == 3 {
+                    writer.end_round().unwrap();
+                    while receiving.progress.rounds() == 0 {
+                        std::thread::yield_now();
+                    }
+                }
+                cancel.cancel();
+                let error = write_until_it_fails(&mut writer);
+                assert!(!matches!(error, StreamError::Stalled { .. }), "{error}");
+            }
+        }
+        cancel.cancel();
+        let error = receiving.end().unwrap_err();
+        assert!(matches!(error, StreamError::Cancelled), "{error}");
+        assert!(place.marked());
+    }
+}
+
+#[test]
+fn silence_has_limits_where_somebody_must_speak() {
+    let short = Duration::from_millis(50);
+    let limit = || ReceiverOptions {
+        wait: Some(short),
+        limit: short,
+        ..ReceiverOptions::default()
+    };
+    // Nobody comes.
+    let place = Place::new();
+    let (_, receiving) = place.receive_with(&place.address("unix"), limit());
+    let error = receiving.end().unwrap_err();
+    assert!(
+        matches!(error, StreamError::Missing { there: 0, .. }),
+        "{error}"
+    );
+
+    // Somebody comes and says nothing.
+    let place = Place::new();
+    let mut options = limit();
+    options.wait = None;
+    let (address, receiving) = place.receive_with(&place.address("unix"), options.clone());
+    let Address::Unix(path) = &address else {
+        panic!("{address}");
+    };
+    let stream = UnixStream::connect(path).unwrap();
+    let error = receiving.end().unwrap_err();
+    assert!(matches!(error, StreamError::Stalled { .. }), "{error}");
+    drop(stream);
+
+    // The second of two channels does not come.
+    let place = Place::new();
+    let (address, receiving) = place.receive_with(&place.address("unix"), options.clone());
+    let Address::Unix(path) = &address else {
+        panic!("{address}");
+    };
+    let mut stream = UnixStream::connect(path).unwrap();
+    stream.write_all(&header(0, 2)).unwrap();
+    let error = receiving.end().unwrap_err();
+    assert!(
+        matches!(
+            error,
+            StreamError::Missing {
+                there: 1,
+                wanted: 2,
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    // A receiver that takes nothing, or does not answer.
+    let place = Place::new();
+    let listener = UnixListener::bind(place.path("stream")).unwrap();
+    let sender = Options {
+        limit: short,
+        ..Options::default()
+    };
+    let start = || Writer::start(place.address("unix"), &layout(PAGES), sender.clone());
+    let error = start().unwrap_err();
+    assert!(matches!(error, StreamError::Stalled { .. }), "{error}");
+    drop(listener.accept().unwrap());
+    let patient = Options::default();
+    let receiver = std::thread::spawn(move || by_hand(&listener, 1));
+    let address = place.address("unix");
+    let mut writer = Writer::start(
+        address,
+        &layout(PAGES),
+        Options {
+            limit: Duration::from_secs(1),
+            ..patient
+        },
+    )
+    .unwrap();
+    let kept = receiver.join().unwrap();
+    let error = write_until_it_fails(&mut writer);
+    assert!(matches!(error, StreamError::Stalled { .. }), "{error}");
+    drop(kept);
+}
+
+/// The header of one of several channels.
+fn header(channel: u16, channels: u16) -> Vec<u8> {
+    let blocks = NAMES.iter().zip(PAGES);
+    let header = Header {
+        answers: true,
+        id: [1; 16],
+        channel,
+        channels,
+        seed: 0,
+        blocks: blocks
+            .map(|(name, pages)| super::super::format::BlockName {
+                name: (*name).into(),
+                pages,
+            })
+            .collect(),
+    };
+    header.encode().unwrap().0
+}
+
+#[test]
+fn channels_of_another_migration_and_the_same_twice_are_refused() {
+    let mut other = header(1, 2);
+    other[24] = 2;
+    let end = other.len() - 8;
+    let check = xxhash_rust::xxh3::xxh3_64(&other[..end]);
+    other[end..].copy_from_slice(&check.to_le_bytes());
+    for (second, words) in [
+        (other, "not that of the other channels' migration"),
+        (header(0, 2), "a channel 0 already"),
+        (header(1, 3), "not that of the other channels' migration"),
+    ] {
+        let place = Place::new();
+        let (address, receiving) = place.receive(&place.address("unix"));
+        let Address::Unix(path) = &address else {
+            panic!("{address}");
+        };
+        let mut streams = Vec::new();
+        for header in [header(0, 2), second] {
+            let mut stream = UnixStream::connect(path).unwrap();
+            stream.write_all(&header).unwrap();
+            streams.push(stream);
+        }
+        for stream in &mut streams {
+            let mut answer = Vec::new();
+            stream.read_to_end(&mut answer).unwrap();
+            let answer = Answer::decode(&answer).unwrap();
+            let Answer::Refused(answer) = answer else {
+                panic!("{answer:?}");
+            };
+            assert!(answer.contains(words), "{answer}");
+        }
+        drop(streams);
+        assert!(receiving.end().unwrap_err().to_string().contains(words));
+        assert!(place.marked());
+    }
+}
+
+#[test]
+fn a_second_sender_is_refused_at_once() {
+    let place = Place::new();
+    let (address, receiving) = place.receive(&place.address("unix"));
+    let writer = Writer::start(address.clone(), &layout(PAGES), Options::default()).unwrap();
+    let error = Writer::start(address, &layout(PAGES), Options::default()).unwrap_err();
+    assert!(matches!(error, StreamError::Connect { .. }), "{error}");
+    writer.finish(None).unwrap();
+    receiving.end().unwrap();
+}
+
+#[test]
+fn what_is_at_a_sockets_path_is_not_taken_from_the_living() {
+    let place = Place::new();
+    let address = place.address("unix");
+    let first = Listener::bind(&address).unwrap();
+    let error = Listener::bind(&address).unwrap_err().to_string();
+    assert!(error.contains("another process listens there"), "{error}");
+    drop(first);
+    assert!(!place.path("stream").exists());
+    // As a process leaves it that was killed.
+    drop(UnixListener::bind(place.path("stream")).unwrap());
+    Listener::bind(&address).unwrap();
+    std::fs::write(place.path("stream"), "precious").unwrap();
+    let error = Listener::bind(&address).unwrap_err().to_string();
+    assert!(error.contains("not a socket"), "{error}");
+}
+
+#[test]
+fn looking_on_shows_what_has_come() {
+    let place = Place::new();
+    let (address, receiving) = place.receive(&place.address("unix"));
+    let progress = receiving.progress.clone();
+    assert_eq!(progress.phase(), Phase::Waiting);
+    let mut writer = Writer::start(address, &layout(PAGES), Options::default()).unwrap();
+    writer.pages(run(0, 0, 300), &pattern(2, 300)).unwrap();
+    writer.zeros(run(0, 300, 7)).unwrap();
+    writer.end_round().unwrap();
+    let start = Instant::now();
+    while progress.rounds() == 0 {
+        assert!(start.elapsed() < LONG, "the round never ends there");
+        std::thread::yield_now();
+    }
+    assert_eq!(progress.phase(), Phase::Receiving);
+    assert_eq!((progress.pages(), progress.zeros()), (300, 7));
+    assert_eq!(progress.total(), 5003);
+    let receipt = writer.finish(None).unwrap();
+    let received = receiving.end().unwrap();
+    assert_eq!(progress.phase(), Phase::Ended);
+    assert_eq!(
+        (received.bytes, progress.bytes()),
+        (receipt.bytes, receipt.bytes)
+    );
+}
