@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Formats, lints, where unsafe code stands, and whether the tests exist that the documents name.
+//! Formats, lints, where unsafe code stands, and whether the tests exist that the documents name and the rules need.
 
 use anyhow::Result;
 
@@ -7,6 +7,7 @@ use crate::build;
 use crate::conformance;
 use crate::module;
 use crate::progress::say;
+use crate::rules;
 use crate::run;
 use crate::setup::{self, Kernel};
 use crate::unsafe_count;
@@ -19,6 +20,8 @@ pub fn command() -> Result<()> {
     unsafe_count::check()?;
     say("the tests that docs/conformance.md names");
     conformance::check()?;
+    say("the tests that bear a rule's number");
+    rules::check()?;
     say("lints of the crates");
     run::shown(build::cargo()?.args([
         "clippy",

@@ -42,7 +42,7 @@ pub fn check() -> Result<()> {
 }
 
 /// The names of the functions that are defined in a source.
-fn functions(text: &str) -> impl Iterator<Item = &str> {
+pub fn functions(text: &str) -> impl Iterator<Item = &str> {
     let definitions = text.lines().filter_map(|line| {
         let (before, after) = line.split_once("fn ")?;
         (before.is_empty() || before.ends_with(' ')).then_some(after)

@@ -11,6 +11,7 @@ mod guest;
 mod module;
 mod place;
 mod progress;
+mod rules;
 mod run;
 mod sandbox;
 mod setup;
