@@ -445,6 +445,26 @@ impl Vmm {
 
     /// Offers one buffer, kicks, and waits for it to come back.
     pub fn offer(&mut self, queue: Queue, address: u64, length: u32, writable: bool) {
+        self.post(queue, address, length, writable);
+        let index = queue.index(self.features).unwrap();
+        let queue = &mut self.queues[index];
+        let limit = Instant::now() + LIMIT;
+        loop {
+            let used: u16 = self
+                .memory
+                .read_obj(GuestAddress(queue.base + 0x2002))
+                .unwrap();
+            if used == queue.added {
+                break;
+            }
+            assert!(Instant::now() < limit, "the buffer does not come back");
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(queue.call.read().unwrap() > 0, "the driver was interrupted");
+    }
+
+    /// Offers one buffer and kicks, whatever becomes of it.
+    pub fn post(&mut self, queue: Queue, address: u64, length: u32, writable: bool) {
         let index = queue.index(self.features).unwrap();
         let queue = &mut self.queues[index];
         let write =
@@ -459,18 +479,5 @@ impl Vmm {
         queue.added += 1;
         write(queue.base + 0x1002, &queue.added.to_le_bytes());
         queue.kick.write(1).unwrap();
-        let limit = Instant::now() + LIMIT;
-        loop {
-            let used: u16 = self
-                .memory
-                .read_obj(GuestAddress(queue.base + 0x2002))
-                .unwrap();
-            if used == queue.added {
-                break;
-            }
-            assert!(Instant::now() < limit, "the buffer does not come back");
-            thread::sleep(Duration::from_millis(1));
-        }
-        assert!(queue.call.read().unwrap() > 0, "the driver was interrupted");
     }
 }
