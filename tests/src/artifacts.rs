@@ -19,6 +19,9 @@ pub struct Artifacts {
     pub agent: PathBuf,
     /// `vhost-device-balloon`.
     pub daemon: PathBuf,
+    /// `balloonctl`.
+    #[serde(default)]
+    pub balloonctl: PathBuf,
     /// The stock kernel, for QEMU.
     pub stock: Option<Kernel>,
     /// The user-mode Linux kernel.

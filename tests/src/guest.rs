@@ -410,10 +410,11 @@ impl Guest {
         self.monitor.as_mut().context("the VMM has no monitor")
     }
 
-    /// Where a VMM that was built with [`Builder::operators`] listens for more of them.
+    /// Where a VMM that was built with [`Builder::operators`] listens for them.
     #[must_use]
-    pub fn operators_socket(&self) -> PathBuf {
-        self.scratch.path(OPERATORS)
+    pub fn operators_socket(&self) -> Option<PathBuf> {
+        let socket = self.scratch.path(OPERATORS);
+        socket.exists().then_some(socket)
     }
 
     /// The connection on which the balloon is commanded: our daemon's, or QEMU's monitor.

@@ -14,6 +14,7 @@ pub mod artifacts;
 pub mod check;
 pub mod counters;
 pub mod daemon;
+pub mod destination;
 pub mod exercise;
 pub mod faults;
 pub mod guest;
@@ -24,6 +25,7 @@ pub mod initramfs;
 pub mod ktap;
 pub mod lines;
 pub mod measure;
+pub mod migration;
 pub mod mute;
 pub mod process;
 pub mod qmp;
@@ -36,6 +38,7 @@ mod sys;
 pub mod vmm;
 pub mod watch;
 pub mod wire;
+pub mod working;
 
 pub use guest_agent::{calls, pattern, ranges};
 

@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
+use std::fs;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::sleep;
@@ -156,6 +157,15 @@ impl Process {
         }
     }
 
+    /// Whether it stands still because of a signal.
+    ///
+    /// # Errors
+    ///
+    /// If it is no more.
+    pub fn is_stopped(&self) -> Result<bool> {
+        Ok(state(self.id())? == STOPPED)
+    }
+
     /// Kills it with its group, and waits.
     ///
     /// # Errors
@@ -206,6 +216,19 @@ impl Drop for Process {
             eprintln!("{error:#}");
         }
     }
+}
+
+/// The state of a process that a signal has stopped, in `/proc/PID/stat`.
+const STOPPED: &str = "T";
+
+fn state(process: u32) -> Result<String> {
+    let text = fs::read_to_string(format!("/proc/{process}/stat"))
+        .with_context(|| format!("no process {process}"))?;
+    // After the name, which may hold anything.
+    let rest = text.rsplit_once(')').map(|(_, rest)| rest);
+    rest.and_then(|rest| rest.split_whitespace().next())
+        .map(str::to_owned)
+        .with_context(|| format!("a strange state of process {process}: {text}"))
 }
 
 fn describe(command: &Command) -> String {

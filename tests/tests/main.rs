@@ -9,6 +9,7 @@ mod hints;
 mod kunit;
 mod lifecycle;
 mod migration;
+mod migration_faults;
 mod pairs;
 mod pausing;
 mod reporting;

@@ -47,13 +47,15 @@ pub fn target_folder() -> Result<PathBuf> {
 
 /// Builds everything that guests with these kernels are made of.
 pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result<Artifacts> {
-    say("building the daemon and the guest's program");
-    let daemon = daemon(profile)?;
+    say("building the programs of the host and the guest");
+    let daemon = program("vhost-device-balloon", profile)?;
+    let balloonctl = program("balloonctl", profile)?;
     let agent = agent()?;
     let mut artifacts = Artifacts {
         rootfs: set_up.rootfs.clone(),
         agent,
         daemon,
+        balloonctl,
         stock: None,
         uml: None,
         debug: None,
@@ -89,9 +91,10 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
     Ok(artifacts)
 }
 
-fn daemon(profile: Profile) -> Result<PathBuf> {
+/// A program of the package of its name.
+fn program(name: &str, profile: Profile) -> Result<PathBuf> {
     let mut command = cargo()?;
-    command.args(["build", "--quiet", "--package", "vhost-device-balloon"]);
+    command.args(["build", "--quiet", "--package", name]);
     let folder = match profile {
         Profile::Dev => "debug",
         Profile::Release => {
@@ -100,7 +103,7 @@ fn daemon(profile: Profile) -> Result<PathBuf> {
         }
     };
     run::shown(&mut command)?;
-    Ok(target_folder()?.join(folder).join("vhost-device-balloon"))
+    Ok(target_folder()?.join(folder).join(name))
 }
 
 /// Static, since the initramfs has no libraries; in a folder of its own, so that its flags do not disturb other builds.

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest that works all the time, whatever is done to it.
+
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+use guest_agent::calls::{Churned, WaitMemFree};
+
+use crate::guest::{Builder, Driver, Guest};
+use crate::stress::{Load, Stress};
+use crate::vmm::Vmm;
+use crate::MIB;
+
+/// How long the workloads may take to get on. Ordinarily it is well under a second; emulated, a few.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A guest with a driver, and workloads that run.
+#[derive(Debug)]
+pub struct Working {
+    /// The guest.
+    pub guest: Guest,
+    stress: Stress,
+    driver: Driver,
+    load: Load,
+    free: u64,
+}
+
+impl Working {
+    /// Boots a guest whose free memory has been used, loads `driver`, and puts it under `load`.
+    ///
+    /// # Errors
+    ///
+    /// If it does not come so far.
+    pub fn start(builder: Builder<'_>, driver: Driver, load: Load, seed: u64) -> Result<Self> {
+        let (mut guest, free) = builder.boot_used(16 * MIB, driver)?;
+        let stress = Stress::start(&mut guest, load, seed)?;
+        let mut this = Self {
+            guest,
+            stress,
+            driver,
+            load,
+            free,
+        };
+        this.go_on()?;
+        Ok(this)
+    }
+
+    /// Waits until each workload has got on, and fails if one of them has found a wrong page.
+    ///
+    /// # Errors
+    ///
+    /// As [`Stress::wait_compared`].
+    pub fn go_on(&mut self) -> Result<()> {
+        let pages = match self.guest.kind() {
+            Vmm::Qemu => 100,
+            Vmm::Uml | Vmm::Debug => 300,
+        };
+        self.stress
+            .wait_compared(&mut self.guest, pages, LIMIT)
+            .context("the workloads do not go on as they should")
+    }
+
+    /// What all workloads together have done so far.
+    ///
+    /// # Errors
+    ///
+    /// If one of them is no more.
+    pub fn so_far(&mut self) -> Result<Churned> {
+        let mut all = Churned::default();
+        for one in self.stress.so_far(&mut self.guest)? {
+            all += one;
+        }
+        Ok(all)
+    }
+
+    /// As [`Working::go_on`], and fails if the driver still holds what it has hinted (R16), or the kernel has complained.
+    ///
+    /// # Errors
+    ///
+    /// If so.
+    pub fn is_unharmed(&mut self) -> Result<()> {
+        /// What files, stacks and page tables take beside what the workloads were allowed.
+        const SLACK: u64 = 24 * MIB;
+        let load = self.load.processes * self.load.each + self.load.files + 6 * self.load.forks;
+        let at_least = self.free.saturating_sub(load + SLACK);
+        ensure!(
+            at_least > 2 * (self.free / 16),
+            "a guest with {} bytes free and {load} in use cannot show that hinted pages are back",
+            self.free
+        );
+        self.guest
+            .call(WaitMemFree {
+                at_least,
+                at_most: u64::MAX,
+                limit_ms: 10_000,
+            })
+            .context("the guest has not got back what it hinted")?;
+        self.go_on()?;
+        self.guest.check_log()
+    }
+
+    /// Ends the workloads, each of which compares all that it has left; then nothing may be missing in the guest, also once the
+    /// driver is gone. It is switched off.
+    ///
+    /// # Errors
+    ///
+    /// If anything is wrong.
+    pub fn end(mut self) -> Result<Churned> {
+        let done = self.stress.end_whole(&mut self.guest)?;
+        self.guest.check_whole(self.free)?;
+        self.guest.unload(self.driver)?;
+        self.guest.farewell(self.free)?;
+        Ok(done)
+    }
+
+    /// As [`Working::end`], of a guest whose device has gone, of which user-mode Linux complains in its log.
+    ///
+    /// # Errors
+    ///
+    /// If a page is wrong or missing.
+    pub fn end_without_device(mut self) -> Result<Churned> {
+        let done = self.stress.end_whole(&mut self.guest)?;
+        self.guest.unload(self.driver)?;
+        self.guest.check_free(self.free)?;
+        self.guest.power_off()?;
+        Ok(done)
+    }
+}
