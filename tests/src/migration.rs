@@ -143,6 +143,15 @@ impl Guest {
     /// If either side fails.
     pub fn migrate_to(&mut self, destination: &mut Destination) -> Result<Status> {
         self.start_migration(&destination.uri())?;
+        self.finish_migration(destination)
+    }
+
+    /// Waits for the end of a migration to `destination`, where all of the guest's memory is then; the guest is paused.
+    ///
+    /// # Errors
+    ///
+    /// If either side fails.
+    pub fn finish_migration(&mut self, destination: &mut Destination) -> Result<Status> {
         let status = self.daemon()?.qmp().wait_migration_end()?;
         ensure!(
             status.status == State::Completed,

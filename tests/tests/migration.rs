@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guests whose memory is moved while they work.
 
+use std::time::Duration;
+
 use anyhow::{ensure, Context, Result};
-use serde_json::json;
+use serde_json::{json, Value};
 use tests::artifacts::Artifacts;
 use tests::calls::{DropMemoryCaches, PageUse};
 use tests::destination::Destination;
 use tests::guest::{Builder, Driver};
+use tests::pattern;
 use tests::stress::Load;
 use tests::vmm::Vmm;
 use tests::working::Working;
@@ -62,6 +65,8 @@ fn r15_no_flag_says_that_a_hinted_page_is_in_use() -> Result<()> {
 /// How much a guest has, and how much of it is worked on.
 const MEMORY: u64 = 256 * MIB;
 const LOAD: u64 = 96 * MIB;
+const INFLATE_BY: u64 = 24 * MIB;
+const BALLOON_LIMIT: Duration = Duration::from_secs(60);
 
 /// How often each kind of guest is moved: a few times, or as often as the environment says.
 const TIMES: u32 = 3;
@@ -94,6 +99,12 @@ fn is_moved_while_it_works(vmm: Vmm, driver: Driver) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, vmm)
         .memory(MEMORY)
+        .features(&[
+            "must-tell-host",
+            "stats",
+            "free-page-hint",
+            "free-page-reporting",
+        ])
         .device_options(&["--discard-hinted"]);
     let builder = if vmm == Vmm::Qemu {
         builder.operators()
@@ -101,17 +112,10 @@ fn is_moved_while_it_works(vmm: Vmm, driver: Driver) -> Result<()> {
         builder
     };
     let mut working = Working::start(builder, driver, Load::of(LOAD), 15)?;
-    // However fast it is sent, the guest is to write meanwhile, and there are to be rounds.
-    let parameters = json!({ "downtime-limit": 20, "max-rounds": 4 });
-    working
-        .guest
-        .daemon()?
-        .qmp()
-        .migrate_parameters(parameters)?;
+    working.guest.hurry_reporting()?;
     for turn in 0..times()? {
         let before = working.so_far()?;
-        is_moved(&mut working, driver, turn % 2 == 0)
-            .with_context(|| format!("migration {turn}"))?;
+        is_moved(&mut working, driver, turn).with_context(|| format!("migration {turn}"))?;
         let after = working.so_far()?;
         println!(
             "  meanwhile {} pages compared",
@@ -131,11 +135,36 @@ fn times() -> Result<u32> {
     }
 }
 
-fn is_moved(working: &mut Working, driver: Driver, adopt: bool) -> Result<()> {
+/// How the migration with this number is done: each in another way.
+fn parameters(turn: u32) -> Value {
+    let (channels, compression) = match turn % 3 {
+        0 => (1, "none"),
+        1 => (4, "none"),
+        _ => (2, "zstd"),
+    };
+    // However fast it is sent, the guest is to write meanwhile, and there are to be rounds.
+    json!({
+        "downtime-limit": 20, "max-rounds": 4, "multifd-channels": channels, "multifd-compression": compression,
+        "verify": turn % 2 == 1,
+    })
+}
+
+fn is_moved(working: &mut Working, driver: Driver, turn: u32) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let guest = &mut working.guest;
+    let (adopt, resize) = (turn % 2 == 0, turn % 3 == 1);
     let mut destination = Destination::start(&artifacts.balloonctl, guest.memory())?;
-    let status = guest.migrate_to(&mut destination)?;
+    // Every third time its processes are stopped, whatever runs it.
+    let operators = guest.operators_socket().filter(|_| turn % 3 != 2);
+    let qmp = guest.daemon()?.qmp();
+    qmp.migrate_parameters(parameters(turn))?;
+    let whole = qmp.balloon_actual()?;
+    qmp.migrate(&destination.uri(), operators.as_deref())?;
+    if resize {
+        // Pages go into the balloon meanwhile, and their memory goes.
+        qmp.balloon(whole - INFLATE_BY)?;
+    }
+    let status = guest.finish_migration(&mut destination)?;
     ensure!(guest.is_paused()?, "the source is not paused");
     let outcome = guest.outcome(&destination)?;
     let tracking = status.tracking.clone().unwrap_or_default();
@@ -190,8 +219,68 @@ fn is_moved(working: &mut Working, driver: Driver, adopt: bool) -> Result<()> {
         guest.adopt(&outcome, &destination)?;
     }
     guest.resume()?;
+    if resize {
+        let qmp = guest.daemon()?.qmp();
+        qmp.wait_balloon(whole - INFLATE_BY, BALLOON_LIMIT)?;
+        qmp.balloon(whole)?;
+        qmp.wait_balloon(whole, BALLOON_LIMIT)?;
+    }
     if !adopt {
         guest.check_different_are_free(&outcome)?;
     }
     working.is_unharmed()
+}
+
+/// The proofs above can fail: pages that the destination did not get are seen to differ and to be in use, and a guest that goes on
+/// without them misses them.
+#[test]
+fn r15_pages_that_the_destination_lacks_are_missed() -> Result<()> {
+    const LOST: usize = 200;
+    let artifacts = Artifacts::load()?;
+    let builder = Builder::new(&artifacts, Vmm::Uml)
+        .memory(160 * MIB)
+        .device_options(&["--discard-hinted"]);
+    let mut working = Working::start(builder, Driver::Ours, Load::of(32 * MIB), 17)?;
+    for adopt in [false, true] {
+        let guest = &mut working.guest;
+        let mut destination = Destination::start(&artifacts.balloonctl, guest.memory())?;
+        guest.migrate_to(&mut destination)?;
+        let image = destination.image()?;
+        let mut lost = 0;
+        for range in image.data()?.ranges() {
+            let bytes = image.read(*range)?;
+            let pages = (range.start..).step_by(4096).zip(bytes.chunks(4096));
+            for (start, _) in pages
+                .filter(|(_, page)| pattern::is_some(page))
+                .step_by(8)
+                .take(LOST - lost)
+            {
+                image.write(start, &[0; 4096])?;
+                lost += 1;
+            }
+        }
+        let outcome = guest.outcome(&destination)?;
+        ensure!(
+            lost == LOST && outcome.different.bytes() == LOST as u64 * 4096,
+            "{lost} lost, {} differ",
+            outcome.different.bytes()
+        );
+        if adopt {
+            guest.adopt(&outcome, &destination)?;
+        }
+        guest.resume()?;
+        if !adopt {
+            let found = guest.check_different_are_free(&outcome);
+            println!("{found:?}");
+            ensure!(found.is_err(), "nobody uses what was lost");
+            working.is_unharmed()?;
+        }
+    }
+    let found = working.end();
+    println!("{found:?}");
+    ensure!(
+        found.is_err_and(|error| format!("{error:#}").contains("wrong pages")),
+        "nobody has missed what was lost"
+    );
+    Ok(())
 }
