@@ -18,7 +18,8 @@ pub enum Address {
     /// `file:PATH`: written by the sender, read by the receiver.
     File(PathBuf),
     /// `fd:N`: an open file descriptor of this process: a stream socket (two-way), a pipe or a file. On the receiving
-    /// side also a socket that listens.
+    /// side also a socket that listens. The descriptor itself stays open in the process, so that the end of a pipe that
+    /// is broken off shows only when its owner closes it.
     Fd(i32),
 }
 

@@ -7,6 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustix::fs::{fallocate, flock, seek, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::Errno;
@@ -14,11 +15,15 @@ use rustix::io::Errno;
 use super::error::DestinationError;
 use super::format::BlockName;
 use crate::digest::{is_zero, ContentDigest, PageHasher};
-use crate::PAGE_SIZE;
+use crate::{Run, PAGE_SIZE};
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages that are hashed between two looks at the clock.
 const CHECK_PAGES: usize = 64;
+/// Pages that one thread hashes before it takes others: 64 MiB.
+const PART_PAGES: u64 = 16384;
+/// The most threads that hash.
+const CHECKERS: usize = 4;
 
 /// Memory files for the blocks of a stream.
 ///
@@ -309,38 +314,106 @@ impl Opened {
         self.slots.iter().map(|slot| slot.path.clone()).collect()
     }
 
-    /// The digest of what is in the files. Calls `tick` now and then, whose error ends it.
+    /// The digest of what is in the files, computed by a few threads. Calls `tick` now and then, whose error ends it.
     pub fn digest<E: From<DestinationError>>(
         &self,
         hasher: &PageHasher,
         mut tick: impl FnMut() -> Result<(), E>,
     ) -> Result<ContentDigest, E> {
-        let mut digest = ContentDigest::new();
-        let mut buffer = vec![0; CHECK_PAGES * PAGE];
-        for (block, slot) in self.slots.iter().enumerate() {
-            let length = slot.pages.saturating_mul(PAGE_SIZE);
-            let mut at = 0;
-            while at < length {
-                at = match seek(&slot.file, SeekFrom::Data(at)) {
-                    Ok(data) => data / PAGE_SIZE * PAGE_SIZE,
-                    Err(Errno::NXIO) => break,
-                    Err(_) => at,
-                };
-                let count = (length.saturating_sub(at)).min(buffer.len() as u64);
-                let bytes = buffer
-                    .get_mut(..usize::try_from(count).unwrap_or(0))
-                    .unwrap_or_default();
-                slot.file
-                    .read_exact_at(bytes, at)
-                    .map_err(slot.error("cannot read it back"))?;
-                for (page, bytes) in (at / PAGE_SIZE..).zip(bytes.chunks_exact(PAGE)) {
-                    digest.add(block, page, hasher.hash(bytes));
+        let parts: Vec<Part> = self.parts().collect();
+        let next = AtomicUsize::new(0);
+        let stopped = AtomicBool::new(false);
+        let helpers =
+            std::thread::available_parallelism().map_or(1, |it| it.get().min(CHECKERS)) - 1;
+        // Takes parts until there are none, or somebody has found a reason to stop.
+        let work = |go_on: &mut dyn FnMut() -> bool| -> Result<ContentDigest, DestinationError> {
+            let mut digest = ContentDigest::new();
+            let mut buffer = vec![0; CHECK_PAGES * PAGE];
+            let mut go_on = || go_on() && !stopped.load(Ordering::Relaxed);
+            while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let done = part.digest(hasher, &mut buffer, &mut digest, &mut go_on);
+                if !matches!(done, Ok(true)) {
+                    stopped.store(true, Ordering::Relaxed);
+                    return done.map(|_| digest);
                 }
-                at = at.saturating_add(count);
-                tick()?;
+            }
+            Ok(digest)
+        };
+        let mut reason = Ok(());
+        let digests = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..helpers)
+                .map(|_| scope.spawn(|| work(&mut || true)))
+                .collect();
+            let mut digests = vec![work(&mut || {
+                reason = tick();
+                reason.is_ok()
+            })];
+            for thread in threads {
+                digests.push(thread.join().unwrap_or(Err(DestinationError::Check)));
+            }
+            digests
+        });
+        reason?;
+        let mut whole = ContentDigest::new();
+        for digest in digests {
+            whole.join(digest?);
+        }
+        Ok(whole)
+    }
+
+    fn parts(&self) -> impl Iterator<Item = Part<'_>> {
+        self.slots.iter().enumerate().flat_map(|(block, slot)| {
+            let whole = Run {
+                block,
+                first: 0,
+                pages: slot.pages,
+            };
+            whole.pieces(PART_PAGES).map(move |run| Part { slot, run })
+        })
+    }
+}
+
+/// Some pages of a file, which one thread looks at.
+struct Part<'a> {
+    slot: &'a Slot,
+    run: Run,
+}
+
+impl Part<'_> {
+    /// Adds the pages' parts to a digest. `false` if `go_on` said that it is to be given up.
+    fn digest(
+        &self,
+        hasher: &PageHasher,
+        buffer: &mut [u8],
+        digest: &mut ContentDigest,
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<bool, DestinationError> {
+        let end = self.run.end().saturating_mul(PAGE_SIZE);
+        let mut at = self.run.offset();
+        while at < end {
+            at = match seek(&self.slot.file, SeekFrom::Data(at)) {
+                Ok(data) => data / PAGE_SIZE * PAGE_SIZE,
+                Err(Errno::NXIO) => break,
+                // A file system that does not know holes.
+                Err(_) => at,
+            };
+            let count = end.saturating_sub(at).min(buffer.len() as u64);
+            let bytes = usize::try_from(count).ok();
+            let bytes = bytes.and_then(|count| buffer.get_mut(..count));
+            let bytes = bytes.unwrap_or_default();
+            self.slot
+                .file
+                .read_exact_at(bytes, at)
+                .map_err(self.slot.error("cannot read it back"))?;
+            for (page, bytes) in (at / PAGE_SIZE..).zip(bytes.chunks_exact(PAGE)) {
+                digest.add(self.run.block, page, hasher.hash(bytes));
+            }
+            at = at.saturating_add(count);
+            if !go_on() {
+                return Ok(false);
             }
         }
-        Ok(digest)
+        Ok(true)
     }
 }
 

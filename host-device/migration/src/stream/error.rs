@@ -256,6 +256,8 @@ pub enum DestinationError {
     Kind(PathBuf),
     #[error("another receiver is at work on {}", .0.display())]
     Busy(PathBuf),
+    #[error("the memory files could not be compared with the sender's memory")]
+    Check,
     #[error("{}: {doing}: {source}", path.display())]
     Io {
         path: PathBuf,

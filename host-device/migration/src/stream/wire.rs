@@ -43,6 +43,8 @@ pub(super) struct Wire {
     limit: Duration,
     /// Bytes that have gone through.
     offset: u64,
+    /// This is the side that answers: what comes from the other is no answer.
+    answers: bool,
     /// The file of guest memory cannot be sent from without a copy.
     copies: bool,
 }
@@ -70,6 +72,7 @@ impl Wire {
             channel,
             limit,
             offset: 0,
+            answers: false,
             copies: false,
         })
     }
@@ -186,6 +189,7 @@ impl Wire {
     pub fn answer(&mut self, answer: &Answer) -> Result<(), StreamError> {
         // What goes back does not count as a byte of the stream.
         let offset = self.offset;
+        self.answers = true;
         let done = self.write(&mut [IoSlice::new(&answer.encode())]);
         self.offset = offset;
         done
@@ -263,7 +267,7 @@ impl Wire {
             Errno::AGAIN => {
                 let events = match self.kind {
                     // The other side has nothing to say now, unless it gives up.
-                    Kind::Socket => PollFlags::OUT | PollFlags::IN,
+                    Kind::Socket if !self.answers => PollFlags::OUT | PollFlags::IN,
                     _ => PollFlags::OUT,
                 };
                 match self
@@ -291,7 +295,8 @@ impl Wire {
     /// What the receiver said before it went, or else `error`.
     fn last_words(&mut self, error: StreamError) -> StreamError {
         let error = self.stop_of(error);
-        if self.kind != Kind::Socket || matches!(error, StreamError::Cancelled) {
+        let hears = self.kind == Kind::Socket && !self.answers;
+        if !hears || matches!(error, StreamError::Cancelled) {
             return error;
         }
         match self.next_answer(LAST_WORDS) {

@@ -96,6 +96,8 @@ pub struct Writer {
     bytes: Arc<AtomicU64>,
     rounds: u64,
     limit: Duration,
+    /// All was sent and, if somebody could say so, has arrived.
+    done: bool,
 }
 
 enum Channels {
@@ -126,6 +128,20 @@ impl Writer {
         layout: &Layout,
         options: Options,
     ) -> Result<Self, StreamError> {
+        let control = Control::new(&options.cancel)?;
+        Self::start_on(&control, target.into(), layout, options).map_err(|error| {
+            let reason = control.stop(error);
+            control.cancel();
+            reason
+        })
+    }
+
+    fn start_on(
+        control: &Arc<Control>,
+        target: Target,
+        layout: &Layout,
+        options: Options,
+    ) -> Result<Self, StreamError> {
         let Options {
             channels,
             compression,
@@ -133,18 +149,17 @@ impl Writer {
             limit,
             cancel,
         } = options;
-        let control = Control::new(&cancel)?;
-        let fds = match target.into() {
+        let fds = match target {
             Target::Connected(fds) => fds,
             Target::Address(address) => {
                 check_channels(usize::from(channels))?;
-                connect_to(&address, channels, &control, limit)?
+                connect_to(&address, channels, control, limit)?
             }
         };
         let channels = check_channels(fds.len())?;
         let wires = fds.into_iter().zip(0..channels);
         let mut wires: Vec<Wire> = wires
-            .map(|(fd, channel)| Wire::new(fd, &control, channel, limit))
+            .map(|(fd, channel)| Wire::new(fd, control, channel, limit))
             .collect::<Result<_, _>>()?;
         let two_way = wires.iter().all(Wire::two_way);
         if !two_way && channels > 1 {
@@ -168,17 +183,18 @@ impl Writer {
             (Some(only), true) => Channels::One(Box::new(only)),
             (last, _) => {
                 encoders.extend(last);
-                Channels::Many(Workers::start(encoders, &control)?)
+                Channels::Many(Workers::start(encoders, control)?)
             }
         };
         Ok(Self {
             channels,
-            control,
+            control: Arc::clone(control),
             cancel,
             blocks: layout.blocks().iter().map(|it| it.pages()).collect(),
             bytes,
             rounds: 0,
             limit,
+            done: false,
         })
     }
 
@@ -278,8 +294,9 @@ impl Writer {
     pub fn finish(mut self, content: Option<u128>) -> Result<Receipt, StreamError> {
         self.control.check()?;
         let channels = std::mem::replace(&mut self.channels, Channels::Finished);
-        self.finish_channels(channels, content)
-            .map_err(|error| self.control.stop(error))
+        let finished = self.finish_channels(channels, content);
+        self.done = finished.is_ok();
+        finished.map_err(|error| self.control.stop(error))
     }
 
     fn finish_channels(
@@ -369,8 +386,9 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        if !matches!(self.channels, Channels::Finished) {
-            // Threads that wait for a silent peer hear this.
+        if !self.done {
+            // Threads that wait for a silent peer hear this, and so does the peer, also if the connection is open
+            // elsewhere in this process.
             self.control.cancel();
         }
     }

@@ -3,11 +3,11 @@
 //! Peers that refuse, die, or stand still, and those who cancel.
 
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use super::super::format::{Answer, Header};
+use super::super::format::{payload_check, stream_digest, Answer, Head, Header, Kind};
 use super::*;
 use crate::Cancel;
 
@@ -583,4 +583,78 @@ fn looking_on_shows_what_has_come() {
         (received.bytes, progress.bytes()),
         (receipt.bytes, receipt.bytes)
     );
+}
+
+#[test]
+fn a_sender_that_cannot_be_told_of_success_leaves_the_mark() {
+    let place = Place::new();
+    let (address, receiving) = place.receive(&place.address("unix"));
+    let Address::Unix(path) = &address else {
+        panic!("{address}");
+    };
+    // All of a stream, from one who does not stay for the verdict.
+    let mut stream = UnixStream::connect(path).unwrap();
+    let bytes = header(0, 1);
+    stream.write_all(&bytes).unwrap();
+    stream.read_exact(&mut [0; 16]).unwrap();
+    stream.shutdown(Shutdown::Read).unwrap();
+    let mut chain = u64::from_le_bytes(bytes[bytes.len() - 8..].try_into().unwrap());
+    let mut last = [0; 96];
+    last[80..].copy_from_slice(&stream_digest([chain]).to_le_bytes());
+    let head = Head {
+        kind: Kind::Final,
+        flags: 0,
+        block: 0,
+        length: 96,
+        sequence: 0,
+        first: 0,
+        pages: 0,
+        payload: payload_check(&last),
+    };
+    stream.write_all(&head.encode(&mut chain)).unwrap();
+    stream.write_all(&last).unwrap();
+    let error = receiving.end().unwrap_err();
+    assert!(matches!(error, StreamError::Closed { .. }), "{error}");
+    assert!(place.marked());
+}
+
+#[test]
+fn a_connection_that_is_open_elsewhere_ends_with_the_stream() {
+    use std::os::fd::AsRawFd;
+    let place = Place::new();
+    let (from, to) = UnixStream::pair().unwrap();
+    let (_, receiving) = place.receive(&Address::Fd(from.as_raw_fd()));
+    let address = Address::Fd(to.as_raw_fd());
+    let mut writer = Writer::start(address, &layout(PAGES), Options::default()).unwrap();
+    writer.pages(run(0, 0, 1), &[1; PAGE]).unwrap();
+    drop(writer);
+    let error = receiving.end().unwrap_err();
+    assert!(
+        error.to_string().contains("without its final record"),
+        "{error}"
+    );
+    drop((from, to));
+}
+
+#[test]
+fn a_large_memory_is_compared_by_several_threads() {
+    let place = Place::new();
+    // Two parts and a bit, mostly holes.
+    let pages = [40_000, 3];
+    let hasher = crate::digest::PageHasher::random().unwrap();
+    let mut digest = crate::digest::ContentDigest::new();
+    let (address, receiving) = place.receive(&place.address("unix"));
+    let options = Options {
+        seed: hasher.seed(),
+        ..Options::default()
+    };
+    let mut writer = Writer::start(address, &layout(pages), options).unwrap();
+    for (block, page) in [(0, 0), (0, 16_383), (0, 16_384), (0, 39_999), (1, 2)] {
+        let bytes = pattern(page + 3, 1);
+        let bytes = if bytes[0] == 0 { vec![9; PAGE] } else { bytes };
+        digest.add(block, page, hasher.hash(&bytes));
+        writer.pages(run(block, page, 1), &bytes).unwrap();
+    }
+    writer.finish(Some(digest.value())).unwrap();
+    assert!(receiving.end().unwrap().content_checked);
 }
