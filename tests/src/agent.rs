@@ -43,7 +43,7 @@ impl Agent {
     ///
     /// If it does not come up within the limit, or carries an agent of another version.
     pub fn meet(stream: UnixStream, limit: Duration) -> Result<Self> {
-        let mut lines = JsonLines::new(stream, "the guest's agent").longest(MAX_LINE);
+        let mut lines = Self::lines(stream);
         let hello = receive_hello(&mut lines, limit)?;
         Ok(Self {
             lines,
@@ -60,6 +60,15 @@ impl Agent {
     pub fn meet_again(&mut self, limit: Duration) -> Result<()> {
         self.hello = receive_hello(&mut self.lines, limit)?;
         Ok(())
+    }
+
+    /// Goes on with a guest that has been moved, over the line that it has where it is now.
+    pub fn moved(&mut self, stream: UnixStream) {
+        self.lines = Self::lines(stream);
+    }
+
+    fn lines(stream: UnixStream) -> JsonLines {
+        JsonLines::new(stream, "the guest's agent").longest(MAX_LINE)
     }
 
     /// What the guest said of itself.

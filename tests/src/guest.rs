@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A guest: a VMM, a balloon device, and what the guest does when told.
 
+use std::mem::replace;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::thread::sleep;
@@ -84,6 +86,7 @@ pub struct Builder<'a> {
     sleeps: bool,
     kernel_arguments: &'a str,
     operators: bool,
+    memory_file: Option<&'a Path>,
     console: Streams,
 }
 
@@ -106,6 +109,7 @@ impl<'a> Builder<'a> {
             sleeps: false,
             kernel_arguments: "",
             operators: false,
+            memory_file: None,
             console: Streams::Collected,
         }
     }
@@ -188,6 +192,13 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// Puts the guest's memory into this file. QEMU only.
+    #[must_use]
+    pub fn memory_file(mut self, path: &'a Path) -> Self {
+        self.memory_file = Some(path);
+        self
+    }
+
     /// Connects the console to the terminal.
     #[must_use]
     pub fn on_terminal(mut self) -> Self {
@@ -216,6 +227,40 @@ impl<'a> Builder<'a> {
     ///
     /// If a part is missing or the guest does not come up; the error holds the diaries of all processes.
     pub fn boot(mut self) -> Result<Guest> {
+        let Prepared {
+            daemon,
+            started,
+            scratch,
+        } = self.start(false)?;
+        Guest::meet(self, daemon, started, scratch)
+    }
+
+    /// Starts a machine without a balloon that waits for a guest from elsewhere. QEMU only.
+    ///
+    /// # Errors
+    ///
+    /// If a part is missing, or the VMM does not come up.
+    pub fn wait_for_guest(mut self) -> Result<Waiting> {
+        self.device = Device::None;
+        let Prepared {
+            started, scratch, ..
+        } = self.start(true)?;
+        let Started {
+            process: mut vmm,
+            agent,
+            monitor,
+        } = started;
+        let monitor = monitor.context("the VMM has no monitor")?;
+        let monitor = Qmp::new(monitor).with_context(|| vmm.diary())?;
+        Ok(Waiting {
+            vmm,
+            agent,
+            monitor,
+            scratch,
+        })
+    }
+
+    fn start(&mut self, incoming: bool) -> Result<Prepared> {
         let vmm = self.vmm.resolve()?;
         if !self.exactly {
             self.memory += vmm.overhead();
@@ -259,6 +304,8 @@ impl<'a> Builder<'a> {
             slot: self.slot,
             sleeps: self.sleeps,
             kernel_arguments: self.kernel_arguments.to_owned(),
+            memory_file: self.memory_file.map(Path::to_owned),
+            incoming,
             operators: self.operators.then(|| scratch.path(OPERATORS)),
             console: self.console,
         };
@@ -267,8 +314,56 @@ impl<'a> Builder<'a> {
             Vmm::Uml => uml::start(&kernel.image, &[], &machine)?,
             Vmm::Debug => uml::start(&kernel.image, &uml::DEBUG_ARGUMENTS, &machine)?,
         };
-        Guest::meet(self, daemon, started, scratch)
+        Ok(Prepared {
+            daemon,
+            started,
+            scratch,
+        })
     }
+}
+
+/// What a guest is made of, before it is up.
+struct Prepared {
+    // Dropped in this order: the VMM before the daemon, both before their folder.
+    started: Started,
+    daemon: Option<Daemon>,
+    scratch: Scratch,
+}
+
+/// A machine that waits for a guest from elsewhere.
+#[derive(Debug)]
+pub struct Waiting {
+    vmm: Process,
+    agent: UnixStream,
+    monitor: Qmp,
+    scratch: Scratch,
+}
+
+impl Waiting {
+    /// Its folder.
+    #[must_use]
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
+    }
+
+    /// Where its VMM listens for operators, if it was built so.
+    #[must_use]
+    pub fn operators_socket(&self) -> PathBuf {
+        self.scratch.path(OPERATORS)
+    }
+}
+
+/// What a guest that was moved has left behind.
+#[derive(Debug)]
+pub struct Left {
+    // Dropped in this order: the VMM before the daemon, both before their folder.
+    /// The VMM.
+    pub vmm: Process,
+    /// Its monitor.
+    pub monitor: Option<Qmp>,
+    /// Our device.
+    pub daemon: Option<Daemon>,
+    _scratch: Scratch,
 }
 
 /// Ordinary boots take 0.3 s (user-mode Linux) and 6 s (emulated); a busy host may make them slow.
@@ -356,6 +451,18 @@ impl Guest {
                     vmm.diary()
                 )))
             }
+        }
+    }
+
+    /// Goes on with the guest where it has been moved to, and where `daemon` is its device. Returns what is left of where it
+    /// was.
+    pub fn moved(&mut self, to: Waiting, daemon: Daemon) -> Left {
+        self.agent.moved(to.agent);
+        Left {
+            vmm: replace(&mut self.vmm, to.vmm),
+            monitor: self.monitor.replace(to.monitor),
+            daemon: self.daemon.replace(daemon),
+            _scratch: replace(&mut self.scratch, to.scratch),
         }
     }
 

@@ -99,6 +99,10 @@ pub struct Machine {
     pub sleeps: bool,
     /// More words for the kernel's command line.
     pub kernel_arguments: String,
+    /// A file for its memory, which others can open by its name. QEMU only.
+    pub memory_file: Option<PathBuf>,
+    /// Whether it starts empty, and waits for a guest that comes from elsewhere. QEMU only.
+    pub incoming: bool,
     /// Where its VMM is to listen for operators besides the test.
     pub operators: Option<PathBuf>,
     /// What becomes of its console.

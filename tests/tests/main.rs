@@ -8,6 +8,7 @@ mod features;
 mod hints;
 mod kunit;
 mod lifecycle;
+mod migrate_vm;
 mod migration;
 mod migration_faults;
 mod pairs;

@@ -149,6 +149,16 @@ fn whatever_fails_on_the_way_the_guest_goes_on_at_the_source() {
 }
 
 #[test]
+fn a_daemon_that_is_not_ready_yet_is_asked_again() {
+    let mut fake = fake(Some(Trouble::VmState(Side::Source)), &[]);
+    fake.state().busy = 3;
+    let failure = moved(&mut fake, VM_STATE).unwrap_err();
+    assert_eq!(failure.exit_status(), 1, "{}", failure.story());
+    assert_eq!(fake.state().count(Side::Source, "device_add"), 4);
+    check_source_is_whole(&fake, "busy");
+}
+
+#[test]
 fn a_guest_that_does_not_let_the_balloon_go_keeps_it() {
     let mut fake = fake(Some(Trouble::Silent), &["--step-limit", "0"]);
     let failure = moved(&mut fake, VM_STATE).unwrap_err();

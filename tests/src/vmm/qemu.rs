@@ -51,13 +51,15 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
         },
     ]);
     command.args(["-machine", "q35,memory-backend=mem"]);
-    command.args([
-        "-object",
-        &format!(
-            "memory-backend-memfd,id=mem,size={},share=on",
-            machine.memory
-        ),
-    ]);
+    let backend = match &machine.memory_file {
+        Some(file) => format!("memory-backend-file,mem-path={}", file.display()),
+        None => "memory-backend-memfd".to_owned(),
+    };
+    let backend = format!("{backend},id=mem,size={},share=on", machine.memory);
+    command.args(["-object", &backend]);
+    if machine.incoming {
+        command.args(["-incoming", "defer"]);
+    }
     command.args(["-m", &format!("{}M", machine.memory / crate::MIB)]);
     command
         .arg("-kernel")

@@ -5,10 +5,12 @@
 use std::time::Duration;
 
 use migration::status::{State, Status};
+use qmp_client::{Client, Error};
 use serde_json::json;
 
 use super::perform::Running;
 use super::plan::{chardev_add, device_add, Order, Side};
+use super::survey::Survey;
 use super::world::{peripheral, property, wait, RunState, VmState};
 use crate::failure::Failure;
 
@@ -153,28 +155,36 @@ fn plug(running: &mut Running<'_>) -> Result<Option<String>, Failure> {
         }
         Err(failure) => return Err(failure),
     }
-    // QEMU lets it go a little after the device; and it may have gone with it.
-    let chardev = json!({ "id": survey.chardev });
+    // QEMU lets the chardev go a little after the device, and the daemon has to notice that QEMU has hung up, and to have
+    // done with its migration, before it takes anybody.
     let mut last = None;
-    let removed = wait("", LIMIT, None, || {
-        match source.command("chardev-remove", chardev.clone()) {
-            Ok(_) => Ok(Some(())),
-            Err(error) if error.is_final() => Err(error.into()),
-            Err(error) if error.to_string().contains("not found") => Ok(Some(())),
-            Err(error) => {
-                last = Some(error);
-                Ok(None)
-            }
+    let plugged = wait("", LIMIT, None, || match plug_once(source, survey) {
+        Ok(()) => Ok(Some(())),
+        Err(error) if error.is_final() => Err(error.into()),
+        Err(error) => {
+            last = Some(error);
+            Ok(None)
         }
     });
-    match (removed, last) {
+    match (plugged, last) {
         (Err(Failure::TimedOut(_)), Some(error)) => return Err(error.into()),
-        (removed, _) => removed?,
+        (plugged, _) => plugged?,
     }
-    let connect = chardev_add(&survey.chardev, &survey.socket);
-    // The daemon notices that QEMU has hung up a little later, and serves one at a time.
-    source.command(&connect.execute, connect.arguments)?;
-    let add = device_add(&survey.device, &survey.bus, &survey.chardev);
-    source.command(&add.execute, add.arguments)?;
     Ok(Some("the balloon is plugged in again at the source".into()))
+}
+
+/// With a new chardev: QEMU does not connect one a second time.
+fn plug_once(source: &mut Client, survey: &Survey) -> Result<(), Error> {
+    match source.command("chardev-remove", json!({ "id": survey.chardev })) {
+        // It may have gone before.
+        Err(error) if !error.to_string().contains("not found") => return Err(error),
+        _ => {}
+    }
+    for order in [
+        chardev_add(&survey.chardev, &survey.socket),
+        device_add(&survey.device, &survey.bus, &survey.chardev),
+    ] {
+        source.command(&order.execute, order.arguments)?;
+    }
+    Ok(())
 }

@@ -58,8 +58,10 @@ pub struct State {
     pub journal: Vec<(Side, String, Value)>,
     pub trouble: Option<Trouble>,
     pub interrupts: balloonctl::interrupt::Interrupts,
-    /// How the destination's memory differs from what is needed.
+    /// Whether the destination's memory is shared, as it has to be.
     pub destination_share: bool,
+    /// How often the daemon takes nobody when the balloon is plugged in again.
+    pub busy: u32,
 }
 
 /// The three, and what the command line says of them.
@@ -294,7 +296,7 @@ fn qemu(
     let trouble = state.trouble.clone();
     let share = side == Side::Source || state.destination_share;
     let source = side == Side::Source;
-    let memory = state.memory;
+    let (memory, busy) = (state.memory, state.busy);
     let here = if source {
         &mut state.source
     } else {
@@ -375,6 +377,10 @@ fn qemu(
                 events.push(json!({ "event": "DEVICE_DELETED", "data": { "device": id } }));
             }
         },
+        "device_add" if source && busy > 0 => {
+            state.busy -= 1;
+            return Err("vhost_backend_init failed: Protocol error".into());
+        }
         "device_add" => {
             let chardev = arguments["chardev"].as_str().unwrap_or_default();
             if !here.chardevs.iter().any(|(label, _)| label == chardev) {

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Guests that go on where `balloonctl migrate-vm` has moved them.
+
+use std::path::Path;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+use serde::Deserialize;
+use serde_json::Value;
+use tempfile::TempDir;
+use tests::artifacts::Artifacts;
+use tests::calls::{Fill, Free, ReadFile, Verify};
+use tests::daemon::Daemon;
+use tests::destination::Destination;
+use tests::guest::{Builder, Driver, Guest, Left, Waiting};
+use tests::host::memory_folder;
+use tests::process::{Process, Streams};
+use tests::stress::{Load, Stress};
+use tests::vmm::Vmm;
+use tests::MIB;
+
+const MEMORY: u64 = 256 * MIB;
+/// What is worked on.
+const LOAD: u64 = 64 * MIB;
+/// What the balloon has.
+const INFLATE_BY: u64 = 24 * MIB;
+/// How long a move may take. It takes some seconds; a busy host may make it slow.
+const LIMIT: Duration = Duration::from_secs(120);
+/// How many pages each workload is to compare at each place.
+const PAGES: u64 = 500;
+const FEATURES: [&str; 3] = ["stats", "must-tell-host", "free-page-hint"];
+
+/// How often the guest is moved: once, or as often as the environment says.
+const TIMES_VARIABLE: &str = "VIRTIO_BALLOON_RS_MIGRATIONS";
+
+fn times() -> Result<u32> {
+    match std::env::var(TIMES_VARIABLE) {
+        Ok(text) => text
+            .parse()
+            .with_context(|| format!("{TIMES_VARIABLE} is not a number")),
+        Err(_) => Ok(1),
+    }
+}
+
+/// What `migrate-vm` says at the end.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Moved {
+    downtime_ms: u64,
+    memory: migration::status::Status,
+}
+
+/// A machine that waits, and who receives its memory.
+struct There {
+    waiting: Waiting,
+    destination: Destination,
+}
+
+impl There {
+    fn start(artifacts: &Artifacts) -> Result<Self> {
+        let destination = Destination::start(&artifacts.balloonctl, MEMORY)?;
+        let file = destination.memory_file();
+        let waiting = builder(artifacts, &file).wait_for_guest()?;
+        Ok(Self {
+            waiting,
+            destination,
+        })
+    }
+
+    /// The command that moves a guest to it.
+    fn command(&self, artifacts: &Artifacts, guest: &mut Guest, more: &[&str]) -> Result<Command> {
+        let mut command = Command::new(&artifacts.balloonctl);
+        let scratch = self.waiting.scratch();
+        command.arg("--qmp").arg(guest.daemon()?.control());
+        command.args(["--json", "migrate-vm", "--to", &self.destination.uri()]);
+        for (option, path) in [
+            (
+                "--source-qmp",
+                guest.operators_socket().context("no socket")?,
+            ),
+            ("--destination-qmp", self.waiting.operators_socket()),
+            ("--device-socket", scratch.path("balloon.sock")),
+            ("--device-state", scratch.path("device-state")),
+        ] {
+            command.arg(option).arg(path);
+        }
+        command.args(more);
+        Ok(command)
+    }
+}
+
+fn builder<'a>(artifacts: &'a Artifacts, memory: &'a Path) -> Builder<'a> {
+    Builder::new(artifacts, Vmm::Qemu)
+        .memory(MEMORY)
+        .memory_file(memory)
+        .slot()
+        .operators()
+        .features(&FEATURES)
+        .device_options(&["--persistent", "--discard-hinted"])
+}
+
+/// Waits until `balloonctl` has ended, and returns whether it was content, and what it said.
+///
+/// Once it has saved the state of the balloon, a fresh daemon goes on from that.
+fn wait(
+    artifacts: &Artifacts,
+    there: &There,
+    command: Command,
+) -> Result<(Process, Option<Daemon>)> {
+    let mut moving = Process::start("balloonctl migrate-vm", command, Streams::Collected)?;
+    let scratch = there.waiting.scratch();
+    let state = scratch.path("device-state");
+    let deadline = Instant::now() + LIMIT;
+    let mut daemon = None;
+    while moving.status()?.is_none() {
+        if daemon.is_none() && state.exists() {
+            let options = ["--persistent", "--discard-hinted", "--device-state"];
+            let path = state.to_str().context("a strange path")?;
+            let options: Vec<&str> = options.into_iter().chain([path]).collect();
+            daemon = Some(Daemon::start(
+                &artifacts.daemon,
+                scratch,
+                &FEATURES,
+                &options,
+            )?);
+        }
+        if Instant::now() > deadline {
+            bail!("it was not done within {LIMIT:?}\n{}", moving.diary());
+        }
+        sleep(Duration::from_millis(5));
+    }
+    Ok((moving, daemon))
+}
+
+/// Moves the guest. Returns what it has left, and the memory that it has now.
+fn move_it(artifacts: &Artifacts, guest: &mut Guest) -> Result<(Left, Destination)> {
+    let mut there = There::start(artifacts)?;
+    let command = there.command(artifacts, guest, &["--downtime-limit", "100"])?;
+    let (mut moving, daemon) = wait(artifacts, &there, command)?;
+    let ended = moving.status()?.context("it runs")?;
+    ensure!(ended.success(), "{}", moving.diary());
+    let moved: Moved = serde_json::from_str(&moving.output().text())
+        .with_context(|| format!("a strange result\n{}", moving.diary()))?;
+    there.destination.wait()?;
+    let ram = &moved.memory.ram;
+    println!(
+        "moved in {} ms, {} rounds, {} MiB on the wire, {} pages skipped by hints; stood still for {} ms",
+        moved.memory.total_time,
+        moved.memory.rounds.len(),
+        ram.transferred / MIB,
+        ram.skipped,
+        moved.downtime_ms
+    );
+    ensure!(ram.hinted > 0, "no hints were used: {:?}", moved.memory);
+    ensure!(ram.missed == 0, "tracking missed pages: {:?}", moved.memory);
+    let daemon = daemon.context("the state of the balloon was not saved")?;
+    let left = guest.moved(there.waiting, daemon);
+    Ok((left, there.destination))
+}
+
+/// The strongest check: a guest that works is moved, and its own checks of every page that it has, in memory and in the
+/// page cache, go on at the destination and find no wrong byte.
+#[test]
+fn r15_a_guest_in_qemu_goes_on_where_it_is_moved_to() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let folder = TempDir::with_prefix_in("vballoon-here-", memory_folder(MEMORY))?;
+    let file = folder.path().join("memory");
+    let (mut guest, _) = builder(&artifacts, &file).boot_used(24 * MIB, Driver::Ours)?;
+    let balloon = guest.balloon()?;
+    let target = balloon.balloon_actual()? - INFLATE_BY;
+    balloon.balloon(target)?;
+    balloon.wait_balloon(target, LIMIT)?;
+    let stress = Stress::start(&mut guest, Load::of(LOAD), 4)?;
+    stress.wait_compared(&mut guest, PAGES, LIMIT)?;
+    let mut memory = None;
+    for time in 0..times()? {
+        let what = || format!("move {time}");
+        let (mut left, now) = move_it(&artifacts, &mut guest).with_context(what)?;
+        check_left(&mut left).with_context(what)?;
+        // The guest has nothing there any more: neither a process nor, at the end of this, a file.
+        left.vmm.kill()?;
+        drop((left, memory.replace(now)));
+        guest.daemon()?.wait_driver().with_context(what)?;
+        // R9: the balloon is as large as it was.
+        guest.balloon()?.wait_balloon(target, LIMIT)?;
+        stress
+            .wait_compared(&mut guest, PAGES, LIMIT)
+            .with_context(what)?;
+    }
+    let done = stress.end_whole(&mut guest)?;
+    println!("{done:?}");
+    check_whole(&mut guest)?;
+    guest.unload(Driver::Ours)?;
+    guest.check_log()?;
+    guest.power_off()?;
+    Ok(())
+}
+
+/// The source stands still for good, and its daemon has no driver any more.
+fn check_left(left: &mut Left) -> Result<()> {
+    #[derive(Debug, Deserialize)]
+    struct RunState {
+        status: String,
+        running: bool,
+    }
+    let monitor = left.monitor.as_mut().context("no monitor")?;
+    let state: RunState = monitor.query("query-status")?;
+    ensure!(
+        !state.running && state.status == "postmigrate",
+        "the source is {state:?}"
+    );
+    let daemon = left.daemon.as_mut().context("no daemon")?;
+    let status = daemon.virtio_status()?.status;
+    ensure!(status != "running", "the source's balloon is {status}");
+    Ok(())
+}
+
+/// Memory is in order: each object of the kernel's caches, and each free page, those hinted on the way among them.
+fn check_whole(guest: &mut Guest) -> Result<()> {
+    let free = guest.settled_free()?;
+    let slabs = guest.call(ReadFile {
+        path: "/proc/slabinfo".into(),
+    })?;
+    ensure!(slabs.lines().count() > 50, "a strange slabinfo: {slabs}");
+    guest.hint_all()?;
+    guest.daemon()?.qmp().hint_done()?;
+    let filled = guest.call(Fill {
+        bytes: free - 40 * MIB,
+        keep_every: 1,
+        seed: 44,
+    })?;
+    let workload = filled.workload;
+    let found = guest.call(Verify { workload })?;
+    ensure!(found.wrong == 0 && found.pages == filled.pages, "{found:?}");
+    guest.call(Free { workload })?;
+    guest.settled_free()?;
+    guest.check_log()
+}
+
+/// A dry run changes nothing; a move that fails when the guest has stood still already, and has no balloon any more, is
+/// undone; and then the guest can still be moved.
+#[test]
+fn a_guest_in_qemu_that_cannot_be_moved_goes_on_where_it_is() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let folder = TempDir::with_prefix_in("vballoon-here-", memory_folder(MEMORY))?;
+    let file = folder.path().join("memory");
+    let mut guest = builder(&artifacts, &file).boot()?;
+    guest.load(Driver::Ours)?;
+    let stress = Stress::start(&mut guest, Load::of(LOAD), 5)?;
+    stress.wait_compared(&mut guest, PAGES, LIMIT)?;
+
+    let there = There::start(&artifacts)?;
+    let command = there.command(&artifacts, &mut guest, &["--dry-run"])?;
+    let (mut moving, daemon) = wait(&artifacts, &there, command)?;
+    let ended = moving.status()?.context("it runs")?;
+    ensure!(ended.success() && daemon.is_none(), "{}", moving.diary());
+    let plan: Value = serde_json::from_str(&moving.output().text())?;
+    let steps = plan["steps"].as_array().context("no steps")?;
+    let commands: Vec<&str> = steps
+        .iter()
+        .filter_map(|step| step["order"]["execute"].as_str())
+        .collect();
+    for command in [
+        "device_del",
+        "stop",
+        "migrate-incoming",
+        "device_add",
+        "cont",
+    ] {
+        ensure!(commands.contains(&command), "{commands:?}");
+    }
+
+    let nowhere = format!("file:{}", folder.path().join("none/state").display());
+    let command = there.command(&artifacts, &mut guest, &["--vm-state", &nowhere])?;
+    let (mut moving, daemon) = wait(&artifacts, &there, command)?;
+    let ended = moving.status()?.context("it runs")?;
+    ensure!(ended.code() == Some(1), "{}", moving.diary());
+    let story = moving.output().text();
+    for words in [
+        "the guest goes on at the source",
+        "the balloon is plugged in again at the source",
+    ] {
+        ensure!(story.contains(words), "{story}");
+    }
+    drop((daemon, there));
+    guest.daemon()?.wait_driver()?;
+    stress.wait_compared(&mut guest, PAGES, LIMIT)?;
+
+    let (left, _memory) = move_it(&artifacts, &mut guest)?;
+    drop(left);
+    stress.wait_compared(&mut guest, PAGES, LIMIT)?;
+    stress.end_whole(&mut guest)?;
+    check_whole(&mut guest)?;
+    guest.power_off()?;
+    Ok(())
+}
