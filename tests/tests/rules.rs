@@ -232,6 +232,45 @@ fn r17_a_hint_takes_no_page_away() -> Result<()> {
     Ok(())
 }
 
+/// With its driver's promise, a guest gives memory back by hinting, and goes on well without it.
+#[test]
+fn r17_a_hint_gives_memory_back_only_where_the_driver_keeps_its_blocks() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    for &driver in Driver::each() {
+        let (mut guest, free) = Builder::new(&artifacts, Vmm::Uml)
+            .device_options(&["--discard-hinted"])
+            .boot_used(16 * MIB, driver)?;
+        let before = guest.memory_in_use()?;
+        let hinted = guest.hint_all()?.bytes;
+        let after = guest.memory_in_use()?;
+        let gone = before.saturating_sub(after);
+        let enough = match driver {
+            // Nearly all of its memory was used, so what is hinted took space.
+            Driver::Ours => gone >= hinted / 10 * 9,
+            Driver::C => gone <= MIB,
+        };
+        ensure!(
+            enough,
+            "{driver:?}: {hinted} bytes were hinted, and {gone} are gone"
+        );
+        guest.daemon()?.qmp().hint_done()?;
+        let filled = guest.call(Fill {
+            bytes: free / 2,
+            keep_every: 1,
+            seed: 17,
+        })?;
+        let found = guest.call(Verify {
+            workload: filled.workload,
+        })?;
+        ensure!(found.wrong == 0, "{driver:?}: {found:?}");
+        guest.call(Free {
+            workload: filled.workload,
+        })?;
+        guest.farewell(free)?;
+    }
+    Ok(())
+}
+
 /// How the pages of a guest look from the host.
 struct Seen {
     /// Pages that hold the pattern of a process that is no more.
