@@ -318,3 +318,50 @@ fn pages_that_are_not_of_the_layout_are_refused_and_the_stream_goes_on() {
     writer.finish(None).unwrap();
     assert_eq!(receiving.end().unwrap().zeros, 1);
 }
+
+#[test]
+fn where_the_system_cannot_send_without_a_copy_pages_are_copied() {
+    let place = Place::new();
+    // The system refuses to send from a file to one that is only appended to.
+    let file = File::options()
+        .append(true)
+        .create(true)
+        .open(place.path("stream"))
+        .unwrap();
+    let target = Target::Connected(vec![file.into()]);
+    let memory = memory(&layout(PAGES));
+    let bytes = pattern(8, 600);
+    memory.file(0).unwrap().write_all_at(&bytes, 0).unwrap();
+    let mut writer = Writer::start(target, memory.layout(), Options::default()).unwrap();
+    writer.pages_from(run(0, 0, 600), &memory).unwrap();
+    writer.finish(None).unwrap();
+    let (_, receiving) = place.receive(&place.address("file"));
+    assert_eq!(receiving.end().unwrap().pages, 600);
+    assert!(place.content(0).0 == bytes);
+}
+
+#[test]
+fn memory_that_cannot_be_read_ends_the_stream_and_is_named() {
+    for (pages, channels) in [(2, 1), (40, 1), (40, 2)] {
+        let place = Place::new();
+        let (address, receiving) = place.receive(&place.address("unix"));
+        let memory = memory(&layout(PAGES));
+        let options = Options {
+            channels,
+            ..Options::default()
+        };
+        let mut writer = Writer::start(address, memory.layout(), options).unwrap();
+        ftruncate(memory.file(0).unwrap(), 301 * PAGE_SIZE).unwrap();
+        let sent = writer.pages_from(run(0, 300, pages), &memory);
+        let error = sent.and_then(|()| writer.end_round()).unwrap_err();
+        let words = format!("cannot read {pages} pages from page 300 of block 0 on");
+        assert!(error.to_string().starts_with(&words), "{error}");
+        assert_eq!(
+            writer.zeros(run(0, 0, 1)).unwrap_err().to_string(),
+            error.to_string()
+        );
+        drop(writer);
+        receiving.end().unwrap_err();
+        assert!(place.marked());
+    }
+}
