@@ -26,6 +26,7 @@ pub mod ktap;
 pub mod lines;
 pub mod measure;
 pub mod migration;
+pub mod moves;
 pub mod mute;
 pub mod process;
 pub mod qmp;

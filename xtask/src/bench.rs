@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Our driver's work beside the C driver's, counted by our device in one run.
+//! Our driver's work beside the C driver's, counted by our device in one run; our migration beside QEMU's own; and what the
+//! crates measure of themselves.
+
+mod migration;
 
 use anyhow::{ensure, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use tests::artifacts::Artifacts;
 use tests::calls::{ReadFile, Run};
 use tests::guest::{Builder, Driver, Guest};
@@ -12,6 +15,7 @@ use tests::MIB;
 
 use crate::build::{self, Profile};
 use crate::progress::say;
+use crate::run;
 use crate::setup::{self, Kernel};
 
 /// The options of `bench`.
@@ -23,6 +27,20 @@ pub struct Options {
     /// How often each thing is measured; the table shows medians.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=100))]
     rounds: u64,
+    /// Only this.
+    #[arg(long)]
+    only: Option<Part>,
+}
+
+/// What can be measured.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// What the driver's work costs.
+    Driver,
+    /// What it costs to move a guest's memory.
+    Migration,
+    /// The speed of the dirty bitmap and of the stream.
+    Crates,
 }
 
 /// What a guest keeps of its memory when the balloon is inflated, in MiB.
@@ -36,15 +54,34 @@ const WAYS: [(Suppression, &str); 3] = [
 
 /// Does what `bench` says.
 pub fn command(options: &Options) -> Result<()> {
-    let set_up = setup::ensure(&[Kernel::Uml])?;
-    let artifacts = build::artifacts(&set_up, &[Kernel::Uml], Profile::Release)?;
+    let wanted = |part| options.only.is_none_or(|only| only == part);
+    if wanted(Part::Crates) {
+        say("the dirty bitmap and the stream, each beside the machine's own speed");
+        run::shown(build::cargo()?.args(["bench", "--quiet", "--package", "migration"]))?;
+    }
+    if wanted(Part::Driver) {
+        let set_up = setup::ensure(&[Kernel::Uml])?;
+        let artifacts = build::artifacts(&set_up, &[Kernel::Uml], Profile::Release)?;
+        driver(&artifacts, options)?;
+    }
+    if wanted(Part::Migration) {
+        let set_up = setup::ensure(&[Kernel::Stock])?;
+        let artifacts = build::artifacts(&set_up, &[Kernel::Stock], Profile::Release)?;
+        migration::table(&artifacts)?;
+    }
+    println!();
+    println!("  Counts are exact; times are of this machine, now.");
+    Ok(())
+}
+
+fn driver(artifacts: &Artifacts, options: &Options) -> Result<()> {
     let (memory, rounds) = (options.memory, usize::try_from(options.rounds)?);
     let size = (memory - SPARE).min(1024);
     say(format_args!(
         "{memory} MiB of user-mode Linux, our device, one driver after the other; medians of {rounds}"
     ));
     let measure =
-        |driver, way| measure::costs(&artifacts, driver, way, memory * MIB, size * MIB, rounds);
+        |driver, way| measure::costs(artifacts, driver, way, memory * MIB, size * MIB, rounds);
     println!();
     println!(
         "  {:<10}{:<16}{:<8}{:>8}{:>10}{:>9}{:>11}{:>8}{:>8}{:>12}",
@@ -71,11 +108,8 @@ pub fn command(options: &Options) -> Result<()> {
             row("", "", "ours", &ours);
         }
     }
-    fragmented(&artifacts, memory * MIB, rounds)?;
-    afterwards(&artifacts, memory * MIB)?;
-    println!();
-    println!("  Counts are exact; times are of this machine, now.");
-    Ok(())
+    fragmented(artifacts, memory * MIB, rounds)?;
+    afterwards(artifacts, memory * MIB)
 }
 
 /// One page of so many is kept. The last is one in each MiB.
