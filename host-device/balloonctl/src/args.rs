@@ -166,7 +166,7 @@ pub enum Compression {
     Zstd,
 }
 
-/// How memory is sent; what is not given stays as the daemon has it.
+/// How memory is sent; a value that is not given stays as the daemon has it.
 #[derive(Clone, Debug, Default, ClapArgs)]
 pub struct Sending {
     /// The most bytes a second, with suffix; 0 for no limit.

@@ -61,7 +61,7 @@ fn a_guest_is_moved_by_just_the_commands_of_the_plan() {
     assert!(state.destination.devices.contains("balloon0"));
     assert_eq!(
         planned[3].1.arguments,
-        json!({ "max-bandwidth": 100 << 20 })
+        json!({ "max-bandwidth": 100 << 20, "free-page-hint": true, "verify": false })
     );
     let plugged = planned
         .iter()

@@ -10,9 +10,11 @@ use super::progress;
 use crate::args::{Compression, Migrate, Sending, Tracking};
 use crate::failure::Failure;
 use crate::interrupt::Interrupts;
+use crate::migrate_vm::{capability, PAUSE};
 use crate::output::Output;
 
-/// What of it the daemon takes as `migrate-set-parameters`.
+/// What of it the daemon takes as `migrate-set-parameters`. The daemon keeps parameters from one migration to the next;
+/// options that are only there or not are therefore set each time.
 #[must_use]
 pub fn parameters(sending: &Sending) -> Map<String, Value> {
     let compression = sending.compress.map(|how| match how {
@@ -31,10 +33,10 @@ pub fn parameters(sending: &Sending) -> Map<String, Value> {
         ("multifd-compression", compression.map(Value::from)),
         ("multifd-zstd-level", sending.zstd_level.map(Value::from)),
         ("max-rounds", sending.max_rounds.map(Value::from)),
-        ("free-page-hint", sending.no_hints.then(|| false.into())),
+        ("free-page-hint", Some((!sending.no_hints).into())),
         ("free-page-hint-wait", sending.hint_wait.map(Value::from)),
         ("dirty-tracking", tracking.map(Value::from)),
-        ("verify", sending.verify.then(|| true.into())),
+        ("verify", Some(sending.verify.into())),
     ];
     let given = all
         .into_iter()
@@ -49,10 +51,13 @@ pub fn run(
     interrupts: &Interrupts,
     output: &mut Output,
 ) -> Result<(), Failure> {
-    let parameters = parameters(&options.sending);
-    if !parameters.is_empty() {
-        daemon.command("migrate-set-parameters", parameters.into())?;
-    }
+    daemon.command(
+        "migrate-set-parameters",
+        parameters(&options.sending).into(),
+    )?;
+    // Whoever wanted to be waited for has gone, and nobody here would tell the daemon to go on.
+    let pause = capability(PAUSE, false);
+    daemon.command(&pause.execute, pause.arguments)?;
     let mut arguments = json!({ "uri": options.to });
     if let (Some(path), Some(all)) = (&options.vmm_qmp, arguments.as_object_mut()) {
         all.insert("vmm-qmp".into(), json!(path));
@@ -84,8 +89,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_given_is_set() {
-        assert!(parameters(&Sending::default()).is_empty());
+    fn what_is_given_is_set_and_what_is_not_is_as_at_first() {
+        assert_eq!(
+            Value::from(parameters(&Sending::default())),
+            json!({ "free-page-hint": true, "verify": false })
+        );
         let sending = Sending {
             max_bandwidth: Some(1 << 20),
             compress: Some(Compression::Zstd),
@@ -96,8 +104,8 @@ mod tests {
         assert_eq!(
             Value::from(parameters(&sending)),
             json!({
-                "max-bandwidth": 1 << 20, "multifd-compression": "zstd",
-                "dirty-tracking": "soft-dirty", "free-page-hint": false,
+                "max-bandwidth": 1 << 20, "multifd-compression": "zstd", "dirty-tracking": "soft-dirty",
+                "free-page-hint": false, "verify": false,
             })
         );
     }

@@ -15,7 +15,7 @@ mod undo;
 mod world;
 
 pub use perform::{perform, Done, Moved};
-pub use plan::{plan, Order, Side, Step, Until};
+pub use plan::{capability, plan, Order, Side, Step, Until, PAUSE};
 pub use survey::{survey, Survey};
 pub use undo::Undo;
 pub use world::World;

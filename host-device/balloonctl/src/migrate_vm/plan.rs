@@ -106,10 +106,11 @@ pub struct Step {
 /// The capability by which QEMU leaves out memory in shared files.
 const IGNORE_SHARED: &str = "x-ignore-shared";
 /// The capability by which the daemon waits before the last of memory.
-const PAUSE: &str = "pause-before-switchover";
+pub const PAUSE: &str = "pause-before-switchover";
 
 /// The command that sets a capability.
-pub(super) fn capability(name: &str, state: bool) -> Order {
+#[must_use]
+pub fn capability(name: &str, state: bool) -> Order {
     let one = json!({ "capability": name, "state": state });
     order("migrate-set-capabilities", json!({ "capabilities": [one] }))
 }
@@ -197,11 +198,12 @@ pub fn plan(options: &MigrateVm, survey: &Survey, vm_state: &str) -> Vec<Step> {
     let what = "have memory's migration wait before its last round";
     plan.step(Daemon, what, Some(set), Until::Answered)
         .undo(back);
-    let parameters = parameters(&options.sending);
-    if !parameters.is_empty() {
-        let set = order("migrate-set-parameters", parameters.into());
-        plan.step(Daemon, "set how memory is sent", Some(set), Until::Answered);
-    }
+    let set = order(
+        "migrate-set-parameters",
+        parameters(&options.sending).into(),
+    );
+    let what = "set how memory is sent";
+    plan.step(Daemon, what, Some(set), Until::Answered);
     let send = order("migrate", json!({ "uri": options.to }));
     let until = Until::Memory(State::PreSwitchover);
     plan.step(
