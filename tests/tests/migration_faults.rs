@@ -182,6 +182,78 @@ fn r16_a_migration_that_is_given_up_at_a_random_point_harms_nobody() -> Result<(
     working.end().map(drop)
 }
 
+/// Begins a migration over a line, and returns when the guest is paused for the last of it.
+fn paused_on_the_way(working: &mut Working, wire: &Wire) -> Result<Status> {
+    // One round, and all that was written meanwhile is to be found and sent with the guest paused.
+    let parameters = json!({ "max-bandwidth": 0, "downtime-limit": 0, "max-rounds": 1 });
+    let qmp = working.guest.daemon()?.qmp();
+    qmp.migrate_parameters(parameters)?;
+    working.guest.start_migration(&uri(wire.socket()))?;
+    working.guest.daemon()?.qmp().wait_migration(
+        "the pause",
+        |now| matches!(now.status, State::Device | State::Completed),
+        LIMIT,
+    )
+}
+
+#[test]
+fn r16_a_line_that_is_cut_while_the_guest_is_paused_lets_it_go_on() -> Result<()> {
+    const TRIES: u32 = 10;
+    let artifacts = Artifacts::load()?;
+    let mut working = working(&artifacts, &[])?;
+    let scratch = Scratch::new()?;
+    let mut met = 0;
+    for turn in 0..TRIES {
+        let mut destination = Destination::start(&artifacts.balloonctl, working.guest.memory())?;
+        let socket = scratch.path(&format!("wire-{turn}"));
+        let wire = Wire::start(socket, &destination.socket(), u64::MAX, Failure::Cut)?;
+        paused_on_the_way(&mut working, &wire)?;
+        wire.cut();
+        let status = working.guest.daemon()?.qmp().wait_migration_end()?;
+        if status.status == State::Completed {
+            // It was too fast for that.
+            destination.wait()?;
+            working.guest.resume()?;
+            continue;
+        }
+        println!("{}", has_failed(&mut working, &GONE)?);
+        ensure!(status.downtime.is_some(), "it was not paused: {status:?}");
+        destination.wait_failure()?;
+        working.is_unharmed()?;
+        met += 1;
+        if met == 2 {
+            return working.end().map(drop);
+        }
+    }
+    anyhow::bail!("only {met} of {TRIES} lines were cut in time")
+}
+
+/// Nobody is left then who would let the processes go on that it has stopped; whoever does finds a guest that is whole.
+#[test]
+fn r16_a_guest_whose_daemon_is_killed_while_it_is_paused_goes_on_when_it_is_told_to() -> Result<()>
+{
+    let artifacts = Artifacts::load()?;
+    let mut working = working(&artifacts, &[])?;
+    let scratch = Scratch::new()?;
+    let mut destination = Destination::start(&artifacts.balloonctl, working.guest.memory())?;
+    let wire = Wire::start(
+        scratch.path("wire"),
+        &destination.socket(),
+        u64::MAX,
+        Failure::Cut,
+    )?;
+    let status = paused_on_the_way(&mut working, &wire)?;
+    working.guest.daemon()?.process().kill()?;
+    println!("killed when it was {:?}", status.status);
+    if status.status == State::Device {
+        println!("{}", destination.wait_failure()?);
+    }
+    // User-mode Linux may be late to stop or may not have been told to.
+    working.guest.vmm().signal(Signal::SIGCONT)?;
+    working.go_on()?;
+    working.end_without_device().map(drop)
+}
+
 #[test]
 fn r16_a_destination_that_is_killed_or_not_there_harms_nobody() -> Result<()> {
     let artifacts = Artifacts::load()?;
