@@ -9,8 +9,8 @@ XTASK := $(CARGO) xtask
 
 all: module daemon ## build the kernel module and the daemon
 
-daemon: ## build the daemon: target/release/vhost-device-balloon
-	$(CARGO) build --release --package vhost-device-balloon
+daemon: ## build the daemon and balloonctl, into target/release
+	$(CARGO) build --release --package vhost-device-balloon --package balloonctl
 
 ifdef KDIR
 module: ## build the module; for your own kernel: make module KDIR=/lib/modules/$(uname -r)/build
