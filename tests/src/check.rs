@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What must hold of any guest that a test has worked on.
 
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
 use anyhow::{ensure, Result};
 use guest_agent::calls::{KernelLine, WaitMemFree};
 
@@ -105,6 +108,39 @@ impl Guest {
             limit_ms: 10_000,
         })?;
         Ok(())
+    }
+
+    /// Bytes that are neither free nor a process's, once caches are dropped. A balloon is among them. Unlike `MemFree` it does not
+    /// hold what the program in the guest has grown by, which keeps what its longest answers took.
+    ///
+    /// # Errors
+    ///
+    /// As [`crate::agent::Agent::call`].
+    pub fn used_by_kernel(&mut self) -> Result<u64> {
+        self.settled_free()?;
+        let memory = self.mem_info()?;
+        Ok(memory.total() - memory.free() - memory.field("AnonPages"))
+    }
+
+    /// Waits until the kernel has no more memory in use than `before` ([`Guest::used_by_kernel`]), give or take
+    /// [`FREE_TOLERANCE`].
+    ///
+    /// # Errors
+    ///
+    /// If it has after ten seconds.
+    pub fn check_used_by_kernel(&mut self, before: u64) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let now = self.used_by_kernel()?;
+            if now <= before + FREE_TOLERANCE {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the kernel had {before} bytes in use, and has {now}"
+            );
+            sleep(Duration::from_millis(100));
+        }
     }
 
     /// Fails if the guest has lost memory (see [`Guest::check_free`]) or its kernel has complained.

@@ -23,6 +23,7 @@ pub struct Working {
     driver: Driver,
     load: Load,
     free: u64,
+    used: u64,
 }
 
 impl Working {
@@ -33,6 +34,7 @@ impl Working {
     /// If it does not come so far.
     pub fn start(builder: Builder<'_>, driver: Driver, load: Load, seed: u64) -> Result<Self> {
         let (mut guest, free) = builder.boot_used(16 * MIB, driver)?;
+        let used = guest.used_by_kernel()?;
         let stress = Stress::start(&mut guest, load, seed)?;
         let mut this = Self {
             guest,
@@ -40,6 +42,7 @@ impl Working {
             driver,
             load,
             free,
+            used,
         };
         this.go_on()?;
         Ok(this)
@@ -107,9 +110,11 @@ impl Working {
     /// If anything is wrong.
     pub fn end(mut self) -> Result<Churned> {
         let done = self.stress.end_whole(&mut self.guest)?;
-        self.guest.check_whole(self.free)?;
+        self.guest.check_used_by_kernel(self.used)?;
         self.guest.unload(self.driver)?;
-        self.guest.farewell(self.free)?;
+        self.guest.check_used_by_kernel(self.used)?;
+        self.guest.check_log()?;
+        self.guest.power_off()?;
         Ok(done)
     }
 
@@ -121,7 +126,7 @@ impl Working {
     pub fn end_without_device(mut self) -> Result<Churned> {
         let done = self.stress.end_whole(&mut self.guest)?;
         self.guest.unload(self.driver)?;
-        self.guest.check_free(self.free)?;
+        self.guest.check_used_by_kernel(self.used)?;
         self.guest.power_off()?;
         Ok(done)
     }

@@ -180,7 +180,7 @@ fn loading_bears_the_failure_of_allocations_on_the_debug_kernel() -> Result<()> 
     let mut guest = guest("")?;
     load_and_exercise(&mut guest)?;
     guest.unload(Driver::Ours)?;
-    let used = used_by_kernel(&mut guest)?;
+    let used = guest.used_by_kernel()?;
     guest.aim_faults(&Among::All, &INTERRUPTS)?;
     let mut count = Count::default();
     loop {
@@ -201,18 +201,11 @@ fn loading_bears_the_failure_of_allocations_on_the_debug_kernel() -> Result<()> 
     );
     load_and_exercise(&mut guest)?;
     guest.unload(Driver::Ours)?;
-    let more = used_by_kernel(&mut guest)?.saturating_sub(used);
+    let more = guest.used_by_kernel()?.saturating_sub(used);
     ensure!(more < MIB, "the kernel has {more} bytes more in use");
     check_log(&mut guest)?;
     guest.power_off()?;
     Ok(())
-}
-
-/// Bytes that are neither free nor a process's. The program in the guest has grown by what it told of the log.
-fn used_by_kernel(guest: &mut Guest) -> Result<u64> {
-    guest.settled_free()?;
-    let memory = guest.mem_info()?;
-    Ok(memory.total() - memory.free() - memory.field("AnonPages"))
 }
 
 #[test]
@@ -224,7 +217,7 @@ fn the_target_is_reached_after_allocations_failed_at_random_on_the_debug_kernel(
     // What the kernel keeps of the first time is no loss.
     load_and_exercise(&mut guest)?;
     guest.unload(Driver::Ours)?;
-    let used = used_by_kernel(&mut guest)?;
+    let used = guest.used_by_kernel()?;
     load_and_exercise(&mut guest)?;
     let whole = guest.balloon()?.balloon_actual()?;
     let low = whole - 64 * MIB;
@@ -250,7 +243,7 @@ fn the_target_is_reached_after_allocations_failed_at_random_on_the_debug_kernel(
     guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
     guest.exercise()?;
     guest.unload(Driver::Ours)?;
-    let more = used_by_kernel(&mut guest)?.saturating_sub(used);
+    let more = guest.used_by_kernel()?.saturating_sub(used);
     ensure!(more < MIB, "the kernel has {more} bytes more in use");
     check_log(&mut guest)?;
     guest.power_off()?;
