@@ -26,7 +26,7 @@ modules_install:
 	@echo "modules_install needs the kernel to install for: make modules_install KDIR=/lib/modules/$$(uname -r)/build" >&2; exit 2
 endif
 
-demo: ## boot a guest with driver and device, hint, inflate, deflate; ends with a table
+demo: ## boot a guest with driver and device, hint, inflate, deflate, migrate; ends with tables
 	$(XTASK) demo
 
 test: ## run all tests, from unit tests to guests in QEMU

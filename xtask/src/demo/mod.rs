@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The demonstration: a guest with the stock Debian kernel, our driver and our device, step by step and in figures.
 
+mod migration;
+
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
@@ -61,6 +63,7 @@ pub fn command(options: &Options) -> Result<()> {
     let start = Instant::now();
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
         .memory(options.memory * MIB)
+        .device_options(&["--discard-hinted"])
         .boot()?;
     let release = guest.agent().hello().release.clone();
     say(format_args!(
@@ -68,10 +71,13 @@ pub fn command(options: &Options) -> Result<()> {
         start.elapsed().as_secs_f64()
     ));
     let figures = show(&mut guest)?;
+    let moved = migration::both_ways(&mut guest, &artifacts, options.memory * MIB)?;
     guest.power_off()?;
     say("guest: off");
     print(&figures);
-    judge(&figures)
+    migration::print(&moved);
+    judge(&figures)?;
+    migration::judge(&moved)
 }
 
 fn show(guest: &mut Guest) -> Result<Figures> {
@@ -90,8 +96,7 @@ fn show(guest: &mut Guest) -> Result<Figures> {
     };
     use_memory(guest)?;
     figures.free = guest.settled_free()?;
-    figures.host_before = guest.memory_in_use()?;
-    let (free, in_use) = (mib(figures.free), mib(figures.host_before));
+    let (free, in_use) = (mib(figures.free), mib(guest.memory_in_use()?));
     say(format_args!(
         "guest: {free} are free again; host: {in_use} are in use, for it cannot know"
     ));
@@ -137,15 +142,19 @@ fn hint(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
     guest.daemon()?.qmp().hint_done()?;
     guest.check_free(figures.free)?;
     say(format_args!(
-        "guest: the round is done, {} are free",
-        mib(guest.mem_info()?.free())
+        "guest: the round is done, {} are free; host: {} are in use, for hinted pages were discarded",
+        mib(guest.mem_info()?.free()),
+        mib(guest.memory_in_use()?)
     ));
     Ok(())
 }
 
 fn balloon(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
+    use_memory(guest)?;
+    let all = guest.settled_free()?;
+    figures.host_before = guest.memory_in_use()?;
     // All that is free but what a guest needs to go on.
-    figures.asked = figures.free.saturating_sub(4 * SPARE) / MIB * MIB;
+    figures.asked = all.saturating_sub(4 * SPARE) / MIB * MIB;
     let target = figures.guest_memory - figures.asked;
     say(format_args!(
         "host: the balloon shall take {}",
@@ -164,7 +173,7 @@ fn balloon(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
     guest
         .balloon()?
         .wait_balloon(figures.guest_memory, BALLOON_LIMIT)?;
-    guest.check_free(figures.free)?;
+    guest.check_free(all)?;
     figures.host_after = guest.memory_in_use()?;
     let free = mib(guest.mem_info()?.free());
     say(format_args!(
