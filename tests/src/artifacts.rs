@@ -22,6 +22,9 @@ pub struct Artifacts {
     /// `balloonctl`.
     #[serde(default)]
     pub balloonctl: PathBuf,
+    /// Programs that are run inside guests of QEMU.
+    #[serde(default)]
+    pub inside: Option<Inside>,
     /// The stock kernel, for QEMU.
     pub stock: Option<Kernel>,
     /// The user-mode Linux kernel.
@@ -40,6 +43,17 @@ pub struct Kernel {
     pub c_driver: PathBuf,
     /// `virtio_balloon_rs.ko`.
     pub our_driver: Option<PathBuf>,
+}
+
+/// Programs that are run inside a guest of QEMU, statically linked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Inside {
+    /// The one that knows what to do there.
+    pub program: PathBuf,
+    /// `vhost-device-balloon`.
+    pub daemon: PathBuf,
+    /// `balloonctl`.
+    pub balloonctl: PathBuf,
 }
 
 impl Artifacts {

@@ -87,6 +87,7 @@ pub struct Builder<'a> {
     kernel_arguments: &'a str,
     operators: bool,
     memory_file: Option<&'a Path>,
+    files: Vec<(&'a str, &'a Path)>,
     console: Streams,
 }
 
@@ -110,6 +111,7 @@ impl<'a> Builder<'a> {
             kernel_arguments: "",
             operators: false,
             memory_file: None,
+            files: Vec::new(),
             console: Streams::Collected,
         }
     }
@@ -199,6 +201,13 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// More files in the guest, each a program: where they lie there, and on the host.
+    #[must_use]
+    pub fn files(mut self, files: &[(&'a str, &'a Path)]) -> Self {
+        self.files = files.to_vec();
+        self
+    }
+
     /// Connects the console to the terminal.
     #[must_use]
     pub fn on_terminal(mut self) -> Self {
@@ -276,7 +285,7 @@ impl<'a> Builder<'a> {
         let busybox = self.artifacts.rootfs.join("usr/bin/busybox");
         let agent = &self.artifacts.agent;
         let next_initramfs = scratch.path("next-initramfs.cpio");
-        let mut more: Vec<(&str, &Path)> = Vec::new();
+        let mut more: Vec<(&str, &Path)> = self.files.clone();
         if self.next_kernel {
             initramfs::write(&next_initramfs, agent, &busybox, &modules, &[])?;
             more.push((initramfs::NEXT_KERNEL, &kernel.image));

@@ -23,6 +23,9 @@ pub const NEXT_KERNEL: &str = "/next/kernel";
 /// Where that kernel's initramfs lies.
 pub const NEXT_INITRAMFS: &str = "/next/initramfs";
 
+/// Where what is run inside a guest of QEMU lies.
+pub const INSIDE: &str = "/inside";
+
 /// Writes an initramfs to `target`, with `more` files: where they lie in the guest, and on the host.
 ///
 /// # Errors
@@ -37,7 +40,10 @@ pub fn write(
 ) -> Result<()> {
     let file = File::create(target).with_context(|| format!("cannot make {}", target.display()))?;
     let mut archive = BufWriter::new(file);
-    for folder in ["bin", "dev", "modules", "next", "proc", "sys", "tmp"] {
+    let own = [
+        "bin", "dev", "inside", "modules", "next", "proc", "sys", "tmp", "usr", "usr/bin",
+    ];
+    for folder in own {
         archive = add(archive, Builder::new(folder).mode(FOLDER), &[])?;
     }
     // The kernel opens it as the first process's standard streams.

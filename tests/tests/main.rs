@@ -6,6 +6,7 @@ mod debug;
 mod endings;
 mod features;
 mod hints;
+mod inside;
 mod kunit;
 mod lifecycle;
 mod migrate_vm;

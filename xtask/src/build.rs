@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
-use tests::artifacts::{Artifacts, Kernel as GuestKernel};
+use tests::artifacts::{Artifacts, Inside, Kernel as GuestKernel};
 
 use crate::module;
 use crate::place;
@@ -56,6 +56,7 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
         agent,
         daemon,
         balloonctl,
+        inside: None,
         stock: None,
         uml: None,
         debug: None,
@@ -106,19 +107,26 @@ fn program(name: &str, profile: Profile) -> Result<PathBuf> {
     Ok(target_folder()?.join(folder).join(name))
 }
 
-/// Static, since the initramfs has no libraries; in a folder of its own, so that its flags do not disturb other builds.
 fn agent() -> Result<PathBuf> {
+    for_guests("guest-agent", "guest-agent")
+}
+
+/// What runs user-mode Linux inside a guest of QEMU.
+pub fn inside() -> Result<Inside> {
+    say("building what is run inside a guest");
+    Ok(Inside {
+        program: for_guests("tests", "inside")?,
+        daemon: for_guests("vhost-device-balloon", "vhost-device-balloon")?,
+        balloonctl: for_guests("balloonctl", "balloonctl")?,
+    })
+}
+
+/// Static, since the initramfs has no libraries; in a folder of its own, so that its flags do not disturb other builds.
+fn for_guests(package: &str, program: &str) -> Result<PathBuf> {
     let folder = target_folder()?.join("agent");
     let mut command = cargo()?;
-    command.args([
-        "build",
-        "--quiet",
-        "--package",
-        "guest-agent",
-        "--bin",
-        "guest-agent",
-        "--release",
-    ]);
+    command.args(["build", "--quiet", "--release"]);
+    command.args(["--package", package, "--bin", program]);
     command
         .args(["--target", GUEST_TARGET, "--target-dir"])
         .arg(&folder);
@@ -128,8 +136,5 @@ fn agent() -> Result<PathBuf> {
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
     run::shown(&mut command)?;
-    Ok(folder
-        .join(GUEST_TARGET)
-        .join("release")
-        .join("guest-agent"))
+    Ok(folder.join(GUEST_TARGET).join("release").join(program))
 }

@@ -62,7 +62,10 @@ pub fn command(options: &Options) -> Result<()> {
         say("tests of the crates");
         run::shown(build::cargo()?.args(["test", "--quiet", "--workspace"]))?;
     }
-    let artifacts = build::artifacts(&set_up, kernels, Profile::Dev)?;
+    let mut artifacts = build::artifacts(&set_up, kernels, Profile::Dev)?;
+    if artifacts.stock.is_some() {
+        artifacts.inside = Some(build::inside()?);
+    }
     let path = build::target_folder()?.join("guest-artifacts.json");
     let text = serde_json::to_string_pretty(&artifacts).context("cannot encode paths")?;
     fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;

@@ -16,7 +16,7 @@ use std::io::{self, BufRead, BufReader};
 use rustix::fs::{fstat, major, minor};
 
 pub(crate) use maps::Mapping;
-pub(crate) use process::{fresh_mappings, gone, stat, Process};
+pub(crate) use process::{fresh_mappings, gone, stat, Process, Stat};
 pub(crate) use stop::{StopError, Stopped};
 
 use crate::Memory;
@@ -27,6 +27,16 @@ struct FileId {
     major: u32,
     minor: u32,
     inode: u64,
+}
+
+impl FileId {
+    fn of(stat: &rustix::fs::Stat) -> Self {
+        Self {
+            major: major(stat.st_dev),
+            minor: minor(stat.st_dev),
+            inode: stat.st_ino,
+        }
+    }
 }
 
 /// The memory files of a guest, by the index of their block.
@@ -44,14 +54,9 @@ pub(crate) struct Mapper {
 impl Files {
     /// The files of `memory`.
     pub(crate) fn of(memory: &Memory) -> io::Result<Self> {
-        let ids = memory.blocks().map(|(_, file)| {
-            let stat = fstat(file)?;
-            Ok(FileId {
-                major: major(stat.st_dev),
-                minor: minor(stat.st_dev),
-                inode: stat.st_ino,
-            })
-        });
+        let ids = memory
+            .blocks()
+            .map(|(_, file)| Ok(FileId::of(&fstat(file)?)));
         ids.collect::<io::Result<_>>().map(Self)
     }
 
@@ -77,11 +82,8 @@ impl Files {
     fn mappers_but(&self, known: &[Process]) -> io::Result<Vec<Mapper>> {
         let own = std::process::id();
         let mut mappers = Vec::new();
-        for entry in fs::read_dir("/proc")? {
-            let name = entry?.file_name();
-            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
-                continue;
-            };
+        for pid in processes()? {
+            let pid = pid?;
             if pid == own {
                 continue;
             }
@@ -99,6 +101,47 @@ impl Files {
         }
         mappers.sort_by_key(|mapper| mapper.process.pid);
         Ok(mappers)
+    }
+
+    /// The children of `parents` that map no guest memory, but could: they have it open.
+    pub(crate) fn holders(&self, parents: &[u32]) -> io::Result<Vec<Stat>> {
+        let mut holders = Vec::new();
+        for pid in processes()? {
+            let pid = pid?;
+            let Some(stat) = stat(pid)? else {
+                continue;
+            };
+            if !parents.contains(&stat.parent) || pid == std::process::id() {
+                continue;
+            }
+            match self
+                .open_in(pid)
+                .and_then(|open| Ok(open && !self.mapped_by(pid)?))
+            {
+                Ok(true) => holders.push(stat),
+                Ok(false) => {}
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(holders)
+    }
+
+    /// Whether the process has guest memory open.
+    fn open_in(&self, pid: u32) -> io::Result<bool> {
+        let Some(entries) = gone(fs::read_dir(format!("/proc/{pid}/fd")))? else {
+            return Ok(false);
+        };
+        for entry in entries {
+            let Some(entry) = gone(entry)? else {
+                return Ok(false);
+            };
+            let file = gone(rustix::fs::stat(entry.path()).map_err(io::Error::from))?;
+            if file.is_some_and(|file| self.block(FileId::of(&file)).is_some()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Whether the process maps guest memory. Reads no more than it takes to see that: there may be thousands of mappings.
@@ -130,4 +173,13 @@ impl Files {
             tracer: status.tracer,
         }))
     }
+}
+
+/// The numbers of all processes.
+fn processes() -> io::Result<impl Iterator<Item = io::Result<u32>>> {
+    let entries = fs::read_dir("/proc")?;
+    Ok(entries.filter_map(|entry| {
+        let name = entry.map(|entry| entry.file_name().to_str().and_then(|it| it.parse().ok()));
+        name.transpose()
+    }))
 }

@@ -18,7 +18,7 @@
 //!   process that maps guest memory, with other mappings than it. Between two syncs they may have mapped a page, written
 //!   it, and mapped it no more. Each such write took a page fault. Only if such a process had just as many as it has
 //!   written pages to show, in the mappings that it had before, is it believed; else all data counts. So it does when such a
-//!   process is new or gone. A guest in user-mode Linux whose processes come, go or map is therefore all dirty after each
+//!   process is new or gone. The same holds for a child that maps nothing now but has the memory file open. A guest in user-mode Linux whose processes come, go or map is therefore all dirty after each
 //!   interval: it is moved right, but only once, at the end.
 //! - **Pages that the kernel took out of a mapping**, with their bits, because memory was scarce or a huge page was split: if
 //!   the system has done any of this since the last sync, all data counts.
@@ -242,7 +242,8 @@ impl Inner {
             self.reclaim.grew()?;
             self.punched.drain();
         }
-        for process in now.keys() {
+        // One that maps nothing runs on, and may map and write at this moment: its bits stay for the next sync.
+        for (process, _) in now.iter().filter(|(_, seen)| !seen.mappings.is_empty()) {
             let pid = process.pid;
             pagemap::clear(pid)
                 .map_err(|source| process_error(pid, "/proc/PID/clear_refs", source))?;
@@ -268,6 +269,22 @@ impl Inner {
                 };
                 now.insert(stat.process, seen);
             }
+        }
+        let parents: Vec<u32> = now
+            .keys()
+            .map(|it| it.pid)
+            .filter(|it| *it != own)
+            .collect();
+        let holders = self.files.holders(&parents);
+        for stat in holders.map_err(|error| TrackError::Unavailable(format!("/proc: {error}")))? {
+            let seen = Seen {
+                mappings: Vec::new(),
+                parent: stat.parent,
+                faults: stat.faults,
+                faults_of_children: stat.faults_of_children,
+                wanders: true,
+            };
+            now.insert(stat.process, seen);
         }
         let wanderers: Vec<Process> = now
             .iter()

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A guest of user-mode Linux is moved while it works, its writes tracked by soft-dirty bits.
+
+use std::time::Duration;
+
+use anyhow::{ensure, Context, Result};
+use serde_json::json;
+use tests::artifacts::Artifacts;
+use tests::destination::Destination;
+use tests::guest::{Builder, Driver, Guest};
+use tests::stress::{Load, Stress};
+use tests::vmm::Vmm;
+use tests::MIB;
+
+const MEMORY: u64 = 128 * MIB;
+const LOAD: u64 = 40 * MIB;
+const TIMES: u32 = 2;
+/// How long each workload may take to get on: what runs inside an emulated guest is slow.
+const LIMIT: Duration = Duration::from_secs(180);
+
+/// Moves one with our driver, or with the kernel's own.
+pub fn check(driver: &str) -> Result<()> {
+    let driver = match driver {
+        "c" => Driver::C,
+        _ => Driver::Ours,
+    };
+    let artifacts = Artifacts::load()?;
+    let builder = Builder::new(&artifacts, Vmm::Uml).memory(MEMORY);
+    let (mut guest, free) = builder.boot_used(16 * MIB, driver)?;
+    let stress = Stress::start(&mut guest, Load::of(LOAD), 15)?;
+    stress.wait_compared(&mut guest, 1, LIMIT)?;
+    let parameters = json!({
+        "dirty-tracking": "soft-dirty", "verify": true, "downtime-limit": 20, "max-rounds": 4,
+    });
+    guest.daemon()?.qmp().migrate_parameters(parameters)?;
+    for turn in 0..TIMES {
+        is_moved(&mut guest, &artifacts, driver, turn % 2 == 0)
+            .with_context(|| format!("migration {turn}"))?;
+        stress.wait_compared(&mut guest, 1, LIMIT)?;
+    }
+    println!("{:?}", stress.end_whole(&mut guest)?);
+    guest.unload(driver)?;
+    guest.farewell(free)
+}
+
+fn is_moved(guest: &mut Guest, artifacts: &Artifacts, driver: Driver, adopt: bool) -> Result<()> {
+    let mut destination = Destination::start(&artifacts.balloonctl, guest.memory())?;
+    let status = guest.migrate_to(&mut destination)?;
+    ensure!(guest.is_paused()?, "the source is not paused");
+    let outcome = guest.outcome(&destination)?;
+    let tracking = status.tracking.clone().unwrap_or_default();
+    let ram = status.ram;
+    let differ = outcome.different.bytes() / 4096;
+    println!(
+        "{driver:?} driver, {} ({}): {} rounds, {} ms, {} paused; {} pages have data; {} sent, {} of them again, {} as zeros, {} hinted, \
+         {} skipped; {} missed; {differ} differ",
+        tracking.mode,
+        tracking.reason,
+        status.rounds.len(),
+        status.total_time,
+        status.downtime.unwrap_or_default(),
+        outcome.data,
+        ram.normal,
+        ram.resent,
+        ram.duplicate,
+        ram.hinted,
+        ram.skipped,
+        ram.missed,
+    );
+    ensure!(
+        tracking.mode == "soft-dirty" && tracking.free_page_hint,
+        "{tracking:?}"
+    );
+    ensure!(ram.missed == 0, "writes were missed: {status:#?}");
+    ensure!(ram.hinted > 0, "no page was hinted: {ram:?}");
+    ensure!(
+        differ <= ram.skipped,
+        "{differ} pages differ, and only {} were left out",
+        ram.skipped
+    );
+    if adopt {
+        guest.adopt(&outcome, &destination)?;
+    }
+    guest.resume()?;
+    if !adopt {
+        guest.check_different_are_free(&outcome)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A process that maps and writes as it is told: one order a line, an answer to each.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use anyhow::{bail, ensure, Context, Result};
+use command_fds::{CommandFdExt, FdMapping};
+use serde::{Deserialize, Serialize};
+
+use crate::window::{Random, Window};
+
+/// The argument that makes this program one.
+pub const ARGUMENT: &str = "writer";
+/// The file descriptor of the memory file.
+const FILE: i32 = 3;
+
+/// What a writer can be told. Pages are those of the file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Order {
+    /// Maps pages, in addition to what is mapped.
+    Map { first: u64, pages: u64 },
+    /// Unmaps what was mapped last.
+    Unmap,
+    /// Writes a page, through what was mapped last.
+    Write { page: u64, value: u8 },
+    /// Reads one.
+    Read { page: u64 },
+    /// Maps a page, writes it, and unmaps it.
+    Flash { page: u64, value: u8 },
+    /// Has a child that does that, and waits for its end.
+    Child { page: u64, value: u8 },
+    /// Starts a child that is a writer too and maps nothing yet.
+    Start,
+    /// Tells that child.
+    Tell(Box<Order>),
+    /// Ends that child.
+    End,
+    /// Writes pages anywhere, as fast as possible, until it is told to rest.
+    Hammer { seed: u64 },
+    /// Rests.
+    Rest,
+}
+
+/// A writer, as its parent has it. It ends when this is dropped.
+pub struct Writer {
+    child: Child,
+    orders: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Writer {
+    /// Starts one, for a file of `pages` pages.
+    pub fn start(file: &File, pages: u64) -> Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        command.args([ARGUMENT, &pages.to_string()]);
+        let file = FdMapping {
+            parent_fd: file.try_clone()?.into(),
+            child_fd: FILE,
+        };
+        command
+            .fd_mappings(vec![file])
+            .context("cannot pass the file")?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().context("cannot start a writer")?;
+        let orders = child.stdin.take();
+        let answers = child.stdout.take().context("no standard output")?;
+        Ok(Self {
+            child,
+            orders,
+            answers: BufReader::new(answers),
+        })
+    }
+
+    /// Tells it, and waits until it has done so.
+    pub fn tell(&mut self, order: &Order) -> Result<()> {
+        let orders = self.orders.as_mut().context("it was told to end")?;
+        writeln!(orders, "{}", serde_json::to_string(order)?)?;
+        let mut answer = String::new();
+        self.answers.read_line(&mut answer)?;
+        ensure!(answer == "done\n", "{order:?}: {answer:?}");
+        Ok(())
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.orders = None;
+        // Without orders it ends.
+        let _ = self.child.wait();
+    }
+}
+
+#[derive(Default)]
+struct Hammer {
+    rest: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+/// The writer itself: does what it is told until there is no more.
+pub fn run(pages: u64) -> Result<()> {
+    let file = std::fs::OpenOptions::new();
+    let file = file
+        .clone()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/self/fd/{FILE}"))?;
+    let mut windows: Vec<Window> = Vec::new();
+    let mut child = None;
+    let mut hammer = Hammer::default();
+    for line in std::io::stdin().lock().lines() {
+        match serde_json::from_str(&line?)? {
+            Order::Map { first, pages } => windows.push(Window::map(&file, first, pages)?),
+            Order::Unmap => drop(windows.pop().context("nothing is mapped")?),
+            Order::Write { page, value } => last(&windows)?.write(page, value)?,
+            Order::Read { page } => drop(last(&windows)?.read(page)?),
+            Order::Flash { page, value } => Window::map(&file, page, 1)?.write(page, value)?,
+            Order::Child { page, value } => {
+                Writer::start(&file, pages)?.tell(&Order::Flash { page, value })?;
+            }
+            Order::Start => child = Some(Writer::start(&file, pages)?),
+            Order::Tell(order) => child.as_mut().context("no child")?.tell(&order)?,
+            Order::End => drop(child.take().context("no child")?),
+            Order::Hammer { seed } => {
+                hammer.rest.store(false, Ordering::Relaxed);
+                let (window, rest) = (Window::map(&file, 0, pages)?, hammer.rest.clone());
+                hammer.thread = Some(std::thread::spawn(move || {
+                    pound(&window, pages, seed, &rest)
+                }));
+            }
+            Order::Rest => {
+                hammer.rest.store(true, Ordering::Relaxed);
+                match hammer.thread.take().context("nothing to rest from")?.join() {
+                    Ok(result) => result?,
+                    Err(_) => bail!("the hammer broke"),
+                }
+            }
+        }
+        println!("done");
+    }
+    Ok(())
+}
+
+fn last(windows: &[Window]) -> Result<&Window> {
+    windows.last().context("nothing is mapped")
+}
+
+/// Writes anywhere until it is to rest.
+pub fn pound(window: &Window, pages: u64, seed: u64, rest: &AtomicBool) -> Result<()> {
+    let mut random = Random(seed);
+    while !rest.load(Ordering::Relaxed) {
+        let value = u8::try_from(random.below(256))?;
+        window.write(random.below(pages), value)?;
+    }
+    Ok(())
+}
