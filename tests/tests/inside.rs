@@ -36,6 +36,11 @@ fn soft_dirty_bits_in_qemu_move_a_guest_of_user_mode_linux_with_our_driver() -> 
     moved_inside("ours")
 }
 
+#[test]
+fn soft_dirty_bits_in_qemu_move_a_guest_of_user_mode_linux_with_the_c_driver() -> Result<()> {
+    moved_inside("c")
+}
+
 /// A guest in a guest, with our device and a receiver beside it.
 fn moved_inside(driver: &str) -> Result<()> {
     let artifacts = Artifacts::load()?;
