@@ -43,10 +43,10 @@ impl Limits {
                 "hint_reserve_mib={} is all of memory; nothing will be hinted\n",
                 reserve_mib
             );
-        } else if limits.reserve > 0 && limits.reserve < state::high_watermarks() {
+        } else if limits.reserve > 0 && limits.reserve < state::reclaim_watermarks() {
             dev_warn!(
                 dev,
-                "hint_reserve_mib={} is less than the zones' high watermarks; taking those\n",
+                "hint_reserve_mib={} is less than the zones' watermarks; taking those\n",
                 reserve_mib
             );
         }
@@ -65,20 +65,20 @@ impl Limits {
     fn reserve(self) -> usize {
         match self.reserve {
             0 => usual_reserve(),
-            pages => pages.max(state::high_watermarks()),
+            pages => pages.max(state::reclaim_watermarks()),
         }
     }
 }
 
-/// So many that the guest neither begins to reclaim memory nor stalls, and so few that nearly all
-/// free memory is hinted.
+/// So many that nobody stalls, and so few that nearly all free memory is hinted.
 ///
-/// Three times the sum of the zones' high watermarks, or 1/64 of memory if that is more. Above its
-/// high watermark a zone is not reclaimed, and the kernel may raise it for a while by one and a
-/// half times (`watermark_boost_factor`); the rest is room for processes.
+/// Half-way between the zones' minimum and low watermarks, or 1/64 of memory if that is more. So the
+/// first who allocates has the zone reclaimed, beside him, and the shrinker is where that finds
+/// memory: the guest has blocks back before it comes to the minimum, where an allocation has to
+/// wait. More would cost more than it helps: with huge pages the kernel sets its watermarks to a
+/// twentieth of a guest of 1 GiB, and what is left here is sent by the migration, used or not.
 fn usual_reserve() -> usize {
-    let watermarks = state::high_watermarks().saturating_mul(3);
-    watermarks.max(state::managed_pages() / 64)
+    state::reclaim_watermarks().max(state::managed_pages() / 64)
 }
 
 /// Whether the guest has memory to give to the balloon.
@@ -157,7 +157,7 @@ mod tests {
         assert_eq!(Limits::new(0, 3).reserve, 3 * PAGES_PER_MIB);
         assert_eq!(Limits::new(0, 3).reserve << PAGE_SHIFT, 3 << 20);
         assert_eq!(Limits::new(0, 0).reserve(), usual_reserve());
-        assert!(Limits::new(0, 1).reserve() >= state::high_watermarks());
+        assert!(Limits::new(0, 1).reserve() >= state::reclaim_watermarks());
         assert!(Limits::new(0, u32::MAX).reserve() >= state::managed_pages());
     }
 
@@ -178,7 +178,7 @@ mod tests {
             last = block.order();
             taken.push(block);
         }
-        let reserve = keep.max(state::high_watermarks()) as u64;
+        let reserve = keep.max(state::reclaim_watermarks()) as u64;
         assert_eq!(counters.hint_reserve_pages.get(), reserve);
         assert!(counters.hint_free_pages_low.get() >= reserve);
         assert!(taken.pages() <= 9 * PAGES_PER_MIB);

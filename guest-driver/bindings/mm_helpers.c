@@ -153,7 +153,8 @@ unsigned long vbrs_managed_pages(void)
 	return totalram_pages();
 }
 
-unsigned long vbrs_high_watermarks(void)
+/* Half-way between where an allocation has to wait and where reclaim begins. */
+unsigned long vbrs_reclaim_watermarks(void)
 {
 	unsigned long sum = 0;
 	int nid, zid;
@@ -163,7 +164,7 @@ unsigned long vbrs_high_watermarks(void)
 			struct zone *zone = &NODE_DATA(nid)->node_zones[zid];
 
 			if (managed_zone(zone))
-				sum += zone->_watermark[WMARK_HIGH];
+				sum += (zone->_watermark[WMARK_MIN] + zone->_watermark[WMARK_LOW]) / 2;
 		}
 	}
 	return sum;

@@ -25,11 +25,14 @@ pub fn managed_pages() -> usize {
     unsafe { helpers::vbrs_managed_pages() }
 }
 
-/// The sum of all zones' high watermarks, without what they are boosted by for the moment: with
-/// more free pages than these, the kernel does not reclaim memory.
-pub fn high_watermarks() -> usize {
+/// Half-way between the minimum and the low watermark, summed over all zones, without what they are
+/// boosted by for the moment.
+///
+/// Below its low watermark a zone begins to be reclaimed, while whoever allocates goes on; below
+/// the minimum they wait for that.
+pub fn reclaim_watermarks() -> usize {
     // SAFETY: Reads the zones' watermarks, which are plain words.
-    unsafe { helpers::vbrs_high_watermarks() }
+    unsafe { helpers::vbrs_reclaim_watermarks() }
 }
 
 /// What the guest fills its free pages with, byte by byte the same in all four; `None` if it leaves

@@ -29,10 +29,6 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// How long a guest may take to hint all that it has. An emulated one clears each block before it hints it.
 const HINTS_LIMIT_MS: u64 = 60_000;
 
-/// What our driver leaves to the guest: no more than the kernel's high watermarks, if these are more than a megabyte.
-/// Left to itself it leaves three times as much, which is 200 MiB where the kernel has huge pages, and the C driver nothing.
-const RESERVE: &str = "hint_reserve_mib=1";
-
 /// Who moves the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mover {
@@ -183,8 +179,7 @@ impl Moved {
     fn want_driver(&mut self, wanted: bool) -> Result<()> {
         if wanted != self.loaded {
             match (wanted, self.driver) {
-                (true, Driver::Ours) => self.guest.load_with(Driver::Ours, RESERVE)?,
-                (true, Driver::C) => self.guest.load(Driver::C)?,
+                (true, driver) => self.guest.load(driver)?,
                 (false, driver) => self.guest.unload(driver)?,
             }
             self.loaded = wanted;

@@ -258,26 +258,25 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     guest.farewell(free)
 }
 
-/// Three times the high watermarks of the zones that have memory, or 1/64 of memory if that is more.
+/// Half-way between the minimum and the low watermarks of the zones that have memory, or 1/64 of memory if that is more.
 fn documented_reserve(guest: &mut Guest) -> Result<u64> {
     let page_size = guest.agent().hello().page_size;
     let zones = guest.call(ReadFile {
         path: "/proc/zoneinfo".to_owned(),
     })?;
-    let (mut sum, mut high) = (0, 0);
+    let (mut sum, mut min, mut low): (u64, u64, u64) = (0, 0, 0);
     for line in zones.lines() {
         let mut words = line.split_whitespace();
         let (name, number) = (words.next(), words.next());
-        // A processor's own list has a line `high: N`, which is another thing.
         match name {
-            Some("high") => high = number.context("a watermark without a number")?.parse()?,
-            Some("managed") if number != Some("0") => sum += high,
+            Some("min") => min = number.context("a watermark without a number")?.parse()?,
+            Some("low") => low = number.context("a watermark without a number")?.parse()?,
+            Some("managed") if number != Some("0") => sum += (min + low) / 2,
             _ => {}
         }
     }
-    let high: u64 = sum;
     let total = guest.mem_info()?.total() / page_size;
-    Ok((3 * high).max(total / 64) * page_size)
+    Ok(sum.max(total / 64) * page_size)
 }
 
 /// How long a process takes to fill so much memory and find it as it was.
