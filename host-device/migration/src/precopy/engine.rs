@@ -157,7 +157,7 @@ impl Precopy {
         let bitmap = phase.bitmap().clone();
         let (before, bytes) = (self.sender.counts(), self.sender.bytes());
         self.hints.open(phase.finish());
-        round.hint_wait_us = micros(self.wait_for_hints()?);
+        round.hint_wait_us = micros(self.wait_for_hints(&bitmap)?);
         let begun = Instant::now();
         self.send(&bitmap, self.parameters.max_bandwidth)?;
         self.end_round()?;
@@ -189,16 +189,25 @@ impl Precopy {
     }
 
     /// Waits for hints, all rounds together not longer than the limit (R14), and returns how long it did.
-    fn wait_for_hints(&mut self) -> Result<Duration, PrecopyError> {
+    ///
+    /// After the first round also no longer than it would take to send all that is dirty: to wait longer cannot pay, and
+    /// a guest that works makes more dirty meanwhile.
+    fn wait_for_hints(&mut self, bitmap: &DirtyBitmap) -> Result<Duration, PrecopyError> {
         let begun = Instant::now();
-        match self.hints.wait(self.parameters.hint_wait, &self.cancel) {
+        let left = self.parameters.hint_wait;
+        let limit = match self.bandwidth {
+            Some(_) => left.min(self.expected_downtime(bitmap)),
+            None => left,
+        };
+        match self.hints.wait(limit, &self.cancel) {
             Waited::Cancelled => return Err(PrecopyError::Cancelled),
+            Waited::TimedOut if limit < left => {}
             Waited::TimedOut => info!("the guest has not given all hints in time: the rest of them come while pages are sent, or not at all"),
             Waited::Lost(why) => info!("there are no more hints: {why}"),
             Waited::Finished => {}
         }
         let waited = begun.elapsed();
-        self.parameters.hint_wait = self.parameters.hint_wait.saturating_sub(waited);
+        self.parameters.hint_wait = left.saturating_sub(waited);
         if self.cancel.is_cancelled() {
             return Err(PrecopyError::Cancelled);
         }
@@ -280,15 +289,15 @@ impl Precopy {
     fn send(&mut self, bitmap: &DirtyBitmap, max_bandwidth: u64) -> Result<(), PrecopyError> {
         let mut pace = Pace::new(max_bandwidth);
         let progress = &self.progress;
-        let mut shown = Instant::now();
+        let mut shown: Option<Instant> = None;
         self.sender.send(
             bitmap,
             &mut *self.tracker,
             &mut pace,
             &self.cancel,
             |sender| {
-                if shown.elapsed() >= Duration::from_millis(20) {
-                    shown = Instant::now();
+                if shown.is_none_or(|it| it.elapsed() >= Duration::from_millis(20)) {
+                    shown = Some(Instant::now());
                     show(progress, sender, bitmap);
                 }
             },

@@ -32,7 +32,8 @@ struct World {
     /// What the guest hints in each of its rounds.
     hints: Vec<Vec<Run>>,
     discards: bool,
-    silent: bool,
+    /// The round from which on the guest says nothing; the first is 1.
+    silent_from: Option<usize>,
     waited: Duration,
     lose_window: bool,
     pause_fails: bool,
@@ -295,7 +296,8 @@ impl HintSource for Guest {
     }
 
     fn wait(&mut self, limit: Duration, cancel: &Cancel) -> Waited {
-        if !self.test.world.lock().unwrap().silent {
+        let silent_from = self.test.world.lock().unwrap().silent_from;
+        if silent_from.is_none_or(|from| self.round < from) {
             return Waited::Finished;
         }
         self.test.set(|world| world.waited += limit);
@@ -488,7 +490,7 @@ fn r14_a_silent_guest_delays_by_the_limit_at_most_all_rounds_together() {
     };
     let acts = (1..100).map(|at| (at, Act::Write(0, at as u8, Report::Yes)));
     test.set(|world| {
-        world.silent = true;
+        world.silent_from = Some(1);
         world.at = acts.collect();
     });
     let (result, status) = test.migrate(parameters, false);
@@ -499,9 +501,30 @@ fn r14_a_silent_guest_delays_by_the_limit_at_most_all_rounds_together() {
 }
 
 #[test]
+fn later_rounds_wait_no_longer_than_they_would_send() {
+    let mut test = filled();
+    let parameters = Parameters {
+        hint_wait: Duration::from_secs(600),
+        downtime_limit: Duration::ZERO,
+        max_rounds: 4,
+        ..Parameters::default()
+    };
+    let acts = (1..100).map(|at| (at, Act::Write(0, at as u8, Report::Yes)));
+    test.set(|world| {
+        world.silent_from = Some(2);
+        world.at = acts.collect();
+    });
+    let (result, status) = test.migrate(parameters, false);
+    result.unwrap();
+    assert_eq!(status.rounds.len(), 5);
+    // A page, at the speed of a loop in memory.
+    assert!(test.world.lock().unwrap().waited < Duration::from_secs(60));
+}
+
+#[test]
 fn waiting_for_hints_ends_when_it_is_told_to() {
     let mut test = filled();
-    test.set(|world| world.silent = true);
+    test.set(|world| world.silent_from = Some(1));
     let cancel = test.cancel.clone();
     let parameters = Parameters {
         hint_wait: Duration::from_secs(600),
