@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the host's kernel says about its processors and processes.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -98,25 +99,46 @@ pub fn guest_memory_in_use(vmm: u32) -> Result<u64> {
     Ok(file.blocks() * BLOCK)
 }
 
-/// The memory file of a guest, as a path that can be opened: the largest deleted file or memfd that its VMM holds.
+/// The memory file of a guest, as a path that can be opened: the largest deleted file or memfd that its VMM maps.
+///
+/// What it only holds may be another guest's, and come from this process: a device in a test gets descriptors that are
+/// not closed when a VMM is started.
 ///
 /// # Errors
 ///
-/// If the process holds none.
+/// If the process maps none.
 pub fn guest_memory_file(vmm: u32) -> Result<PathBuf> {
     let folder = format!("/proc/{vmm}/fd");
+    let maps = format!("/proc/{vmm}/maps");
+    let maps = fs::read_to_string(&maps).with_context(|| format!("cannot read {maps}"))?;
+    let mapped: BTreeSet<(u64, &str)> = maps.lines().filter_map(mapped_file).collect();
     let mut largest = None;
     for entry in fs::read_dir(&folder).with_context(|| format!("cannot list {folder}"))? {
         let path = entry?.path();
-        let deleted = fs::read_link(&path)
-            .is_ok_and(|target| target.to_string_lossy().ends_with(" (deleted)"));
-        if let (true, Ok(file)) = (deleted, fs::metadata(&path)) {
+        let (Ok(target), Ok(file)) = (fs::read_link(&path), fs::metadata(&path)) else {
+            continue;
+        };
+        let target = target.to_string_lossy();
+        if target.ends_with(DELETED) && mapped.contains(&(file.ino(), &*target)) {
             largest = largest.max(Some((file.len(), path)));
         }
     }
     largest
         .map(|(_, path)| path)
-        .with_context(|| format!("process {vmm} holds no memory file"))
+        .with_context(|| format!("process {vmm} maps no memory file"))
+}
+
+const DELETED: &str = " (deleted)";
+
+/// The inode and the path in a line of `/proc/PID/maps`.
+fn mapped_file(line: &str) -> Option<(u64, &str)> {
+    let mut rest = line;
+    let mut inode = "";
+    // Addresses, permissions, offset, device, inode; and then the path, which may hold spaces.
+    for _ in 0..5 {
+        (inode, rest) = rest.trim_start().split_once(' ')?;
+    }
+    Some((inode.parse().ok()?, rest.trim_start()))
 }
 
 /// A folder in memory with room for `bytes`, where a VMM may put a guest's memory file.

@@ -27,9 +27,14 @@ fn r15_no_flag_says_that_a_hinted_page_is_in_use() -> Result<()> {
                 // Its blocks are the kernel's as much as ours are: user-mode Linux shows that.
                 continue;
             }
-            let (mut guest, free) = Builder::new(&artifacts, vmm)
-                .memory(256 * MIB)
-                .boot_used(16 * MIB, driver)?;
+            let mut guest = Builder::new(&artifacts, vmm).memory(256 * MIB).boot()?;
+            guest.fill_and_free(16 * MIB, 10)?;
+            match driver {
+                // So much that the kernel takes nothing back while the flags are looked at.
+                Driver::Ours => guest.load_with(driver, "hint_reserve_mib=16")?,
+                Driver::C => guest.load(driver)?,
+            }
+            let free = guest.settled_free()?;
             guest.hint_all()?;
             let hinted = guest.daemon()?.qmp().hinted_ranges()?;
             let held = guest.call(PageUse {})?;
