@@ -72,13 +72,19 @@ impl Limits {
 
 /// So many that nobody stalls, and so few that nearly all free memory is hinted.
 ///
-/// Half-way between the zones' minimum and low watermarks, or 1/64 of memory if that is more. So the
-/// first who allocates has the zone reclaimed, beside him, and the shrinker is where that finds
-/// memory: the guest has blocks back before it comes to the minimum, where an allocation has to
-/// wait. More would cost more than it helps: with huge pages the kernel sets its watermarks to a
-/// twentieth of a guest of 1 GiB, and what is left here is sent by the migration, used or not.
+/// Three times the sum of the zones' high watermarks, but no more than a twentieth of memory. Above
+/// its high watermark a zone is not reclaimed, and the kernel may raise it for a while by one and a
+/// half times (`watermark_boost_factor`); the rest is room for processes. Where the kernel uses huge
+/// pages its watermarks are a twentieth of a guest of 1 GiB by themselves: there half-way between
+/// the minimum and the low ones must do, so that whoever allocates first has the zone reclaimed
+/// beside him, with blocks from the shrinker, before anybody has to wait. What is left here is
+/// sent by the migration, used or not.
+///
+/// And never less than 1/64 of memory.
 fn usual_reserve() -> usize {
-    state::reclaim_watermarks().max(state::managed_pages() / 64)
+    let managed = state::managed_pages();
+    let roomy = state::high_watermarks().saturating_mul(3).min(managed / 20);
+    roomy.max(state::reclaim_watermarks()).max(managed / 64)
 }
 
 /// Whether the guest has memory to give to the balloon.

@@ -153,6 +153,22 @@ unsigned long vbrs_managed_pages(void)
 	return totalram_pages();
 }
 
+unsigned long vbrs_high_watermarks(void)
+{
+	unsigned long sum = 0;
+	int nid, zid;
+
+	for_each_online_node(nid) {
+		for (zid = 0; zid < MAX_NR_ZONES; zid++) {
+			struct zone *zone = &NODE_DATA(nid)->node_zones[zid];
+
+			if (managed_zone(zone))
+				sum += zone->_watermark[WMARK_HIGH];
+		}
+	}
+	return sum;
+}
+
 /* Half-way between where an allocation has to wait and where reclaim begins. */
 unsigned long vbrs_reclaim_watermarks(void)
 {

@@ -43,6 +43,7 @@ void vbrs_page_reporting_unregister(struct page_reporting_dev_info *info);
 unsigned long vbrs_free_pages(void);
 unsigned long vbrs_obtainable_pages(void);
 unsigned long vbrs_managed_pages(void);
+unsigned long vbrs_high_watermarks(void);
 unsigned long vbrs_reclaim_watermarks(void);
 unsigned int vbrs_max_page_order(void);
 bool vbrs_fills_free_pages(u32 *pattern);

@@ -25,6 +25,13 @@ pub fn managed_pages() -> usize {
     unsafe { helpers::vbrs_managed_pages() }
 }
 
+/// The sum of all zones' high watermarks, without what they are boosted by for the moment: with
+/// more free pages than these, the kernel does not reclaim memory.
+pub fn high_watermarks() -> usize {
+    // SAFETY: Reads the zones' watermarks, which are plain words.
+    unsafe { helpers::vbrs_high_watermarks() }
+}
+
 /// Half-way between the minimum and the low watermark, summed over all zones, without what they are
 /// boosted by for the moment.
 ///

@@ -258,25 +258,32 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     guest.farewell(free)
 }
 
-/// Half-way between the minimum and the low watermarks of the zones that have memory, or 1/64 of memory if that is more.
+/// Three times the high watermarks of the zones that have memory, within 1/64 and 1/20 of memory; and no less than half-way
+/// between the minimum and the low ones.
 fn documented_reserve(guest: &mut Guest) -> Result<u64> {
     let page_size = guest.agent().hello().page_size;
     let zones = guest.call(ReadFile {
         path: "/proc/zoneinfo".to_owned(),
     })?;
-    let (mut sum, mut min, mut low): (u64, u64, u64) = (0, 0, 0);
+    let (mut sum, mut high_sum): (u64, u64) = (0, 0);
+    let (mut min, mut low, mut high): (u64, u64, u64) = (0, 0, 0);
     for line in zones.lines() {
         let mut words = line.split_whitespace();
         let (name, number) = (words.next(), words.next());
         match name {
             Some("min") => min = number.context("a watermark without a number")?.parse()?,
             Some("low") => low = number.context("a watermark without a number")?.parse()?,
-            Some("managed") if number != Some("0") => sum += (min + low) / 2,
+            // A processor's own list has a line `high: N`, which is another thing.
+            Some("high") => high = number.context("a watermark without a number")?.parse()?,
+            Some("managed") if number != Some("0") => {
+                sum += (min + low) / 2;
+                high_sum += high;
+            }
             _ => {}
         }
     }
     let total = guest.mem_info()?.total() / page_size;
-    Ok(sum.max(total / 64) * page_size)
+    Ok((3 * high_sum).min(total / 20).max(sum).max(total / 64) * page_size)
 }
 
 /// How long a process takes to fill so much memory and find it as it was.

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use serde_json::json;
 use tests::artifacts::Artifacts;
 use tests::destination::Destination;
@@ -13,8 +13,7 @@ use tests::vmm::Vmm;
 use tests::MIB;
 
 const MEMORY: u64 = 128 * MIB;
-const LOAD: u64 = 40 * MIB;
-const TIMES: u32 = 2;
+const LOAD: u64 = 24 * MIB;
 /// How long each workload may take to get on: what runs inside an emulated guest is slow.
 const LIMIT: Duration = Duration::from_secs(180);
 
@@ -33,17 +32,15 @@ pub fn check(driver: &str) -> Result<()> {
         "dirty-tracking": "soft-dirty", "verify": true, "downtime-limit": 20, "max-rounds": 4,
     });
     guest.daemon()?.qmp().migrate_parameters(parameters)?;
-    for turn in 0..TIMES {
-        is_moved(&mut guest, &artifacts, driver, turn % 2 == 0)
-            .with_context(|| format!("migration {turn}"))?;
-        stress.wait_compared(&mut guest, 1, LIMIT)?;
-    }
+    // With the one it goes on with what the destination got, with the other its kernel is asked.
+    is_moved(&mut guest, &artifacts, driver == Driver::Ours)?;
+    stress.wait_compared(&mut guest, 1, LIMIT)?;
     println!("{:?}", stress.end_whole(&mut guest)?);
     guest.unload(driver)?;
     guest.farewell(free)
 }
 
-fn is_moved(guest: &mut Guest, artifacts: &Artifacts, driver: Driver, adopt: bool) -> Result<()> {
+fn is_moved(guest: &mut Guest, artifacts: &Artifacts, adopt: bool) -> Result<()> {
     let mut destination = Destination::start(&artifacts.balloonctl, guest.memory())?;
     let status = guest.migrate_to(&mut destination)?;
     ensure!(guest.is_paused()?, "the source is not paused");
@@ -52,7 +49,7 @@ fn is_moved(guest: &mut Guest, artifacts: &Artifacts, driver: Driver, adopt: boo
     let ram = status.ram;
     let differ = outcome.different.bytes() / 4096;
     println!(
-        "{driver:?} driver, {} ({}): {} rounds, {} ms, {} paused; {} pages have data; {} sent, {} of them again, {} as zeros, {} hinted, \
+        "{} ({}): {} rounds, {} ms, {} paused; {} pages have data; {} sent, {} of them again, {} as zeros, {} hinted, \
          {} skipped; {} missed; {differ} differ",
         tracking.mode,
         tracking.reason,

@@ -260,7 +260,7 @@ fn whatever_comes_and_goes(small: &mut Small, writers: &mut [Writer]) -> Result<
     let mut mapped = [None; 3];
     let mut children = [false; 3];
     let (mut syncs, mut all) = (0, 0);
-    for _ in 0..400 {
+    for _ in 0..200 {
         let writer = usize::try_from(random.below(3))?;
         let page = random.below(BUSY);
         let value = u8::try_from(1 + random.below(255))?;
