@@ -38,7 +38,7 @@ module_virtio_driver! {
         },
         hint_reserve_mib: u32 {
             default: 0,
-            description: "Free memory in MiB that hinting leaves to the guest (0, unless set: as much as its zones' watermarks say; never less than their high watermarks)",
+            description: "Free memory in MiB that hinting leaves to the guest (0, unless set: as its zones' watermarks say; never less than half-way between their minimum and low ones)",
         },
     },
 }

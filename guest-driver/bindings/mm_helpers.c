@@ -153,7 +153,8 @@ unsigned long vbrs_managed_pages(void)
 	return totalram_pages();
 }
 
-unsigned long vbrs_high_watermarks(void)
+/* The mean of two watermarks, summed over all zones, without any boost. */
+static unsigned long mean_watermarks(enum zone_watermarks one, enum zone_watermarks other)
 {
 	unsigned long sum = 0;
 	int nid, zid;
@@ -163,27 +164,21 @@ unsigned long vbrs_high_watermarks(void)
 			struct zone *zone = &NODE_DATA(nid)->node_zones[zid];
 
 			if (managed_zone(zone))
-				sum += zone->_watermark[WMARK_HIGH];
+				sum += (zone->_watermark[one] + zone->_watermark[other]) / 2;
 		}
 	}
 	return sum;
 }
 
+unsigned long vbrs_high_watermarks(void)
+{
+	return mean_watermarks(WMARK_HIGH, WMARK_HIGH);
+}
+
 /* Half-way between where an allocation has to wait and where reclaim begins. */
 unsigned long vbrs_reclaim_watermarks(void)
 {
-	unsigned long sum = 0;
-	int nid, zid;
-
-	for_each_online_node(nid) {
-		for (zid = 0; zid < MAX_NR_ZONES; zid++) {
-			struct zone *zone = &NODE_DATA(nid)->node_zones[zid];
-
-			if (managed_zone(zone))
-				sum += (zone->_watermark[WMARK_MIN] + zone->_watermark[WMARK_LOW]) / 2;
-		}
-	}
-	return sum;
+	return mean_watermarks(WMARK_MIN, WMARK_LOW);
 }
 
 unsigned int vbrs_max_page_order(void)
