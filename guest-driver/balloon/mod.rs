@@ -66,7 +66,6 @@ pub(crate) struct Data {
     _oom_notifier: Option<OomNotifier<Sizing>>,
     _reporting: Option<Registration>,
     _shrinker: Option<Shrinker<Held>>,
-    _work_queue: Arc<WorkQueue>,
     _counters: Option<CountersFile>,
 }
 
@@ -117,7 +116,7 @@ impl Data {
         let config = dev.config()?;
         let printer: &device::Device = dev.as_ref();
         let counters = Arc::new(Counters::new(Some(ARef::from(printer))), GFP_KERNEL)?;
-        let work_queue = Arc::new(WorkQueue::new(c"virtio_balloon_rs")?, GFP_KERNEL)?;
+        let work_queue = WorkQueue::new(c"virtio_balloon_rs")?;
 
         let hinting = if features.contains(Features::FREE_PAGE_HINT) {
             let config = BalloonConfig::new(config.clone());
@@ -150,7 +149,7 @@ impl Data {
                 ARef::from(printer),
                 BalloonConfig::new(config.clone()),
                 wakeup,
-                work_queue.clone(),
+                work_queue,
                 counters.clone(),
                 !features.contains(Features::DEFLATE_ON_OOM),
                 features.contains(Features::MUST_TELL_HOST),
@@ -184,7 +183,6 @@ impl Data {
             _reporting: registration,
             _oom_notifier: oom_notifier,
             _shrinker: shrinker,
-            _work_queue: work_queue,
             _counters: counters,
         })
     }

@@ -12,9 +12,6 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, AtomicFlag, Relaxed};
 use kernel::sync::{aref::ARef, new_mutex, Arc, Mutex};
 use kernel::time::{msecs_to_jiffies, Delta, Instant, Jiffies, Monotonic, Msecs};
-use kernel::workqueue::{
-    impl_has_delayed_work, impl_has_work, new_delayed_work, new_work, DelayedWork, Work, WorkItem,
-};
 use kernel::{dev_info, dev_warn, device};
 
 use super::balance::Step;
@@ -24,7 +21,7 @@ use super::request::{Guest, PageBuffer, Request};
 use super::reserve::may_inflate;
 use super::traffic::{Pages, Traffic, LOOK, REQUESTS};
 use crate::mm::{state, BalloonPage, BalloonPages, OnOutOfMemory};
-use crate::virtio::work::{self, WorkQueue};
+use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
 use crate::virtio::{Virtqueue, Wakeup};
 
 /// After how many new requests the device is notified. Half of them: so there are always some to
@@ -75,12 +72,11 @@ pub(crate) struct Sizing {
     #[pin]
     pages: Pages,
     wakeup: Arc<Wakeup>,
-    work_queue: Arc<WorkQueue>,
     counters: Arc<Counters>,
     #[pin]
-    steer: Work<Self, STEER>,
+    steer: Task<Self, STEER>,
     #[pin]
-    retry: DelayedWork<Self, RETRY>,
+    retry: Task<Self, RETRY>,
 }
 
 /// What the turns know. The lock makes them one at a time; memory is allocated under it.
@@ -94,12 +90,9 @@ struct Turn {
     rescued: Option<Instant<Monotonic>>,
 }
 
-impl_has_work! {
-    impl HasWork<Self, 1> for Sizing { self.steer }
-}
-
-impl_has_delayed_work! {
-    impl HasDelayedWork<Self, 2> for Sizing { self.retry }
+impl_has_task! {
+    impl HasTask<1> for Sizing { self.steer }
+    impl HasTask<2> for Sizing { self.retry }
 }
 
 impl Sizing {
@@ -111,7 +104,7 @@ impl Sizing {
         dev: ARef<device::Device>,
         config: BalloonConfig,
         wakeup: Arc<Wakeup>,
-        work_queue: Arc<WorkQueue>,
+        work_queue: WorkQueue,
         counters: Arc<Counters>,
         adjust_managed: bool,
         must_tell_host: bool,
@@ -134,10 +127,9 @@ impl Sizing {
             turn <- new_mutex!(turn, "Sizing::turn"),
             pages <- BalloonPages::new(adjust_managed, Traffic::new(counters.clone())?),
             wakeup,
-            work_queue,
             counters,
-            steer <- new_work!("Sizing::steer"),
-            retry <- new_delayed_work!("Sizing::retry"),
+            steer <- new_task!(work_queue.clone(), "Sizing::steer"),
+            retry <- new_task!(work_queue, "Sizing::retry"),
         });
         Arc::pin_init(sizing, GFP_KERNEL)
     }
@@ -173,7 +165,7 @@ impl Sizing {
 
     /// Starts the work, unless it is queued already or disabled.
     fn wake(self: &Arc<Self>) {
-        let _ = self.work_queue.enqueue::<Arc<Self>, STEER>(self.clone());
+        work::enqueue::<Self, STEER>(self);
     }
 
     /// Takes all pages out of the balloon and tells the host, as long as it answers.
@@ -212,7 +204,7 @@ impl Sizing {
     /// not for the device.
     pub(crate) fn disable(self: &Arc<Self>) {
         self.traffic().close();
-        work::disable_delayed::<Self, RETRY>(self);
+        work::disable::<Self, RETRY>(self);
         work::disable::<Self, STEER>(self);
         self.wakeup.take_up(ADJUST);
         self.wakeup.rest();
@@ -367,9 +359,7 @@ impl Sizing {
         }
         let delay: Jiffies = msecs_to_jiffies(turn.delay);
         turn.delay = (turn.delay * 2).min(RETRY_MAX);
-        let _ = self
-            .work_queue
-            .enqueue_delayed::<Arc<Self>, RETRY>(self.clone(), delay);
+        work::enqueue_delayed::<Self, RETRY>(self, delay);
     }
 
     /// Whether a task that found no memory has waited in vain already, and nothing has been answered
@@ -461,9 +451,7 @@ impl OnOutOfMemory for Sizing {
 }
 
 /// The work proper.
-impl WorkItem<1> for Sizing {
-    type Pointer = Arc<Self>;
-
+impl Run<1> for Sizing {
     fn run(this: Arc<Self>) {
         // One turn each time, so that the system, which waits for the work to pause before it
         // sleeps, waits for one turn at most.
@@ -474,9 +462,7 @@ impl WorkItem<1> for Sizing {
 }
 
 /// What comes after a delay: the work proper.
-impl WorkItem<2> for Sizing {
-    type Pointer = Arc<Self>;
-
+impl Run<2> for Sizing {
     fn run(this: Arc<Self>) {
         this.wake();
     }

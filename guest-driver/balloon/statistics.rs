@@ -8,13 +8,12 @@
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
 use kernel::sync::{new_mutex, Arc, Mutex};
-use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
 
 use super::counters::Counters;
 use crate::mm::statistics::{self, Events, HugetlbEvents, Memory};
 use crate::shared_abi::queue::Queue;
 use crate::shared_abi::stats::{Stat, Tag};
-use crate::virtio::work::{self, WorkQueue};
+use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
 use crate::virtio::{Accompanied, AddError, Virtqueue, Wakeup};
 
 /// The most bytes that statistics take.
@@ -34,21 +33,20 @@ pub(crate) struct Statistics {
     #[pin]
     spare: Mutex<Option<StatisticsBuffer>>,
     wakeup: Arc<Wakeup>,
-    work_queue: Arc<WorkQueue>,
     counters: Arc<Counters>,
     #[pin]
-    work: Work<Self>,
+    work: Task<Self>,
 }
 
-impl_has_work! {
-    impl HasWork<Self> for Statistics { self.work }
+impl_has_task! {
+    impl HasTask<0> for Statistics { self.work }
 }
 
 impl Statistics {
     /// Sends nothing yet. May sleep. Fails with `ENOMEM`.
     pub(crate) fn new(
         wakeup: Arc<Wakeup>,
-        work_queue: Arc<WorkQueue>,
+        work_queue: WorkQueue,
         counters: Arc<Counters>,
     ) -> Result<Arc<Self>> {
         let buffer = StatisticsBuffer::new([0; SIZE], (), GFP_KERNEL)?;
@@ -56,9 +54,8 @@ impl Statistics {
             queue: Virtqueue::new(c"stats")?,
             spare <- new_mutex!(Some(buffer), "Statistics::spare"),
             wakeup,
-            work_queue,
             counters,
-            work <- new_work!("Statistics::work"),
+            work <- new_task!(work_queue, "Statistics::work"),
         });
         Arc::pin_init(statistics, GFP_KERNEL)
     }
@@ -82,7 +79,7 @@ impl Statistics {
     /// The device wants new statistics, or seems to. Any context.
     pub(crate) fn wanted(self: &Arc<Self>) {
         self.wakeup.begin(ANSWER);
-        let _ = self.work_queue.enqueue(self.clone());
+        work::enqueue(self);
     }
 
     /// Takes the buffer back after the device's reset. May sleep.
@@ -125,9 +122,7 @@ impl Statistics {
     }
 }
 
-impl WorkItem for Statistics {
-    type Pointer = Arc<Self>;
-
+impl Run for Statistics {
     fn run(this: Arc<Self>) {
         this.wakeup.take_up(ANSWER);
         if let Ok(answered) = this.answer() {

@@ -177,6 +177,7 @@ macro_rules! module_virtio_driver {
             // Dropped in this order: devices use the folder for as long as they have the driver.
             #[pin]
             _driver: ::kernel::driver::Registration<$crate::virtio::Adapter<$type>>,
+            _work: $crate::virtio::work::ModuleExit,
             _folder: $crate::virtio::debugfs::Folder,
         }
 
@@ -187,6 +188,7 @@ macro_rules! module_virtio_driver {
                 let name = <Self as ::kernel::ModuleMetadata>::NAME;
                 ::kernel::try_pin_init!(Self {
                     _folder: $crate::virtio::debugfs::Folder::new(name)?,
+                    _work: $crate::virtio::work::ModuleExit::new(),
                     _driver <- ::kernel::driver::Registration::new(name, module),
                 })
             }
