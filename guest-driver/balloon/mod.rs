@@ -113,15 +113,14 @@ impl Drop for Works {
 impl Data {
     fn bind(dev: &virtio::Device<Core<'_>>) -> Result<Self> {
         let features = Features::from_bits(dev.features());
-        let config = dev.config()?;
+        let config = BalloonConfig::new(dev.config(BalloonConfig::size(features))?);
         let printer: &device::Device = dev.as_ref();
         let counters = Arc::new(Counters::new(Some(ARef::from(printer))), GFP_KERNEL)?;
         let work_queue = WorkQueue::new(c"virtio_balloon_rs")?;
 
         let hinting = if features.contains(Features::FREE_PAGE_HINT) {
-            let config = BalloonConfig::new(config.clone());
             Some(Hinting::new(
-                config,
+                config.clone(),
                 work_queue.clone(),
                 counters.clone(),
                 Limits::from_parameters(printer),
@@ -147,7 +146,7 @@ impl Data {
         let works = Works {
             sizing: Sizing::new(
                 ARef::from(printer),
-                BalloonConfig::new(config.clone()),
+                config,
                 wakeup,
                 work_queue,
                 counters.clone(),
@@ -193,7 +192,8 @@ impl Works {
     fn start(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
         if features.contains(Features::PAGE_POISON) {
             let pattern = state::free_page_pattern().unwrap_or(0);
-            BalloonConfig::new(dev.config()?).set_poison(pattern)?;
+            let config = dev.config(BalloonConfig::size(features))?;
+            BalloonConfig::new(config).set_poison(pattern)?;
         }
         if let Some(statistics) = &self.statistics {
             statistics.prime()?;
