@@ -31,7 +31,6 @@ typedef int (*vbrs_migrate_page)(struct balloon_dev_info *info, struct page *new
 				 enum migrate_mode mode);
 
 void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_managed, vbrs_migrate_page migrate);
-unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info);
 
 struct shrinker *vbrs_shrinker_alloc(const char *name);
 
@@ -45,6 +44,8 @@ unsigned long vbrs_obtainable_pages(void);
 unsigned long vbrs_managed_pages(void);
 unsigned long vbrs_high_watermarks(void);
 unsigned long vbrs_reclaim_watermarks(void);
+void vbrs_short_nodes(nodemask_t *nodes);
+bool vbrs_page_is_on(struct page *page, const nodemask_t *nodes);
 unsigned int vbrs_max_page_order(void);
 bool vbrs_fills_free_pages(u32 *pattern);
 
