@@ -34,6 +34,27 @@ void vbrs_zero_block(struct page *page, unsigned int order)
 		clear_highpage(page + i);
 }
 
+/*
+ * Marks pages that have no content for anybody: "logically offline" is what
+ * dump tools, hibernation and memory offlining call them.
+ */
+void vbrs_set_offline(struct page *page, unsigned long count)
+{
+	unsigned long i;
+
+	for (i = 0; i < count; i++)
+		__SetPageOffline(page + i);
+}
+
+/* The page allocator wants pages back without a type. */
+void vbrs_clear_offline(struct page *page, unsigned long count)
+{
+	unsigned long i;
+
+	for (i = 0; i < count; i++)
+		__ClearPageOffline(page + i);
+}
+
 /* Makes single pages of a block. */
 void vbrs_split_block(struct page *page, unsigned int order)
 {
@@ -293,6 +314,11 @@ bool vbrs_test_page_holds(struct page *page, u8 value)
 
 	kunmap_local(address);
 	return holds;
+}
+
+bool vbrs_test_page_is_offline(struct page *page)
+{
+	return PageOffline(page);
 }
 
 /* Keeps the page when its block is freed. */

@@ -15,6 +15,8 @@
 
 struct page *vbrs_alloc_free_block(unsigned int order);
 void vbrs_zero_block(struct page *page, unsigned int order);
+void vbrs_set_offline(struct page *page, unsigned long count);
+void vbrs_clear_offline(struct page *page, unsigned long count);
 void vbrs_split_block(struct page *page, unsigned int order);
 void vbrs_free_single_pages(struct page *page, unsigned long count, bool zero);
 phys_addr_t vbrs_page_to_phys(struct page *page);
@@ -71,6 +73,7 @@ struct workqueue_struct *vbrs_alloc_workqueue(const char *name);
 #if IS_BUILTIN(CONFIG_KUNIT)
 void vbrs_test_fill_page(struct page *page, u8 value);
 bool vbrs_test_page_holds(struct page *page, u8 value);
+bool vbrs_test_page_is_offline(struct page *page);
 void vbrs_test_get_page(struct page *page);
 void vbrs_test_put_page(struct page *page);
 #endif

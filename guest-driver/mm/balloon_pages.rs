@@ -39,6 +39,16 @@ impl BalloonPage {
         NonNull::new(page).map(|page| Self(unsafe { PageBlock::adopt(page, 0) }))
     }
 
+    /// Becomes the owner of a page.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PageBlock::adopt`], with an order of 0; the page must have no type.
+    pub(super) unsafe fn adopt(page: NonNull<bindings::page>) -> Self {
+        // SAFETY: By this function's requirements.
+        Self(unsafe { PageBlock::adopt(page, 0) })
+    }
+
     /// The physical address of the page's first byte.
     pub fn address(&self) -> u64 {
         self.0.address()
