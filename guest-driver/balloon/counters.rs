@@ -128,6 +128,9 @@ counters! {
     hint_free_pages_low,
     /// Blocks that were taken and given back at once, because less than the reserve was left.
     hint_taken_back_blocks,
+    /// Pages of the guest that went from hinted blocks into the balloon before the device was done
+    /// with them.
+    hinted_pages_inflated,
     /// Blocks that the guest, short of memory, took back before the device was done with them.
     returned_blocks,
     /// Pages of the guest of these.

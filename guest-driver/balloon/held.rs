@@ -6,7 +6,7 @@ use kernel::prelude::*;
 use kernel::sync::{new_spinlock, Arc, SpinLock};
 
 use super::counters::Counters;
-use crate::mm::{BlockList, LentBlock, LentPages, Shrink};
+use crate::mm::{BalloonPage, BlockList, LentBlock, LentPages, Shrink};
 use crate::virtio::work::give_way;
 
 /// Hinted blocks that are neither with the device nor the guest's yet.
@@ -33,6 +33,26 @@ struct Blocks {
     opened: Option<LentPages>,
     /// How many pages the guest took back lately because it was short of memory.
     claimed: usize,
+}
+
+impl Blocks {
+    /// Takes a block.
+    fn pop(&mut self) -> Option<LentBlock> {
+        self.offered.pop().or_else(|| self.again.pop())
+    }
+
+    /// Takes up to `max` pages of one block, and leaves it opened; `None` if there is no block.
+    fn take_part(&mut self, max: usize) -> Option<LentPages> {
+        let mut opened = match self.opened.take() {
+            Some(pages) => pages,
+            None => self.pop()?.open(),
+        };
+        let part = opened.take(max);
+        if opened.pages() > 0 {
+            self.opened = Some(opened);
+        }
+        Some(part)
+    }
 }
 
 impl Held {
@@ -103,6 +123,26 @@ impl Held {
         }
     }
 
+    /// Takes up to `pages` single pages for the balloon: fewer, or none, if no more are held.
+    ///
+    /// They are free memory that nobody uses, and that the guest need not look for, nor clear: what
+    /// is in a balloon has no content. The device has returned their blocks, so its promise that it
+    /// has seen the hint holds for them. They do not count as [claimed](Self::claimed).
+    #[allow(dead_code)]
+    pub(crate) fn take_for_balloon(&self, pages: usize) -> BlockList<BalloonPage> {
+        let mut taken = BlockList::new();
+        let mut blocks = self.blocks.lock();
+        while taken.pages() < pages {
+            let Some(part) = blocks.take_part(pages - taken.pages()) else {
+                break;
+            };
+            part.into_balloon_pages(&mut taken);
+        }
+        drop(blocks);
+        self.counters.hinted_pages_inflated.add(taken.pages() as u64);
+        taken
+    }
+
     /// Gives one block back, filled with zeroes, or a part of one if it has more than `max` pages.
     /// Returns how many pages that were.
     ///
@@ -110,21 +150,14 @@ impl Held {
     fn give_back_some(&self, max: usize) -> Option<usize> {
         let mut blocks = self.blocks.lock();
         if blocks.opened.is_none() {
-            let block = match blocks.offered.pop() {
-                Some(block) => block,
-                None => blocks.again.pop()?,
-            };
+            let block = blocks.pop()?;
             if block.block().pages() <= max {
                 drop(blocks);
                 return Some(self.give_back(block));
             }
             blocks.opened = Some(block.open());
         }
-        let opened = blocks.opened.as_mut()?;
-        let part = opened.take(max);
-        if opened.pages() == 0 {
-            blocks.opened = None;
-        }
+        let part = blocks.take_part(max)?;
         drop(blocks);
         let pages = part.pages();
         self.count_zeroed(pages);
@@ -199,6 +232,30 @@ mod tests {
         assert_eq!(held.scan(1), None);
         assert_eq!(counters.returned_pages.get(), 16);
         assert_eq!(counters.zeroed_pages.get(), 16);
+        Ok(())
+    }
+
+    #[test]
+    fn the_balloon_gets_single_pages_of_what_is_held() -> Result {
+        let (held, counters) = held()?;
+        let first = held.take_for_balloon(3);
+        assert_eq!((first.len(), first.pages(), held.count()), (3, 3, 13));
+        // The rest of the opened block, and a part of the other.
+        let second = held.take_for_balloon(6);
+        assert_eq!((second.len(), second.pages(), held.count()), (6, 6, 7));
+        // The guest may have what the balloon left, and the balloon what is left then.
+        assert_eq!(held.scan(1), Some(1));
+        let mut third = held.take_for_balloon(100);
+        assert_eq!((third.len(), third.pages(), held.count()), (6, 6, 0));
+        assert!(held.take_for_balloon(1).is_empty());
+        let mut last = u64::MAX;
+        while let Some(page) = third.pop() {
+            assert!(page.address() % 4096 == 0 && page.address() != last);
+            last = page.address();
+        }
+        assert_eq!(counters.hinted_pages_inflated.get(), 15);
+        assert_eq!(held.claimed(), 1);
+        assert_eq!(counters.zeroed_pages.get(), 1);
         Ok(())
     }
 

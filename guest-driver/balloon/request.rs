@@ -70,6 +70,8 @@ pub(crate) struct Load {
     pages: BlockList<BalloonPage>,
     /// The number of pages, also when they were let go.
     count: usize,
+    /// A task that found no memory has asked for the pages.
+    for_oom: bool,
 }
 
 /// An array of page numbers and the pages that it is about.
@@ -84,6 +86,7 @@ impl Request {
         let load = Load {
             pages: BlockList::new(),
             count: 0,
+            for_oom: false,
         };
         Ok(Self(Accompanied::new(
             [[0; 4]; PFNS_MAX],
@@ -117,11 +120,23 @@ impl Request {
         }
     }
 
+    /// Notes that the pages are for a task that has found no memory, until they are
+    /// [taken](Self::take).
+    pub(crate) fn set_for_oom(&mut self) {
+        self.0.parts().1.for_oom = true;
+    }
+
+    /// Whether the pages are for a task that has found no memory.
+    pub(crate) fn is_for_oom(&self) -> bool {
+        self.0.companion().for_oom
+    }
+
     /// Takes the pages out, and leaves the request empty.
     pub(crate) fn take(&mut self) -> BlockList<BalloonPage> {
         self.0.set_length(0);
         let (_, load) = self.0.parts();
         load.count = 0;
+        load.for_oom = false;
         load.pages.take()
     }
 

@@ -19,8 +19,8 @@ use super::config::BalloonConfig;
 use super::counters::Counters;
 use super::request::{Guest, PageBuffer, Request};
 use super::reserve::may_inflate;
-use super::traffic::{Pages, Traffic, LOOK, REQUESTS};
-use crate::mm::{state, BalloonPage, BalloonPages, OnOutOfMemory};
+use super::traffic::{Pages, Purpose, SendError, Traffic, LOOK, REQUESTS};
+use crate::mm::{state, BalloonPage, BalloonPages, OnOutOfMemory, ShortNodes};
 use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
 use crate::virtio::{Virtqueue, Wakeup};
 
@@ -31,6 +31,8 @@ const BATCH: usize = REQUESTS / 2;
 /// How long to wait when memory is short: doubled each time, from the one to the other.
 const RETRY_MIN: Msecs = 200;
 const RETRY_MAX: Msecs = 3200;
+/// How long to wait for pages that the kernel is migrating.
+const ISOLATED_RETRY: Msecs = 10;
 /// How often at most a shortage of memory is worth a line in the log.
 const COMPLAINT_INTERVAL: Delta = Delta::from_secs(5);
 /// How long a device that must take all pages back may make no progress.
@@ -88,6 +90,23 @@ struct Turn {
     complained: Option<Instant<Monotonic>>,
     /// When a task last found no memory, until the target is reached or memory is there again.
     rescued: Option<Instant<Monotonic>>,
+}
+
+/// How far a turn has got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// The target is reached, and nothing is on its way.
+    Reached,
+    /// All that can be sent is with the device.
+    Waiting,
+    /// Nothing more can be sent now.
+    Blocked(SendError),
+}
+
+impl From<SendError> for Progress {
+    fn from(error: SendError) -> Self {
+        Self::Blocked(error)
+    }
 }
 
 impl_has_task! {
@@ -198,6 +217,8 @@ impl Sizing {
                 self.traffic().signal.wait(seen, LOOK);
             }
         }
+        // The last answers may have come after the last turn's report.
+        self.report(&mut self.turn.lock());
     }
 
     /// Ends all work for good. Nobody waits for the device any more, in any context. May sleep, but
@@ -261,33 +282,32 @@ impl Sizing {
 
     /// Sends requests towards the target for as long as there is room and memory.
     ///
-    /// The target is looked at before each. `EAGAIN` if memory, or pages to take out, are not to be
-    /// had now; any other error if the device is gone. Returns whether the target is reached.
-    fn advance(&self, turn: &mut Turn) -> Result<bool> {
+    /// The target is looked at before each.
+    fn advance(&self, turn: &mut Turn) -> Progress {
         let mut unnoticed = 0;
-        let result = loop {
-            if let Err(error) = self.read_target(turn) {
-                break Err(error);
+        let progress = loop {
+            if self.read_target(turn).is_err() {
+                break Progress::Blocked(SendError::Gone);
             }
-            let step = self.traffic().next(turn.target);
-            if matches!(step, Step::Wait | Step::Rest) {
-                break Ok(step == Step::Rest);
-            }
-            if matches!(step, Step::Inflate(_)) && !self.may_inflate(turn) {
-                break Err(EAGAIN);
-            }
-            let Some(request) = self.traffic().take_spare() else {
-                break Ok(false);
+            let traffic = self.traffic();
+            let (sent, request) = match traffic.next(turn.target) {
+                Step::Rest => break Progress::Reached,
+                Step::Wait => break Progress::Waiting,
+                step => match self.prepare(turn, step) {
+                    Err(error) => break error.into(),
+                    Ok(None) => break Progress::Waiting,
+                    Ok(Some(request)) => (step, request),
+                },
             };
-            let sent = match step {
+            let sent = match sent {
                 Step::Inflate(pfns) => self.send_in(turn, request, pfns),
                 Step::Deflate(pfns) => {
-                    Traffic::send_out(&self.pages, request, pfns, false).map(drop)
+                    Traffic::send_out(&self.pages, request, pfns, Purpose::Resize).map(drop)
                 }
                 Step::Wait | Step::Rest => Ok(()),
             };
             if let Err(error) = sent {
-                break Err(error);
+                break error.into();
             }
             unnoticed += 1;
             if unnoticed == BATCH {
@@ -298,7 +318,21 @@ impl Sizing {
         // Also after an error: a request that memory was too short to fill has been sent all the
         // same.
         self.traffic().notify();
-        result
+        progress
+    }
+
+    /// Takes a request for `step`, if the queue has room for it; `None` if all are in flight.
+    fn prepare(&self, turn: &mut Turn, step: Step) -> Result<Option<Request>, SendError> {
+        let traffic = self.traffic();
+        if matches!(step, Step::Inflate(_)) {
+            traffic.room_to_inflate()?;
+            if !self.may_inflate(turn) {
+                return Err(SendError::NoMemory);
+            }
+        } else {
+            traffic.room_to_deflate()?;
+        }
+        Ok(traffic.take_spare())
     }
 
     /// Whether the guest has memory to give.
@@ -316,19 +350,25 @@ impl Sizing {
     }
 
     /// Fills `request` with up to `pfns` new pages, and offers them to the device.
-    fn send_in(&self, turn: &mut Turn, mut request: Request, pfns: u64) -> Result {
+    ///
+    /// If the host changes its target meanwhile, they are fewer: where memory is short it may take
+    /// seconds to find a request's worth of it.
+    fn send_in(&self, turn: &mut Turn, mut request: Request, pfns: u64) -> Result<(), SendError> {
         let wanted = Guest::guest_pages(pfns).min(Guest::CAPACITY as u64);
         let mut result = Ok(());
         for _ in 0..wanted {
             let page = BalloonPage::alloc();
             if page.and_then(|page| request.push(page).ok()).is_none() {
-                result = Err(EAGAIN);
+                result = Err(SendError::NoMemory);
+                break;
+            }
+            if self.target_changed.load(Relaxed) {
                 break;
             }
         }
         if self.rescued.load(Relaxed) {
             // Somebody found no memory meanwhile: now there is some.
-            result = Err(EAGAIN);
+            result = Err(SendError::NoMemory);
             drop(request.take());
         }
         if request.is_empty() {
@@ -342,13 +382,18 @@ impl Sizing {
         result
     }
 
-    /// Tries again later, and says why once in a while.
+    /// Tries again after a while without memory, and says why once in a while.
     fn retry_later(self: &Arc<Self>, turn: &mut Turn) {
+        if !self.retry_after(turn.delay) {
+            // This one has been waiting already.
+            return;
+        }
+        turn.delay = (turn.delay * 2).min(RETRY_MAX);
         self.counters.shortages.add(1);
         let may_complain = turn
             .complained
             .is_none_or(|then| then.elapsed() > COMPLAINT_INTERVAL);
-        if may_complain && !self.emptying.load(Relaxed) {
+        if may_complain {
             turn.complained = Some(Instant::now());
             dev_info!(
                 self.dev,
@@ -357,9 +402,12 @@ impl Sizing {
                 turn.target
             );
         }
-        let delay: Jiffies = msecs_to_jiffies(turn.delay);
-        turn.delay = (turn.delay * 2).min(RETRY_MAX);
-        work::enqueue_delayed::<Self, RETRY>(self, delay);
+    }
+
+    /// Starts the work after so long. Returns `false` if it is to be started after a while already.
+    fn retry_after(self: &Arc<Self>, delay: Msecs) -> bool {
+        let delay: Jiffies = msecs_to_jiffies(delay);
+        work::enqueue_delayed::<Self, RETRY>(self, delay)
     }
 
     /// Whether a task that found no memory has waited in vain already, and nothing has been answered
@@ -371,13 +419,14 @@ impl Sizing {
 
     /// Takes some pages out. If the host need not agree, they are free then.
     fn take_out_for_rescue(&self) {
-        let request = self
-            .traffic()
-            .take_reserved()
-            .or_else(|| Traffic::wait(&self.pages, RESCUE_PATIENCE, Traffic::take_reserved));
+        let request = Traffic::wait(&self.pages, RESCUE_PATIENCE, Traffic::take_reserved);
         if let Some(request) = request {
+            let purpose = Purpose::Oom {
+                nodes: &ShortNodes::now(),
+                must_tell_host: self.must_tell_host,
+            };
             // If there is none to take out, there is none to give back.
-            let _ = Traffic::send_out(&self.pages, request, RESCUE, !self.must_tell_host);
+            let _ = Traffic::send_out(&self.pages, request, RESCUE, purpose);
             self.traffic().notify();
         }
     }
@@ -393,16 +442,20 @@ impl Sizing {
         Traffic::collect(&self.pages);
         self.report(&mut turn);
         match self.advance(&mut turn) {
-            Ok(true) => {
+            Progress::Reached => {
                 turn.rescued = None;
                 self.wakeup.rest();
             }
-            Ok(false) => {}
-            Err(error) if error == EAGAIN => {
+            Progress::Waiting | Progress::Blocked(SendError::RingFull) => {}
+            Progress::Blocked(SendError::NoMemory) => {
                 self.retry_later(&mut turn);
                 self.wakeup.rest();
             }
-            Err(_) => {
+            Progress::Blocked(SendError::Isolated) => {
+                // The kernel does not say when it has put them back.
+                self.retry_after(ISOLATED_RETRY);
+            }
+            Progress::Blocked(SendError::Gone) => {
                 self.wakeup.rest();
                 return false;
             }
@@ -442,7 +495,6 @@ impl OnOutOfMemory for Sizing {
             self.in_vain_at.store(before, Relaxed);
         } else {
             self.counters.oom_deflations.add(1);
-            self.counters.oom_deflated_pages.add(Guest::pfns(freed));
         }
         // To tell the host of the new size.
         self.wake();
@@ -465,5 +517,217 @@ impl Run<1> for Sizing {
 impl Run<2> for Sizing {
     fn run(this: Arc<Self>) {
         this.wake();
+    }
+}
+
+#[kunit_tests(virtio_balloon_rs_sizing)]
+mod tests {
+    use super::*;
+    use crate::shared_abi::config;
+    use crate::virtio::kunit_device::{Bound, Counter};
+
+    const INFLATE: usize = 0;
+    const DEFLATE: usize = 1;
+
+    /// A balloon and its device, whose answers the test gives.
+    struct Rig {
+        sizing: Arc<Sizing>,
+        counters: Arc<Counters>,
+        // Last: the others have references to the device.
+        bound: Bound,
+    }
+
+    impl Rig {
+        fn new(entries: usize, must_tell_host: bool) -> Result<Self> {
+            let bound = Bound::with_entries(entries)?;
+            let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
+            let dev = bound.device_ref();
+            let printer: &device::Device = dev.as_ref();
+            let sizing = Sizing::new(
+                ARef::from(printer),
+                BalloonConfig::new(bound.config()?),
+                Wakeup::new(dev.clone())?,
+                WorkQueue::new(c"kunit")?,
+                counters.clone(),
+                true,
+                must_tell_host,
+            )?;
+            let queues: [&dyn crate::virtio::AnyQueue; 2] =
+                [sizing.inflate_queue(), sizing.deflate_queue()];
+            bound.find_queues(&queues, Counter::new()?)?;
+            Ok(Self {
+                sizing,
+                counters,
+                bound,
+            })
+        }
+
+        fn set_target(&self, pages: u32) {
+            self.bound.device.set_config(config::NUM_PAGES, pages);
+            self.sizing.target_changed.store(true, Relaxed);
+        }
+
+        fn actual(&self) -> u32 {
+            self.bound.device.config_at(config::ACTUAL)
+        }
+
+        fn inside(&self) -> u64 {
+            self.sizing.traffic().balance().inside()
+        }
+
+        /// Lets the device use one buffer of each queue. Returns whether there was any.
+        fn answer(&self) -> bool {
+            let answers = [INFLATE, DEFLATE].map(|queue| self.bound.device.answer(queue));
+            answers.iter().any(Option::is_some)
+        }
+
+        /// Takes turns, each for one answer of the device for a queue, until it has nothing to answer.
+        ///
+        /// Whatever is with the device, its answer must come with an interrupt.
+        fn settle(&self) {
+            loop {
+                self.sizing.take_turn();
+                let suppressed = [INFLATE, DEFLATE]
+                    .map(|queue| self.bound.device.interrupts_suppressed(queue));
+                if !self.answer() {
+                    break;
+                }
+                assert_eq!(suppressed, [false, false]);
+            }
+        }
+    }
+
+    impl Drop for Rig {
+        fn drop(&mut self) {
+            self.sizing.disable();
+            self.bound.reset();
+            self.sizing.recover();
+        }
+    }
+
+    #[test]
+    fn a_ring_of_any_size_brings_the_balloon_to_its_target_and_back() -> Result {
+        for entries in [1, 2, 4, 8] {
+            let rig = Rig::new(entries, false)?;
+            // More than all requests hold.
+            for target in [5000, 1200, 2000, 0] {
+                rig.set_target(target);
+                rig.settle();
+                assert_eq!(rig.inside(), u64::from(target));
+                assert_eq!(rig.actual(), target);
+            }
+            assert_eq!(rig.counters.shortages.get(), 0);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_target_that_changes_is_heeded_before_a_request_is_full() -> Result {
+        let rig = Rig::new(4, false)?;
+        let mut turn = rig.sizing.turn.lock();
+        let request = rig.sizing.traffic().take_spare().ok_or(ENOENT)?;
+        rig.sizing.target_changed.store(true, Relaxed);
+        let sent = rig.sizing.send_in(&mut turn, request, 100);
+        assert_eq!(sent, Ok(()));
+        drop(turn);
+        assert!(rig.answer());
+        Traffic::collect(&rig.sizing.pages);
+        assert_eq!(rig.inside(), Guest::pfns(1));
+        Ok(())
+    }
+
+    /// As page migration does it: the pages are on no list meanwhile.
+    #[test]
+    fn isolated_pages_are_waited_for_and_are_no_shortage() -> Result {
+        let rig = Rig::new(4, false)?;
+        rig.set_target(200);
+        rig.settle();
+        let isolated = rig.sizing.pages.dequeue(200);
+        rig.set_target(0);
+        for _ in 0..3 {
+            rig.settle();
+        }
+        assert_eq!(rig.counters.shortages.get(), 0);
+        assert_eq!(rig.inside(), 200);
+        rig.sizing.pages.enqueue(isolated);
+        rig.settle();
+        assert_eq!((rig.inside(), rig.actual()), (0, 0));
+        Ok(())
+    }
+
+    #[test]
+    fn emptying_tells_the_host_of_the_last_page() -> Result {
+        let rig = Rig::new(2, false)?;
+        rig.set_target(700);
+        rig.settle();
+        assert_eq!(rig.actual(), 700);
+        rig.bound.device.answer_at_once(true);
+        rig.sizing.empty();
+        assert_eq!((rig.inside(), rig.actual()), (0, 0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_closed_balloon_gives_no_page_out_and_recovery_frees_all() -> Result {
+        let rig = Rig::new(4, false)?;
+        let sizing = &rig.sizing;
+        rig.set_target(300);
+        rig.settle();
+        sizing.freeze();
+        let nodes = ShortNodes::all();
+        for purpose in [
+            Purpose::Resize,
+            Purpose::Oom {
+                nodes: &nodes,
+                must_tell_host: false,
+            },
+        ] {
+            let request = sizing.traffic().take_reserved().ok_or(ENOENT)?;
+            let sent = Traffic::send_out(&sizing.pages, request, 256, purpose);
+            assert_eq!(sent, Err(SendError::Gone));
+        }
+        assert_eq!(sizing.give_back(), 0);
+        rig.bound.reset();
+        sizing.recover();
+        assert_eq!((sizing.pages.len(), rig.inside()), (0, 0));
+        Ok(())
+    }
+
+    #[test]
+    fn pages_that_others_release_are_not_counted_as_oom_deflation() -> Result {
+        let rig = Rig::new(4, true)?;
+        let sizing = &rig.sizing;
+        rig.set_target(600);
+        rig.settle();
+        let nodes = ShortNodes::all();
+        for purpose in [
+            Purpose::Resize,
+            Purpose::Oom {
+                nodes: &nodes,
+                must_tell_host: true,
+            },
+        ] {
+            let request = sizing.traffic().take_reserved().ok_or(ENOENT)?;
+            let sent = Traffic::send_out(&sizing.pages, request, Guest::pfns(100), purpose);
+            assert_eq!(sent, Ok(100));
+        }
+        assert_eq!(rig.counters.oom_deflated_pages.get(), 0);
+        sizing.traffic().notify();
+        assert!(rig.answer() && rig.answer());
+        Traffic::collect(&sizing.pages);
+        assert_eq!(sizing.traffic().released(), 200);
+        assert_eq!(rig.counters.oom_deflated_pages.get(), Guest::pfns(100));
+        Ok(())
+    }
+
+    /// Where no node is short of memory, more free pages are not what the task lacks.
+    #[test]
+    fn a_task_that_pages_would_not_help_gets_none() -> Result {
+        let rig = Rig::new(4, false)?;
+        rig.set_target(300);
+        rig.settle();
+        assert_eq!(rig.sizing.give_back(), 0);
+        assert_eq!(rig.inside(), 300);
+        Ok(())
     }
 }

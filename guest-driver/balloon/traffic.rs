@@ -15,7 +15,7 @@ use kernel::time::{Delta, Instant, Monotonic, Msecs};
 use super::balance::{Balance, Step};
 use super::counters::Counters;
 use super::request::{Guest, MoveRequest, PageBuffer, Request, Returned};
-use crate::mm::{BalloonPages, MigratePages, Migrated, PageRef};
+use crate::mm::{BalloonPages, MigrateMode, MigratePages, PageRef, ShortNodes};
 use crate::shared_abi::queue::Queue;
 use crate::virtio::{AddError, AddFailure, Signal, Virtqueue};
 
@@ -29,6 +29,46 @@ const MOVES: usize = 4;
 const MOVE_PATIENCE: Delta = Delta::from_secs(1);
 /// How long to wait for an interrupt before looking without one.
 pub(crate) const LOOK: Msecs = 50;
+
+/// The entries of a ring that inflation and deflation leave to the others who share it, a task that has
+/// found no memory and page migration: half of a small ring.
+const RESERVED_ENTRIES: usize = RESERVED + MOVES;
+
+/// Why nothing was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SendError {
+    /// The ring has no room: the device has to use a buffer first.
+    RingFull,
+    /// Memory is short.
+    NoMemory,
+    /// The kernel has isolated all pages of the balloon to migrate them.
+    Isolated,
+    /// The device is gone or broken, or the balloon is [closed](Traffic::close).
+    Gone,
+}
+
+impl From<AddFailure> for SendError {
+    fn from(failure: AddFailure) -> Self {
+        match failure {
+            AddFailure::Full => Self::RingFull,
+            AddFailure::NoMemory => Self::NoMemory,
+            AddFailure::Broken | AddFailure::Gone | AddFailure::Malformed => Self::Gone,
+        }
+    }
+}
+
+/// What a deflation is for.
+#[derive(Clone, Copy)]
+pub(crate) enum Purpose<'a> {
+    /// The host wants a smaller balloon. The pages are freed when the device has answered.
+    Resize,
+    /// A task has found no memory: pages on these nodes, which are short of it. They are freed when the
+    /// device has been told of them, or with `must_tell_host` when it has answered.
+    Oom {
+        nodes: &'a ShortNodes,
+        must_tell_host: bool,
+    },
+}
 
 /// The pages in the balloon, and those on their way.
 pub(crate) type Pages = BalloonPages<Traffic>;
@@ -158,6 +198,27 @@ impl Traffic {
         self.closed.load(Relaxed)
     }
 
+    /// Whether the inflate queue takes a request of the resize worker.
+    pub(crate) fn room_to_inflate(&self) -> Result<(), SendError> {
+        Self::room(&self.inflate)
+    }
+
+    /// Whether the deflate queue takes a request of the resize worker.
+    pub(crate) fn room_to_deflate(&self) -> Result<(), SendError> {
+        Self::room(&self.deflate)
+    }
+
+    fn room(queue: &Virtqueue<PageBuffer>) -> Result<(), SendError> {
+        let reserved = RESERVED_ENTRIES.min(queue.entries() / 2);
+        if queue.free_entries() > reserved {
+            Ok(())
+        } else if queue.is_broken() {
+            Err(SendError::Gone)
+        } else {
+            Err(SendError::RingFull)
+        }
+    }
+
     /// A request that is not in flight, for the one who steers.
     pub(crate) fn take_spare(&self) -> Option<Request> {
         let mut state = self.state.lock();
@@ -166,9 +227,13 @@ impl Traffic {
             .flatten()
     }
 
-    /// A request that is not in flight, for a task that has found no memory.
+    /// A request that is not in flight, for a task that has found no memory, if the deflate queue has
+    /// room for it.
     pub(crate) fn take_reserved(&self) -> Option<Request> {
-        self.state.lock().spare.pop()
+        let mut state = self.state.lock();
+        (self.deflate.free_entries() > 0)
+            .then(|| state.spare.pop())
+            .flatten()
     }
 
     /// Puts a request that is not in flight away, for the next use. Its pages are freed.
@@ -205,7 +270,11 @@ impl Traffic {
                     this.counters.acknowledged(Queue::Deflate, request.pfns());
                     state.balance.left(request.pfns());
                     // The device has let go of the pages: only now are they the guest's again.
-                    state.release(&mut request);
+                    let for_oom = request.is_for_oom();
+                    let released = state.release(&mut request);
+                    if for_oom {
+                        this.counters.oom_deflated_pages.add(Guest::pfns(released));
+                    }
                     state.put(request);
                 }
                 Returned::Move(mut request) => {
@@ -242,9 +311,14 @@ impl Traffic {
     /// Offers the pages of `request` to the device.
     ///
     /// On failure the pages are freed.
-    pub(crate) fn send_in(&self, request: Request) -> Result {
+    pub(crate) fn send_in(&self, mut request: Request) -> Result<(), SendError> {
         let pfns = request.pfns();
         let mut state = self.state.lock();
+        if self.is_closed() {
+            drop(request.take());
+            state.put(request);
+            return Err(SendError::Gone);
+        }
         match self.inflate.add(request.into_buffer()) {
             Ok(()) => {
                 state.balance.send_in(pfns);
@@ -264,21 +338,32 @@ impl Traffic {
     /// Fills `request` with up to `pfns` balloon pages from the balloon, and asks the device for
     /// them. Returns how many of the guest's pages they are.
     ///
-    /// With `at_once` they are freed without waiting for the answer.
-    ///
-    /// Fails with `EAGAIN` if the kernel is just moving all pages; with another error if the device
-    /// is gone.
+    /// For [`Purpose::Oom`] that may be 0: then no page would help.
     pub(crate) fn send_out(
         pages: &Pages,
         mut request: Request,
         pfns: u64,
-        at_once: bool,
-    ) -> Result<usize> {
+        purpose: Purpose<'_>,
+    ) -> Result<usize, SendError> {
         let this = pages.migrator();
         let mut state = this.state.lock();
+        if this.is_closed() {
+            // `recover` would miss pages that were put back now.
+            state.put(request);
+            return Err(SendError::Gone);
+        }
         let pfns = pfns.min(state.balance.inside());
         let wanted = (Guest::guest_pages(pfns) as usize).min(Guest::CAPACITY);
-        let mut out = pages.dequeue(wanted);
+        let mut out = match purpose {
+            Purpose::Resize => pages.dequeue(wanted),
+            Purpose::Oom { nodes, .. } => match pages.dequeue_on(nodes, wanted) {
+                Some(out) => out,
+                None => {
+                    state.put(request);
+                    return Ok(0);
+                }
+            },
+        };
         let count = out.len();
         while let Some(page) = out.pop() {
             // There is room, and the number did fit on the way in.
@@ -286,8 +371,15 @@ impl Traffic {
         }
         if request.is_empty() {
             state.put(request);
-            return Err(EAGAIN);
+            return Err(SendError::Isolated);
         }
+        let at_once = match purpose {
+            Purpose::Resize => false,
+            Purpose::Oom { must_tell_host, .. } => {
+                request.set_for_oom();
+                !must_tell_host
+            }
+        };
         let free = if at_once { request.let_go() } else { out };
         let pfns = request.pfns();
         match this.deflate.add(request.into_buffer()) {
@@ -297,8 +389,11 @@ impl Traffic {
                 state.released += free.len() as u64;
                 drop(state);
                 if at_once {
-                    // The device is to know before the pages are used.
+                    // The device learns of it before the pages are used.
                     this.notify();
+                    this.counters
+                        .oom_deflated_pages
+                        .add(Guest::pfns(free.len()));
                 }
                 drop(free);
                 Ok(count)
@@ -438,28 +533,51 @@ impl Traffic {
     /// Tells the device that `old` has left the balloon. What it has not heard or answered keeps the
     /// page.
     fn give_up(pages: &Pages, mut request: MoveRequest, old: PageRef) {
-        let this = pages.migrator();
         let slot = request.slot();
         // Its number did fit on the way in.
         let _ = request.set(old);
-        let mut state = this.state.lock();
-        if let Err(AddError { buffer, failure }) = this.deflate.add(request.into_buffer()) {
-            if let Returned::Move(mut request) = buffer.into() {
-                state.moves[slot] = if failure == AddFailure::Gone {
-                    // After a reset it holds no page.
-                    drop(request.take());
-                    Move::Idle(request)
-                } else {
-                    Move::Unsent(request)
-                };
-            }
+        let mut unsent = Some(request);
+        let sent = Self::wait(pages, MOVE_PATIENCE, |this| this.send_old(&mut unsent));
+        let this = pages.migrator();
+        if let Some(mut request) = unsent {
+            // The ring had no room all the time.
+            let mut state = this.state.lock();
+            state.moves[slot] = if this.is_closed() {
+                // After the reset that follows the device holds no page.
+                drop(request.take());
+                Move::Idle(request)
+            } else {
+                Move::Unsent(request)
+            };
+        }
+        if sent != Some(true) {
             return;
         }
-        drop(state);
         this.notify();
         if let Some(request) = Self::wait_for_move(pages, slot) {
             this.state.lock().moves[slot] = Move::Idle(request);
         }
+    }
+
+    /// Sends `request`, which becomes `None`. Returns `None` if the ring has no room, else whether the
+    /// device was given it.
+    fn send_old(&self, request: &mut Option<MoveRequest>) -> Option<bool> {
+        let mut state = self.state.lock();
+        let taken = request.take()?;
+        let slot = taken.slot();
+        let Err(AddError { buffer, failure }) = self.deflate.add(taken.into_buffer()) else {
+            return Some(true);
+        };
+        if let Returned::Move(mut taken) = buffer.into() {
+            if SendError::from(failure) != SendError::Gone {
+                *request = Some(taken);
+                return None;
+            }
+            // After a reset the device holds no page.
+            drop(taken.take());
+            state.moves[slot] = Move::Idle(taken);
+        }
+        Some(false)
     }
 }
 
@@ -469,68 +587,90 @@ impl State {
         let _ = self.spare.push_within_capacity(request);
     }
 
-    /// Frees the pages of a request that is done.
-    fn release(&mut self, request: &mut Request) {
+    /// Frees the pages of a request that is done. Returns how many they are; none, if they were let go
+    /// before.
+    fn release(&mut self, request: &mut Request) -> usize {
         let pages = request.take();
         self.released += pages.len() as u64;
+        pages.len()
     }
 
-    /// Takes a request for a page that is to be moved. `EBUSY` if one is overdue: a device that does
-    /// not answer is not asked for more. `EAGAIN` if all are in use.
-    fn begin_move(&mut self) -> Result<MoveRequest> {
+    /// Takes a request for a page that is to be moved. `None` if all are in use.
+    ///
+    /// # Errors
+    ///
+    /// [`EBUSY`] if one is overdue: a device that does not answer is not asked for more.
+    fn begin_move(&mut self) -> Result<Option<MoveRequest>> {
         let overdue = |place: &Move| matches!(place, Move::Forgotten | Move::Unsent(_));
         if self.moves.iter().any(overdue) {
             return Err(EBUSY);
         }
         for place in &mut self.moves {
             match core::mem::replace(place, Move::Awaited) {
-                Move::Idle(request) => return Ok(request),
+                Move::Idle(request) => return Ok(Some(request)),
                 other => *place = other,
             }
         }
-        Err(EAGAIN)
+        Ok(None)
+    }
+}
+
+impl Traffic {
+    /// Offers `new`, which becomes `None`, to the device. Returns the slot of the request; `None` if
+    /// there is no request or no room for it now.
+    ///
+    /// # Errors
+    ///
+    /// [`EBUSY`] if the device cannot take it.
+    fn offer_new(&self, new: &mut Option<PageRef>) -> Result<Option<usize>> {
+        let mut state = self.state.lock();
+        if self.is_closed() {
+            return Err(EBUSY);
+        }
+        if self.inflate.free_entries() == 0 && !self.inflate.is_broken() {
+            return Ok(None);
+        }
+        let Some(mut request) = state.begin_move()? else {
+            return Ok(None);
+        };
+        let slot = request.slot();
+        let page = new.take().ok_or(EBUSY)?;
+        if request.set(page).is_err() {
+            // Its number has too many bits for the device.
+            state.moves[slot] = Move::Idle(request);
+            return Err(EBUSY);
+        }
+        let Err(AddError { buffer, .. }) = self.inflate.add(request.into_buffer()) else {
+            return Ok(Some(slot));
+        };
+        if let Returned::Move(mut request) = buffer.into() {
+            drop(request.take());
+            state.moves[slot] = Move::Idle(request);
+        }
+        Err(EBUSY)
     }
 }
 
 /// First the device takes the new page, then it gives the old one back. A page that it does not
 /// answer for stays what it is to the device, and is used for nothing else: the request keeps it.
 impl MigratePages for Traffic {
-    fn migrate(pages: &Pages, new: PageRef, old: PageRef) -> Result<Migrated> {
-        let this = pages.migrator();
-        if this.is_closed() {
+    fn migrate(pages: &Pages, new: PageRef, old: PageRef, mode: MigrateMode) -> Result {
+        if mode == MigrateMode::Async {
+            // The device's answer has to be waited for.
             return Err(EBUSY);
         }
-        let mut state = this.state.lock();
-        let mut request = state.begin_move()?;
-        let slot = request.slot();
-        let failure = match request.set(new) {
-            Err(_) => Some((request, EBUSY)),
-            Ok(()) => match this.inflate.add(request.into_buffer()) {
-                Ok(()) => None,
-                Err(AddError { buffer, failure }) => match buffer.into() {
-                    Returned::Move(mut request) => {
-                        drop(request.take());
-                        let error = match failure {
-                            AddFailure::Full => EAGAIN,
-                            _ => EBUSY,
-                        };
-                        Some((request, error))
-                    }
-                    Returned::Request(_) => return Err(EBUSY),
-                },
-            },
-        };
-        if let Some((request, error)) = failure {
-            state.moves[slot] = Move::Idle(request);
-            return Err(error);
-        }
-        drop(state);
+        let this = pages.migrator();
+        let mut new = Some(new);
+        let slot = Self::wait(pages, MOVE_PATIENCE, |this| {
+            this.offer_new(&mut new).transpose()
+        })
+        .unwrap_or(Err(EBUSY))?;
         this.notify();
         let mut request = Self::wait_for_move(pages, slot).ok_or(EBUSY)?;
         drop(request.take());
         Self::give_up(pages, request, old);
         this.counters.migrated_pages.add(1);
-        Ok(Migrated::Replaced)
+        Ok(())
     }
 }
 
@@ -544,6 +684,13 @@ mod tests {
     const INFLATE: usize = 0;
     const DEFLATE: usize = 1;
 
+    impl From<SendError> for Error {
+        fn from(error: SendError) -> Self {
+            pr_err!("not sent: {:?}\n", error);
+            EIO
+        }
+    }
+
     /// An empty balloon, and its device.
     fn balloon() -> Result<(Bound, Pin<KBox<Pages>>)> {
         let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
@@ -555,6 +702,13 @@ mod tests {
             [traffic.inflate_queue(), traffic.deflate_queue()];
         bound.find_queues(&queues, Counter::new()?)?;
         Ok((bound, pages))
+    }
+
+    fn oom(nodes: &ShortNodes) -> Purpose<'_> {
+        Purpose::Oom {
+            nodes,
+            must_tell_host: false,
+        }
     }
 
     fn number(address: u64) -> u32 {
@@ -590,7 +744,7 @@ mod tests {
         let traffic = pages.migrator();
         inflate(&bound, &pages, 5)?;
         let request = traffic.take_spare().ok_or(ENOENT)?;
-        let sent = Traffic::send_out(&pages, request, Guest::pfns(3), false)?;
+        let sent = Traffic::send_out(&pages, request, Guest::pfns(3), Purpose::Resize)?;
         assert_eq!((sent, traffic.released()), (3, 0));
         assert_eq!(traffic.balance().actual(), Guest::pfns(5));
         assert!(bound.device.answer(DEFLATE).is_some());
@@ -607,7 +761,9 @@ mod tests {
         inflate(&bound, &pages, 4)?;
         let request = traffic.take_reserved().ok_or(ENOENT)?;
         let notifications = bound.device.notifications();
-        assert_eq!(Traffic::send_out(&pages, request, u64::MAX, true)?, 4);
+        let nodes = ShortNodes::all();
+        let sent = Traffic::send_out(&pages, request, u64::MAX, oom(&nodes));
+        assert_eq!(sent, Ok(4));
         assert_eq!(traffic.released(), 4);
         // The device was told before.
         assert_eq!(bound.device.notifications(), notifications + 1);
@@ -626,18 +782,17 @@ mod tests {
         inflate(&bound, &pages, 6)?;
         for _ in 0..traffic.deflate_queue().entries() {
             let request = traffic.take_spare().ok_or(ENOENT)?;
-            Traffic::send_out(&pages, request, Guest::pfns(1), false)?;
+            Traffic::send_out(&pages, request, Guest::pfns(1), Purpose::Resize)?;
         }
         let inside = traffic.balance();
-        for at_once in [false, true] {
+        let nodes = ShortNodes::all();
+        for purpose in [Purpose::Resize, oom(&nodes)] {
             let request = traffic.take_spare().ok_or(ENOENT)?;
-            let sent = Traffic::send_out(&pages, request, Guest::pfns(1), at_once);
-            assert_eq!(sent.err(), Some(ENOSPC));
+            let sent = Traffic::send_out(&pages, request, Guest::pfns(1), purpose);
+            assert_eq!(sent, Err(SendError::RingFull));
             assert_eq!((traffic.balance(), traffic.released()), (inside, 0));
         }
-        let left = pages.dequeue(usize::MAX);
-        assert_eq!(Guest::pfns(left.len()), inside.inside());
-        pages.enqueue(left);
+        assert_eq!(Guest::pfns(pages.len()), inside.inside());
         Ok(())
     }
 
@@ -666,8 +821,8 @@ mod tests {
         let (bound, pages) = balloon()?;
         let (new, old) = two_pages()?;
         bound.device.answer_at_once(true);
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
-        assert_eq!(moved, Ok(Migrated::Replaced));
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+        assert_eq!(moved, Ok(()));
         assert_eq!(
             &bound.device.take_answered()?[..],
             &[
@@ -678,8 +833,8 @@ mod tests {
         assert!(pages.migrator().is_idle());
         // Each of the requests can be used any number of times.
         for _ in 0..2 * MOVES {
-            let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
-            assert_eq!(moved, Ok(Migrated::Replaced));
+            let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+            assert_eq!(moved, Ok(()));
         }
         Ok(())
     }
@@ -689,11 +844,11 @@ mod tests {
         let (bound, pages) = balloon()?;
         let traffic = pages.migrator();
         let (new, old) = two_pages()?;
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
         assert_eq!(moved, Err(EBUSY));
         // The next one is not kept waiting.
         let since: Instant<Monotonic> = Instant::now();
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
         assert_eq!(moved, Err(EBUSY));
         assert!(since.elapsed() < MOVE_PATIENCE);
         assert!(!traffic.is_idle());
@@ -706,8 +861,8 @@ mod tests {
         Traffic::collect(&pages);
         assert!(traffic.is_idle());
         bound.device.answer_at_once(true);
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
-        assert_eq!(moved, Ok(Migrated::Replaced));
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+        assert_eq!(moved, Ok(()));
         Ok(())
     }
 
@@ -719,16 +874,16 @@ mod tests {
         let (request, _) = request(traffic, 2)?;
         traffic.send_in(request)?;
         let request = traffic.take_spare().ok_or(ENOENT)?;
-        Traffic::send_out(&pages, request, Guest::pfns(1), false)?;
+        Traffic::send_out(&pages, request, Guest::pfns(1), Purpose::Resize)?;
         let (new, old) = two_pages()?;
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
         assert_eq!(moved, Err(EBUSY));
 
         traffic.close();
         bound.reset();
         Traffic::recover(&pages);
         assert!(traffic.is_idle());
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
         assert_eq!(moved, Err(EBUSY));
         let state = traffic.state.lock();
         assert_eq!(state.spare.len(), REQUESTS);
@@ -740,8 +895,8 @@ mod tests {
         traffic.open();
         inflate(&bound, &pages, 3)?;
         bound.device.answer_at_once(true);
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old));
-        assert_eq!(moved, Ok(Migrated::Replaced));
+        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+        assert_eq!(moved, Ok(()));
         Ok(())
     }
 

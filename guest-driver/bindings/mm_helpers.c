@@ -34,6 +34,27 @@ void vbrs_zero_block(struct page *page, unsigned int order)
 		clear_highpage(page + i);
 }
 
+/*
+ * Marks pages that have no content for anybody: "logically offline" is what
+ * dump tools, hibernation and memory offlining call them.
+ */
+void vbrs_set_offline(struct page *page, unsigned long count)
+{
+	unsigned long i;
+
+	for (i = 0; i < count; i++)
+		__SetPageOffline(page + i);
+}
+
+/* The page allocator wants pages back without a type. */
+void vbrs_clear_offline(struct page *page, unsigned long count)
+{
+	unsigned long i;
+
+	for (i = 0; i < count; i++)
+		__ClearPageOffline(page + i);
+}
+
 /* Makes single pages of a block. */
 void vbrs_split_block(struct page *page, unsigned int order)
 {
@@ -98,11 +119,6 @@ void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_manage
 	balloon_devinfo_init(info);
 	info->adjust_managed_page_count = adjust_managed;
 	info->migratepage = migrate;
-}
-
-unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info)
-{
-	return READ_ONCE(info->isolated_pages);
 }
 
 struct shrinker *vbrs_shrinker_alloc(const char *name)
@@ -179,6 +195,36 @@ unsigned long vbrs_high_watermarks(void)
 unsigned long vbrs_reclaim_watermarks(void)
 {
 	return mean_watermarks(WMARK_MIN, WMARK_LOW);
+}
+
+/* The nodes of which no zone has more than its high watermark free for an ordinary allocation. */
+void vbrs_short_nodes(nodemask_t *nodes)
+{
+	int nid, zid;
+
+	nodes_clear(*nodes);
+	for_each_online_node(nid) {
+		bool has_memory = false, is_short = true;
+
+		for (zid = 0; zid < MAX_NR_ZONES && is_short; zid++) {
+			struct zone *zone = &NODE_DATA(nid)->node_zones[zid];
+			unsigned long needed = zone->_watermark[WMARK_HIGH] +
+					       zone->lowmem_reserve[ZONE_MOVABLE] +
+					       zone_page_state(zone, NR_FREE_CMA_PAGES);
+
+			if (!managed_zone(zone))
+				continue;
+			has_memory = true;
+			is_short = zone_page_state(zone, NR_FREE_PAGES) <= needed;
+		}
+		if (has_memory && is_short)
+			node_set(nid, *nodes);
+	}
+}
+
+bool vbrs_page_is_on(struct page *page, const nodemask_t *nodes)
+{
+	return node_isset(page_to_nid(page), *nodes);
 }
 
 unsigned int vbrs_max_page_order(void)
@@ -268,6 +314,11 @@ bool vbrs_test_page_holds(struct page *page, u8 value)
 
 	kunmap_local(address);
 	return holds;
+}
+
+bool vbrs_test_page_is_offline(struct page *page)
+{
+	return PageOffline(page);
 }
 
 /* Keeps the page when its block is freed. */

@@ -15,6 +15,8 @@
 
 struct page *vbrs_alloc_free_block(unsigned int order);
 void vbrs_zero_block(struct page *page, unsigned int order);
+void vbrs_set_offline(struct page *page, unsigned long count);
+void vbrs_clear_offline(struct page *page, unsigned long count);
 void vbrs_split_block(struct page *page, unsigned int order);
 void vbrs_free_single_pages(struct page *page, unsigned long count, bool zero);
 phys_addr_t vbrs_page_to_phys(struct page *page);
@@ -31,7 +33,6 @@ typedef int (*vbrs_migrate_page)(struct balloon_dev_info *info, struct page *new
 				 enum migrate_mode mode);
 
 void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_managed, vbrs_migrate_page migrate);
-unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info);
 
 struct shrinker *vbrs_shrinker_alloc(const char *name);
 
@@ -45,6 +46,8 @@ unsigned long vbrs_obtainable_pages(void);
 unsigned long vbrs_managed_pages(void);
 unsigned long vbrs_high_watermarks(void);
 unsigned long vbrs_reclaim_watermarks(void);
+void vbrs_short_nodes(nodemask_t *nodes);
+bool vbrs_page_is_on(struct page *page, const nodemask_t *nodes);
 unsigned int vbrs_max_page_order(void);
 bool vbrs_fills_free_pages(u32 *pattern);
 
@@ -70,6 +73,7 @@ struct workqueue_struct *vbrs_alloc_workqueue(const char *name);
 #if IS_BUILTIN(CONFIG_KUNIT)
 void vbrs_test_fill_page(struct page *page, u8 value);
 bool vbrs_test_page_holds(struct page *page, u8 value);
+bool vbrs_test_page_is_offline(struct page *page);
 void vbrs_test_get_page(struct page *page);
 void vbrs_test_put_page(struct page *page);
 #endif

@@ -127,9 +127,10 @@ void vbrs_cond_resched(void)
 }
 
 #if IS_BUILTIN(CONFIG_KUNIT)
-/* What register_virtio_device() does to the part of a device that rings need. */
+/* What register_virtio_device() does to the part of a device that rings and references need. */
 void vbrs_test_device_init(struct virtio_device *vdev)
 {
+	device_initialize(&vdev->dev);
 	INIT_LIST_HEAD(&vdev->vqs);
 	spin_lock_init(&vdev->vqs_list_lock);
 	spin_lock_init(&vdev->config_lock);

@@ -8,12 +8,20 @@ use kernel::bindings;
 use kernel::container_of;
 use kernel::ffi::c_int;
 use kernel::prelude::*;
+use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::time::{delay::fsleep, Delta};
 use kernel::types::Opaque;
 
 use super::list::sealed::Role;
-use super::{BlockList, PageBlock, PageRef};
+use super::{BlockList, PageBlock, PageRef, ShortNodes};
 use crate::bindings as helpers;
+use crate::virtio::work::give_way;
+
+/// How many pages are taken out of a balloon under one lock, with interrupts off, at most.
+const CHUNK: usize = 256;
+/// Searching for pages on a node goes on until so many times more have been found than are wanted: the
+/// next ones who search find them first.
+const SURPLUS: usize = 16;
 
 /// A page meant for a [`BalloonPages`], or taken from one.
 ///
@@ -31,12 +39,21 @@ impl BalloonPage {
         NonNull::new(page).map(|page| Self(unsafe { PageBlock::adopt(page, 0) }))
     }
 
+    /// Becomes the owner of a page.
+    ///
+    /// # Safety
+    ///
+    /// As for [`PageBlock::adopt`], with an order of 0; the page must have no type.
+    pub(super) unsafe fn adopt(page: NonNull<bindings::page>) -> Self {
+        // SAFETY: By this function's requirements.
+        Self(unsafe { PageBlock::adopt(page, 0) })
+    }
+
     /// The physical address of the page's first byte.
     pub fn address(&self) -> u64 {
         self.0.address()
     }
 
-    #[cfg(CONFIG_KUNIT = "y")]
     pub(super) fn as_raw(&self) -> NonNull<bindings::page> {
         self.0.as_raw()
     }
@@ -57,30 +74,48 @@ impl Role for BalloonPage {
 pub trait MigratePages: Send + Sync + 'static {
     /// Puts `new` in the place of `old`, which is in the balloon.
     ///
-    /// When this returns `Ok`, the host must have taken `new` ([`Migrated::Replaced`]), and `old` must
-    /// have been given up for the balloon; `old` is freed when the reference to it is dropped. On
-    /// failure `old` stays in the balloon, and `new` is freed when the reference to it is dropped. So
+    /// When this returns `Ok`, the host must have taken `new`, and `old` must have been given up for the
+    /// balloon; `old` is freed when the reference to it is dropped. On failure `old` stays in the balloon, and `new` is freed when the reference to it is dropped. So
     /// whichever page the host may still touch is kept by keeping the reference.
     ///
     /// Called in process context with both pages locked, and possibly from within an allocation: may
     /// sleep, for a limited time; must not allocate with reclaim allowed, nor take a lock under which
     /// anybody does.
     ///
+    /// With [`MigrateMode::Async`] it must not sleep.
+    ///
     /// # Errors
     ///
     /// [`EAGAIN`] if it is worth trying again at once, any other if not.
-    fn migrate(pages: &BalloonPages<Self>, new: PageRef, old: PageRef) -> Result<Migrated>
+    fn migrate(
+        pages: &BalloonPages<Self>,
+        new: PageRef,
+        old: PageRef,
+        mode: MigrateMode,
+    ) -> Result
     where
         Self: Sized;
 }
 
-/// What became of a page that the kernel wanted to move.
+/// How long the kernel lets a page migration take (`enum migrate_mode`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Migrated {
-    /// The new page is in the balloon instead of the old one.
-    Replaced,
-    /// The old page has left the balloon, and no other page has come.
-    Removed,
+pub enum MigrateMode {
+    /// It must not block.
+    Async,
+    /// It may block, but not for long.
+    SyncLight,
+    /// It may block.
+    Sync,
+}
+
+impl MigrateMode {
+    fn from_raw(mode: helpers::migrate_mode) -> Self {
+        match mode {
+            helpers::migrate_mode_MIGRATE_ASYNC => Self::Async,
+            helpers::migrate_mode_MIGRATE_SYNC_LIGHT => Self::SyncLight,
+            _ => Self::Sync,
+        }
+    }
 }
 
 /// The pages that are in a balloon, as the kernel's balloon code keeps them, and who moves them.
@@ -97,6 +132,8 @@ pub enum Migrated {
 pub struct BalloonPages<M: MigratePages> {
     #[pin]
     info: Opaque<helpers::balloon_dev_info>,
+    /// Isolated pages are on no list, and counted all the same.
+    len: Atomic<usize>,
     #[pin]
     migrator: M,
 }
@@ -124,6 +161,7 @@ impl<M: MigratePages> BalloonPages<M> {
                     )
                 }
             }),
+            len: Atomic::new(0),
             migrator <- migrator,
         })
     }
@@ -137,7 +175,7 @@ impl<M: MigratePages> BalloonPages<M> {
         info: *mut helpers::balloon_dev_info,
         new: *mut bindings::page,
         old: *mut bindings::page,
-        _mode: helpers::migrate_mode,
+        mode: helpers::migrate_mode,
     ) -> c_int {
         // SAFETY: The kernel calls for an isolated page of this balloon, which the drop waits for.
         let this = unsafe { &*container_of!(Opaque::cast_from(info), Self, info) };
@@ -146,10 +184,9 @@ impl<M: MigratePages> BalloonPages<M> {
         };
         // SAFETY: The caller has references to both pages.
         let (new, old) = unsafe { (PageRef::get(new), PageRef::get(old)) };
-        match M::migrate(this, new, old) {
-            Ok(Migrated::Replaced) => 0,
-            Ok(Migrated::Removed) => ENOENT.to_errno(),
-            // To the caller it would say something else.
+        match M::migrate(this, new, old, MigrateMode::from_raw(mode)) {
+            Ok(()) => 0,
+            // To the caller it would say that the page has left the balloon.
             Err(error) if error == ENOENT => EBUSY.to_errno(),
             Err(error) => error.to_errno(),
         }
@@ -157,6 +194,7 @@ impl<M: MigratePages> BalloonPages<M> {
 
     /// Puts all pages of `pages` into the balloon.
     pub fn enqueue(&self, mut pages: BlockList<BalloonPage>) {
+        self.len.fetch_add(pages.len(), Relaxed);
         while let Some(BalloonPage(block)) = pages.pop() {
             let page = block.into_raw().as_ptr();
             // SAFETY: The page is from `balloon_page_alloc` and was ours alone; its `lru` is free
@@ -165,10 +203,11 @@ impl<M: MigratePages> BalloonPages<M> {
         }
     }
 
-    /// Takes up to `max` pages out of the balloon.
+    /// Takes up to `max` pages out of the balloon, 256 at most: the kernel does it with interrupts off.
     ///
-    /// May return fewer, even none, although there are more: isolated pages are not to be had.
+    /// May return fewer, even none, although there are more: isolated pages are not available.
     pub fn dequeue(&self, max: usize) -> BlockList<BalloonPage> {
+        let max = max.min(CHUNK);
         let mut pages = BlockList::new();
         let head = Opaque::<bindings::list_head>::uninit();
         // SAFETY: The head stays where it is for as long as it is linked: until the list is empty
@@ -181,6 +220,7 @@ impl<M: MigratePages> BalloonPages<M> {
             // SAFETY: The head was initialised above.
             let entry = unsafe { (*head.get()).next };
             if entry == head.get() {
+                self.len.fetch_sub(pages.len(), Relaxed);
                 break pages;
             }
             // SAFETY: Each entry is the `lru` of a page that was in the balloon, and that is ours
@@ -194,24 +234,62 @@ impl<M: MigratePages> BalloonPages<M> {
         }
     }
 
-    /// Takes all pages out and frees them, waiting for isolated ones to come back: not longer than
-    /// [`MigratePages::migrate`] takes. May sleep.
-    pub fn drain(&self) {
-        loop {
-            // In this order: a page that is put back between the two calls is on the list.
-            let isolated = self.isolated();
-            drop(self.dequeue(usize::MAX));
-            if isolated == 0 {
+    /// Takes up to `max` pages that lie on `nodes` out of the balloon. `None` if no page of the balloon
+    /// does.
+    ///
+    /// May return fewer, even none, although there are more: isolated pages are not available. Looks at
+    /// all pages of the balloon if need be. May sleep.
+    pub fn dequeue_on(&self, nodes: &ShortNodes, max: usize) -> Option<BlockList<BalloonPage>> {
+        if nodes.is_empty() {
+            return None;
+        }
+        let max = max.min(CHUNK);
+        let (mut found, mut others) = (BlockList::new(), BlockList::new());
+        while found.len() < max || (!others.is_empty() && found.len() < SURPLUS * max) {
+            let mut chunk = self.dequeue(max);
+            if chunk.is_empty() {
                 break;
             }
-            fsleep(Delta::from_millis(1));
+            while let Some(page) = chunk.pop() {
+                if nodes.contains(&page) {
+                    found.push(page);
+                } else {
+                    others.push(page);
+                }
+            }
+            give_way();
+        }
+        let is_elsewhere = found.is_empty() && !others.is_empty();
+        self.enqueue(others);
+        let mut pages = BlockList::new();
+        while pages.len() < max {
+            let Some(page) = found.pop() else {
+                break;
+            };
+            pages.push(page);
+        }
+        self.enqueue(found);
+        (!is_elsewhere).then_some(pages)
+    }
+
+    /// Takes all pages out and frees them, waiting for isolated ones to come back: not longer than
+    /// [`MigratePages::migrate`] takes. May sleep.
+    ///
+    /// The caller sees to it that no page is put in meanwhile.
+    pub fn drain(&self) {
+        while self.len() > 0 {
+            let pages = self.dequeue(CHUNK);
+            if pages.is_empty() {
+                fsleep(Delta::from_millis(1));
+            }
+            drop(pages);
+            give_way();
         }
     }
 
-    /// How many pages are isolated now.
-    fn isolated(&self) -> usize {
-        // SAFETY: `info` is initialised; reads one word.
-        unsafe { helpers::vbrs_balloon_isolated(self.info.get()) as usize }
+    /// How many pages are in the balloon, isolated ones included. Any context.
+    pub fn len(&self) -> usize {
+        self.len.load(Relaxed)
     }
 }
 

@@ -10,7 +10,7 @@ use kernel::bindings;
 use kernel::prelude::*;
 
 use super::list::sealed::Role;
-use super::PageBlock;
+use super::{BalloonPage, BlockList, PageBlock};
 use crate::bindings as helpers;
 use crate::virtio::{Buffer, Segments};
 
@@ -20,17 +20,30 @@ use crate::virtio::{Buffer, Segments};
 /// If it is dropped before that, it is filled with zeroes on its way back to the page allocator, so
 /// that nobody meets a content that the device still may replace. After that,
 /// [`release`](Self::release) gives it back as it is.
+///
+/// Its pages are marked as logically offline (`PageOffline`), until they go back: dump tools leave
+/// them out, hibernation does not save them, and memory that is to be unplugged may be isolated
+/// although they are in it.
+///
+/// # Invariants
+///
+/// All pages of the block have the type `PageOffline`.
 pub struct LentBlock(PageBlock);
 
 impl LentBlock {
     /// Lends a block.
     pub fn new(block: PageBlock) -> Self {
+        // SAFETY: The block is ours, and has so many pages, none of which has a type.
+        unsafe { helpers::vbrs_set_offline(block.as_raw().as_ptr(), block.pages()) };
+        // INVARIANT: As just done.
         Self(block)
     }
 
     /// Gives the block back to the page allocator as it is.
     pub fn release(self) {
-        drop(self.into_block());
+        let block = self.into_block();
+        // SAFETY: The block is ours, and has so many pages; by the invariant they are marked.
+        unsafe { helpers::vbrs_clear_offline(block.as_raw().as_ptr(), block.pages()) };
     }
 
     /// The block, to be looked at.
@@ -45,7 +58,7 @@ impl LentBlock {
         let first = block.into_raw();
         // SAFETY: The block was ours alone, and has this order.
         unsafe { helpers::vbrs_split_block(first.as_ptr(), order) };
-        // INVARIANT: These are the block's pages, each by itself now.
+        // INVARIANT: These are the block's pages, each by itself now, and marked as they were.
         LentPages { first, count }
     }
 
@@ -63,13 +76,16 @@ impl Role for LentBlock {
     }
 
     fn from_block(block: PageBlock) -> Self {
-        Self::new(block)
+        // INVARIANT: The marks are those of the block from `into_block`.
+        Self(block)
     }
 }
 
 impl Drop for LentBlock {
     fn drop(&mut self) {
         self.0.zero();
+        // SAFETY: The block is ours, and has so many pages; by the invariant they are marked.
+        unsafe { helpers::vbrs_clear_offline(self.0.as_raw().as_ptr(), self.0.pages()) };
     }
 }
 
@@ -81,7 +97,7 @@ impl Drop for LentBlock {
 /// # Invariants
 ///
 /// `first` and the `count - 1` pages behind it are single pages that the page allocator gave out,
-/// and that nobody else refers to.
+/// of the type `PageOffline`, and that nobody else refers to.
 pub struct LentPages {
     first: NonNull<bindings::page>,
     count: usize,
@@ -117,10 +133,26 @@ impl LentPages {
         ManuallyDrop::new(self).free(false);
     }
 
+    /// Puts all pages on `list`, without a mark and as they are: what is in a balloon has no
+    /// content.
+    pub fn into_balloon_pages(self, list: &mut BlockList<BalloonPage>) {
+        let this = ManuallyDrop::new(self);
+        // SAFETY: By the invariants these are marked pages of ours.
+        unsafe { helpers::vbrs_clear_offline(this.first.as_ptr(), this.count) };
+        for index in 0..this.count {
+            // SAFETY: There are `count` pages, each given out by itself and ours alone; `this`
+            // is neither used any more nor dropped.
+            list.push(unsafe { BalloonPage::adopt(this.first.add(index)) });
+        }
+    }
+
     /// Frees the pages, which must not be used any more.
     fn free(&mut self, zero: bool) {
-        // SAFETY: By the invariants the pages are ours alone. INVARIANT: None is left.
-        unsafe { helpers::vbrs_free_single_pages(self.first.as_ptr(), self.count, zero) };
+        // SAFETY: By the invariants the pages are ours alone, and marked. INVARIANT: None is left.
+        unsafe {
+            helpers::vbrs_clear_offline(self.first.as_ptr(), self.count);
+            helpers::vbrs_free_single_pages(self.first.as_ptr(), self.count, zero);
+        }
         self.count = 0;
     }
 }
@@ -145,7 +177,8 @@ unsafe impl Buffer for LentBlock {
     }
 
     unsafe fn from_token(token: NonNull<c_void>) -> Self {
-        // SAFETY: The token is from `into_raw`, and `private` was left alone since.
+        // SAFETY: The token is from `into_raw`, and `private` was left alone since. INVARIANT: So
+        // were the marks.
         Self(unsafe { PageBlock::from_raw(token.cast()) })
     }
 }
@@ -215,6 +248,43 @@ mod tests {
         assert!(first_page_holds(0, in_parts)?);
         let as_it_is = |block: LentBlock| block.open().release();
         assert!(first_page_holds(PATTERN, as_it_is)?);
+        Ok(())
+    }
+
+    /// How many of the first pages of a block have the type `PageOffline`.
+    fn marked(block: &PageBlock) -> usize {
+        let page = block.as_raw().as_ptr();
+        let marked = |index: &usize| {
+            // SAFETY: The block is ours, and has so many pages.
+            unsafe { helpers::vbrs_test_page_is_offline(page.add(*index)) }
+        };
+        (0..block.pages()).filter(marked).count()
+    }
+
+    #[test]
+    fn a_block_is_marked_as_offline_until_it_goes_back() -> Result {
+        let block = PageBlock::take_free(ORDER).ok_or(ENOMEM)?;
+        let first = block.as_raw().as_ptr();
+        assert_eq!(marked(&block), 0);
+        let mut list = BlockList::new();
+        list.push(LentBlock::new(block));
+        let block = list.pop().ok_or(ENOENT)?;
+        assert_eq!(marked(block.block()), 1 << ORDER);
+
+        let mut rest = block.open();
+        let mut pages = BlockList::new();
+        rest.take(1).into_balloon_pages(&mut pages);
+        // SAFETY: The block's pages are ours.
+        unsafe {
+            assert!(!helpers::vbrs_test_page_is_offline(first));
+            assert!(helpers::vbrs_test_page_is_offline(first.add(1)));
+        }
+        rest.into_balloon_pages(&mut pages);
+        assert_eq!((pages.len(), pages.pages()), (1 << ORDER, 1 << ORDER));
+        for index in 0..1 << ORDER {
+            // SAFETY: The block's pages are ours.
+            assert!(!unsafe { helpers::vbrs_test_page_is_offline(first.add(index)) });
+        }
         Ok(())
     }
 

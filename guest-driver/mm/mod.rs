@@ -12,6 +12,7 @@
 //! * [`PageReporting`]: showing free pages to a device that can use their memory;
 //! * [`Shrinker`]: giving memory back when the guest is short of it;
 //! * [`OomNotifier`]: giving memory back before a process is killed for want of it;
+//! * [`ShortNodes`]: which NUMA nodes are short of memory;
 //! * [`state`]: how much memory is free, and how much must stay so;
 //! * [`statistics`]: what the kernel counts about memory.
 //!
@@ -22,6 +23,7 @@ mod balloon_pages;
 mod block;
 mod lent;
 mod list;
+mod nodes;
 mod oom_notifier;
 mod page_ref;
 mod reporting;
@@ -29,10 +31,11 @@ mod shrinker;
 pub mod state;
 pub mod statistics;
 
-pub use balloon_pages::{BalloonPage, BalloonPages, MigratePages, Migrated};
+pub use balloon_pages::{BalloonPage, BalloonPages, MigrateMode, MigratePages};
 pub use block::PageBlock;
 pub use lent::{LentBlock, LentPages};
 pub use list::{BlockList, BlockShape};
+pub use nodes::ShortNodes;
 pub use oom_notifier::{OnOutOfMemory, OomNotifier};
 pub use page_ref::PageRef;
 pub use reporting::{FreePages, PageReporting, ReportPages};

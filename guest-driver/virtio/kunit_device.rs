@@ -7,22 +7,34 @@
 use super::{
     binding::Binding,
     buffer::{Buffer, Segments},
-    AnyQueue, QueueHandler,
+    config::Config,
+    AnyQueue, Device, QueueHandler,
 };
 use crate::bindings;
 use core::{
     cell::{Cell, UnsafeCell},
     ffi::c_void,
+    ops::Deref,
     ptr::{self, NonNull},
     sync::atomic::{AtomicU32, Ordering::Relaxed},
 };
-use kernel::{prelude::*, sync::Arc};
+use kernel::{
+    container_of,
+    prelude::*,
+    sync::{aref::ARef, Arc},
+};
 
-/// How many queues the device has room for.
-const QUEUES: usize = 2;
+/// How many queues the device has room for: as many as a balloon has.
+const QUEUES: usize = 5;
 
-/// The entries of each ring.
+/// The entries of each ring of [`Bound::new`].
 pub(super) const ENTRIES: usize = 4;
+
+/// The most entries that [`Memory`] has room for.
+const ENTRIES_MAX: usize = 128;
+
+/// The bytes of configuration space: as many as a balloon has.
+const CONFIG_SIZE: usize = 16;
 
 /// How many answers the device remembers.
 const ANSWERS: usize = 16;
@@ -31,8 +43,7 @@ const USED_FLAG_NO_NOTIFY: u16 = 1;
 const DESCRIPTOR_NEXT: u16 = 1;
 const DESCRIPTOR_WRITABLE: u16 = 2;
 
-/// Where the parts of a ring are (`vring_init()` with an alignment of 4096).
-const AVAILABLE: usize = 16 * ENTRIES;
+/// Where the used ring begins (`vring_init()` with an alignment of 4096).
 const USED: usize = 4096;
 
 #[repr(C, align(4096))]
@@ -43,6 +54,8 @@ struct Memory(UnsafeCell<[u8; 8192]>);
 pub(crate) struct TestDevice {
     /// At offset 0: callbacks of the transport cast between the two.
     vdev: UnsafeCell<bindings::virtio_device>,
+    /// The entries of each ring.
+    entries: Cell<usize>,
     memory: [Memory; QUEUES],
     rings: [Cell<*mut bindings::virtqueue>; QUEUES],
     seen: [Cell<u16>; QUEUES],
@@ -59,7 +72,7 @@ pub(crate) struct TestDevice {
     /// What `deaths` was at the last deletion of queues, if there was one.
     deaths_at_deletion: Cell<Option<u32>>,
     deaths: Cell<Option<&'static AtomicU32>>,
-    config: Cell<[u8; 16]>,
+    config: Cell<[u8; CONFIG_SIZE]>,
 }
 
 /// A buffer as the device sees it.
@@ -136,13 +149,38 @@ static OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
 
 /// A device with its binding, as between probe and removal.
 pub(crate) struct Bound {
-    pub(crate) device: KBox<TestDevice>,
+    pub(crate) device: Owned,
     binding: *mut Binding,
 }
 
+/// The reference to a device that its creator holds.
+pub(crate) struct Owned(NonNull<TestDevice>);
+
+impl Deref for Owned {
+    type Target = TestDevice;
+
+    fn deref(&self) -> &TestDevice {
+        // SAFETY: The device is valid as long as there are references to it.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // SAFETY: The creator's reference ends here.
+        unsafe { kernel::bindings::put_device(&raw mut (*self.vdev.get()).dev) };
+    }
+}
+
 impl Bound {
-    /// Creates a device and binds it.
+    /// Creates a device with small rings and binds it.
     pub(crate) fn new() -> Result<Self> {
+        Self::with_entries(ENTRIES)
+    }
+
+    /// Creates a device whose rings have so many entries, a power of two, and binds it.
+    pub(crate) fn with_entries(entries: usize) -> Result<Self> {
+        assert!(entries.is_power_of_two() && entries <= ENTRIES_MAX);
         // SAFETY: All zeroes is a valid value of each field.
         let zeroed = unsafe {
             pin_init::init_from_closure(|slot: *mut TestDevice| {
@@ -151,12 +189,15 @@ impl Bound {
             })
         };
         let device = KBox::init(zeroed, GFP_KERNEL)?;
+        device.entries.set(entries);
         let vdev = device.vdev.get();
         // SAFETY: The device is ours, and `Drop` unbinds it before it goes.
         unsafe {
             bindings::vbrs_test_device_init(vdev);
             (*vdev).config = &OPS;
             (*vdev).dev.init_name = c"kunit".as_char_ptr();
+            (*vdev).dev.release = Some(TestDevice::release);
+            let device = Owned(NonNull::from(KBox::leak(device)));
             let binding = Binding::new(NonNull::new_unchecked(vdev))?;
             let binding = KBox::into_raw(Pin::into_inner_unchecked(binding));
             (*vdev).priv_ = binding.cast();
@@ -172,6 +213,17 @@ impl Bound {
     pub(super) fn binding(&self) -> &Binding {
         // SAFETY: Valid until `drop`.
         unsafe { &*self.binding }
+    }
+
+    /// The configuration space as a driver sees it.
+    pub(crate) fn config(&self) -> Result<Config> {
+        self.binding().config(CONFIG_SIZE)
+    }
+
+    /// A reference to the device as a driver has it.
+    pub(crate) fn device_ref(&self) -> ARef<Device> {
+        // SAFETY: The device is valid, and `Device` is a transparent wrapper of it.
+        ARef::from(unsafe { &*self.device.vdev.get().cast::<Device>() })
     }
 
     pub(crate) fn find_queues(
@@ -195,18 +247,19 @@ impl TestDevice {
     /// Takes the next buffer that the driver made available on `queue`.
     pub(crate) fn take(&self, queue: usize) -> Option<Seen> {
         let next = self.seen[queue].get();
-        if self.read_u16(queue, AVAILABLE + 2) == next {
+        if self.read_u16(queue, self.available() + 2) == next {
             return None;
         }
         self.seen[queue].set(next.wrapping_add(1));
-        let head = self.read_u16(queue, AVAILABLE + 4 + 2 * (usize::from(next) % ENTRIES));
+        let at = 4 + 2 * (usize::from(next) % self.entries.get());
+        let head = self.read_u16(queue, self.available() + at);
         let mut seen = Seen {
             head: head.into(),
             segments: KVec::new(),
         };
         let mut entry = usize::from(head);
         loop {
-            let at = 16 * (entry % ENTRIES);
+            let at = 16 * (entry % self.entries.get());
             let flags = self.read_u16(queue, at + 12);
             let segment = Segment {
                 address: u64::from_le_bytes(self.read(queue, at)),
@@ -225,7 +278,7 @@ impl TestDevice {
     /// Gives the buffer with this head back.
     pub(crate) fn give_back(&self, queue: usize, head: u32, written: u32) {
         let next = self.used[queue].get();
-        let at = USED + 4 + 8 * (usize::from(next) % ENTRIES);
+        let at = USED + 4 + 8 * (usize::from(next) % self.entries.get());
         self.write(queue, at, head.to_le_bytes());
         self.write(queue, at + 4, written.to_le_bytes());
         self.used[queue].set(next.wrapping_add(1));
@@ -247,8 +300,8 @@ impl TestDevice {
     }
 
     /// Says whether the driver wants no interrupts of `queue`.
-    pub(super) fn interrupts_suppressed(&self, queue: usize) -> bool {
-        self.read_u16(queue, AVAILABLE) & 1 != 0
+    pub(crate) fn interrupts_suppressed(&self, queue: usize) -> bool {
+        self.read_u16(queue, self.available()) & 1 != 0
     }
 
     /// Makes the device give back at once whatever it is notified of, or no more.
@@ -301,6 +354,25 @@ impl TestDevice {
         self.deaths_at_deletion.get()
     }
 
+    /// Sets the little-endian number at `offset` of configuration space.
+    pub(crate) fn set_config(&self, offset: usize, value: u32) {
+        let mut config = self.config.get();
+        config[offset..][..4].copy_from_slice(&value.to_le_bytes());
+        self.config.set(config);
+    }
+
+    /// Reads the little-endian number at `offset` of configuration space.
+    pub(crate) fn config_at(&self, offset: usize) -> u32 {
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(&self.config.get()[offset..][..4]);
+        u32::from_le_bytes(bytes)
+    }
+
+    /// Where the available ring begins (`vring_init()` with an alignment of 4096).
+    fn available(&self) -> usize {
+        16 * self.entries.get()
+    }
+
     fn at(&self, queue: usize, offset: usize) -> *mut u8 {
         // Bounds are checked here: the memory is one array.
         let memory: *mut [u8; 8192] = self.memory[queue].0.get();
@@ -332,6 +404,15 @@ impl TestDevice {
     unsafe fn of<'a>(vdev: *mut bindings::virtio_device) -> &'a Self {
         // SAFETY: The device is at offset 0.
         unsafe { &*vdev.cast() }
+    }
+
+    extern "C" fn release(dev: *mut kernel::bindings::device) {
+        // SAFETY: Called for the last reference to a test device, which came from a box. `vdev` is at
+        // offset 0.
+        unsafe {
+            let vdev = container_of!(dev, bindings::virtio_device, dev);
+            drop(KBox::from_raw(vdev.cast::<Self>()));
+        }
     }
 
     extern "C" fn get(
@@ -418,7 +499,7 @@ impl TestDevice {
                 let info = &*infos.add(index);
                 let ring = bindings::vring_new_virtqueue(
                     index as c_uint,
-                    ENTRIES as c_uint,
+                    device.entries.get() as c_uint,
                     4096,
                     vdev,
                     true,

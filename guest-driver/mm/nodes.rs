@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which nodes are short of memory.
+//!
+//! C headers: `include/linux/mmzone.h`, `include/linux/nodemask.h`.
+
+use kernel::bindings;
+
+use super::BalloonPage;
+use crate::bindings as helpers;
+
+/// The nodes without memory that an ordinary allocation could have.
+///
+/// A node is short of memory if none of its zones has more free pages than its high watermark and what
+/// it keeps from allocations that could be served elsewhere; free CMA pages do not count, for most
+/// allocations cannot have them. So a task that finds no memory although a node is not short is not
+/// allowed there (by a cpuset or a memory policy), or wants something that more free pages do not bring.
+pub struct ShortNodes(bindings::nodemask_t);
+
+impl ShortNodes {
+    /// Finds out. Reads counters; any context.
+    pub fn now() -> Self {
+        let mut nodes = bindings::nodemask_t::default();
+        // SAFETY: `nodes` is valid for writes.
+        unsafe { helpers::vbrs_short_nodes(&mut nodes) };
+        Self(nodes)
+    }
+
+    /// All nodes.
+    #[cfg(CONFIG_KUNIT = "y")]
+    pub(crate) fn all() -> Self {
+        let mut nodes = bindings::nodemask_t::default();
+        nodes.bits.fill(!0);
+        Self(nodes)
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.bits.iter().all(|word| *word == 0)
+    }
+
+    /// Whether `page` lies on one of them.
+    pub fn contains(&self, page: &BalloonPage) -> bool {
+        // SAFETY: The page is valid, for it is borrowed, and so is the mask.
+        unsafe { helpers::vbrs_page_is_on(page.as_raw().as_ptr(), &self.0) }
+    }
+}
