@@ -137,6 +137,11 @@ void vbrs_test_device_init(struct virtio_device *vdev)
 	__virtio_set_bit(vdev, VIRTIO_F_VERSION_1);
 }
 
+void vbrs_test_set_feature(struct virtio_device *vdev, unsigned int bit)
+{
+	__virtio_set_bit(vdev, bit);
+}
+
 void *vbrs_test_phys_to_virt(u64 address)
 {
 	return phys_to_virt(address);

@@ -39,6 +39,7 @@ void vbrs_cond_resched(void);
 
 #if IS_BUILTIN(CONFIG_KUNIT)
 void vbrs_test_device_init(struct virtio_device *vdev);
+void vbrs_test_set_feature(struct virtio_device *vdev, unsigned int bit);
 void *vbrs_test_phys_to_virt(u64 address);
 #endif
 

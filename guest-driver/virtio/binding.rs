@@ -190,14 +190,19 @@ impl Binding {
         }
     }
 
-    /// Ends all that the driver can do with the device.
-    pub(super) fn unbind(&self) {
+    /// Ends all that the driver can do with the device. What was in flight can still be taken.
+    pub(super) fn shut_down(&self) {
         self.take_down();
-        self.drop_returned();
         let config = self.inner.lock().config.take();
         if let Some(config) = config {
             config.revoke();
         }
+    }
+
+    /// As [`shut_down`](Self::shut_down), and drops what was in flight and nobody took.
+    pub(super) fn unbind(&self) {
+        self.shut_down();
+        self.drop_returned();
     }
 
     /// What the transport calls from its interrupt.

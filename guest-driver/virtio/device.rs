@@ -114,6 +114,12 @@ impl Device<device::Core<'_>> {
         self.binding().take_down();
     }
 
+    /// Ends all that the driver can do with the device: as [`reset`](Self::reset), and configuration
+    /// space is out of reach.
+    pub(super) fn shut_down(&self) {
+        self.binding().shut_down();
+    }
+
     fn binding(&self) -> &Binding {
         // SAFETY: `Core` is a callback of a driver that the adapter registered, and the adapter
         // sets `priv` to its `Binding` before it calls the driver and frees it after.

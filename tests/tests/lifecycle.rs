@@ -232,6 +232,45 @@ fn a_new_kernel_takes_over(device: Device) -> Result<()> {
     guest.farewell(free)
 }
 
+/// A device that never answers does not keep a guest from starting another kernel, with a report, requests and hints
+/// under way; the new kernel has all memory, and a driver that can go.
+#[test]
+fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let scratch = Scratch::new()?;
+    let config = Config {
+        num_pages: 30_000,
+        free_page_hint_cmd_id: 0x8000_0000,
+        ..Config::default()
+    };
+    let features = Features::FREE_PAGE_HINT
+        | Features::STATS_VQ
+        | Features::DEFLATE_ON_OOM
+        | Features::MUST_TELL_HOST
+        | Features::REPORTING;
+    let mute = Mute::start(&scratch, features, config)?;
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .foreign(mute.socket())
+        .kernel_arguments("init_on_alloc=0")
+        .next_kernel()
+        .boot()?;
+    guest.hurry_reporting()?;
+    guest.load(Driver::Ours)?;
+    for queue in ["inflate", "free_page", "reporting"] {
+        guest.wait_counter(&format!("{queue}_notifications"), 1, BALLOON_LIMIT)?;
+    }
+    guest.check_log()?;
+    guest.start_next_kernel()?;
+    let free = guest.settled_free()?;
+    memory_holds(&mut guest, free - 48 * MIB, 27)?;
+    guest.load(Driver::Ours)?;
+    guest.wait_counter("inflate_notifications", 1, BALLOON_LIMIT)?;
+    guest.unload(Driver::Ours)?;
+    guest.check_free(free)?;
+    guest.kill()?;
+    Ok(())
+}
+
 /// A host that takes no page, no hint, no report and no statistics costs the guest what is in flight, no more, and the
 /// module can go.
 #[test]
