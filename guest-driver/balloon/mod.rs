@@ -149,6 +149,7 @@ impl Data {
             sizing: Sizing::new(
                 ARef::from(printer),
                 BalloonConfig::new(config.clone()),
+                hinting.as_ref().map(|it| it.held()),
                 wakeup,
                 work_queue.clone(),
                 counters.clone(),

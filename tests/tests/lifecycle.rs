@@ -302,6 +302,77 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
     Ok(())
 }
 
+/// A balloon of any size is drained by its driver without interrupts being off for long: the kernel takes pages out of it with
+/// interrupts off, and is asked for a few at a time. `VIRTIO_BALLOON_RS_LARGE=1` has a balloon of nearly 16 GiB. The longest time is
+/// printed.
+#[test]
+fn a_balloon_is_drained_in_small_steps_in_qemu() -> Result<()> {
+    const TRACING: &str = "/sys/kernel/tracing";
+    /// The most pages that may be taken out at a time.
+    const AT_A_TIME: u64 = 256;
+    let artifacts = Artifacts::load()?;
+    let scratch = Scratch::new()?;
+    let memory = if std::env::var_os("VIRTIO_BALLOON_RS_LARGE").is_some() {
+        16 * 1024 * MIB
+    } else {
+        512 * MIB
+    };
+    // Without the part that a kernel of this size keeps for itself.
+    let num_pages = u32::try_from(memory / 10 * 9 / 4096)?;
+    let config = Config {
+        num_pages,
+        ..Config::default()
+    };
+    let mute = Mute::silent_after(u64::MAX, &scratch, Features::NONE, config)?;
+    // Nobody touches the pages: the guest's memory stays sparse.
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .memory(memory)
+        .foreign(mute.socket())
+        .kernel_arguments("init_on_alloc=0")
+        .boot()?;
+    guest.load(Driver::Ours)?;
+    guest.wait_counter("balloon_pages", u64::from(num_pages) / 10 * 9, limits::HANG)?;
+    mute.fall_silent();
+    guest.mount_tracing(TRACING)?;
+    for (file, text) in [
+        (
+            "kprobe_events",
+            "r:drained balloon_page_list_dequeue pages=$retval",
+        ),
+        ("events/kprobes/drained/enable", "1"),
+        ("set_graph_function", "balloon_page_list_dequeue"),
+        ("max_graph_depth", "1"),
+        ("current_tracer", "function_graph"),
+    ] {
+        guest.write(&format!("{TRACING}/{file}"), text)?;
+    }
+    guest.unload(Driver::Ours)?;
+    let path = format!("{TRACING}/trace");
+    let trace = guest.call(ReadFile { path })?;
+    let mut drained = Vec::new();
+    let mut longest = 0.0_f64;
+    for line in trace.lines() {
+        if let Some((_, pages)) = line.rsplit_once("pages=") {
+            let pages = pages.trim().trim_end_matches("*/").trim();
+            let pages = pages.strip_prefix("0x").context("no number of pages")?;
+            drained.push(u64::from_str_radix(pages, 16)?);
+        } else if let Some((before, _)) = line.split_once(" us ") {
+            let number = before.rsplit(' ').next().and_then(|word| word.parse().ok());
+            longest = number.map_or(longest, |number| longest.max(number));
+        }
+    }
+    let most = drained.iter().max().context("nothing was drained")?;
+    println!(
+        "{} pages a time at most, {} times in the trace, {longest} us at most",
+        most,
+        drained.len()
+    );
+    ensure!(*most <= AT_A_TIME, "{most} pages were taken out at once");
+    guest.check_log()?;
+    guest.power_off()?;
+    Ok(())
+}
+
 /// A silent host does not keep a guest from its sleep. (With reports under way the kernel refuses to sleep, after twenty
 /// seconds and with a message: it waits for its own reporting, whatever the driver.)
 #[test]

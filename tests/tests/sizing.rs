@@ -162,6 +162,90 @@ fn a_balloon_that_may_not_make_room_makes_none() -> Result<()> {
 }
 
 #[test]
+fn our_balloon_grows_while_hinted_blocks_are_held_in_user_mode_linux() -> Result<()> {
+    balloon_grows_out_of_hinted_blocks(Vmm::Uml)
+}
+
+#[test]
+fn our_balloon_grows_while_hinted_blocks_are_held_in_qemu() -> Result<()> {
+    balloon_grows_out_of_hinted_blocks(Vmm::Qemu)
+}
+
+/// What is held for hints is free memory that nobody uses: the balloon takes it without a shortage, and without DONE.
+fn balloon_grows_out_of_hinted_blocks(vmm: Vmm) -> Result<()> {
+    const BEYOND_FREE: u64 = 64 * MIB;
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, vmm).boot()?;
+    let before = guest.settled_free()?;
+    guest.load(Driver::Ours)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let round = guest.hint_all()?;
+    // More than the page allocator has.
+    let by = (guest.mem_info()?.free() + BEYOND_FREE) / MIB * MIB;
+    ensure!(by <= round.bytes, "only {round:?} for {by}");
+    let since = Instant::now();
+    guest.balloon()?.balloon(whole - by)?;
+    guest.balloon()?.wait_balloon(whole - by, BALLOON_LIMIT)?;
+    println!("{by} bytes in {:?} in {vmm:?}", since.elapsed());
+    let counters = guest.counters()?;
+    ensure!(counters.get("shortages")? == 0, "{counters:?}");
+    let inflated = counters.get("hinted_pages_inflated")? * 4096;
+    ensure!(inflated >= BEYOND_FREE, "{counters:?}");
+    let log = guest.kernel_log()?;
+    ensure!(
+        !log.iter().any(|line| line.text.contains("puff")),
+        "{log:?}"
+    );
+
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
+    guest.daemon()?.qmp().hint_done()?;
+    guest.check_free(before)?;
+    guest.unload(Driver::Ours)?;
+    guest.farewell(before)
+}
+
+#[test]
+fn our_balloon_comes_back_from_a_target_out_of_reach_in_user_mode_linux() -> Result<()> {
+    balloon_comes_back(Vmm::Uml, Driver::Ours)
+}
+
+#[test]
+fn our_balloon_comes_back_from_a_target_out_of_reach_in_qemu() -> Result<()> {
+    balloon_comes_back(Vmm::Qemu, Driver::Ours)
+}
+
+#[test]
+fn the_c_drivers_balloon_comes_back_from_a_target_out_of_reach_in_qemu() -> Result<()> {
+    balloon_comes_back(Vmm::Qemu, Driver::C)
+}
+
+/// Once the host wants its target no more, the guest has all its memory again. How long that takes is printed.
+fn balloon_comes_back(vmm: Vmm, driver: Driver) -> Result<()> {
+    const TIMES: u32 = 20;
+    const OUT_OF_REACH: u64 = 8 * MIB;
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, vmm).boot()?;
+    let before = guest.settled_free()?;
+    guest.load(driver)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let mut longest = Duration::ZERO;
+    for _ in 0..vmm.repeats(TIMES) {
+        guest.kernel_log()?;
+        guest.balloon()?.balloon(OUT_OF_REACH)?;
+        guest.wait_kernel_log("Out of puff", BALLOON_LIMIT)?;
+        let since = Instant::now();
+        guest.balloon()?.balloon(whole)?;
+        guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
+        longest = longest.max(since.elapsed());
+    }
+    println!("{driver:?} in {vmm:?}: back within {longest:?}");
+    guest.check_free(before)?;
+    guest.unload(driver)?;
+    guest.farewell(before)
+}
+
+#[test]
 fn our_balloons_pages_are_moved_in_user_mode_linux() -> Result<()> {
     pages_are_moved(Vmm::Uml, Driver::Ours, &["stats"])
 }
