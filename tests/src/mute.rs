@@ -6,9 +6,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use shared_abi::config::{Config, MAX_SIZE};
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
@@ -19,6 +20,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::scratch::Scratch;
+use crate::HANG_LIMIT;
 
 /// The device. It serves one VMM, for as long as that is there.
 #[derive(Debug)]
@@ -83,6 +85,23 @@ impl Mute {
     #[must_use]
     pub fn kicks(&self) -> u64 {
         self.backend.kicks.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the driver has notified it, whenever it comes to look.
+    ///
+    /// # Errors
+    ///
+    /// If it has not by [`HANG_LIMIT`].
+    pub fn wait_kick(&self) -> Result<()> {
+        let deadline = Instant::now() + HANG_LIMIT;
+        while self.kicks() == 0 {
+            ensure!(
+                Instant::now() < deadline,
+                "the driver has asked for nothing"
+            );
+            sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 }
 
