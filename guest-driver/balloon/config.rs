@@ -6,14 +6,29 @@ use kernel::page::PAGE_SHIFT;
 use kernel::prelude::*;
 
 use crate::shared_abi::command::CommandId;
+use crate::shared_abi::features::Features;
 use crate::shared_abi::{config, page};
-use crate::virtio::Config;
+use crate::virtio::{Config, Field};
+
+const NUM_PAGES: Field<u32> = Field::new::<{ config::NUM_PAGES }, { config::MAX_SIZE }>();
+const ACTUAL: Field<u32> = Field::new::<{ config::ACTUAL }, { config::MAX_SIZE }>();
+const FREE_PAGE_HINT_CMD_ID: Field<u32> =
+    Field::new::<{ config::FREE_PAGE_HINT_CMD_ID }, { config::MAX_SIZE }>()
+        .with_feature(Features::FREE_PAGE_HINT.bit_number());
+const POISON_VAL: Field<u32> = Field::new::<{ config::POISON_VAL }, { config::MAX_SIZE }>()
+    .with_feature(Features::PAGE_POISON.bit_number());
 
 /// The config space of a balloon. Its methods may sleep; all fail with `ENODEV` once the device is
-/// unbound.
+/// unbound, and with `EINVAL` for a field that the negotiated features do not bring.
+#[derive(Clone)]
 pub(crate) struct BalloonConfig(Config);
 
 impl BalloonConfig {
+    /// How many bytes of config space there are with `features`.
+    pub(crate) fn size(features: Features) -> usize {
+        config::size_for(features)
+    }
+
     /// Gives names to the fields of `config`.
     pub(crate) fn new(config: Config) -> Self {
         Self(config)
@@ -21,7 +36,7 @@ impl BalloonConfig {
 
     /// How many 4 KiB pages the host wants in the balloon, in whole pages of the guest.
     pub(crate) fn target(&self) -> Result<u64> {
-        let pages = self.0.read_le::<u32>(config::NUM_PAGES as u32)?;
+        let pages = self.0.read(NUM_PAGES)?;
         let whole = page::round_up_to_guest_pages(pages, PAGE_SHIFT as u32);
         Ok(u64::from(whole.unwrap_or(pages)))
     }
@@ -29,19 +44,17 @@ impl BalloonConfig {
     /// Tells the host how many 4 KiB pages are in the balloon.
     pub(crate) fn set_actual(&self, pages: u64) -> Result {
         let pages = u32::try_from(pages).unwrap_or(u32::MAX);
-        self.0.write_le(config::ACTUAL as u32, pages)
+        self.0.write(ACTUAL, pages)
     }
 
     /// The command id; there only with `FREE_PAGE_HINT`.
     pub(crate) fn command(&self) -> Result<CommandId> {
-        let number = self
-            .0
-            .read_le::<u32>(config::FREE_PAGE_HINT_CMD_ID as u32)?;
+        let number = self.0.read(FREE_PAGE_HINT_CMD_ID)?;
         Ok(CommandId::from_number(number))
     }
 
     /// Tells the host what fills the guest's free pages; there only with `PAGE_POISON`.
     pub(crate) fn set_poison(&self, pattern: u32) -> Result {
-        self.0.write_le(config::POISON_VAL as u32, pattern)
+        self.0.write(POISON_VAL, pattern)
     }
 }

@@ -28,9 +28,6 @@ use kernel::processor::cpu_relax;
 use kernel::sync::atomic::{AtomicFlag, Relaxed};
 use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::time::{msecs_to_jiffies, Delta, Instant, Monotonic, Msecs};
-use kernel::workqueue::{
-    impl_has_delayed_work, impl_has_work, new_delayed_work, new_work, DelayedWork, Work, WorkItem,
-};
 
 use super::config::BalloonConfig;
 use super::counters::Counters;
@@ -40,7 +37,7 @@ use crate::mm::{state, LentBlock};
 use crate::shared_abi::command::CommandId;
 use crate::shared_abi::hinting::driver::{self, Action, Event};
 use crate::shared_abi::queue::Queue;
-use crate::virtio::work::{self, WorkQueue};
+use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
 use crate::virtio::{AddError, Either, Outgoing, Virtqueue};
 
 /// A command id as the device reads it: little-endian.
@@ -86,12 +83,11 @@ pub(crate) struct Hinting {
     #[pin]
     round: Mutex<Round>,
     held: Arc<Held>,
-    work_queue: Arc<WorkQueue>,
     counters: Arc<Counters>,
     #[pin]
-    work: Work<Self, TURN>,
+    work: Task<Self, TURN>,
     #[pin]
-    look: DelayedWork<Self, LOOK>,
+    look: Task<Self, LOOK>,
 }
 
 struct Round {
@@ -117,12 +113,9 @@ struct Round {
     patience: Msecs,
 }
 
-impl_has_work! {
-    impl HasWork<Self, 1> for Hinting { self.work }
-}
-
-impl_has_delayed_work! {
-    impl HasDelayedWork<Self, 2> for Hinting { self.look }
+impl_has_task! {
+    impl HasTask<1> for Hinting { self.work }
+    impl HasTask<2> for Hinting { self.look }
 }
 
 impl Hinting {
@@ -131,7 +124,7 @@ impl Hinting {
     /// May sleep. Fails with `ENOMEM`.
     pub(crate) fn new(
         config: BalloonConfig,
-        work_queue: Arc<WorkQueue>,
+        work_queue: WorkQueue,
         counters: Arc<Counters>,
         limits: Limits,
     ) -> Result<Arc<Self>> {
@@ -160,10 +153,9 @@ impl Hinting {
             stopping: AtomicFlag::new(false),
             round <- new_mutex!(round, "Hinting::round"),
             held: Arc::pin_init(Held::new(counters.clone()), GFP_KERNEL)?,
-            work_queue,
             counters,
-            work <- new_work!("Hinting::work"),
-            look <- new_delayed_work!("Hinting::look"),
+            work <- new_task!(work_queue.clone(), "Hinting::work"),
+            look <- new_task!(work_queue, "Hinting::look"),
         });
         Arc::pin_init(hinting, GFP_KERNEL)
     }
@@ -191,7 +183,7 @@ impl Hinting {
 
     /// Starts the work, unless it is queued already or disabled.
     fn wake(self: &Arc<Self>) {
-        let _ = self.work_queue.enqueue::<Arc<Self>, TURN>(self.clone());
+        work::enqueue::<Self, TURN>(self);
     }
 
     /// Ends all work for good. May sleep, but does not wait for the device.
@@ -199,7 +191,7 @@ impl Hinting {
     /// Blocks in flight stay there, for the reset to bring back.
     pub(crate) fn disable(self: &Arc<Self>) {
         self.stopping.store(true, Relaxed);
-        work::disable_delayed::<Self, LOOK>(self);
+        work::disable::<Self, LOOK>(self);
         work::disable::<Self, TURN>(self);
     }
 
@@ -397,9 +389,7 @@ impl Hinting {
         }
         let delay = msecs_to_jiffies(round.patience);
         round.patience = (round.patience * 2).min(LOOK_MAX);
-        let _ = self
-            .work_queue
-            .enqueue_delayed::<Arc<Self>, LOOK>(self.clone(), delay);
+        work::enqueue_delayed::<Self, LOOK>(self, delay);
     }
 
     /// Takes turns for as long as the device keeps up. On return nothing is in flight any more, or
@@ -490,9 +480,7 @@ impl Round {
 }
 
 /// The work proper.
-impl WorkItem<1> for Hinting {
-    type Pointer = Arc<Self>;
-
+impl Run<1> for Hinting {
     fn run(this: Arc<Self>) {
         let mut round = this.round.lock();
         while !this.stopping.load(Relaxed) {
@@ -510,9 +498,7 @@ impl WorkItem<1> for Hinting {
 }
 
 /// What comes instead of an interrupt: the work proper.
-impl WorkItem<2> for Hinting {
-    type Pointer = Arc<Self>;
-
+impl Run<2> for Hinting {
     fn run(this: Arc<Self>) {
         this.wake();
     }

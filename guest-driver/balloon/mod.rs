@@ -24,7 +24,7 @@ use core::pin::Pin;
 use kernel::device::{self, Bound, Core};
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
-use kernel::sync::Arc;
+use kernel::sync::{new_mutex, Arc, Mutex};
 
 use self::config::BalloonConfig;
 use self::counters::{Counters, CountersFile};
@@ -63,11 +63,16 @@ pub(crate) struct Balloon;
 pub(crate) struct Data {
     // First, so that on the way out nothing runs any more when the rest goes.
     works: Works,
-    _oom_notifier: Option<OomNotifier<Sizing>>,
-    _reporting: Option<Registration>,
-    _shrinker: Option<Shrinker<Held>>,
-    _work_queue: Arc<WorkQueue>,
+    registrations: Pin<KBox<Mutex<Registrations>>>,
     _counters: Option<CountersFile>,
+}
+
+/// What the kernel calls the driver for, until it is dropped.
+#[derive(Default)]
+struct Registrations {
+    oom_notifier: Option<OomNotifier<Sizing>>,
+    reporting: Option<Registration>,
+    shrinker: Option<Shrinker<Held>>,
 }
 
 /// The works, which are ended when this is dropped.
@@ -114,15 +119,14 @@ impl Drop for Works {
 impl Data {
     fn bind(dev: &virtio::Device<Core<'_>>) -> Result<Self> {
         let features = Features::from_bits(dev.features());
-        let config = dev.config()?;
+        let config = BalloonConfig::new(dev.config(BalloonConfig::size(features))?);
         let printer: &device::Device = dev.as_ref();
         let counters = Arc::new(Counters::new(Some(ARef::from(printer))), GFP_KERNEL)?;
-        let work_queue = Arc::new(WorkQueue::new(c"virtio_balloon_rs")?, GFP_KERNEL)?;
+        let work_queue = WorkQueue::new(c"virtio_balloon_rs")?;
 
         let hinting = if features.contains(Features::FREE_PAGE_HINT) {
-            let config = BalloonConfig::new(config.clone());
             Some(Hinting::new(
-                config,
+                config.clone(),
                 work_queue.clone(),
                 counters.clone(),
                 Limits::from_parameters(printer),
@@ -148,10 +152,10 @@ impl Data {
         let works = Works {
             sizing: Sizing::new(
                 ARef::from(printer),
-                BalloonConfig::new(config.clone()),
+                config,
                 hinting.as_ref().map(|it| it.held()),
                 wakeup,
-                work_queue.clone(),
+                work_queue,
                 counters.clone(),
                 !features.contains(Features::DEFLATE_ON_OOM),
                 features.contains(Features::MUST_TELL_HOST),
@@ -174,18 +178,22 @@ impl Data {
         } else {
             None
         };
+        let registrations = Registrations {
+            oom_notifier,
+            reporting: None,
+            shrinker,
+        };
+        let registrations = new_mutex!(registrations, "Data::registrations");
+        let registrations = KBox::pin_init(registrations, GFP_KERNEL)?;
         works.start(dev, features)?;
         // The last thing: a report that the device has got is over only when the device is reset.
-        let registration = match &works.reporting {
-            Some(reporting) => reporting.register()?,
-            None => None,
-        };
+        if let Some(reporting) = &works.reporting {
+            let registration = reporting.register()?;
+            registrations.lock().reporting = registration;
+        }
         Ok(Self {
             works,
-            _reporting: registration,
-            _oom_notifier: oom_notifier,
-            _shrinker: shrinker,
-            _work_queue: work_queue,
+            registrations,
             _counters: counters,
         })
     }
@@ -196,7 +204,8 @@ impl Works {
     fn start(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
         if features.contains(Features::PAGE_POISON) {
             let pattern = state::free_page_pattern().unwrap_or(0);
-            BalloonConfig::new(dev.config()?).set_poison(pattern)?;
+            let config = dev.config(BalloonConfig::size(features))?;
+            BalloonConfig::new(config).set_poison(pattern)?;
         }
         if let Some(statistics) = &self.statistics {
             statistics.prime()?;
@@ -327,7 +336,95 @@ impl virtio::Driver for Balloon {
         result
     }
 
-    fn shutdown<'bound>(_dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) {
+    fn shutdown<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) {
+        // From now on nobody waits for the device, an OOM notification under way included.
         this.works.disable();
+        let registrations = core::mem::take(&mut *this.registrations.lock());
+        drop((registrations.oom_notifier, registrations.shrinker));
+        // The end of the registration waits for the report that the device has, so that comes back
+        // before. The balloon stays what it is: to free its pages would take time, for nobody.
+        dev.reset();
+        if let Some(reporting) = &this.works.reporting {
+            reporting.recover();
+        }
+        drop(registrations.reporting);
+    }
+}
+
+#[kunit_tests(virtio_balloon_rs_balloon)]
+mod tests {
+    use super::*;
+    use crate::mm::{FreePages, OnOutOfMemory, PageReporting, ReportPages};
+    use crate::shared_abi::config;
+    use crate::virtio::kunit_device::Bound;
+    use crate::virtio::Driver;
+    use kernel::time::{delay::fsleep, Delta};
+
+    struct Nobody;
+
+    impl ReportPages for Nobody {
+        fn report(&self, _pages: FreePages) {}
+    }
+
+    /// Waits for what must come. The limit is for a fault only.
+    fn wait_for(mut done: impl FnMut() -> bool) -> bool {
+        (0..3000).any(|_| {
+            let done = done();
+            if !done {
+                fsleep(Delta::from_millis(10));
+            }
+            done
+        })
+    }
+
+    /// A device that has everything and uses no buffer is shut down: with a report, requests and
+    /// hints under way.
+    #[test]
+    fn a_silent_device_is_shut_down_and_nothing_reaches_for_it_afterwards() -> Result {
+        let features = Features::STATS_VQ
+            | Features::DEFLATE_ON_OOM
+            | Features::FREE_PAGE_HINT
+            | Features::REPORTING
+            | Features::MUST_TELL_HOST;
+        let bound = Bound::with_features(16, features.bits())?;
+        bound.device.set_config(config::NUM_PAGES, 1000);
+        bound
+            .device
+            .set_config(config::FREE_PAGE_HINT_CMD_ID, 0x8000_0000);
+        let data = KBox::pin(Data::bind(bound.core())?, GFP_KERNEL)?;
+        let reports = data.registrations.lock().reporting.is_some();
+        for (index, queue) in queue::present(features).enumerate() {
+            // Another device, or no kernel that does it, is the one reason not to report.
+            if queue != Queue::Reporting || reports {
+                assert!(wait_for(|| bound.device.take(index).is_some()));
+            }
+        }
+        let sizing = data.works.sizing.clone();
+        let hinting = data.works.hinting.clone().ok_or(ENOENT)?;
+        let reporting = data.works.reporting.clone().ok_or(ENOENT)?;
+
+        Balloon::shutdown(bound.core(), data.as_ref());
+
+        let registrations = data.registrations.lock();
+        assert!(registrations.oom_notifier.is_none());
+        assert!(registrations.shrinker.is_none());
+        assert!(registrations.reporting.is_none());
+        drop(registrations);
+        if reports {
+            // There can be one registration in the system: ours has gone.
+            let other = Arc::new(Nobody, GFP_KERNEL)?;
+            let other = KBox::pin_init(PageReporting::register(other, 1), GFP_KERNEL);
+            assert!(other.is_ok());
+        }
+        let notifications = bound.device.notifications();
+        assert_eq!(sizing.give_back(), 0);
+        sizing.target_changed();
+        hinting.command_changed();
+        reporting.used();
+        assert!(sizing.inflate_queue().is_broken() && hinting.queue().is_broken());
+        assert_eq!(bound.device.notifications(), notifications);
+        // What the device had is all there for a removal that comes all the same.
+        Balloon::remove(bound.core(), data.as_ref());
+        Ok(())
     }
 }

@@ -10,13 +10,14 @@
 use kernel::device;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
+use kernel::sync::atomic::{AtomicFlag, Relaxed};
 use kernel::sync::Arc;
 use kernel::{dev_info, dev_warn};
 
 use super::counters::Counters;
 use crate::mm::{FreePages, PageReporting, ReportPages};
 use crate::shared_abi::queue::Queue;
-use crate::virtio::{AddError, Virtqueue};
+use crate::virtio::{AddError, AddFailure, Virtqueue};
 
 /// After how many seconds without an answer there is a line in the log.
 const PATIENCE: u32 = 10;
@@ -26,6 +27,8 @@ pub(crate) struct Reporting {
     dev: ARef<device::Device>,
     queue: Virtqueue<FreePages>,
     counters: Arc<Counters>,
+    /// There was a line in the log about reports that the queue does not take.
+    complained: AtomicFlag,
 }
 
 /// The registration, which takes the reports for as long as it lives.
@@ -40,6 +43,7 @@ impl Reporting {
             dev,
             queue: Virtqueue::new(c"reporting")?,
             counters,
+            complained: AtomicFlag::new(false),
         };
         Ok(Arc::new(reporting, GFP_KERNEL)?)
     }
@@ -91,6 +95,7 @@ impl Reporting {
         while let Some(pages) = self.queue.detach() {
             self.end(pages, false);
         }
+        self.complained.store(false, Relaxed);
     }
 }
 
@@ -107,8 +112,18 @@ impl Reporting {
 impl ReportPages for Reporting {
     fn report(&self, pages: FreePages) {
         if let Err(AddError { buffer, failure }) = self.queue.add(pages) {
-            if failure != crate::virtio::AddFailure::Gone {
-                dev_info!(self.dev, "free pages were not reported: {:?}\n", failure);
+            match failure {
+                // Reports are one at a time, and the kernel comes again: when there is room or memory.
+                AddFailure::Full | AddFailure::NoMemory | AddFailure::Gone => {}
+                // It comes again for ever.
+                AddFailure::Broken | AddFailure::Malformed => {
+                    if !self.complained.xchg(true, Relaxed) {
+                        dev_info!(
+                            self.dev,
+                            "reporting queue: free pages are not reported ({failure:?})\n"
+                        );
+                    }
+                }
             }
             self.end(buffer, false);
             return;

@@ -12,9 +12,6 @@ use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, AtomicFlag, Relaxed};
 use kernel::sync::{aref::ARef, new_mutex, Arc, Mutex};
 use kernel::time::{msecs_to_jiffies, Delta, Instant, Jiffies, Monotonic, Msecs};
-use kernel::workqueue::{
-    impl_has_delayed_work, impl_has_work, new_delayed_work, new_work, DelayedWork, Work, WorkItem,
-};
 use kernel::{dev_info, dev_warn, device};
 
 use super::balance::Step;
@@ -25,7 +22,7 @@ use super::request::{Guest, PageBuffer, Request};
 use super::reserve::may_inflate;
 use super::traffic::{Pages, Purpose, SendError, Traffic, LOOK, REQUESTS};
 use crate::mm::{state, BalloonPage, BalloonPages, OnOutOfMemory, ShortNodes, Shrink};
-use crate::virtio::work::{self, WorkQueue};
+use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
 use crate::virtio::{Virtqueue, Wakeup};
 
 /// After how many new requests the device is notified. Half of them: so there are always some to
@@ -80,12 +77,11 @@ pub(crate) struct Sizing {
     #[pin]
     pages: Pages,
     wakeup: Arc<Wakeup>,
-    work_queue: Arc<WorkQueue>,
     counters: Arc<Counters>,
     #[pin]
-    steer: Work<Self, STEER>,
+    steer: Task<Self, STEER>,
     #[pin]
-    retry: DelayedWork<Self, RETRY>,
+    retry: Task<Self, RETRY>,
 }
 
 /// What the turns know. The lock makes them one at a time; memory is allocated under it.
@@ -116,12 +112,9 @@ impl From<SendError> for Progress {
     }
 }
 
-impl_has_work! {
-    impl HasWork<Self, 1> for Sizing { self.steer }
-}
-
-impl_has_delayed_work! {
-    impl HasDelayedWork<Self, 2> for Sizing { self.retry }
+impl_has_task! {
+    impl HasTask<1> for Sizing { self.steer }
+    impl HasTask<2> for Sizing { self.retry }
 }
 
 impl Sizing {
@@ -136,7 +129,7 @@ impl Sizing {
         config: BalloonConfig,
         held: Option<Arc<Held>>,
         wakeup: Arc<Wakeup>,
-        work_queue: Arc<WorkQueue>,
+        work_queue: WorkQueue,
         counters: Arc<Counters>,
         adjust_managed: bool,
         must_tell_host: bool,
@@ -160,10 +153,9 @@ impl Sizing {
             turn <- new_mutex!(turn, "Sizing::turn"),
             pages <- BalloonPages::new(adjust_managed, Traffic::new(counters.clone())?),
             wakeup,
-            work_queue,
             counters,
-            steer <- new_work!("Sizing::steer"),
-            retry <- new_delayed_work!("Sizing::retry"),
+            steer <- new_task!(work_queue.clone(), "Sizing::steer"),
+            retry <- new_task!(work_queue, "Sizing::retry"),
         });
         Arc::pin_init(sizing, GFP_KERNEL)
     }
@@ -199,7 +191,7 @@ impl Sizing {
 
     /// Starts the work, unless it is queued already or disabled.
     fn wake(self: &Arc<Self>) {
-        let _ = self.work_queue.enqueue::<Arc<Self>, STEER>(self.clone());
+        work::enqueue::<Self, STEER>(self);
     }
 
     /// Takes all pages out of the balloon and tells the host, as long as it answers.
@@ -240,7 +232,7 @@ impl Sizing {
     /// not for the device.
     pub(crate) fn disable(self: &Arc<Self>) {
         self.traffic().close();
-        work::disable_delayed::<Self, RETRY>(self);
+        work::disable::<Self, RETRY>(self);
         work::disable::<Self, STEER>(self);
         self.wakeup.take_up(ADJUST);
         self.wakeup.rest();
@@ -432,9 +424,7 @@ impl Sizing {
     /// Starts the work after so long. Returns `false` if it is to be started after a while already.
     fn retry_after(self: &Arc<Self>, delay: Msecs) -> bool {
         let delay: Jiffies = msecs_to_jiffies(delay);
-        self.work_queue
-            .enqueue_delayed::<Arc<Self>, RETRY>(self.clone(), delay)
-            .is_ok()
+        work::enqueue_delayed::<Self, RETRY>(self, delay)
     }
 
     /// Whether a task that found no memory has waited in vain already, and nothing has been answered
@@ -530,9 +520,7 @@ impl OnOutOfMemory for Sizing {
 }
 
 /// The work proper.
-impl WorkItem<1> for Sizing {
-    type Pointer = Arc<Self>;
-
+impl Run<1> for Sizing {
     fn run(this: Arc<Self>) {
         // One turn each time, so that the system, which waits for the work to pause before it
         // sleeps, waits for one turn at most.
@@ -543,9 +531,7 @@ impl WorkItem<1> for Sizing {
 }
 
 /// What comes after a delay: the work proper.
-impl WorkItem<2> for Sizing {
-    type Pointer = Arc<Self>;
-
+impl Run<2> for Sizing {
     fn run(this: Arc<Self>) {
         this.wake();
     }
@@ -583,7 +569,7 @@ mod tests {
                 BalloonConfig::new(bound.config()?),
                 Some(held.clone()),
                 Wakeup::new(dev.clone())?,
-                Arc::new(WorkQueue::new(c"kunit")?, GFP_KERNEL)?,
+                WorkQueue::new(c"kunit")?,
                 counters.clone(),
                 true,
                 must_tell_host,

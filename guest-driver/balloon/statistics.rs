@@ -8,17 +8,20 @@
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
 use kernel::sync::{new_mutex, Arc, Mutex};
-use kernel::workqueue::{impl_has_work, new_work, Work, WorkItem};
+use kernel::time::{msecs_to_jiffies, Msecs};
 
 use super::counters::Counters;
 use crate::mm::statistics::{self, Events, HugetlbEvents, Memory};
 use crate::shared_abi::queue::Queue;
 use crate::shared_abi::stats::{Stat, Tag};
-use crate::virtio::work::{self, WorkQueue};
-use crate::virtio::{Accompanied, AddError, Virtqueue, Wakeup};
+use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
+use crate::virtio::{Accompanied, AddError, AddFailure, Virtqueue, Wakeup};
 
 /// The most bytes that statistics take.
 const SIZE: usize = Stat::SIZE * Tag::ALL.len();
+
+/// When to try again to send what the queue had no room or memory for.
+const RETRY: Msecs = 1000;
 
 /// The event that keeps the system awake.
 const ANSWER: u32 = 1;
@@ -34,21 +37,20 @@ pub(crate) struct Statistics {
     #[pin]
     spare: Mutex<Option<StatisticsBuffer>>,
     wakeup: Arc<Wakeup>,
-    work_queue: Arc<WorkQueue>,
     counters: Arc<Counters>,
     #[pin]
-    work: Work<Self>,
+    work: Task<Self>,
 }
 
-impl_has_work! {
-    impl HasWork<Self> for Statistics { self.work }
+impl_has_task! {
+    impl HasTask<0> for Statistics { self.work }
 }
 
 impl Statistics {
     /// Sends nothing yet. May sleep. Fails with `ENOMEM`.
     pub(crate) fn new(
         wakeup: Arc<Wakeup>,
-        work_queue: Arc<WorkQueue>,
+        work_queue: WorkQueue,
         counters: Arc<Counters>,
     ) -> Result<Arc<Self>> {
         let buffer = StatisticsBuffer::new([0; SIZE], (), GFP_KERNEL)?;
@@ -56,9 +58,8 @@ impl Statistics {
             queue: Virtqueue::new(c"stats")?,
             spare <- new_mutex!(Some(buffer), "Statistics::spare"),
             wakeup,
-            work_queue,
             counters,
-            work <- new_work!("Statistics::work"),
+            work <- new_task!(work_queue, "Statistics::work"),
         });
         Arc::pin_init(statistics, GFP_KERNEL)
     }
@@ -69,9 +70,15 @@ impl Statistics {
     }
 
     /// Puts the first buffer into the queue, for [`notify`](Self::notify) to tell the device of once
-    /// it is ready. May sleep.
+    /// it is ready. May sleep. Fails with `ENOMEM`, and with `EIO` if the device takes no buffer.
     pub(crate) fn prime(&self) -> Result {
-        self.answer().map(drop)
+        match self.answer() {
+            Ok(_) => Ok(()),
+            Err(AddFailure::NoMemory) => Err(ENOMEM),
+            Err(
+                AddFailure::Full | AddFailure::Broken | AddFailure::Gone | AddFailure::Malformed,
+            ) => Err(EIO),
+        }
     }
 
     /// Tells the device of the first buffer.
@@ -82,7 +89,7 @@ impl Statistics {
     /// The device wants new statistics, or seems to. Any context.
     pub(crate) fn wanted(self: &Arc<Self>) {
         self.wakeup.begin(ANSWER);
-        let _ = self.work_queue.enqueue(self.clone());
+        work::enqueue(self);
     }
 
     /// Takes the buffer back after the device's reset. May sleep.
@@ -96,8 +103,9 @@ impl Statistics {
     }
 
     /// Sends statistics if there is a buffer for them: there is if the device has used it, or has
-    /// never seen it. Returns whether there was; then the device is to be notified.
-    fn answer(&self) -> Result<bool> {
+    /// never seen it. Returns whether there was; then the device is to be notified. On failure the
+    /// buffer is kept.
+    fn answer(&self) -> Result<bool, AddFailure> {
         let mut spare = self.spare.lock();
         let used = self.queue.pop().map(|(buffer, _)| buffer);
         let Some(mut buffer) = used.or_else(|| spare.take()) else {
@@ -112,7 +120,7 @@ impl Statistics {
             Ok(()) => Ok(true),
             Err(AddError { buffer, failure }) => {
                 *spare = Some(buffer);
-                Err(failure.into())
+                Err(failure)
             }
         }
     }
@@ -125,18 +133,24 @@ impl Statistics {
     }
 }
 
-impl WorkItem for Statistics {
-    type Pointer = Arc<Self>;
-
+impl Run for Statistics {
     fn run(this: Arc<Self>) {
         this.wakeup.take_up(ANSWER);
-        if let Ok(answered) = this.answer() {
-            if answered {
-                this.notify();
+        match this.answer() {
+            Ok(answered) => {
+                if answered {
+                    this.notify();
+                }
+                if !this.queue.enable_callback() {
+                    this.wanted();
+                }
             }
-            if !this.queue.enable_callback() {
-                this.wanted();
+            Err(AddFailure::Full | AddFailure::NoMemory) => {
+                // No interrupt tells of room or memory.
+                work::enqueue_delayed(&this, msecs_to_jiffies(RETRY));
             }
+            // Nothing is sent any more before the next ring.
+            Err(AddFailure::Broken | AddFailure::Gone | AddFailure::Malformed) => {}
         }
         this.wakeup.rest();
     }
@@ -183,6 +197,38 @@ fn encode(
 #[kunit_tests(virtio_balloon_rs_statistics)]
 mod tests {
     use super::*;
+    use crate::virtio::kunit_device::{Bound, Counter};
+    use kernel::time::{delay::fsleep, Delta};
+
+    #[test]
+    fn a_full_ring_is_no_reason_to_fall_silent() -> Result {
+        let bound = Bound::with_entries(1)?;
+        let statistics = Statistics::new(
+            Wakeup::new(bound.device_ref())?,
+            WorkQueue::new(c"kunit")?,
+            Arc::new(Counters::new(None), GFP_KERNEL)?,
+        )?;
+        bound.find_queues(&[statistics.queue()], Counter::new()?)?;
+        statistics.prime()?;
+        assert!(bound.device.take(0).is_some_and(|seen| {
+            // The device has used the buffer by the time of the next try.
+            let buffer = StatisticsBuffer::new([0; SIZE], (), GFP_KERNEL).ok();
+            *statistics.spare.lock() = buffer;
+            assert_eq!(statistics.answer(), Err(AddFailure::Full));
+            Statistics::run(statistics.clone());
+            bound.device.give_back(0, seen.head, 0);
+            true
+        }));
+        // The limit is for a fault only.
+        assert!((0..3000).any(|_| {
+            fsleep(Delta::from_millis(10));
+            bound.device.take(0).is_some()
+        }));
+        statistics.disable();
+        bound.reset();
+        statistics.recover();
+        Ok(())
+    }
 
     fn find(buffer: &[u8], tag: Tag) -> Option<u64> {
         buffer.chunks_exact(Stat::SIZE).find_map(|chunk| {

@@ -19,6 +19,37 @@ bool vbrs_virtio_has_config(const struct virtio_device *vdev)
 	return vdev->config->get && vdev->config->set;
 }
 
+/*
+ * How many bytes of configuration space the transport gives access to; 0 if it does not tell. For PCI this is what
+ * virtio_pci_find_capability() and vp_modern_map_capability() find, beyond which vp_get() and vp_set() are a BUG().
+ */
+u32 vbrs_virtio_config_length(const struct virtio_device *vdev)
+{
+#ifdef CONFIG_PCI
+	struct device *parent = vdev->dev.parent;
+	struct pci_dev *pci;
+	int pos;
+
+	if (!parent || !dev_is_pci(parent))
+		return 0;
+	pci = to_pci_dev(parent);
+	for (pos = pci_find_capability(pci, PCI_CAP_ID_VNDR); pos > 0;
+	     pos = pci_find_next_capability(pci, pos, PCI_CAP_ID_VNDR)) {
+		u8 type, bar;
+		u32 length;
+
+		pci_read_config_byte(pci, pos + offsetof(struct virtio_pci_cap, cfg_type), &type);
+		pci_read_config_byte(pci, pos + offsetof(struct virtio_pci_cap, bar), &bar);
+		if (type != VIRTIO_PCI_CAP_DEVICE_CFG || bar >= PCI_STD_NUM_BARS || !pci_resource_len(pci, bar) ||
+		    !(pci_resource_flags(pci, bar) & (IORESOURCE_IO | IORESOURCE_MEM)))
+			continue;
+		pci_read_config_dword(pci, pos + offsetof(struct virtio_pci_cap, length), &length);
+		return min_t(u32, length, PAGE_SIZE);
+	}
+#endif
+	return 0;
+}
+
 /* Reads one field, again if the device changed its configuration meanwhile. */
 void vbrs_virtio_config_read(struct virtio_device *vdev, unsigned int offset, void *value, unsigned int size)
 {
@@ -104,6 +135,11 @@ void vbrs_test_device_init(struct virtio_device *vdev)
 	spin_lock_init(&vdev->vqs_list_lock);
 	spin_lock_init(&vdev->config_lock);
 	__virtio_set_bit(vdev, VIRTIO_F_VERSION_1);
+}
+
+void vbrs_test_set_feature(struct virtio_device *vdev, unsigned int bit)
+{
+	__virtio_set_bit(vdev, bit);
 }
 
 void *vbrs_test_phys_to_virt(u64 address)

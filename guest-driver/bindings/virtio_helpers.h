@@ -6,15 +6,18 @@
 #define VIRTIO_BALLOON_RS_VIRTIO_HELPERS_H
 
 #include <linux/device.h>
+#include <linux/pci.h>
 #include <linux/scatterlist.h>
 #include <linux/sched.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #include <linux/wait.h>
+#include <uapi/linux/virtio_pci.h>
 
 bool vbrs_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit);
 void vbrs_virtio_clear_feature(struct virtio_device *vdev, unsigned int bit);
 bool vbrs_virtio_has_config(const struct virtio_device *vdev);
+u32 vbrs_virtio_config_length(const struct virtio_device *vdev);
 void vbrs_virtio_config_read(struct virtio_device *vdev, unsigned int offset, void *value, unsigned int size);
 void vbrs_virtio_config_write(struct virtio_device *vdev, unsigned int offset, const void *value, unsigned int size);
 void vbrs_virtio_device_ready(struct virtio_device *vdev);
@@ -36,6 +39,7 @@ void vbrs_cond_resched(void);
 
 #if IS_BUILTIN(CONFIG_KUNIT)
 void vbrs_test_device_init(struct virtio_device *vdev);
+void vbrs_test_set_feature(struct virtio_device *vdev, unsigned int bit);
 void *vbrs_test_phys_to_virt(u64 address);
 #endif
 

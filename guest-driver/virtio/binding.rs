@@ -3,7 +3,7 @@
 //! What the bus keeps for a device while a driver is bound to it.
 
 use super::{
-    config::Config,
+    config::{Config, Space},
     queue_state::{QueueState, Ring},
     virtqueue::{AnyQueue, QueueHandler},
 };
@@ -37,7 +37,7 @@ struct Inner {
     queues: KVec<Arc<QueueState>>,
     /// Whether the transport has made them.
     live: bool,
-    config: Option<Config>,
+    config: Option<Arc<Space>>,
 }
 
 impl Binding {
@@ -66,15 +66,16 @@ impl Binding {
     }
 
     /// See [`Device::config`](super::Device::config).
-    pub(super) fn config(&self) -> Result<Config> {
+    pub(super) fn config(&self, size: usize) -> Result<Config> {
         let mut inner = self.inner.lock();
-        if let Some(config) = &inner.config {
-            return Ok(config.clone());
+        if let Some(space) = &inner.config {
+            return space.handle(size);
         }
         // SAFETY: The device is valid until it is unbound, and `unbind` revokes the access before.
-        let config = unsafe { Config::new(self.vdev)? };
-        inner.config = Some(config.clone());
-        Ok(config)
+        let space = unsafe { Space::new(self.vdev)? };
+        let config = space.handle(size);
+        inner.config = Some(space);
+        config
     }
 
     /// See [`Device::find_queues`](super::Device::find_queues).
@@ -189,14 +190,19 @@ impl Binding {
         }
     }
 
-    /// Ends all that the driver can do with the device.
-    pub(super) fn unbind(&self) {
+    /// Ends all that the driver can do with the device. What was in flight can still be taken.
+    pub(super) fn shut_down(&self) {
         self.take_down();
-        self.drop_returned();
         let config = self.inner.lock().config.take();
         if let Some(config) = config {
             config.revoke();
         }
+    }
+
+    /// As [`shut_down`](Self::shut_down), and drops what was in flight and nobody took.
+    pub(super) fn unbind(&self) {
+        self.shut_down();
+        self.drop_returned();
     }
 
     /// What the transport calls from its interrupt.

@@ -3,27 +3,79 @@
 //! Configuration space.
 
 use crate::bindings;
-use core::ptr::NonNull;
+use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{
-    new_mutex,
+    dev_err, device, new_mutex,
     prelude::*,
     sync::{Arc, Mutex},
 };
 
+/// A field of the configuration space of a kind of device.
+#[derive(Clone, Copy)]
+pub struct Field<T> {
+    offset: u32,
+    feature: Option<u32>,
+    value: PhantomData<T>,
+}
+
+impl<T: ConfigValue> Field<T> {
+    /// The largest configuration space: what the PCI transport maps of one.
+    const MAX_SIZE: usize = 4096;
+
+    /// The field at `OFFSET` of a layout of `SIZE` bytes.
+    ///
+    /// Does not compile if the field is not within the layout, or not aligned as the specification
+    /// demands of accesses to it.
+    pub const fn new<const OFFSET: usize, const SIZE: usize>() -> Self {
+        const {
+            let width = size_of::<T>();
+            assert!(SIZE <= Self::MAX_SIZE);
+            assert!(OFFSET <= SIZE && width <= SIZE - OFFSET);
+            assert!(OFFSET % if width < 4 { width } else { 4 } == 0);
+        }
+        Self {
+            offset: OFFSET as u32,
+            feature: None,
+            value: PhantomData,
+        }
+    }
+
+    /// The same field, there only if feature `bit` is negotiated.
+    pub const fn with_feature(mut self, bit: u32) -> Self {
+        self.feature = Some(bit);
+        self
+    }
+
+    /// The offset of what follows.
+    const fn end(&self) -> u32 {
+        // Both are at most `MAX_SIZE`.
+        self.offset + size_of::<T>() as u32
+    }
+}
+
 /// A handle to the configuration space of a device.
 ///
 /// Its clones are the same handle. It works from [`Device::config`](super::Device::config) until
-/// the device is unbound.
+/// the device is unbound or shut down.
+///
+/// Some transports stop the kernel (`BUG_ON`) at an access beyond the end of what the device has.
+/// So a handle reaches [`Field`]s only, those that the negotiated features bring, and within the
+/// size for which it was made.
 ///
 /// Every method needs process context and may sleep: transports read configuration space by
 /// messages, and some wait for the answer.
 #[derive(Clone)]
-pub struct Config(Arc<Space>);
+pub struct Config {
+    space: Arc<Space>,
+    size: u32,
+}
 
 #[pin_data]
-struct Space {
+pub(super) struct Space {
     #[pin]
     device: Mutex<Option<BoundDevice>>,
+    /// How many bytes the transport gives access to, if it says so.
+    length: Option<u32>,
 }
 
 /// # Invariants
@@ -34,8 +86,8 @@ struct BoundDevice(NonNull<bindings::virtio_device>);
 // SAFETY: The operations of a transport on configuration space may be called from any thread.
 unsafe impl Send for BoundDevice {}
 
-impl Config {
-    /// Creates a handle for `vdev`.
+impl Space {
+    /// Creates the access to configuration space of `vdev`.
     ///
     /// # Errors
     ///
@@ -44,42 +96,70 @@ impl Config {
     /// # Safety
     ///
     /// `vdev` must be a valid device, and remain so until [`revoke`](Self::revoke) returns.
-    pub(super) unsafe fn new(vdev: NonNull<bindings::virtio_device>) -> Result<Self> {
+    pub(super) unsafe fn new(vdev: NonNull<bindings::virtio_device>) -> Result<Arc<Self>> {
         // SAFETY: `vdev` is valid by the requirement of this function.
         if !unsafe { bindings::vbrs_virtio_has_config(vdev.as_ptr()) } {
             return Err(EINVAL);
         }
+        // SAFETY: As above.
+        let length = unsafe { bindings::vbrs_virtio_config_length(vdev.as_ptr()) };
         // INVARIANT: Asked just above; whoever unbinds the device calls `revoke` first.
         let device = Some(BoundDevice(vdev));
-        let space = pin_init!(Space {
+        let space = pin_init!(Self {
             device <- new_mutex!(device, "virtio::Config"),
+            length: (length > 0).then_some(length),
         });
-        Ok(Self(Arc::pin_init(space, GFP_KERNEL)?))
+        Arc::pin_init(space, GFP_KERNEL)
+    }
+
+    /// Creates a handle to the first `size` bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`EINVAL`] if there are not so many, which is worth a line in the log.
+    pub(super) fn handle(self: &Arc<Self>, size: usize) -> Result<Config> {
+        let size = u32::try_from(size).map_err(|_| EINVAL)?;
+        if let Some(length) = self.length.filter(|length| *length < size) {
+            if let Some(device) = &*self.device.lock() {
+                // SAFETY: By the invariant of `BoundDevice` it is valid.
+                let device: &device::Device =
+                    unsafe { device::Device::from_raw(&raw mut (*device.0.as_ptr()).dev) };
+                dev_err!(
+                    device,
+                    "config space: {length} bytes, the negotiated features need {size}; \
+                     correct the device or withhold the features\n"
+                );
+            }
+            return Err(EINVAL);
+        }
+        Ok(Config {
+            space: self.clone(),
+            size,
+        })
     }
 
     /// Ends the access. Waits for one in progress.
     pub(super) fn revoke(&self) {
-        *self.0.device.lock() = None;
+        *self.device.lock() = None;
     }
+}
 
-    /// Reads the little-endian field at `offset`, so that all of its bytes are of one generation.
-    ///
-    /// The caller answers for the field's existence: which fields there are follows from the
-    /// negotiated features, and some transports stop the kernel (`BUG_ON`) at an access beyond the
-    /// end.
+impl Config {
+    /// Reads `field`, so that all of its bytes are of one generation.
     ///
     /// # Errors
     ///
-    /// [`ENODEV`] if the device was unbound.
-    pub fn read_le<T: ConfigValue>(&self, offset: u32) -> Result<T> {
-        let device = self.0.device.lock();
-        let vdev = device.as_ref().ok_or(ENODEV)?.0.as_ptr();
+    /// [`ENODEV`] if the device was unbound, [`EINVAL`] if it has no such field.
+    pub fn read<T: ConfigValue>(&self, field: Field<T>) -> Result<T> {
+        let device = self.space.device.lock();
+        let vdev = self.reach(device.as_ref(), &field)?;
         let mut bytes = T::Bytes::default();
-        // SAFETY: By the invariant of `BoundDevice`; the buffer is as long as said.
+        // SAFETY: By the invariant of `BoundDevice`, and the field is there; the buffer is as long
+        // as said.
         unsafe {
             bindings::vbrs_virtio_config_read(
                 vdev,
-                offset,
+                field.offset,
                 (&raw mut bytes).cast(),
                 size_of::<T::Bytes>() as u32,
             )
@@ -87,26 +167,43 @@ impl Config {
         Ok(T::from_le(bytes))
     }
 
-    /// Writes the little-endian field at `offset`. As with [`read_le`](Self::read_le), the field
-    /// must exist.
+    /// Writes `field`.
     ///
     /// # Errors
     ///
-    /// [`ENODEV`] if the device was unbound.
-    pub fn write_le<T: ConfigValue>(&self, offset: u32, value: T) -> Result {
-        let device = self.0.device.lock();
-        let vdev = device.as_ref().ok_or(ENODEV)?.0.as_ptr();
+    /// As [`read`](Self::read).
+    pub fn write<T: ConfigValue>(&self, field: Field<T>, value: T) -> Result {
+        let device = self.space.device.lock();
+        let vdev = self.reach(device.as_ref(), &field)?;
         let bytes = value.to_le();
-        // SAFETY: By the invariant of `BoundDevice`; the buffer is as long as said.
+        // SAFETY: As in `read`.
         unsafe {
             bindings::vbrs_virtio_config_write(
                 vdev,
-                offset,
+                field.offset,
                 (&raw const bytes).cast(),
                 size_of::<T::Bytes>() as u32,
             )
         };
         Ok(())
+    }
+
+    /// Returns the device if it is there and has the field.
+    fn reach<T: ConfigValue>(
+        &self,
+        device: Option<&BoundDevice>,
+        field: &Field<T>,
+    ) -> Result<*mut bindings::virtio_device> {
+        let vdev = device.ok_or(ENODEV)?.0.as_ptr();
+        let negotiated = field.feature.is_none_or(|bit| {
+            // SAFETY: By the invariant of `BoundDevice`; features do not change while it is bound.
+            unsafe { bindings::vbrs_virtio_has_feature(vdev, bit) }
+        });
+        if negotiated && field.end() <= self.size {
+            Ok(vdev)
+        } else {
+            Err(EINVAL)
+        }
     }
 }
 
@@ -115,7 +212,7 @@ mod sealed {
 }
 
 /// An integer that configuration space may hold.
-pub trait ConfigValue: sealed::Sealed + Sized {
+pub trait ConfigValue: sealed::Sealed + Copy {
     /// Its bytes, least significant first.
     type Bytes: Default;
 

@@ -55,13 +55,19 @@ impl Device<device::Bound> {
 }
 
 impl Device<device::Core<'_>> {
-    /// Returns a handle to the device's configuration space, which may be cloned and kept.
+    /// Returns a handle to the first `size` bytes of the device's configuration space, which may be
+    /// cloned and kept.
+    ///
+    /// `size` is what the specification gives the device with the negotiated features. A device
+    /// that has less is refused if the transport tells how much there is: PCI does, MMIO and
+    /// vhost-user of user-mode Linux do not (nor do they stop the kernel).
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if the transport gives no access to configuration space.
-    pub fn config(&self) -> Result<Config> {
-        self.binding().config()
+    /// [`EINVAL`] if the transport gives no access to configuration space, or to less than `size`
+    /// bytes; the log says so.
+    pub fn config(&self, size: usize) -> Result<Config> {
+        self.binding().config(size)
     }
 
     /// Creates the device's queues.
@@ -106,6 +112,12 @@ impl Device<device::Core<'_>> {
     /// takes.
     pub fn reset(&self) {
         self.binding().take_down();
+    }
+
+    /// Ends all that the driver can do with the device: as [`reset`](Self::reset), and configuration
+    /// space is out of reach.
+    pub(super) fn shut_down(&self) {
+        self.binding().shut_down();
     }
 
     fn binding(&self) -> &Binding {

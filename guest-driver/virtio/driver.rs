@@ -127,8 +127,12 @@ pub trait Driver {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The system is about to stop, or to start another kernel. Afterwards the bus breaks the
-    /// queues and resets the device; the data stays.
+    /// The system is about to stop, or to start another kernel.
+    ///
+    /// The data stays, and tasks may still run: here the driver ends what the kernel would call, and
+    /// must not wait for the device, which may be silent. Afterwards the bus takes the device down,
+    /// if the driver has not [reset](Device::reset) it: queues are without rings, and configuration
+    /// space is out of reach.
     fn shutdown<'bound>(dev: &'bound Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
         let _ = (dev, this);
         build_error!(VTABLE_DEFAULT_ERROR)
@@ -177,6 +181,7 @@ macro_rules! module_virtio_driver {
             // Dropped in this order: devices use the folder for as long as they have the driver.
             #[pin]
             _driver: ::kernel::driver::Registration<$crate::virtio::Adapter<$type>>,
+            _work: $crate::virtio::work::ModuleExit,
             _folder: $crate::virtio::debugfs::Folder,
         }
 
@@ -187,6 +192,7 @@ macro_rules! module_virtio_driver {
                 let name = <Self as ::kernel::ModuleMetadata>::NAME;
                 ::kernel::try_pin_init!(Self {
                     _folder: $crate::virtio::debugfs::Folder::new(name)?,
+                    _work: $crate::virtio::work::ModuleExit::new(),
                     _driver <- ::kernel::driver::Registration::new(name, module),
                 })
             }
@@ -351,8 +357,7 @@ impl<T: Driver> Adapter<T> {
         // driver is still bound.
         let (dev, data) = unsafe { Self::bound(vdev) };
         T::shutdown(dev, data);
-        // SAFETY: The device is valid.
-        unsafe { bindings::virtio_device_shutdown(vdev) };
+        dev.shut_down();
     }
 
     /// Returns the device and its data.

@@ -8,7 +8,7 @@ use kernel::prelude::*;
 mod tests {
     use super::super::{
         kunit_device::{Bound, Counter, Mortal, Shape, ENTRIES},
-        AddFailure, Either, Incoming, Kick, Outgoing, Virtqueue,
+        AddFailure, Either, Field, Incoming, Kick, Outgoing, Virtqueue,
     };
     use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
     use kernel::prelude::*;
@@ -375,19 +375,49 @@ mod tests {
     #[test]
     fn configuration_space_is_reached_until_the_device_is_unbound() -> Result {
         let bound = Bound::new()?;
-        let config = bound.binding().config()?;
-        config.write_le::<u32>(4, 0x0102_0304)?;
-        assert_eq!(config.read_le::<u32>(4)?, 0x0102_0304);
-        assert_eq!(config.read_le::<u8>(4)?, 4);
+        let config = bound.binding().config(16)?;
+        const WORD: Field<u32> = Field::new::<4, 16>();
+        config.write(WORD, 0x0102_0304)?;
+        assert_eq!(config.read(WORD)?, 0x0102_0304);
+        assert_eq!(config.read(Field::<u8>::new::<4, 16>())?, 4);
         assert_eq!(
-            bound.binding().config()?.read_le::<u64>(0)?,
+            bound
+                .binding()
+                .config(8)?
+                .read(Field::<u64>::new::<0, 16>())?,
             0x0102_0304_0000_0000
         );
         bound.binding().take_down();
-        assert_eq!(config.read_le::<u16>(6)?, 0x0102);
+        assert_eq!(config.read(Field::<u16>::new::<6, 16>())?, 0x0102);
         drop(bound);
-        assert_eq!(config.read_le::<u32>(4).err(), Some(ENODEV));
-        assert_eq!(config.write_le::<u32>(4, 0).err(), Some(ENODEV));
+        assert_eq!(config.read(WORD).err(), Some(ENODEV));
+        assert_eq!(config.write(WORD, 0).err(), Some(ENODEV));
+        Ok(())
+    }
+
+    #[test]
+    fn a_field_that_the_device_has_not_is_refused() -> Result {
+        /// `VIRTIO_F_VERSION_1`, the one feature that the device has.
+        const PRESENT: u32 = 32;
+        const ABSENT: u32 = 5;
+        const LAST: Field<u32> = Field::new::<12, 16>();
+        // A layout may be longer than the device.
+        const BEYOND: Field<u32> = Field::new::<16, 20>();
+        let bound = Bound::new()?;
+        let config = bound.binding().config(16)?;
+        for field in [LAST, LAST.with_feature(PRESENT)] {
+            config.write(field, 7)?;
+            assert_eq!(config.read(field), Ok(7));
+        }
+        let absent = LAST.with_feature(ABSENT);
+        let shorter = bound.binding().config(12)?;
+        for (config, field) in [(&config, absent), (&config, BEYOND), (&shorter, LAST)] {
+            assert_eq!(config.read(field), Err(EINVAL));
+            assert_eq!(config.write(field, 8), Err(EINVAL));
+        }
+        assert_eq!(config.read(LAST), Ok(7));
+        // Nobody's offset wraps.
+        assert_eq!(bound.binding().config(usize::MAX).err(), Some(EINVAL));
         Ok(())
     }
 }

@@ -20,6 +20,7 @@ use core::{
 };
 use kernel::{
     container_of,
+    device::Core,
     prelude::*,
     sync::{aref::ARef, Arc},
 };
@@ -205,6 +206,23 @@ impl Bound {
         }
     }
 
+    /// As [`with_entries`](Self::with_entries), with these features negotiated.
+    pub(crate) fn with_features(entries: usize, features: u64) -> Result<Self> {
+        let bound = Self::with_entries(entries)?;
+        for bit in (0..u64::BITS).filter(|bit| features & (1 << bit) != 0) {
+            // SAFETY: The device is valid, and no driver has seen it.
+            unsafe { bindings::vbrs_test_set_feature(bound.device.vdev.get(), bit) };
+        }
+        Ok(bound)
+    }
+
+    /// The device as a bus callback sees it.
+    pub(crate) fn core(&self) -> &Device<Core<'_>> {
+        // SAFETY: The device is valid and has a binding; a test is the one to make bus callbacks, and
+        // may sleep. `Device` is a transparent wrapper.
+        unsafe { &*self.device.vdev.get().cast() }
+    }
+
     /// Resets the device, as a driver does.
     pub(crate) fn reset(&self) {
         self.binding().take_down();
@@ -217,7 +235,7 @@ impl Bound {
 
     /// The configuration space as a driver sees it.
     pub(crate) fn config(&self) -> Result<Config> {
-        self.binding().config()
+        self.binding().config(CONFIG_SIZE)
     }
 
     /// A reference to the device as a driver has it.

@@ -65,7 +65,7 @@ pub(crate) mod kunit_device;
 pub use self::{
     accompanied::Accompanied,
     buffer::{Buffer, Either, Incoming, Outgoing, Segments},
-    config::{Config, ConfigValue},
+    config::{Config, ConfigValue, Field},
     device::{Device, Negotiation},
     driver::{Adapter, DeviceId, Driver, IdTable},
     signal::Signal,

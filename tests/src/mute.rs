@@ -123,12 +123,17 @@ impl Backend {
             return Ok(());
         };
         while self.answers.load(Ordering::Relaxed) > 0 {
-            let next = vring.get_mut().get_queue_mut().pop_descriptor_chain(memory.memory());
+            let next = vring
+                .get_mut()
+                .get_queue_mut()
+                .pop_descriptor_chain(memory.memory());
             let Some(chain) = next else {
                 return Ok(());
             };
             self.answers.fetch_sub(1, Ordering::Relaxed);
-            vring.add_used(chain.head_index(), 0).map_err(io::Error::other)?;
+            vring
+                .add_used(chain.head_index(), 0)
+                .map_err(io::Error::other)?;
             vring.signal_used_queue()?;
         }
         Ok(())

@@ -7,7 +7,7 @@ use anyhow::{ensure, Context, Result};
 use shared_abi::config::Config;
 use shared_abi::features::Features;
 use tests::artifacts::Artifacts;
-use tests::calls::{Fill, Filled, Free, ReadFile, Verify, WaitMemSettled, WriteFile};
+use tests::calls::{Fill, Filled, Free, ReadFile, Run, Verify, WaitMemSettled, WriteFile};
 use tests::check::complaints;
 use tests::guest::{Builder, Device, Driver, Guest};
 use tests::mute::Mute;
@@ -231,6 +231,45 @@ fn a_new_kernel_takes_over(device: Device) -> Result<()> {
     guest.farewell(free)
 }
 
+/// A device that never answers does not keep a guest from starting another kernel, with a report, requests and hints
+/// under way; the new kernel has all memory, and a driver that can go.
+#[test]
+fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let scratch = Scratch::new()?;
+    let config = Config {
+        num_pages: 30_000,
+        free_page_hint_cmd_id: 0x8000_0000,
+        ..Config::default()
+    };
+    let features = Features::FREE_PAGE_HINT
+        | Features::STATS_VQ
+        | Features::DEFLATE_ON_OOM
+        | Features::MUST_TELL_HOST
+        | Features::REPORTING;
+    let mute = Mute::start(&scratch, features, config)?;
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .foreign(mute.socket())
+        .kernel_arguments("init_on_alloc=0")
+        .next_kernel()
+        .boot()?;
+    guest.hurry_reporting()?;
+    guest.load(Driver::Ours)?;
+    for queue in ["inflate", "free_page", "reporting"] {
+        guest.wait_counter(&format!("{queue}_notifications"), 1, BALLOON_LIMIT)?;
+    }
+    guest.check_log()?;
+    guest.start_next_kernel()?;
+    let free = guest.settled_free()?;
+    memory_holds(&mut guest, free - 48 * MIB, 27)?;
+    guest.load(Driver::Ours)?;
+    guest.wait_counter("inflate_notifications", 1, BALLOON_LIMIT)?;
+    guest.unload(Driver::Ours)?;
+    guest.check_free(free)?;
+    guest.kill()?;
+    Ok(())
+}
+
 /// A host that takes no page, no hint, no report and no statistics costs the guest what is in flight, no more, and the
 /// module can go: the driver waits two seconds for a host that must take pages back, and not for ever.
 #[test]
@@ -327,9 +366,12 @@ fn a_balloon_is_drained_in_small_steps_in_qemu() -> Result<()> {
         .kernel_arguments("init_on_alloc=0")
         .boot()?;
     guest.load(Driver::Ours)?;
-    guest.wait_counter("balloon_pages", u64::from(num_pages) / 10 * 9, limits::HANG)?;
+    guest.wait_counter("balloon_pages", u64::from(num_pages) / 10 * 9, HANG_LIMIT)?;
     mute.fall_silent();
-    guest.mount_tracing(TRACING)?;
+    let argv = ["mount", "-t", "tracefs", "tracefs", TRACING].map(str::to_owned);
+    guest.call(Run {
+        argv: argv.to_vec(),
+    })?;
     for (file, text) in [
         (
             "kprobe_events",
@@ -340,7 +382,10 @@ fn a_balloon_is_drained_in_small_steps_in_qemu() -> Result<()> {
         ("max_graph_depth", "1"),
         ("current_tracer", "function_graph"),
     ] {
-        guest.write(&format!("{TRACING}/{file}"), text)?;
+        guest.call(WriteFile {
+            path: format!("{TRACING}/{file}"),
+            text: text.to_owned(),
+        })?;
     }
     guest.unload(Driver::Ours)?;
     let path = format!("{TRACING}/trace");

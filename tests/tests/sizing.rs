@@ -181,7 +181,7 @@ fn balloon_grows_out_of_hinted_blocks(vmm: Vmm) -> Result<()> {
     ensure!(by <= round.bytes, "only {round:?} for {by}");
     let since = Instant::now();
     guest.balloon()?.balloon(whole - by)?;
-    guest.balloon()?.wait_balloon(whole - by, BALLOON_LIMIT)?;
+    guest.balloon()?.wait_balloon(whole - by, HANG_LIMIT)?;
     println!("{by} bytes in {:?} in {vmm:?}", since.elapsed());
     let counters = guest.counters()?;
     ensure!(counters.get("shortages")? == 0, "{counters:?}");
@@ -194,7 +194,7 @@ fn balloon_grows_out_of_hinted_blocks(vmm: Vmm) -> Result<()> {
     );
 
     guest.balloon()?.balloon(whole)?;
-    guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
+    guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
     guest.daemon()?.qmp().hint_done()?;
     guest.check_free(before)?;
     guest.unload(Driver::Ours)?;
@@ -229,10 +229,10 @@ fn balloon_comes_back(vmm: Vmm, driver: Driver) -> Result<()> {
     for _ in 0..vmm.repeats(TIMES) {
         guest.kernel_log()?;
         guest.balloon()?.balloon(OUT_OF_REACH)?;
-        guest.wait_kernel_log("Out of puff", BALLOON_LIMIT)?;
+        guest.wait_kernel_log("Out of puff", HANG_LIMIT)?;
         let since = Instant::now();
         guest.balloon()?.balloon(whole)?;
-        guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
+        guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
         longest = longest.max(since.elapsed());
     }
     println!("{driver:?} in {vmm:?}: back within {longest:?}");
