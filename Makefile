@@ -29,8 +29,8 @@ endif
 demo: ## boot a guest with driver and device, hint, inflate, deflate, migrate; ends with tables
 	$(XTASK) demo
 
-test: ## run all tests, from unit tests to guests in QEMU
-	$(XTASK) test
+test: ## run all tests, from unit tests to guests in QEMU; with T=name those that have it in their names
+	$(XTASK) test $(if $(T),'$(T)') $(ARGS)
 
 bench: ## measure against the peers, in one run
 	$(XTASK) bench

@@ -128,7 +128,6 @@ impl Held {
     /// They are free memory that nobody uses, and that the guest need not look for, nor clear: what
     /// is in a balloon has no content. The device has returned their blocks, so its promise that it
     /// has seen the hint holds for them. They do not count as [claimed](Self::claimed).
-    #[allow(dead_code)]
     pub(crate) fn take_for_balloon(&self, pages: usize) -> BlockList<BalloonPage> {
         let mut taken = BlockList::new();
         let mut blocks = self.blocks.lock();

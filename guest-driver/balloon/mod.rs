@@ -153,6 +153,7 @@ impl Data {
             sizing: Sizing::new(
                 ARef::from(printer),
                 config,
+                hinting.as_ref().map(|it| it.held()),
                 wakeup,
                 work_queue,
                 counters.clone(),

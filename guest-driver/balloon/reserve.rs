@@ -89,10 +89,10 @@ fn usual_reserve() -> usize {
 
 /// Whether the guest has memory to give to the balloon.
 ///
-/// Not if less than 1/128 of its memory is to be had at all: taking that too would end in the OOM
+/// Not if less than 1/128 of its memory is `obtainable` at all: taking that too would end in the OOM
 /// killer, or in a deadlock, for the balloon itself cannot be killed.
-pub(crate) fn may_inflate() -> bool {
-    state::obtainable_pages() > state::managed_pages() / 128
+pub(crate) fn may_inflate(obtainable: usize) -> bool {
+    obtainable > state::managed_pages() / 128
 }
 
 /// Takes free blocks from the page allocator, the largest first, down to a smallest order and to

@@ -17,10 +17,11 @@ use kernel::{dev_info, dev_warn, device};
 use super::balance::Step;
 use super::config::BalloonConfig;
 use super::counters::Counters;
+use super::held::Held;
 use super::request::{Guest, PageBuffer, Request};
 use super::reserve::may_inflate;
 use super::traffic::{Pages, Purpose, SendError, Traffic, LOOK, REQUESTS};
-use crate::mm::{state, BalloonPage, BalloonPages, OnOutOfMemory, ShortNodes};
+use crate::mm::{state, BalloonPage, BalloonPages, OnOutOfMemory, ShortNodes, Shrink};
 use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
 use crate::virtio::{Virtqueue, Wakeup};
 
@@ -59,6 +60,8 @@ const RETRY: u64 = 2;
 pub(crate) struct Sizing {
     dev: ARef<device::Device>,
     config: BalloonConfig,
+    /// The blocks that were hinted and are not with the device any more.
+    held: Option<Arc<Held>>,
     /// The host has to know, and to agree, before a page is used.
     must_tell_host: bool,
     /// The host may have changed its target since it was read.
@@ -116,12 +119,15 @@ impl_has_task! {
 
 impl Sizing {
     /// Makes an empty balloon. With `adjust_managed`, its pages do not count as the guest's memory.
-    /// With `must_tell_host`, no page is used before the device has given it back.
+    /// With `must_tell_host`, no page is used before the device has given it back. It inflates with what
+    /// is `held` first.
     ///
     /// May sleep. Fails with `ENOMEM`.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn new(
         dev: ARef<device::Device>,
         config: BalloonConfig,
+        held: Option<Arc<Held>>,
         wakeup: Arc<Wakeup>,
         work_queue: WorkQueue,
         counters: Arc<Counters>,
@@ -138,6 +144,7 @@ impl Sizing {
         let sizing = try_pin_init!(Self {
             dev,
             config,
+            held,
             must_tell_host,
             target_changed: AtomicFlag::new(true),
             emptying: AtomicFlag::new(false),
@@ -340,22 +347,32 @@ impl Sizing {
         if self.rescued.xchg(false, Relaxed) {
             turn.rescued = Some(Instant::now());
         }
+        let obtainable = state::obtainable_pages() + self.held.as_ref().map_or(0, |it| it.count());
         if let Some(then) = turn.rescued {
             let enough = state::managed_pages() / RESCUE_SHARE;
-            if then.elapsed() < RESCUE_PAUSE || state::obtainable_pages() < enough {
+            if then.elapsed() < RESCUE_PAUSE || obtainable < enough {
                 return false;
             }
         }
-        may_inflate()
+        may_inflate(obtainable)
     }
 
     /// Fills `request` with up to `pfns` new pages, and offers them to the device.
     ///
-    /// If the host changes its target meanwhile, they are fewer: where memory is short it may take
+    /// Pages of hinted blocks come first: they are free memory that nobody uses, and that the page
+    /// allocator does not have. If the host changes its target meanwhile, they are fewer: where memory is short it may take
     /// seconds to find a request's worth of it.
     fn send_in(&self, turn: &mut Turn, mut request: Request, pfns: u64) -> Result<(), SendError> {
-        let wanted = Guest::guest_pages(pfns).min(Guest::CAPACITY as u64);
+        let mut wanted = Guest::guest_pages(pfns).min(Guest::CAPACITY as u64) as usize;
         let mut result = Ok(());
+        if let Some(held) = &self.held {
+            let mut pages = held.take_for_balloon(wanted);
+            wanted -= pages.len();
+            while let Some(page) = pages.pop() {
+                // A page whose number has too many bits for the device goes back to the guest.
+                let _ = request.push(page);
+            }
+        }
         for _ in 0..wanted {
             let page = BalloonPage::alloc();
             if page.and_then(|page| request.push(page).ok()).is_none() {
@@ -523,7 +540,9 @@ impl Run<2> for Sizing {
 #[kunit_tests(virtio_balloon_rs_sizing)]
 mod tests {
     use super::*;
+    use crate::mm::{LentBlock, PageBlock};
     use crate::shared_abi::config;
+    use crate::shared_abi::page::PFN_SHIFT;
     use crate::virtio::kunit_device::{Bound, Counter};
 
     const INFLATE: usize = 0;
@@ -532,6 +551,7 @@ mod tests {
     /// A balloon and its device, whose answers the test gives.
     struct Rig {
         sizing: Arc<Sizing>,
+        held: Arc<Held>,
         counters: Arc<Counters>,
         // Last: the others have references to the device.
         bound: Bound,
@@ -541,11 +561,13 @@ mod tests {
         fn new(entries: usize, must_tell_host: bool) -> Result<Self> {
             let bound = Bound::with_entries(entries)?;
             let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
+            let held = Arc::pin_init(Held::new(counters.clone()), GFP_KERNEL)?;
             let dev = bound.device_ref();
             let printer: &device::Device = dev.as_ref();
             let sizing = Sizing::new(
                 ARef::from(printer),
                 BalloonConfig::new(bound.config()?),
+                Some(held.clone()),
                 Wakeup::new(dev.clone())?,
                 WorkQueue::new(c"kunit")?,
                 counters.clone(),
@@ -557,6 +579,7 @@ mod tests {
             bound.find_queues(&queues, Counter::new()?)?;
             Ok(Self {
                 sizing,
+                held,
                 counters,
                 bound,
             })
@@ -633,6 +656,29 @@ mod tests {
         assert!(rig.answer());
         Traffic::collect(&rig.sizing.pages);
         assert_eq!(rig.inside(), Guest::pfns(1));
+        Ok(())
+    }
+
+    #[test]
+    fn hinted_blocks_go_into_the_balloon_first() -> Result {
+        let rig = Rig::new(4, false)?;
+        let block = PageBlock::take_free(5).ok_or(ENOMEM)?;
+        let address = block.address();
+        rig.held.hold(LentBlock::new(block));
+        rig.set_target(20);
+        rig.sizing.take_turn();
+        let first = rig.bound.device.answer(INFLATE).ok_or(ENOENT)?;
+        assert_eq!(u64::from(first) >> 5, address >> PFN_SHIFT >> 5);
+        rig.settle();
+        assert_eq!((rig.inside(), rig.held.count()), (20, 12));
+        // Then what the page allocator has.
+        rig.set_target(50);
+        rig.settle();
+        assert_eq!((rig.inside(), rig.held.count()), (50, 0));
+        assert_eq!(rig.counters.hinted_pages_inflated.get(), 32);
+        rig.set_target(0);
+        rig.settle();
+        assert_eq!(rig.inside(), 0);
         Ok(())
     }
 

@@ -10,8 +10,10 @@ use guest_agent::calls::{AnyCall, Call};
 use guest_agent::protocol::{Hello, Outcome, Request, Response, VERSION};
 use qmp_client::JsonLines;
 
-/// How long a call may take if it has no limit of its own. Emulated guests are slow when the host is busy.
-const CALL_LIMIT: Duration = Duration::from_secs(120);
+use crate::HANG_LIMIT;
+
+/// How long a call may take if it has no limit of its own: longer than what is waited for in the guest, which then says what that is.
+const CALL_LIMIT: Duration = Duration::from_secs(HANG_LIMIT.as_secs() + 60);
 
 /// The longest answer: a whole kernel log, or a file.
 const MAX_LINE: usize = 256 << 20;
@@ -81,7 +83,7 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// If the guest says that it failed, is gone, or is silent for two minutes.
+    /// If the guest says that it failed, is gone, or is silent for longer than [`HANG_LIMIT`].
     pub fn call<C: Call>(&mut self, call: C) -> Result<C::Answer> {
         self.call_within(call, CALL_LIMIT)
     }

@@ -13,9 +13,7 @@ use serde::Deserialize;
 use crate::process::{Process, Streams};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
-
-/// How long the daemon may take to listen, or to end.
-const LIMIT: Duration = Duration::from_secs(10);
+use crate::HANG_LIMIT;
 
 /// A daemon that listens.
 #[derive(Debug)]
@@ -177,10 +175,10 @@ impl Daemon {
     ///
     /// If there is none in time.
     pub fn wait_driver(&mut self) -> Result<()> {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + HANG_LIMIT;
         while self.virtio_status()?.status != "running" {
             if Instant::now() > deadline {
-                bail!("the device had no driver within {LIMIT:?}");
+                bail!("the device had no driver within {HANG_LIMIT:?}");
             }
             sleep(Duration::from_millis(1));
         }
@@ -217,7 +215,7 @@ impl Daemon {
     /// If it does not end.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         self.process.signal(Signal::SIGTERM)?;
-        self.process.wait(LIMIT)
+        self.process.wait(HANG_LIMIT)
     }
 
     /// Waits until the daemon has ended by itself.
@@ -226,7 +224,7 @@ impl Daemon {
     ///
     /// If it does not.
     pub fn wait(&mut self) -> Result<ExitStatus> {
-        self.process.wait(LIMIT)
+        self.process.wait(HANG_LIMIT)
     }
 
     /// The names of sockets that the daemon has left.
@@ -240,7 +238,7 @@ impl Daemon {
 }
 
 fn wait_listening(process: &mut Process, socket: &Path, control: &Path) -> Result<Qmp> {
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + HANG_LIMIT;
     loop {
         if let Some(status) = process.status()? {
             bail!("the daemon ended ({status}) before it listened");
@@ -251,7 +249,7 @@ fn wait_listening(process: &mut Process, socket: &Path, control: &Path) -> Resul
             }
         }
         if Instant::now() > deadline {
-            bail!("the daemon did not listen within {LIMIT:?}");
+            bail!("the daemon did not listen within {HANG_LIMIT:?}");
         }
         sleep(Duration::from_millis(5));
     }

@@ -3,7 +3,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use tempfile::TempDir;
@@ -11,9 +10,7 @@ use tempfile::TempDir;
 use crate::host::memory_folder;
 use crate::image::Image;
 use crate::process::{Process, Streams};
-
-/// How long the receiver may take to listen, and to end when the stream has.
-const LIMIT: Duration = Duration::from_secs(30);
+use crate::HANG_LIMIT;
 
 /// A receiver, and a folder in memory for what it receives. Both go with this value.
 #[derive(Debug)]
@@ -44,7 +41,7 @@ impl Destination {
         let mut process = Process::start("balloonctl receive", command, Streams::Collected)?;
         // Not when the socket is there: it is before anybody listens.
         let listens = |line: &str| line.starts_with("listening at");
-        if let Err(error) = process.output().wait_for("listening", listens, LIMIT) {
+        if let Err(error) = process.output().wait_for("listening", listens, HANG_LIMIT) {
             return Err(error.context(process.diary()));
         }
         Ok(Self { process, folder })
@@ -73,7 +70,7 @@ impl Destination {
     ///
     /// If it has not, or leaves its mark though it has; the error holds what it said.
     pub fn wait(&mut self) -> Result<()> {
-        let status = self.process.wait(LIMIT)?;
+        let status = self.process.wait(HANG_LIMIT)?;
         ensure!(
             status.success(),
             "the receiver failed\n{}",
@@ -89,7 +86,7 @@ impl Destination {
     ///
     /// If it has not, or if what it has written does not bear its mark.
     pub fn wait_failure(&mut self) -> Result<String> {
-        let status = self.process.wait(LIMIT)?;
+        let status = self.process.wait(HANG_LIMIT)?;
         let text = self.process.output().text();
         ensure!(!status.success(), "the receiver is content: {text}");
         ensure!(

@@ -13,12 +13,10 @@ use shared_abi::features::Features;
 use crate::guest::Guest;
 use crate::qmp::Refusal;
 use crate::vmm::qemu::BALLOON_ID;
-use crate::MIB;
+use crate::{HANG_LIMIT, MIB};
 
 /// How much goes into the balloon and comes out again.
 const RESIZE_BY: u64 = 24 * MIB;
-/// How long anything may take. Ordinarily it takes far less than a second.
-const LIMIT: Duration = Duration::from_secs(60);
 
 impl Guest {
     /// What the driver and the device have agreed on, as the guest's kernel says.
@@ -58,7 +56,7 @@ impl Guest {
         let whole = balloon.balloon_actual()?;
         for target in [whole - RESIZE_BY, whole] {
             balloon.balloon(target)?;
-            balloon.wait_balloon(target, LIMIT)?;
+            balloon.wait_balloon(target, HANG_LIMIT)?;
         }
         Ok(())
     }
@@ -71,18 +69,25 @@ impl Guest {
                 Ok(())
             };
         }
-        match self.statistics() {
-            Ok(statistics) => {
-                let total = statistics.get("stat-total-memory").and_then(Value::as_u64);
-                ensure!(agreed, "there are statistics: {statistics:?}");
-                ensure!(
-                    total.is_some_and(|total| total > self.memory() / 2),
-                    "{statistics:?}"
-                );
-                Ok(())
+        if !agreed {
+            return match self.statistics() {
+                Ok(statistics) => bail!("there are statistics: {statistics:?}"),
+                Err(error) => refused(&error),
+            };
+        }
+        // The device answers with what it has, if anything, while the guest takes its time.
+        let deadline = Instant::now() + HANG_LIMIT;
+        loop {
+            let statistics = self.statistics();
+            let total = statistics.as_ref().ok().and_then(|statistics| {
+                let total = statistics.get("stat-total-memory")?;
+                total.as_u64()
+            });
+            if total.is_some_and(|total| total > self.memory() / 2) {
+                return Ok(());
             }
-            Err(error) if !agreed => refused(&error),
-            Err(error) => Err(error),
+            ensure!(Instant::now() < deadline, "{statistics:?}");
+            sleep(Duration::from_millis(20));
         }
     }
 
@@ -110,7 +115,7 @@ impl Guest {
         let updated = |answer: &Value| answer.get("last-update").and_then(Value::as_u64);
         let interval = "guest-stats-polling-interval";
         monitor.command("qom-set", set(interval, INTERVAL_SECONDS))?;
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + HANG_LIMIT;
         let before = updated(&monitor.command("qom-get", get.clone())?);
         loop {
             let answer = monitor.command("qom-get", get.clone())?;
@@ -128,7 +133,7 @@ impl Guest {
 
     fn try_hinting(&mut self, agreed: bool) -> Result<()> {
         match (self.daemon.is_some(), agreed) {
-            (true, true) => self.whole_round().map(drop),
+            (true, true) => self.whole_round_in_the_end(),
             (true, false) => match self.daemon()?.qmp().hint_start() {
                 Ok(id) => bail!("the round {id:#x} was not refused"),
                 Err(error) => refused(&error),
@@ -145,23 +150,28 @@ impl Guest {
         }
     }
 
-    /// Waits until the kernel has reported what it had to report; it does not say when.
-    fn try_reporting(&mut self, agreed: bool) -> Result<()> {
-        const QUIET: Duration = Duration::from_millis(150);
-        let deadline = Instant::now() + LIMIT;
-        let (mut pages, mut since) = (0, Instant::now());
-        while pages == 0 || since.elapsed() < QUIET {
-            let now = self.counters()?.get("reported_pages")?;
-            if !agreed {
-                ensure!(now == 0, "{now} pages were reported");
-                return Ok(());
+    /// A round of nearly all that is free. What the kernel is reporting at the moment cannot be hinted; that comes to an end, and the
+    /// kernel does not say when.
+    fn whole_round_in_the_end(&mut self) -> Result<()> {
+        let deadline = Instant::now() + HANG_LIMIT;
+        loop {
+            match self.whole_round() {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => self.daemon()?.qmp().hint_done()?,
             }
-            if now != pages {
-                (pages, since) = (now, Instant::now());
-            }
-            ensure!(Instant::now() < deadline, "{pages} pages were reported");
             sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Waits until the kernel has reported pages.
+    fn try_reporting(&mut self, agreed: bool) -> Result<()> {
+        if !agreed {
+            let pages = self.counters()?.get("reported_pages")?;
+            ensure!(pages == 0, "{pages} pages were reported");
+            return Ok(());
+        }
+        self.wait_counter("reported_pages", 1, HANG_LIMIT)?;
         if let Some(daemon) = &mut self.daemon {
             let status = daemon.virtio_status()?;
             ensure!(status.bytes_reported > 0, "nothing came: {status:?}");

@@ -23,7 +23,7 @@ use crate::process::{Process, Streams};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::vmm::{qemu, uml, Attachment, Machine, Started, Vmm};
-use crate::MIB;
+use crate::{HANG_LIMIT, MIB};
 
 /// A balloon device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -375,9 +375,6 @@ pub struct Left {
     _scratch: Scratch,
 }
 
-/// Ordinary boots take 0.3 s (user-mode Linux) and 6 s (emulated); a busy host may make them slow.
-pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(90);
-
 /// The name of the socket at which a VMM listens for operators.
 const OPERATORS: &str = "vmm-qmp.sock";
 
@@ -429,7 +426,7 @@ impl Guest {
             agent,
             monitor,
         } = started;
-        let met = Agent::meet(agent, BOOT_LIMIT)
+        let met = Agent::meet(agent, HANG_LIMIT)
             .and_then(|agent| Ok((agent, monitor.map(Qmp::new).transpose()?)));
         match met {
             Ok((agent, monitor)) => {
@@ -695,7 +692,7 @@ impl Guest {
             self.check_watched()?;
         }
         self.call(PowerOff {})?;
-        let status = self.vmm.wait(Duration::from_secs(30))?;
+        let status = self.vmm.wait(HANG_LIMIT)?;
         self.ended = true;
         Ok(status)
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Rounds of free page hinting, with either device.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,7 @@ use serde_json::{json, Value};
 
 use crate::guest::Guest;
 use crate::qmp::Qmp;
-use crate::MIB;
-
-/// How long a round may take. It takes well under a second; a busy host may make it slow.
-pub const ROUND_LIMIT: Duration = Duration::from_secs(60);
+use crate::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
 /// What `query-free-page-hint` says.
 #[derive(Clone, Debug, Deserialize)]
@@ -108,7 +105,7 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// If it has not by [`ROUND_LIMIT`].
+    /// If it has not by [`HANG_LIMIT`].
     pub fn wait_hint_status(&mut self, status: &str) -> Result<Status> {
         self.wait_hint(status, |now| now.status == status)
     }
@@ -117,16 +114,16 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// If it does not by [`ROUND_LIMIT`].
+    /// If it does not by [`HANG_LIMIT`].
     pub fn wait_hint(&mut self, what: &str, wanted: impl Fn(&Status) -> bool) -> Result<Status> {
-        let deadline = Instant::now() + ROUND_LIMIT;
+        let deadline = Instant::now() + HANG_LIMIT;
         loop {
             let now = self.hint_status()?;
             if wanted(&now) {
                 return Ok(now);
             }
             if Instant::now() > deadline {
-                bail!("the round did not come to {what:?} within {ROUND_LIMIT:?}: {now:?}");
+                bail!("the round did not come to {what:?} within {HANG_LIMIT:?}: {now:?}");
             }
             // Changes of status are events; blocks that come one after the other are not.
             self.wait_event(
@@ -204,17 +201,16 @@ impl Guest {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         monitor.command("migrate-set-capabilities", events)?;
         monitor.command("migrate", json!({ "uri": "exec:cat >/dev/null" }))?;
-        let limit_ms = 60_000;
         self.call(WaitMemFree {
             at_least: 0,
-            at_most: free / 2,
-            limit_ms,
+            at_most: free / 10,
+            limit_ms: HANG_LIMIT_MS,
         })
         .context("the driver did not take its free memory to hint it")?;
         self.call(WaitMemSettled {
             tolerance: MIB,
-            quiet_ms: 150,
-            limit_ms,
+            quiet_looks: 30,
+            limit_ms: HANG_LIMIT_MS,
         })?;
         Ok(())
     }
@@ -248,7 +244,7 @@ impl Guest {
             "migrate-set-parameters",
             json!({ "max-bandwidth": 1024 * MIB }),
         )?;
-        let deadline = Instant::now() + ROUND_LIMIT;
+        let deadline = Instant::now() + HANG_LIMIT;
         let ram = loop {
             let answer: Answer = monitor.query("query-migrate")?;
             match answer.status.as_str() {
@@ -256,7 +252,7 @@ impl Guest {
                 "failed" | "cancelled" => bail!("the migration {}", answer.status),
                 status => ensure!(
                     Instant::now() < deadline,
-                    "the migration is still {status} after {ROUND_LIMIT:?}"
+                    "the migration is still {status} after {HANG_LIMIT:?}"
                 ),
             }
             monitor.wait_event(
@@ -300,7 +296,7 @@ impl Guest {
 /// Rounds while the guest does something else.
 impl Guest {
     /// Does `work`, and meanwhile from another connection one round after the other: each finishes, holds its blocks for
-    /// `hold`, and is done. Returns what `work` did and how many rounds there were.
+    /// `hold`, and is done. The work can see how many rounds have been done. Returns what it did and how many rounds there were.
     ///
     /// # Errors
     ///
@@ -308,28 +304,27 @@ impl Guest {
     pub fn during_rounds<T>(
         &mut self,
         hold: Duration,
-        work: impl FnOnce(&mut Self) -> Result<T>,
+        work: impl FnOnce(&mut Self, &AtomicU64) -> Result<T>,
     ) -> Result<(T, u64)> {
         let mut operator = self.daemon()?.connect()?;
-        let over = AtomicBool::new(false);
+        let (over, count) = (AtomicBool::new(false), AtomicU64::new(0));
         thread::scope(|scope| {
-            let rounds = scope.spawn(|| -> Result<u64> {
-                let mut count = 0;
+            let rounds = scope.spawn(|| -> Result<()> {
                 while !over.load(Ordering::Relaxed) {
                     operator.hint_start()?;
                     operator.wait_hint_status("finished")?;
                     thread::sleep(hold);
                     operator.hint_done()?;
-                    count += 1;
+                    count.fetch_add(1, Ordering::Relaxed);
                 }
-                Ok(count)
+                Ok(())
             });
-            let done = work(self);
+            let done = work(self, &count);
             over.store(true, Ordering::Relaxed);
-            let count = rounds
+            rounds
                 .join()
                 .map_err(|_| anyhow!("the rounds panicked"))??;
-            Ok((done?, count))
+            Ok((done?, count.load(Ordering::Relaxed)))
         })
     }
 }

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Reads what KUnit writes: the Kernel Test Anything Protocol.
 
+/// The environment variable that says which cases the kernel is to run: globs of KUnit (`suite.case`), one load of the module for
+/// each, with spaces between them. Without it all are run.
+pub const CASES_VARIABLE: &str = "VIRTIO_BALLOON_RS_KUNIT_CASES";
+
 /// One case, or one suite as a whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Case {
@@ -21,6 +25,35 @@ pub enum Outcome {
     Skipped,
     /// `not ok`.
     Failed,
+}
+
+impl Case {
+    /// The line that tells `cargo xtask test` of this.
+    #[must_use]
+    pub fn line(&self) -> String {
+        let outcome = match self.outcome {
+            Outcome::Passed => "ok",
+            Outcome::Skipped => "ignored",
+            Outcome::Failed => FAILED,
+        };
+        format!("{LINE}{}{SEPARATOR}{outcome}", self.name)
+    }
+}
+
+const LINE: &str = "kunit ";
+const SEPARATOR: &str = " ... ";
+const FAILED: &str = "FAILED";
+
+/// The case that a line of [`Case::line`] is about, and whether it failed; none for what is no such line, or a case that was
+/// skipped.
+#[must_use]
+pub fn shown(line: &str) -> Option<(&str, bool)> {
+    let (name, outcome) = line.strip_prefix(LINE)?.split_once(SEPARATOR)?;
+    match outcome {
+        "ok" => Some((name, false)),
+        FAILED => Some((name, true)),
+        _ => None,
+    }
 }
 
 /// The cases in the results of one suite. The suite's own result line is a case too, named as the suite, so that a
@@ -127,5 +160,13 @@ not ok 1 ring
             .find(|case| case.name == "ring.returns_each_once")
             .unwrap();
         assert_eq!(failed.diagnostics.len(), 2);
+        let lines: Vec<String> = cases.iter().map(Case::line).collect();
+        let shown: Vec<_> = lines.iter().filter_map(|line| shown(line)).collect();
+        let expected = [
+            ("ring.keeps_order", false),
+            ("ring.returns_each_once", true),
+            ("ring", true),
+        ];
+        assert_eq!(shown, expected);
     }
 }

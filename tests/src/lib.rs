@@ -6,7 +6,8 @@
 //! ([`agent::Agent`]). Nothing outlives its handle: processes are killed and waited for, sockets and files removed, also
 //! when a test panics, and also (by the kernel) when the test process itself is killed.
 //!
-//! Every wait has a limit, and what is waited for is an event wherever there is one.
+//! Every wait has a limit, and what is waited for is an event wherever there is one. The limit is [`HANG_LIMIT`]: it tells what hangs
+//! from what is slow, and no verdict depends on how fast anything is.
 #![deny(unsafe_code)]
 
 pub mod agent;
@@ -41,7 +42,16 @@ pub mod watch;
 pub mod wire;
 pub mod working;
 
+use std::time::Duration;
+
 pub use guest_agent::{calls, pattern, ranges};
+
+/// How long anything may take before it is taken for hung. It is far more than anything takes on a machine with ten times as much to do
+/// as it has processors for.
+pub const HANG_LIMIT: Duration = Duration::from_secs(300);
+
+/// [`HANG_LIMIT`] as calls to a guest have it.
+pub const HANG_LIMIT_MS: u64 = 300_000;
 
 /// One mebibyte.
 pub const MIB: u64 = 1 << 20;

@@ -11,8 +11,7 @@ use crate::artifacts::Artifacts;
 use crate::daemon::Daemon;
 use crate::guest::{Builder, Driver, Guest};
 use crate::vmm::Vmm;
-
-const BALLOON_LIMIT: Duration = Duration::from_secs(120);
+use crate::HANG_LIMIT;
 
 /// How the device asks a driver to leave out notifications.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -260,7 +259,7 @@ fn resize(guest: &mut Guest, target: u64, bytes: u64) -> Result<Work> {
     let before = Counts::now(daemon)?;
     let start = Instant::now();
     daemon.qmp().balloon(target)?;
-    daemon.qmp().wait_balloon(target, BALLOON_LIMIT)?;
+    daemon.qmp().wait_balloon(target, HANG_LIMIT)?;
     let time = start.elapsed();
     Ok(Work {
         bytes,

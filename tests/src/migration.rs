@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use guest_agent::calls::{DropMemoryCaches, PageUse};
+use guest_agent::calls::PageUse;
 use guest_agent::ranges::RangeSet;
 pub use migration::status::{State, Status};
 use serde::Deserialize;
@@ -16,9 +16,7 @@ use crate::guest::Guest;
 use crate::host::guest_memory_file;
 use crate::image::{Image, Marks};
 use crate::qmp::Qmp;
-
-/// How long a migration may take. It takes a second or two; a busy host may make it slow.
-pub const MIGRATION_LIMIT: Duration = Duration::from_secs(120);
+use crate::HANG_LIMIT;
 
 /// Commands to our daemon.
 impl Qmp {
@@ -97,9 +95,9 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// If it has none by [`MIGRATION_LIMIT`].
+    /// If it has none by [`HANG_LIMIT`].
     pub fn wait_migration_end(&mut self) -> Result<Status> {
-        self.wait_migration("its end", |now| now.status.is_over(), MIGRATION_LIMIT)
+        self.wait_migration("its end", |now| now.status.is_over(), HANG_LIMIT)
     }
 }
 
@@ -196,8 +194,7 @@ impl Guest {
     ///
     /// If the guest uses a page that differs.
     pub fn check_different_are_free(&mut self, outcome: &Outcome) -> Result<()> {
-        // Merges what is on processors' own lists into the free blocks.
-        self.call(DropMemoryCaches {})?;
+        // As they lie: compaction would move what is in use, and its old places would be free.
         let now = self.call(PageUse {})?;
         let same = outcome.before.unchanged(&self.image()?)?;
         let used = same.intersection(&now.used);

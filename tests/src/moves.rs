@@ -260,7 +260,7 @@ impl Moved {
             if guise == Guise::Idle {
                 self.guest.call(WaitMemSettled {
                     tolerance: MIB,
-                    quiet_ms: 300,
+                    quiet_looks: 30,
                     limit_ms: HINTS_LIMIT_MS,
                 })?;
             }

@@ -1,22 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A balloon device that never answers: it negotiates everything, and never uses a buffer.
+//! A balloon device that does not answer: it negotiates everything, and uses no buffer, or a few of the inflate queue at
+//! first.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use shared_abi::config::{Config, MAX_SIZE};
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
 use vhost::vhost_user::{Listener, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringRwLock, VringT};
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::scratch::Scratch;
+use crate::HANG_LIMIT;
 
 /// The device. It serves one VMM, for as long as that is there.
 #[derive(Debug)]
@@ -32,6 +36,20 @@ impl Mute {
     ///
     /// If it cannot listen.
     pub fn start(scratch: &Scratch, features: Features, config: Config) -> Result<Self> {
+        Self::silent_after(0, scratch, features, config)
+    }
+
+    /// As [`Mute::start`], and uses so many buffers of the inflate queue before it falls silent.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot listen.
+    pub fn silent_after(
+        inflate_requests: u64,
+        scratch: &Scratch,
+        features: Features,
+        config: Config,
+    ) -> Result<Self> {
         let socket = scratch.path("mute.sock");
         let mut listener = Listener::new(&socket, true)
             .with_context(|| format!("cannot listen at {}", socket.display()))?;
@@ -39,6 +57,8 @@ impl Mute {
             features,
             config: Mutex::new(config.to_bytes()),
             kicks: AtomicU64::new(0),
+            answers: AtomicU64::new(inflate_requests),
+            memory: Mutex::new(None),
         });
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let mut daemon = VhostUserDaemon::new("mute".into(), backend.clone(), memory)
@@ -56,10 +76,32 @@ impl Mute {
         &self.socket
     }
 
+    /// Uses no buffer any more.
+    pub fn fall_silent(&self) {
+        self.backend.answers.store(0, Ordering::Relaxed);
+    }
+
     /// How often the driver has notified it.
     #[must_use]
     pub fn kicks(&self) -> u64 {
         self.backend.kicks.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the driver has notified it, whenever it comes to look.
+    ///
+    /// # Errors
+    ///
+    /// If it has not by [`HANG_LIMIT`].
+    pub fn wait_kick(&self) -> Result<()> {
+        let deadline = Instant::now() + HANG_LIMIT;
+        while self.kicks() == 0 {
+            ensure!(
+                Instant::now() < deadline,
+                "the driver has asked for nothing"
+            );
+            sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 }
 
@@ -68,6 +110,34 @@ struct Backend {
     features: Features,
     config: Mutex<[u8; MAX_SIZE]>,
     kicks: AtomicU64,
+    /// How many requests it still answers.
+    answers: AtomicU64,
+    memory: Mutex<Option<GuestMemoryAtomic<GuestMemoryMmap>>>,
+}
+
+impl Backend {
+    /// Uses what it still uses of the buffers that are available.
+    fn answer(&self, vring: &VringRwLock) -> io::Result<()> {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(memory) = memory.as_ref() else {
+            return Ok(());
+        };
+        while self.answers.load(Ordering::Relaxed) > 0 {
+            let next = vring
+                .get_mut()
+                .get_queue_mut()
+                .pop_descriptor_chain(memory.memory());
+            let Some(chain) = next else {
+                return Ok(());
+            };
+            self.answers.fetch_sub(1, Ordering::Relaxed);
+            vring
+                .add_used(chain.head_index(), 0)
+                .map_err(io::Error::other)?;
+            vring.signal_used_queue()?;
+        }
+        Ok(())
+    }
 }
 
 /// Bytes of config space from `offset` on, if there are so many.
@@ -115,18 +185,23 @@ impl VhostUserBackend for Backend {
         Ok(())
     }
 
-    fn update_memory(&self, _memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
         Ok(())
     }
 
     fn handle_event(
         &self,
-        _queue: u16,
+        queue: u16,
         _events: EventSet,
-        _vrings: &[VringRwLock],
+        vrings: &[VringRwLock],
         _thread: usize,
     ) -> io::Result<()> {
         self.kicks.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        match vrings.get(usize::from(queue)) {
+            // The inflate queue is the first one, whatever the features.
+            Some(vring) if queue == 0 => self.answer(vring),
+            _ => Ok(()),
+        }
     }
 }

@@ -17,6 +17,7 @@ use nix::unistd::Pid;
 
 use crate::lines::Lines;
 pub use crate::sys::die_with_parent;
+use crate::HANG_LIMIT;
 
 /// How often a process is looked at while its end is awaited.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -182,7 +183,7 @@ impl Process {
         } else {
             kill(pid, Signal::SIGKILL)
         };
-        self.wait(Duration::from_secs(10))
+        self.wait(HANG_LIMIT)
     }
 
     fn pid(&self) -> Result<Pid> {

@@ -6,11 +6,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
-use qmp_client::{Client, Error, COMMAND_LIMIT};
+use qmp_client::{Client, Error};
 pub use qmp_client::{Event, Refusal};
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
 use serde_json::{json, Value};
+
+use crate::HANG_LIMIT;
 
 /// A connection on which commands may be given.
 #[derive(Debug)]
@@ -23,7 +25,7 @@ impl Qmp {
     ///
     /// If nobody listens there, or it is no QMP.
     pub fn connect(path: &Path) -> Result<Self> {
-        Ok(Self(Client::connect(path)?))
+        Ok(Self(Client::connect_within(path, HANG_LIMIT)?))
     }
 
     /// Negotiates on a connected stream.
@@ -32,7 +34,7 @@ impl Qmp {
     ///
     /// If it is no QMP.
     pub fn new(stream: UnixStream) -> Result<Self> {
-        let client = Client::negotiate(stream, "the QMP server", COMMAND_LIMIT)?;
+        let client = Client::negotiate(stream, "the QMP server", HANG_LIMIT)?;
         Ok(Self(client))
     }
 
@@ -101,6 +103,28 @@ impl Qmp {
             actual: u64,
         }
         Ok(self.query::<Balloon>("query-balloon")?.actual)
+    }
+
+    /// Waits until the guest has at least so much memory, and returns how much it has.
+    ///
+    /// # Errors
+    ///
+    /// If it has less for longer than [`HANG_LIMIT`].
+    pub fn wait_balloon_at_least(&mut self, guest_bytes: u64) -> Result<u64> {
+        let deadline = Instant::now() + HANG_LIMIT;
+        loop {
+            let actual = self.balloon_actual()?;
+            if actual >= guest_bytes {
+                return Ok(actual);
+            }
+            if Instant::now() > deadline {
+                bail!("the guest has only {actual} bytes of memory, and not {guest_bytes}");
+            }
+            self.wait_event(
+                |event| event.name == "BALLOON_CHANGE",
+                Duration::from_millis(100),
+            )?;
+        }
     }
 
     /// Waits until the guest has as much memory as `balloon` asked for.

@@ -7,11 +7,9 @@ use anyhow::{bail, Context, Result};
 use guest_agent::calls::{LoadKernel, ReadFile, StartKernel, WriteFile};
 use serde_json::json;
 
-use crate::guest::{Guest, BOOT_LIMIT};
+use crate::guest::Guest;
 use crate::initramfs::{NEXT_INITRAMFS, NEXT_KERNEL};
-
-/// How long falling asleep or waking up may take.
-const LIMIT: Duration = Duration::from_secs(60);
+use crate::HANG_LIMIT;
 
 impl Guest {
     /// Suspends the guest to memory (S3), wakes it, and waits until it works. QEMU only.
@@ -25,7 +23,7 @@ impl Guest {
             path: "/sys/power/state".into(),
             text: "mem".into(),
         })?;
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + HANG_LIMIT;
         loop {
             let asleep = self
                 .monitor()?
@@ -42,16 +40,16 @@ impl Guest {
                 bail!("the guest says that it slept, and did not");
             }
             if Instant::now() > deadline {
-                bail!("the guest did not fall asleep within {LIMIT:?}");
+                bail!("the guest did not fall asleep within {HANG_LIMIT:?}");
             }
         }
         let monitor = self.monitor()?;
         monitor.command("system_wakeup", json!({}))?;
         monitor
-            .wait_event(|event| event.name == "WAKEUP", LIMIT)?
+            .wait_event(|event| event.name == "WAKEUP", HANG_LIMIT)?
             .context("QEMU did not wake the guest")?;
-        let woken = self.agent.finish(&pending, LIMIT)?;
-        woken.with_context(|| format!("the guest did not wake up within {LIMIT:?}"))
+        let woken = self.agent.finish(&pending, HANG_LIMIT)?;
+        woken.with_context(|| format!("the guest did not wake up within {HANG_LIMIT:?}"))
     }
 
     /// Has the guest start the kernel that [`Builder::next_kernel`] gave it, as it is, and waits until it is up.
@@ -71,7 +69,7 @@ impl Guest {
             command_line: command_line.trim().to_owned(),
         })?;
         self.call(StartKernel {})?;
-        self.agent.meet_again(BOOT_LIMIT)?;
+        self.agent.meet_again(HANG_LIMIT)?;
         self.log.clear();
         self.kernel_log().map(drop)
     }

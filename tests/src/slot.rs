@@ -11,10 +11,7 @@ use crate::daemon::Daemon;
 use crate::guest::{Device, Driver, Guest};
 use crate::vmm::qemu::{self, BALLOON_ID, CHARDEV};
 use crate::vmm::Attachment;
-
-/// How long a guest may take to find a device, or to let it go.
-const LIMIT: Duration = Duration::from_secs(60);
-const LIMIT_MS: u64 = 60_000;
+use crate::{HANG_LIMIT, HANG_LIMIT_MS};
 
 impl Guest {
     /// Plugs a balloon into the slot, which must be empty, and waits until the guest has found it, and its driver,
@@ -51,7 +48,7 @@ impl Guest {
         self.call(WaitBalloons {
             count: 1,
             ready,
-            limit_ms: LIMIT_MS,
+            limit_ms: HANG_LIMIT_MS,
         })?;
         if ready && is_ours {
             // The guest knows it a moment before QEMU has told the device.
@@ -84,9 +81,9 @@ impl Guest {
                 event.name == "DEVICE_DELETED"
                     && event.data.get("device").and_then(Value::as_str) == Some(BALLOON_ID)
             },
-            LIMIT,
+            HANG_LIMIT,
         )?;
-        gone.with_context(|| format!("the guest kept the balloon for {LIMIT:?}"))?;
+        gone.with_context(|| format!("the guest kept the balloon for {HANG_LIMIT:?}"))?;
         if let Some(mut daemon) = self.daemon.take() {
             self.remove_chardev()?;
             let status = daemon.wait().with_context(|| daemon.process().diary())?;
@@ -107,7 +104,7 @@ impl Guest {
 
     /// QEMU lets the device's chardev go a little after it has told of the device's end.
     fn remove_chardev(&mut self) -> Result<()> {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + HANG_LIMIT;
         loop {
             match self
                 .monitor()?

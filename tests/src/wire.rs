@@ -6,7 +6,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::{Context, Result};
@@ -18,6 +18,8 @@ pub enum Failure {
     Cut,
     /// Nothing goes over it any more, and neither end is told.
     Stall,
+    /// Nothing goes over it until [`Wire::let_pass`].
+    Hold,
 }
 
 /// Connections that are taken at one socket and carried on to another, until so many bytes have gone to the far end.
@@ -35,6 +37,8 @@ struct Shared {
     carried: AtomicU64,
     failure: Failure,
     ends: Mutex<Vec<UnixStream>>,
+    /// More may pass, or nothing ever will.
+    changed: Condvar,
 }
 
 impl Wire {
@@ -52,6 +56,7 @@ impl Wire {
             carried: AtomicU64::new(0),
             failure,
             ends: Mutex::default(),
+            changed: Condvar::new(),
         });
         let this = shared.clone();
         // It ends with the process: nothing else would wake it.
@@ -83,6 +88,14 @@ impl Wire {
         self.shared.left.load(Ordering::Relaxed) == 0
     }
 
+    /// Lets no more than so many bytes pass from now on, whatever was left before.
+    pub fn let_pass(&self, bytes: u64) {
+        let ends = self.shared.ends();
+        self.shared.left.store(bytes, Ordering::Relaxed);
+        drop(ends);
+        self.shared.changed.notify_all();
+    }
+
     /// Ends all connections.
     pub fn cut(&self) {
         self.shared.cut();
@@ -101,7 +114,7 @@ impl Shared {
     fn carry(self: &Arc<Self>, near: UnixStream) -> Result<()> {
         let far = UnixStream::connect(&self.far)?;
         {
-            let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut ends = self.ends();
             ends.push(near.try_clone()?);
             ends.push(far.try_clone()?);
         }
@@ -117,38 +130,62 @@ impl Shared {
 
     fn forward(&self, mut near: UnixStream, mut far: UnixStream) {
         let mut buffer = vec![0; 1 << 16];
-        while let Ok(count) = near.read(&mut buffer) {
+        'line: while let Ok(count) = near.read(&mut buffer) {
             if count == 0 {
                 break;
             }
-            let before = self
-                .left
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-                    Some(left.saturating_sub(count as u64))
-                })
-                .unwrap_or_default();
-            let passing = usize::try_from(before).map_or(count, |left| left.min(count));
-            let part = buffer.get(..passing).unwrap_or_default();
-            if far.write_all(part).is_err() {
-                break;
-            }
-            self.carried.fetch_add(part.len() as u64, Ordering::Relaxed);
-            if before <= count as u64 {
+            let mut bytes = buffer.get(..count).unwrap_or_default();
+            while !bytes.is_empty() {
+                let (part, rest) = bytes.split_at(self.take(bytes.len()));
+                if far.write_all(part).is_err() {
+                    break 'line;
+                }
+                self.carried.fetch_add(part.len() as u64, Ordering::Relaxed);
+                bytes = rest;
+                if self.left.load(Ordering::Relaxed) > 0 {
+                    continue;
+                }
                 match self.failure {
                     Failure::Cut => self.cut(),
                     // Its ends are kept open until the line is dropped.
                     Failure::Stall => return,
+                    Failure::Hold if !part.is_empty() => continue,
+                    Failure::Hold => {}
                 }
+                break 'line;
             }
         }
         let _ = far.shutdown(Shutdown::Write);
     }
 
+    fn ends(&self) -> MutexGuard<'_, Vec<UnixStream>> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn cut(&self) {
-        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ends = self.ends();
         for end in ends.drain(..) {
             // One that is gone already needs no end.
             let _ = end.shutdown(Shutdown::Both);
+        }
+        drop(ends);
+        self.changed.notify_all();
+    }
+
+    /// Takes up to `count` of the bytes that may pass, waiting for some if the line is one that holds; 0 if there will be none.
+    fn take(&self, count: usize) -> usize {
+        let mut ends = self.ends();
+        loop {
+            let left = self.left.load(Ordering::Relaxed);
+            let passing = usize::try_from(left).map_or(count, |left| left.min(count));
+            if passing > 0 || self.failure != Failure::Hold || ends.is_empty() {
+                self.left.store(left - passing as u64, Ordering::Relaxed);
+                return passing;
+            }
+            ends = self
+                .changed
+                .wait(ends)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -182,5 +219,28 @@ mod tests {
         assert!(writer.join().unwrap());
         assert!(wire.has_failed());
         assert_eq!(wire.carried(), 100_000);
+    }
+
+    #[test]
+    fn a_line_that_holds_carries_what_it_is_let_and_ends_when_it_is_cut() {
+        let scratch = Scratch::new().unwrap();
+        let far = UnixListener::bind(scratch.path("far")).unwrap();
+        let near = scratch.path("near");
+        let wire = Wire::start(near, &scratch.path("far"), 3, Failure::Hold).unwrap();
+        let mut near = UnixStream::connect(wire.socket()).unwrap();
+        let (mut far, _) = far.accept().unwrap();
+        near.write_all(b"hello").unwrap();
+        let mut got = [0; 3];
+        far.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"hel");
+        wire.let_pass(1);
+        let mut got = [0; 1];
+        far.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"l");
+        wire.cut();
+        let mut rest = Vec::new();
+        let _ = far.read_to_end(&mut rest);
+        assert_eq!(rest, b"");
+        assert_eq!(wire.carried(), 4);
     }
 }

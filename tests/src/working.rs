@@ -1,18 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A guest that works all the time, whatever is done to it.
 
-use std::time::Duration;
-
 use anyhow::{ensure, Context, Result};
 use guest_agent::calls::{Churned, WaitMemFree};
 
 use crate::guest::{Builder, Driver, Guest};
 use crate::stress::{Load, Stress};
 use crate::vmm::Vmm;
-use crate::MIB;
-
-/// How long the workloads may take to get on. Ordinarily it is well under a second; emulated, a few.
-const LIMIT: Duration = Duration::from_secs(60);
+use crate::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
 /// A guest with a driver, and workloads that run.
 #[derive(Debug)]
@@ -59,7 +54,7 @@ impl Working {
             Vmm::Uml | Vmm::Debug => 300,
         };
         self.stress
-            .wait_compared(&mut self.guest, pages, LIMIT)
+            .wait_compared(&mut self.guest, pages, HANG_LIMIT)
             .context("the workloads do not go on as they should")
     }
 
@@ -95,7 +90,7 @@ impl Working {
             .call(WaitMemFree {
                 at_least,
                 at_most: u64::MAX,
-                limit_ms: 10_000,
+                limit_ms: HANG_LIMIT_MS,
             })
             .context("the guest has not got back what it hinted")?;
         self.go_on()?;

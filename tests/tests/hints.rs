@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Hints are right, not only many.
 
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
@@ -8,7 +9,7 @@ use tests::artifacts::Artifacts;
 use tests::calls::{BuddyInfo, Fill, Free, KeptPages, LowestMemFree, ReadFile, Release, Verify};
 use tests::guest::{Builder, Driver, Guest};
 use tests::vmm::Vmm;
-use tests::MIB;
+use tests::{HANG_LIMIT, MIB};
 
 /// One page of so many is kept: then nearly every block of the largest order holds one.
 const KEEP_EVERY: u64 = 2000;
@@ -208,19 +209,29 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     const HOLD: Duration = Duration::from_millis(50);
     const LONG_HOLD: Duration = Duration::from_millis(500);
     const NEEDED: u64 = 100 * MIB;
+    /// It is looked on until there have been more of both than this.
+    const ROUNDS: u64 = 2;
+    const SAMPLES: u64 = 100;
+    /// How often a process needs memory, at least.
+    const TIMES: u32 = 3;
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, vmm).kernel_arguments("init_on_alloc=0");
     let (mut guest, free) = builder.boot_used(24 * MIB, Driver::Ours)?;
     let reserve = documented_reserve(&mut guest)?;
 
-    let (lowest, rounds) =
-        guest.during_rounds(HOLD, |guest| guest.call(LowestMemFree { for_ms: 1000 }))?;
+    let (lowest, rounds) = guest.during_rounds(HOLD, |guest, rounds| {
+        let deadline = Instant::now() + HANG_LIMIT;
+        let mut lowest = guest.call(LowestMemFree { for_ms: 1000 })?;
+        while lowest.samples <= SAMPLES || rounds.load(Relaxed) <= ROUNDS {
+            let more = guest.call(LowestMemFree { for_ms: 200 })?;
+            lowest.free = lowest.free.min(more.free);
+            lowest.samples += more.samples;
+            ensure!(Instant::now() < deadline, "{lowest:?}, {rounds:?} rounds");
+        }
+        Ok(lowest)
+    })?;
     let counters = guest.counters()?;
     println!("reserve {reserve}; {rounds} rounds; {lowest:?}; {counters:?}");
-    ensure!(
-        rounds > 2 && lowest.samples > 100,
-        "{rounds} rounds, {lowest:?}"
-    );
     ensure!(
         counters.get("hint_reserve_pages")? * 4096 == reserve,
         "{reserve} bytes are the documented reserve, and not the driver's: {counters:?}"
@@ -236,25 +247,25 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     );
 
     let alone = use_memory(&mut guest, NEEDED)?;
-    let (worst, rounds) = guest.during_rounds(LONG_HOLD, |guest| {
+    // Until one has needed what a round held. One that got nothing would stand still, and the call would fail.
+    let (worst, rounds) = guest.during_rounds(LONG_HOLD, |guest, rounds| {
+        let deadline = Instant::now() + HANG_LIMIT;
         let mut worst = Duration::ZERO;
-        for _ in 0..3 {
+        for time in 1.. {
             worst = worst.max(use_memory(guest, NEEDED)?);
+            let returned = guest.counters()?.get("returned_pages")?;
+            if time >= TIMES && returned > 0 && rounds.load(Relaxed) > 0 {
+                break;
+            }
+            ensure!(
+                time < TIMES || Instant::now() < deadline,
+                "{rounds:?} rounds, {returned} pages taken back"
+            );
         }
         Ok(worst)
     })?;
     let returned = guest.counters()?.get("returned_pages")?;
     println!("{NEEDED} bytes in {alone:?}, with {rounds} rounds in {worst:?}; {returned} pages taken back");
-    ensure!(
-        rounds > 0 && returned > 0,
-        "{rounds} rounds, {returned} pages"
-    );
-    // Blocks are cleared as they are taken back, and an emulated guest on a busy host is slow at that: this is for a
-    // process that stands still.
-    ensure!(
-        worst < Duration::from_secs(30),
-        "a process waited for memory: {worst:?}, and {alone:?} without rounds"
-    );
     guest.farewell(free)
 }
 

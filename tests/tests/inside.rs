@@ -12,10 +12,10 @@ use tests::guest::{Builder, Device, Guest};
 use tests::initramfs::INSIDE;
 use tests::scratch::Scratch;
 use tests::vmm::Vmm;
-use tests::MIB;
+use tests::{HANG_LIMIT, MIB};
 
-/// How long a program may take inside an emulated guest.
-const LIMIT: Duration = Duration::from_secs(600);
+/// How long a program may take inside an emulated guest before it is taken for hung. It is the sum of many waits.
+const LIMIT: Duration = Duration::from_secs(6 * HANG_LIMIT.as_secs());
 
 #[test]
 fn soft_dirty_bits_in_qemu_show_what_was_written_and_what_they_do_not_show_counts() -> Result<()> {

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The tests that run in the kernel: KUnit runs a module's suites when it is loaded.
 
-use anyhow::{ensure, Result};
+use std::env;
+
+use anyhow::{ensure, Context, Result};
 use tests::artifacts::Artifacts;
-use tests::calls::KunitResults;
+use tests::calls::{KunitResults, WriteFile};
 use tests::check::all_passed;
-use tests::guest::{Builder, Device, Driver};
-use tests::ktap::{self, Outcome};
+use tests::guest::{Builder, Device, Driver, Guest};
+use tests::ktap::{self, Case, Outcome, CASES_VARIABLE};
 use tests::vmm::Vmm;
 
 /// The suites that must be among those that ran.
@@ -14,6 +16,8 @@ const SUITES: [&str; 2] = [
     "virtio_balloon_rs_virtqueue",
     "virtio_balloon_rs_shared_abi",
 ];
+/// All cases of all suites.
+const ALL: &str = "*.*";
 
 #[test]
 fn every_kunit_case_of_the_module_passes() -> Result<()> {
@@ -22,26 +26,48 @@ fn every_kunit_case_of_the_module_passes() -> Result<()> {
         .device(Device::None)
         .kernel_arguments("kunit.enable=1")
         .boot()?;
-    let before = guest.call(KunitResults {})?;
-    guest.load(Driver::Ours)?;
-    let mut results = guest.call(KunitResults {})?;
-    results.retain(|suite, _| !before.contains_key(suite));
+    let globs = env::var(CASES_VARIABLE).unwrap_or_else(|_| ALL.to_owned());
     let mut all = Vec::new();
-    for (suite, text) in &results {
-        let cases = ktap::parse(suite, text);
-        for case in &cases {
-            println!("{:?} {}", case.outcome, case.name);
-        }
+    for glob in globs.split_whitespace() {
+        let cases = run(&mut guest, glob)?;
+        ensure!(!cases.is_empty(), "no case is called {glob}");
         all.extend(cases);
     }
+    for case in &all {
+        // A suite as a whole says no more than its cases, unless none of them says why it failed.
+        let whole = |other: &Case| {
+            other.name.starts_with(&format!("{}.", case.name)) && other.outcome == case.outcome
+        };
+        if case.name.contains('.') || !all.iter().any(whole) {
+            println!("{}", case.line());
+        }
+    }
     all_passed(&all)?;
-    for suite in SUITES {
+    for suite in SUITES.into_iter().filter(|_| globs == ALL) {
         let passed = all
             .iter()
             .any(|case| case.name == suite && case.outcome == Outcome::Passed);
         ensure!(passed, "the suite {suite} did not run, or not as a whole");
     }
-    guest.unload(Driver::Ours)?;
     guest.power_off()?;
     Ok(())
+}
+
+/// Loads the module, which runs the cases that `glob` names, and unloads it.
+fn run(guest: &mut Guest, glob: &str) -> Result<Vec<Case>> {
+    guest.call(WriteFile {
+        path: "/sys/module/kunit/parameters/filter_glob".to_owned(),
+        text: glob.to_owned(),
+    })?;
+    let before = guest.call(KunitResults {})?;
+    guest
+        .load(Driver::Ours)
+        .with_context(|| format!("with the cases {glob}"))?;
+    let mut results = guest.call(KunitResults {})?;
+    results.retain(|suite, _| !before.contains_key(suite));
+    guest.unload(Driver::Ours)?;
+    let cases = results
+        .iter()
+        .flat_map(|(suite, text)| ktap::parse(suite, text));
+    Ok(cases.collect())
 }

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The driver from its loading to its end, and all that may happen to it, its device and its guest in between.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
 use shared_abi::config::Config;
 use shared_abi::features::Features;
 use tests::artifacts::Artifacts;
-use tests::calls::{Fill, Filled, Free, ReadFile, Verify, WaitMemSettled, WriteFile};
+use tests::calls::{Fill, Filled, Free, ReadFile, Run, Verify, WaitMemSettled, WriteFile};
 use tests::check::complaints;
 use tests::guest::{Builder, Device, Driver, Guest};
 use tests::mute::Mute;
 use tests::scratch::Scratch;
 use tests::vmm::Vmm;
-use tests::MIB;
+use tests::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
 const ALL: [&str; 5] = [
     "must-tell-host",
@@ -22,7 +22,6 @@ const ALL: [&str; 5] = [
     "free-page-hint",
     "free-page-reporting",
 ];
-const BALLOON_LIMIT: Duration = Duration::from_secs(60);
 const INFLATE_BY: u64 = 100 * MIB;
 
 /// A machine with a balloon that has whatever we know, and with QEMU's device whatever that knows.
@@ -42,7 +41,7 @@ fn inflate(guest: &mut Guest) -> Result<u64> {
     let balloon = guest.balloon()?;
     let target = balloon.balloon_actual()? - INFLATE_BY;
     balloon.balloon(target)?;
-    balloon.wait_balloon(target, BALLOON_LIMIT)?;
+    balloon.wait_balloon(target, HANG_LIMIT)?;
     Ok(target)
 }
 
@@ -89,7 +88,7 @@ fn sleeps(device: Device) -> Result<()> {
     }
     let then = Instant::now();
     guest.sleep_and_wake()?;
-    guest.balloon()?.wait_balloon(target, BALLOON_LIMIT)?;
+    guest.balloon()?.wait_balloon(target, HANG_LIMIT)?;
     println!("{device:?}: target again after {:?}", then.elapsed());
     guest.exercise()?;
     guest.unload(Driver::Ours)?;
@@ -121,7 +120,7 @@ fn pulled(device: Device) -> Result<()> {
         guest.plug(device, &features, &[])?;
         let whole = guest.memory();
         guest.balloon()?.balloon(whole - 300 * MIB)?;
-        while guest.counters()?.get("balloon_pages")? < pages {}
+        guest.wait_counter("balloon_pages", pages, HANG_LIMIT)?;
         guest.unplug()?;
         guest
             .check_whole(free)
@@ -223,7 +222,7 @@ fn a_new_kernel_takes_over(device: Device) -> Result<()> {
         filled.pages
     );
     guest.load(Driver::Ours)?;
-    guest.balloon()?.wait_balloon(target, BALLOON_LIMIT)?;
+    guest.balloon()?.wait_balloon(target, HANG_LIMIT)?;
     if device == Device::Ours {
         guest.daemon()?.qmp().hint_done()?;
     }
@@ -257,14 +256,14 @@ fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
     guest.hurry_reporting()?;
     guest.load(Driver::Ours)?;
     for queue in ["inflate", "free_page", "reporting"] {
-        guest.wait_counter(&format!("{queue}_notifications"), 1, BALLOON_LIMIT)?;
+        guest.wait_counter(&format!("{queue}_notifications"), 1, HANG_LIMIT)?;
     }
     guest.check_log()?;
     guest.start_next_kernel()?;
     let free = guest.settled_free()?;
     memory_holds(&mut guest, free - 48 * MIB, 27)?;
     guest.load(Driver::Ours)?;
-    guest.wait_counter("inflate_notifications", 1, BALLOON_LIMIT)?;
+    guest.wait_counter("inflate_notifications", 1, HANG_LIMIT)?;
     guest.unload(Driver::Ours)?;
     guest.check_free(free)?;
     guest.kill()?;
@@ -272,11 +271,9 @@ fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
 }
 
 /// A host that takes no page, no hint, no report and no statistics costs the guest what is in flight, no more, and the
-/// module can go.
+/// module can go: the driver waits two seconds for a host that must take pages back, and not for ever.
 #[test]
 fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
-    /// What an unload may take: the driver waits two seconds for a host that must take pages back.
-    const UNLOAD_LIMIT: Duration = Duration::from_secs(15);
     const PAGES: u32 = 30_000;
     const ROUND: u32 = 0x8000_0000;
     let artifacts = Artifacts::load()?;
@@ -304,12 +301,12 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
             // A third of what is left once it has all that it can have in flight.
             let left = guest.call(WaitMemSettled {
                 tolerance: MIB,
-                quiet_ms: 300,
-                limit_ms: 60_000,
+                quiet_looks: 30,
+                limit_ms: HANG_LIMIT_MS,
             })?;
             guest.fill_and_free(left.free() - left.free() / 3, 24)?;
             let left = guest.settled_free()?;
-            ensure!(mute.kicks() > 0, "the driver has not asked for anything");
+            mute.wait_kick()?;
             let then = Instant::now();
             let what =
                 || format!("{vmm:?}, features {features}, {num_pages} pages, round {round:#x}");
@@ -320,7 +317,6 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
                 what(),
                 (free - left) / MIB
             );
-            ensure!(took < UNLOAD_LIMIT, "{}: unloading took {took:?}", what());
             guest.check_free(free).with_context(what)?;
             // What it did not take back it did not acknowledge: that is worth a warning, and no other.
             let log = guest.kernel_log()?;
@@ -341,12 +337,87 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
     Ok(())
 }
 
+/// A balloon of any size is drained by its driver without interrupts being off for long: the kernel takes pages out of it with
+/// interrupts off, and is asked for a few at a time. `VIRTIO_BALLOON_RS_LARGE=1` has a balloon of nearly 16 GiB. The longest time is
+/// printed.
+#[test]
+fn a_balloon_is_drained_in_small_steps_in_qemu() -> Result<()> {
+    const TRACING: &str = "/sys/kernel/tracing";
+    /// The most pages that may be taken out at a time.
+    const AT_A_TIME: u64 = 256;
+    let artifacts = Artifacts::load()?;
+    let scratch = Scratch::new()?;
+    let memory = if std::env::var_os("VIRTIO_BALLOON_RS_LARGE").is_some() {
+        16 * 1024 * MIB
+    } else {
+        512 * MIB
+    };
+    // Without the part that a kernel of this size keeps for itself.
+    let num_pages = u32::try_from(memory / 10 * 9 / 4096)?;
+    let config = Config {
+        num_pages,
+        ..Config::default()
+    };
+    let mute = Mute::silent_after(u64::MAX, &scratch, Features::NONE, config)?;
+    // Nobody touches the pages: the guest's memory stays sparse.
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .memory(memory)
+        .foreign(mute.socket())
+        .kernel_arguments("init_on_alloc=0")
+        .boot()?;
+    guest.load(Driver::Ours)?;
+    guest.wait_counter("balloon_pages", u64::from(num_pages) / 10 * 9, HANG_LIMIT)?;
+    mute.fall_silent();
+    let argv = ["mount", "-t", "tracefs", "tracefs", TRACING].map(str::to_owned);
+    guest.call(Run {
+        argv: argv.to_vec(),
+    })?;
+    for (file, text) in [
+        (
+            "kprobe_events",
+            "r:drained balloon_page_list_dequeue pages=$retval",
+        ),
+        ("events/kprobes/drained/enable", "1"),
+        ("set_graph_function", "balloon_page_list_dequeue"),
+        ("max_graph_depth", "1"),
+        ("current_tracer", "function_graph"),
+    ] {
+        guest.call(WriteFile {
+            path: format!("{TRACING}/{file}"),
+            text: text.to_owned(),
+        })?;
+    }
+    guest.unload(Driver::Ours)?;
+    let path = format!("{TRACING}/trace");
+    let trace = guest.call(ReadFile { path })?;
+    let mut drained = Vec::new();
+    let mut longest = 0.0_f64;
+    for line in trace.lines() {
+        if let Some((_, pages)) = line.rsplit_once("pages=") {
+            let pages = pages.trim().trim_end_matches("*/").trim();
+            let pages = pages.strip_prefix("0x").context("no number of pages")?;
+            drained.push(u64::from_str_radix(pages, 16)?);
+        } else if let Some((before, _)) = line.split_once(" us ") {
+            let number = before.rsplit(' ').next().and_then(|word| word.parse().ok());
+            longest = number.map_or(longest, |number| longest.max(number));
+        }
+    }
+    let most = drained.iter().max().context("nothing was drained")?;
+    println!(
+        "{} pages a time at most, {} times in the trace, {longest} us at most",
+        most,
+        drained.len()
+    );
+    ensure!(*most <= AT_A_TIME, "{most} pages were taken out at once");
+    guest.check_log()?;
+    guest.power_off()?;
+    Ok(())
+}
+
 /// A silent host does not keep a guest from its sleep. (With reports under way the kernel refuses to sleep, after twenty
 /// seconds and with a message: it waits for its own reporting, whatever the driver.)
 #[test]
 fn a_guest_in_qemu_of_a_silent_host_sleeps() -> Result<()> {
-    /// The driver waits two seconds for the host; the rest is the kernel's work, emulated.
-    const LIMIT: Duration = Duration::from_secs(30);
     let artifacts = Artifacts::load()?;
     let scratch = Scratch::new()?;
     let config = Config {
@@ -368,7 +439,6 @@ fn a_guest_in_qemu_of_a_silent_host_sleeps() -> Result<()> {
     guest.sleep_and_wake()?;
     let took = then.elapsed();
     println!("slept and woke in {took:?}");
-    ensure!(took < LIMIT, "it took {took:?}");
     guest.unload(Driver::Ours)?;
     guest.check_free(free)?;
     guest.kill()?;
@@ -436,11 +506,11 @@ fn lives(vmm: Vmm, times: u32) -> Result<()> {
         let balloon = guest.balloon()?;
         let whole = balloon.balloon_actual()?;
         balloon.balloon(whole - 16 * MIB)?;
-        balloon.wait_balloon(whole - 16 * MIB, BALLOON_LIMIT)?;
+        balloon.wait_balloon(whole - 16 * MIB, HANG_LIMIT)?;
         guest.hint_all()?;
         let balloon = guest.balloon()?;
         balloon.balloon(whole)?;
-        balloon.wait_balloon(whole, BALLOON_LIMIT)?;
+        balloon.wait_balloon(whole, HANG_LIMIT)?;
         // Every other life ends with its blocks held.
         if time % 2 == 0 {
             balloon.hint_done()?;

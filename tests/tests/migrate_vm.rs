@@ -19,15 +19,13 @@ use tests::host::memory_folder;
 use tests::process::{Process, Streams};
 use tests::stress::{Load, Stress};
 use tests::vmm::Vmm;
-use tests::MIB;
+use tests::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
 const MEMORY: u64 = 256 * MIB;
 /// What is worked on.
 const LOAD: u64 = 64 * MIB;
 /// What the balloon has.
 const INFLATE_BY: u64 = 24 * MIB;
-/// How long a move may take. It takes some seconds; a busy host may make it slow.
-const LIMIT: Duration = Duration::from_secs(120);
 /// How many pages each workload is to compare at each place.
 const PAGES: u64 = 500;
 const FEATURES: [&str; 3] = ["stats", "must-tell-host", "free-page-hint"];
@@ -86,6 +84,9 @@ impl There {
         ] {
             command.arg(option).arg(path);
         }
+        // Whatever the guest and the host have to do meanwhile, hints are waited for, and steps are.
+        command.args(["--hint-wait", &HANG_LIMIT_MS.to_string()]);
+        command.args(["--step-limit", &HANG_LIMIT.as_secs().to_string()]);
         command.args(more);
         Ok(command)
     }
@@ -112,7 +113,7 @@ fn wait(
     let mut moving = Process::start("balloonctl migrate-vm", command, Streams::Collected)?;
     let scratch = there.waiting.scratch();
     let state = scratch.path("device-state");
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + HANG_LIMIT;
     let mut daemon = None;
     while moving.status()?.is_none() {
         if daemon.is_none() && state.exists() {
@@ -127,7 +128,7 @@ fn wait(
             )?);
         }
         if Instant::now() > deadline {
-            bail!("it was not done within {LIMIT:?}\n{}", moving.diary());
+            bail!("it was not done within {HANG_LIMIT:?}\n{}", moving.diary());
         }
         sleep(Duration::from_millis(5));
     }
@@ -171,9 +172,9 @@ fn r15_a_guest_in_qemu_goes_on_where_it_is_moved_to() -> Result<()> {
     let balloon = guest.balloon()?;
     let target = balloon.balloon_actual()? - INFLATE_BY;
     balloon.balloon(target)?;
-    balloon.wait_balloon(target, LIMIT)?;
+    balloon.wait_balloon(target, HANG_LIMIT)?;
     let stress = Stress::start(&mut guest, Load::of(LOAD), 4)?;
-    stress.wait_compared(&mut guest, PAGES, LIMIT)?;
+    stress.wait_compared(&mut guest, PAGES, HANG_LIMIT)?;
     let mut memory = None;
     for time in 0..times()? {
         let what = || format!("move {time}");
@@ -184,9 +185,9 @@ fn r15_a_guest_in_qemu_goes_on_where_it_is_moved_to() -> Result<()> {
         drop((left, memory.replace(now)));
         guest.daemon()?.wait_driver().with_context(what)?;
         // R9: the balloon is as large as it was.
-        guest.balloon()?.wait_balloon(target, LIMIT)?;
+        guest.balloon()?.wait_balloon(target, HANG_LIMIT)?;
         stress
-            .wait_compared(&mut guest, PAGES, LIMIT)
+            .wait_compared(&mut guest, PAGES, HANG_LIMIT)
             .with_context(what)?;
     }
     let done = stress.end_whole(&mut guest)?;
@@ -249,7 +250,7 @@ fn a_guest_in_qemu_that_cannot_be_moved_goes_on_where_it_is() -> Result<()> {
     let mut guest = builder(&artifacts, &file).boot()?;
     guest.load(Driver::Ours)?;
     let stress = Stress::start(&mut guest, Load::of(LOAD), 5)?;
-    stress.wait_compared(&mut guest, PAGES, LIMIT)?;
+    stress.wait_compared(&mut guest, PAGES, HANG_LIMIT)?;
 
     let there = There::start(&artifacts)?;
     let command = there.command(&artifacts, &mut guest, &["--dry-run"])?;
@@ -286,11 +287,11 @@ fn a_guest_in_qemu_that_cannot_be_moved_goes_on_where_it_is() -> Result<()> {
     }
     drop((daemon, there));
     guest.daemon()?.wait_driver()?;
-    stress.wait_compared(&mut guest, PAGES, LIMIT)?;
+    stress.wait_compared(&mut guest, PAGES, HANG_LIMIT)?;
 
     let (left, _memory) = move_it(&artifacts, &mut guest)?;
     drop(left);
-    stress.wait_compared(&mut guest, PAGES, LIMIT)?;
+    stress.wait_compared(&mut guest, PAGES, HANG_LIMIT)?;
     stress.end_whole(&mut guest)?;
     check_whole(&mut guest)?;
     guest.power_off()?;

@@ -18,12 +18,11 @@ use tests::stress::Load;
 use tests::vmm::Vmm;
 use tests::wire::{Failure, Wire};
 use tests::working::Working;
-use tests::MIB;
+use tests::{HANG_LIMIT, MIB};
 
 /// Small, so that there can be many migrations: what goes wrong does not depend on it.
 const MEMORY: u64 = 160 * MIB;
 const LOAD: u64 = 32 * MIB;
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// How often a fault at a random point is tried: some times, or as often as the environment says.
 const TIMES: u32 = 24;
@@ -59,7 +58,7 @@ fn wait_sent(working: &mut Working, bytes: u64) -> Result<Status> {
     working.guest.daemon()?.qmp().wait_migration(
         "so many bytes sent",
         |now| now.status == State::Active && now.ram.transferred >= bytes,
-        LIMIT,
+        HANG_LIMIT,
     )
 }
 
@@ -91,17 +90,23 @@ fn r16_a_line_that_is_cut_at_a_random_point_harms_nobody() -> Result<()> {
         .migrate_parameters(parameters)?;
     // What a whole one takes.
     let mut destination = Destination::start(&artifacts.balloonctl, working.guest.memory())?;
-    let whole = working.guest.migrate_to(&mut destination)?.ram.transferred;
+    let mut whole = working.guest.migrate_to(&mut destination)?.ram.transferred;
     working.guest.resume()?;
     working.is_unharmed()?;
     let mut seed = std::process::id().into();
     println!("a whole migration takes {whole} bytes; seed {seed}");
     let mut met = Vec::new();
     let times = times()? as usize;
-    for turn in 0..2 * times {
+    let deadline = Instant::now() + HANG_LIMIT;
+    for turn in 0.. {
         if met.len() == times {
             break;
         }
+        ensure!(
+            turn < times || Instant::now() < deadline,
+            "only {} were cut",
+            met.len()
+        );
         seed = next_random(seed);
         // In the header, in the first round, and anywhere.
         let bytes = match turn % 6 {
@@ -123,6 +128,7 @@ fn r16_a_line_that_is_cut_at_a_random_point_harms_nobody() -> Result<()> {
         if status.status == State::Completed {
             // The guest has written less than it had before.
             ensure!(!wire.has_failed(), "{what}: {status:?}");
+            whole = whole.min(status.ram.transferred);
             destination.wait()?;
             working.guest.resume()?;
         } else {
@@ -137,14 +143,13 @@ fn r16_a_line_that_is_cut_at_a_random_point_harms_nobody() -> Result<()> {
         }
     }
     println!("cut at (bytes, rounds begun): {met:?}");
-    ensure!(met.len() == times, "only {} were cut", met.len());
     working.end().map(drop)
 }
 
 #[test]
 fn r16_a_migration_that_is_given_up_at_a_random_point_harms_nobody() -> Result<()> {
-    /// How long giving up may take: it waits for no byte that cannot be sent.
-    const AT_ONCE: Duration = Duration::from_secs(2);
+    /// Giving up waits for no byte that cannot be sent. One that did would wait for the line's own limit, which is twice as long.
+    const LINE_LIMIT: Duration = Duration::from_secs(60);
     let artifacts = Artifacts::load()?;
     let mut working = working(&artifacts, &[])?;
     let scratch = Scratch::new()?;
@@ -182,54 +187,51 @@ fn r16_a_migration_that_is_given_up_at_a_random_point_harms_nobody() -> Result<(
         }
     }
     println!("the slowest took {slowest:?}");
-    ensure!(slowest < AT_ONCE, "giving up took {slowest:?}");
+    ensure!(slowest < LINE_LIMIT / 2, "giving up took {slowest:?}");
     working.end().map(drop)
 }
 
-/// Begins a migration over a line, and returns when the guest is paused for the last of it.
-fn paused_on_the_way(working: &mut Working, wire: &Wire) -> Result<Status> {
+/// Begins a migration over a line that holds, and returns when the guest is paused, or about to be, for the last of it. The end of it
+/// cannot have passed then: the line carries little between two looks.
+fn paused_on_the_way(working: &mut Working, wire: &Wire) -> Result<()> {
+    const AT_ONCE: u64 = 1 << 16;
     // One round, and all that was written meanwhile is to be found and sent with the guest paused.
     let parameters = json!({ "max-bandwidth": 0, "downtime-limit": 0, "max-rounds": 1 });
     let qmp = working.guest.daemon()?.qmp();
     qmp.migrate_parameters(parameters)?;
     working.guest.start_migration(&uri(wire.socket()))?;
-    working.guest.daemon()?.qmp().wait_migration(
-        "the pause",
-        |now| matches!(now.status, State::Device | State::Completed),
-        LIMIT,
-    )
+    let deadline = Instant::now() + HANG_LIMIT;
+    loop {
+        let now = working.guest.daemon()?.qmp().migration()?;
+        if now.status == State::Device {
+            return Ok(());
+        }
+        ensure!(
+            !now.status.is_over() && Instant::now() < deadline,
+            "the guest was to be paused: {now:?}"
+        );
+        wire.let_pass(AT_ONCE);
+    }
 }
 
 #[test]
 fn r16_a_line_that_is_cut_while_the_guest_is_paused_lets_it_go_on() -> Result<()> {
-    const TRIES: u32 = 10;
     let artifacts = Artifacts::load()?;
     let mut working = working(&artifacts, &[])?;
     let scratch = Scratch::new()?;
-    let mut met = 0;
-    for turn in 0..TRIES {
+    for turn in 0..2 {
         let mut destination = Destination::start(&artifacts.balloonctl, working.guest.memory())?;
         let socket = scratch.path(&format!("wire-{turn}"));
-        let wire = Wire::start(socket, &destination.socket(), u64::MAX, Failure::Cut)?;
+        let wire = Wire::start(socket, &destination.socket(), 0, Failure::Hold)?;
         paused_on_the_way(&mut working, &wire)?;
         wire.cut();
-        let status = working.guest.daemon()?.qmp().wait_migration_end()?;
-        if status.status == State::Completed {
-            // It was too fast for that.
-            destination.wait()?;
-            working.guest.resume()?;
-            continue;
-        }
         println!("{}", has_failed(&mut working, &GONE)?);
+        let status = working.guest.daemon()?.qmp().migration()?;
         ensure!(status.downtime.is_some(), "it was not paused: {status:?}");
         destination.wait_failure()?;
         working.is_unharmed()?;
-        met += 1;
-        if met == 2 {
-            return working.end().map(drop);
-        }
     }
-    anyhow::bail!("only {met} of {TRIES} lines were cut in time")
+    working.end().map(drop)
 }
 
 /// Nobody is left then who would let the processes go on that it has stopped; whoever does finds a guest that is whole.
@@ -243,15 +245,14 @@ fn r16_a_guest_whose_daemon_is_killed_while_it_is_paused_goes_on_when_it_is_told
     let wire = Wire::start(
         scratch.path("wire"),
         &destination.socket(),
-        u64::MAX,
-        Failure::Cut,
+        0,
+        Failure::Hold,
     )?;
-    let status = paused_on_the_way(&mut working, &wire)?;
+    paused_on_the_way(&mut working, &wire)?;
     working.guest.daemon()?.process().kill()?;
-    println!("killed when it was {:?}", status.status);
-    if status.status == State::Device {
-        println!("{}", destination.wait_failure()?);
-    }
+    // What is on the way may come, and then the end.
+    wire.let_pass(u64::MAX);
+    println!("{}", destination.wait_failure()?);
     // User-mode Linux may be late to stop or may not have been told to.
     working.guest.vmm().signal(Signal::SIGCONT)?;
     working.go_on()?;
@@ -383,9 +384,8 @@ fn r16_a_module_that_goes_in_a_migration_leaves_nothing_behind() -> Result<()> {
 /// A migration without a word from the guest is late by the limit, and whole.
 #[test]
 fn r14_a_guest_that_never_answers_delays_its_migration_by_the_limit_at_most() -> Result<()> {
-    const WAIT: Duration = Duration::from_millis(400);
-    /// By how much a busy host may be late.
-    const LATE: Duration = Duration::from_millis(200);
+    /// Longer than the limit that there is without this.
+    const WAIT: Duration = Duration::from_secs(3);
     let artifacts = Artifacts::load()?;
     let mut working = working(&artifacts, &[])?;
     let parameters = json!({ "free-page-hint-wait": WAIT.as_millis() as u64, "max-rounds": 3 });
@@ -401,13 +401,12 @@ fn r14_a_guest_that_never_answers_delays_its_migration_by_the_limit_at_most() ->
     let outcome = working.guest.outcome(&destination)?;
     working.guest.resume()?;
     working.guest.vmm().signal(Signal::SIGCONT)?;
-    let waited = status.rounds.iter().map(|round| round.hint_wait_us).sum();
-    let waited = Duration::from_micros(waited);
-    println!("waited {waited:?} of {} ms in all", status.total_time);
-    ensure!(
-        (WAIT..WAIT + LATE).contains(&waited),
-        "it waited for {waited:?}: {status:#?}"
-    );
+    let waits = status.rounds.iter().map(|round| round.hint_wait_us);
+    let waits: Vec<_> = waits.map(Duration::from_micros).collect();
+    println!("waited {waits:?} of {} ms in all", status.total_time);
+    // Once, however late the host notices. One that had no limit would wait without end.
+    let long = waits.iter().filter(|wait| **wait >= WAIT).count();
+    ensure!(long == 1, "it waited for {waits:?}: {status:#?}");
     ensure!(
         outcome.different.ranges().is_empty(),
         "{:x?}",

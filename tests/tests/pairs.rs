@@ -1,18 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Each driver with each device: load, inflate, deflate, a hint round, unload, and all of it again.
 
-use std::time::Duration;
-
 use anyhow::{ensure, Context, Result};
 use tests::artifacts::Artifacts;
 use tests::guest::{Builder, Device, Driver, Guest};
 use tests::vmm::Vmm;
-use tests::MIB;
+use tests::{HANG_LIMIT, MIB};
 
 /// What the acceptance asks for.
 const INFLATE_BY: u64 = 100 * MIB;
 const SPARE: u64 = 24 * MIB;
-const BALLOON_LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn our_driver_with_our_device_in_qemu() -> Result<()> {
@@ -81,7 +78,7 @@ fn inflate_and_deflate(guest: &mut Guest) -> Result<()> {
     guest.balloon()?.balloon(whole - INFLATE_BY)?;
     guest
         .balloon()?
-        .wait_balloon(whole - INFLATE_BY, BALLOON_LIMIT)?;
+        .wait_balloon(whole - INFLATE_BY, HANG_LIMIT)?;
     let less = free.saturating_sub(guest.mem_info()?.free());
     ensure!(
         less > INFLATE_BY - 8 * MIB,
@@ -93,7 +90,7 @@ fn inflate_and_deflate(guest: &mut Guest) -> Result<()> {
         "the host got only {freed} bytes back"
     );
     guest.balloon()?.balloon(whole)?;
-    guest.balloon()?.wait_balloon(whole, BALLOON_LIMIT)?;
+    guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
     guest.check_free(free)
 }
 

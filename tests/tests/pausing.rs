@@ -15,14 +15,13 @@ use tests::guest::{Builder, Device};
 use tests::host::guest_memory_file;
 use tests::stress::{Load, Stress};
 use tests::vmm::Vmm;
-use tests::MIB;
+use tests::{HANG_LIMIT, MIB};
 
 const MEMORY: u64 = 256 * MIB;
 /// How often a pause is long enough to look at all of memory twice.
 const LOOK_EVERY: u32 = 50;
 /// How far each workload must come between two looks.
 const PAGES: u64 = 100;
-const LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
 fn user_mode_linux_does_not_notice_that_its_processes_are_stopped() -> Result<()> {
@@ -68,7 +67,7 @@ fn paused_again_and_again(vmm: Vmm, arguments: &str, cycles: u32) -> Result<()> 
         }
         machine.resume()?;
         if cycle % LOOK_EVERY == 0 {
-            stress.wait_compared(&mut guest, PAGES, LIMIT)?;
+            stress.wait_compared(&mut guest, PAGES, HANG_LIMIT)?;
         }
     }
     // One that is dropped goes on.

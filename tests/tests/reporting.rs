@@ -1,16 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Free page reporting, and what the driver says of itself in debugfs.
 
-use std::time::Duration;
-
 use anyhow::{ensure, Result};
 use tests::artifacts::Artifacts;
 use tests::calls::{Fill, Free, ReadFile, Run, Verify, WriteFile};
 use tests::guest::{Builder, Device, Driver};
 use tests::vmm::Vmm;
-use tests::MIB;
-
-const BALLOON_LIMIT: Duration = Duration::from_secs(60);
+use tests::{HANG_LIMIT, MIB};
 
 /// Pages of 4 KiB in so many bytes.
 const fn pages(bytes: u64) -> u64 {
@@ -29,7 +25,7 @@ fn the_drivers_counters_agree_with_the_devices() -> Result<()> {
     let qmp = guest.daemon()?.qmp();
     let whole = qmp.balloon_actual()?;
     qmp.balloon(whole - 100 * MIB)?;
-    qmp.wait_balloon(whole - 100 * MIB, BALLOON_LIMIT)?;
+    qmp.wait_balloon(whole - 100 * MIB, HANG_LIMIT)?;
     qmp.hint_start()?;
     let round = qmp.wait_hint_status("finished")?;
     let after = guest.counters()?;
@@ -64,7 +60,7 @@ fn the_drivers_counters_agree_with_the_devices() -> Result<()> {
     let qmp = guest.daemon()?.qmp();
     qmp.hint_done()?;
     qmp.balloon(whole)?;
-    qmp.wait_balloon(whole, BALLOON_LIMIT)?;
+    qmp.wait_balloon(whole, HANG_LIMIT)?;
     let end = guest.counters()?;
     ensure!(end.get("balloon_pages")? == 0, "{end:?}");
     ensure!(end.get("deflate_requests")? >= 100, "{end:?}");
@@ -74,9 +70,6 @@ fn the_drivers_counters_agree_with_the_devices() -> Result<()> {
     guest.power_off()?;
     Ok(())
 }
-
-/// How long the guest may take to report nearly all of its free memory. The kernel reports a sixteenth at a time.
-const REPORT_LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
 fn our_driver_reports_free_pages_to_our_device_in_user_mode_linux() -> Result<()> {
@@ -108,9 +101,9 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
     let before = guest.memory_in_use()?;
     guest.load(Driver::Ours)?;
     let enough = free / 10 * 8;
-    guest.wait_memory_in_use(before.saturating_sub(enough), REPORT_LIMIT)?;
+    guest.wait_memory_in_use(before.saturating_sub(enough), HANG_LIMIT)?;
     // The device has released pages before it answers, and so before the driver counts them.
-    let counters = guest.wait_counter("reported_pages", pages(enough), REPORT_LIMIT)?;
+    let counters = guest.wait_counter("reported_pages", pages(enough), HANG_LIMIT)?;
     ensure!(counters.get("failed_reports")? == 0, "{counters:?}");
     ensure!(
         counters.get("reported_blocks")? > counters.get("reporting_notifications")?,
@@ -218,7 +211,7 @@ fn tracepoints_tell_of_hinting_and_sizing_in_qemu() -> Result<()> {
     qmp.hint_done()?;
     let whole = qmp.balloon_actual()?;
     qmp.balloon(whole - 4 * MIB)?;
-    qmp.wait_balloon(whole - 4 * MIB, BALLOON_LIMIT)?;
+    qmp.wait_balloon(whole - 4 * MIB, HANG_LIMIT)?;
     let path = format!("{TRACING}/trace");
     let trace = guest.call(ReadFile { path })?;
     let count = |text: &str| trace.lines().filter(|line| line.contains(text)).count();
@@ -266,7 +259,7 @@ fn reporting_of_a_guest_that_fills_its_free_pages(
             "{offered:?}: {status:?}"
         );
         if accepted {
-            guest.wait_counter("reported_pages", pages(free / 10 * 8), REPORT_LIMIT)?;
+            guest.wait_counter("reported_pages", pages(free / 10 * 8), HANG_LIMIT)?;
             let released = before.saturating_sub(guest.memory_in_use()?);
             let enough = if poison == 0 { free / 10 * 7 } else { 0 };
             ensure!(
@@ -305,14 +298,14 @@ fn reports_go_on_when_a_guest_in_qemu_has_slept() -> Result<()> {
     guest.hurry_reporting()?;
     guest.load(Driver::Ours)?;
     let enough = pages(64 * MIB);
-    let first = guest.wait_counter("reported_pages", enough, REPORT_LIMIT)?;
+    let first = guest.wait_counter("reported_pages", enough, HANG_LIMIT)?;
     guest.sleep_and_wake()?;
     // Reported pages are reported again when they have been in use.
     guest.fill_and_free(64 * MIB, 15)?;
     let after = guest.wait_counter(
         "reported_pages",
         first.get("reported_pages")? + enough,
-        REPORT_LIMIT,
+        HANG_LIMIT,
     )?;
     let failed = after.get("failed_reports")?;
     ensure!(failed <= 1, "{failed} reports failed: {after:?}");

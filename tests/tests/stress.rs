@@ -13,7 +13,7 @@ use tests::image::Image;
 use tests::pattern;
 use tests::stress::{Load, Stress};
 use tests::vmm::Vmm;
-use tests::MIB;
+use tests::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
 /// The processes, and what each has mapped at most: with the balloon inflated a tenth of the memory is left.
 const MEMORY: u64 = 400 * MIB;
@@ -22,7 +22,6 @@ const EACH: u64 = 80 * MIB;
 const INFLATE_BY: u64 = 96 * MIB;
 /// What the processes have to themselves between two rounds, lest the rounds have the only processor all the time.
 const PAUSE: Duration = Duration::from_millis(10);
-const BALLOON_LIMIT: Duration = Duration::from_secs(60);
 
 #[test]
 fn no_process_loses_a_page_while_our_driver_works_in_user_mode_linux() -> Result<()> {
@@ -68,7 +67,7 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
     guest.call(WaitMemFree {
         at_least: 0,
         at_most: free - PROCESSES * EACH / 4 * 3,
-        limit_ms: 60_000,
+        limit_ms: HANG_LIMIT_MS,
     })?;
     println!("filled in {:?}", then.elapsed());
     let then = Instant::now();
@@ -141,7 +140,7 @@ fn rounds_follow_each_other(guest: &mut Guest, rounds: u32) -> Result<u64> {
         sleep(PAUSE);
     }
     balloon.balloon(whole)?;
-    balloon.wait_balloon(whole, BALLOON_LIMIT)?;
+    balloon.wait_balloon(whole, HANG_LIMIT)?;
     Ok(hinted)
 }
 
@@ -159,14 +158,13 @@ fn counted(guest: &mut Guest, name: &str) -> Result<u64> {
 /// What the proofs of migration rest on: each of the workloads sees pages that were changed behind its back.
 #[test]
 fn r15_every_workload_sees_pages_that_are_lost() -> Result<()> {
-    const LIMIT: Duration = Duration::from_secs(60);
     const PAGE: usize = 4096;
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
         .memory(192 * MIB)
         .boot()?;
     let stress = Stress::start(&mut guest, Load::of(32 * MIB), 1)?;
-    stress.wait_compared(&mut guest, 1000, LIMIT)?;
+    stress.wait_compared(&mut guest, 1000, HANG_LIMIT)?;
     let image = Image::open(&guest_memory_file(guest.vmm().id())?)?;
     let mut lost = 0;
     // Lest a page become something else between the look and the loss.
@@ -184,7 +182,7 @@ fn r15_every_workload_sees_pages_that_are_lost() -> Result<()> {
     }
     ensure!(lost > 1000, "only {lost} pages had a pattern");
     guest.vmm().signal(tests::process::Signal::SIGCONT)?;
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + HANG_LIMIT;
     let each = loop {
         let each = stress.so_far(&mut guest)?;
         if each.iter().all(|one| one.wrong > 0) {

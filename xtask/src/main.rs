@@ -52,16 +52,20 @@ enum Command {
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
+        Command::Test(options) => return ended(test::command(&options)),
         Command::Setup(options) => setup::command(&options),
         Command::Module(options) => module::command(&options),
         Command::Demo(options) => demo::command(&options),
-        Command::Test(options) => test::command(&options),
         Command::Bench(options) => bench::command(&options),
         Command::Guest(options) => guest::command(&options),
         Command::Check => check::command(),
     };
+    ended(outcome.map(|()| ExitCode::SUCCESS))
+}
+
+fn ended(outcome: anyhow::Result<ExitCode>) -> ExitCode {
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

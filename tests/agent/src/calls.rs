@@ -60,12 +60,13 @@ calls! {
         limit_ms: u64,
     } -> Memory;
 
-    /// Waits until `MemFree` has moved by less than `tolerance` for `quiet_ms`.
+    /// Waits until `MemFree` has moved by less than `tolerance` for so many looks, one each 10 ms. Looks and not time: a guest whose
+    /// processors the host does not run for a while has not settled.
     WaitMemSettled {
         /// Bytes by which it may move.
         tolerance: u64,
-        /// How long it must stay so.
-        quiet_ms: u64,
+        /// For how many looks it must stay so.
+        quiet_looks: u32,
         /// How long to wait at most.
         limit_ms: u64,
     } -> Memory;

@@ -59,15 +59,15 @@ impl Answer for WaitMemFree {
 impl Answer for WaitMemSettled {
     fn answer(self) -> Result<Memory> {
         let deadline = Instant::now() + Duration::from_millis(self.limit_ms);
-        let quiet = Duration::from_millis(self.quiet_ms);
-        let (mut since, mut at) = (Instant::now(), MemInfo {}.answer()?.free());
+        let (mut quiet, mut at) = (0, MemInfo {}.answer()?.free());
         loop {
             let memory = MemInfo {}.answer()?;
             if memory.free().abs_diff(at) >= self.tolerance {
-                (since, at) = (Instant::now(), memory.free());
-            } else if since.elapsed() >= quiet {
+                (quiet, at) = (0, memory.free());
+            } else if quiet >= self.quiet_looks {
                 return Ok(memory);
             }
+            quiet += 1;
             if Instant::now() > deadline {
                 bail!(
                     "MemFree, now {} bytes, was still moving after {} ms",

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::pattern::PAGE;
+
 /// A run of guest physical memory, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PhysicalRange {
@@ -65,6 +67,17 @@ impl RangeSet {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.0.iter().map(|range| range.length).sum()
+    }
+
+    /// The pages that lie in it as a whole.
+    pub fn pages(&self) -> impl Iterator<Item = PhysicalRange> + '_ {
+        let length = PAGE as u64;
+        self.0.iter().flat_map(move |range| {
+            let first = range.start.next_multiple_of(length);
+            let starts = (first..range.end()).step_by(PAGE);
+            let whole = starts.take_while(move |start| range.end() - start >= length);
+            whole.map(move |start| PhysicalRange { start, length })
+        })
     }
 
     /// The bytes that this set holds and the other does not.
@@ -136,6 +149,13 @@ mod tests {
             set(&[(0, 6), (8, 4)])
         );
         assert_eq!(set(&[(8, 4), (0, 4), (4, 2)]).bytes(), 10);
+    }
+
+    #[test]
+    fn pages_are_whole() {
+        let starts = |set: RangeSet| set.pages().map(|page| page.start).collect::<Vec<_>>();
+        assert_eq!(starts(set(&[(0, 8192), (12287, 4098)])), [0, 4096, 12288]);
+        assert_eq!(starts(set(&[(1, 8190)])), [0_u64; 0]);
     }
 
     #[test]

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A guest of user-mode Linux is moved while it works, its writes tracked by soft-dirty bits.
 
-use std::time::Duration;
-
 use anyhow::{ensure, Result};
 use serde_json::json;
 use tests::artifacts::Artifacts;
@@ -10,12 +8,10 @@ use tests::destination::Destination;
 use tests::guest::{Builder, Driver, Guest};
 use tests::stress::{Load, Stress};
 use tests::vmm::Vmm;
-use tests::MIB;
+use tests::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
 const MEMORY: u64 = 128 * MIB;
 const LOAD: u64 = 24 * MIB;
-/// How long each workload may take to get on: what runs inside an emulated guest is slow.
-const LIMIT: Duration = Duration::from_secs(180);
 
 /// Moves one with our driver, or with the kernel's own.
 pub fn check(driver: &str) -> Result<()> {
@@ -27,14 +23,15 @@ pub fn check(driver: &str) -> Result<()> {
     let builder = Builder::new(&artifacts, Vmm::Uml).memory(MEMORY);
     let (mut guest, free) = builder.boot_used(16 * MIB, driver)?;
     let stress = Stress::start(&mut guest, Load::of(LOAD), 15)?;
-    stress.wait_compared(&mut guest, 1, LIMIT)?;
+    stress.wait_compared(&mut guest, 1, HANG_LIMIT)?;
     let parameters = json!({
         "dirty-tracking": "soft-dirty", "verify": true, "downtime-limit": 20, "max-rounds": 4,
+        "free-page-hint-wait": HANG_LIMIT_MS,
     });
     guest.daemon()?.qmp().migrate_parameters(parameters)?;
     // With the one it goes on with what the destination got, with the other its kernel is asked.
     is_moved(&mut guest, &artifacts, driver == Driver::Ours)?;
-    stress.wait_compared(&mut guest, 1, LIMIT)?;
+    stress.wait_compared(&mut guest, 1, HANG_LIMIT)?;
     println!("{:?}", stress.end_whole(&mut guest)?);
     guest.unload(driver)?;
     guest.farewell(free)

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Runs the tests of all layers, and sums up.
+
+mod kunit;
+mod libtest;
+mod passes;
+mod summary;
+
+use std::fs;
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::{ensure, Context, Result};
+use clap::{Args, ValueEnum};
+use tests::process::{Process, Signal, Streams};
+
+use crate::progress::say;
+use passes::{Layer, Selection};
+use summary::{Outcome, Run};
+
+/// The options of `test`.
+#[derive(Args)]
+pub struct Options {
+    /// Only tests that have one of these texts in their names, in whatever layer they are.
+    names: Vec<String>,
+    /// Only the tests of guests, and of the kernel module in them.
+    #[arg(long)]
+    guests: bool,
+    /// Only the tests of guests, and only with this kernel.
+    #[arg(long)]
+    kernels: Option<Kernels>,
+    /// Run all of it so many times.
+    #[arg(long, value_name = "TIMES", default_value_t = 1)]
+    repeat: u32,
+    /// Keep the machine busy meanwhile, with a command of the shell that goes on until it is told to end.
+    #[arg(long, value_name = "COMMAND")]
+    beside: Option<String>,
+    /// Further names, and then options of the test programs.
+    #[arg(last = true)]
+    rest: Vec<String>,
+}
+
+/// The tests of guests are run twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kernels {
+    /// With the stock kernel in QEMU, and with user-mode Linux.
+    Usual,
+    /// With the debug kernel wherever they want user-mode Linux; those of QEMU and of the C driver are left out.
+    Debug,
+}
+
+/// Does what `test` says. The last line that it prints is `N passed, N failed`.
+pub fn command(options: &Options) -> Result<ExitCode> {
+    let is_name = |word: &&String| !word.starts_with('-');
+    let more = options.rest.iter().take_while(is_name).count();
+    let (names, further) = options.rest.split_at(more);
+    let selection = Selection {
+        names: options.names.iter().chain(names).cloned().collect(),
+        options: further.to_vec(),
+    };
+    let layers = layers(options);
+    let mut runs = Vec::new();
+    for number in 1..=options.repeat {
+        if options.repeat > 1 {
+            say(format_args!("run {number} of {}", options.repeat));
+        }
+        let run = run(&layers, &selection, options.beside.as_deref())?;
+        if run.is_empty() && !selection.names.is_empty() {
+            let names = selection.names.join(" or ");
+            println!("\nno test in any layer has {names} in its name");
+            println!("0 passed, 0 failed");
+            return Ok(ExitCode::FAILURE);
+        }
+        println!("\n{run}");
+        runs.push(run);
+        if options.repeat > 1 {
+            println!("\n{}", summary::Table(&runs));
+        }
+    }
+    let failed = runs.iter().any(|run| run.failed() > 0);
+    let ran = runs.iter().all(|run| run.passed() > 0);
+    Ok(if failed || !ran {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+/// What is to be run, in this order.
+fn layers(options: &Options) -> Vec<Layer> {
+    let of = |kernels| [Layer::Kunit(kernels), Layer::Guests(kernels)];
+    match options.kernels {
+        Some(kernels) => of(kernels).to_vec(),
+        None => {
+            let crates = (!options.guests).then_some(Layer::Crates);
+            let guests = [Kernels::Usual, Kernels::Debug].into_iter().flat_map(of);
+            crates.into_iter().chain(guests).collect()
+        }
+    }
+}
+
+/// Runs each layer, whatever becomes of the ones before.
+fn run(layers: &[Layer], selection: &Selection, beside: Option<&str>) -> Result<Run> {
+    let mut beside = beside.map(Beside::start).transpose()?;
+    let start = Instant::now();
+    let mut run = Run::default();
+    for &layer in layers {
+        let begun = Instant::now();
+        let outcome = passes::run(layer, selection)
+            .unwrap_or_else(|error| Outcome::broken(layer, format!("{error:#}")));
+        run.add(layer, outcome, begun.elapsed());
+    }
+    if let Some(beside) = &mut beside {
+        beside.is_there()?;
+    }
+    run.time = start.elapsed();
+    run.load = load_average();
+    Ok(run)
+}
+
+/// The load of the last one, five and fifteen minutes, as the kernel says.
+fn load_average() -> String {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let words: Vec<&str> = text.split_whitespace().take(3).collect();
+    words.join(" ")
+}
+
+/// What keeps the machine busy. It ends with this value.
+struct Beside(Process);
+
+impl Beside {
+    fn start(script: &str) -> Result<Self> {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("exec {script}")]);
+        Process::start("the load", command, Streams::Collected).map(Self)
+    }
+
+    /// Fails if it has ended before the tests have: what they show is not what was asked for.
+    fn is_there(&mut self) -> Result<()> {
+        let ended = self.0.status()?;
+        ensure!(
+            ended.is_none(),
+            "the load did not go on to the end of the tests\n{}",
+            self.0.diary()
+        );
+        Ok(())
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        // It may have processes of its own to end. One that is gone needs no signal.
+        let _ = self.0.signal(Signal::SIGTERM);
+        let _ = self.0.wait(std::time::Duration::from_secs(10));
+    }
+}
+
+/// Makes a file with this text.
+fn write(path: &std::path::Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What came of the tests.
+
+use std::fmt::{self, Display, Formatter};
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use super::libtest::Results;
+use super::passes::Layer;
+use super::Kernels;
+
+/// What came of one layer.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    passed: u64,
+    ignored: u64,
+    failed: Vec<Failure>,
+}
+
+/// A test that failed, or a layer that could not be tested.
+#[derive(Debug, PartialEq, Eq)]
+struct Failure {
+    name: String,
+    /// The command that repeats it.
+    repeat: String,
+}
+
+impl Outcome {
+    /// What test programs said, and how the command that ran them ended.
+    pub fn of(layer: Layer, results: Results, status: ExitStatus) -> Self {
+        let (passed, mut failed) = match layer {
+            Layer::Crates | Layer::Guests(_) => (results.passed, results.failed),
+            // The one test that has the kernel run them counts only if it failed for another reason.
+            Layer::Kunit(_) if results.cases_failed.is_empty() => {
+                (results.cases_passed, results.failed)
+            }
+            Layer::Kunit(_) => (results.cases_passed, results.cases_failed),
+        };
+        if failed.is_empty() && !status.success() {
+            let failure = format!("what builds or runs the tests ({status})");
+            return Self {
+                passed,
+                ignored: results.ignored,
+                failed: Self::broken(layer, failure).failed,
+            };
+        }
+        failed.sort();
+        let failed = failed.into_iter().map(|name| Failure {
+            repeat: repeat(layer, Some(&name)),
+            name,
+        });
+        Self {
+            passed,
+            ignored: results.ignored,
+            failed: failed.collect(),
+        }
+    }
+
+    /// A layer whose tests could not be run.
+    pub fn broken(layer: Layer, why: String) -> Self {
+        Self {
+            failed: vec![Failure {
+                name: why,
+                repeat: repeat(layer, None),
+            }],
+            ..Self::default()
+        }
+    }
+}
+
+/// The command that repeats a test, or the whole layer.
+fn repeat(layer: Layer, test: Option<&str>) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_:.-".contains(&byte);
+    // What is no name is something that became of a program.
+    let is_name = |name: &str| !name.contains(", which ") && !name.starts_with("a test of ");
+    let name = test.filter(|name| is_name(name)).map(|name| {
+        if name.bytes().all(plain) {
+            name.to_owned()
+        } else {
+            format!("'{name}'")
+        }
+    });
+    let kernels = match layer {
+        Layer::Crates => {
+            return match name {
+                Some(name) => format!("make test T={name}"),
+                None => "cargo test --no-fail-fast --workspace".to_owned(),
+            }
+        }
+        Layer::Kunit(kernels) | Layer::Guests(kernels) => kernels,
+    };
+    let kernels = match kernels {
+        Kernels::Usual => "usual",
+        Kernels::Debug => "debug",
+    };
+    let name = name.map(|name| format!(" {name}")).unwrap_or_default();
+    format!("cargo xtask test --kernels {kernels}{name}")
+}
+
+/// One run of all layers.
+#[derive(Debug, Default)]
+pub struct Run {
+    layers: Vec<(Layer, Outcome, Duration)>,
+    /// How long it took.
+    pub time: Duration,
+    /// The load of the machine at its end.
+    pub load: String,
+}
+
+impl Run {
+    /// Adds a layer's outcome.
+    pub fn add(&mut self, layer: Layer, outcome: Outcome, time: Duration) {
+        self.layers.push((layer, outcome, time));
+    }
+
+    /// How many tests passed.
+    pub fn passed(&self) -> u64 {
+        self.layers
+            .iter()
+            .map(|(_, outcome, _)| outcome.passed)
+            .sum()
+    }
+
+    /// How many failed.
+    pub fn failed(&self) -> usize {
+        let failed = self
+            .layers
+            .iter()
+            .map(|(_, outcome, _)| outcome.failed.len());
+        failed.sum()
+    }
+
+    /// Whether no test ran.
+    pub fn is_empty(&self) -> bool {
+        let ignored: u64 = self
+            .layers
+            .iter()
+            .map(|(_, outcome, _)| outcome.ignored)
+            .sum();
+        self.passed() + ignored == 0 && self.failed() == 0
+    }
+
+    fn failures(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for (layer, outcome, _) in &self.layers {
+            for failure in &outcome.failed {
+                writeln!(f, "  failed [{layer}]: {}", failure.name)?;
+                writeln!(f, "    again: {}", failure.repeat)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A table of the layers, the failures, and last a line with the sums.
+impl Display for Run {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for (layer, outcome, time) in &self.layers {
+            let Outcome {
+                passed,
+                ignored,
+                failed,
+            } = outcome;
+            if *passed + *ignored == 0 && failed.is_empty() {
+                continue;
+            }
+            let layer = layer.to_string();
+            let (failed, seconds) = (failed.len(), time.as_secs_f64());
+            write!(f, "  {layer:<22} {passed:>5} passed {failed:>4} failed")?;
+            writeln!(f, " {ignored:>4} ignored {seconds:>8.1} s")?;
+        }
+        self.failures(f)?;
+        writeln!(f, "  in {:.1} minutes", self.time.as_secs_f64() / 60.0)?;
+        write!(f, "{} passed, {} failed", self.passed(), self.failed())
+    }
+}
+
+/// Several runs: a line for each, all failures, and last a line with the sums.
+pub struct Table<'a>(pub &'a [Run]);
+
+impl Display for Table<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        writeln!(f, "  run  passed  failed  minutes  load (1, 5, 15 minutes)")?;
+        for (number, run) in (1..).zip(self.0) {
+            let (passed, failed) = (run.passed(), run.failed());
+            let minutes = run.time.as_secs_f64() / 60.0;
+            writeln!(
+                f,
+                "  {number:>3}  {passed:>6}  {failed:>6}  {minutes:>7.1}  {}",
+                run.load
+            )?;
+        }
+        for (number, run) in (1..).zip(self.0) {
+            if run.failed() > 0 {
+                writeln!(f, "  run {number}:")?;
+                run.failures(f)?;
+            }
+        }
+        let passed: u64 = self.0.iter().map(Run::passed).sum();
+        let failed: usize = self.0.iter().map(Run::failed).sum();
+        write!(f, "{passed} passed, {failed} failed")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    fn results(passed: u64, failed: &[&str]) -> Results {
+        Results {
+            passed,
+            failed: failed.iter().map(|&name| name.to_owned()).collect(),
+            ..Results::default()
+        }
+    }
+
+    #[test]
+    fn each_failure_has_its_command_and_the_last_line_has_the_sums() {
+        let (good, bad) = (ExitStatus::from_raw(0), ExitStatus::from_raw(101 << 8));
+        let mut run = Run::default();
+        let crates = Outcome::of(
+            Layer::Crates,
+            results(5, &["a::b", "src/lib.rs - c (line 3)"]),
+            bad,
+        );
+        run.add(Layer::Crates, crates, Duration::from_secs(3));
+        let usual = Layer::Guests(Kernels::Usual);
+        run.add(
+            usual,
+            Outcome::of(usual, results(7, &[]), good),
+            Duration::from_secs(60),
+        );
+        let debug = Layer::Guests(Kernels::Debug);
+        run.add(
+            debug,
+            Outcome::of(debug, results(1, &["c::d"]), bad),
+            Duration::from_secs(60),
+        );
+        let text = run.to_string();
+        for again in [
+            "again: make test T=a::b\n",
+            "again: make test T='src/lib.rs - c (line 3)'\n",
+            "again: cargo xtask test --kernels debug c::d\n",
+        ] {
+            assert!(text.contains(again), "{text}");
+        }
+        assert_eq!(text.lines().last(), Some("13 passed, 3 failed"));
+    }
+
+    #[test]
+    fn what_cannot_be_built_has_failed() {
+        let layer = Layer::Guests(Kernels::Usual);
+        let outcome = Outcome::of(layer, Results::default(), ExitStatus::from_raw(101 << 8));
+        assert_eq!(outcome.failed.len(), 1);
+        assert_eq!(outcome.failed[0].repeat, "cargo xtask test --kernels usual");
+    }
+
+    #[test]
+    fn a_case_of_the_kernel_is_named_and_not_the_test_that_ran_it() {
+        let results = Results {
+            cases_passed: 4,
+            cases_failed: vec!["suite.case".to_owned()],
+            ..results(0, &["kunit::all"])
+        };
+        let layer = Layer::Kunit(Kernels::Usual);
+        let outcome = Outcome::of(layer, results, ExitStatus::from_raw(101 << 8));
+        assert_eq!((outcome.passed, outcome.failed.len()), (4, 1));
+        assert_eq!(outcome.failed[0].name, "suite.case");
+    }
+}
