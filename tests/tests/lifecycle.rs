@@ -256,14 +256,14 @@ fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
     guest.hurry_reporting()?;
     guest.load(Driver::Ours)?;
     for queue in ["inflate", "free_page", "reporting"] {
-        guest.wait_counter(&format!("{queue}_notifications"), 1, BALLOON_LIMIT)?;
+        guest.wait_counter(&format!("{queue}_notifications"), 1, HANG_LIMIT)?;
     }
     guest.check_log()?;
     guest.start_next_kernel()?;
     let free = guest.settled_free()?;
     memory_holds(&mut guest, free - 48 * MIB, 27)?;
     guest.load(Driver::Ours)?;
-    guest.wait_counter("inflate_notifications", 1, BALLOON_LIMIT)?;
+    guest.wait_counter("inflate_notifications", 1, HANG_LIMIT)?;
     guest.unload(Driver::Ours)?;
     guest.check_free(free)?;
     guest.kill()?;

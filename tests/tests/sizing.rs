@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The balloon where memory is short or in pieces: deflation on OOM, page migration, and the host that must be told.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use tests::artifacts::Artifacts;
