@@ -6,7 +6,12 @@
 //! work item does it. It never waits for the device: it collects what the device has used, fills
 //! the ring, notifies the device once, and returns; the device's interrupt starts it again. So a
 //! new command is noticed within one ring's worth of work, and a removal never has to wait for an
-//! answer.
+//! answer. Nor does it work for long at a time: what is left of a round it leaves to the next time,
+//! so that neither the freezer nor anybody else who needs the round waits.
+//!
+//! Before the system sleeps, and when memory is to go offline, the round is *paused*: no block is
+//! offered, those that are in flight are waited for, and those that are held go back. Then it goes
+//! on, from the largest blocks again.
 //!
 //! An interrupt costs the guest an exit, and a device that is at work returns the next blocks
 //! within microseconds. So the work item watches the ring for a moment before it asks for one: as
@@ -23,22 +28,25 @@
 //! it, and by the page allocator before and after. There is no other way, so the feature
 //! `KEEPS_HINTED_UNTIL_RETURNED` is kept by construction.
 
+use core::ops::Range;
+
 use kernel::prelude::*;
 use kernel::processor::cpu_relax;
-use kernel::sync::atomic::{AtomicFlag, Relaxed};
+use kernel::sync::atomic::{Atomic, AtomicFlag, Relaxed};
 use kernel::sync::{new_mutex, Arc, Mutex};
+use kernel::time::delay::fsleep;
 use kernel::time::{msecs_to_jiffies, Delta, Instant, Monotonic, Msecs};
 
 use super::config::BalloonConfig;
 use super::counters::Counters;
 use super::held::Held;
 use super::reserve::{Harvest, Limits};
-use crate::mm::{state, LentBlock};
+use crate::mm::{state, LentBlock, OnMemoryOffline, OnSleep};
 use crate::shared_abi::command::CommandId;
 use crate::shared_abi::hinting::driver::{self, Action, Event};
 use crate::shared_abi::queue::Queue;
 use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
-use crate::virtio::{AddError, Either, Outgoing, Virtqueue};
+use crate::virtio::{AddError, AddFailure, Either, Outgoing, Virtqueue};
 
 /// A command id as the device reads it: little-endian.
 type Command = Outgoing<[u8; 4]>;
@@ -54,6 +62,12 @@ const COMMAND_ENTRIES: usize = 1;
 /// The part of all memory that may be in flight at a time. A device that stops answering keeps no
 /// more from the guest; what has come back, the guest can take.
 const IN_FLIGHT_SHARE: usize = 4;
+
+/// How much is done at a time: so many blocks, and so long.
+const TURNS_BLOCKS: usize = 256;
+const TURNS_TIME: Delta = Delta::from_millis(5);
+/// How long a device from which blocks are wanted back may return none.
+const PATIENCE: Delta = Delta::from_secs(2);
 
 /// If the page allocator is so slow that filling the ring takes longer than this (it may have to
 /// clear each block), the device is notified on the way, to work meanwhile.
@@ -80,6 +94,10 @@ pub(crate) struct Hinting {
     command_changed: AtomicFlag,
     /// The driver goes: no more is offered.
     stopping: AtomicFlag,
+    /// The system sleeps, or is about to: nothing is offered.
+    asleep: AtomicFlag,
+    /// How many callers have memory on its way offline: nothing is offered meanwhile.
+    offlining: Atomic<u32>,
     #[pin]
     round: Mutex<Round>,
     held: Arc<Held>,
@@ -107,6 +125,10 @@ struct Round {
     noticed: usize,
     /// The others.
     unnoticed: usize,
+    /// When the device was notified last.
+    notified: Instant<Monotonic>,
+    /// There was no memory to give the device a buffer.
+    short: bool,
     /// When the round began.
     began: Instant<Monotonic>,
     /// How long to wait for the next interrupt.
@@ -142,6 +164,8 @@ impl Hinting {
             in_flight_pages: 0,
             noticed: 0,
             unnoticed: 0,
+            notified: Instant::now(),
+            short: false,
             began: Instant::now(),
             patience: LOOK_MIN,
         };
@@ -151,8 +175,10 @@ impl Hinting {
             limits,
             command_changed: AtomicFlag::new(true),
             stopping: AtomicFlag::new(false),
+            asleep: AtomicFlag::new(false),
+            offlining: Atomic::new(0),
             round <- new_mutex!(round, "Hinting::round"),
-            held: Arc::pin_init(Held::new(counters.clone()), GFP_KERNEL)?,
+            held: Arc::pin_init(Held::new(counters.clone(), work_queue.clone()), GFP_KERNEL)?,
             counters,
             work <- new_task!(work_queue.clone(), "Hinting::work"),
             look <- new_task!(work_queue, "Hinting::look"),
@@ -193,6 +219,41 @@ impl Hinting {
         self.stopping.store(true, Relaxed);
         work::disable::<Self, LOOK>(self);
         work::disable::<Self, TURN>(self);
+        self.held.disable();
+    }
+
+    /// Nothing is to be offered for the moment.
+    fn is_paused(&self) -> bool {
+        self.asleep.load(Relaxed) || self.offlining.load(Relaxed) > 0
+    }
+
+    /// Waits until nothing is in flight any more. It [is paused](Self::is_paused); the device may
+    /// keep a block, but not hold this up for long.
+    fn wait_for_device(&self) {
+        let mut last: Instant<Monotonic> = Instant::now();
+        loop {
+            let mut round = self.round.lock();
+            if self.collect(&mut round) {
+                last = Instant::now();
+            }
+            if !round.any_in_flight() || self.queue.is_broken() || last.elapsed() > PATIENCE {
+                break;
+            }
+            self.notify(&mut round);
+            drop(round);
+            fsleep(Delta::from_millis(1));
+        }
+    }
+
+    /// Goes on after a pause, unless there is another.
+    fn go_on(self: &Arc<Self>) {
+        let mut round = self.round.lock();
+        if round.harvest.is_some() {
+            // What was given back may be had again, in large blocks.
+            round.harvest = Some(Harvest::new(self.limits, &self.counters));
+        }
+        drop(round);
+        self.wake();
     }
 
     /// Forgets the round, and gives all blocks back to the guest, filled with zeroes. To be called
@@ -219,6 +280,7 @@ impl Hinting {
         round.done = round.number;
         round.in_flight_pages = 0;
         (round.noticed, round.unnoticed) = (0, 0);
+        round.short = false;
         round.patience = LOOK_MIN;
         drop(round);
         self.held.give_up();
@@ -310,10 +372,8 @@ impl Hinting {
                 if let Either::Left(buffer) = buffer {
                     let _ = round.spare.push_within_capacity(buffer);
                 }
-                return match failure {
-                    crate::virtio::AddFailure::Full => Ok(false),
-                    failure => Err(failure.into()),
-                };
+                round.not_added(failure)?;
+                return Ok(false);
             }
             round.outbox = [next, None];
             round.unnoticed += 1;
@@ -323,11 +383,12 @@ impl Hinting {
 
     /// Offers blocks until the ring is full or enough of the memory is in flight, there is news, or
     /// no block is left.
-    fn offer(&self, round: &mut Round) -> Result {
+    fn offer(&self, round: &mut Round, budget: &mut Budget) -> Result {
         let limit = state::managed_pages() / IN_FLIGHT_SHARE;
-        let mut noticed: Instant<Monotonic> = Instant::now();
-        while !self.has_news() {
-            if round.in_flight_pages >= limit || self.queue.free_entries() <= COMMAND_ENTRIES {
+        // A ring of one entry has none to leave free.
+        let left_free = COMMAND_ENTRIES.min(self.queue.entries().saturating_sub(1));
+        while !self.has_news() && !self.is_paused() && !budget.is_spent() {
+            if round.in_flight_pages >= limit || self.queue.free_entries() <= left_free {
                 break;
             }
             let Some(harvest) = &mut round.harvest else {
@@ -341,6 +402,7 @@ impl Hinting {
                 self.finish(round);
                 break;
             };
+            budget.blocks = budget.blocks.saturating_sub(1);
             let earlier = block.block().tag();
             let (address, order, pages, bytes) = {
                 let block = block.block();
@@ -352,18 +414,25 @@ impl Hinting {
                     block.set_tag(earlier);
                     self.held.hold_again(block);
                 }
-                return Err(failure.into());
+                return round.not_added(failure);
             }
             round.in_flight_pages += pages;
             round.unnoticed += 1;
             self.counters.hinted(address, order, bytes);
             work::give_way();
-            if noticed.elapsed() > UNNOTICED {
+            if round.notified.elapsed() > UNNOTICED {
                 self.notify(round);
-                noticed = Instant::now();
             }
         }
         Ok(())
+    }
+
+    /// Gives blocks back that the device is done with, while there is no news.
+    fn release(&self, budget: &mut Budget) {
+        while !self.has_news() && !budget.is_spent() && self.held.release_one() {
+            budget.blocks = budget.blocks.saturating_sub(1);
+            work::give_way();
+        }
     }
 
     /// Nothing is left to offer.
@@ -378,13 +447,14 @@ impl Hinting {
         if round.unnoticed > 0 {
             round.noticed += round.unnoticed;
             round.unnoticed = 0;
+            round.notified = Instant::now();
             self.counters.kicked(Queue::FreePage, self.queue.kick());
         }
     }
 
-    /// Looks after the buffers in flight later, should no interrupt come.
+    /// Looks after the buffers in flight later, should no interrupt come; or after memory.
     fn look_later(self: &Arc<Self>, round: &mut Round) {
-        if !round.any_in_flight() {
+        if !round.any_in_flight() && !round.short {
             return;
         }
         let delay = msecs_to_jiffies(round.patience);
@@ -392,18 +462,22 @@ impl Hinting {
         work::enqueue_delayed::<Self, LOOK>(self, delay);
     }
 
-    /// Takes turns for as long as the device keeps up. On return nothing is in flight any more, or
-    /// nothing has come back for a while; the device knows of everything. Fails if it is gone.
-    fn turns(&self, round: &mut Round) -> Result {
+    /// Takes turns for as long as the device keeps up and there is a budget. On return nothing is in
+    /// flight any more, or nothing has come back for a while, and the device knows of everything; or
+    /// the budget is spent. Fails if the device is gone.
+    fn turns(&self, round: &mut Round, budget: &mut Budget) -> Result {
         let mut last: Instant<Monotonic> = Instant::now();
         loop {
-            let result = self.turn(round);
+            let result = self.turn(round, budget);
             if result.is_err() || round.notice_is_due() {
                 self.notify(round);
             }
             result?;
             work::give_way();
             loop {
+                if budget.is_spent() {
+                    return Ok(());
+                }
                 if self.has_news() {
                     break;
                 }
@@ -423,8 +497,9 @@ impl Hinting {
         }
     }
 
-    /// One turn: everything that can be done now. Fails if the device is gone.
-    fn turn(&self, round: &mut Round) -> Result {
+    /// One turn: everything that can be done now, within `budget`. Fails if the device is gone.
+    fn turn(&self, round: &mut Round, budget: &mut Budget) -> Result {
+        round.short = false;
         self.collect(round);
         let mut all_sent = self.send_commands(round)?;
         if all_sent {
@@ -433,14 +508,47 @@ impl Hinting {
             all_sent = self.send_commands(round)?;
         }
         if all_sent {
-            self.offer(round)?;
+            self.offer(round, budget)?;
             self.send_commands(round)?;
         }
+        self.release(budget);
         Ok(())
     }
 }
 
+/// What may be done at a time.
+struct Budget {
+    blocks: usize,
+    began: Instant<Monotonic>,
+}
+
+impl Budget {
+    fn new() -> Self {
+        Self {
+            blocks: TURNS_BLOCKS,
+            began: Instant::now(),
+        }
+    }
+
+    fn is_spent(&self) -> bool {
+        self.blocks == 0 || self.began.elapsed() > TURNS_TIME
+    }
+}
+
 impl Round {
+    /// A buffer could not be added: fails if the device is gone. With a full ring the device's
+    /// answer is waited for; without memory, some time.
+    fn not_added(&mut self, failure: AddFailure) -> Result {
+        match failure {
+            AddFailure::Full => Ok(()),
+            AddFailure::NoMemory => {
+                self.short = true;
+                Ok(())
+            }
+            AddFailure::Broken | AddFailure::Gone | AddFailure::Malformed => Err(failure.into()),
+        }
+    }
+
     /// Microseconds since the round began.
     fn age_us(&self) -> u64 {
         self.began.elapsed().as_micros_ceil().max(0) as u64
@@ -479,21 +587,65 @@ impl Round {
     }
 }
 
+impl Hinting {
+    /// Works until there is nothing to do for the moment, or enough was done: then there is more to
+    /// do, and this returns true.
+    fn work(self: &Arc<Self>) -> bool {
+        let mut round = self.round.lock();
+        let mut budget = Budget::new();
+        while !self.stopping.load(Relaxed) {
+            self.queue.disable_callback();
+            if self.turns(&mut round, &mut budget).is_err() {
+                break;
+            }
+            if budget.is_spent() {
+                return true;
+            }
+            let quiet = self.queue.enable_callback_delayed();
+            if quiet && !self.has_news() {
+                self.look_later(&mut round);
+                break;
+            }
+        }
+        false
+    }
+}
+
 /// The work proper.
 impl Run<1> for Hinting {
     fn run(this: Arc<Self>) {
-        let mut round = this.round.lock();
-        while !this.stopping.load(Relaxed) {
-            this.queue.disable_callback();
-            if this.turns(&mut round).is_err() {
-                return;
-            }
-            let quiet = this.queue.enable_callback_delayed();
-            if quiet && !this.has_news() {
-                this.look_later(&mut round);
-                return;
-            }
+        if this.work() {
+            this.wake();
         }
+    }
+}
+
+/// Blocks in memory that goes offline are given back.
+impl OnMemoryOffline for Hinting {
+    fn going_offline(self: &Arc<Self>, range: Range<u64>) {
+        self.offlining.fetch_add(1, Relaxed);
+        self.wait_for_device();
+        let round = self.round.lock();
+        self.held.give_back_within(&range);
+        drop(round);
+        self.offlining.fetch_sub(1, Relaxed);
+        self.go_on();
+    }
+}
+
+/// A system that is to be hibernated needs its memory for the image, before its devices are frozen.
+impl OnSleep for Hinting {
+    fn prepare(self: &Arc<Self>) {
+        self.asleep.store(true, Relaxed);
+        self.wait_for_device();
+        let round = self.round.lock();
+        self.held.give_up();
+        drop(round);
+    }
+
+    fn over(self: &Arc<Self>) {
+        self.asleep.store(false, Relaxed);
+        self.go_on();
     }
 }
 
@@ -501,5 +653,268 @@ impl Run<1> for Hinting {
 impl Run<2> for Hinting {
     fn run(this: Arc<Self>) {
         this.wake();
+    }
+}
+
+#[kunit_tests(virtio_balloon_rs_hinting)]
+mod tests {
+    use super::*;
+    use crate::mm::{PageBlock, Shrink};
+    use crate::shared_abi::config;
+    use crate::virtio::kunit_device::{Bound, Counter};
+
+    const STOP: u32 = 0;
+    const DONE: u32 = 1;
+    const FIRST: u32 = 0x8000_0000;
+
+    /// What the device finds on the free page queue.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Found {
+        Command(u32),
+        /// A block of so many bytes.
+        Block(u32),
+    }
+
+    /// The driver's hinting and its device, whose answers the test gives. It finds no free block: what it
+    /// offers are blocks that are to be offered again.
+    struct Rig {
+        hinting: Arc<Hinting>,
+        held: Arc<Held>,
+        counters: Arc<Counters>,
+        // Last: the others have references to the device.
+        bound: Bound,
+    }
+
+    impl Rig {
+        fn new(entries: usize) -> Result<Self> {
+            let bound = Bound::with_entries(entries)?;
+            let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
+            let hinting = Hinting::new(
+                BalloonConfig::new(bound.config()?),
+                WorkQueue::new(c"kunit")?,
+                counters.clone(),
+                Limits::nothing(),
+            )?;
+            // The test does the work.
+            work::disable::<Hinting, LOOK>(&hinting);
+            work::disable::<Hinting, TURN>(&hinting);
+            let held = hinting.held();
+            held.disable();
+            bound.find_queues(&[hinting.queue()], Counter::new()?)?;
+            Ok(Self {
+                hinting,
+                held,
+                counters,
+                bound,
+            })
+        }
+
+        /// Has so many blocks of four pages to be offered.
+        fn provide(&self, blocks: usize) -> Result {
+            for _ in 0..blocks {
+                let block = PageBlock::take_free(2).ok_or(ENOMEM)?;
+                self.held.hold_again(LentBlock::new(block));
+            }
+            Ok(())
+        }
+
+        fn command(&self, id: u32) {
+            let at = config::FREE_PAGE_HINT_CMD_ID;
+            self.bound.device.set_config(at, id);
+            self.hinting.command_changed();
+        }
+
+        /// Lets the device use one buffer.
+        fn answer(&self) -> Option<Found> {
+            let seen = self.bound.device.take(0)?;
+            let segment = seen.segments.first()?;
+            let found = if segment.writable {
+                Found::Block(segment.length)
+            } else {
+                Found::Command(segment.first_word())
+            };
+            self.bound.device.give_back(0, seen.head, 0);
+            Some(found)
+        }
+
+        /// Works, each time for one answer of the device, until there is nothing to do, and returns
+        /// what the device has found.
+        ///
+        /// Whatever is with the device, its answer must come with an interrupt.
+        fn settle(&self) -> Result<KVec<Found>> {
+            let mut all = KVec::new();
+            loop {
+                while self.hinting.work() {}
+                let suppressed = self.bound.device.interrupts_suppressed(0);
+                let Some(found) = self.answer() else {
+                    break Ok(all);
+                };
+                assert!(!suppressed);
+                all.push(found, GFP_KERNEL)?;
+            }
+        }
+    }
+
+    impl Drop for Rig {
+        fn drop(&mut self) {
+            self.hinting.disable();
+            self.bound.reset();
+            self.hinting.recover();
+            assert_eq!(self.held.count(), 0);
+        }
+    }
+
+    const BLOCK: Found = Found::Block(4 * 4096);
+
+    #[test]
+    fn a_ring_of_any_size_carries_a_whole_round() -> Result {
+        const BLOCKS: usize = 20;
+        for entries in [1, 2, 4] {
+            let rig = Rig::new(entries)?;
+            rig.provide(BLOCKS)?;
+            rig.command(FIRST);
+            let found = rig.settle()?;
+            assert_eq!(found.len(), BLOCKS + 2);
+            assert_eq!(found.first(), Some(&Found::Command(FIRST)));
+            assert!(found[1..=BLOCKS].iter().all(|found| *found == BLOCK));
+            assert_eq!(found.last(), Some(&Found::Command(STOP)));
+            assert_eq!(rig.counters.rounds_finished.get(), 1);
+            // R16: they are held until the device is done.
+            assert_eq!(rig.held.count(), BLOCKS * 4);
+            rig.command(DONE);
+            assert!(rig.settle()?.is_empty());
+            assert_eq!(rig.held.count(), 0);
+            assert_eq!(rig.counters.zeroed_pages.get(), 0);
+        }
+        Ok(())
+    }
+
+    /// R2: the old round is stopped, and what it has offered is offered again.
+    #[test]
+    fn a_new_round_in_the_midst_of_another_is_a_whole_one_on_a_ring_of_any_size() -> Result {
+        const BLOCKS: usize = 10;
+        for entries in [1, 2, 4] {
+            let rig = Rig::new(entries)?;
+            rig.provide(BLOCKS)?;
+            rig.command(FIRST);
+            rig.hinting.work();
+            assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
+            for _ in 0..3 {
+                rig.hinting.work();
+                assert_eq!(rig.answer(), Some(BLOCK));
+            }
+            rig.command(FIRST + 1);
+            let found = rig.settle()?;
+            let mut found = found.iter().skip_while(|found| **found == BLOCK);
+            assert_eq!(found.next(), Some(&Found::Command(STOP)));
+            assert_eq!(found.next(), Some(&Found::Command(FIRST + 1)));
+            let mut blocks = 0;
+            let last = found.find(|found| {
+                blocks += usize::from(**found == BLOCK);
+                **found != BLOCK
+            });
+            assert_eq!((blocks, last), (BLOCKS, Some(&Found::Command(STOP))));
+            assert_eq!(found.next(), None);
+            assert_eq!(rig.held.count(), BLOCKS * 4);
+        }
+        Ok(())
+    }
+
+    /// Works until there is nothing to do, and returns in how many pieces. In none of them may more
+    /// blocks be `done` than are allowed.
+    fn pieces(rig: &Rig, done: impl Fn() -> usize) -> usize {
+        let mut pieces = 0;
+        loop {
+            let before = done();
+            let more = rig.hinting.work();
+            pieces += 1;
+            assert!(done() - before <= TURNS_BLOCKS);
+            if !more {
+                break pieces;
+            }
+        }
+    }
+
+    #[test]
+    fn a_round_is_done_piece_by_piece() -> Result {
+        const BLOCKS: usize = 2 * TURNS_BLOCKS + 1;
+        let rig = Rig::new(128)?;
+        rig.bound.device.answer_at_once(true);
+        rig.provide(BLOCKS)?;
+        let offered = || rig.counters.hinted_blocks.get() as usize;
+        let released = || BLOCKS - rig.held.count() / 4;
+        rig.command(FIRST);
+        assert!(pieces(&rig, offered) > 2);
+        assert_eq!((offered(), rig.held.count()), (BLOCKS, BLOCKS * 4));
+        rig.command(DONE);
+        assert!(pieces(&rig, released) > 2);
+        assert_eq!(rig.held.count(), 0);
+        assert_eq!(rig.counters.rounds_finished.get(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn before_the_system_sleeps_blocks_go_back_and_none_is_offered() -> Result {
+        let rig = Rig::new(4)?;
+        rig.provide(8)?;
+        rig.command(FIRST);
+        rig.hinting.work();
+        assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
+        rig.hinting.work();
+        assert_eq!(rig.answer(), Some(BLOCK));
+        // Two more are with the device, which answers when it is notified.
+        rig.bound.device.answer_at_once(true);
+        rig.hinting.asleep.store(true, Relaxed);
+        rig.hinting.work();
+        rig.bound.device.answer_at_once(false);
+        while rig.answer().is_some() {}
+        rig.hinting.prepare();
+        assert_eq!(rig.held.count(), 0);
+        let offered = rig.counters.hinted_blocks.get();
+        assert!(offered < 8);
+        rig.provide(5)?;
+        assert!(rig.settle()?.is_empty());
+        assert_eq!(rig.counters.hinted_blocks.get(), offered);
+        rig.hinting.over();
+        let found = rig.settle()?;
+        assert_eq!(found.len(), 6);
+        assert_eq!(found.last(), Some(&Found::Command(STOP)));
+        Ok(())
+    }
+
+    #[test]
+    fn a_device_that_keeps_its_buffers_does_not_keep_the_system_awake() -> Result {
+        let rig = Rig::new(4)?;
+        rig.provide(8)?;
+        rig.command(FIRST);
+        rig.hinting.work();
+        let in_flight = rig.counters.hinted_blocks.get() as usize;
+        assert!(in_flight > 0);
+        rig.hinting.prepare();
+        assert_eq!(rig.held.count(), 0);
+        rig.hinting.over();
+        // It goes on with what comes back.
+        let found = rig.settle()?;
+        assert_eq!(found.len(), in_flight + 2);
+        assert_eq!(rig.held.count(), in_flight * 4);
+        Ok(())
+    }
+
+    #[test]
+    fn blocks_in_memory_that_goes_offline_go_back() -> Result {
+        let rig = Rig::new(4)?;
+        let block = PageBlock::take_free(2).ok_or(ENOMEM)?;
+        let address = block.address();
+        rig.held.hold_again(LentBlock::new(block));
+        rig.provide(3)?;
+        rig.command(FIRST);
+        assert_eq!(rig.settle()?.len(), 6);
+        rig.hinting.going_offline(address..address + 4096);
+        assert_eq!(rig.held.count(), 12);
+        // The round has ended, and nothing is offered.
+        assert!(rig.settle()?.is_empty());
+        rig.command(FIRST + 1);
+        assert_eq!(rig.settle()?.len(), 5);
+        Ok(())
     }
 }

@@ -35,7 +35,7 @@ use self::reporting::{Registration, Reporting};
 use self::reserve::Limits;
 use self::sizing::Sizing;
 use self::statistics::Statistics;
-use crate::mm::{state, OomNotifier, Shrinker};
+use crate::mm::{state, MemoryHotplug, Notifier, OomNotifier, Shrinker, Sleep};
 use crate::shared_abi::features::Features;
 use crate::shared_abi::queue::{self, Queue};
 use crate::shared_abi::VIRTIO_ID_BALLOON;
@@ -73,6 +73,8 @@ struct Registrations {
     oom_notifier: Option<OomNotifier<Sizing>>,
     reporting: Option<Registration>,
     shrinker: Option<Shrinker<Held>>,
+    memory_notifier: Option<Notifier<MemoryHotplug, Hinting>>,
+    sleep_notifier: Option<Notifier<Sleep, Hinting>>,
 }
 
 /// The works, which are ended when this is dropped.
@@ -171,6 +173,13 @@ impl Data {
             Some(hinting) => Some(Shrinker::register(c"virtio-balloon-rs", hinting.held())?),
             None => None,
         };
+        let (memory_notifier, sleep_notifier) = match &works.hinting {
+            Some(hinting) => (
+                Some(Notifier::register(hinting.clone())?),
+                Some(Notifier::register(hinting.clone())?),
+            ),
+            None => (None, None),
+        };
         let counters = CountersFile::new(printer, counters)?;
         let oom_notifier = if features.contains(Features::DEFLATE_ON_OOM) {
             let sizing = works.sizing.clone();
@@ -182,6 +191,8 @@ impl Data {
             oom_notifier,
             reporting: None,
             shrinker,
+            memory_notifier,
+            sleep_notifier,
         };
         let registrations = new_mutex!(registrations, "Data::registrations");
         let registrations = KBox::pin_init(registrations, GFP_KERNEL)?;
@@ -341,6 +352,7 @@ impl virtio::Driver for Balloon {
         this.works.disable();
         let registrations = core::mem::take(&mut *this.registrations.lock());
         drop((registrations.oom_notifier, registrations.shrinker));
+        drop((registrations.memory_notifier, registrations.sleep_notifier));
         // The end of the registration waits for the report that the device has, so that comes back
         // before. The balloon stays what it is: to free its pages would take time, for nobody.
         dev.reset();
@@ -412,6 +424,8 @@ mod tests {
         let registrations = data.registrations.lock();
         assert!(registrations.oom_notifier.is_none());
         assert!(registrations.shrinker.is_none());
+        assert!(registrations.memory_notifier.is_none());
+        assert!(registrations.sleep_notifier.is_none());
         assert!(registrations.reporting.is_none());
         drop(registrations);
         if reports {

@@ -7,7 +7,7 @@ use kernel::prelude::*;
 use kernel::{dev_warn, device};
 
 use super::counters::Counters;
-use crate::mm::{state, PageBlock};
+use crate::mm::{state, PageBlock, Zone, ZoneState};
 
 /// Pages of the guest in 1 MiB. (A page is smaller than that everywhere.)
 const PAGES_PER_MIB: usize = 1 << (20 - PAGE_SHIFT);
@@ -61,6 +61,12 @@ impl Limits {
         }
     }
 
+    /// Limits within which nothing is hinted.
+    #[cfg(CONFIG_KUNIT = "y")]
+    pub(crate) fn nothing() -> Self {
+        Self::new(u8::MAX, u32::MAX)
+    }
+
     /// How many free pages are to be left alone now.
     fn reserve(self) -> usize {
         match self.reserve {
@@ -95,12 +101,64 @@ pub(crate) fn may_inflate(obtainable: usize) -> bool {
     obtainable > state::managed_pages() / 128
 }
 
+/// Which part of its memory each zone keeps: the reserve, distributed.
+///
+/// Each zone keeps a part in proportion to its memory, but no less than its [floor]: so neither a
+/// node nor a zone is emptied, and what the kernel cannot use for itself (pages of `ZONE_MOVABLE`
+/// and of CMA) does not count as if it could. Where floors are higher than their zones' parts, the
+/// other zones keep less: together they keep the reserve, or all floors if these are more.
+///
+/// [floor]: ZoneState::floor
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Share(u64);
+
+impl Share {
+    /// All of a zone.
+    const ALL: u64 = 1 << 20;
+
+    /// The share with which zones keep `reserve` pages together; `kept` says how many they keep
+    /// with a share.
+    fn of(reserve: usize, kept: impl Fn(Self) -> usize) -> Self {
+        let (mut low, mut high) = (0, Self::ALL);
+        while low < high {
+            let middle = (low + high) / 2;
+            if kept(Self(middle)) >= reserve {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        Self(low)
+    }
+
+    /// How many free pages a zone keeps.
+    fn kept(self, zone: &ZoneState) -> usize {
+        let part = zone.managed as u64 * self.0 / Self::ALL;
+        zone.floor.max(part as usize)
+    }
+
+    /// How many free pages the zones of this guest keep together.
+    fn kept_by_all(self) -> usize {
+        Zone::all().map(|zone| self.kept(&zone.state())).sum()
+    }
+}
+
+/// How many pages are free that the kernel can use for itself.
+fn usable_pages() -> usize {
+    Zone::all().map(|zone| zone.state().free).sum()
+}
+
 /// Takes free blocks from the page allocator, the largest first, down to a smallest order and to
 /// the reserve.
 pub(crate) struct Harvest {
     order: u32,
     min_order: u32,
+    /// Where the next block of this order is looked for.
+    zone: Option<Zone>,
+    /// What all zones keep together.
     reserve: usize,
+    /// What each keeps.
+    share: Share,
     /// No block was taken yet.
     fresh: bool,
 }
@@ -108,12 +166,15 @@ pub(crate) struct Harvest {
 impl Harvest {
     /// Begins with the largest order. The reserve is computed now.
     pub(crate) fn new(limits: Limits, counters: &Counters) -> Self {
-        let reserve = limits.reserve();
+        let share = Share::of(limits.reserve(), Share::kept_by_all);
+        let reserve = share.kept_by_all().max(limits.reserve());
         counters.hint_reserve_pages.set(reserve as u64);
         Self {
             order: PageBlock::max_order(),
             min_order: limits.min_order,
+            zone: Zone::all().next(),
             reserve,
+            share,
             fresh: true,
         }
     }
@@ -125,28 +186,44 @@ impl Harvest {
     pub(crate) fn next(&mut self, claimed: usize, counters: &Counters) -> Option<PageBlock> {
         let reserve = self.reserve.saturating_add(claimed);
         loop {
-            let pages = 1usize << self.order;
-            if state::free_pages() > reserve.saturating_add(pages) {
-                if let Some(block) = PageBlock::take_free(self.order) {
-                    // Others allocate too: what counts is what is left now.
-                    let left = state::free_pages();
-                    if left >= reserve {
-                        // What others left in earlier rounds does not count.
-                        if core::mem::take(&mut self.fresh) {
-                            counters.hint_free_pages_low.set(left as u64);
-                        } else {
-                            counters.hint_free_pages_low.lower(left as u64);
-                        }
-                        return Some(block);
-                    }
-                    counters.hint_taken_back_blocks.add(1);
+            while let Some(zone) = self.zone {
+                if let Some(block) = self.take(zone, reserve, counters) {
+                    return Some(block);
                 }
+                self.zone = zone.next();
             }
             if self.order <= self.min_order {
                 return None;
             }
             self.order -= 1;
+            self.zone = Zone::all().next();
         }
+    }
+
+    /// Takes a block of `zone`, if that leaves what the zone keeps, and all together the reserve.
+    fn take(&mut self, zone: Zone, reserve: usize, counters: &Counters) -> Option<PageBlock> {
+        let pages = 1usize << self.order;
+        let enough = |state: ZoneState, more: usize| {
+            state.free >= self.share.kept(&state).saturating_add(more)
+                && usable_pages() >= reserve.saturating_add(more)
+        };
+        if !enough(zone.state(), pages) {
+            return None;
+        }
+        let block = zone.take_free(self.order)?;
+        // Others allocate too: what counts is what is left now.
+        if !enough(zone.state(), 0) {
+            counters.hint_taken_back_blocks.add(1);
+            return None;
+        }
+        // What others left in earlier rounds does not count.
+        let left = usable_pages() as u64;
+        if core::mem::take(&mut self.fresh) {
+            counters.hint_free_pages_low.set(left);
+        } else {
+            counters.hint_free_pages_low.lower(left);
+        }
+        Some(block)
     }
 }
 
@@ -167,11 +244,42 @@ mod tests {
         assert!(Limits::new(0, u32::MAX).reserve() >= state::managed_pages());
     }
 
+    fn zone(managed: usize, floor: usize) -> ZoneState {
+        ZoneState {
+            managed,
+            floor,
+            ..ZoneState::default()
+        }
+    }
+
+    /// What each of `zones` keeps of a reserve.
+    fn distributed<const N: usize>(reserve: usize, zones: [ZoneState; N]) -> [usize; N] {
+        let sum = |share: Share| zones.iter().map(|zone| share.kept(zone)).sum();
+        let share = Share::of(reserve, sum);
+        zones.map(|zone| share.kept(&zone))
+    }
+
+    #[test]
+    fn the_reserve_is_distributed_over_the_zones() {
+        const PAGES: usize = 1 << 20;
+        // Two nodes alike keep half of it each.
+        let [one, other] = distributed(1000, [zone(PAGES, 100), zone(PAGES, 100)]);
+        assert_eq!((one, other), (500, 500));
+        // What a small zone keeps beyond its part, another one need not.
+        let [large, small] = distributed(1000, [zone(PAGES, 100), zone(PAGES / 256, 200)]);
+        assert_eq!((large, small), (800, 200));
+        // No less than the floors, and no more than all.
+        let floors = distributed(1000, [zone(PAGES, 700), zone(PAGES, 400)]);
+        assert_eq!(floors, [700, 400]);
+        let all = distributed(usize::MAX, [zone(PAGES, 700), zone(PAGES, 400)]);
+        assert_eq!(all, [PAGES, PAGES]);
+    }
+
     #[test]
     fn the_reserve_is_left_alone() {
         let counters = Counters::new(None);
         // All but 8 MiB of what is free is to be left alone.
-        let keep = state::free_pages().saturating_sub(8 * PAGES_PER_MIB);
+        let keep = usable_pages().saturating_sub(8 * PAGES_PER_MIB);
         let limits = Limits {
             min_order: 0,
             reserve: keep,
@@ -185,7 +293,7 @@ mod tests {
             taken.push(block);
         }
         let reserve = keep.max(state::reclaim_watermarks()) as u64;
-        assert_eq!(counters.hint_reserve_pages.get(), reserve);
+        assert!(counters.hint_reserve_pages.get() >= reserve);
         assert!(counters.hint_free_pages_low.get() >= reserve);
         assert!(taken.pages() <= 9 * PAGES_PER_MIB);
         // What the guest claims is left to it.

@@ -561,7 +561,8 @@ mod tests {
         fn new(entries: usize, must_tell_host: bool) -> Result<Self> {
             let bound = Bound::with_entries(entries)?;
             let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
-            let held = Arc::pin_init(Held::new(counters.clone()), GFP_KERNEL)?;
+            let queue = WorkQueue::new(c"kunit")?;
+            let held = Arc::pin_init(Held::new(counters.clone(), queue), GFP_KERNEL)?;
             let dev = bound.device_ref();
             let printer: &device::Device = dev.as_ref();
             let sizing = Sizing::new(

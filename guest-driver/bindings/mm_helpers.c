@@ -3,34 +3,159 @@
 #include <linux/gfp.h>
 #include <linux/highmem.h>
 #include <linux/list.h>
+#include <linux/memory.h>
 #include <linux/mmzone.h>
 #include <linux/nodemask.h>
 #include <linux/poison.h>
 #include <linux/string.h>
+#include <linux/suspend.h>
 #include <linux/swap.h>
 #include <linux/vmstat.h>
 
 #include "mm_helpers.h"
 
-/*
- * A block that is free right now: no reclaim, no reserves, no warning.
- *
- * The kernel's own balloon driver asks for unmovable memory; taking nearly all
- * free memory as such would turn pageblock after pageblock unmovable, for good,
- * and boost the watermarks on the way. The blocks are on loan, and free memory
- * is mostly movable: so they are asked for as what they are. (Without
- * __GFP_HIGHMEM they do not come from ZONE_MOVABLE.)
- */
+/* A block that is free right now: no reclaim, no reserves, no warning. */
 struct page *vbrs_alloc_free_block(unsigned int order)
 {
 	return alloc_pages(__GFP_MOVABLE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC, order);
 }
 
-void vbrs_zero_block(struct page *page, unsigned int order)
+/* No node is before the first one, and no zone of it is above ZONE_NORMAL. */
+void vbrs_before_first_zone(int *node, int *zone)
+{
+	*node = first_online_node;
+	*zone = ZONE_NORMAL + 1;
+}
+
+/*
+ * The next zone that has memory which the kernel uses for itself: node by node,
+ * the highest zone first. False behind the last one.
+ */
+bool vbrs_next_zone(int *node, int *zone)
+{
+	while (*node < MAX_NUMNODES) {
+		while (--*zone >= 0)
+			if (managed_zone(&NODE_DATA(*node)->node_zones[*zone]))
+				return true;
+		*node = next_online_node(*node);
+		*zone = ZONE_NORMAL + 1;
+	}
+	return false;
+}
+
+/* All in pages. */
+void vbrs_read_zone(int node, int zone, struct vbrs_zone *state)
+{
+	struct zone *z = &NODE_DATA(node)->node_zones[zone];
+
+	*state = (struct vbrs_zone) {
+		.managed = zone_managed_pages(z),
+		.free = zone_page_state(z, NR_FREE_PAGES),
+		.free_cma = zone_page_state(z, NR_FREE_CMA_PAGES),
+		.min = z->_watermark[WMARK_MIN],
+		.low = z->_watermark[WMARK_LOW],
+		.high = z->_watermark[WMARK_HIGH],
+		.lowmem_reserve = z->lowmem_reserve[ZONE_NORMAL],
+	};
+}
+
+static enum migratetype migratetype_of(enum vbrs_mobility mobility)
+{
+	switch (mobility) {
+	case VBRS_MOVABLE:
+		return MIGRATE_MOVABLE;
+	case VBRS_RECLAIMABLE:
+		return MIGRATE_RECLAIMABLE;
+	default:
+		return MIGRATE_UNMOVABLE;
+	}
+}
+
+/*
+ * Whether a zone has a free block of at least this order on the list for such
+ * pages. Without a lock: by the time that one asks for it, it may be gone.
+ */
+bool vbrs_zone_has_free(int node, int zone, unsigned int order, enum vbrs_mobility mobility)
+{
+	struct zone *z = &NODE_DATA(node)->node_zones[zone];
+	enum migratetype type = migratetype_of(mobility);
+
+	for (; order < NR_PAGE_ORDERS; order++)
+		if (!list_empty(&z->free_area[order].free_list[type]))
+			return true;
+	return false;
+}
+
+/*
+ * A block of a node that is free right now, of this zone or a lower one: no
+ * reclaim, no reserves, no warning.
+ */
+struct page *vbrs_alloc_zone_block(int node, int zone, unsigned int order,
+				   enum vbrs_mobility mobility)
+{
+	gfp_t gfp = __GFP_THISNODE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC;
+
+	switch (zone) {
+#ifdef CONFIG_ZONE_DMA
+	case ZONE_DMA:
+		gfp |= __GFP_DMA;
+		break;
+#endif
+#ifdef CONFIG_ZONE_DMA32
+	case ZONE_DMA32:
+		gfp |= __GFP_DMA32;
+		break;
+#endif
+	}
+	if (mobility == VBRS_MOVABLE)
+		gfp |= __GFP_MOVABLE;
+	else if (mobility == VBRS_RECLAIMABLE)
+		gfp |= __GFP_RECLAIMABLE;
+	return alloc_pages_node(node, gfp, order);
+}
+
+bool vbrs_page_is_of_zone(struct page *page, int node, int zone)
+{
+	return page_to_nid(page) == node && page_zonenum(page) == zone;
+}
+
+/*
+ * Whether a page is of CMA. The kernel has is_migrate_cma_page() for that, but
+ * does not export what it needs: this is where get_pfnblock_migratetype() of
+ * mm/page_alloc.c finds the type of a page block. That of CMA's never changes.
+ */
+bool vbrs_page_is_cma(struct page *page)
+{
+#ifdef CONFIG_CMA
+	unsigned long pfn = page_to_pfn(page);
+	unsigned long *bitmap, bit, type;
+
+#ifdef CONFIG_SPARSEMEM
+	bitmap = section_to_usemap(__pfn_to_section(pfn));
+	pfn &= PAGES_PER_SECTION - 1;
+#else
+	bitmap = page_zone(page)->pageblock_flags;
+	pfn -= pageblock_start_pfn(page_zone(page)->zone_start_pfn);
+#endif
+	bit = (pfn >> pageblock_order) * NR_PAGEBLOCK_BITS;
+	type = READ_ONCE(bitmap[bit / BITS_PER_LONG]) >> (bit % BITS_PER_LONG);
+	return (type & PAGEBLOCK_MIGRATETYPE_MASK) == MIGRATE_CMA;
+#else
+	return false;
+#endif
+}
+
+/* Blocks of this order and larger ones are whole page blocks. */
+unsigned int vbrs_pageblock_order(void)
+{
+	return pageblock_order;
+}
+
+void vbrs_zero_pages(struct page *page, unsigned long count)
 {
 	unsigned long i;
 
-	for (i = 0; i < 1UL << order; i++)
+	for (i = 0; i < count; i++)
 		clear_highpage(page + i);
 }
 
@@ -62,15 +187,12 @@ void vbrs_split_block(struct page *page, unsigned int order)
 	split_page(page, order);
 }
 
-void vbrs_free_single_pages(struct page *page, unsigned long count, bool zero)
+void vbrs_free_single_pages(struct page *page, unsigned long count)
 {
 	unsigned long i;
 
-	for (i = 0; i < count; i++) {
-		if (zero)
-			clear_highpage(page + i);
+	for (i = 0; i < count; i++)
 		__free_page(page + i);
-	}
 }
 
 phys_addr_t vbrs_page_to_phys(struct page *page)
@@ -246,6 +368,12 @@ bool vbrs_fills_free_pages(u32 *pattern)
 	return false;
 }
 
+/* Whether nobody who gets a page meets what was in it before. */
+bool vbrs_allocator_fills_pages(void)
+{
+	return want_init_on_alloc(0) || want_init_on_free() || page_poisoning_enabled_static();
+}
+
 /* All in pages. */
 void vbrs_read_memory(struct vbrs_memory *memory)
 {
@@ -291,6 +419,58 @@ bool vbrs_read_vm_events(struct vbrs_vm_events *events, struct vbrs_hugetlb_even
 #else
 	return false;
 #endif
+}
+
+int vbrs_register_memory_notifier(struct notifier_block *block)
+{
+	return register_memory_notifier(block);
+}
+
+void vbrs_unregister_memory_notifier(struct notifier_block *block)
+{
+	unregister_memory_notifier(block);
+}
+
+/* Whether the memory notifier is told of memory that goes offline, and which. */
+bool vbrs_goes_offline(unsigned long action, void *argument, u64 *start, u64 *end)
+{
+#ifdef CONFIG_MEMORY_HOTPLUG
+	const struct memory_notify *memory = argument;
+
+	if (action != MEM_GOING_OFFLINE)
+		return false;
+	*start = PFN_PHYS(memory->start_pfn);
+	*end = PFN_PHYS(memory->start_pfn + memory->nr_pages);
+	return true;
+#else
+	return false;
+#endif
+}
+
+int vbrs_register_pm_notifier(struct notifier_block *block)
+{
+	return register_pm_notifier(block);
+}
+
+void vbrs_unregister_pm_notifier(struct notifier_block *block)
+{
+	unregister_pm_notifier(block);
+}
+
+enum vbrs_sleep vbrs_sleep_event(unsigned long action)
+{
+	switch (action) {
+	case PM_SUSPEND_PREPARE:
+	case PM_HIBERNATION_PREPARE:
+	case PM_RESTORE_PREPARE:
+		return VBRS_SLEEP_PREPARE;
+	case PM_POST_SUSPEND:
+	case PM_POST_HIBERNATION:
+	case PM_POST_RESTORE:
+		return VBRS_SLEEP_OVER;
+	default:
+		return VBRS_SLEEP_OTHER;
+	}
 }
 
 struct workqueue_struct *vbrs_alloc_workqueue(const char *name)

@@ -8,17 +8,34 @@
 
 #include <linux/balloon.h>
 #include <linux/mm.h>
+#include <linux/notifier.h>
 #include <linux/oom.h>
 #include <linux/page_reporting.h>
 #include <linux/shrinker.h>
 #include <linux/workqueue.h>
 
 struct page *vbrs_alloc_free_block(unsigned int order);
-void vbrs_zero_block(struct page *page, unsigned int order);
+
+struct vbrs_zone {
+	unsigned long managed, free, free_cma, min, low, high, lowmem_reserve;
+};
+
+enum vbrs_mobility { VBRS_UNMOVABLE, VBRS_MOVABLE, VBRS_RECLAIMABLE };
+
+void vbrs_before_first_zone(int *node, int *zone);
+bool vbrs_next_zone(int *node, int *zone);
+void vbrs_read_zone(int node, int zone, struct vbrs_zone *state);
+bool vbrs_zone_has_free(int node, int zone, unsigned int order, enum vbrs_mobility mobility);
+struct page *vbrs_alloc_zone_block(int node, int zone, unsigned int order, enum vbrs_mobility mobility);
+bool vbrs_page_is_of_zone(struct page *page, int node, int zone);
+bool vbrs_page_is_cma(struct page *page);
+unsigned int vbrs_pageblock_order(void);
+
+void vbrs_zero_pages(struct page *page, unsigned long count);
 void vbrs_set_offline(struct page *page, unsigned long count);
 void vbrs_clear_offline(struct page *page, unsigned long count);
 void vbrs_split_block(struct page *page, unsigned int order);
-void vbrs_free_single_pages(struct page *page, unsigned long count, bool zero);
+void vbrs_free_single_pages(struct page *page, unsigned long count);
 phys_addr_t vbrs_page_to_phys(struct page *page);
 struct list_head *vbrs_page_lru(struct page *page);
 struct page *vbrs_lru_to_page(struct list_head *lru);
@@ -50,6 +67,7 @@ void vbrs_short_nodes(nodemask_t *nodes);
 bool vbrs_page_is_on(struct page *page, const nodemask_t *nodes);
 unsigned int vbrs_max_page_order(void);
 bool vbrs_fills_free_pages(u32 *pattern);
+bool vbrs_allocator_fills_pages(void);
 
 struct vbrs_memory {
 	u64 free, total, available, file_pages;
@@ -67,6 +85,15 @@ struct vbrs_hugetlb_events {
 void vbrs_read_memory(struct vbrs_memory *memory);
 bool vbrs_read_vm_events(struct vbrs_vm_events *events, struct vbrs_hugetlb_events *hugetlb,
 			 bool *has_hugetlb);
+
+enum vbrs_sleep { VBRS_SLEEP_OTHER, VBRS_SLEEP_PREPARE, VBRS_SLEEP_OVER };
+
+int vbrs_register_memory_notifier(struct notifier_block *block);
+void vbrs_unregister_memory_notifier(struct notifier_block *block);
+bool vbrs_goes_offline(unsigned long action, void *argument, u64 *start, u64 *end);
+int vbrs_register_pm_notifier(struct notifier_block *block);
+void vbrs_unregister_pm_notifier(struct notifier_block *block);
+enum vbrs_sleep vbrs_sleep_event(unsigned long action);
 
 struct workqueue_struct *vbrs_alloc_workqueue(const char *name);
 

@@ -117,7 +117,7 @@ impl PageBlock {
     /// Fills the block with zeroes.
     pub fn zero(&mut self) {
         // SAFETY: By the invariants the pages are ours alone, and there are `2^order` of them.
-        unsafe { helpers::vbrs_zero_block(self.page.as_ptr(), self.order()) };
+        unsafe { helpers::vbrs_zero_pages(self.page.as_ptr(), self.pages()) };
     }
 
     /// Gives up ownership for a pointer, to be turned back by [`from_raw`](Self::from_raw).

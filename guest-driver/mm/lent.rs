@@ -10,7 +10,7 @@ use kernel::bindings;
 use kernel::prelude::*;
 
 use super::list::sealed::Role;
-use super::{BalloonPage, BlockList, PageBlock};
+use super::{state, BalloonPage, BlockList, PageBlock};
 use crate::bindings as helpers;
 use crate::virtio::{Buffer, Segments};
 
@@ -18,8 +18,9 @@ use crate::virtio::{Buffer, Segments};
 /// the device says that it is done with it.
 ///
 /// If it is dropped before that, it is filled with zeroes on its way back to the page allocator, so
-/// that nobody meets a content that the device still may replace. After that,
-/// [`release`](Self::release) gives it back as it is.
+/// that nobody meets a content that the device still may replace; unless the allocator sees to that
+/// ([`state::allocator_fills_pages`]). After that, [`release`](Self::release) gives it back as it
+/// is.
 ///
 /// Its pages are marked as logically offline (`PageOffline`), until they go back: dump tools leave
 /// them out, hibernation does not save them, and memory that is to be unplugged may be isolated
@@ -59,7 +60,11 @@ impl LentBlock {
         // SAFETY: The block was ours alone, and has this order.
         unsafe { helpers::vbrs_split_block(first.as_ptr(), order) };
         // INVARIANT: These are the block's pages, each by itself now, and marked as they were.
-        LentPages { first, count }
+        LentPages {
+            first,
+            count,
+            clear: false,
+        }
     }
 
     /// Notes something on the block: see [`PageBlock::set_tag`].
@@ -83,7 +88,9 @@ impl Role for LentBlock {
 
 impl Drop for LentBlock {
     fn drop(&mut self) {
-        self.0.zero();
+        if !state::allocator_fills_pages() {
+            self.0.zero();
+        }
         // SAFETY: The block is ours, and has so many pages; by the invariant they are marked.
         unsafe { helpers::vbrs_clear_offline(self.0.as_raw().as_ptr(), self.0.pages()) };
     }
@@ -91,8 +98,8 @@ impl Drop for LentBlock {
 
 /// What is left of a [`LentBlock`] that was [opened](LentBlock::open): neighbouring pages.
 ///
-/// Dropping it fills them with zeroes and gives them back, as with a block; so does
-/// [`release`](Self::release) without the zeroes. Any context that is not an interrupt.
+/// Dropping it fills them with zeroes where that is needed, and gives them back, as with a block; so
+/// does [`release`](Self::release) without the zeroes. Any context that is not an interrupt.
 ///
 /// # Invariants
 ///
@@ -101,6 +108,8 @@ impl Drop for LentBlock {
 pub struct LentPages {
     first: NonNull<bindings::page>,
     count: usize,
+    /// They hold nothing but zeroes, or need not.
+    clear: bool,
 }
 
 // SAFETY: The pages belong to the value alone and are not bound to a thread.
@@ -120,6 +129,7 @@ impl LentPages {
         let taken = Self {
             first: self.first,
             count,
+            clear: self.clear,
         };
         // SAFETY: There are so many pages, all within what was one block, or this is just behind
         // the last one, and never used.
@@ -128,9 +138,23 @@ impl LentPages {
         taken
     }
 
+    /// These pages, if there are any.
+    pub fn unless_empty(self) -> Option<Self> {
+        (self.count > 0).then_some(self)
+    }
+
+    /// Fills the pages with zeroes, where that is needed before they go back.
+    pub fn clear(&mut self) {
+        if !self.clear && !state::allocator_fills_pages() {
+            // SAFETY: By the invariants the pages are ours alone.
+            unsafe { helpers::vbrs_zero_pages(self.first.as_ptr(), self.count) };
+        }
+        self.clear = true;
+    }
+
     /// Gives the pages back to the page allocator as they are.
     pub fn release(self) {
-        ManuallyDrop::new(self).free(false);
+        ManuallyDrop::new(self).free();
     }
 
     /// Puts all pages on `list`, without a mark and as they are: what is in a balloon has no
@@ -147,11 +171,11 @@ impl LentPages {
     }
 
     /// Frees the pages, which must not be used any more.
-    fn free(&mut self, zero: bool) {
+    fn free(&mut self) {
         // SAFETY: By the invariants the pages are ours alone, and marked. INVARIANT: None is left.
         unsafe {
             helpers::vbrs_clear_offline(self.first.as_ptr(), self.count);
-            helpers::vbrs_free_single_pages(self.first.as_ptr(), self.count, zero);
+            helpers::vbrs_free_single_pages(self.first.as_ptr(), self.count);
         }
         self.count = 0;
     }
@@ -159,7 +183,8 @@ impl LentPages {
 
 impl Drop for LentPages {
     fn drop(&mut self) {
-        self.free(true);
+        self.clear();
+        self.free();
     }
 }
 
@@ -191,6 +216,15 @@ mod tests {
     const PATTERN: u8 = 0x5a;
     const ORDER: u32 = 2;
 
+    /// What a page of a block that was dropped holds, while nobody has got it from the allocator.
+    fn dropped() -> u8 {
+        if state::allocator_fills_pages() {
+            PATTERN
+        } else {
+            0
+        }
+    }
+
     /// Lends a block that is full of [`PATTERN`], lets `end` do away with it, and returns whether
     /// its first page holds `value` then.
     fn first_page_holds(value: u8, end: impl FnOnce(LentBlock)) -> Result<bool> {
@@ -213,7 +247,7 @@ mod tests {
 
     #[test]
     fn a_block_that_is_dropped_goes_back_full_of_zeroes() -> Result {
-        assert!(first_page_holds(0, drop)?);
+        assert!(first_page_holds(dropped(), drop)?);
         Ok(())
     }
 
@@ -224,13 +258,26 @@ mod tests {
             list.push(block);
             drop(list);
         };
-        assert!(first_page_holds(0, on_a_list)?);
+        assert!(first_page_holds(dropped(), on_a_list)?);
         Ok(())
     }
 
     #[test]
     fn a_block_that_is_released_goes_back_as_it_is() -> Result {
         assert!(first_page_holds(PATTERN, LentBlock::release)?);
+        Ok(())
+    }
+
+    #[test]
+    fn pages_that_were_cleared_ahead_go_back_so() -> Result {
+        let cleared = |block: LentBlock| {
+            let mut rest = block.open();
+            rest.clear();
+            drop(rest.take(1));
+            assert!(rest.take(usize::MAX).unless_empty().is_some());
+            assert!(rest.unless_empty().is_none());
+        };
+        assert!(first_page_holds(dropped(), cleared)?);
         Ok(())
     }
 
@@ -245,7 +292,7 @@ mod tests {
             assert_eq!((all.pages(), rest.pages()), ((1 << ORDER) - 1, 0));
             all.release();
         };
-        assert!(first_page_holds(0, in_parts)?);
+        assert!(first_page_holds(dropped(), in_parts)?);
         let as_it_is = |block: LentBlock| block.open().release();
         assert!(first_page_holds(PATTERN, as_it_is)?);
         Ok(())

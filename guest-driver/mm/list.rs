@@ -47,10 +47,11 @@ impl Role for PageBlock {
 /// # Invariants
 ///
 /// `first` is the head of a chain of `blocks` owned blocks with `pages` pages in all, linked
-/// through `page->lru.next`, which is null in the last one; each is from [`Role::into_block`] of
-/// `T`.
+/// through `page->lru.next`, which is null in the last one, `last`; each is from
+/// [`Role::into_block`] of `T`. `first` and `last` are there if there are blocks.
 pub struct BlockList<T: Role> {
     first: Option<NonNull<bindings::page>>,
+    last: Option<NonNull<bindings::page>>,
     blocks: usize,
     pages: usize,
     role: PhantomData<T>,
@@ -68,6 +69,7 @@ impl<T: Role> BlockList<T> {
         // INVARIANT: No chain, no blocks.
         Self {
             first: None,
+            last: None,
             blocks: 0,
             pages: 0,
             role: PhantomData,
@@ -101,6 +103,24 @@ impl<T: Role> BlockList<T> {
         // SAFETY: We own the page, hence its `lru`.
         unsafe { (*helpers::vbrs_page_lru(page.as_ptr())).next = next.cast() };
         self.first = Some(page);
+        self.last = self.last.or(self.first);
+    }
+
+    /// Puts all blocks of `other` on the list, in front of those that are there, whatever their
+    /// number: takes no time.
+    pub fn append(&mut self, other: Self) {
+        let other = ManuallyDrop::new(other);
+        let Some(last) = other.last else {
+            return;
+        };
+        let next = self.first.map_or(ptr::null_mut(), NonNull::as_ptr);
+        // SAFETY: The other list owns the page, and is not used any more.
+        unsafe { (*helpers::vbrs_page_lru(last.as_ptr())).next = next.cast() };
+        // INVARIANT: One chain is before the other, and both are owned here now.
+        self.first = other.first;
+        self.last = self.last.or(other.last);
+        self.blocks += other.blocks;
+        self.pages += other.pages;
     }
 
     /// Takes the block that was put on last.
@@ -112,6 +132,9 @@ impl<T: Role> BlockList<T> {
         let block = unsafe { PageBlock::from_raw(page) };
         // INVARIANT: The rest of the chain is what is left, and the counts follow.
         self.first = NonNull::new(next.cast());
+        if self.first.is_none() {
+            self.last = None;
+        }
         self.blocks -= 1;
         self.pages -= block.pages();
         Some(T::from_block(block))
@@ -189,6 +212,26 @@ mod tests {
         }
         assert!(list.pop().is_none());
         assert_eq!((list.len(), list.pages(), list.is_empty()), (0, 0, true));
+    }
+
+    #[test]
+    fn one_list_is_put_before_another() {
+        let (mut list, first) = three_blocks();
+        let (other, second) = three_blocks();
+        list.append(BlockList::new());
+        list.append(other);
+        assert_eq!((list.len(), list.pages()), (6, 14));
+        for addresses in [second, first] {
+            for address in addresses.iter().rev() {
+                let block = list.pop();
+                assert_eq!(block.as_ref().map(PageBlock::address), Some(*address));
+            }
+        }
+        assert!(list.pop().is_none());
+        let (other, addresses) = three_blocks();
+        list.append(other);
+        assert_eq!((list.len(), list.pages()), (3, 7));
+        assert_eq!(list.pop().map(|block| block.address()), Some(addresses[2]));
     }
 
     #[test]

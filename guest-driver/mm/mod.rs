@@ -12,6 +12,8 @@
 //! * [`PageReporting`]: showing free pages to a device that can use their memory;
 //! * [`Shrinker`]: giving memory back when the guest is short of it;
 //! * [`OomNotifier`]: giving memory back before a process is killed for want of it;
+//! * [`Notifier`]: hearing of memory that is to go offline, and of the system's sleep;
+//! * [`Zone`]: the zones that the kernel uses for itself, and their free blocks;
 //! * [`ShortNodes`]: which NUMA nodes are short of memory;
 //! * [`state`]: how much memory is free, and how much must stay so;
 //! * [`statistics`]: what the kernel counts about memory.
@@ -24,19 +26,23 @@ mod block;
 mod lent;
 mod list;
 mod nodes;
+mod notifier;
 mod oom_notifier;
 mod page_ref;
 mod reporting;
 mod shrinker;
 pub mod state;
 pub mod statistics;
+mod zone;
 
 pub use balloon_pages::{BalloonPage, BalloonPages, MigrateMode, MigratePages};
 pub use block::PageBlock;
 pub use lent::{LentBlock, LentPages};
 pub use list::{BlockList, BlockShape};
+pub use notifier::{MemoryHotplug, Notifier, OnMemoryOffline, OnSleep, Sleep};
 pub use nodes::ShortNodes;
 pub use oom_notifier::{OnOutOfMemory, OomNotifier};
 pub use page_ref::PageRef;
 pub use reporting::{FreePages, PageReporting, ReportPages};
 pub use shrinker::{Shrink, Shrinker};
+pub use zone::{Zone, ZoneState};

@@ -2,6 +2,7 @@
 
 //! Giving memory back under pressure.
 
+use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
 
 use kernel::bindings;
@@ -21,7 +22,7 @@ pub trait Shrink: Send + Sync {
     fn count(&self) -> usize;
 
     /// Gives about `pages` pages back, and returns how many; `None` if that is not possible now.
-    fn scan(&self, pages: usize) -> Option<usize>;
+    fn scan(self: &Arc<Self>, pages: usize) -> Option<usize>;
 }
 
 /// A registered shrinker.
@@ -79,8 +80,9 @@ impl<T: Shrink> Shrinker<T> {
         /// `SHRINK_STOP`
         const STOP: c_ulong = c_ulong::MAX;
 
-        // SAFETY: The kernel calls with a registered shrinker; see the invariants.
-        let data = unsafe { &*(*shrinker).private_data.cast::<T>() };
+        // SAFETY: The kernel calls with a registered shrinker; see the invariants. The reference stays
+        // with `_data`.
+        let data = ManuallyDrop::new(unsafe { Arc::from_raw((*shrinker).private_data.cast::<T>()) });
         // SAFETY: The kernel calls with a control block that is ours for the call.
         let control = unsafe { &mut *control };
         match data.scan(control.nr_to_scan) {

@@ -49,3 +49,11 @@ pub fn free_page_pattern() -> Option<u32> {
     // SAFETY: `pattern` is valid for a write.
     unsafe { helpers::vbrs_fills_free_pages(&mut pattern) }.then_some(pattern)
 }
+
+/// Whether the page allocator fills pages with something of its own, at the latest when it gives
+/// them out: then nobody meets what was in them before (`init_on_alloc`, `init_on_free`, page
+/// poisoning).
+pub fn allocator_fills_pages() -> bool {
+    // SAFETY: Reads settings of the kernel's, made when it started.
+    unsafe { helpers::vbrs_allocator_fills_pages() }
+}

@@ -103,7 +103,7 @@ impl Segment {
     }
 
     /// The first 4 bytes of the segment. Its buffer must still be with the device.
-    fn first_word(&self) -> u32 {
+    pub(crate) fn first_word(&self) -> u32 {
         assert!(self.length >= 4);
         // SAFETY: The memory of a buffer in flight is valid, and there are 4 bytes of it.
         let bytes = unsafe {

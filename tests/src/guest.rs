@@ -85,6 +85,7 @@ pub struct Builder<'a> {
     next_kernel: bool,
     sleeps: bool,
     kernel_arguments: &'a str,
+    qemu_arguments: Vec<&'a str>,
     operators: bool,
     memory_file: Option<&'a Path>,
     files: Vec<(&'a str, &'a Path)>,
@@ -109,6 +110,7 @@ impl<'a> Builder<'a> {
             next_kernel: false,
             sleeps: false,
             kernel_arguments: "",
+            qemu_arguments: Vec::new(),
             operators: false,
             memory_file: None,
             files: Vec::new(),
@@ -184,6 +186,13 @@ impl<'a> Builder<'a> {
     #[must_use]
     pub fn kernel_arguments(mut self, arguments: &'a str) -> Self {
         self.kernel_arguments = arguments;
+        self
+    }
+
+    /// More words for QEMU's command line. QEMU only.
+    #[must_use]
+    pub fn qemu_arguments(mut self, arguments: &[&'a str]) -> Self {
+        self.qemu_arguments = arguments.to_vec();
         self
     }
 
@@ -313,6 +322,7 @@ impl<'a> Builder<'a> {
             slot: self.slot,
             sleeps: self.sleeps,
             kernel_arguments: self.kernel_arguments.to_owned(),
+            qemu_arguments: self.qemu_arguments.iter().map(ToString::to_string).collect(),
             memory_file: self.memory_file.map(Path::to_owned),
             incoming,
             operators: self.operators.then(|| scratch.path(OPERATORS)),

@@ -41,6 +41,7 @@ pub mod vmm;
 pub mod watch;
 pub mod wire;
 pub mod working;
+pub mod zones;
 
 use std::time::Duration;
 

@@ -99,6 +99,8 @@ pub struct Machine {
     pub sleeps: bool,
     /// More words for the kernel's command line.
     pub kernel_arguments: String,
+    /// More words for QEMU's command line.
+    pub qemu_arguments: Vec<String>,
     /// A file for its memory, which others can open by its name. QEMU only.
     pub memory_file: Option<PathBuf>,
     /// Whether it starts empty, and waits for a guest that comes from elsewhere. QEMU only.

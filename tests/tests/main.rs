@@ -18,6 +18,7 @@ mod reporting;
 mod rules;
 mod sizing;
 mod stress;
+mod while_held;
 
 /// A file that is not named above would never be compiled, and nobody would miss its tests.
 #[test]

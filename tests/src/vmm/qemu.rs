@@ -105,6 +105,7 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
         ]);
     }
     attach(&mut command, machine);
+    command.args(&machine.qemu_arguments);
     command
         .fd_mappings(vec![
             FdMapping {

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest's zones (`/proc/zoneinfo`), and its counts of events (`/proc/vmstat`).
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use guest_agent::calls::ReadFile;
+
+use crate::guest::Guest;
+
+/// A zone that has memory. All in pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ZoneInfo {
+    /// The node's number.
+    pub node: u32,
+    /// The zone's name.
+    pub name: String,
+    /// Free pages, those of CMA included.
+    pub free: u64,
+    /// Free pages of CMA.
+    pub free_cma: u64,
+    /// The minimum watermark.
+    pub min: u64,
+    /// The low watermark.
+    pub low: u64,
+    /// The high watermark.
+    pub high: u64,
+    /// Pages that the allocator has, free or not.
+    pub managed: u64,
+    /// What is kept from allocations that could have come from a higher zone, by that zone.
+    pub lowmem_reserve: Vec<u64>,
+}
+
+impl ZoneInfo {
+    /// Whether hinting takes blocks of it: the kernel uses it for itself.
+    #[must_use]
+    pub fn is_usable(&self) -> bool {
+        ["DMA", "DMA32", "Normal"].contains(&self.name.as_str())
+    }
+
+    /// Free pages that the kernel can use for itself.
+    #[must_use]
+    pub fn free_for_the_kernel(&self) -> u64 {
+        self.free.saturating_sub(self.free_cma)
+    }
+}
+
+impl Guest {
+    /// The zones that have memory.
+    ///
+    /// # Errors
+    ///
+    /// If `/proc/zoneinfo` is not what it should be.
+    pub fn zones(&mut self) -> Result<Vec<ZoneInfo>> {
+        let text = self.call(ReadFile {
+            path: "/proc/zoneinfo".to_owned(),
+        })?;
+        parse(&text)
+    }
+
+    /// The counts of `/proc/vmstat`.
+    ///
+    /// # Errors
+    ///
+    /// If it is not what it should be.
+    pub fn vm_events(&mut self) -> Result<BTreeMap<String, u64>> {
+        let text = self.call(ReadFile {
+            path: "/proc/vmstat".to_owned(),
+        })?;
+        let line = |line: &str| {
+            let (name, count) = line.split_once(' ')?;
+            Some((name.to_owned(), count.trim().parse().ok()?))
+        };
+        let all: Option<_> = text.lines().map(line).collect();
+        all.context("/proc/vmstat has a line that is no name and number")
+    }
+}
+
+fn parse(text: &str) -> Result<Vec<ZoneInfo>> {
+    let mut zones: Vec<ZoneInfo> = Vec::new();
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("Node ") {
+            let (node, name) = rest.split_once(", zone").context("a zone without a name")?;
+            zones.push(ZoneInfo {
+                node: node.trim().parse()?,
+                name: name.trim().to_owned(),
+                free: 0,
+                free_cma: 0,
+                min: 0,
+                low: 0,
+                high: 0,
+                managed: 0,
+                lowmem_reserve: Vec::new(),
+            });
+            continue;
+        }
+        let Some(zone) = zones.last_mut() else {
+            continue;
+        };
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words.as_slice() {
+            ["pages", "free", number] => zone.free = number.parse()?,
+            ["nr_free_cma", number] => zone.free_cma = number.parse()?,
+            ["min", number] => zone.min = number.parse()?,
+            ["low", number] => zone.low = number.parse()?,
+            // A processor's own list has a line `high: N`, which is another thing.
+            ["high", number] => zone.high = number.parse()?,
+            ["managed", number] => zone.managed = number.parse()?,
+            ["protection:", ..] => {
+                let (_, list) = line.split_once('(').context("a protection without a list")?;
+                let numbers = list.trim_end_matches(')').split(',');
+                let numbers = numbers.map(|number| number.trim().parse());
+                zone.lowmem_reserve = numbers.collect::<Result<_, _>>()?;
+            }
+            _ => {}
+        }
+    }
+    zones.retain(|zone| zone.managed > 0);
+    Ok(zones)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zones_are_read() {
+        let text = "Node 0, zone      DMA\n  per-node stats\n      nr_free_cma  7\n  pages free     3\n        boost    0\n        \
+                    min      1\n        low      2\n        high     4\n        managed  10\n        protection: (0, 20, 30)\n      \
+                    nr_free_cma  0\n  pagesets\n    cpu: 0\n              high:     9\n\
+                    Node 1, zone  Movable\n  pages free     0\n        managed  0\n";
+        let zones = parse(text).unwrap();
+        assert_eq!(zones.len(), 1);
+        let zone = zones.first().unwrap();
+        assert_eq!((zone.node, zone.name.as_str(), zone.free), (0, "DMA", 3));
+        assert_eq!((zone.min, zone.low, zone.high), (1, 2, 4));
+        assert_eq!(zone.lowmem_reserve, [0, 20, 30]);
+        assert_eq!(zone.free_cma, 0);
+        assert!(zone.is_usable());
+    }
+}

@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the guest and its kernel can still do while hinted blocks are held.
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Context, Result};
+use tests::artifacts::Artifacts;
+use tests::calls::{Fill, Free, Run, Verify, WriteFile};
+use tests::guest::{Builder, Driver, Guest};
+use tests::scratch::Scratch;
+use tests::vmm::Vmm;
+use tests::zones::ZoneInfo;
+use tests::MIB;
+
+/// Has a shell of the guest do something, and returns what it says.
+fn shell(guest: &mut Guest, script: &str) -> Result<String> {
+    let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
+    let done = guest.call(Run { argv })?;
+    ensure!(done.status == Some(0), "{script}: {done:?}");
+    Ok(done.stdout)
+}
+
+fn summary(zones: &[ZoneInfo]) -> String {
+    let one = |zone: &ZoneInfo| {
+        format!(
+            "{}:{} free {} (CMA {}), min {} low {} high {} managed {} reserve {:?}; ",
+            zone.node, zone.name, zone.free, zone.free_cma, zone.min, zone.low, zone.high, zone.managed, zone.lowmem_reserve
+        )
+    };
+    zones.iter().map(one).collect()
+}
+
+/// A limit for what hangs.
+const HANG_LIMIT: Duration = Duration::from_secs(120);
+
+/// CMA stays whole while a round is held: what is in it can be had by those for whom it is kept. The rest is hinted all the
+/// same.
+#[test]
+fn hinting_keeps_out_of_cma_in_qemu() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    for driver in [Driver::C, Driver::Ours] {
+        let builder = Builder::new(&artifacts, Vmm::Qemu)
+            .memory(1024 * MIB)
+            .kernel_arguments("cma=256M init_on_alloc=0");
+        let (mut guest, free) = builder.boot_used(128 * MIB, driver)?;
+        let before = guest.mem_info()?.field("CmaFree");
+        let zones_before = guest.zones()?;
+        let round = guest.hint_all()?;
+        let held = guest.mem_info()?.field("CmaFree");
+        let zones = guest.zones()?;
+        println!(
+            "{driver:?}: CmaFree {before}, then {held}; {} hinted of {free}\n{}\n{}",
+            round.bytes,
+            summary(&zones_before),
+            summary(&zones)
+        );
+        ensure!(before > 250 * MIB, "only {before} bytes of CMA were free");
+        ensure!(
+            before.abs_diff(held) < MIB,
+            "{driver:?}: CmaFree fell from {before} to {held}"
+        );
+        let hintable = (free - before) / 10 * 8;
+        ensure!(
+            driver == Driver::C || round.bytes > hintable,
+            "only {} bytes were hinted of {} outside of CMA",
+            round.bytes,
+            free - before
+        );
+        guest.daemon()?.qmp().hint_done()?;
+        guest.farewell(free)?;
+    }
+    Ok(())
+}
+
+/// Half of memory is for movable pages only, which hinting does not use. The rest is all that the kernel has, and enough of
+/// it is left in each of its zones.
+#[test]
+fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
+    const FILES: u32 = 15_000;
+    let artifacts = Artifacts::load()?;
+    for driver in [Driver::C, Driver::Ours] {
+        let builder = Builder::new(&artifacts, Vmm::Qemu)
+            .memory(1024 * MIB)
+            .kernel_arguments("movablecore=512M");
+        let (mut guest, free) = builder.boot_used(128 * MIB, driver)?;
+        let before = guest.zones()?;
+        let round = guest.hint_all()?;
+        let held = guest.zones()?;
+        let events = guest.vm_events()?;
+        let start = Instant::now();
+        let make = format!("mkdir /tmp/files && cd /tmp/files && seq 1 {FILES} | xargs touch");
+        shell(&mut guest, &make)?;
+        let took = start.elapsed();
+        let events_after = guest.vm_events()?;
+        println!(
+            "{driver:?}: {} hinted of {free}; {FILES} files in {took:?}\nbefore {}\nheld   {}\nafter  {}",
+            round.bytes,
+            summary(&before),
+            summary(&held),
+            summary(&guest.zones()?)
+        );
+        let mut stalls = 0;
+        for (name, count) in &events_after {
+            let more = count.saturating_sub(events.get(name).copied().unwrap_or_default());
+            let waits = name.starts_with("allocstall");
+            stalls += if waits { more } else { 0 };
+            if more > 0 && (waits || name.contains("scan") || name.contains("kswapd")) {
+                println!("  {name} {more}");
+            }
+        }
+        if driver == Driver::Ours {
+            let movable = zone(&held, "Movable")?;
+            ensure!(
+                movable.free + 1024 >= zone(&before, "Movable")?.free,
+                "movable pages were hinted: {held:?}"
+            );
+            check_reserves(&held)?;
+            ensure!(stalls == 0, "somebody waited for memory {stalls} times");
+        }
+        shell(&mut guest, "rm -r /tmp/files")?;
+        guest.daemon()?.qmp().hint_done()?;
+        guest.farewell(free)?;
+    }
+    Ok(())
+}
+
+/// The zone with this name, of the first node that has one.
+fn zone<'a>(zones: &'a [ZoneInfo], name: &str) -> Result<&'a ZoneInfo> {
+    let found = zones.iter().find(|zone| zone.name == name);
+    found.with_context(|| format!("there is no zone {name}: {zones:?}"))
+}
+
+/// In each zone that hinting uses there is more than half-way between its minimum and low watermarks, beyond what it keeps
+/// from allocations that could have come from a higher zone.
+fn check_reserves(zones: &[ZoneInfo]) -> Result<()> {
+    /// The kernel's counters are off by so many for each processor; and whoever works in the guest takes some.
+    const OWN_USE: u64 = 200;
+    const NORMAL: usize = 2;
+    for zone in zones.iter().filter(|zone| zone.is_usable()) {
+        let kept = zone.lowmem_reserve.get(NORMAL).copied().unwrap_or_default();
+        let floor = (zone.min + zone.low) / 2 + kept;
+        ensure!(
+            zone.free_for_the_kernel() + OWN_USE >= floor,
+            "{floor} pages should have been left of {zone:?}"
+        );
+    }
+    Ok(())
+}
+
+/// The guest is hibernated, and woken at once, while a round holds most of its memory and a balloon has some, as its kernel
+/// initialises its memory in each of the ways that there are. Afterwards it has its data, its balloon and its counters.
+#[test]
+fn a_guest_in_qemu_is_hibernated_while_blocks_are_held() -> Result<()> {
+    for arguments in ["init_on_alloc=1", "init_on_alloc=0 init_on_free=1"] {
+        hibernated(Driver::Ours, arguments).context(arguments)?;
+    }
+    Ok(())
+}
+
+fn hibernated(driver: Driver, arguments: &str) -> Result<()> {
+    const SWAP: u64 = 1024 * MIB;
+    const KEPT: u64 = 64 * MIB;
+    const INFLATED: u64 = 64 * MIB;
+    let artifacts = Artifacts::load()?;
+    let scratch = Scratch::new()?;
+    let disk = scratch.path("disk");
+    File::create(&disk)?.set_len(SWAP)?;
+    let drive = format!("if=none,id=disk,format=raw,file={}", disk.display());
+    let features = ["stats", "free-page-hint", "page-poison"];
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .features(&features)
+        .sleeps()
+        .kernel_arguments(arguments)
+        .qemu_arguments(&["-drive", &drive, "-device", "nvme,drive=disk,serial=disk"])
+        .boot()?;
+    shell(&mut guest, "mkswap /dev/nvme0n1 && swapon /dev/nvme0n1")?;
+    guest.load(driver)?;
+    let data = guest.call(Fill {
+        bytes: KEPT,
+        keep_every: 1,
+        seed: 40,
+    })?;
+    guest.fill_and_free(96 * MIB, 41)?;
+    let free = guest.settled_free()?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let target = whole - INFLATED;
+    guest.balloon()?.balloon(target)?;
+    guest.balloon()?.wait_balloon(target, HANG_LIMIT)?;
+    let round = guest.hint_all()?;
+    println!("{driver:?}, {arguments}: {} hinted of {free}", round.bytes);
+    guest.call(WriteFile {
+        path: "/sys/power/disk".to_owned(),
+        text: "test_resume".to_owned(),
+    })?;
+    let slept = WriteFile {
+        path: "/sys/power/state".to_owned(),
+        text: "disk".to_owned(),
+    };
+    let start = Instant::now();
+    guest.agent().call_within(slept, HANG_LIMIT)?;
+    println!("hibernated and woken in {:?}", start.elapsed());
+    guest.balloon()?.wait_balloon(target, HANG_LIMIT)?;
+    let found = guest.call(Verify {
+        workload: data.workload,
+    })?;
+    ensure!(found.wrong == 0 && found.pages == KEPT / 4096, "{found:?}");
+    if driver == Driver::Ours {
+        let counters = guest.counters()?;
+        ensure!(
+            counters.get("balloon_pages")? == INFLATED / 4096,
+            "{counters:?}"
+        );
+    }
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
+    guest.daemon()?.qmp().hint_done()?;
+    let hinted = guest.hint_all()?.bytes;
+    ensure!(hinted >= free / 10 * 6, "{hinted} of {free} were hinted");
+    guest.daemon()?.qmp().hint_done()?;
+    guest.check_free(free)?;
+    guest.call(Free {
+        workload: data.workload,
+    })?;
+    guest.kill()?;
+    Ok(())
+}
+
+/// Memory that can be unplugged is hinted as well, and goes offline all the same, block by block, while the round is held.
+#[test]
+fn memory_with_hinted_blocks_goes_offline_in_qemu() -> Result<()> {
+    offline(Driver::Ours)
+}
+
+fn offline(driver: Driver) -> Result<()> {
+    const PLUGGED: u64 = 256 * MIB;
+    let artifacts = Artifacts::load()?;
+    let backend = format!("memory-backend-memfd,id=dimm,size={PLUGGED},share=on");
+    let arguments = [
+        "-m", "512M,slots=1,maxmem=4G", "-object", &backend, "-device", "pc-dimm,memdev=dimm",
+    ];
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .kernel_arguments("memhp_default_state=online_kernel")
+        .qemu_arguments(&arguments)
+        .boot()?;
+    guest.load(driver)?;
+    let free = guest.settled_free()?;
+    let before = zone(&guest.zones()?, "Normal")?.clone();
+    let round = guest.hint_all()?;
+    let held = zone(&guest.zones()?, "Normal")?.clone();
+    println!("{driver:?}: {} hinted of {free}; {before:?}, then {held:?}", round.bytes);
+    ensure!(
+        held.free * 10 < before.free,
+        "the memory that was plugged is not hinted: {held:?}"
+    );
+    let path = "/sys/devices/system/memory";
+    let list = format!(
+        "cd {path} && for block in memory*; do grep -q Normal $block/valid_zones && echo $block; done"
+    );
+    let blocks = shell(&mut guest, &list)?;
+    let blocks: Vec<&str> = blocks.split_whitespace().collect();
+    ensure!(blocks.len() == 2, "not two blocks of memory: {blocks:?}");
+    let mut offline = 0;
+    for block in &blocks {
+        let path = format!("{path}/{block}/state");
+        let text = "offline".to_owned();
+        let gone = guest.call(WriteFile { path, text });
+        println!("{block}: {gone:?}");
+        offline += u32::from(gone.is_ok());
+    }
+    ensure!(offline == 2, "{offline} blocks of memory went offline");
+    ensure!(
+        guest.zones()?.iter().all(|zone| zone.name != "Normal"),
+        "the zone is still there"
+    );
+    // What is left is hinted in further rounds, and memory that comes back is, too.
+    guest.hint_all()?;
+    for block in &blocks {
+        let path = format!("{path}/{block}/state");
+        let text = "online_kernel".to_owned();
+        guest.call(WriteFile { path, text })?;
+    }
+    guest.daemon()?.qmp().hint_done()?;
+    guest.farewell(free)
+}
+
+/// A process that needs memory takes it back from a held round. Debian's kernel initialises what it gives out, and nobody
+/// else does; another kernel's pages are cleared before they go back.
+#[test]
+fn pages_are_cleared_once_in_qemu() -> Result<()> {
+    const NEEDED: u64 = 100 * MIB;
+    let artifacts = Artifacts::load()?;
+    for (arguments, driver) in [
+        ("init_on_alloc=1", Driver::C),
+        ("init_on_alloc=1", Driver::Ours),
+        ("init_on_alloc=0", Driver::C),
+        ("init_on_alloc=0", Driver::Ours),
+    ] {
+        let builder = Builder::new(&artifacts, Vmm::Qemu).kernel_arguments(arguments);
+        let (mut guest, free) = builder.boot_used(64 * MIB, driver)?;
+        guest.hint_all()?;
+        let events = guest.vm_events()?;
+        let start = Instant::now();
+        let filled = guest.call(Fill {
+            bytes: NEEDED,
+            keep_every: 1,
+            seed: 42,
+        })?;
+        let took = start.elapsed();
+        let after = guest.vm_events()?;
+        let more = |name: &str| {
+            let count = |events: &std::collections::BTreeMap<String, u64>| {
+                let counts = events.iter().filter(|(key, _)| key.starts_with(name));
+                counts.map(|(_, count)| count).sum::<u64>()
+            };
+            count(&after).saturating_sub(count(&events))
+        };
+        println!(
+            "{driver:?}, {arguments}: {NEEDED} bytes in {took:?}, {} stalls, {} scanned",
+            more("allocstall"),
+            more("slabs_scanned")
+        );
+        if driver == Driver::Ours {
+            let counters = guest.counters()?;
+            let (returned, zeroed) = (
+                counters.get("returned_pages")?,
+                counters.get("zeroed_pages")?,
+            );
+            println!("{returned} pages went back, {zeroed} were cleared");
+            ensure!(returned > NEEDED / 4096 / 2, "only {returned} pages went back");
+            let wanted = if arguments.ends_with('1') { 0 } else { returned };
+            ensure!(zeroed == wanted, "{zeroed} pages were cleared of {returned}");
+        }
+        let workload = filled.workload;
+        let found = guest.call(Verify { workload })?;
+        ensure!(found.wrong == 0 && found.pages == NEEDED / 4096, "{found:?}");
+        guest.call(Free { workload })?;
+        guest.daemon()?.qmp().hint_done()?;
+        guest.farewell(free)?;
+    }
+    Ok(())
+}
