@@ -661,6 +661,7 @@ mod tests {
     use super::*;
     use crate::mm::{PageBlock, Shrink};
     use crate::shared_abi::config;
+    use crate::shared_abi::features::Features;
     use crate::virtio::kunit_device::{Bound, Counter};
 
     const STOP: u32 = 0;
@@ -687,7 +688,8 @@ mod tests {
 
     impl Rig {
         fn new(entries: usize) -> Result<Self> {
-            let bound = Bound::with_entries(entries)?;
+            let features = Features::FREE_PAGE_HINT.bits();
+            let bound = Bound::with_features(entries, features)?;
             let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
             let hinting = Hinting::new(
                 BalloonConfig::new(bound.config()?),
