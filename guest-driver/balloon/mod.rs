@@ -406,10 +406,14 @@ mod tests {
         let data = KBox::pin(Data::bind(bound.core())?, GFP_KERNEL)?;
         let reports = data.registrations.lock().reporting.is_some();
         for (index, queue) in queue::present(features).enumerate() {
-            // Another device, or no kernel that does it, is the one reason not to report.
-            if queue != Queue::Reporting || reports {
-                assert!(wait_for(|| bound.device.take(index).is_some()));
-            }
+            let expected = match queue {
+                // Nothing is in the balloon.
+                Queue::Deflate => false,
+                // Another device, or a kernel that cannot, is the one reason not to report.
+                Queue::Reporting => reports,
+                Queue::Inflate | Queue::Stats | Queue::FreePage => true,
+            };
+            assert!(!expected || wait_for(|| bound.device.take(index).is_some()));
         }
         let sizing = data.works.sizing.clone();
         let hinting = data.works.hinting.clone().ok_or(ENOENT)?;

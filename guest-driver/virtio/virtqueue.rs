@@ -271,18 +271,21 @@ pub struct AddError<B> {
     pub failure: AddFailure,
 }
 
-/// Why a buffer could not be added.
+/// Why a buffer could not be added, and when to try again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddFailure {
-    /// There is no room in the ring now.
+    /// There is no room in the ring: try when the device has used a buffer, of which an interrupt
+    /// tells if it is [asked for](Virtqueue::enable_callback).
     Full,
-    /// There is no memory to map the buffer for the device or to list its segments.
+    /// There is no memory to map the buffer for the device or to list its segments: try after a
+    /// while, of which nothing tells.
     NoMemory,
-    /// The device broke the rules or is gone.
+    /// The device broke the rules or is gone: do not try before the device was reset.
     Broken,
-    /// The queue has no ring (yet, or any more).
+    /// The queue has no ring (yet, or any more): do not try before it has one.
     Gone,
-    /// The buffer is empty, has an empty segment, or more segments than the ring has entries.
+    /// The buffer is empty, has an empty segment, or more segments than the ring has entries: do not
+    /// try.
     Malformed,
 }
 

@@ -314,8 +314,7 @@ pub fn enqueue_delayed<T: Run<ID>, const ID: u64>(item: &Arc<T>, delay: Jiffies)
 pub fn disable<T: Run<ID>, const ID: u64>(item: &Arc<T>) {
     let owner = Arc::as_ptr(item);
     // SAFETY: `owner` is a valid `T`, hence its task, which was initialised with it.
-    let was_queued =
-        unsafe { bindings::disable_delayed_work_sync((*T::task(owner)).work.get()) };
+    let was_queued = unsafe { bindings::disable_delayed_work_sync((*T::task(owner)).work.get()) };
     if was_queued {
         // SAFETY: Enqueueing leaked one reference for `callback` to take back, which will not be
         // called.

@@ -106,7 +106,7 @@ fn r13_a_second_front_end_is_refused_and_the_first_goes_on() {
     operator.event("FRONTEND_CONNECTED", &json!({}));
     let mut second = UnixStream::connect(server.socket()).unwrap();
     second
-        .set_read_timeout(Some(Duration::from_secs(10)))
+        .set_read_timeout(Some(Duration::from_secs(120)))
         .unwrap();
     let mut nothing = [0; 1];
     let end = second.read(&mut nothing);

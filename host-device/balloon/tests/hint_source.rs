@@ -25,7 +25,7 @@ use vhost_device_balloon::session::Session;
 const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
 const DISCARD: Features = HINT.union(Features::KEEPS_HINTED_UNTIL_RETURNED);
 /// Longer than anything takes that is waited for.
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(120);
 
 /// A device with a driver, claimed by a migration.
 struct Claimed {

@@ -15,7 +15,7 @@ use migration::{Block, Layout, Run, PAGE_SIZE};
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::{json, Value};
 
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(120);
 
 fn balloonctl(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_balloonctl"));

@@ -11,7 +11,7 @@ use qmp_client::{Client, Error};
 use serde_json::{json, Value};
 
 const GREETING: &str = r#"{"QMP": {"version": {}, "capabilities": []}}"#;
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// A peer that greets with `greeting`, takes the negotiation, and then answers each command with what `script` makes of
 /// it, line by line. It returns the commands that it got.
@@ -114,12 +114,9 @@ fn a_late_answer_is_not_taken_for_the_next_one() {
             answer(command, json!("in time")),
         ],
     });
-    let mut client = Client::negotiate(stream, "the peer", Duration::from_millis(200)).unwrap();
+    let mut client = Client::negotiate(stream, "the peer", Duration::from_secs(3)).unwrap();
     let error = client.command("slow", json!({})).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "the peer did not answer slow within 200ms"
-    );
+    assert_eq!(error.to_string(), "the peer did not answer slow within 3s");
     let value: String = client.query("quick").unwrap();
     assert_eq!(value, "in time");
 }

@@ -32,7 +32,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 /// How long anything may take before the test has failed.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// A server in a thread of this process.
 pub struct Running {
@@ -446,6 +446,14 @@ impl Vmm {
     /// Offers one buffer, kicks, and waits for it to come back.
     pub fn offer(&mut self, queue: Queue, address: u64, length: u32, writable: bool) {
         self.post(queue, address, length, writable);
+        self.wait_used(queue);
+        let index = queue.index(self.features).unwrap();
+        let queue = &mut self.queues[index];
+        assert!(queue.call.read().unwrap() > 0, "the driver was interrupted");
+    }
+
+    /// Waits until all buffers that were offered have come back.
+    pub fn wait_used(&mut self, queue: Queue) {
         let index = queue.index(self.features).unwrap();
         let queue = &mut self.queues[index];
         let limit = Instant::now() + LIMIT;
@@ -460,7 +468,6 @@ impl Vmm {
             assert!(Instant::now() < limit, "the buffer does not come back");
             thread::sleep(Duration::from_millis(1));
         }
-        assert!(queue.call.read().unwrap() > 0, "the driver was interrupted");
     }
 
     /// Offers one buffer and kicks, whatever becomes of it.

@@ -35,7 +35,7 @@ impl Program {
 
     /// Waits until it listens.
     pub fn ready(self) -> Self {
-        let limit = Instant::now() + Duration::from_secs(10);
+        let limit = Instant::now() + Duration::from_secs(120);
         while std::os::unix::net::UnixStream::connect(&self.qmp).is_err() {
             assert!(Instant::now() < limit, "it does not listen");
             thread::sleep(Duration::from_millis(5));
