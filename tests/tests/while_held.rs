@@ -25,7 +25,15 @@ fn summary(zones: &[ZoneInfo]) -> String {
     let one = |zone: &ZoneInfo| {
         format!(
             "{}:{} free {} (CMA {}), min {} low {} high {} managed {} reserve {:?}; ",
-            zone.node, zone.name, zone.free, zone.free_cma, zone.min, zone.low, zone.high, zone.managed, zone.lowmem_reserve
+            zone.node,
+            zone.name,
+            zone.free,
+            zone.free_cma,
+            zone.min,
+            zone.low,
+            zone.high,
+            zone.managed,
+            zone.lowmem_reserve
         )
     };
     zones.iter().map(one).collect()
@@ -136,13 +144,11 @@ fn zone<'a>(zones: &'a [ZoneInfo], name: &str) -> Result<&'a ZoneInfo> {
 fn check_reserves(zones: &[ZoneInfo]) -> Result<()> {
     /// The kernel's counters are off by so many for each processor; and whoever works in the guest takes some.
     const OWN_USE: u64 = 200;
-    const NORMAL: usize = 2;
     for zone in zones.iter().filter(|zone| zone.is_usable()) {
-        let kept = zone.lowmem_reserve.get(NORMAL).copied().unwrap_or_default();
-        let floor = (zone.min + zone.low) / 2 + kept;
         ensure!(
-            zone.free_for_the_kernel() + OWN_USE >= floor,
-            "{floor} pages should have been left of {zone:?}"
+            zone.free_for_the_kernel() + OWN_USE >= zone.floor(),
+            "{} pages should have been left of {zone:?}",
+            zone.floor()
         );
     }
     Ok(())
@@ -237,7 +243,12 @@ fn offline(driver: Driver) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let backend = format!("memory-backend-memfd,id=dimm,size={PLUGGED},share=on");
     let arguments = [
-        "-m", "512M,slots=1,maxmem=4G", "-object", &backend, "-device", "pc-dimm,memdev=dimm",
+        "-m",
+        "512M,slots=1,maxmem=4G",
+        "-object",
+        &backend,
+        "-device",
+        "pc-dimm,memdev=dimm",
     ];
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
         .kernel_arguments("memhp_default_state=online_kernel")
@@ -248,7 +259,10 @@ fn offline(driver: Driver) -> Result<()> {
     let before = zone(&guest.zones()?, "Normal")?.clone();
     let round = guest.hint_all()?;
     let held = zone(&guest.zones()?, "Normal")?.clone();
-    println!("{driver:?}: {} hinted of {free}; {before:?}, then {held:?}", round.bytes);
+    println!(
+        "{driver:?}: {} hinted of {free}; {before:?}, then {held:?}",
+        round.bytes
+    );
     ensure!(
         held.free * 10 < before.free,
         "the memory that was plugged is not hinted: {held:?}"
@@ -327,13 +341,26 @@ fn pages_are_cleared_once_in_qemu() -> Result<()> {
                 counters.get("zeroed_pages")?,
             );
             println!("{returned} pages went back, {zeroed} were cleared");
-            ensure!(returned > NEEDED / 4096 / 2, "only {returned} pages went back");
-            let wanted = if arguments.ends_with('1') { 0 } else { returned };
-            ensure!(zeroed == wanted, "{zeroed} pages were cleared of {returned}");
+            ensure!(
+                returned > NEEDED / 4096 / 2,
+                "only {returned} pages went back"
+            );
+            let wanted = if arguments.ends_with('1') {
+                0
+            } else {
+                returned
+            };
+            ensure!(
+                zeroed == wanted,
+                "{zeroed} pages were cleared of {returned}"
+            );
         }
         let workload = filled.workload;
         let found = guest.call(Verify { workload })?;
-        ensure!(found.wrong == 0 && found.pages == NEEDED / 4096, "{found:?}");
+        ensure!(
+            found.wrong == 0 && found.pages == NEEDED / 4096,
+            "{found:?}"
+        );
         guest.call(Free { workload })?;
         guest.daemon()?.qmp().hint_done()?;
         guest.farewell(free)?;
