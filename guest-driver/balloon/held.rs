@@ -213,7 +213,9 @@ impl Held {
             part.into_balloon_pages(&mut taken);
         }
         drop(blocks);
-        self.counters.hinted_pages_inflated.add(taken.pages() as u64);
+        self.counters
+            .hinted_pages_inflated
+            .add(taken.pages() as u64);
         taken
     }
 
@@ -441,11 +443,20 @@ mod tests {
         held.clear_ahead();
         // One block, opened.
         assert_eq!(held.count(), 16);
-        assert_eq!(held.blocks.lock().cleared.as_ref().map(LentPages::pages), Some(8));
+        assert_eq!(
+            held.blocks.lock().cleared.as_ref().map(LentPages::pages),
+            Some(8)
+        );
         assert_eq!(held.scan(3), Some(3));
-        assert_eq!(held.blocks.lock().cleared.as_ref().map(LentPages::pages), Some(5));
+        assert_eq!(
+            held.blocks.lock().cleared.as_ref().map(LentPages::pages),
+            Some(5)
+        );
         held.clear_ahead();
-        assert_eq!(held.blocks.lock().cleared.as_ref().map(LentPages::pages), Some(5));
+        assert_eq!(
+            held.blocks.lock().cleared.as_ref().map(LentPages::pages),
+            Some(5)
+        );
         assert_eq!(held.scan(100), Some(13));
         assert_eq!(counters.zeroed_pages.get(), zeroed(16));
         held.clear_ahead();

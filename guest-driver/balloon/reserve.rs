@@ -167,7 +167,7 @@ impl Harvest {
     /// Begins with the largest order. The reserve is computed now.
     pub(crate) fn new(limits: Limits, counters: &Counters) -> Self {
         let share = Share::of(limits.reserve(), Share::kept_by_all);
-        let reserve = share.kept_by_all().max(limits.reserve());
+        let reserve = limits.reserve().max(Share(0).kept_by_all());
         counters.hint_reserve_pages.set(reserve as u64);
         Self {
             order: PageBlock::max_order(),

@@ -82,7 +82,8 @@ impl<T: Shrink> Shrinker<T> {
 
         // SAFETY: The kernel calls with a registered shrinker; see the invariants. The reference stays
         // with `_data`.
-        let data = ManuallyDrop::new(unsafe { Arc::from_raw((*shrinker).private_data.cast::<T>()) });
+        let data =
+            ManuallyDrop::new(unsafe { Arc::from_raw((*shrinker).private_data.cast::<T>()) });
         // SAFETY: The kernel calls with a control block that is ours for the call.
         let control = unsafe { &mut *control };
         match data.scan(control.nr_to_scan) {

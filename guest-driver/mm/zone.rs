@@ -140,9 +140,8 @@ impl Zone {
 
     fn take(self, kind: Mobility, order: u32) -> Option<PageBlock> {
         // SAFETY: The order is one that the allocator has, and there is such a node.
-        let page = unsafe {
-            helpers::vbrs_alloc_zone_block(self.node, self.zone, order, kind.as_raw())
-        };
+        let page =
+            unsafe { helpers::vbrs_alloc_zone_block(self.node, self.zone, order, kind.as_raw()) };
         let page = NonNull::new(page)?;
         // SAFETY: The allocator gives out pages with one owner, who may use `private` and `lru`.
         let block = unsafe { PageBlock::adopt(page, order) };

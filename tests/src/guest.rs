@@ -322,7 +322,11 @@ impl<'a> Builder<'a> {
             slot: self.slot,
             sleeps: self.sleeps,
             kernel_arguments: self.kernel_arguments.to_owned(),
-            qemu_arguments: self.qemu_arguments.iter().map(ToString::to_string).collect(),
+            qemu_arguments: self
+                .qemu_arguments
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             memory_file: self.memory_file.map(Path::to_owned),
             incoming,
             operators: self.operators.then(|| scratch.path(OPERATORS)),

@@ -29,6 +29,8 @@ pub struct ZoneInfo {
     pub managed: u64,
     /// What is kept from allocations that could have come from a higher zone, by that zone.
     pub lowmem_reserve: Vec<u64>,
+    /// What of it is kept from the kernel's ordinary allocations.
+    pub kernel_reserve: u64,
 }
 
 impl ZoneInfo {
@@ -36,6 +38,13 @@ impl ZoneInfo {
     #[must_use]
     pub fn is_usable(&self) -> bool {
         ["DMA", "DMA32", "Normal"].contains(&self.name.as_str())
+    }
+
+    /// What hinting leaves of the zone in any case: half-way between the minimum and the low watermark, beyond what is kept
+    /// from the kernel's ordinary allocations.
+    #[must_use]
+    pub fn floor(&self) -> u64 {
+        (self.min + self.low) / 2 + self.kernel_reserve
     }
 
     /// Free pages that the kernel can use for itself.
@@ -91,6 +100,7 @@ fn parse(text: &str) -> Result<Vec<ZoneInfo>> {
                 high: 0,
                 managed: 0,
                 lowmem_reserve: Vec::new(),
+                kernel_reserve: 0,
             });
             continue;
         }
@@ -107,13 +117,23 @@ fn parse(text: &str) -> Result<Vec<ZoneInfo>> {
             ["high", number] => zone.high = number.parse()?,
             ["managed", number] => zone.managed = number.parse()?,
             ["protection:", ..] => {
-                let (_, list) = line.split_once('(').context("a protection without a list")?;
+                let (_, list) = line
+                    .split_once('(')
+                    .context("a protection without a list")?;
                 let numbers = list.trim_end_matches(')').split(',');
                 let numbers = numbers.map(|number| number.trim().parse());
                 zone.lowmem_reserve = numbers.collect::<Result<_, _>>()?;
             }
             _ => {}
         }
+    }
+    let of_one_node = zones.iter().take_while(|zone| zone.node == 0);
+    let normal = of_one_node
+        .map(|zone| zone.name.as_str())
+        .position(|name| name == "Normal");
+    let normal = normal.context("there is no zone for the kernel")?;
+    for zone in &mut zones {
+        zone.kernel_reserve = zone.lowmem_reserve.get(normal).copied().unwrap_or_default();
     }
     zones.retain(|zone| zone.managed > 0);
     Ok(zones)
@@ -128,6 +148,7 @@ mod tests {
         let text = "Node 0, zone      DMA\n  per-node stats\n      nr_free_cma  7\n  pages free     3\n        boost    0\n        \
                     min      1\n        low      2\n        high     4\n        managed  10\n        protection: (0, 20, 30)\n      \
                     nr_free_cma  0\n  pagesets\n    cpu: 0\n              high:     9\n\
+                    Node 0, zone   Normal\n  pages free     0\n        managed  0\n\
                     Node 1, zone  Movable\n  pages free     0\n        managed  0\n";
         let zones = parse(text).unwrap();
         assert_eq!(zones.len(), 1);
@@ -137,5 +158,6 @@ mod tests {
         assert_eq!(zone.lowmem_reserve, [0, 20, 30]);
         assert_eq!(zone.free_cma, 0);
         assert!(zone.is_usable());
+        assert_eq!((zone.kernel_reserve, zone.floor()), (20, 21));
     }
 }

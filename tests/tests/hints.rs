@@ -4,11 +4,12 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use tests::artifacts::Artifacts;
-use tests::calls::{BuddyInfo, Fill, Free, KeptPages, LowestMemFree, ReadFile, Release, Verify};
+use tests::calls::{BuddyInfo, Fill, Free, KeptPages, LowestMemFree, Release, Verify};
 use tests::guest::{Builder, Driver, Guest};
 use tests::vmm::Vmm;
+use tests::zones::ZoneInfo;
 use tests::{HANG_LIMIT, MIB};
 
 /// One page of so many is kept: then nearly every block of the largest order holds one.
@@ -269,32 +270,18 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     guest.farewell(free)
 }
 
-/// Three times the high watermarks of the zones that have memory, within 1/64 and 1/20 of memory; and no less than half-way
-/// between the minimum and the low ones.
+/// Three times the high watermarks of the zones that have memory, within 1/64 and 1/20 of memory; no less than half-way
+/// between the minimum and the low ones, nor than what is left of each zone that the kernel can use.
 fn documented_reserve(guest: &mut Guest) -> Result<u64> {
     let page_size = guest.agent().hello().page_size;
-    let zones = guest.call(ReadFile {
-        path: "/proc/zoneinfo".to_owned(),
-    })?;
-    let (mut sum, mut high_sum): (u64, u64) = (0, 0);
-    let (mut min, mut low, mut high): (u64, u64, u64) = (0, 0, 0);
-    for line in zones.lines() {
-        let mut words = line.split_whitespace();
-        let (name, number) = (words.next(), words.next());
-        match name {
-            Some("min") => min = number.context("a watermark without a number")?.parse()?,
-            Some("low") => low = number.context("a watermark without a number")?.parse()?,
-            // A processor's own list has a line `high: N`, which is another thing.
-            Some("high") => high = number.context("a watermark without a number")?.parse()?,
-            Some("managed") if number != Some("0") => {
-                sum += (min + low) / 2;
-                high_sum += high;
-            }
-            _ => {}
-        }
-    }
+    let zones = guest.zones()?;
+    let middle: u64 = zones.iter().map(|zone| (zone.min + zone.low) / 2).sum();
+    let high: u64 = zones.iter().map(|zone| zone.high).sum();
+    let usable = zones.iter().filter(|zone| zone.is_usable());
+    let floors: u64 = usable.map(ZoneInfo::floor).sum();
     let total = guest.mem_info()?.total() / page_size;
-    Ok((3 * high_sum).min(total / 20).max(sum).max(total / 64) * page_size)
+    let reserve = (3 * high).min(total / 20).max(middle).max(total / 64);
+    Ok(reserve.max(floors) * page_size)
 }
 
 /// How long a process takes to fill so much memory and find it as it was.

@@ -50,7 +50,10 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
             "tcg"
         },
     ]);
-    command.args(["-machine", "q35,memory-backend=mem"]);
+    // Nodes have memory of their own, which may be this.
+    let has_nodes = machine.qemu_arguments.iter().any(|word| word == "-numa");
+    let memory = if has_nodes { "" } else { ",memory-backend=mem" };
+    command.args(["-machine", &format!("q35{memory}")]);
     let backend = match &machine.memory_file {
         Some(file) => format!("memory-backend-file,mem-path={}", file.display()),
         None => "memory-backend-memfd".to_owned(),
