@@ -24,6 +24,7 @@ pub mod image;
 pub mod initramfs;
 pub mod ktap;
 pub mod lines;
+pub mod matrix;
 pub mod measure;
 pub mod migration;
 pub mod moves;
@@ -40,6 +41,7 @@ pub mod vmm;
 pub mod watch;
 pub mod wire;
 pub mod working;
+pub mod zones;
 
 pub use guest_agent::{calls, pattern, ranges};
 

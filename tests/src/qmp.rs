@@ -103,6 +103,25 @@ impl Qmp {
         Ok(self.query::<Balloon>("query-balloon")?.actual)
     }
 
+    /// Waits until the guest has less memory than `guest_bytes`.
+    ///
+    /// # Errors
+    ///
+    /// If it has not by the limit.
+    pub fn wait_balloon_below(&mut self, guest_bytes: u64, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        while self.balloon_actual()? >= guest_bytes {
+            if Instant::now() > deadline {
+                bail!("the guest still has {guest_bytes} bytes of memory after {limit:?}");
+            }
+            self.wait_event(
+                |event| event.name == "BALLOON_CHANGE",
+                Duration::from_millis(20),
+            )?;
+        }
+        Ok(())
+    }
+
     /// Waits until the guest has as much memory as `balloon` asked for.
     ///
     /// # Errors

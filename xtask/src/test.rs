@@ -11,6 +11,7 @@ use tests::artifacts;
 use tests::vmm::Vmm;
 
 use crate::build::{self, Profile};
+use crate::matrix;
 use crate::progress::say;
 use crate::run;
 use crate::setup::{self, Kernel};
@@ -24,6 +25,9 @@ pub struct Options {
     /// Only the tests of guests, and only with this kernel.
     #[arg(long)]
     kernels: Option<Kernels>,
+    /// Only cells of the matrix of machines: `all`, or those whose names hold this text.
+    #[arg(long, value_name = "CELLS")]
+    matrix: Option<String>,
     /// Only tests of guests whose names hold this text, and further options of the test program.
     #[arg(last = true)]
     rest: Vec<String>,
@@ -59,6 +63,9 @@ const DEBUG_AT_ONCE: usize = 4;
 
 /// Does what `test` says.
 pub fn command(options: &Options) -> Result<()> {
+    if let Some(cells) = &options.matrix {
+        return matrix::command(cells);
+    }
     let kernels: &[Kernel] = match options.kernels {
         None => &Kernel::ALL,
         Some(Kernels::Usual) => &[Kernel::Stock, Kernel::Uml],
@@ -72,6 +79,7 @@ pub fn command(options: &Options) -> Result<()> {
     let mut artifacts = build::artifacts(&set_up, kernels, Profile::Dev)?;
     if artifacts.stock.is_some() {
         artifacts.inside = Some(build::inside()?);
+        matrix::prepare(&mut artifacts, None)?;
     }
     let path = build::target_folder()?.join("guest-artifacts.json");
     let text = serde_json::to_string_pretty(&artifacts).context("cannot encode paths")?;

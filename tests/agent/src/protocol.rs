@@ -15,6 +15,9 @@ pub const PORT_NAME: &str = "org.virtio-balloon-rs.agent";
 /// The environment variable (given on the kernel's command line) that names a serial device to speak on instead.
 pub const PORT_VARIABLE: &str = "AGENT_PORT";
 
+/// The folder of modules that the guest needs before it can speak; it loads them in the order of their names.
+pub const EARLY_MODULES: &str = "/early";
+
 /// The first line, sent by the guest unasked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {

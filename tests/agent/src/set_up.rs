@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The file systems that every call relies on.
 
-use std::fs;
+use std::fs::{self, File};
 
 use anyhow::{Context, Result};
+use guest_agent::protocol::EARLY_MODULES;
 use nix::errno::Errno;
+use nix::kmod::{finit_module, ModuleInitFlags};
 use nix::mount::{mount, MsFlags};
 
 const FILE_SYSTEMS: [(&str, &str); 5] = [
@@ -20,6 +22,21 @@ const FILE_SYSTEMS: [(&str, &str); 5] = [
 pub fn keep_free_pages_together() {
     // Best effort: a kernel without the control has no such lists to speak of.
     let _ = fs::write("/proc/sys/vm/percpu_pagelist_high_fraction", "1000000");
+}
+
+/// Loads the modules without which a kernel that has little built in does not find the way to the host.
+pub fn load_early_modules() -> Result<()> {
+    let entries = fs::read_dir(EARLY_MODULES).with_context(|| format!("no {EARLY_MODULES}"))?;
+    let mut paths = entries
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<Vec<_>>>()?;
+    paths.sort();
+    for path in paths {
+        let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        finit_module(&file, c"", ModuleInitFlags::empty())
+            .with_context(|| format!("cannot load {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// Mounts the kernel's file systems; one that this kernel does not have is passed over.
