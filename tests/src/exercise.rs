@@ -286,15 +286,22 @@ impl Guest {
             Ok(statistics) => {
                 let total = statistics.get("stat-total-memory").and_then(Value::as_u64);
                 ensure!(agreed, "there are statistics: {statistics:?}");
-                ensure!(
-                    total.is_some_and(|total| total > self.memory() / 2),
-                    "{statistics:?}"
-                );
-                Ok(())
+                self.is_total(total)
+                    .with_context(|| format!("{statistics:?}"))
             }
             Err(error) if !agreed => refused(&error),
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether a statistic says how much memory the guest's kernel manages just now.
+    fn is_total(&mut self, total: Option<u64>) -> Result<()> {
+        let now = self.mem_info()?.total();
+        ensure!(
+            total.is_some_and(|total| total.abs_diff(now) < MIB),
+            "the guest has {now} bytes of memory"
+        );
+        Ok(())
     }
 
     /// The statistics of our device, for which it asks the guest.
@@ -327,10 +334,9 @@ impl Guest {
             let answer = monitor.command("qom-get", get.clone())?;
             if updated(&answer) > before {
                 let total = answer.pointer("/stats/stat-total-memory");
-                let total = total.and_then(Value::as_u64).unwrap_or_default();
+                let total = total.and_then(Value::as_u64);
                 monitor.command("qom-set", set(interval, 0))?;
-                ensure!(total > self.memory() / 2, "{answer}");
-                return Ok(());
+                return self.is_total(total).with_context(|| answer.to_string());
             }
             ensure!(Instant::now() < deadline, "no new statistics: {answer}");
             sleep(Duration::from_millis(20));

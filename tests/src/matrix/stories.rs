@@ -8,11 +8,11 @@ mod several;
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 
 use super::Cell;
 use crate::artifacts::Artifacts;
-use crate::guest::{Builder, Device, Guest};
+use crate::guest::{Builder, Device, Driver, Guest};
 use crate::vmm::Vmm;
 use crate::MIB;
 
@@ -35,6 +35,10 @@ pub enum Story {
     Locked,
     /// The same, and a gigantic page is allocated with a balloon and in mid-round.
     GiganticPage,
+    /// Our device cannot see the guest's memory: QEMU says so, and the guest comes to no harm. QEMU's own device works.
+    Private,
+    /// The balloon must be used through an IOMMU, which none can: whoever notices it first says so.
+    BehindIommu,
     /// A DIMM comes and goes.
     Dimm(Dimm),
     /// virtio-mem's memory comes and goes.
@@ -53,12 +57,21 @@ pub enum Story {
 ///
 /// If anything is not as it should be; [`super::NotHere`] if the host lacks something.
 pub fn tell(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
+    if let (Some(series), Driver::Ours) = (cell.row.series, cell.entry.pair.driver()) {
+        let kernel = artifacts.peers.get(series);
+        ensure!(
+            kernel.is_some_and(|kernel| kernel.our_driver.is_some()),
+            "our driver was not built for series {series}"
+        );
+    }
     match cell.row.story {
         Story::Exercise => exercise(builder(artifacts, cell), cell),
         Story::OnHugePages => memory::on_huge_pages(artifacts, cell),
         Story::OnDisk => memory::on_disk(artifacts, cell),
         Story::Locked => memory::locked(artifacts, cell),
         Story::GiganticPage => memory::gigantic_page(artifacts, cell),
+        Story::Private => memory::private(artifacts, cell),
+        Story::BehindIommu => several::behind_iommu(artifacts, cell),
         Story::Dimm(dimm) => plugging::dimm(artifacts, cell, dimm),
         Story::VirtioMem => plugging::virtio_mem(artifacts, cell),
         Story::Reset(reset) => restarts::reset(artifacts, cell, reset),

@@ -10,7 +10,7 @@ use guest_agent::calls::{ReadFile, WriteFile};
 
 use super::{boot, builder, exercise, exercise_and_end, LIMIT};
 use crate::artifacts::Artifacts;
-use crate::guest::Guest;
+use crate::guest::{Device, Guest};
 use crate::matrix::{Cell, NotHere};
 use crate::vmm::hardware::Backing;
 use crate::MIB;
@@ -92,6 +92,24 @@ pub fn locked(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
         return Err(NotHere(format!("no more than {soft:?} bytes may be locked")).into());
     }
     exercise(builder(artifacts, cell), cell)
+}
+
+/// QEMU says what is wrong as soon as a driver is there, and does not start our device. The driver, which never gets an answer, is
+/// removed, and the guest has all its memory.
+pub fn private(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
+    const QEMU_SAYS: &str = "Failed initializing vhost-user memory map";
+    if cell.entry.pair.device() != Device::Ours {
+        return exercise(builder(artifacts, cell), cell);
+    }
+    let driver = cell.entry.pair.driver();
+    let (mut guest, free) = boot(builder(artifacts, cell))?;
+    guest.load_module(driver.module())?;
+    let output = guest.vmm().output().clone();
+    output.wait_for(QEMU_SAYS, |line| line.contains(QEMU_SAYS), LIMIT)?;
+    let status = guest.daemon()?.virtio_status()?;
+    ensure!(status.status != "running", "{status:?}");
+    guest.unload(driver)?;
+    guest.farewell(free)
 }
 
 /// In the guest.

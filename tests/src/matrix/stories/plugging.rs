@@ -37,19 +37,20 @@ const SIZE: u64 = 256 * MIB;
 pub fn dimm(artifacts: &Artifacts, cell: &Cell, dimm: Dimm) -> Result<()> {
     let driver = cell.entry.pair.driver();
     let (mut guest, free) = boot(builder(artifacts, cell))?;
+    let used = guest.used_by_kernel()?;
     guest.load(driver)?;
     match dimm {
         Dimm::Inflated => inflated(&mut guest, driver, free)?,
-        Dimm::MidRound => mid_round(&mut guest, free)?,
-        Dimm::InMigration => in_migration(&mut guest, artifacts, free)?,
+        Dimm::MidRound => mid_round(&mut guest)?,
+        Dimm::InMigration => in_migration(&mut guest, artifacts)?,
         Dimm::HintedOffline => hinted_offline(&mut guest)?,
     }
+    guest.check_used_by_kernel(used)?;
+    guest.exercise_whole()?;
     guest.unload(driver)?;
-    if dimm == Dimm::HintedOffline {
-        guest.check_log()?;
-        return guest.power_off().map(drop);
-    }
-    guest.farewell(free)
+    guest.check_used_by_kernel(used)?;
+    guest.check_log()?;
+    guest.power_off().map(drop)
 }
 
 /// Compaction moves the balloon's pages out of the DIMM, and the balloon is as large as before.
@@ -79,13 +80,12 @@ fn inflated(guest: &mut Guest, driver: Driver, free: u64) -> Result<()> {
     // The same pages, of a smaller machine.
     let whole = guest.balloon()?.balloon_actual()? + half;
     guest.balloon()?.balloon(whole)?;
-    guest.balloon()?.wait_balloon(whole, LIMIT)?;
-    guest.check_free(free)?;
-    guest.exercise_whole().map(drop)
+    guest.balloon()?.wait_balloon(whole, LIMIT)
 }
 
 /// A DIMM comes and goes while a round is held, and the guest has back what it hinted.
-fn mid_round(guest: &mut Guest, free: u64) -> Result<()> {
+fn mid_round(guest: &mut Guest) -> Result<()> {
+    let used = guest.used_by_kernel()?;
     for hinted_first in [true, false] {
         if hinted_first {
             guest.hint_all()?;
@@ -98,34 +98,40 @@ fn mid_round(guest: &mut Guest, free: u64) -> Result<()> {
         ensure!(held.bytes > 0, "nothing is held: {held:?}");
         unplug(guest)?;
         guest.daemon()?.qmp().hint_done()?;
-        guest.check_free(free)?;
+        guest
+            .check_used_by_kernel(used)
+            .with_context(|| format!("{held:?}"))?;
     }
-    guest.exercise_whole().map(drop)
+    Ok(())
 }
 
-/// The migration fails with a message that says why, and the guest goes on, with what it hinted.
-fn in_migration(guest: &mut Guest, artifacts: &Artifacts, free: u64) -> Result<()> {
-    plug(guest, SIZE)?;
-    let memory = guest.memory() + SIZE;
-    let destination = Destination::start(&artifacts.balloonctl, memory)?;
+/// A migration fails with a message that says why if a DIMM comes or goes, and the guest goes on, with what it hinted.
+fn in_migration(guest: &mut Guest, artifacts: &Artifacts) -> Result<()> {
     let slowly = json!({ "max-bandwidth": MIB, "downtime-limit": 0, "max-rounds": 100_000 });
     guest.daemon()?.qmp().migrate_parameters(slowly)?;
-    guest.start_migration(&destination.uri())?;
-    guest.daemon()?.qmp().wait_migration(
-        "some bytes sent",
-        |now| now.status == State::Active && now.ram.transferred > MIB,
-        LIMIT,
-    )?;
-    unplug(guest)?;
-    let status = guest.daemon()?.qmp().wait_migration_end()?;
-    let why = status.error_desc.clone().unwrap_or_default();
-    ensure!(
-        status.status == State::Failed && why.contains("memory"),
-        "it was to fail, and to say that the guest's memory has changed: {status:?}"
-    );
-    ensure!(!guest.is_paused()?, "the guest stands still: {why}");
-    guest.check_free(free)?;
-    guest.exercise_whole().map(drop)
+    for blocks in [1, 2] {
+        let memory = guest.memory() + SIZE;
+        let destination = Destination::start_blocks(&artifacts.balloonctl, memory, blocks)?;
+        guest.start_migration(&destination.uri())?;
+        guest.daemon()?.qmp().wait_migration(
+            "some bytes sent",
+            |now| now.status == State::Active && now.ram.transferred > MIB,
+            LIMIT,
+        )?;
+        if blocks == 1 {
+            plug(guest, SIZE)?;
+        } else {
+            unplug(guest)?;
+        }
+        let status = guest.daemon()?.qmp().wait_migration_end()?;
+        let why = status.error_desc.clone().unwrap_or_default();
+        ensure!(
+            status.status == State::Failed && why.contains("layout of guest memory"),
+            "it was to fail, and to say that the guest's memory has changed: {status:?}"
+        );
+        ensure!(!guest.is_paused()?, "the guest stands still: {why}");
+    }
+    Ok(())
 }
 
 /// A part of a DIMM in which nothing was in use before a round is taken offline while the round is held.
@@ -150,14 +156,14 @@ fn hinted_offline(guest: &mut Guest) -> Result<()> {
     guest.call(WriteFile {
         path: format!("{BLOCKS}/{name}/state"),
         text: "online_kernel".to_owned(),
-    })?;
-    guest.exercise_whole().map(drop)
+    })
 }
 
 /// Grows with the driver loaded, is exercised, and shrinks while half of free memory is in the balloon.
 pub fn virtio_mem(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     let driver = cell.entry.pair.driver();
     let (mut guest, free) = boot(builder(artifacts, cell))?;
+    let used = guest.used_by_kernel()?;
     guest.load(driver)?;
     let before = guest.mem_info()?.total();
     guest.load_module("virtio_mem")?;
@@ -179,9 +185,10 @@ pub fn virtio_mem(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     );
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, LIMIT)?;
-    guest.check_free(free)?;
     guest.unload(driver)?;
-    guest.farewell(free)
+    guest.check_used_by_kernel(used)?;
+    guest.check_log()?;
+    guest.power_off().map(drop)
 }
 
 fn wait_virtio_mem(guest: &mut Guest, size: u64) -> Result<()> {
