@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::artifacts::Artifacts;
 use crate::guest::{Device, Driver};
 use crate::vmm::hardware::Hardware;
+use crate::vmm::Vmm;
 use crate::MIB;
 use stories::Story;
 
@@ -109,6 +110,8 @@ pub struct Row {
     pub series: Option<&'static str>,
     /// Bytes of memory.
     pub memory: u64,
+    /// What runs it.
+    pub vmm: Vmm,
     /// More words for the kernel's command line.
     pub arguments: &'static str,
     /// The machine.
@@ -279,6 +282,7 @@ impl Row {
             name,
             series: None,
             memory: 512 * MIB,
+            vmm: Vmm::Qemu,
             arguments: "",
             hardware: Hardware::default(),
             properties: &[],
@@ -295,6 +299,11 @@ impl Row {
 
     fn memory(mut self, mebibytes: u64) -> Self {
         self.memory = mebibytes * MIB;
+        self
+    }
+
+    fn in_user_mode_linux(mut self) -> Self {
+        self.vmm = Vmm::Uml;
         self
     }
 

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use ::tests::artifacts::{self, Artifacts, Kernel as GuestKernel};
 use ::tests::matrix::{self, table, Outcome, Pair, Verdict};
+use ::tests::vmm::Vmm;
 use anyhow::{bail, ensure, Context, Result};
 
 use crate::build::{self, Profile};
@@ -27,8 +28,11 @@ const END: &str = "<!-- end of matrix -->";
 
 /// Runs the cells that `which` names: all, or those that have it in their names. All of them are then in the documentation.
 pub fn command(which: &str) -> Result<()> {
-    matrix::cells(Some(which))?;
-    let kernels = [Kernel::Stock];
+    let cells = matrix::cells(Some(which))?;
+    let mut kernels = vec![Kernel::Stock];
+    if cells.iter().any(|cell| cell.row.vmm == Vmm::Uml) {
+        kernels.push(Kernel::Uml);
+    }
     let set_up = setup::ensure(&kernels)?;
     let mut artifacts = build::artifacts(&set_up, &kernels, Profile::Dev)?;
     prepare(&mut artifacts, Some(which))?;

@@ -13,7 +13,6 @@ use anyhow::{ensure, Context, Result};
 use super::Cell;
 use crate::artifacts::Artifacts;
 use crate::guest::{Builder, Device, Driver, Guest};
-use crate::vmm::Vmm;
 use crate::MIB;
 
 pub use plugging::Dimm;
@@ -84,7 +83,7 @@ pub fn tell(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
 fn builder<'a>(artifacts: &'a Artifacts, cell: &'a Cell) -> Builder<'a> {
     let row = &cell.row;
     let device = cell.entry.pair.device();
-    let builder = Builder::new(artifacts, Vmm::Qemu)
+    let builder = Builder::new(artifacts, row.vmm)
         .device(device)
         .memory(row.memory)
         .kernel_arguments(row.arguments)

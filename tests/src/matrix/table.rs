@@ -32,6 +32,8 @@ fn rings() -> Vec<Row> {
         "the C driver never ends a round: it needs two entries to hint a block, and tries for ever";
     const NO_PACKED: &str =
         "vhost-user-test-device offers what the daemon does, whose library has no packed rings";
+    const NO_VECTORS: &str =
+        "vhost-user-test-device-pci has no property `vectors`: see `pci=nomsi`";
     vec![
         Row::new("a ring of 1 entry")
             .properties(&["vq_size=1"])
@@ -72,12 +74,17 @@ fn rings() -> Vec<Row> {
             .with(&[Ours, C, OursInQemu, CInQemu]),
         Row::new("`vectors=0`")
             .properties(&["vectors=0"])
+            .cannot(Ours, NO_VECTORS)
+            .cannot(C, NO_VECTORS)
+            .with(&[OursInQemu, CInQemu]),
+        Row::new("`pci=nomsi`: one interrupt for all queues")
+            .arguments("pci=nomsi")
             .usually(Ours)
-            .with(&[C, OursInQemu, CInQemu]),
+            .with(&[C]),
         Row::new(
             "`iommu_platform=on`, which QEMU refuses with our device, and drivers with QEMU's",
         )
-        .properties(&["iommu_platform=on"])
+        .properties(&["iommu_platform=on", "disable-legacy=on"])
         .story(Story::BehindIommu)
         .with(&[Ours, OursInQemu, CInQemu]),
     ]
@@ -150,7 +157,15 @@ fn zones() -> Vec<Row> {
 fn memory() -> Vec<Row> {
     let backing = |memory| hardware(|hardware| hardware.memory = memory);
     vec![
-        Row::new("64 MiB of memory").memory(64).with(&[Ours, C]),
+        Row::new(
+            "64 MiB of memory, in user-mode Linux: Debian's kernel does not start with so little",
+        )
+        .memory(64)
+        .in_user_mode_linux()
+        // There may be no free block that is large enough to be reported.
+        .features(&["stats", "free-page-hint"])
+        .with(&[Ours, C]),
+        Row::new("128 MiB of memory").memory(128).with(&[Ours, C]),
         Row::new("5 GiB of memory, across the hole below 4 GiB")
             .memory(5 * 1024)
             .arguments("init_on_alloc=0")
