@@ -18,9 +18,9 @@ use crate::MIB;
 /// How much goes into the balloon and comes out again.
 const RESIZE_BY: u64 = 24 * MIB;
 /// How long anything may take. Ordinarily it takes far less than a second.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(300);
 /// How long half of a large guest's memory may take to go into the balloon.
-const HALF_LIMIT: Duration = Duration::from_secs(300);
+const HALF_LIMIT: Duration = Duration::from_secs(600);
 /// What the guest's own programs may take while a round is held, and processors keep on lists of their own.
 const OWN_USE: u64 = 2 * MIB;
 const PAGE: u64 = 4096;

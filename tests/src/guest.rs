@@ -410,7 +410,7 @@ pub struct Left {
 }
 
 /// Ordinary boots take 0.3 s (user-mode Linux) and 6 s (emulated); a busy host may make them slow.
-pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(90);
+pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(600);
 
 /// The name of the socket at which a VMM listens for operators.
 const OPERATORS: &str = "vmm-qmp.sock";

@@ -19,7 +19,7 @@ pub use plugging::Dimm;
 pub use restarts::Reset;
 
 /// How long anything may take that moves much memory.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// What is done in a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
