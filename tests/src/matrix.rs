@@ -31,8 +31,9 @@ pub const RESULTS_VARIABLE: &str = "VIRTIO_BALLOON_RS_MATRIX_RESULTS";
 /// Every cell.
 pub const ALL: &str = "all";
 
-/// How many cells are run at once.
+/// How many cells are run at once beside other tests, and for each two processors where there are no others.
 const AT_ONCE: usize = 2;
+const ALONE_AT_ONCE: usize = 3;
 
 /// A driver and a device: a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -210,6 +211,11 @@ pub fn run(artifacts: &Artifacts) -> Result<Vec<Outcome>> {
     let which = std::env::var(CELLS_VARIABLE).ok();
     let results = std::env::var_os(RESULTS_VARIABLE).map(PathBuf::from);
     let cells = cells(which.as_deref())?;
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let at_once = match which {
+        None => AT_ONCE,
+        Some(_) => (processors * ALONE_AT_ONCE / 2).max(AT_ONCE),
+    };
     let (waiting, outcomes) = (Mutex::new(cells.into_iter()), Mutex::new(Vec::new()));
     let work = || -> Result<()> {
         loop {
@@ -237,7 +243,7 @@ pub fn run(artifacts: &Artifacts) -> Result<Vec<Outcome>> {
         }
     };
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
+        let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(work)).collect();
         for worker in workers {
             match worker.join() {
                 Ok(done) => done?,
