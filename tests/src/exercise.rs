@@ -19,8 +19,8 @@ use crate::MIB;
 const RESIZE_BY: u64 = 24 * MIB;
 /// How long anything may take. Ordinarily it takes far less than a second.
 const LIMIT: Duration = Duration::from_secs(300);
-/// How long half of a large guest's memory may take to go into the balloon.
-const HALF_LIMIT: Duration = Duration::from_secs(600);
+/// How long a balloon may stay as it is on its way to its target.
+const STILL_LIMIT: Duration = Duration::from_secs(120);
 /// What the guest's own programs may take while a round is held, and processors keep on lists of their own.
 const OWN_USE: u64 = 2 * MIB;
 const PAGE: u64 = 4096;
@@ -91,7 +91,7 @@ impl Guest {
         }
         self.balloon()?.balloon(whole)?;
         self.balloon()?
-            .wait_balloon(whole, HALF_LIMIT)
+            .wait_balloon_while_it_moves(whole, STILL_LIMIT)
             .context("deflating")?;
         self.check_free(free).context("once deflated")?;
         if self.daemon.is_none() {
@@ -122,10 +122,10 @@ impl Guest {
         let balloon = self.balloon()?;
         balloon.balloon(whole - by)?;
         // Wherever the driver is by now, from here on it goes elsewhere.
-        balloon.wait_balloon_below(whole, HALF_LIMIT)?;
+        balloon.wait_balloon_below(whole, LIMIT)?;
         for target in [whole - by / 2, whole - by] {
             balloon.balloon(target)?;
-            balloon.wait_balloon(target, HALF_LIMIT)?;
+            balloon.wait_balloon_while_it_moves(target, STILL_LIMIT)?;
         }
         Ok(())
     }
