@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Where the things lie that guests are made of.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
@@ -32,10 +33,13 @@ pub struct Artifacts {
     /// The debug kernel, which is user-mode Linux too.
     #[serde(default)]
     pub debug: Option<Kernel>,
+    /// Debian's kernels of other series, for QEMU, by their series.
+    #[serde(default)]
+    pub peers: BTreeMap<String, Kernel>,
 }
 
 /// A kernel and the balloon drivers built for it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Kernel {
     /// What the VMM boots, or, of user-mode Linux, the program itself.
     pub image: PathBuf,
@@ -43,6 +47,12 @@ pub struct Kernel {
     pub c_driver: PathBuf,
     /// `virtio_balloon_rs.ko`.
     pub our_driver: Option<PathBuf>,
+    /// More modules that a guest may be told to load, uncompressed.
+    #[serde(default)]
+    pub modules: Vec<PathBuf>,
+    /// Modules that the agent's line to the host needs, in the order of loading.
+    #[serde(default)]
+    pub early: Vec<PathBuf>,
 }
 
 /// Programs that are run inside a guest of QEMU, statically linked.

@@ -6,7 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use guest_agent::calls::{ReadFile, Run};
+use guest_agent::calls::ReadFile;
 
 use crate::guest::Guest;
 
@@ -80,14 +80,7 @@ impl Guest {
     ///
     /// As [`crate::agent::Agent::call`].
     pub fn counted_devices(&mut self) -> Result<Vec<String>> {
-        let script = format!("ls {FOLDER} 2>/dev/null || true");
-        let argv = ["sh", "-c", &script].map(str::to_owned).to_vec();
-        let listed = self.call(Run { argv })?;
-        Ok(listed
-            .stdout
-            .split_whitespace()
-            .map(str::to_owned)
-            .collect())
+        self.list_folder(FOLDER)
     }
 }
 

@@ -27,6 +27,15 @@ impl Destination {
     ///
     /// If it does not listen in time; the error holds what it said.
     pub fn start(balloonctl: &Path, memory: u64) -> Result<Self> {
+        Self::start_blocks(balloonctl, memory, 1)
+    }
+
+    /// As [`Destination::start`], of a guest whose memory lies in so many files.
+    ///
+    /// # Errors
+    ///
+    /// As [`Destination::start`].
+    pub fn start_blocks(balloonctl: &Path, memory: u64, blocks: usize) -> Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("vballoon-there-")
             .tempdir_in(memory_folder(memory))
@@ -35,9 +44,16 @@ impl Destination {
         command
             .arg("receive")
             .arg("--listen")
-            .arg(uri(&folder.path().join(SOCKET)))
-            .arg("--memory-file")
-            .arg(folder.path().join(MEMORY));
+            .arg(uri(&folder.path().join(SOCKET)));
+        let file = folder.path().join(MEMORY);
+        if blocks == 1 {
+            command.arg("--memory-file").arg(file);
+        } else {
+            for block in 0..blocks {
+                let named = format!("ram{block}={}-{block}", file.display());
+                command.args(["--memory-file", &named]);
+            }
+        }
         let mut process = Process::start("balloonctl receive", command, Streams::Collected)?;
         // Not when the socket is there: it is before anybody listens.
         let listens = |line: &str| line.starts_with("listening at");

@@ -1,22 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Everything that our driver and a device have agreed on, tried once.
+//! Everything that a driver and a device have agreed on, tried once.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
-use guest_agent::calls::WriteFile;
+use guest_agent::calls::{Fill, Free, KeptPages, Release, Verify, WriteFile};
 use serde::Deserialize;
 use serde_json::{json, Map, Value};
 use shared_abi::features::Features;
 
-use crate::guest::Guest;
+use crate::guest::{Driver, Guest};
 use crate::qmp::Refusal;
 use crate::vmm::qemu::BALLOON_ID;
 use crate::{HANG_LIMIT, MIB};
 
 /// How much goes into the balloon and comes out again.
 const RESIZE_BY: u64 = 24 * MIB;
+/// What the guest's own programs may take while a round is held, and processors keep on lists of their own.
+const OWN_USE: u64 = 2 * MIB;
+const PAGE: u64 = 4096;
 
 impl Guest {
     /// What the driver and the device have agreed on, as the guest's kernel says.
@@ -51,6 +54,212 @@ impl Guest {
         Ok(features)
     }
 
+    /// As [`Guest::exercise`], on a machine of any kind and with any driver: half of free memory goes into the balloon, with
+    /// another target on the way, and comes out again; a round is held meanwhile, around pages that are kept. What zones
+    /// must keep and what our driver counts is looked at as well. The driver must have been loaded just now.
+    ///
+    /// # Errors
+    ///
+    /// If anything of this fails.
+    pub fn exercise_whole(&mut self) -> Result<Features> {
+        let driver = self.driver()?;
+        let features = self.features()?;
+        let free = self.settled_free()?;
+        let whole = self.balloon()?.balloon_actual()?;
+        let half = free / 2 / MIB * MIB;
+        self.inflate_with_another_target_on_the_way(whole, half)
+            .context("inflating")?;
+        if driver == Driver::Ours {
+            let counters = self.counters()?;
+            let pages = (
+                counters.get("balloon_pages")?,
+                counters.get("target_pages")?,
+            );
+            ensure!(pages == (half / PAGE, half / PAGE), "{half}: {counters:?}");
+        }
+        self.try_statistics(features.contains(Features::STATS_VQ))
+            .context("statistics")?;
+        self.try_reporting(features.contains(Features::REPORTING))
+            .context("reporting")?;
+        let hints = features.contains(Features::FREE_PAGE_HINT);
+        if self.daemon.is_some() && hints {
+            self.hint_around_kept_pages(driver).context("hinting")?;
+        }
+        self.balloon()?.balloon(whole)?;
+        self.balloon()?
+            .wait_balloon_while_it_moves(whole, HANG_LIMIT)
+            .context("deflating")?;
+        self.check_free(free).context("once deflated")?;
+        if self.daemon.is_none() {
+            // Without a balloon there is more that it may leave out.
+            self.try_hinting(hints).context("hinting")?;
+            self.check_free(free).context("once hinted")?;
+        }
+        if driver == Driver::Ours {
+            self.check_counts().context("counters")?;
+        }
+        Ok(features)
+    }
+
+    /// The driver of the guest's one balloon.
+    ///
+    /// # Errors
+    ///
+    /// If there is not one balloon, or none of the drivers has it.
+    pub fn driver(&mut self) -> Result<Driver> {
+        let balloon = self.balloon_device()?;
+        let names = [Driver::Ours, Driver::C].into_iter();
+        let mut of = names.filter(|driver| balloon.driver.as_deref() == Some(driver.module()));
+        of.next()
+            .with_context(|| format!("{balloon:?} has neither driver"))
+    }
+
+    fn inflate_with_another_target_on_the_way(&mut self, whole: u64, by: u64) -> Result<()> {
+        let balloon = self.balloon()?;
+        balloon.balloon(whole - by)?;
+        // Wherever the driver is by now, from here on it goes elsewhere.
+        balloon.wait_balloon_below(whole, HANG_LIMIT)?;
+        for target in [whole - by / 2, whole - by] {
+            balloon.balloon(target)?;
+            balloon.wait_balloon_while_it_moves(target, HANG_LIMIT)?;
+        }
+        Ok(())
+    }
+
+    /// A round that is held while one page in some is kept in a part of the memory: none of these is hinted, nor is what a round
+    /// must leave alone, and they keep their contents.
+    fn hint_around_kept_pages(&mut self, driver: Driver) -> Result<()> {
+        // The smallest blocks that the drivers hint.
+        let order = match driver {
+            Driver::Ours => 4,
+            Driver::C => 10,
+        };
+        let bytes = self.settled_free()? / 4;
+        let filled = self.call(Fill {
+            bytes,
+            keep_every: 64,
+            seed: 31,
+        })?;
+        let workload = filled.workload;
+        self.call(Release { workload })?;
+        let free = self.settled_free()?;
+        let counted = match driver {
+            Driver::Ours => Some(self.counters()?),
+            Driver::C => None,
+        };
+        let before = self.zones()?;
+        let round = self.hint_all()?;
+        let held = self.zones()?;
+
+        let hinted = self.daemon()?.qmp().hinted_ranges()?;
+        ensure!(
+            hinted.bytes() == round.pages_cleared * PAGE && hinted.bytes() == round.bytes,
+            "{} bytes of clear bits, {round:?}",
+            hinted.bytes()
+        );
+        let kept = self.call(KeptPages { workload })?;
+        let wrong = hinted.intersection(&kept);
+        ensure!(
+            wrong.ranges().is_empty() && kept.bytes() > 0,
+            "kept pages were hinted: {wrong:x?}"
+        );
+        let missing = before.free().saturating_sub(held.free()) * PAGE;
+        ensure!(
+            missing.abs_diff(hinted.bytes()) < 4 * MIB,
+            "{} bytes were hinted, {missing} left the free lists",
+            hinted.bytes()
+        );
+        ensure!(
+            held.free_cma() * PAGE + OWN_USE >= before.free_cma() * PAGE,
+            "of {} pages that were free for contiguous allocations {} are left",
+            before.free_cma(),
+            held.free_cma()
+        );
+        let mut able = before.free_for_the_kernel_from(order);
+        if let Some(counted) = counted {
+            let now = self.counters()?;
+            let more = |key| Ok::<_, anyhow::Error>(now.get(key)? - counted.get(key)?);
+            let sums = (
+                more("rounds_started")?,
+                more("rounds_finished")?,
+                more("hinted_blocks")?,
+                more("hinted_bytes")?,
+            );
+            ensure!(
+                sums == (1, 1, round.blocks, round.bytes),
+                "counted {sums:?} of {round:?}"
+            );
+            let reserve = now.get("hint_reserve_pages")?;
+            ensure!(
+                held.free_for_the_kernel() + OWN_USE / PAGE >= reserve,
+                "the reserve is {reserve} pages, and {} are free that hinting can use: {held:?}",
+                held.free_for_the_kernel()
+            );
+            for (zone, before) in held.zones.iter().zip(&before.zones) {
+                ensure!(
+                    zone.free + OWN_USE / PAGE >= zone.low.min(before.free),
+                    "a zone was emptied: {zone:?}, {before:?}"
+                );
+            }
+            able = able.saturating_sub(reserve);
+        }
+        ensure!(
+            hinted.bytes() >= able * PAGE / 2 && hinted.bytes() > 0,
+            "{} bytes were hinted, and {} could have been: {before:?}",
+            hinted.bytes(),
+            able * PAGE
+        );
+
+        self.daemon()?.qmp().hint_done()?;
+        self.check_free_as_it_is(free)?;
+        let found = self.call(Verify { workload })?;
+        ensure!(found.wrong == 0 && found.pages == filled.kept, "{found:?}");
+        self.call(Free { workload })
+    }
+
+    /// Whether what our driver has counted since it was loaded is what the device has, with an empty balloon.
+    fn check_counts(&mut self) -> Result<()> {
+        let deadline = Instant::now() + HANG_LIMIT;
+        loop {
+            let counters = self.counters()?;
+            let empty = [
+                "balloon_pages",
+                "target_pages",
+                "shortages",
+                "failed_reports",
+            ];
+            for key in empty {
+                ensure!(counters.get(key)? == 0, "{key}: {counters:?}");
+            }
+            ensure!(counters.get("inflate_requests")? > 0, "{counters:?}");
+            let Some(daemon) = &mut self.daemon else {
+                return Ok(());
+            };
+            let status = daemon.virtio_status()?;
+            let requests = |name: &str| {
+                let queue = status.queues.iter().find(|queue| queue.name == name);
+                queue.map_or(0, |queue| queue.requests)
+            };
+            for (queue, key) in [
+                ("inflate", "inflate_requests"),
+                ("deflate", "deflate_requests"),
+            ] {
+                // A page that is moved is a request on each of the two, and counted by itself.
+                let sent = counters.get(key)? + counters.get("migrated_pages")?;
+                ensure!(requests(queue) == sent, "{key}: {counters:?}, {status:?}");
+            }
+            // The kernel may be reporting just now.
+            if counters.get("reported_pages")? * PAGE == status.bytes_reported {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "reports: {counters:?}, {status:?}"
+            );
+            sleep(Duration::from_millis(20));
+        }
+    }
+
     fn resize(&mut self) -> Result<()> {
         let balloon = self.balloon()?;
         let whole = balloon.balloon_actual()?;
@@ -83,12 +292,22 @@ impl Guest {
                 let total = statistics.get("stat-total-memory")?;
                 total.as_u64()
             });
-            if total.is_some_and(|total| total > self.memory() / 2) {
+            if self.is_total(total).is_ok() {
                 return Ok(());
             }
             ensure!(Instant::now() < deadline, "{statistics:?}");
             sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Whether a statistic says how much memory the guest's kernel manages just now.
+    fn is_total(&mut self, total: Option<u64>) -> Result<()> {
+        let now = self.mem_info()?.total();
+        ensure!(
+            total.is_some_and(|total| total.abs_diff(now) < MIB),
+            "the guest has {now} bytes of memory"
+        );
+        Ok(())
     }
 
     /// The statistics of our device, for which it asks the guest.
@@ -121,10 +340,9 @@ impl Guest {
             let answer = monitor.command("qom-get", get.clone())?;
             if updated(&answer) > before {
                 let total = answer.pointer("/stats/stat-total-memory");
-                let total = total.and_then(Value::as_u64).unwrap_or_default();
+                let total = total.and_then(Value::as_u64);
                 monitor.command("qom-set", set(interval, 0))?;
-                ensure!(total > self.memory() / 2, "{answer}");
-                return Ok(());
+                return self.is_total(total).with_context(|| answer.to_string());
             }
             ensure!(Instant::now() < deadline, "no new statistics: {answer}");
             sleep(Duration::from_millis(20));
@@ -166,12 +384,24 @@ impl Guest {
 
     /// Waits until the kernel has reported pages.
     fn try_reporting(&mut self, agreed: bool) -> Result<()> {
-        if !agreed {
-            let pages = self.counters()?.get("reported_pages")?;
-            ensure!(pages == 0, "{pages} pages were reported");
-            return Ok(());
+        let deadline = Instant::now() + HANG_LIMIT;
+        loop {
+            let pages = match (self.driver()?, &mut self.daemon) {
+                (Driver::Ours, _) => self.counters()?.get("reported_pages")?,
+                (Driver::C, Some(daemon)) => daemon.virtio_status()?.bytes_reported / PAGE,
+                // Nobody counts them.
+                (Driver::C, None) => return Ok(()),
+            };
+            if !agreed {
+                ensure!(pages == 0, "{pages} pages were reported");
+                return Ok(());
+            }
+            if pages > 0 {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "nothing is reported");
+            sleep(Duration::from_millis(20));
         }
-        self.wait_counter("reported_pages", 1, HANG_LIMIT)?;
         if let Some(daemon) = &mut self.daemon {
             let status = daemon.virtio_status()?;
             ensure!(status.bytes_reported > 0, "nothing came: {status:?}");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{
     Call, DropMemoryCaches, Fill, Free, KernelLine, KernelLog, LoadModule, MemInfo, Memory,
-    Modules, PowerOff, Release, UnloadModule, WaitKernelLog,
+    Modules, PowerOff, Release, Run, UnloadModule, WaitKernelLog,
 };
 
 use crate::agent::Agent;
@@ -22,6 +22,7 @@ use crate::initramfs;
 use crate::process::{Process, Streams};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
+use crate::vmm::hardware::Hardware;
 use crate::vmm::{qemu, uml, Attachment, Machine, Started, Vmm};
 use crate::{HANG_LIMIT, MIB};
 
@@ -80,12 +81,14 @@ pub struct Builder<'a> {
     exactly: bool,
     features: Vec<&'a str>,
     device_options: Vec<&'a str>,
+    properties: Vec<&'a str>,
+    hardware: Hardware,
+    series: Option<&'a str>,
     foreign: Option<&'a Path>,
     slot: bool,
     next_kernel: bool,
     sleeps: bool,
     kernel_arguments: &'a str,
-    qemu_arguments: Vec<&'a str>,
     operators: bool,
     memory_file: Option<&'a Path>,
     files: Vec<(&'a str, &'a Path)>,
@@ -105,12 +108,14 @@ impl<'a> Builder<'a> {
             exactly: false,
             features,
             device_options: Vec::new(),
+            properties: Vec::new(),
+            hardware: Hardware::default(),
+            series: None,
             foreign: None,
             slot: false,
             next_kernel: false,
             sleeps: false,
             kernel_arguments: "",
-            qemu_arguments: Vec::new(),
             operators: false,
             memory_file: None,
             files: Vec::new(),
@@ -154,6 +159,27 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// More properties (`a=b`) of the vhost-user device that QEMU shows the guest.
+    #[must_use]
+    pub fn properties(mut self, properties: &[&'a str]) -> Self {
+        self.properties = properties.to_vec();
+        self
+    }
+
+    /// Another machine. QEMU only.
+    #[must_use]
+    pub fn hardware(mut self, hardware: Hardware) -> Self {
+        self.hardware = hardware;
+        self
+    }
+
+    /// Debian's kernel of another series instead of the stock one. QEMU only.
+    #[must_use]
+    pub fn series(mut self, series: &'a str) -> Self {
+        self.series = Some(series);
+        self
+    }
+
     /// Another vhost-user device instead, which listens on `socket`.
     #[must_use]
     pub fn foreign(mut self, socket: &'a Path) -> Self {
@@ -186,13 +212,6 @@ impl<'a> Builder<'a> {
     #[must_use]
     pub fn kernel_arguments(mut self, arguments: &'a str) -> Self {
         self.kernel_arguments = arguments;
-        self
-    }
-
-    /// More words for QEMU's command line. QEMU only.
-    #[must_use]
-    pub fn qemu_arguments(mut self, arguments: &[&'a str]) -> Self {
-        self.qemu_arguments = arguments.to_vec();
         self
     }
 
@@ -283,18 +302,22 @@ impl<'a> Builder<'a> {
         if !self.exactly {
             self.memory += vmm.overhead();
         }
-        let kernel = kernel(self.artifacts, vmm)?;
+        let kernel = kernel(self.artifacts, vmm, self.series)?;
         let scratch = Scratch::new()?;
         let initramfs = scratch.path("initramfs.cpio");
         let modules: Vec<&Path> = [Some(&kernel.c_driver), kernel.our_driver.as_ref()]
             .into_iter()
             .flatten()
+            .chain(&kernel.modules)
             .map(AsRef::as_ref)
             .collect();
         let busybox = self.artifacts.rootfs.join("usr/bin/busybox");
         let agent = &self.artifacts.agent;
         let next_initramfs = scratch.path("next-initramfs.cpio");
+        let early: Vec<String> = (0..kernel.early.len()).map(initramfs::early_path).collect();
+        let early = early.iter().zip(&kernel.early);
         let mut more: Vec<(&str, &Path)> = self.files.clone();
+        more.extend(early.map(|(inside, path)| (inside.as_str(), path.as_path())));
         if self.next_kernel {
             initramfs::write(&next_initramfs, agent, &busybox, &modules, &[])?;
             more.push((initramfs::NEXT_KERNEL, &kernel.image));
@@ -319,14 +342,11 @@ impl<'a> Builder<'a> {
             memory: self.memory,
             initramfs,
             device,
+            properties: qemu::properties(&self.properties),
+            hardware: self.hardware.clone(),
             slot: self.slot,
             sleeps: self.sleeps,
             kernel_arguments: self.kernel_arguments.to_owned(),
-            qemu_arguments: self
-                .qemu_arguments
-                .iter()
-                .map(ToString::to_string)
-                .collect(),
             memory_file: self.memory_file.map(Path::to_owned),
             incoming,
             operators: self.operators.then(|| scratch.path(OPERATORS)),
@@ -392,7 +412,11 @@ pub struct Left {
 /// The name of the socket at which a VMM listens for operators.
 const OPERATORS: &str = "vmm-qmp.sock";
 
-fn kernel(artifacts: &Artifacts, vmm: Vmm) -> Result<&Kernel> {
+fn kernel<'a>(artifacts: &'a Artifacts, vmm: Vmm, series: Option<&str>) -> Result<&'a Kernel> {
+    if let Some(series) = series {
+        let peer = artifacts.peers.get(series);
+        return peer.with_context(|| format!("no kernel of series {series} was set up"));
+    }
     match vmm {
         Vmm::Qemu => artifacts
             .stock
@@ -603,6 +627,31 @@ impl Guest {
             Some(daemon) => daemon.wait_driver(),
             None => Ok(()),
         }
+    }
+
+    /// Loads another module of the initramfs.
+    ///
+    /// # Errors
+    ///
+    /// If the guest refuses.
+    pub fn load_module(&mut self, name: &str) -> Result<()> {
+        self.call(LoadModule {
+            path: initramfs::module_path(&format!("{name}.ko")),
+            parameters: String::new(),
+        })
+    }
+
+    /// The names in a folder of the guest; none if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Agent::call`].
+    pub fn list_folder(&mut self, path: &str) -> Result<Vec<String>> {
+        let script = format!("ls {path} 2>/dev/null || true");
+        let argv = ["sh", "-c", &script].map(str::to_owned).to_vec();
+        let listed = self.call(Run { argv })?;
+        let names = listed.stdout.split_whitespace();
+        Ok(names.map(str::to_owned).collect())
     }
 
     /// Loads a driver.

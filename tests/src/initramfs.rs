@@ -18,6 +18,12 @@ pub fn module_path(file_name: &str) -> String {
     format!("/modules/{file_name}")
 }
 
+/// Where a module lies that the agent loads before it speaks to the host: the `number`th of them.
+#[must_use]
+pub fn early_path(number: usize) -> String {
+    format!("{}/{number:02}.ko", guest_agent::protocol::EARLY_MODULES)
+}
+
 /// Where a kernel lies in the guest that it may be told to start.
 pub const NEXT_KERNEL: &str = "/next/kernel";
 /// Where that kernel's initramfs lies.
@@ -41,7 +47,7 @@ pub fn write(
     let file = File::create(target).with_context(|| format!("cannot make {}", target.display()))?;
     let mut archive = BufWriter::new(file);
     let own = [
-        "bin", "dev", "inside", "modules", "next", "proc", "sys", "tmp", "usr", "usr/bin",
+        "bin", "dev", "inside", "modules", "early", "next", "proc", "sys", "tmp", "usr", "usr/bin",
     ];
     for folder in own {
         archive = add(archive, Builder::new(folder).mode(FOLDER), &[])?;

@@ -25,6 +25,7 @@ pub mod image;
 pub mod initramfs;
 pub mod ktap;
 pub mod lines;
+pub mod matrix;
 pub mod measure;
 pub mod migration;
 pub mod moves;

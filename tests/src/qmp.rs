@@ -127,6 +127,51 @@ impl Qmp {
         }
     }
 
+    /// Waits until the guest has less memory than `guest_bytes`.
+    ///
+    /// # Errors
+    ///
+    /// If it has not by the limit.
+    pub fn wait_balloon_below(&mut self, guest_bytes: u64, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        while self.balloon_actual()? >= guest_bytes {
+            if Instant::now() > deadline {
+                bail!("the guest still has {guest_bytes} bytes of memory after {limit:?}");
+            }
+            self.wait_event(
+                |event| event.name == "BALLOON_CHANGE",
+                Duration::from_millis(20),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// As [`Qmp::wait_balloon`], for as long as the balloon gets on.
+    ///
+    /// # Errors
+    ///
+    /// If it has not changed for all of `limit`.
+    pub fn wait_balloon_while_it_moves(&mut self, guest_bytes: u64, limit: Duration) -> Result<()> {
+        let (mut since, mut last) = (Instant::now(), None);
+        loop {
+            let actual = self.balloon_actual()?;
+            if actual == guest_bytes {
+                return Ok(());
+            }
+            if last != Some(actual) {
+                (since, last) = (Instant::now(), Some(actual));
+            } else if since.elapsed() > limit {
+                bail!(
+                    "the guest has had {actual} bytes of memory for {limit:?}, and not {guest_bytes}"
+                );
+            }
+            self.wait_event(
+                |event| event.name == "BALLOON_CHANGE",
+                Duration::from_millis(100),
+            )?;
+        }
+    }
+
     /// Waits until the guest has as much memory as `balloon` asked for.
     ///
     /// # Errors

@@ -69,6 +69,23 @@ impl Guest {
             command_line: command_line.trim().to_owned(),
         })?;
         self.call(StartKernel {})?;
+        self.meet_again()
+    }
+
+    /// Resets the machine, and waits until its kernel, which starts anew, is up. QEMU only; the machine must be one that
+    /// [restarts].
+    ///
+    /// [restarts]: crate::vmm::hardware::Hardware::restarts
+    ///
+    /// # Errors
+    ///
+    /// If QEMU refuses, or the guest does not come up.
+    pub fn reset(&mut self) -> Result<()> {
+        self.monitor()?.command("system_reset", json!({}))?;
+        self.meet_again()
+    }
+
+    fn meet_again(&mut self) -> Result<()> {
         self.agent.meet_again(HANG_LIMIT)?;
         self.log.clear();
         self.kernel_log().map(drop)

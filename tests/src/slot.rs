@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{Balloon, Balloons, Modules, WaitBalloons};
-use serde_json::{json, Value};
+use serde_json::{json, Map, Value};
 
 use crate::daemon::Daemon;
 use crate::guest::{Device, Driver, Guest};
@@ -40,7 +40,7 @@ impl Guest {
             }
         };
         let is_ours = matches!(attachment, Attachment::VhostUser(_));
-        let device = qemu::balloon(&attachment, true).context("no device")?;
+        let device = qemu::balloon(&attachment, true, &Map::new()).context("no device")?;
         self.monitor()?.command("device_add", device)?;
         let modules = self.call(Modules {})?;
         let loaded = |driver: Driver| modules.iter().any(|name| name == driver.module());

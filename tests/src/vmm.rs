@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The two programs that run guests.
 
+pub mod hardware;
 pub mod qemu;
 pub mod uml;
 
@@ -92,6 +93,10 @@ pub struct Machine {
     pub initramfs: PathBuf,
     /// Its balloon device, if any.
     pub device: Attachment,
+    /// More properties of a vhost-user device. QEMU only.
+    pub properties: Map<String, Value>,
+    /// In what it differs from the usual machine. QEMU only.
+    pub hardware: hardware::Hardware,
     /// Whether the balloon is, or later will be, in a slot that it can be pulled from.
     pub slot: bool,
     /// Whether it is going to sleep. Linux 7.3's console driver loses its way to the host then: when it wakes it asks
@@ -99,8 +104,6 @@ pub struct Machine {
     pub sleeps: bool,
     /// More words for the kernel's command line.
     pub kernel_arguments: String,
-    /// More words for QEMU's command line.
-    pub qemu_arguments: Vec<String>,
     /// A file for its memory, which others can open by its name. QEMU only.
     pub memory_file: Option<PathBuf>,
     /// Whether it starts empty, and waits for a guest that comes from elsewhere. QEMU only.

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
-use guest_agent::calls::ReadFile;
+use anyhow::{ensure, Context, Result};
+use guest_agent::calls::{BuddyInfo, ReadFile, Zone as Blocks};
 
 use crate::guest::Guest;
 
@@ -54,17 +54,68 @@ impl ZoneInfo {
     }
 }
 
+/// All zones that have memory, with the free blocks of each.
+#[derive(Clone, Debug)]
+pub struct Zones {
+    /// The zones.
+    pub zones: Vec<ZoneInfo>,
+    blocks: Vec<Blocks>,
+    page_size: u64,
+}
+
+impl Zones {
+    /// Free pages.
+    #[must_use]
+    pub fn free(&self) -> u64 {
+        self.zones.iter().map(|zone| zone.free).sum()
+    }
+
+    /// Free pages that are set aside for contiguous allocations.
+    #[must_use]
+    pub fn free_cma(&self) -> u64 {
+        self.zones.iter().map(|zone| zone.free_cma).sum()
+    }
+
+    fn usable(&self) -> impl Iterator<Item = &ZoneInfo> {
+        self.zones.iter().filter(|zone| zone.is_usable())
+    }
+
+    /// Free pages that the kernel can use for itself.
+    #[must_use]
+    pub fn free_for_the_kernel(&self) -> u64 {
+        self.usable().map(ZoneInfo::free_for_the_kernel).sum()
+    }
+
+    /// As [`Zones::free_for_the_kernel`], of those in blocks of at least `order`.
+    #[must_use]
+    pub fn free_for_the_kernel_from(&self, order: usize) -> u64 {
+        let of = |zone: &ZoneInfo| {
+            let same = |blocks: &&Blocks| blocks.node == zone.node && blocks.name == zone.name;
+            let blocks = self.blocks.iter().find(same);
+            let free = blocks.map_or(0, |blocks| blocks.free_from(order, self.page_size));
+            (free / self.page_size).saturating_sub(zone.free_cma)
+        };
+        self.usable().map(of).sum()
+    }
+}
+
 impl Guest {
-    /// The zones that have memory.
+    /// The zones as they are now.
     ///
     /// # Errors
     ///
     /// If `/proc/zoneinfo` is not what it should be.
-    pub fn zones(&mut self) -> Result<Vec<ZoneInfo>> {
-        let text = self.call(ReadFile {
-            path: "/proc/zoneinfo".to_owned(),
-        })?;
-        parse(&text)
+    pub fn zones(&mut self) -> Result<Zones> {
+        let page_size = self.agent().hello().page_size;
+        let path = "/proc/zoneinfo".to_owned();
+        let text = self.call(ReadFile { path })?;
+        let zones = parse(&text)?;
+        ensure!(!zones.is_empty(), "no zone holds memory: {text}");
+        Ok(Zones {
+            zones,
+            blocks: self.call(BuddyInfo {})?,
+            page_size,
+        })
     }
 
     /// The counts of `/proc/vmstat`.

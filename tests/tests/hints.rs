@@ -274,7 +274,7 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
 /// between the minimum and the low ones, nor than what is left of each zone that the kernel can use.
 fn documented_reserve(guest: &mut Guest) -> Result<u64> {
     let page_size = guest.agent().hello().page_size;
-    let zones = guest.zones()?;
+    let zones = guest.zones()?.zones;
     let middle: u64 = zones.iter().map(|zone| (zone.min + zone.low) / 2).sum();
     let high: u64 = zones.iter().map(|zone| zone.high).sum();
     let usable = zones.iter().filter(|zone| zone.is_usable());

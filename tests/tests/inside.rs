@@ -63,6 +63,7 @@ fn moved_inside(driver: &str) -> Result<()> {
             image: place("linux"),
             c_driver: place("virtio_balloon.ko"),
             our_driver: Some(place("virtio_balloon_rs.ko")),
+            ..Kernel::default()
         }),
         ..Artifacts::default()
     };

@@ -9,6 +9,7 @@ mod hints;
 mod inside;
 mod kunit;
 mod lifecycle;
+mod matrix;
 mod migrate_vm;
 mod migration;
 mod migration_faults;

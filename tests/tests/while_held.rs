@@ -10,6 +10,7 @@ use tests::calls::{Fill, Free, PageUse, Run, Verify, WriteFile};
 use tests::guest::{Builder, Driver, Guest};
 use tests::ranges::{PhysicalRange, RangeSet};
 use tests::scratch::Scratch;
+use tests::vmm::hardware::Hardware;
 use tests::vmm::Vmm;
 use tests::zones::ZoneInfo;
 use tests::MIB;
@@ -54,10 +55,10 @@ fn hinting_keeps_out_of_cma_in_qemu() -> Result<()> {
             .kernel_arguments("cma=256M init_on_alloc=0");
         let (mut guest, free) = builder.boot_used(128 * MIB, driver)?;
         let before = guest.mem_info()?.field("CmaFree");
-        let zones_before = guest.zones()?;
+        let zones_before = guest.zones()?.zones;
         let round = guest.hint_all()?;
         let held = guest.mem_info()?.field("CmaFree");
-        let zones = guest.zones()?;
+        let zones = guest.zones()?.zones;
         println!(
             "{driver:?}: CmaFree {before}, then {held}; {} hinted of {free}\n{}\n{}",
             round.bytes,
@@ -93,9 +94,9 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
             .memory(1024 * MIB)
             .kernel_arguments("movablecore=512M");
         let (mut guest, free) = builder.boot_used(128 * MIB, driver)?;
-        let before = guest.zones()?;
+        let before = guest.zones()?.zones;
         let round = guest.hint_all()?;
-        let held = guest.zones()?;
+        let held = guest.zones()?.zones;
         let events = guest.vm_events()?;
         let start = Instant::now();
         let make = format!("mkdir /tmp/files && cd /tmp/files && seq 1 {FILES} | xargs touch");
@@ -107,7 +108,7 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
             round.bytes,
             summary(&before),
             summary(&held),
-            summary(&guest.zones()?)
+            summary(&guest.zones()?.zones)
         );
         let mut stalls = 0;
         for (name, count) in &events_after {
@@ -138,23 +139,17 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
 #[test]
 fn no_node_is_emptied_in_qemu() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let backend = format!("memory-backend-memfd,id=second,size={},share=on", 512 * MIB);
-    let arguments = [
-        "-m",
-        "1024M",
-        "-object",
-        &backend,
-        "-numa",
-        "node,memdev=mem",
-        "-numa",
-        "node,memdev=second",
-    ];
     for driver in [Driver::C, Driver::Ours] {
-        let builder = Builder::new(&artifacts, Vmm::Qemu).qemu_arguments(&arguments);
+        let builder = Builder::new(&artifacts, Vmm::Qemu)
+            .memory(1024 * MIB)
+            .hardware(Hardware {
+                nodes: 2,
+                ..Hardware::default()
+            });
         let (mut guest, free) = builder.boot_used(128 * MIB, driver)?;
-        let before = guest.zones()?;
+        let before = guest.zones()?.zones;
         let round = guest.hint_all()?;
-        let held = guest.zones()?;
+        let held = guest.zones()?.zones;
         println!(
             "{driver:?}: {} hinted of {free}\nbefore {}\nheld   {}",
             round.bytes,
@@ -227,7 +222,12 @@ fn hibernated(driver: Driver, arguments: &str) -> Result<()> {
         .features(&features)
         .sleeps()
         .kernel_arguments(arguments)
-        .qemu_arguments(&["-drive", &drive, "-device", "nvme,drive=disk,serial=disk"])
+        .hardware(Hardware {
+            arguments: ["-drive", &drive, "-device", "nvme,drive=disk,serial=disk"]
+                .map(str::to_owned)
+                .to_vec(),
+            ..Hardware::default()
+        })
         .boot()?;
     shell(&mut guest, "mkswap /dev/nvme0n1 && swapon /dev/nvme0n1")?;
     guest.load(driver)?;
@@ -288,17 +288,14 @@ fn memory_with_hinted_blocks_goes_offline_in_qemu() -> Result<()> {
     const FOLDER: &str = "/sys/devices/system/memory";
     let artifacts = Artifacts::load()?;
     let backend = format!("memory-backend-memfd,id=dimm,size={PLUGGED},share=on");
-    let arguments = [
-        "-m",
-        "512M,slots=1,maxmem=4G",
-        "-object",
-        &backend,
-        "-device",
-        "pc-dimm,memdev=dimm",
-    ];
+    let arguments = ["-object", &backend, "-device", "pc-dimm,memdev=dimm"];
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
         .kernel_arguments("memhp_default_state=online_kernel")
-        .qemu_arguments(&arguments)
+        .hardware(Hardware {
+            room: 1024 * MIB,
+            arguments: arguments.map(str::to_owned).to_vec(),
+            ..Hardware::default()
+        })
         .boot()?;
     guest.load(Driver::Ours)?;
     let free = guest.settled_free()?;

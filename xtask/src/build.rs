@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What cargo builds for guests: the daemon, and the program in the initramfs.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -60,6 +61,7 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
         stock: None,
         uml: None,
         debug: None,
+        peers: BTreeMap::new(),
     };
     for &kernel in kernels {
         say(format_args!(
@@ -87,6 +89,8 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
             image,
             c_driver,
             our_driver,
+            modules: Vec::new(),
+            early: Vec::new(),
         });
     }
     Ok(artifacts)

@@ -8,6 +8,7 @@ mod check;
 mod conformance;
 mod demo;
 mod guest;
+mod matrix;
 mod module;
 mod place;
 mod progress;

@@ -60,15 +60,19 @@ pub fn command(options: &Options) -> Result<()> {
 
 /// Builds it for one kernel, with every warning an error, and returns its path.
 pub fn make(set_up: &SetUp, kernel: Kernel, clippy: bool) -> Result<PathBuf> {
+    make_named(set_up, kernel, kernel.name(), clippy)
+}
+
+/// As [`make`], for a kernel that is set up as `kernel` is and goes by another name.
+pub fn make_named(set_up: &SetUp, kernel: Kernel, name: &str, clippy: bool) -> Result<PathBuf> {
     let suffix = if clippy { "-clippy" } else { "" };
     let what = format!(
-        "module for the {} kernel{}",
-        kernel.name(),
+        "module for the {name} kernel{}",
         if clippy { ", with clippy" } else { "" }
     );
     let out = build::target_folder()?
         .join("module")
-        .join(format!("{}{suffix}", kernel.name()));
+        .join(format!("{name}{suffix}"));
     fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
     let log = out.with_extension("log");
     let mut command = set_up

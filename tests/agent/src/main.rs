@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     if let Err(error) = set_up::mount_all().and_then(|()| {
+        set_up::load_early_modules()?;
         set_up::keep_free_pages_together();
         set_up::keep_processes_together()?;
         serve::serve(port::open()?)

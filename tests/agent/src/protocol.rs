@@ -22,6 +22,9 @@ pub const PORT_VARIABLE: &str = "AGENT_PORT";
 /// runs on another one while its page is moved goes on writing to the old place, and what it writes is lost.
 pub const ONE_PROCESSOR_VARIABLE: &str = "AGENT_ONE_PROCESSOR";
 
+/// The folder of modules that the guest needs before it can speak; it loads them in the order of their names.
+pub const EARLY_MODULES: &str = "/early";
+
 /// The first line, sent by the guest unasked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The file systems that every call relies on.
 
-use std::fs;
+use std::fs::{self, File};
 
 use anyhow::{Context, Result};
-use guest_agent::protocol::ONE_PROCESSOR_VARIABLE;
+use guest_agent::protocol::{EARLY_MODULES, ONE_PROCESSOR_VARIABLE};
 use nix::errno::Errno;
+use nix::kmod::{finit_module, ModuleInitFlags};
 use nix::mount::{mount, MsFlags};
 use nix::sched::{sched_setaffinity, CpuSet};
 use nix::unistd::Pid;
@@ -45,6 +46,21 @@ pub fn keep_processes_together() -> Result<()> {
             sched_setaffinity(Pid::from_raw(pid), &first)
                 .with_context(|| format!("cannot keep {} on one processor", name.trim()))?;
         }
+    }
+    Ok(())
+}
+
+/// Loads the modules without which a kernel that has little built in does not find the way to the host.
+pub fn load_early_modules() -> Result<()> {
+    let entries = fs::read_dir(EARLY_MODULES).with_context(|| format!("no {EARLY_MODULES}"))?;
+    let mut paths = entries
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<Vec<_>>>()?;
+    paths.sort();
+    for path in paths {
+        let file = File::open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        finit_module(&file, c"", ModuleInitFlags::empty())
+            .with_context(|| format!("cannot load {}", path.display()))?;
     }
     Ok(())
 }

@@ -33,15 +33,14 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
     let (agent, agent_far) = line()?;
     let (monitor, monitor_far) = line()?;
     let mut command = program(rootfs);
-    command.args([
-        "-nodefaults",
-        "-no-user-config",
-        "-no-reboot",
-        "-display",
-        "none",
-        "-cpu",
-        "max",
-    ]);
+    let hardware = &machine.hardware;
+    command.args(["-no-user-config", "-display", "none", "-cpu", "max"]);
+    if !hardware.default_devices {
+        command.arg("-nodefaults");
+    }
+    if !hardware.restarts {
+        command.arg("-no-reboot");
+    }
     command.args([
         "-accel",
         if Accelerator::choose() == Accelerator::Kvm {
@@ -50,20 +49,11 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
             "tcg"
         },
     ]);
-    // Nodes have memory of their own, which may be this.
-    let has_nodes = machine.qemu_arguments.iter().any(|word| word == "-numa");
-    let memory = if has_nodes { "" } else { ",memory-backend=mem" };
-    command.args(["-machine", &format!("q35{memory}")]);
-    let backend = match &machine.memory_file {
-        Some(file) => format!("memory-backend-file,mem-path={}", file.display()),
-        None => "memory-backend-memfd".to_owned(),
-    };
-    let backend = format!("{backend},id=mem,size={},share=on", machine.memory);
-    command.args(["-object", &backend]);
+    command.args(["-machine", &hardware.machine_argument()]);
+    command.args(hardware.memory_arguments(machine.memory, machine.memory_file.as_deref()));
     if machine.incoming {
         command.args(["-incoming", "defer"]);
     }
-    command.args(["-m", &format!("{}M", machine.memory / crate::MIB)]);
     command
         .arg("-kernel")
         .arg(kernel)
@@ -108,7 +98,7 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
         ]);
     }
     attach(&mut command, machine);
-    command.args(&machine.qemu_arguments);
+    command.args(&hardware.arguments);
     command
         .fd_mappings(vec![
             FdMapping {
@@ -163,7 +153,7 @@ fn attach(command: &mut Command, machine: &Machine) {
             &format!("socket,id={CHARDEV},path={}", socket.display()),
         ]);
     }
-    if let Some(device) = balloon(&machine.device, machine.slot) {
+    if let Some(device) = balloon(&machine.device, machine.slot, &machine.properties) {
         command.args(["-device", &device.to_string()]);
     }
 }
@@ -187,9 +177,9 @@ pub fn properties(options: &[&str]) -> Map<String, Value> {
     pairs.map(typed).collect()
 }
 
-/// A balloon device as QEMU's `-device` and `device_add` take it.
+/// A balloon device as QEMU's `-device` and `device_add` take it, with more `properties` if it is a vhost-user device.
 #[must_use]
-pub fn balloon(device: &Attachment, slot: bool) -> Option<Value> {
+pub fn balloon(device: &Attachment, slot: bool, properties: &Map<String, Value>) -> Option<Value> {
     let mut value = match device {
         Attachment::None => return None,
         Attachment::VhostUser(_) => json!({
@@ -205,8 +195,9 @@ pub fn balloon(device: &Attachment, slot: bool) -> Option<Value> {
     if slot {
         all.insert("bus".into(), SLOT.into());
     }
-    if let Attachment::QemuOwn(properties) = device {
-        all.extend(properties.clone());
-    }
+    all.extend(match device {
+        Attachment::QemuOwn(properties) => properties.clone(),
+        _ => properties.clone(),
+    });
     Some(value)
 }

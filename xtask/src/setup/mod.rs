@@ -2,6 +2,7 @@
 //! What builds and guests need, made once and kept.
 
 mod cache;
+pub mod peers;
 mod rootfs;
 mod tools;
 
@@ -135,7 +136,7 @@ pub fn command(options: &Options) -> Result<()> {
 pub fn ensure(kernels: &[Kernel]) -> Result<SetUp> {
     let cache = Cache::open(place::cache()?)?;
     let rootfs = rootfs::make(&cache, &tools::find(&cache)?)?;
-    let source = unpack_source(&cache, &rootfs)?;
+    let source = unpack_source(&cache, "source", &rootfs, None)?;
     let mut set_up = SetUp {
         rootfs: rootfs.path.clone(),
         source: source.path.clone(),
@@ -155,16 +156,20 @@ pub fn ensure(kernels: &[Kernel]) -> Result<SetUp> {
     Ok(set_up)
 }
 
-fn unpack_source(cache: &Cache, rootfs: &Made) -> Result<Made> {
+/// The source of the kernel whose parts are in `rootfs`, or of that in `kernel`.
+fn unpack_source(cache: &Cache, name: &str, rootfs: &Made, kernel: Option<&Made>) -> Result<Made> {
     const UNPACK: &str = "tar -C /src/linux --strip-components=1 -xf /kernel/linux-source.tar.xz";
     let step = Step {
-        name: "source",
+        name,
         about: "the kernel's source, unpacked",
-        from: &[rootfs],
+        from: &[kernel.unwrap_or(rootfs)],
         recipe: &[UNPACK],
     };
     cache.ensure(&step, |folder, log| {
-        let sandbox = Sandbox::new(&rootfs.path).writable(folder, "/src/linux");
+        let mut sandbox = Sandbox::new(&rootfs.path).writable(folder, "/src/linux");
+        if let Some(kernel) = kernel {
+            sandbox = sandbox.readable(&kernel.path, "/kernel");
+        }
         run::logged("unpacking", &mut sandbox.command(UNPACK), log)
     })
 }

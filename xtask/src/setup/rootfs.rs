@@ -15,7 +15,8 @@ use crate::sandbox::namespace;
 
 /// The suite of everything but the kernel and QEMU, which come from its backports.
 const SUITE: &str = "trixie";
-const MIRROR: &str = "http://deb.debian.org/debian";
+/// Where Debian lies.
+pub const MIRROR: &str = "http://deb.debian.org/debian";
 /// The one version that is pinned; the newest of the series is taken.
 const KERNEL_SERIES: &str = "7.3";
 const PACKAGES: &str =

@@ -14,6 +14,7 @@ use anyhow::{ensure, Context, Result};
 use clap::{Args, ValueEnum};
 use tests::process::{Process, Signal, Streams};
 
+use crate::matrix;
 use crate::progress::say;
 use passes::{Layer, Selection};
 use summary::{Outcome, Run};
@@ -29,6 +30,9 @@ pub struct Options {
     /// Only the tests of guests, and only with this kernel.
     #[arg(long)]
     kernels: Option<Kernels>,
+    /// Only cells of the matrix of machines: `all`, or those whose names hold this text.
+    #[arg(long, value_name = "CELLS")]
+    matrix: Option<String>,
     /// Run all of it so many times.
     #[arg(long, value_name = "TIMES", default_value_t = 1)]
     repeat: u32,
@@ -51,6 +55,9 @@ enum Kernels {
 
 /// Does what `test` says. The last line that it prints is `N passed, N failed`.
 pub fn command(options: &Options) -> Result<ExitCode> {
+    if let Some(cells) = &options.matrix {
+        return matrix::command(cells).map(|()| ExitCode::SUCCESS);
+    }
     let is_name = |word: &&String| !word.starts_with('-');
     let more = options.rest.iter().take_while(is_name).count();
     let (names, further) = options.rest.split_at(more);

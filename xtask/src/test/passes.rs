@@ -16,6 +16,7 @@ use super::libtest::{self, Reader};
 use super::summary::Outcome;
 use super::{write, Kernels};
 use crate::build::{self, Profile};
+use crate::matrix;
 use crate::progress::say;
 use crate::run;
 use crate::setup::{self, Kernel};
@@ -163,6 +164,9 @@ fn test_program(kernels: Kernels, needed: &[Kernel], inside: bool) -> Result<Com
     let mut artifacts = build::artifacts(&set_up, needed, Profile::Dev)?;
     if inside {
         artifacts.inside = Some(build::inside()?);
+    }
+    if needed.contains(&Kernel::Stock) {
+        matrix::prepare(&mut artifacts, None)?;
     }
     let path = build::target_folder()?.join("guest-artifacts.json");
     let text = serde_json::to_string_pretty(&artifacts).context("cannot encode paths")?;

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Machines whose memory the host gives in another way, and a guest that wants it in one piece.
+
+use std::fs;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::{ensure, Context, Result};
+use guest_agent::calls::{ReadFile, WriteFile};
+
+use super::{boot, builder, exercise, exercise_and_end, LIMIT};
+use crate::artifacts::Artifacts;
+use crate::guest::{Device, Guest};
+use crate::matrix::{Cell, NotHere};
+use crate::vmm::hardware::Backing;
+use crate::MIB;
+
+/// Huge pages that the host was asked for; it takes them back with this value.
+struct HugePages {
+    before: String,
+    // One at a time: the number is the host's.
+    _alone: MutexGuard<'static, ()>,
+}
+
+const HOST_HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+static ALONE: Mutex<()> = Mutex::new(());
+
+impl HugePages {
+    /// As many as hold `bytes` more than there are.
+    fn ask_for(bytes: u64) -> Result<Self> {
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let not_here = |what: &dyn std::fmt::Display| NotHere(format!("{HOST_HUGE_PAGES}: {what}"));
+        let before = fs::read_to_string(HOST_HUGE_PAGES).map_err(|error| not_here(&error))?;
+        let had: u64 = before
+            .trim()
+            .parse()
+            .context("a strange number of huge pages")?;
+        let wanted = had + bytes / (2 * MIB);
+        // From here on they are given back, whatever comes.
+        let this = Self {
+            before,
+            _alone: alone,
+        };
+        fs::write(HOST_HUGE_PAGES, wanted.to_string()).map_err(|error| not_here(&error))?;
+        let now = fs::read_to_string(HOST_HUGE_PAGES)?;
+        if now.trim() != wanted.to_string() {
+            return Err(not_here(&format!("{} of {wanted} pages", now.trim())).into());
+        }
+        Ok(this)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(HOST_HUGE_PAGES, &self.before) {
+            eprintln!("{HOST_HUGE_PAGES}: {error}");
+        }
+    }
+}
+
+pub fn on_huge_pages(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
+    let _pages = HugePages::ask_for(cell.row.memory)?;
+    exercise(builder(artifacts, cell), cell)
+}
+
+/// A folder that lies on a disk, as the file system hierarchy has it.
+const ON_DISK: &str = "/var/tmp";
+
+pub fn on_disk(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
+    let folder =
+        tempfile::tempdir_in(ON_DISK).map_err(|error| NotHere(format!("{ON_DISK}: {error}")))?;
+    if is_in_memory(folder.path())? {
+        return Err(NotHere(format!("{ON_DISK} lies in memory")).into());
+    }
+    let mut hardware = cell.row.hardware.clone();
+    hardware.memory = Backing::File(folder.path().join("memory"));
+    exercise(builder(artifacts, cell).hardware(hardware), cell)
+}
+
+fn is_in_memory(path: &Path) -> Result<bool> {
+    let kind = nix::sys::statfs::statfs(path)?.filesystem_type();
+    Ok(kind == nix::sys::statfs::TMPFS_MAGIC)
+}
+
+pub fn locked(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
+    let limits = fs::read_to_string("/proc/self/limits").context("no limits")?;
+    let locked = limits
+        .lines()
+        .find(|line| line.starts_with("Max locked memory"));
+    let soft = locked.and_then(|line| line.split_whitespace().nth(3));
+    if soft != Some("unlimited") && !nix::unistd::geteuid().is_root() {
+        return Err(NotHere(format!("no more than {soft:?} bytes may be locked")).into());
+    }
+    exercise(builder(artifacts, cell), cell)
+}
+
+/// QEMU says what is wrong as soon as a driver is there, and does not start our device. The driver, which never gets an answer, is
+/// removed, and the guest has all its memory.
+pub fn private(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
+    const QEMU_SAYS: &str = "Failed initializing vhost-user memory map";
+    if cell.entry.pair.device() != Device::Ours {
+        return exercise(builder(artifacts, cell), cell);
+    }
+    let driver = cell.entry.pair.driver();
+    let (mut guest, free) = boot(builder(artifacts, cell))?;
+    guest.load_module(driver.module())?;
+    let output = guest.vmm().output().clone();
+    output.wait_for(QEMU_SAYS, |line| line.contains(QEMU_SAYS), LIMIT)?;
+    let status = guest.daemon()?.virtio_status()?;
+    ensure!(status.status != "running", "{status:?}");
+    guest.unload(driver)?;
+    guest.farewell(free)
+}
+
+/// In the guest.
+const GIGANTIC_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
+
+/// The guest's one area for a gigantic page is good for one with half of free memory in the balloon, whose pages may lie in
+/// it, and while a round is held.
+pub fn gigantic_page(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
+    let (mut guest, free) = boot(builder(artifacts, cell))?;
+    let driver = cell.entry.pair.driver();
+    take_gigantic_page(&mut guest).context("without a driver")?;
+    guest.load(driver)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    // More than lies outside the area.
+    let target = whole - (free - 1024 * MIB);
+    guest.balloon()?.balloon(target)?;
+    guest.balloon()?.wait_balloon(target, LIMIT)?;
+    guest.balloon()?.balloon(whole - free / 4)?;
+    guest.balloon()?.wait_balloon(whole - free / 4, LIMIT)?;
+    take_gigantic_page(&mut guest).context("with a balloon")?;
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, LIMIT)?;
+    guest.hint_all()?;
+    take_gigantic_page(&mut guest).context("in mid-round")?;
+    guest.daemon()?.qmp().hint_done()?;
+    guest.check_free(free)?;
+    guest.unload(driver)?;
+    exercise_and_end(&mut guest, free, cell)
+}
+
+fn take_gigantic_page(guest: &mut Guest) -> Result<()> {
+    let mut write = |text: &str| {
+        guest.call(WriteFile {
+            path: GIGANTIC_PAGES.to_owned(),
+            text: text.to_owned(),
+        })
+    };
+    write("1")?;
+    let path = GIGANTIC_PAGES.to_owned();
+    let got = guest.call(ReadFile { path })?;
+    ensure!(got.trim() == "1", "the guest got no gigantic page: {got:?}");
+    guest.call(WriteFile {
+        path: GIGANTIC_PAGES.to_owned(),
+        text: "0".to_owned(),
+    })
+}

@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Memory that comes and goes while the machine runs.
+
+use std::collections::BTreeSet;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+use guest_agent::calls::{FreePages, PageUse, ReadFile, WriteFile};
+use guest_agent::ranges::{PhysicalRange, RangeSet};
+use serde_json::{json, Value};
+
+use super::{boot, builder, LIMIT};
+use crate::artifacts::Artifacts;
+use crate::destination::Destination;
+use crate::guest::{Driver, Guest};
+use crate::matrix::Cell;
+use crate::migration::State;
+use crate::MIB;
+
+/// What the driver is at when a DIMM goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dimm {
+    /// Its balloon is at its target, and has pages in the DIMM.
+    Inflated,
+    /// It holds what it has hinted.
+    MidRound,
+    /// The guest is being moved.
+    InMigration,
+    /// It holds what it has hinted of the DIMM, and a part of that is taken offline.
+    HintedOffline,
+}
+
+const NAME: &str = "dimm0";
+const SIZE: u64 = 256 * MIB;
+
+pub fn dimm(artifacts: &Artifacts, cell: &Cell, dimm: Dimm) -> Result<()> {
+    let driver = cell.entry.pair.driver();
+    let (mut guest, free) = boot(builder(artifacts, cell))?;
+    let used = guest.used_by_kernel()?;
+    guest.load(driver)?;
+    match dimm {
+        Dimm::Inflated => inflated(&mut guest, driver, free)?,
+        Dimm::MidRound => mid_round(&mut guest)?,
+        Dimm::InMigration => in_migration(&mut guest, artifacts)?,
+        Dimm::HintedOffline => hinted_offline(&mut guest)?,
+    }
+    guest.check_used_by_kernel(used)?;
+    guest.exercise_whole()?;
+    guest.unload(driver)?;
+    guest.check_used_by_kernel(used)?;
+    guest.check_log()?;
+    guest.power_off().map(drop)
+}
+
+/// Compaction moves the balloon's pages out of the DIMM, and the balloon is as large as before.
+fn inflated(guest: &mut Guest, driver: Driver, free: u64) -> Result<()> {
+    let more = plug(guest, SIZE)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let half = (free + SIZE) / 2 / MIB * MIB;
+    guest.balloon()?.balloon(whole - half)?;
+    guest.balloon()?.wait_balloon(whole - half, LIMIT)?;
+    let there = guest.call(PageUse {})?.ballooned.intersection(&more);
+    ensure!(there.bytes() > 0, "no page of the balloon is in the DIMM");
+    unplug(guest)?;
+    let ballooned = guest.call(PageUse {})?.ballooned;
+    ensure!(
+        ballooned.intersection(&more).bytes() == 0 && ballooned.bytes() == half,
+        "{} bytes are in the balloon, and not {half}",
+        ballooned.bytes()
+    );
+    if driver == Driver::Ours {
+        let counters = guest.counters()?;
+        ensure!(
+            counters.get("balloon_pages")? * 4096 == half,
+            "{counters:?}"
+        );
+        ensure!(counters.get("shortages")? == 0, "{counters:?}");
+    }
+    // The same pages, of a smaller machine.
+    let whole = guest.balloon()?.balloon_actual()? + half;
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, LIMIT)
+}
+
+/// A DIMM comes and goes while a round is held, and the guest has back what it hinted.
+fn mid_round(guest: &mut Guest) -> Result<()> {
+    let used = guest.used_by_kernel()?;
+    for hinted_first in [true, false] {
+        if hinted_first {
+            guest.hint_all()?;
+        }
+        plug(guest, SIZE)?;
+        if !hinted_first {
+            guest.hint_all()?;
+        }
+        let held = guest.daemon()?.qmp().hint_status()?;
+        ensure!(held.bytes > 0, "nothing is held: {held:?}");
+        unplug(guest)?;
+        guest.daemon()?.qmp().hint_done()?;
+        guest
+            .check_used_by_kernel(used)
+            .with_context(|| format!("{held:?}"))?;
+    }
+    Ok(())
+}
+
+/// A migration fails with a message that says why if a DIMM comes or goes, and the guest goes on, with what it hinted.
+fn in_migration(guest: &mut Guest, artifacts: &Artifacts) -> Result<()> {
+    let slowly = json!({ "max-bandwidth": MIB, "downtime-limit": 0, "max-rounds": 100_000 });
+    guest.daemon()?.qmp().migrate_parameters(slowly)?;
+    for blocks in [1, 2] {
+        let memory = guest.memory() + SIZE;
+        let destination = Destination::start_blocks(&artifacts.balloonctl, memory, blocks)?;
+        guest.start_migration(&destination.uri())?;
+        guest.daemon()?.qmp().wait_migration(
+            "some bytes sent",
+            |now| now.status == State::Active && now.ram.transferred > MIB,
+            LIMIT,
+        )?;
+        if blocks == 1 {
+            plug(guest, SIZE)?;
+        } else {
+            unplug(guest)?;
+        }
+        let status = guest.daemon()?.qmp().wait_migration_end()?;
+        let why = status.error_desc.clone().unwrap_or_default();
+        ensure!(
+            status.status == State::Failed && why.contains("layout of guest memory"),
+            "it was to fail, and to say that the guest's memory has changed: {status:?}"
+        );
+        ensure!(!guest.is_paused()?, "the guest stands still: {why}");
+    }
+    Ok(())
+}
+
+/// A part of a DIMM in which nothing was in use before a round is taken offline while the round is held.
+fn hinted_offline(guest: &mut Guest) -> Result<()> {
+    let more = plug(guest, 2 * SIZE)?;
+    guest.settled_free()?;
+    let unused = guest.call(FreePages {})?;
+    let whole = blocks(guest)?.into_iter().find(|(_, block)| {
+        let block: RangeSet = [*block].into_iter().collect();
+        block.without(&more).bytes() == 0 && block.without(&unused).bytes() == 0
+    });
+    let (name, block) = whole.context("the guest uses all parts of a DIMM that is new")?;
+    guest.hint_all()?;
+    guest
+        .call(WriteFile {
+            path: format!("{BLOCKS}/{name}/state"),
+            text: "offline".to_owned(),
+        })
+        .with_context(|| format!("{name} ({block:x?}) in mid-round"))?;
+    guest.daemon()?.qmp().hint_done()?;
+    guest.daemon()?.qmp().wait_hint_status("done")?;
+    guest.call(WriteFile {
+        path: format!("{BLOCKS}/{name}/state"),
+        text: "online_kernel".to_owned(),
+    })
+}
+
+/// Grows with the driver loaded, is exercised, and shrinks while half of free memory is in the balloon.
+pub fn virtio_mem(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
+    let driver = cell.entry.pair.driver();
+    let (mut guest, free) = boot(builder(artifacts, cell))?;
+    let used = guest.used_by_kernel()?;
+    guest.load(driver)?;
+    let before = guest.mem_info()?.total();
+    guest.load_module("virtio_mem")?;
+    wait_virtio_mem(&mut guest, SIZE)?;
+    wait_total(&mut guest, before + SIZE)?;
+    guest.exercise_whole()?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let half = (free + SIZE) / 2 / MIB * MIB;
+    guest.balloon()?.balloon(whole - half)?;
+    guest.balloon()?.wait_balloon(whole - half, LIMIT)?;
+    let path = "/machine/peripheral/vmem0";
+    let set = json!({ "path": path, "property": "requested-size", "value": 0 });
+    guest.monitor()?.command("qom-set", set)?;
+    wait_virtio_mem(&mut guest, 0)?;
+    let ballooned = guest.call(PageUse {})?.ballooned.bytes();
+    ensure!(
+        ballooned == half,
+        "{ballooned} bytes are in the balloon, and not {half}"
+    );
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, LIMIT)?;
+    guest.unload(driver)?;
+    guest.check_used_by_kernel(used)?;
+    guest.check_log()?;
+    guest.power_off().map(drop)
+}
+
+fn wait_virtio_mem(guest: &mut Guest, size: u64) -> Result<()> {
+    let get = json!({ "path": "/machine/peripheral/vmem0", "property": "size" });
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let now = guest.monitor()?.command("qom-get", get.clone())?;
+        if now.as_u64() == Some(size) {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "virtio-mem has {now} bytes, and not {size}, after {LIMIT:?}"
+        );
+        sleep(Duration::from_millis(50));
+    }
+}
+
+/// Waits until the guest manages about so many bytes: a part of what is plugged in may be needed for its own management.
+fn wait_total(guest: &mut Guest, bytes: u64) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let now = guest.mem_info()?.total();
+        if now.abs_diff(bytes) < 16 * MIB {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the guest manages {now} bytes, and not {bytes}, after {LIMIT:?}"
+        );
+        sleep(Duration::from_millis(50));
+    }
+}
+
+/// Plugs a DIMM in, and returns where the guest has it once all of it is online.
+fn plug(guest: &mut Guest, size: u64) -> Result<RangeSet> {
+    let before = guest.mem_info()?.total();
+    let old: BTreeSet<String> = blocks(guest)?.into_iter().map(|(name, _)| name).collect();
+    let monitor = guest.monitor()?;
+    let backend = json!({
+        "qom-type": "memory-backend-memfd", "id": format!("{NAME}-memory"), "size": size, "share": true,
+    });
+    monitor.command("object-add", backend)?;
+    let memory = format!("{NAME}-memory");
+    let device = json!({ "driver": "pc-dimm", "id": NAME, "memdev": memory });
+    monitor.command("device_add", device)?;
+    wait_total(guest, before + size).context("a DIMM was plugged in")?;
+    let new = blocks(guest)?
+        .into_iter()
+        .filter(|(name, _)| !old.contains(name));
+    let new: RangeSet = new.map(|(_, block)| block).collect();
+    ensure!(new.bytes() == size, "the guest has {new:x?} of a DIMM");
+    Ok(new)
+}
+
+/// Pulls the DIMM.
+fn unplug(guest: &mut Guest) -> Result<()> {
+    let monitor = guest.monitor()?;
+    monitor.forget_events();
+    monitor.command("device_del", json!({ "id": NAME }))?;
+    let of_dimm = |data: &Value| data.get("device").and_then(Value::as_str) == Some(NAME);
+    let event = monitor.wait_event(
+        |event| {
+            let names = [
+                "DEVICE_DELETED",
+                "DEVICE_UNPLUG_GUEST_ERROR",
+                "MEM_UNPLUG_ERROR",
+            ];
+            names.contains(&event.name.as_str()) && of_dimm(&event.data)
+        },
+        LIMIT,
+    )?;
+    let event = event.with_context(|| format!("the guest kept the DIMM for {LIMIT:?}"))?;
+    if event.name != "DEVICE_DELETED" {
+        bail!("the guest does not let the DIMM go: {event:?}");
+    }
+    monitor
+        .command("object-del", json!({ "id": format!("{NAME}-memory") }))
+        .map(drop)
+}
+
+const BLOCKS: &str = "/sys/devices/system/memory";
+
+/// The guest's memory, in the parts that can be taken offline, by their names.
+fn blocks(guest: &mut Guest) -> Result<Vec<(String, PhysicalRange)>> {
+    let path = format!("{BLOCKS}/block_size_bytes");
+    let size = guest.call(ReadFile { path })?;
+    let size = u64::from_str_radix(size.trim(), 16).context("a strange size")?;
+    let names = guest.list_folder(BLOCKS)?;
+    let blocks = names.into_iter().filter_map(|name| {
+        let number: u64 = name.strip_prefix("memory")?.parse().ok()?;
+        let start = number * size;
+        Some((
+            name,
+            PhysicalRange {
+                start,
+                length: size,
+            },
+        ))
+    });
+    Ok(blocks.collect())
+}

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Machines that are reset.
+
+use anyhow::{ensure, Context, Result};
+use guest_agent::calls::{Fill, Free, Verify};
+
+use super::{boot, builder, LIMIT};
+use crate::artifacts::Artifacts;
+use crate::matrix::Cell;
+use crate::MIB;
+
+/// What the driver is at when the machine is reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reset {
+    /// Its balloon is empty.
+    Idle,
+    /// The balloon is on its way to the target.
+    Inflating,
+    /// The balloon is at its target.
+    Inflated,
+    /// It holds what it has hinted.
+    MidRound,
+}
+
+/// The machine is reset into a kernel without a driver, which has all memory; then that loads one, and the balloon comes to its
+/// target.
+pub fn reset(artifacts: &Artifacts, cell: &Cell, reset: Reset) -> Result<()> {
+    let driver = cell.entry.pair.driver();
+    let (mut guest, free) = boot(builder(artifacts, cell))?;
+    guest.load(driver)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let mut target = whole;
+    match reset {
+        Reset::Idle => {}
+        Reset::Inflating => {
+            target -= free / 2 / MIB * MIB;
+            guest.balloon()?.balloon(target)?;
+            guest.balloon()?.wait_balloon_below(whole, LIMIT)?;
+        }
+        Reset::Inflated => {
+            target -= free / 2 / MIB * MIB;
+            guest.balloon()?.balloon(target)?;
+            guest.balloon()?.wait_balloon(target, LIMIT)?;
+        }
+        Reset::MidRound => {
+            let held = guest.hint_all()?;
+            ensure!(held.bytes > 0, "nothing is held: {held:?}");
+        }
+    }
+    guest.check_log()?;
+    guest.reset().context("resetting the machine")?;
+
+    let status = guest.daemon()?.virtio_status()?;
+    ensure!(status.status == "no-driver", "{status:?}");
+    guest.check_free(free).context("without a driver")?;
+    let filled = guest.call(Fill {
+        bytes: free - 48 * MIB,
+        keep_every: 1,
+        seed: 33,
+    })?;
+    let workload = filled.workload;
+    let found = guest.call(Verify { workload })?;
+    ensure!(found.wrong == 0 && found.pages > 0, "{found:?}");
+    guest.call(Free { workload })?;
+
+    guest.load(driver)?;
+    guest
+        .balloon()?
+        .wait_balloon(target, LIMIT)
+        .context("with a driver again")?;
+    if reset == Reset::MidRound {
+        guest.daemon()?.qmp().hint_done()?;
+    }
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, LIMIT)?;
+    guest.check_free(free)?;
+    guest.exercise_whole()?;
+    guest.unload(driver)?;
+    guest.farewell(free)
+}

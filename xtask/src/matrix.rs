@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Runs the matrix of machines: makes the kernels that its cells need, and writes its results into the documentation.
+
+use std::fs;
+use std::path::Path;
+
+use ::tests::artifacts::{self, Artifacts, Kernel as GuestKernel};
+use ::tests::matrix::{self, table, Outcome, Pair, Verdict};
+use ::tests::vmm::Vmm;
+use anyhow::{bail, ensure, Context, Result};
+
+use crate::build::{self, Profile};
+use crate::module;
+use crate::place;
+use crate::progress::say;
+use crate::run;
+use crate::setup::peers::{self, Peer};
+use crate::setup::{self, Kernel};
+
+/// The one test that goes through the cells.
+const TEST: &str = "each_machine_of_the_matrix_has_a_balloon_that_works_in_qemu";
+/// Where the table stands.
+const DOCUMENT: &str = "docs/testing.md";
+const BEGIN: &str = "<!-- matrix: made by `cargo xtask test --matrix all` -->";
+/// The longest reason in it.
+const LONGEST: usize = 200;
+const END: &str = "<!-- end of matrix -->";
+
+/// Runs the cells that `which` names: all, or those that have it in their names. All of them are then in the documentation.
+pub fn command(which: &str) -> Result<()> {
+    let cells = matrix::cells(Some(which))?;
+    let mut kernels = vec![Kernel::Stock];
+    if cells.iter().any(|cell| cell.row.vmm == Vmm::Uml) {
+        kernels.push(Kernel::Uml);
+    }
+    let set_up = setup::ensure(&kernels)?;
+    let mut artifacts = build::artifacts(&set_up, &kernels, Profile::Dev)?;
+    prepare(&mut artifacts, Some(which))?;
+    let target = build::target_folder()?;
+    let (paths, results) = (
+        target.join("matrix-artifacts.json"),
+        target.join("matrix.json"),
+    );
+    write(
+        &paths,
+        &serde_json::to_string_pretty(&artifacts).context("cannot encode paths")?,
+    )?;
+    if results.exists() {
+        fs::remove_file(&results).context("cannot remove old results")?;
+    }
+    say(format_args!("the matrix of machines: {which}"));
+    let mut test = build::cargo()?;
+    test.args(["test", "--package", "tests", "--features", "guests"]);
+    test.args(["--test", "guests", "--", "--exact", "--nocapture"]);
+    test.arg(format!("matrix::{TEST}"));
+    test.env(artifacts::VARIABLE, &paths)
+        .env(matrix::CELLS_VARIABLE, which)
+        .env(matrix::RESULTS_VARIABLE, &results)
+        .env("RUST_LIB_BACKTRACE", "0");
+    let outcome = run::shown(&mut test);
+    if which == matrix::ALL {
+        document(&results)?;
+        say(format_args!("the table is in {DOCUMENT}"));
+    }
+    outcome
+}
+
+/// Adds what the cells that `which` names need: modules of the stock kernel, and kernels of other series.
+pub fn prepare(artifacts: &mut Artifacts, which: Option<&str>) -> Result<()> {
+    let cells = matrix::cells(which)?;
+    if let Some(stock) = &mut artifacts.stock {
+        stock.modules = modules_in(&peers::stock_modules()?)?;
+    }
+    for peer in Peer::ALL {
+        let wanted = |cell: &matrix::Cell| cell.row.series == Some(peer.series());
+        if !cells.iter().any(wanted) {
+            continue;
+        }
+        let kernel = peers::ensure(peer)?;
+        let our_driver = match &kernel.build {
+            Some(set_up) => {
+                let name = format!("stock-{}", peer.series().replace('.', "-"));
+                say(format_args!("building the module for the {name} kernel"));
+                match module::make_named(set_up, Kernel::Stock, &name, false) {
+                    Ok(path) => Some(path),
+                    // The cells of it fail; the others need not.
+                    Err(error) => {
+                        say(format_args!("{error:#}"));
+                        None
+                    }
+                }
+            }
+            None => None,
+        };
+        let c_driver = kernel.modules.join("virtio_balloon.ko");
+        let modules = modules_in(&kernel.modules)?;
+        let more = |path: &std::path::PathBuf| *path != c_driver && !kernel.early.contains(path);
+        artifacts.peers.insert(
+            peer.series().to_owned(),
+            GuestKernel {
+                image: kernel.image,
+                modules: modules.into_iter().filter(|path| more(path)).collect(),
+                c_driver,
+                our_driver,
+                early: kernel.early,
+            },
+        );
+    }
+    Ok(())
+}
+
+fn modules_in(folder: &Path) -> Result<Vec<std::path::PathBuf>> {
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "ko") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Writes the table of results between its marks.
+fn document(results: &Path) -> Result<()> {
+    let text = fs::read_to_string(results)
+        .with_context(|| format!("cannot read {}", results.display()))?;
+    let outcomes: Vec<Outcome> =
+        serde_json::from_str(&text).context("the results are not what they should be")?;
+    let path = place::repository()?.join(DOCUMENT);
+    let document =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    write(&path, &replaced(&document, &table_of(&outcomes))?)
+}
+
+/// The document with another text between the marks.
+fn replaced(document: &str, text: &str) -> Result<String> {
+    let Some((before, rest)) = document.split_once(BEGIN) else {
+        bail!("{DOCUMENT} has no line {BEGIN:?}");
+    };
+    let Some((_, after)) = rest.split_once(END) else {
+        bail!("{DOCUMENT} has no line {END:?}");
+    };
+    ensure!(!after.contains(BEGIN), "{DOCUMENT} has two tables");
+    Ok(format!("{before}{BEGIN}\n\n{text}\n{END}{after}"))
+}
+
+/// A line for each row of the matrix; below, why cells were not run, and how they failed.
+fn table_of(outcomes: &[Outcome]) -> String {
+    let mut notes: Vec<String> = Vec::new();
+    let mut lines = vec![
+        format!("| machine | {} |", Pair::ALL.map(Pair::name).join(" | ")),
+        "|---|---|---|---|---|".to_owned(),
+    ];
+    let usual: Vec<String> = matrix::cells(None)
+        .map(|cells| cells.iter().map(matrix::Cell::name).collect())
+        .unwrap_or_default();
+    for row in table::rows() {
+        let mut cells = vec![row.name.to_owned()];
+        for pair in Pair::ALL {
+            let of = |outcome: &&Outcome| outcome.row == row.name && outcome.pair == pair;
+            let name = format!("{}: {}", row.name, pair.name());
+            let star = if usual.contains(&name) { "*" } else { "" };
+            let mut note = |what: &str, why: &str| {
+                let why: String = why
+                    .lines()
+                    .next()
+                    .unwrap_or_default()
+                    .chars()
+                    .take(LONGEST)
+                    .collect();
+                let why = format!("{what}: {why}");
+                let number = notes.iter().position(|note| *note == why);
+                let number = number.unwrap_or_else(|| {
+                    notes.push(why);
+                    notes.len() - 1
+                });
+                format!("{what} ({})", number + 1)
+            };
+            let text = match outcomes.iter().find(of).map(|outcome| &outcome.verdict) {
+                None => String::new(),
+                Some(Verdict::Passed) => format!("passed{star}"),
+                Some(Verdict::NotRun(why)) => note("not run", why),
+                Some(Verdict::Failed(why)) => note("FAILED", why),
+            };
+            cells.push(text);
+        }
+        lines.push(format!("| {} |", cells.join(" | ")));
+    }
+    lines.push(String::new());
+    lines.push(format!(
+        "{} of {} cells that were run passed; those with a star are part of `make test`.",
+        count(outcomes, |verdict| *verdict == Verdict::Passed),
+        count(outcomes, |verdict| !matches!(verdict, Verdict::NotRun(_))),
+    ));
+    lines.push(String::new());
+    let numbered = notes.iter().zip(1..);
+    lines.extend(numbered.map(|(note, number)| format!("{number}. {note}.")));
+    lines.push(String::new());
+    lines.join("\n")
+}
+
+fn count(outcomes: &[Outcome], wanted: impl Fn(&Verdict) -> bool) -> usize {
+    outcomes
+        .iter()
+        .filter(|outcome| wanted(&outcome.verdict))
+        .count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_between_the_marks_is_replaced() {
+        let document = format!("one\n{BEGIN}\nold\n{END}\ntwo\n");
+        let new = replaced(&document, "new").unwrap();
+        assert_eq!(new, format!("one\n{BEGIN}\n\nnew\n{END}\ntwo\n"));
+        assert!(replaced("one", "new").is_err());
+    }
+
+    #[test]
+    fn a_cell_that_was_not_run_says_why_once() {
+        let outcome = |pair, verdict| Outcome {
+            row: "`packed=on`".to_owned(),
+            pair,
+            verdict,
+            seconds: 1,
+        };
+        let why = || Verdict::NotRun("there is none".to_owned());
+        let table = table_of(&[
+            outcome(Pair::Ours, why()),
+            outcome(Pair::C, why()),
+            outcome(Pair::OursInQemu, Verdict::Passed),
+            outcome(Pair::CInQemu, Verdict::Failed("it is not\nso".to_owned())),
+        ]);
+        let row = "| `packed=on` | not run (1) | not run (1) | passed | FAILED (2) |";
+        assert!(table.contains(row), "{table}");
+        let notes = "1. not run: there is none.\n2. FAILED: it is not.\n";
+        assert!(table.contains(notes), "{table}");
+        assert!(table.contains("1 of 2 cells"), "{table}");
+    }
+}
