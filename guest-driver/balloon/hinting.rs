@@ -545,7 +545,7 @@ impl Round {
                 self.short = true;
                 Ok(())
             }
-            AddFailure::Broken | AddFailure::Gone | AddFailure::Malformed => Err(failure.into()),
+            AddFailure::Broken | AddFailure::Gone | AddFailure::Malformed => Err(ENODEV),
         }
     }
 

@@ -220,7 +220,7 @@ mod tests {
             true
         }));
         // The limit is for a fault only.
-        assert!((0..3000).any(|_| {
+        assert!((0..1000).any(|_| {
             fsleep(Delta::from_millis(10));
             bound.device.take(0).is_some()
         }));

@@ -299,24 +299,6 @@ impl AddFailure {
     }
 }
 
-impl From<AddFailure> for Error {
-    fn from(failure: AddFailure) -> Self {
-        match failure {
-            AddFailure::Full => ENOSPC,
-            AddFailure::NoMemory => ENOMEM,
-            AddFailure::Broken => EIO,
-            AddFailure::Gone => ENODEV,
-            AddFailure::Malformed => EINVAL,
-        }
-    }
-}
-
-impl<B> From<AddError<B>> for Error {
-    fn from(error: AddError<B>) -> Self {
-        error.failure.into()
-    }
-}
-
 impl<B> fmt::Debug for AddError<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.failure.fmt(f)

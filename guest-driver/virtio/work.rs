@@ -396,7 +396,7 @@ mod tests {
 
     /// Waits for what must come. The limit is for a fault only.
     fn wait_for(mut done: impl FnMut() -> bool) -> bool {
-        (0..3000).any(|_| {
+        (0..1000).any(|_| {
             let done = done();
             if !done {
                 fsleep(Delta::from_millis(10));

@@ -143,6 +143,16 @@ impl Process {
         kill(self.pid()?, signal).with_context(|| format!("cannot send {signal} to {}", self.name))
     }
 
+    /// Sends a signal to all processes of its group, which it must have for itself.
+    ///
+    /// # Errors
+    ///
+    /// If none of them is left.
+    pub fn signal_group(&self, signal: Signal) -> Result<()> {
+        killpg(self.pid()?, signal)
+            .with_context(|| format!("cannot send {signal} to the group of {}", self.name))
+    }
+
     /// Has it stand still, and returns when all of it does. [`Signal::SIGCONT`] lets it go on.
     ///
     /// # Errors

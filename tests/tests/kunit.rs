@@ -31,7 +31,11 @@ fn every_kunit_case_of_the_module_passes() -> Result<()> {
     for glob in globs.split_whitespace() {
         let cases = run(&mut guest, glob)?;
         ensure!(!cases.is_empty(), "no case is called {glob}");
+        let failed = cases.iter().any(|case| case.outcome == Outcome::Failed);
         all.extend(cases);
+        if failed {
+            break;
+        }
     }
     for case in &all {
         // A suite as a whole says no more than its cases, unless none of them says why it failed.
@@ -65,9 +69,13 @@ fn run(guest: &mut Guest, glob: &str) -> Result<Vec<Case>> {
         .with_context(|| format!("with the cases {glob}"))?;
     let mut results = guest.call(KunitResults {})?;
     results.retain(|suite, _| !before.contains_key(suite));
-    guest.unload(Driver::Ours)?;
-    let cases = results
+    let cases: Vec<Case> = results
         .iter()
-        .flat_map(|(suite, text)| ktap::parse(suite, text));
-    Ok(cases.collect())
+        .flat_map(|(suite, text)| ktap::parse(suite, text))
+        .collect();
+    // What a case that failed has left behind keeps the module for ever.
+    if !cases.iter().any(|case| case.outcome == Outcome::Failed) {
+        guest.unload(Driver::Ours)?;
+    }
+    Ok(cases)
 }

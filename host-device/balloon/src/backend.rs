@@ -124,6 +124,13 @@ impl VhostUserBackend for Backend {
         lock(&self.device).reset();
     }
 
+    /// The queue is not ready any more, so no request is taken from it. Waits until the last one has been served: then the guest may
+    /// use for something else what it was about.
+    fn stop_vring(&self, _index: u32) -> io::Result<()> {
+        drop(lock(&self.device));
+        Ok(())
+    }
+
     fn set_event_idx(&self, _enabled: bool) {
         // The queues know it by themselves.
     }
@@ -181,6 +188,26 @@ mod tests {
 
     use super::*;
     use crate::events::Events;
+
+    #[test]
+    fn r17_a_queue_stops_when_its_last_request_has_been_served() {
+        let device = Device::new(Default::default(), Arc::new(Events::default()));
+        let device = Arc::new(Mutex::new(device));
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let backend = Backend::new(device.clone(), ours).unwrap();
+        let served = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // What serves a request holds the device.
+            let serving = lock(&device);
+            scope.spawn(|| {
+                backend.stop_vring(0).unwrap();
+                assert!(served.load(Ordering::Acquire), "it was still served");
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            served.store(true, Ordering::Release);
+            drop(serving);
+        });
+    }
 
     #[test]
     fn a_queue_that_cannot_be_watched_ends_the_connection_and_is_named() {

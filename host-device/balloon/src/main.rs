@@ -32,17 +32,20 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<(), Box<dyn Error>> {
-    let server = Server::bind(Options {
+    let options = Options {
         features: args.offered(),
         suppression: args.suppression(),
         socket_path: args.socket_path,
         qmp_socket: args.qmp_socket,
         persistent: args.persistent,
         device_state: args.device_state,
+    };
+    let server = Server::bind_stoppable(options, |stopper| {
+        for signal in [SIGTERM, SIGINT] {
+            pipe::register(signal, stopper.stream()?)?;
+        }
+        Ok(())
     })?;
-    for signal in [SIGTERM, SIGINT] {
-        pipe::register(signal, server.stopper()?.into_stream())?;
-    }
     server.run()?;
     Ok(())
 }

@@ -81,8 +81,12 @@ impl Stopper {
     }
 
     /// A stream that ends the server when anything but 0 or 1 is written to it.
-    pub fn into_stream(self) -> UnixStream {
-        self.0
+    ///
+    /// # Errors
+    ///
+    /// If the host has no descriptors left.
+    pub fn stream(&self) -> io::Result<UnixStream> {
+        self.0.try_clone()
     }
 }
 
@@ -129,6 +133,24 @@ impl Server {
     ///
     /// If one is in use, the host refuses, or there is no going on from the saved state.
     pub fn bind(options: Options) -> Result<Self, ServerError> {
+        Self::bind_stoppable(options, |_| Ok(()))
+    }
+
+    /// As [`Server::bind`], but before it listens hands the means to end it to `stoppable`: it can be told to end as soon as it is seen
+    /// to listen.
+    ///
+    /// # Errors
+    ///
+    /// As [`Server::bind`], and if `stoppable` fails.
+    pub fn bind_stoppable(
+        options: Options,
+        stoppable: impl FnOnce(&Stopper) -> io::Result<()>,
+    ) -> Result<Self, ServerError> {
+        let wake = UnixStream::pair()?;
+        wake.0.set_nonblocking(true)?;
+        wake.1.set_nonblocking(true)?;
+        let stopper = Stopper(wake.1.try_clone()?);
+        stoppable(&stopper)?;
         let events = Arc::new(Events::default());
         let mut device =
             Device::new(options.features, events.clone()).with_suppression(options.suppression);
@@ -142,14 +164,10 @@ impl Server {
             .as_deref()
             .map(Listening::bind)
             .transpose()?;
-        let wake = UnixStream::pair()?;
-        wake.0.set_nonblocking(true)?;
-        wake.1.set_nonblocking(true)?;
         let waker = wake.1.try_clone()?;
         let migrations = Arc::new(Migrations::new(device.clone(), events.clone(), move || {
             let _ = (&waker).write(&[MIGRATION_ENDED]);
         }));
-        let stopper = Stopper(wake.1.try_clone()?);
         let operators = Operators::new(Target {
             device: device.clone(),
             migrations: migrations.clone(),

@@ -46,6 +46,7 @@ fn main() -> ExitCode {
     }
     if let Err(error) = set_up::mount_all().and_then(|()| {
         set_up::keep_free_pages_together();
+        set_up::keep_processes_together()?;
         serve::serve(port::open()?)
     }) {
         eprintln!("agent: {error:#}");

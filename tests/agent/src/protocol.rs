@@ -15,6 +15,13 @@ pub const PORT_NAME: &str = "org.virtio-balloon-rs.agent";
 /// The environment variable (given on the kernel's command line) that names a serial device to speak on instead.
 pub const PORT_VARIABLE: &str = "AGENT_PORT";
 
+/// The environment variable that, if it is set, keeps all processes, and the kernel's thread that moves their pages, on the first
+/// processor.
+///
+/// User-mode Linux (7.3) does not tell other processors when it changes a page table (`flush_tlb_page` only marks it): a process that
+/// runs on another one while its page is moved goes on writing to the old place, and what it writes is lost.
+pub const ONE_PROCESSOR_VARIABLE: &str = "AGENT_ONE_PROCESSOR";
+
 /// The first line, sent by the guest unasked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {

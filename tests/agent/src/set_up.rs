@@ -4,8 +4,11 @@
 use std::fs;
 
 use anyhow::{Context, Result};
+use guest_agent::protocol::ONE_PROCESSOR_VARIABLE;
 use nix::errno::Errno;
 use nix::mount::{mount, MsFlags};
+use nix::sched::{sched_setaffinity, CpuSet};
+use nix::unistd::Pid;
 
 const FILE_SYSTEMS: [(&str, &str); 5] = [
     ("proc", "/proc"),
@@ -20,6 +23,30 @@ const FILE_SYSTEMS: [(&str, &str); 5] = [
 pub fn keep_free_pages_together() {
     // Best effort: a kernel without the control has no such lists to speak of.
     let _ = fs::write("/proc/sys/vm/percpu_pagelist_high_fraction", "1000000");
+}
+
+/// Keeps this process with all that it will start, and the kernel's threads for compaction, on the first processor if
+/// [`ONE_PROCESSOR_VARIABLE`] says so. Other work of the kernel has all of them.
+pub fn keep_processes_together() -> Result<()> {
+    if std::env::var_os(ONE_PROCESSOR_VARIABLE).is_none() {
+        return Ok(());
+    }
+    let mut first = CpuSet::new();
+    first.set(0).context("there is no first processor")?;
+    let this = Pid::from_raw(0);
+    sched_setaffinity(this, &first).context("cannot stay on the first processor")?;
+    for entry in fs::read_dir("/proc").context("cannot list /proc")? {
+        let entry = entry?;
+        let Some(pid) = entry.file_name().to_str().and_then(|it| it.parse().ok()) else {
+            continue;
+        };
+        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        if name.starts_with("kcompactd") {
+            sched_setaffinity(Pid::from_raw(pid), &first)
+                .with_context(|| format!("cannot keep {} on one processor", name.trim()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Mounts the kernel's file systems; one that this kernel does not have is passed over.

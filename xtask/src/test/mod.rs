@@ -8,7 +8,7 @@ mod summary;
 
 use std::fs;
 use std::process::{Command, ExitCode};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use clap::{Args, ValueEnum};
@@ -131,7 +131,7 @@ struct Beside(Process);
 impl Beside {
     fn start(script: &str) -> Result<Self> {
         let mut command = Command::new("sh");
-        command.args(["-c", &format!("exec {script}")]);
+        command.args(["-c", script]);
         Process::start("the load", command, Streams::Collected).map(Self)
     }
 
@@ -149,9 +149,9 @@ impl Beside {
 
 impl Drop for Beside {
     fn drop(&mut self) {
-        // It may have processes of its own to end. One that is gone needs no signal.
-        let _ = self.0.signal(Signal::SIGTERM);
-        let _ = self.0.wait(std::time::Duration::from_secs(10));
+        // It may have processes of its own to end. Those that are gone need no signal; what does not go is killed.
+        let _ = self.0.signal_group(Signal::SIGTERM);
+        let _ = self.0.wait(Duration::from_secs(10));
     }
 }
 
