@@ -80,10 +80,10 @@ impl<T: Shrink> Shrinker<T> {
         /// `SHRINK_STOP`
         const STOP: c_ulong = c_ulong::MAX;
 
-        // SAFETY: The kernel calls with a registered shrinker; see the invariants. The reference stays
-        // with `_data`.
-        let data =
-            ManuallyDrop::new(unsafe { Arc::from_raw((*shrinker).private_data.cast::<T>()) });
+        // SAFETY: The kernel calls with a registered shrinker; see the invariants.
+        let data = unsafe { Arc::from_raw((*shrinker).private_data.cast::<T>()) };
+        // The reference stays with `_data`.
+        let data = ManuallyDrop::new(data);
         // SAFETY: The kernel calls with a control block that is ours for the call.
         let control = unsafe { &mut *control };
         match data.scan(control.nr_to_scan) {
