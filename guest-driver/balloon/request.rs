@@ -156,6 +156,8 @@ impl Request {
 pub(crate) struct Moving {
     slot: usize,
     page: Option<PageRef>,
+    /// The page leaves the balloon, and no other comes.
+    deflates: bool,
 }
 
 /// A request about a single page that the kernel moves, and a reference to that page: it is not
@@ -166,7 +168,11 @@ impl MoveRequest {
     /// Allocates a request about no page, which will be known as `slot`. May sleep.
     pub(crate) fn new(slot: usize) -> Result<Self> {
         let array = [[0; 4]; Guest::PFNS_PER_PAGE];
-        let moving = Moving { slot, page: None };
+        let moving = Moving {
+            slot,
+            page: None,
+            deflates: false,
+        };
         Ok(Self(Accompanied::new(array, moving, GFP_KERNEL)?))
     }
 
@@ -192,7 +198,24 @@ impl MoveRequest {
     /// Takes the page out.
     pub(crate) fn take(&mut self) -> Option<PageRef> {
         self.0.set_length(0);
+        let (_, moving) = self.0.parts();
+        moving.deflates = false;
+        moving.page.take()
+    }
+
+    /// Takes the page out, but goes on being about it: see [`Request::let_go`].
+    pub(crate) fn let_go(&mut self) -> Option<PageRef> {
         self.0.parts().1.page.take()
+    }
+
+    /// Notes that the page leaves the balloon and no other comes, until it is [taken](Self::take).
+    pub(crate) fn set_deflates(&mut self) {
+        self.0.parts().1.deflates = true;
+    }
+
+    /// Whether the page leaves the balloon and no other comes.
+    pub(crate) fn deflates(&self) -> bool {
+        self.0.companion().deflates
     }
 
     /// The request as a buffer for a queue.

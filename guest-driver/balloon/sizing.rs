@@ -54,6 +54,7 @@ const ADJUST: u32 = 0;
 
 const STEER: u64 = 1;
 const RETRY: u64 = 2;
+const ISOLATED: u64 = 3;
 
 /// The balloon's size, and all that changes it.
 #[pin_data]
@@ -82,6 +83,8 @@ pub(crate) struct Sizing {
     steer: Task<Self, STEER>,
     #[pin]
     retry: Task<Self, RETRY>,
+    #[pin]
+    isolated: Task<Self, ISOLATED>,
 }
 
 /// What the turns know. The lock makes them one at a time; memory is allocated under it.
@@ -115,6 +118,7 @@ impl From<SendError> for Progress {
 impl_has_task! {
     impl HasTask<1> for Sizing { self.steer }
     impl HasTask<2> for Sizing { self.retry }
+    impl HasTask<3> for Sizing { self.isolated }
 }
 
 impl Sizing {
@@ -151,11 +155,15 @@ impl Sizing {
             rescued: AtomicFlag::new(false),
             in_vain_at: Atomic::new(u64::MAX),
             turn <- new_mutex!(turn, "Sizing::turn"),
-            pages <- BalloonPages::new(adjust_managed, Traffic::new(counters.clone())?),
+            pages <- BalloonPages::new(
+                adjust_managed,
+                Traffic::new(counters.clone(), *must_tell_host)?,
+            ),
             wakeup,
             counters,
             steer <- new_task!(work_queue.clone(), "Sizing::steer"),
-            retry <- new_task!(work_queue, "Sizing::retry"),
+            retry <- new_task!(work_queue.clone(), "Sizing::retry"),
+            isolated <- new_task!(work_queue, "Sizing::isolated"),
         });
         Arc::pin_init(sizing, GFP_KERNEL)
     }
@@ -233,6 +241,7 @@ impl Sizing {
     pub(crate) fn disable(self: &Arc<Self>) {
         self.traffic().close();
         work::disable::<Self, RETRY>(self);
+        work::disable::<Self, ISOLATED>(self);
         work::disable::<Self, STEER>(self);
         self.wakeup.take_up(ADJUST);
         self.wakeup.rest();
@@ -284,6 +293,7 @@ impl Sizing {
             self.counters.target_pages.set(turn.target);
             turn.delay = RETRY_MIN;
         }
+        self.traffic().set_target(turn.target);
         Ok(())
     }
 
@@ -297,7 +307,7 @@ impl Sizing {
                 break Progress::Blocked(SendError::Gone);
             }
             let traffic = self.traffic();
-            let (sent, request) = match traffic.next(turn.target) {
+            let (sent, request) = match traffic.next() {
                 Step::Rest => break Progress::Reached,
                 Step::Wait => break Progress::Waiting,
                 step => match self.prepare(turn, step) {
@@ -434,16 +444,14 @@ impl Sizing {
         balance.coming_out() > 0 && self.in_vain_at.load(Relaxed) == released
     }
 
-    /// Takes some pages out. If the host need not agree, they are free then.
-    fn take_out_for_rescue(&self) {
+    /// Takes some pages out that lie on these nodes. If the host need not agree, they are free then.
+    fn take_out_for_rescue(&self, nodes: &ShortNodes) {
         let request = Traffic::wait(&self.pages, RESCUE_PATIENCE, Traffic::take_reserved);
         if let Some(request) = request {
-            let purpose = Purpose::Oom {
-                nodes: &ShortNodes::now(),
-                must_tell_host: self.must_tell_host,
-            };
-            // If there is none to take out, there is none to give back.
-            let _ = Traffic::send_out(&self.pages, request, RESCUE, purpose);
+            let sent = Traffic::send_out(&self.pages, request, RESCUE, Purpose::Oom(nodes));
+            if sent.is_ok_and(|pages| pages > 0) {
+                self.counters.oom_deflations.add(1);
+            }
             self.traffic().notify();
         }
     }
@@ -470,7 +478,8 @@ impl Sizing {
             }
             Progress::Blocked(SendError::Isolated) => {
                 // The kernel does not say when it has put them back.
-                self.retry_after(ISOLATED_RETRY);
+                let delay = msecs_to_jiffies(ISOLATED_RETRY);
+                work::enqueue_delayed::<Self, ISOLATED>(self, delay);
             }
             Progress::Blocked(SendError::Gone) => {
                 self.wakeup.rest();
@@ -494,25 +503,29 @@ impl OnOutOfMemory for Sizing {
         if traffic.is_closed() || self.emptying.load(Relaxed) {
             return 0;
         }
-        self.rescued.store(true, Relaxed);
         let before = traffic.released();
         let freed = |traffic: &Traffic| {
             let freed = traffic.released().wrapping_sub(before) as usize;
             Some(freed).filter(|freed| *freed > 0)
         };
+        let nodes = ShortNodes::now();
+        if !nodes.is_empty() {
+            // What the balloon has would help: it is not to take more for a while.
+            self.rescued.store(true, Relaxed);
+        }
         Traffic::collect(&self.pages);
         if freed(traffic).is_none() && !self.is_silent(before) {
-            self.take_out_for_rescue();
+            if !nodes.is_empty() {
+                self.take_out_for_rescue(&nodes);
+            }
             if self.must_tell_host && traffic.balance().coming_out() > 0 {
-                Traffic::wait(&self.pages, RESCUE_PATIENCE, freed);
+                let answered = Traffic::wait(&self.pages, RESCUE_PATIENCE, freed);
+                if answered.is_none() {
+                    self.in_vain_at.store(before, Relaxed);
+                }
             }
         }
         let freed = freed(traffic).unwrap_or(0);
-        if freed == 0 {
-            self.in_vain_at.store(before, Relaxed);
-        } else {
-            self.counters.oom_deflations.add(1);
-        }
         // To tell the host of the new size.
         self.wake();
         freed
@@ -530,8 +543,15 @@ impl Run<1> for Sizing {
     }
 }
 
-/// What comes after a delay: the work proper.
+/// What comes when memory may be there again: the work proper.
 impl Run<2> for Sizing {
+    fn run(this: Arc<Self>) {
+        this.wake();
+    }
+}
+
+/// What comes when the kernel may have put isolated pages back: the work proper.
+impl Run<3> for Sizing {
     fn run(this: Arc<Self>) {
         this.wake();
     }
@@ -724,10 +744,7 @@ mod tests {
         let nodes = ShortNodes::all();
         for purpose in [
             Purpose::Resize,
-            Purpose::Oom {
-                nodes: &nodes,
-                must_tell_host: false,
-            },
+            Purpose::Oom(&nodes),
         ] {
             let request = sizing.traffic().take_reserved().ok_or(ENOENT)?;
             let sent = Traffic::send_out(&sizing.pages, request, 256, purpose);
@@ -749,10 +766,7 @@ mod tests {
         let nodes = ShortNodes::all();
         for purpose in [
             Purpose::Resize,
-            Purpose::Oom {
-                nodes: &nodes,
-                must_tell_host: true,
-            },
+            Purpose::Oom(&nodes),
         ] {
             let request = sizing.traffic().take_reserved().ok_or(ENOENT)?;
             let sent = Traffic::send_out(&sizing.pages, request, Guest::pfns(100), purpose);

@@ -243,6 +243,20 @@ void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_manage
 	info->migratepage = migrate;
 }
 
+unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info)
+{
+	return READ_ONCE(info->isolated_pages);
+}
+
+/*
+ * For a page that leaves the balloon by migration, without another. The balloon
+ * code (7.3) counts it as deflated, but goes on counting it as a balloon page.
+ */
+void vbrs_uncount_balloon_page(struct page *page)
+{
+	dec_node_page_state(page, NR_BALLOON_PAGES);
+}
+
 struct shrinker *vbrs_shrinker_alloc(const char *name)
 {
 	return shrinker_alloc(0, "%s", name);
@@ -319,25 +333,40 @@ unsigned long vbrs_reclaim_watermarks(void)
 	return mean_watermarks(WMARK_MIN, WMARK_LOW);
 }
 
-/* The nodes of which no zone has more than its high watermark free for an ordinary allocation. */
+/* Whether an ordinary allocation of the kernel's finds less than it should in a zone. */
+static bool zone_is_short(struct zone *zone)
+{
+	unsigned long kept = zone->lowmem_reserve[ZONE_MOVABLE] +
+			     zone_page_state(zone, NR_FREE_CMA_PAGES);
+
+	return zone_page_state(zone, NR_FREE_PAGES) <= high_wmark_pages(zone) + kept;
+}
+
+/*
+ * The nodes that are short of memory and have balloon pages. A node is judged by
+ * the zones that the kernel uses for itself, if it has any: where these are
+ * short, free pages that must be movable do not help everybody.
+ */
 void vbrs_short_nodes(nodemask_t *nodes)
 {
 	int nid, zid;
 
 	nodes_clear(*nodes);
 	for_each_online_node(nid) {
+		pg_data_t *node = NODE_DATA(nid);
 		bool has_memory = false, is_short = true;
 
+		if (atomic_long_read(&node->vm_stat[NR_BALLOON_PAGES]) <= 0)
+			continue;
 		for (zid = 0; zid < MAX_NR_ZONES && is_short; zid++) {
-			struct zone *zone = &NODE_DATA(nid)->node_zones[zid];
-			unsigned long needed = zone->_watermark[WMARK_HIGH] +
-					       zone->lowmem_reserve[ZONE_MOVABLE] +
-					       zone_page_state(zone, NR_FREE_CMA_PAGES);
+			struct zone *zone = &node->node_zones[zid];
 
+			if (zid > ZONE_NORMAL && has_memory)
+				break;
 			if (!managed_zone(zone))
 				continue;
 			has_memory = true;
-			is_short = zone_page_state(zone, NR_FREE_PAGES) <= needed;
+			is_short = zone_is_short(zone);
 		}
 		if (has_memory && is_short)
 			node_set(nid, *nodes);

@@ -51,6 +51,9 @@ typedef int (*vbrs_migrate_page)(struct balloon_dev_info *info, struct page *new
 
 void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_managed, vbrs_migrate_page migrate);
 
+unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info);
+void vbrs_uncount_balloon_page(struct page *page);
+
 struct shrinker *vbrs_shrinker_alloc(const char *name);
 
 struct page *vbrs_sg_page(struct scatterlist *sg);

@@ -74,8 +74,9 @@ impl Role for BalloonPage {
 pub trait MigratePages: Send + Sync + 'static {
     /// Puts `new` in the place of `old`, which is in the balloon.
     ///
-    /// When this returns `Ok`, the host must have taken `new`, and `old` must have been given up for the
-    /// balloon; `old` is freed when the reference to it is dropped. On failure `old` stays in the balloon, and `new` is freed when the reference to it is dropped. So
+    /// With [`Migrated::Replaced`] the host must have taken `new`. With [`Migrated::Removed`] `new` is not
+    /// used. With both, `old` must have been given up for the balloon; it is freed when the reference to
+    /// it is dropped. On failure `old` stays in the balloon, and `new` is freed when the reference to it is dropped. So
     /// whichever page the host may still touch is kept by keeping the reference.
     ///
     /// Called in process context with both pages locked, and possibly from within an allocation: may
@@ -92,9 +93,18 @@ pub trait MigratePages: Send + Sync + 'static {
         new: PageRef,
         old: PageRef,
         mode: MigrateMode,
-    ) -> Result
+    ) -> Result<Migrated>
     where
         Self: Sized;
+}
+
+/// What became of a page that the kernel wanted to migrate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Migrated {
+    /// The new page is in the balloon instead of the old one.
+    Replaced,
+    /// The old page has left the balloon, and no other page has come.
+    Removed,
 }
 
 /// How long the kernel lets a page migration take (`enum migrate_mode`).
@@ -182,11 +192,19 @@ impl<M: MigratePages> BalloonPages<M> {
         let (Some(new), Some(old)) = (NonNull::new(new), NonNull::new(old)) else {
             return EINVAL.to_errno();
         };
+        let old_page = old.as_ptr();
         // SAFETY: The caller has references to both pages.
         let (new, old) = unsafe { (PageRef::get(new), PageRef::get(old)) };
         match M::migrate(this, new, old, MigrateMode::from_raw(mode)) {
-            Ok(()) => 0,
-            // To the caller it would say that the page has left the balloon.
+            Ok(Migrated::Replaced) => 0,
+            Ok(Migrated::Removed) => {
+                this.len.fetch_sub(1, Relaxed);
+                // SAFETY: The page was counted as a balloon page when it was enqueued, and the caller
+                // has a reference to it.
+                unsafe { helpers::vbrs_uncount_balloon_page(old_page) };
+                // To the caller it says that the page has left the balloon.
+                ENOENT.to_errno()
+            }
             Err(error) if error == ENOENT => EBUSY.to_errno(),
             Err(error) => error.to_errno(),
         }
@@ -197,8 +215,8 @@ impl<M: MigratePages> BalloonPages<M> {
         self.len.fetch_add(pages.len(), Relaxed);
         while let Some(BalloonPage(block)) = pages.pop() {
             let page = block.into_raw().as_ptr();
-            // SAFETY: The page is from `balloon_page_alloc` and was ours alone; its `lru` is free
-            // again, now that it is on no list of ours. `info` is initialised and pinned.
+            // SAFETY: The page is a single one of the page allocator's and was ours alone; its `lru` is
+            // free again, now that it is on no list of ours. `info` is initialised and pinned.
             unsafe { helpers::balloon_page_enqueue(self.info.get(), page) };
         }
     }
@@ -277,7 +295,8 @@ impl<M: MigratePages> BalloonPages<M> {
     ///
     /// The caller sees to it that no page is put in meanwhile.
     pub fn drain(&self) {
-        while self.len() > 0 {
+        // A page that was removed is isolated until the kernel has no more to do with this balloon.
+        while self.len() > 0 || self.isolated() > 0 {
             let pages = self.dequeue(CHUNK);
             if pages.is_empty() {
                 fsleep(Delta::from_millis(1));
@@ -285,6 +304,12 @@ impl<M: MigratePages> BalloonPages<M> {
             drop(pages);
             give_way();
         }
+    }
+
+    /// How many pages are isolated now.
+    fn isolated(&self) -> usize {
+        // SAFETY: `info` is initialised; reads one word.
+        unsafe { helpers::vbrs_balloon_isolated(self.info.get()) as usize }
     }
 
     /// How many pages are in the balloon, isolated ones included. Any context.

@@ -35,7 +35,7 @@ pub mod state;
 pub mod statistics;
 mod zone;
 
-pub use balloon_pages::{BalloonPage, BalloonPages, MigrateMode, MigratePages};
+pub use balloon_pages::{BalloonPage, BalloonPages, MigrateMode, MigratePages, Migrated};
 pub use block::PageBlock;
 pub use lent::{LentBlock, LentPages};
 pub use list::{BlockList, BlockShape};

@@ -9,12 +9,13 @@ use kernel::bindings;
 use super::BalloonPage;
 use crate::bindings as helpers;
 
-/// The nodes without memory that an ordinary allocation could have.
+/// The nodes that are short of memory and have balloon pages.
 ///
-/// A node is short of memory if none of its zones has more free pages than its high watermark and what
-/// it keeps from allocations that could be served elsewhere; free CMA pages do not count, for most
-/// allocations cannot have them. So a task that finds no memory although a node is not short is not
-/// allowed there (by a cpuset or a memory policy), or wants something that more free pages do not bring.
+/// A node is short of memory if none of the zones that the kernel uses for itself has more free pages
+/// than its high watermark (with what it is boosted by for the moment) and what it keeps from
+/// allocations that could be served elsewhere; free CMA pages do not count, for most allocations cannot
+/// have them. So a task that finds no memory although a node is not short is not allowed there (by a
+/// cpuset or a memory policy), or wants something that more free pages do not bring.
 pub struct ShortNodes(bindings::nodemask_t);
 
 impl ShortNodes {
