@@ -4,8 +4,8 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Result};
-use guest_agent::calls::{KernelLine, WaitMemFree};
+use anyhow::{ensure, Context, Result};
+use guest_agent::calls::{KernelLine, ReadFile, WaitMemFree, WriteFile};
 
 use crate::guest::Guest;
 use crate::ktap::{Case, Outcome};
@@ -71,6 +71,29 @@ fn holds(line: &KernelLine, words: &[&str]) -> bool {
 }
 
 impl Guest {
+    /// A counter of `/proc/vmstat`.
+    ///
+    /// # Errors
+    ///
+    /// If the guest's kernel does not have it.
+    pub fn vm_event(&mut self, name: &str) -> Result<u64> {
+        // Adds up what each processor has counted. A kernel for one processor has nothing to add.
+        let path = "/proc/sys/vm/stat_refresh".to_owned();
+        let _ = self.call(WriteFile {
+            path,
+            text: "1".to_owned(),
+        });
+        let path = "/proc/vmstat".to_owned();
+        let text = self.call(ReadFile { path })?;
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value
+            .with_context(|| format!("no {name} in /proc/vmstat"))?
+            .parse()
+            .with_context(|| format!("{name} is no number"))
+    }
+
     /// Fails if the kernel has logged a complaint since the last look at its log.
     ///
     /// # Errors

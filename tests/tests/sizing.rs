@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use tests::artifacts::Artifacts;
-use tests::calls::{DropMemoryCaches, Fill, Free, ReadFile, Release, Verify, WriteFile};
+use tests::calls::{DropMemoryCaches, Fill, Free, ReadFile, Release, Run, Verify, WriteFile};
 use tests::guest::{Builder, Driver, Guest};
 use tests::process::Signal;
+use tests::vmm::hardware::Hardware;
 use tests::vmm::Vmm;
 use tests::{HANG_LIMIT, MIB};
 
@@ -15,25 +16,6 @@ use tests::{HANG_LIMIT, MIB};
 const LEFT: u64 = 64 * MIB;
 /// What a process then wants.
 const WANTED: u64 = 128 * MIB;
-
-/// A counter of `/proc/vmstat`.
-fn vm_event(guest: &mut Guest, name: &str) -> Result<u64> {
-    // Adds up what each processor has counted. A kernel for one processor has nothing to add.
-    let path = "/proc/sys/vm/stat_refresh".to_owned();
-    let _ = guest.call(WriteFile {
-        path,
-        text: "1".to_owned(),
-    });
-    let path = "/proc/vmstat".to_owned();
-    let text = guest.call(ReadFile { path })?;
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    value
-        .with_context(|| format!("no {name} in /proc/vmstat"))?
-        .parse()
-        .with_context(|| format!("{name} is no number"))
-}
 
 /// Inflates the balloon until so many bytes are left free, and returns what the guest then has.
 fn leave(guest: &mut Guest, left: u64) -> Result<u64> {
@@ -99,10 +81,7 @@ fn balloon_makes_room(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()>
         verified.pages == WANTED / 4096 && verified.wrong == 0,
         "{verified:?}"
     );
-    ensure!(
-        vm_event(&mut guest, "oom_kill")? == 0,
-        "somebody was killed"
-    );
+    ensure!(guest.vm_event("oom_kill")? == 0, "somebody was killed");
     // The driver says so after the process has its memory.
     let enough = target + (WANTED - LEFT) / 2;
     let actual = guest.balloon()?.wait_balloon_at_least(enough)?;
@@ -147,7 +126,7 @@ fn a_balloon_that_may_not_make_room_makes_none() -> Result<()> {
         let error = guest.call(fill(WANTED, 1, 3)).err();
         let error = error.context("a process has memory that is not there")?;
         ensure!(format!("{error:#}").contains("is gone"), "{error:#}");
-        ensure!(vm_event(&mut guest, "oom_kill")? > 0, "{driver:?}: no kill");
+        ensure!(guest.vm_event("oom_kill")? > 0, "{driver:?}: no kill");
         let actual = guest.balloon()?.balloon_actual()?;
         ensure!(actual == target, "{driver:?}: {actual} is not {target}");
         guest.unload(driver)?;
@@ -242,6 +221,65 @@ fn balloon_comes_back(vmm: Vmm, driver: Driver) -> Result<()> {
 }
 
 #[test]
+fn our_balloon_keeps_what_a_bound_process_cannot_use_in_qemu() -> Result<()> {
+    balloon_keeps_other_nodes(Driver::Ours)
+}
+
+/// Balloon pages that lie on a node.
+fn ballooned_on(guest: &mut Guest, node: u32) -> Result<u64> {
+    let path = format!("/sys/devices/system/node/node{node}/vmstat");
+    let text = guest.call(ReadFile { path })?;
+    let value = text
+        .lines()
+        .find_map(|line| line.strip_prefix("nr_balloon_pages "));
+    Ok(value
+        .context("the kernel counts no balloon pages")?
+        .parse()?)
+}
+
+/// A process that a cpuset binds to one node gets the balloon pages of that node before it is killed, and those of the other node
+/// stay where they are.
+fn balloon_keeps_other_nodes(driver: Driver) -> Result<()> {
+    const NODE: u64 = 384 * MIB;
+    const CPUSET: &str = "mkdir -p /cgroup && mount -t cgroup2 none /cgroup && echo +cpuset >/cgroup/cgroup.subtree_control \
+        && mkdir /cgroup/bound && echo 0 >/cgroup/bound/cpuset.mems && echo 1 >/cgroup/bound/cgroup.procs";
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .features(&["stats", "deflate-on-oom"])
+        .memory(2 * NODE)
+        .hardware(Hardware {
+            nodes: 2,
+            ..Hardware::default()
+        })
+        .boot()?;
+    guest.load(driver)?;
+    let free = guest.settled_free()?;
+    leave(&mut guest, free / 4)?;
+    let before = [ballooned_on(&mut guest, 0)?, ballooned_on(&mut guest, 1)?];
+    ensure!(before[0] > 0 && before[1] > 0, "pages by node: {before:?}");
+    let argv = ["sh", "-c", CPUSET].map(str::to_owned).to_vec();
+    let run = guest.call(Run { argv })?;
+    ensure!(run.status == Some(0), "{run:?}");
+    // More than the node has.
+    let error = guest.call(fill(NODE, 1, 3)).err();
+    let error = error.context("a process has memory that is not there")?;
+    ensure!(format!("{error:#}").contains("is gone"), "{error:#}");
+    ensure!(guest.vm_event("oom_kill")? > 0, "nobody was killed");
+    let after = [ballooned_on(&mut guest, 0)?, ballooned_on(&mut guest, 1)?];
+    println!("{driver:?}: balloon pages by node: {before:?}, then {after:?}");
+    ensure!(
+        after[1] > before[1] / 2,
+        "balloon pages by node: {before:?}, then {after:?}"
+    );
+    if driver == Driver::Ours {
+        let given = guest.counters()?.get("oom_deflated_pages")?;
+        ensure!(given >= before[0] / 2, "{given} of {before:?}");
+    }
+    guest.power_off()?;
+    Ok(())
+}
+
+#[test]
 fn our_balloons_pages_are_moved_in_user_mode_linux() -> Result<()> {
     pages_are_moved(Vmm::Uml, Driver::Ours, &["stats"])
 }
@@ -300,7 +338,7 @@ fn compact_until(guest: &mut Guest, moved: u64) -> Result<u64> {
     let deadline = Instant::now() + HANG_LIMIT;
     loop {
         compact(guest)?;
-        let now = vm_event(guest, "balloon_migrate")?;
+        let now = guest.vm_event("balloon_migrate")?;
         if now >= moved {
             return Ok(now);
         }
@@ -327,7 +365,7 @@ fn pages_are_moved(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
     let (whole, target) = inflate_in_pieces(&mut guest, before)?;
     let kept = guest.call(fill(16 * MIB, 1, 6))?;
 
-    let moved_before = vm_event(&mut guest, "balloon_migrate")?;
+    let moved_before = guest.vm_event("balloon_migrate")?;
     let in_use = guest.memory_in_use()?;
     let moved = compact_until(&mut guest, moved_before + ENOUGH)? - moved_before;
     println!("{driver:?} in {vmm:?}: {moved} pages moved");
@@ -360,7 +398,7 @@ fn pages_are_moved(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
     guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
     guest.check_free(before)?;
     ensure!(
-        vm_event(&mut guest, "nr_balloon_pages")? == 0,
+        guest.vm_event("nr_balloon_pages")? == 0,
         "the kernel still counts pages in the balloon"
     );
     guest.unload(driver)?;
@@ -442,13 +480,13 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
     let since = Instant::now();
     compact(&mut guest)?;
     let first = since.elapsed();
-    let moved = vm_event(&mut guest, "balloon_migrate")?;
+    let moved = guest.vm_event("balloon_migrate")?;
     compact(&mut guest)?;
     println!(
         "compaction took {first:?}, then {:?}",
         since.elapsed() - first
     );
-    let now = vm_event(&mut guest, "balloon_migrate")?;
+    let now = guest.vm_event("balloon_migrate")?;
     ensure!(now == moved, "{} pages were moved by nobody", now - moved);
     let pages = guest.counters()?.get("balloon_pages")?;
     ensure!(pages == BALLOON / 4096, "{pages} pages are in the balloon");
@@ -479,7 +517,7 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     stop_device(&mut guest)?;
     let filled = guest.call(fill(WANTED, 1, 3));
     ensure!(filled.is_err(), "it has memory that the host did not give");
-    ensure!(vm_event(&mut guest, "oom_kill")? > 0, "nobody was killed");
+    ensure!(guest.vm_event("oom_kill")? > 0, "nobody was killed");
 
     continue_device(&mut guest)?;
     let filled = guest.call(fill(WANTED, 1, 4))?;

@@ -242,6 +242,7 @@ fn plugging() -> Vec<Row> {
             Dimm::Inflated,
         )
         .with(&[Ours, C]),
+        row("a DIMM unplugged while deflating", Dimm::Deflating).with(&[Ours, C]),
         row("a DIMM plugged and unplugged in mid-round", Dimm::MidRound).with(&[Ours, C]),
         row("a DIMM unplugged in a migration", Dimm::InMigration).with(&[Ours, C]),
         row(

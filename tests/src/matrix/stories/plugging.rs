@@ -23,6 +23,8 @@ use crate::MIB;
 pub enum Dimm {
     /// Its balloon is at its target, and has pages in the DIMM.
     Inflated,
+    /// Its balloon gets smaller.
+    Deflating,
     /// It holds what it has hinted.
     MidRound,
     /// The guest is being moved.
@@ -41,6 +43,7 @@ pub fn dimm(artifacts: &Artifacts, cell: &Cell, dimm: Dimm) -> Result<()> {
     guest.load(driver)?;
     match dimm {
         Dimm::Inflated => inflated(&mut guest, driver, free)?,
+        Dimm::Deflating => deflating(&mut guest, driver)?,
         Dimm::MidRound => mid_round(&mut guest)?,
         Dimm::InMigration => in_migration(&mut guest, artifacts)?,
         Dimm::HintedOffline => hinted_offline(&mut guest)?,
@@ -81,6 +84,44 @@ fn inflated(guest: &mut Guest, driver: Driver, free: u64) -> Result<()> {
     let whole = guest.balloon()?.balloon_actual()? + half;
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, LIMIT)
+}
+
+/// The kernel migrates balloon pages out of the DIMM while the driver takes pages out of the balloon: neither is in the other's way.
+/// How long both take is printed.
+fn deflating(guest: &mut Guest, driver: Driver) -> Result<()> {
+    const LEFT: u64 = 96 * MIB;
+    plug(guest, 2 * SIZE)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    let free = guest.settled_free()?;
+    let full = whole - (free - LEFT) / MIB * MIB;
+    guest.balloon()?.balloon(full)?;
+    guest.balloon()?.wait_balloon(full, LIMIT)?;
+    guest.kernel_log()?;
+    let migrated = guest.vm_event("balloon_migrate")?;
+    let since = Instant::now();
+    guest.balloon()?.balloon(whole)?;
+    unplug(guest)?;
+    let unplugged = since.elapsed();
+    let migrated = guest.vm_event("balloon_migrate")? - migrated;
+    let deadline = Instant::now() + LIMIT;
+    while guest.vm_event("nr_balloon_pages")? > 0 {
+        ensure!(Instant::now() < deadline, "pages stay in the balloon");
+        sleep(Duration::from_millis(10));
+    }
+    println!(
+        "{driver:?}: unplugged after {unplugged:?}, {migrated} pages migrated, deflated after {:?}",
+        since.elapsed()
+    );
+    let log = guest.kernel_log()?;
+    ensure!(
+        !log.iter().any(|line| line.text.contains("puff")),
+        "{log:?}"
+    );
+    if driver == Driver::Ours {
+        let counters = guest.counters()?;
+        ensure!(counters.get("shortages")? == 0, "{counters:?}");
+    }
+    Ok(())
 }
 
 /// A DIMM comes and goes while a round is held, and the guest has back what it hinted.
