@@ -631,8 +631,8 @@ mod tests {
         fn settle(&self) {
             loop {
                 self.sizing.take_turn();
-                let suppressed = [INFLATE, DEFLATE]
-                    .map(|queue| self.bound.device.interrupts_suppressed(queue));
+                let suppressed =
+                    [INFLATE, DEFLATE].map(|queue| self.bound.device.interrupts_suppressed(queue));
                 if !self.answer() {
                     break;
                 }
@@ -742,10 +742,7 @@ mod tests {
         rig.settle();
         sizing.freeze();
         let nodes = ShortNodes::all();
-        for purpose in [
-            Purpose::Resize,
-            Purpose::Oom(&nodes),
-        ] {
+        for purpose in [Purpose::Resize, Purpose::Oom(&nodes)] {
             let request = sizing.traffic().take_reserved().ok_or(ENOENT)?;
             let sent = Traffic::send_out(&sizing.pages, request, 256, purpose);
             assert_eq!(sent, Err(SendError::Gone));
@@ -764,10 +761,7 @@ mod tests {
         rig.set_target(600);
         rig.settle();
         let nodes = ShortNodes::all();
-        for purpose in [
-            Purpose::Resize,
-            Purpose::Oom(&nodes),
-        ] {
+        for purpose in [Purpose::Resize, Purpose::Oom(&nodes)] {
             let request = sizing.traffic().take_reserved().ok_or(ENOENT)?;
             let sent = Traffic::send_out(&sizing.pages, request, Guest::pfns(100), purpose);
             assert_eq!(sent, Ok(100));

@@ -125,10 +125,7 @@ impl Traffic {
     /// Nothing is on its way. With `must_tell_host`, no page is used before the device has given it back.
     ///
     /// May sleep. Fails with `ENOMEM`.
-    pub(crate) fn new(
-        counters: Arc<Counters>,
-        must_tell_host: bool,
-    ) -> Result<impl PinInit<Self>> {
+    pub(crate) fn new(counters: Arc<Counters>, must_tell_host: bool) -> Result<impl PinInit<Self>> {
         let mut spare = KVec::with_capacity(REQUESTS, GFP_KERNEL)?;
         for _ in 0..REQUESTS {
             spare.push(Request::new()?, GFP_KERNEL)?;
@@ -670,11 +667,7 @@ impl Traffic {
     /// # Errors
     ///
     /// [`EBUSY`] if the device cannot take it.
-    fn begin(
-        &self,
-        new: &mut Option<PageRef>,
-        old: &mut Option<PageRef>,
-    ) -> Result<Option<Begun>> {
+    fn begin(&self, new: &mut Option<PageRef>, old: &mut Option<PageRef>) -> Result<Option<Begun>> {
         let mut state = self.state.lock();
         if self.is_closed() {
             return Err(EBUSY);
@@ -926,7 +919,12 @@ mod tests {
         let (bound, pages) = balloon()?;
         let (new, old) = two_pages()?;
         bound.device.answer_at_once(true);
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+        let moved = Traffic::migrate(
+            &pages,
+            PageRef::of(&new),
+            PageRef::of(&old),
+            MigrateMode::Sync,
+        );
         assert_eq!(moved, Ok(Migrated::Replaced));
         assert_eq!(
             &bound.device.take_answered()?[..],
@@ -938,7 +936,12 @@ mod tests {
         assert!(pages.migrator().is_idle());
         // Each of the requests can be used any number of times.
         for _ in 0..2 * MOVES {
-            let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+            let moved = Traffic::migrate(
+                &pages,
+                PageRef::of(&new),
+                PageRef::of(&old),
+                MigrateMode::Sync,
+            );
             assert_eq!(moved, Ok(Migrated::Replaced));
         }
         Ok(())
@@ -1014,10 +1017,20 @@ mod tests {
         let (bound, pages) = balloon()?;
         let traffic = pages.migrator();
         let (new, old) = two_pages()?;
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+        let moved = Traffic::migrate(
+            &pages,
+            PageRef::of(&new),
+            PageRef::of(&old),
+            MigrateMode::Sync,
+        );
         assert_eq!(moved, Err(EBUSY));
         // The next one is not kept waiting.
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+        let moved = Traffic::migrate(
+            &pages,
+            PageRef::of(&new),
+            PageRef::of(&old),
+            MigrateMode::Sync,
+        );
         assert_eq!(moved, Err(EBUSY));
         assert!(bound.device.take(DEFLATE).is_none());
         assert!(!traffic.is_idle());
@@ -1030,7 +1043,12 @@ mod tests {
         Traffic::collect(&pages);
         assert!(traffic.is_idle());
         bound.device.answer_at_once(true);
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+        let moved = Traffic::migrate(
+            &pages,
+            PageRef::of(&new),
+            PageRef::of(&old),
+            MigrateMode::Sync,
+        );
         assert_eq!(moved, Ok(Migrated::Replaced));
         Ok(())
     }
@@ -1045,14 +1063,24 @@ mod tests {
         let request = traffic.take_spare().ok_or(ENOENT)?;
         Traffic::send_out(&pages, request, Guest::pfns(1), Purpose::Resize)?;
         let (new, old) = two_pages()?;
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+        let moved = Traffic::migrate(
+            &pages,
+            PageRef::of(&new),
+            PageRef::of(&old),
+            MigrateMode::Sync,
+        );
         assert_eq!(moved, Err(EBUSY));
 
         traffic.close();
         bound.reset();
         Traffic::recover(&pages);
         assert!(traffic.is_idle());
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+        let moved = Traffic::migrate(
+            &pages,
+            PageRef::of(&new),
+            PageRef::of(&old),
+            MigrateMode::Sync,
+        );
         assert_eq!(moved, Err(EBUSY));
         let state = traffic.state.lock();
         assert_eq!(state.spare.len(), REQUESTS);
@@ -1064,7 +1092,12 @@ mod tests {
         traffic.open();
         inflate(&bound, &pages, 3)?;
         bound.device.answer_at_once(true);
-        let moved = Traffic::migrate(&pages, PageRef::of(&new), PageRef::of(&old), MigrateMode::Sync);
+        let moved = Traffic::migrate(
+            &pages,
+            PageRef::of(&new),
+            PageRef::of(&old),
+            MigrateMode::Sync,
+        );
         assert_eq!(moved, Ok(Migrated::Replaced));
         Ok(())
     }
