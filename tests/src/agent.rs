@@ -11,7 +11,7 @@ use guest_agent::protocol::{Hello, Outcome, Request, Response, VERSION};
 use qmp_client::JsonLines;
 
 /// How long a call may take if it has no limit of its own. Emulated guests are slow when the host is busy.
-const CALL_LIMIT: Duration = Duration::from_secs(120);
+const CALL_LIMIT: Duration = Duration::from_secs(600);
 
 /// The longest answer: a whole kernel log, or a file.
 const MAX_LINE: usize = 256 << 20;
@@ -81,7 +81,7 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// If the guest says that it failed, is gone, or is silent for two minutes.
+    /// If the guest says that it failed, is gone, or is silent for ten minutes.
     pub fn call<C: Call>(&mut self, call: C) -> Result<C::Answer> {
         self.call_within(call, CALL_LIMIT)
     }
