@@ -750,7 +750,7 @@ mod tests {
         assert_eq!(sizing.give_back(), 0);
         rig.bound.reset();
         sizing.recover();
-        assert_eq!((sizing.pages.len(), rig.inside()), (0, 0));
+        assert_eq!((sizing.pages.count(), rig.inside()), (0, 0));
         Ok(())
     }
 

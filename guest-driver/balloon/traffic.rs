@@ -890,7 +890,7 @@ mod tests {
             assert_eq!(sent, Err(SendError::RingFull));
             assert_eq!((traffic.balance(), traffic.released()), (inside, 0));
         }
-        assert_eq!(Guest::pfns(pages.len()), inside.inside());
+        assert_eq!(Guest::pfns(pages.count()), inside.inside());
         Ok(())
     }
 

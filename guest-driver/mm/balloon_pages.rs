@@ -143,7 +143,7 @@ pub struct BalloonPages<M: MigratePages> {
     #[pin]
     info: Opaque<helpers::balloon_dev_info>,
     /// Isolated pages are on no list, and counted all the same.
-    len: Atomic<usize>,
+    count: Atomic<usize>,
     #[pin]
     migrator: M,
 }
@@ -171,7 +171,7 @@ impl<M: MigratePages> BalloonPages<M> {
                     )
                 }
             }),
-            len: Atomic::new(0),
+            count: Atomic::new(0),
             migrator <- migrator,
         })
     }
@@ -198,7 +198,7 @@ impl<M: MigratePages> BalloonPages<M> {
         match M::migrate(this, new, old, MigrateMode::from_raw(mode)) {
             Ok(Migrated::Replaced) => 0,
             Ok(Migrated::Removed) => {
-                this.len.fetch_sub(1, Relaxed);
+                this.count.fetch_sub(1, Relaxed);
                 // SAFETY: The page was counted as a balloon page when it was enqueued, and the caller
                 // has a reference to it.
                 unsafe { helpers::vbrs_uncount_balloon_page(old_page) };
@@ -212,7 +212,7 @@ impl<M: MigratePages> BalloonPages<M> {
 
     /// Puts all pages of `pages` into the balloon.
     pub fn enqueue(&self, mut pages: BlockList<BalloonPage>) {
-        self.len.fetch_add(pages.len(), Relaxed);
+        self.count.fetch_add(pages.len(), Relaxed);
         while let Some(BalloonPage(block)) = pages.pop() {
             let page = block.into_raw().as_ptr();
             // SAFETY: The page is a single one of the page allocator's and was ours alone; its `lru` is
@@ -238,7 +238,7 @@ impl<M: MigratePages> BalloonPages<M> {
             // SAFETY: The head was initialised above.
             let entry = unsafe { (*head.get()).next };
             if entry == head.get() {
-                self.len.fetch_sub(pages.len(), Relaxed);
+                self.count.fetch_sub(pages.len(), Relaxed);
                 break pages;
             }
             // SAFETY: Each entry is the `lru` of a page that was in the balloon, and that is ours
@@ -296,7 +296,7 @@ impl<M: MigratePages> BalloonPages<M> {
     /// The caller sees to it that no page is put in meanwhile.
     pub fn drain(&self) {
         // A page that was removed is isolated until the kernel has no more to do with this balloon.
-        while self.len() > 0 || self.isolated() > 0 {
+        while self.count() > 0 || self.isolated() > 0 {
             let pages = self.dequeue(CHUNK);
             if pages.is_empty() {
                 fsleep(Delta::from_millis(1));
@@ -313,8 +313,8 @@ impl<M: MigratePages> BalloonPages<M> {
     }
 
     /// How many pages are in the balloon, isolated ones included. Any context.
-    pub fn len(&self) -> usize {
-        self.len.load(Relaxed)
+    pub fn count(&self) -> usize {
+        self.count.load(Relaxed)
     }
 }
 

@@ -118,6 +118,7 @@ fn destroy_orphans() {
 ///
 /// The drop waits for the tasks that nobody ended. May sleep.
 /// [`module_virtio_driver!`](crate::module_virtio_driver) makes it.
+#[derive(Default)]
 pub struct ModuleExit(());
 
 impl ModuleExit {
@@ -197,8 +198,8 @@ pub unsafe trait HasTask<const ID: u64 = 0>: Sized {
 #[macro_export]
 macro_rules! impl_has_task {
     ($(impl HasTask<$id:literal> for $self:ty { self.$field:ident })*) => {$(
-        // SAFETY: Compiles only if the field has the right type.
         #[allow(unsafe_code)]
+        // SAFETY: Compiles only if the field has the right type.
         unsafe impl $crate::virtio::work::HasTask<$id> for $self {
             unsafe fn task(this: *const Self) -> *const $crate::virtio::work::Task<Self, $id> {
                 // SAFETY: By the requirement of this function.
@@ -264,6 +265,10 @@ impl<T: Run<ID>, const ID: u64> Task<T, ID> {
         })
     }
 
+    /// # Safety
+    ///
+    /// `work` must be the `work` of a task of a `T` that [`enqueue_delayed`] has enqueued, and that the
+    /// kernel runs now.
     unsafe extern "C" fn callback(work: *mut bindings::work_struct) {
         // SAFETY: The kernel calls with what was enqueued, which is the `work` of a task that is a
         // field of a `T`; `enqueue_delayed` leaked a reference to that.

@@ -20,6 +20,10 @@ const RESIZE_BY: u64 = 24 * MIB;
 /// What the guest's own programs may take while a round is held, and processors keep on lists of their own.
 const OWN_USE: u64 = 2 * MIB;
 const PAGE: u64 = 4096;
+/// The most that a process fills to keep some of it.
+const MOST_FILLED: u64 = 128 * MIB;
+/// What the kernel may be reporting at one time, in 32 blocks of the largest order: that is neither in the free lists nor hinted.
+const REPORTED_AT_ONCE: u64 = 32 * 4 * MIB;
 
 impl Guest {
     /// What the driver and the device have agreed on, as the guest's kernel says.
@@ -83,7 +87,8 @@ impl Guest {
             .context("reporting")?;
         let hints = features.contains(Features::FREE_PAGE_HINT);
         if self.daemon.is_some() && hints {
-            self.hint_around_kept_pages(driver).context("hinting")?;
+            self.hint_around_kept_pages(driver, features)
+                .context("hinting")?;
         }
         self.balloon()?.balloon(whole)?;
         self.balloon()?
@@ -128,13 +133,13 @@ impl Guest {
 
     /// A round that is held while one page in some is kept in a part of the memory: none of these is hinted, nor is what a round
     /// must leave alone, and they keep their contents.
-    fn hint_around_kept_pages(&mut self, driver: Driver) -> Result<()> {
+    fn hint_around_kept_pages(&mut self, driver: Driver, features: Features) -> Result<()> {
         // The smallest blocks that the drivers hint.
         let order = match driver {
             Driver::Ours => 4,
             Driver::C => 10,
         };
-        let bytes = self.settled_free()? / 4;
+        let bytes = (self.settled_free()? / 4).min(MOST_FILLED);
         let filled = self.call(Fill {
             bytes,
             keep_every: 64,
@@ -164,8 +169,13 @@ impl Guest {
             "kept pages were hinted: {wrong:x?}"
         );
         let missing = before.free().saturating_sub(held.free()) * PAGE;
+        let elsewhere = if features.contains(Features::REPORTING) {
+            REPORTED_AT_ONCE
+        } else {
+            0
+        };
         ensure!(
-            missing.abs_diff(hinted.bytes()) < 4 * MIB,
+            missing.abs_diff(hinted.bytes()) < elsewhere + 4 * MIB,
             "{} bytes were hinted, {missing} left the free lists",
             hinted.bytes()
         );
@@ -203,6 +213,7 @@ impl Guest {
             }
             able = able.saturating_sub(reserve);
         }
+        able = able.saturating_sub(elsewhere / PAGE);
         ensure!(
             hinted.bytes() >= able * PAGE / 2 && hinted.bytes() > 0,
             "{} bytes were hinted, and {} could have been: {before:?}",

@@ -50,7 +50,7 @@ pub use guest_agent::{calls, pattern, ranges};
 
 /// How long anything may take before it is taken for hung. It is far more than anything takes on a machine with ten times as much to do
 /// as it has processors for.
-pub const HANG_LIMIT: Duration = Duration::from_secs(300);
+pub const HANG_LIMIT: Duration = Duration::from_secs(600);
 
 /// [`HANG_LIMIT`] as calls to a guest have it.
 pub const HANG_LIMIT_MS: u64 = 300_000;

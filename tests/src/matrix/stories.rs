@@ -83,10 +83,15 @@ pub fn tell(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
 fn builder<'a>(artifacts: &'a Artifacts, cell: &'a Cell) -> Builder<'a> {
     let row = &cell.row;
     let device = cell.entry.pair.device();
+    // QEMU's device leaves out of a migration what is hinted, and a kernel that clears memory at each allocation writes to it.
+    let arguments = match device {
+        Device::QemuOwn if row.arguments.is_empty() => "init_on_alloc=0",
+        _ => row.arguments,
+    };
     let builder = Builder::new(artifacts, row.vmm)
         .device(device)
         .memory(row.memory)
-        .kernel_arguments(row.arguments)
+        .kernel_arguments(arguments)
         .hardware(row.hardware.clone());
     let builder = match row.series {
         Some(series) => builder.series(series),
@@ -95,6 +100,9 @@ fn builder<'a>(artifacts: &'a Artifacts, cell: &'a Cell) -> Builder<'a> {
     if device == Device::QemuOwn {
         let mut options = row.properties.to_vec();
         options.push("free-page-reporting=on");
+        if row.story == Story::BehindIommu {
+            options.push("disable-legacy=on");
+        }
         builder.device_options(&options)
     } else {
         builder.features(row.features).properties(row.properties)

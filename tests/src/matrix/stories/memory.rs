@@ -124,11 +124,12 @@ pub fn gigantic_page(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     guest.load(driver)?;
     let whole = guest.balloon()?.balloon_actual()?;
     // More than lies outside the area.
-    let target = whole - (free - 1024 * MIB);
+    let target = whole - (free - 1024 * MIB) / MIB * MIB;
+    let quarter = whole - free / 4 / MIB * MIB;
     guest.balloon()?.balloon(target)?;
     guest.balloon()?.wait_balloon(target, LIMIT)?;
-    guest.balloon()?.balloon(whole - free / 4)?;
-    guest.balloon()?.wait_balloon(whole - free / 4, LIMIT)?;
+    guest.balloon()?.balloon(quarter)?;
+    guest.balloon()?.wait_balloon(quarter, LIMIT)?;
     take_gigantic_page(&mut guest).context("with a balloon")?;
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, LIMIT)?;
