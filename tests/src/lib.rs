@@ -53,7 +53,7 @@ pub use guest_agent::{calls, pattern, ranges};
 pub const HANG_LIMIT: Duration = Duration::from_secs(600);
 
 /// [`HANG_LIMIT`] as calls to a guest have it.
-pub const HANG_LIMIT_MS: u64 = 300_000;
+pub const HANG_LIMIT_MS: u64 = 600_000;
 
 /// One mebibyte.
 pub const MIB: u64 = 1 << 20;
