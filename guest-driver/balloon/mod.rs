@@ -368,25 +368,13 @@ mod tests {
     use super::*;
     use crate::mm::{FreePages, OnOutOfMemory, PageReporting, ReportPages};
     use crate::shared_abi::config;
-    use crate::virtio::kunit_device::Bound;
+    use crate::virtio::kunit_device::{wait_for, Bound};
     use crate::virtio::Driver;
-    use kernel::time::{delay::fsleep, Delta};
 
     struct Nobody;
 
     impl ReportPages for Nobody {
         fn report(&self, _pages: FreePages) {}
-    }
-
-    /// Waits for what must come. The limit is for a fault only.
-    fn wait_for(mut done: impl FnMut() -> bool) -> bool {
-        (0..1000).any(|_| {
-            let done = done();
-            if !done {
-                fsleep(Delta::from_millis(10));
-            }
-            done
-        })
     }
 
     /// A device that has everything and uses no buffer is shut down: with a report, requests and

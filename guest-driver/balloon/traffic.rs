@@ -919,12 +919,7 @@ mod tests {
         let (bound, pages) = balloon()?;
         let (new, old) = two_pages()?;
         bound.device.answer_at_once(true);
-        let moved = Traffic::migrate(
-            &pages,
-            PageRef::of(&new),
-            PageRef::of(&old),
-            MigrateMode::Sync,
-        );
+        let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Ok(Migrated::Replaced));
         assert_eq!(
             &bound.device.take_answered()?[..],
@@ -936,12 +931,7 @@ mod tests {
         assert!(pages.migrator().is_idle());
         // Each of the requests can be used any number of times.
         for _ in 0..2 * MOVES {
-            let moved = Traffic::migrate(
-                &pages,
-                PageRef::of(&new),
-                PageRef::of(&old),
-                MigrateMode::Sync,
-            );
+            let moved = migrate(&pages, &new, &old);
             assert_eq!(moved, Ok(Migrated::Replaced));
         }
         Ok(())
@@ -960,12 +950,7 @@ mod tests {
                 // As the kernel isolates it.
                 let old = pages.dequeue(1).pop().ok_or(ENOENT)?;
                 let (new, _) = two_pages()?;
-                let moved = Traffic::migrate(
-                    &pages,
-                    PageRef::of(&new),
-                    PageRef::of(&old),
-                    MigrateMode::Sync,
-                );
+                let moved = migrate(&pages, &new, &old);
                 assert_eq!(moved, Ok(Migrated::Removed));
                 assert_eq!(traffic.balance().inside(), Guest::pfns(left));
                 if !must_tell_host {
@@ -979,12 +964,7 @@ mod tests {
             // No more than the host wants.
             let (new, old) = two_pages()?;
             bound.device.answer_at_once(true);
-            let moved = Traffic::migrate(
-                &pages,
-                PageRef::of(&new),
-                PageRef::of(&old),
-                MigrateMode::Sync,
-            );
+            let moved = migrate(&pages, &new, &old);
             assert_eq!(moved, Ok(Migrated::Replaced));
             Traffic::collect(&pages);
             assert_eq!(traffic.released(), 2 * MOVES as u64 - 1);
@@ -1017,20 +997,10 @@ mod tests {
         let (bound, pages) = balloon()?;
         let traffic = pages.migrator();
         let (new, old) = two_pages()?;
-        let moved = Traffic::migrate(
-            &pages,
-            PageRef::of(&new),
-            PageRef::of(&old),
-            MigrateMode::Sync,
-        );
+        let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Err(EBUSY));
         // The next one is not kept waiting.
-        let moved = Traffic::migrate(
-            &pages,
-            PageRef::of(&new),
-            PageRef::of(&old),
-            MigrateMode::Sync,
-        );
+        let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Err(EBUSY));
         assert!(bound.device.take(DEFLATE).is_none());
         assert!(!traffic.is_idle());
@@ -1043,12 +1013,7 @@ mod tests {
         Traffic::collect(&pages);
         assert!(traffic.is_idle());
         bound.device.answer_at_once(true);
-        let moved = Traffic::migrate(
-            &pages,
-            PageRef::of(&new),
-            PageRef::of(&old),
-            MigrateMode::Sync,
-        );
+        let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Ok(Migrated::Replaced));
         Ok(())
     }
@@ -1063,24 +1028,14 @@ mod tests {
         let request = traffic.take_spare().ok_or(ENOENT)?;
         Traffic::send_out(&pages, request, Guest::pfns(1), Purpose::Resize)?;
         let (new, old) = two_pages()?;
-        let moved = Traffic::migrate(
-            &pages,
-            PageRef::of(&new),
-            PageRef::of(&old),
-            MigrateMode::Sync,
-        );
+        let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Err(EBUSY));
 
         traffic.close();
         bound.reset();
         Traffic::recover(&pages);
         assert!(traffic.is_idle());
-        let moved = Traffic::migrate(
-            &pages,
-            PageRef::of(&new),
-            PageRef::of(&old),
-            MigrateMode::Sync,
-        );
+        let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Err(EBUSY));
         let state = traffic.state.lock();
         assert_eq!(state.spare.len(), REQUESTS);
@@ -1092,12 +1047,7 @@ mod tests {
         traffic.open();
         inflate(&bound, &pages, 3)?;
         bound.device.answer_at_once(true);
-        let moved = Traffic::migrate(
-            &pages,
-            PageRef::of(&new),
-            PageRef::of(&old),
-            MigrateMode::Sync,
-        );
+        let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Ok(Migrated::Replaced));
         Ok(())
     }
@@ -1118,6 +1068,11 @@ mod tests {
         assert_eq!(Traffic::wait(&pages, long, |_| None::<()>), None);
         assert!(since.elapsed() < long);
         Ok(())
+    }
+
+    fn migrate(pages: &Pages, new: &BalloonPage, old: &BalloonPage) -> Result<Migrated> {
+        let (new, old) = (PageRef::of(new), PageRef::of(old));
+        Traffic::migrate(pages, new, old, MigrateMode::Sync)
     }
 
     fn two_pages() -> Result<(BalloonPage, BalloonPage)> {

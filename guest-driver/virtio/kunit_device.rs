@@ -23,6 +23,7 @@ use kernel::{
     device::Core,
     prelude::*,
     sync::{aref::ARef, Arc},
+    time::{delay::fsleep, Delta},
 };
 
 /// How many queues the device has room for: as many as a balloon has.
@@ -660,6 +661,17 @@ unsafe impl Buffer for Mortal {
         // SAFETY: The token is the box that `into_token` leaked.
         Self(unsafe { KBox::from_raw(token.cast().as_ptr()) })
     }
+}
+
+/// Waits for what must come. The limit is for a fault only.
+pub(crate) fn wait_for(mut done: impl FnMut() -> bool) -> bool {
+    (0..1000).any(|_| {
+        let done = done();
+        if !done {
+            fsleep(Delta::from_millis(10));
+        }
+        done
+    })
 }
 
 /// A handler that counts what it is told.

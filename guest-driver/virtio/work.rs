@@ -338,6 +338,7 @@ pub fn give_way() {
 #[kunit_tests(virtio_balloon_rs_work)]
 mod tests {
     use super::*;
+    use crate::virtio::kunit_device::wait_for;
     use kernel::sync::atomic::AtomicFlag;
     use kernel::sync::{new_mutex, Mutex};
 
@@ -397,17 +398,6 @@ mod tests {
             task <- new_task!(queue, "Worker::task"),
         });
         Ok((Arc::pin_init(worker, GFP_KERNEL)?, record))
-    }
-
-    /// Waits for what must come. The limit is for a fault only.
-    fn wait_for(mut done: impl FnMut() -> bool) -> bool {
-        (0..1000).any(|_| {
-            let done = done();
-            if !done {
-                fsleep(Delta::from_millis(10));
-            }
-            done
-        })
     }
 
     /// Whether this is the one reference that is left.
