@@ -129,6 +129,8 @@ struct Round {
     notified: Instant<Monotonic>,
     /// There was no memory to give the device a buffer.
     short: bool,
+    /// The device was waited for in vain, and has returned no buffer since.
+    silent: bool,
     /// When the round began.
     began: Instant<Monotonic>,
     /// How long to wait for the next interrupt.
@@ -166,6 +168,7 @@ impl Hinting {
             unnoticed: 0,
             notified: Instant::now(),
             short: false,
+            silent: false,
             began: Instant::now(),
             patience: LOOK_MIN,
         };
@@ -228,21 +231,28 @@ impl Hinting {
     }
 
     /// Waits until nothing is in flight any more. It [is paused](Self::is_paused); the device may
-    /// keep a block, but not hold this up for long.
+    /// keep a block, but not hold this up for long, nor time and again. Ends when the driver goes.
     fn wait_for_device(&self) {
-        let mut last: Instant<Monotonic> = Instant::now();
-        loop {
-            let mut round = self.round.lock();
-            if self.collect(&mut round) {
-                last = Instant::now();
-            }
-            if !round.any_in_flight() || self.queue.is_broken() || last.elapsed() > PATIENCE {
-                break;
-            }
-            self.notify(&mut round);
-            drop(round);
+        let mut last = Instant::now();
+        while self.awaits_device(&mut last) {
             fsleep(Delta::from_millis(1));
         }
+    }
+
+    /// Whether to wait for what is in flight. Collects what the device has used: `last` is when it
+    /// last used anything.
+    fn awaits_device(&self, last: &mut Instant<Monotonic>) -> bool {
+        let mut round = self.round.lock();
+        if self.collect(&mut round) {
+            *last = Instant::now();
+        }
+        let is_over = self.stopping.load(Relaxed) || self.queue.is_broken();
+        if is_over || !round.any_in_flight() {
+            return false;
+        }
+        self.notify(&mut round);
+        round.silent |= last.elapsed() > PATIENCE;
+        !round.silent
     }
 
     /// Goes on after a pause, unless there is another.
@@ -280,7 +290,7 @@ impl Hinting {
         round.done = round.number;
         round.in_flight_pages = 0;
         (round.noticed, round.unnoticed) = (0, 0);
-        round.short = false;
+        (round.short, round.silent) = (false, false);
         round.patience = LOOK_MIN;
         drop(round);
         self.held.give_up();
@@ -291,6 +301,7 @@ impl Hinting {
         let mut any = false;
         while let Some((buffer, _)) = self.queue.pop() {
             any = true;
+            round.silent = false;
             round.patience = LOOK_MIN;
             round.came_back();
             match buffer {
@@ -922,14 +933,50 @@ mod tests {
         rig.command(FIRST);
         rig.hinting.work();
         let in_flight = rig.counters.hinted_blocks.get() as usize;
-        assert!(in_flight > 0);
+        assert!(in_flight > 1);
         rig.hinting.prepare();
         assert_eq!(rig.held.count(), 0);
+        // It is not waited for a second time, before it answers.
+        let awaits_device = || rig.hinting.awaits_device(&mut Instant::now());
+        assert!(!awaits_device());
+        assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
+        assert!(awaits_device());
         rig.hinting.over();
         // It goes on with what comes back.
         let found = rig.settle()?;
-        assert_eq!(found.len(), in_flight + 2);
+        assert_eq!(found.len(), in_flight + 1);
         assert_eq!(rig.held.count(), in_flight * 4);
+        Ok(())
+    }
+
+    #[test]
+    fn a_driver_that_goes_does_not_wait_for_the_device() -> Result {
+        let rig = Rig::new(4)?;
+        rig.provide(8)?;
+        rig.command(FIRST);
+        rig.hinting.work();
+        let awaits_device = || rig.hinting.awaits_device(&mut Instant::now());
+        assert!(awaits_device());
+        rig.hinting.disable();
+        assert!(!awaits_device());
+        Ok(())
+    }
+
+    #[test]
+    fn after_a_reset_blocks_go_back_from_the_ring_too_without_their_content() -> Result {
+        let rig = Rig::new(4)?;
+        rig.provide(8)?;
+        rig.command(FIRST);
+        rig.hinting.work();
+        assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
+        rig.hinting.work();
+        assert!(rig.held.count() < 8 * 4);
+        rig.bound.reset();
+        rig.hinting.recover();
+        assert_eq!(rig.held.count(), 0);
+        let fills = state::allocator_fills_pages();
+        let zeroed = rig.counters.zeroed_pages.get();
+        assert_eq!(zeroed, if fills { 0 } else { 8 * 4 });
         Ok(())
     }
 
