@@ -200,19 +200,26 @@ impl Held {
 
     /// Takes up to `pages` single pages for the balloon: fewer, or none, if no more are held.
     ///
-    /// They are free memory that nobody uses, and that the guest need not look for, nor clear: what
-    /// is in a balloon has no content. The device has returned their blocks, so its promise that it
-    /// has seen the hint holds for them. They do not count as [claimed](Self::claimed).
+    /// The pages are free memory that nobody uses, and that the guest need not look for. The device
+    /// has returned their blocks, so its promise that it has seen the hint holds for them. They do
+    /// not count as [claimed](Self::claimed).
+    ///
+    /// The balloon may give a page to the guest before the device is done with its block: if the
+    /// request is dropped unsent, or the balloon is deflated. Therefore the pages go into the
+    /// balloon without their content. May sleep, and take long.
     pub(crate) fn take_for_balloon(&self, pages: usize) -> BlockList<BalloonPage> {
         let mut taken = BlockList::new();
-        let mut blocks = self.blocks.lock();
         while taken.pages() < pages {
-            let Some(part) = blocks.take_part(pages - taken.pages()) else {
+            let part = self.blocks.lock().take_part(pages - taken.pages());
+            let Some(part) = part else {
                 break;
             };
+            if !state::allocator_fills_pages() {
+                self.count_zeroed(part.pages());
+            }
             part.into_balloon_pages(&mut taken);
+            give_way();
         }
-        drop(blocks);
         self.counters
             .hinted_pages_inflated
             .add(taken.pages() as u64);
@@ -380,7 +387,7 @@ mod tests {
         }
         assert_eq!(counters.hinted_pages_inflated.get(), 15);
         assert_eq!(held.claimed(), 1);
-        assert_eq!(counters.zeroed_pages.get(), zeroed(1));
+        assert_eq!(counters.zeroed_pages.get(), zeroed(16));
         Ok(())
     }
 

@@ -103,8 +103,9 @@ impl Drop for LentBlock {
 ///
 /// # Invariants
 ///
-/// `first` and the `count - 1` pages behind it are single pages that the page allocator gave out,
-/// of the type `PageOffline`, and that nobody else refers to.
+/// `first` and the `count - 1` pages behind it are pages of one block that the page allocator gave
+/// out and `split_page` split: each is a block of order 0 now, as if given out by itself, and is
+/// freed by itself. They have the type `PageOffline`, and nobody else refers to them.
 pub struct LentPages {
     first: NonNull<bindings::page>,
     count: usize,
@@ -157,15 +158,17 @@ impl LentPages {
         ManuallyDrop::new(self).free();
     }
 
-    /// Puts all pages on `list`, without a mark and as they are: what is in a balloon has no
-    /// content.
+    /// Puts all pages on `list`, without a mark. They are filled with zeroes first where that is
+    /// needed before they go back: the balloon frees its pages as they are.
     pub fn into_balloon_pages(self, list: &mut BlockList<BalloonPage>) {
-        let this = ManuallyDrop::new(self);
+        let mut this = ManuallyDrop::new(self);
+        this.clear();
         // SAFETY: By the invariants these are marked pages of ours.
         unsafe { helpers::vbrs_clear_offline(this.first.as_ptr(), this.count) };
         for index in 0..this.count {
-            // SAFETY: There are `count` pages, each given out by itself and ours alone; `this`
-            // is neither used any more nor dropped.
+            // SAFETY: By the invariants this is one of `count` pages that are blocks of order 0,
+            // each with a reference of its own, which is ours alone. The mark is gone. `this` is
+            // neither used any more nor dropped, which gives the reference up.
             list.push(unsafe { BalloonPage::adopt(this.first.add(index)) });
         }
     }
@@ -295,6 +298,17 @@ mod tests {
         assert!(first_page_holds(dropped(), in_parts)?);
         let as_it_is = |block: LentBlock| block.open().release();
         assert!(first_page_holds(PATTERN, as_it_is)?);
+        Ok(())
+    }
+
+    #[test]
+    fn pages_for_a_balloon_are_full_of_zeroes() -> Result {
+        let inflated = |block: LentBlock| {
+            let mut pages = BlockList::new();
+            block.open().into_balloon_pages(&mut pages);
+            drop(pages);
+        };
+        assert!(first_page_holds(dropped(), inflated)?);
         Ok(())
     }
 
