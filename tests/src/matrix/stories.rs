@@ -124,14 +124,10 @@ fn boot(builder: Builder<'_>) -> Result<(Guest, u64)> {
     Ok((guest, free))
 }
 
+/// Boots a guest, loads the driver, exercises it, unloads it, and switches the guest off.
 fn exercise(builder: Builder<'_>, cell: &Cell) -> Result<()> {
-    let (mut guest, free) = boot(builder)?;
-    exercise_and_end(&mut guest, free, cell)
-}
-
-/// Loads the driver, exercises it, unloads it, and switches the guest off.
-fn exercise_and_end(guest: &mut Guest, free: u64, cell: &Cell) -> Result<()> {
     let driver = cell.entry.pair.driver();
+    let (mut guest, free) = boot(builder)?;
     guest.load(driver).context("loading the driver")?;
     guest.exercise_whole()?;
     guest.unload(driver)?;

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use anyhow::{ensure, Context, Result};
 use guest_agent::calls::{ReadFile, WriteFile};
 
-use super::{boot, builder, exercise, exercise_and_end, LIMIT};
+use super::{boot, builder, exercise, LIMIT};
 use crate::artifacts::Artifacts;
 use crate::guest::{Device, Guest};
 use crate::matrix::{Cell, NotHere};
@@ -137,8 +137,9 @@ pub fn gigantic_page(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     take_gigantic_page(&mut guest).context("in mid-round")?;
     guest.daemon()?.qmp().hint_done()?;
     guest.check_free(free)?;
+    guest.exercise_whole()?;
     guest.unload(driver)?;
-    exercise_and_end(&mut guest, free, cell)
+    guest.farewell(free)
 }
 
 fn take_gigantic_page(guest: &mut Guest) -> Result<()> {
