@@ -252,7 +252,7 @@ impl Held {
     }
 
     /// Gives `block` back, without its content, and returns how many pages it has.
-    pub(crate) fn give_back(&self, block: LentBlock) -> usize {
+    fn give_back(&self, block: LentBlock) -> usize {
         let pages = block.block().pages();
         if !state::allocator_fills_pages() {
             self.count_zeroed(pages);

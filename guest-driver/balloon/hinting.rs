@@ -278,9 +278,8 @@ impl Hinting {
                     // Its room is still there.
                     let _ = round.spare.push_within_capacity(command);
                 }
-                Either::Right(block) => {
-                    self.held.give_back(block);
-                }
+                // To clear it takes time: that is done below, without the lock.
+                Either::Right(block) => self.held.hold(block),
             }
         }
         // What it would have done with the blocks has no sense without the device.
@@ -858,7 +857,9 @@ mod tests {
         // The worker tries again after longer and longer times.
         assert!(rig.hinting.round.lock().patience > LOOK_MIN);
         let found = rig.settle()?;
-        let third = found.iter().skip_while(|it| **it != Found::Command(FIRST + 2));
+        let third = found
+            .iter()
+            .skip_while(|it| **it != Found::Command(FIRST + 2));
         assert_eq!(third.filter(|found| **found == BLOCK).count(), BLOCKS);
         assert_eq!(found.last(), Some(&Found::Command(STOP)));
         Ok(())
