@@ -27,9 +27,9 @@ const TAG_SHIFT: u32 = 8;
 ///
 /// # Invariants
 ///
-/// `page` is the first page of a block that the page allocator gave out and that nobody else refers
-/// to. The low 8 bits of `page->private` hold the block's order, the next 16 its tag, and
-/// `page->lru` is free for the owner's use.
+/// `page` is the first page of a block that the page allocator gave out, or a part of such a block by
+/// itself, and nobody else refers to it. The low 8 bits of `page->private` hold the block's order, the
+/// next 16 its tag, and `page->lru` is free for the owner's use.
 #[repr(transparent)]
 pub struct PageBlock {
     page: NonNull<bindings::page>,
@@ -66,8 +66,9 @@ impl PageBlock {
     ///
     /// # Safety
     ///
-    /// `page` must be the first of `2^order` pages that the page allocator gave out as one block,
-    /// and the caller must hold the only reference to them, which it gives up.
+    /// `page` must be the first of `2^order` pages that the page allocator gave out as one block, or a
+    /// single page that `split_page()` made of one (then the order is 0), and the caller must hold the
+    /// only reference to them, which it gives up.
     pub(super) unsafe fn adopt(page: NonNull<bindings::page>, order: u32) -> Self {
         // SAFETY: By this function's requirements the page is the caller's alone.
         unsafe { helpers::vbrs_set_page_private(page.as_ptr(), order as c_ulong) };
