@@ -137,10 +137,12 @@ impl Shared {
             let mut bytes = buffer.get(..count).unwrap_or_default();
             while !bytes.is_empty() {
                 let (part, rest) = bytes.split_at(self.take(bytes.len()));
+                // Before they go: the far end may tell of them at once.
+                self.carried.fetch_add(part.len() as u64, Ordering::Relaxed);
                 if far.write_all(part).is_err() {
+                    self.carried.fetch_sub(part.len() as u64, Ordering::Relaxed);
                     break 'line;
                 }
-                self.carried.fetch_add(part.len() as u64, Ordering::Relaxed);
                 bytes = rest;
                 if self.left.load(Ordering::Relaxed) > 0 {
                     continue;
