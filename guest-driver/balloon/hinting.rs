@@ -9,7 +9,7 @@
 //! answer. Nor does it work for long at a time: what is left of a round it leaves to the next time,
 //! so that neither the freezer nor anybody else who needs the round waits.
 //!
-//! Before the system sleeps, and when memory is to go offline, the round is *paused*: no block is
+//! Before the system sleeps, and while memory goes offline, the round is *paused*: no block is
 //! offered, those that are in flight are waited for, and those that are held go back. Then it goes
 //! on, from the largest blocks again.
 //!
@@ -129,7 +129,7 @@ struct Round {
     notified: Instant<Monotonic>,
     /// There was no memory to give the device a buffer.
     short: bool,
-    /// The device was waited for in vain, and has returned no buffer since.
+    /// A wait for the device timed out, and it has returned no buffer since.
     silent: bool,
     /// When the round began.
     began: Instant<Monotonic>,
@@ -225,7 +225,7 @@ impl Hinting {
         self.held.disable();
     }
 
-    /// Nothing is to be offered for the moment.
+    /// Whether offering is paused.
     fn is_paused(&self) -> bool {
         self.asleep.load(Relaxed) || self.offlining.load(Relaxed) > 0
     }
@@ -652,7 +652,7 @@ impl OnMemoryOffline for Hinting {
     }
 }
 
-/// A system that is to be hibernated needs its memory for the image, before its devices are frozen.
+/// Hibernation needs memory for the image before it freezes the devices.
 impl OnSleep for Hinting {
     fn prepare(self: &Arc<Self>) {
         self.asleep.store(true, Relaxed);
@@ -943,7 +943,7 @@ mod tests {
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
         assert!(awaits_device());
         rig.hinting.over();
-        // It goes on with what comes back.
+        // It resumes with what comes back.
         let found = rig.settle()?;
         assert_eq!(found.len(), in_flight + 1);
         assert_eq!(rig.held.count(), in_flight * 4);

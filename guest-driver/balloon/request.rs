@@ -203,7 +203,7 @@ impl MoveRequest {
         moving.page.take()
     }
 
-    /// Takes the page out, but goes on being about it: see [`Request::let_go`].
+    /// Takes the page out; the request still names it: see [`Request::let_go`].
     pub(crate) fn let_go(&mut self) -> Option<PageRef> {
         self.0.parts().1.page.take()
     }

@@ -431,7 +431,7 @@ impl Sizing {
         }
     }
 
-    /// Starts the work after so long. Returns `false` if it is to be started after a while already.
+    /// Starts the work after so long. Returns `false` if a delay is running already.
     fn retry_after(self: &Arc<Self>, delay: Msecs) -> bool {
         let delay: Jiffies = msecs_to_jiffies(delay);
         work::enqueue_delayed::<Self, RETRY>(self, delay)

@@ -103,7 +103,7 @@ impl Statistics {
     }
 
     /// Sends statistics if there is a buffer for them: there is if the device has used it, or has
-    /// never seen it. Returns whether there was; then the device is to be notified. On failure the
+    /// never seen it. Returns whether there was; then the caller notifies the device. On failure the
     /// buffer is kept.
     fn answer(&self) -> Result<bool, AddFailure> {
         let mut spare = self.spare.lock();

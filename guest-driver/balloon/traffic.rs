@@ -631,7 +631,7 @@ impl State {
         pages.len()
     }
 
-    /// Takes a request for a page that is to be moved. `None` if all are in use.
+    /// Takes a request for a page that the kernel migrates. `None` if all are in use.
     ///
     /// # Errors
     ///

@@ -250,7 +250,7 @@ unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info)
 
 /*
  * For a page that leaves the balloon by migration, without another. The balloon
- * code (7.3) counts it as deflated, but goes on counting it as a balloon page.
+ * code (7.3) counts it as deflated, but still counts it as a balloon page.
  */
 void vbrs_uncount_balloon_page(struct page *page)
 {

@@ -19,7 +19,7 @@ use crate::virtio::work::give_way;
 
 /// How many pages are taken out of a balloon under one lock, with interrupts off, at most.
 const CHUNK: usize = 256;
-/// Searching for pages on a node goes on until so many times more have been found than are wanted: the
+/// A search for pages on a node ends when it has found so many times more than are wanted: the
 /// next ones who search find them first.
 const SURPLUS: usize = 16;
 

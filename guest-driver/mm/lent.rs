@@ -23,7 +23,7 @@ use crate::virtio::{Buffer, Segments};
 /// is.
 ///
 /// Its pages are marked as logically offline (`PageOffline`), until they go back: dump tools leave
-/// them out, hibernation does not save them, and memory that is to be unplugged may be isolated
+/// them out, hibernation does not save them, and memory that goes offline may be isolated
 /// although they are in it.
 ///
 /// # Invariants
@@ -59,7 +59,7 @@ impl LentBlock {
         let first = block.into_raw();
         // SAFETY: The block was ours alone, and has this order.
         unsafe { helpers::vbrs_split_block(first.as_ptr(), order) };
-        // INVARIANT: These are the block's pages, each by itself now, and marked as they were.
+        // INVARIANT: These are the block's pages, each a block of order 0 now, and marked as they were.
         LentPages {
             first,
             count,
@@ -104,8 +104,8 @@ impl Drop for LentBlock {
 /// # Invariants
 ///
 /// `first` and the `count - 1` pages behind it are pages of one block that the page allocator gave
-/// out and `split_page` split: each is a block of order 0 now, as if given out by itself, and is
-/// freed by itself. They have the type `PageOffline`, and nobody else refers to them.
+/// out and `split_page` split: each is a block of order 0 now, as if given out so, and is
+/// freed so. They have the type `PageOffline`, and nobody else refers to them.
 pub struct LentPages {
     first: NonNull<bindings::page>,
     count: usize,

@@ -12,7 +12,7 @@
 //! * [`PageReporting`]: showing free pages to a device that can use their memory;
 //! * [`Shrinker`]: giving memory back when the guest is short of it;
 //! * [`OomNotifier`]: giving memory back before a process is killed for want of it;
-//! * [`Notifier`]: hearing of memory that is to go offline, and of the system's sleep;
+//! * [`Notifier`]: notifications of memory that goes offline, and of the system's sleep;
 //! * [`Zone`]: the zones that the kernel uses for itself, and their free blocks;
 //! * [`ShortNodes`]: which NUMA nodes are short of memory;
 //! * [`state`]: how much memory is free, and how much must stay so;

@@ -31,7 +31,7 @@ pub struct ZoneState {
     pub managed: usize,
     /// Free pages that the kernel can use for itself: those of CMA are not among them.
     pub free: usize,
-    /// With more free pages than this, whoever allocates for the kernel does not wait, and has the
+    /// With more free pages than this, an allocation for the kernel does not wait, and has the
     /// zone reclaimed beside him: half-way between the minimum and the low watermark (without what
     /// they are boosted by for the moment), and beyond that what the zone keeps from allocations
     /// that could have come from a higher one.
@@ -106,7 +106,7 @@ impl Zone {
     /// whole page blocks, as unmovable ones, as the kernel's own balloon driver takes all of its.
     ///
     /// Neither reclaims memory nor dips into the emergency reserves, and prints nothing: `None`
-    /// says that there is no free block of this order to be had. Never sleeps.
+    /// says that there is no free block of this order. Never sleeps.
     pub fn take_free(self, order: u32) -> Option<PageBlock> {
         if order > PageBlock::max_order() {
             return None;

@@ -285,7 +285,7 @@ impl Guest {
         let earlier = |queue: &str, key: &str| {
             let taken = status.queues.iter().find(|it| it.name == queue);
             let taken = taken.map_or(0, |queue| queue.requests);
-            // A page that is moved is a request on each of the two, and counted by itself.
+            // A page that is moved is a request on each of the two, and has a counter of its own.
             let sent = counters.get(key)? + counters.get("migrated_pages")?;
             let earlier = taken.checked_sub(sent);
             earlier.with_context(|| format!("{key}: {counters:?}, {status:?}"))

@@ -211,7 +211,7 @@ fn loading_bears_the_failure_of_allocations_on_the_debug_kernel() -> Result<()> 
 fn the_target_is_reached_after_allocations_failed_at_random_on_the_debug_kernel() -> Result<()> {
     const PERCENT: u32 = 30;
     const TIMES: usize = 6;
-    /// It goes on until so many have failed.
+    /// It ends when so many have failed.
     const AT_LEAST: u64 = 20;
     let mut guest = guest("")?;
     // What the kernel keeps of the first time is no loss.

@@ -248,7 +248,7 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     );
 
     let alone = use_memory(&mut guest, NEEDED)?;
-    // Until one has needed what a round held. One that got nothing would stand still, and the call would fail.
+    // Until one has needed what a round held. One that got nothing would hang, and the call would fail.
     let (worst, rounds) = guest.during_rounds(LONG_HOLD, |guest, rounds| {
         let deadline = Instant::now() + HANG_LIMIT;
         let mut worst = Duration::ZERO;

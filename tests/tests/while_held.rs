@@ -186,7 +186,7 @@ fn zone<'a>(zones: &'a [ZoneInfo], name: &str) -> Result<&'a ZoneInfo> {
 /// In each zone that hinting uses there is more than half-way between its minimum and low watermarks, beyond what it keeps
 /// from allocations that could have come from a higher zone.
 fn check_reserves(zones: &[ZoneInfo]) -> Result<()> {
-    /// The kernel's counters are off by so many for each processor; and whoever works in the guest takes some.
+    /// The kernel's counters are off by so many for each processor; and the guest's own programs take some.
     const OWN_USE: u64 = 200;
     for zone in zones.iter().filter(|zone| zone.is_usable()) {
         ensure!(

@@ -19,7 +19,7 @@ pub const PORT_VARIABLE: &str = "AGENT_PORT";
 /// processor.
 ///
 /// User-mode Linux (7.3) does not tell other processors when it changes a page table (`flush_tlb_page` only marks it): a process that
-/// runs on another one while its page is moved goes on writing to the old place, and what it writes is lost.
+/// runs on another one while its page is moved still writes to the old place, and what it writes is lost.
 pub const ONE_PROCESSOR_VARIABLE: &str = "AGENT_ONE_PROCESSOR";
 
 /// The folder of modules that the guest needs before it can speak; it loads them in the order of their names.

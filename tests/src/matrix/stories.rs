@@ -36,7 +36,7 @@ pub enum Story {
     GiganticPage,
     /// Our device cannot see the guest's memory: QEMU says so, and the guest comes to no harm. QEMU's own device works.
     Private,
-    /// The balloon must be used through an IOMMU, which none can: whoever notices it first says so.
+    /// The balloon must be used through an IOMMU, which none can: QEMU or the driver says so.
     BehindIommu,
     /// A DIMM comes and goes.
     Dimm(Dimm),

@@ -36,8 +36,8 @@ fn of(source: &str) -> Vec<String> {
     cases
 }
 
-/// What KUnit is to be told one after the other so that it runs the cases that have one of these names in theirs; nothing if there
-/// is none. All cases have the `common` name as well.
+/// The `filter_glob`s with which KUnit runs, one after the other, the cases that have one of these names in theirs. Empty if there is
+/// no such case. All cases have the `common` name as well.
 pub fn globs(cases: &[String], names: &[String], common: &str) -> Vec<String> {
     if names.is_empty() || names.iter().any(|name| common.contains(name.as_str())) {
         return vec!["*.*".to_owned()];

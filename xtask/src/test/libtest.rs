@@ -46,7 +46,7 @@ enum State {
 }
 
 impl Reader {
-    /// Takes a line, and returns what of it and of those before is to be shown.
+    /// Takes a line, and returns what to show of it and of those before.
     pub fn take(&mut self, line: &str) -> Vec<String> {
         if let Some(name) = program(line) {
             self.close();

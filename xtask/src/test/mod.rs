@@ -36,7 +36,7 @@ pub struct Options {
     /// Run all of it so many times.
     #[arg(long, value_name = "TIMES", default_value_t = 1)]
     repeat: u32,
-    /// Keep the machine busy meanwhile, with a command of the shell that goes on until it is told to end.
+    /// Keep the machine busy meanwhile, with a command of the shell that runs until it is killed.
     #[arg(long, value_name = "COMMAND")]
     beside: Option<String>,
     /// Further names, and then options of the test programs.
@@ -93,7 +93,7 @@ pub fn command(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// What is to be run, in this order.
+/// The layers to run, in this order.
 fn layers(options: &Options) -> Vec<Layer> {
     let of = |kernels| [Layer::Kunit(kernels), Layer::Guests(kernels)];
     match options.kernels {
@@ -147,7 +147,7 @@ impl Beside {
         let ended = self.0.status()?;
         ensure!(
             ended.is_none(),
-            "the load did not go on to the end of the tests\n{}",
+            "the load ended before the tests\n{}",
             self.0.diary()
         );
         Ok(())

@@ -55,7 +55,7 @@ pub struct Selection {
 
 /// Part of the name of each test of a guest in QEMU.
 const NEEDS_QEMU: &str = "qemu";
-/// Part of the name of each test that cannot do without the kernel's own driver, which does not bear the debug kernel.
+/// Part of the name of each test that cannot do without the kernel's own driver, which fails on the debug kernel.
 const NEEDS_C_DRIVER: &str = "c_driver";
 /// Part of the name of each test that is for the debug kernel alone.
 const NEEDS_DEBUG: &str = "debug_kernel";

@@ -146,7 +146,7 @@ fn mid_round(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// A migration fails with a message that says why if a DIMM comes or goes, and the guest goes on, with what it hinted.
+/// A migration fails with a message that says why if a DIMM comes or goes, and the guest runs, with what it hinted.
 fn in_migration(guest: &mut Guest, artifacts: &Artifacts) -> Result<()> {
     let slowly = json!({ "max-bandwidth": MIB, "downtime-limit": 0, "max-rounds": 100_000 });
     guest.daemon()?.qmp().migrate_parameters(slowly)?;
@@ -170,7 +170,7 @@ fn in_migration(guest: &mut Guest, artifacts: &Artifacts) -> Result<()> {
             status.status == State::Failed && why.contains("layout of guest memory"),
             "it was to fail, and to say that the guest's memory has changed: {status:?}"
         );
-        ensure!(!guest.is_paused()?, "the guest stands still: {why}");
+        ensure!(!guest.is_paused()?, "the guest is paused: {why}");
     }
     Ok(())
 }

@@ -103,7 +103,7 @@ fn both(guest: &mut Guest, second: &mut Daemon, targets: [u64; 2]) -> Result<()>
     second.qmp().wait_balloon(targets[1], LIMIT)
 }
 
-/// A process has more memory than the balloon leaves: what it does not use goes to swap, and comes back as it was.
+/// A process has more memory than the balloon leaves: what it does not use goes to swap, and comes back unchanged.
 pub fn swap(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     let driver = cell.entry.pair.driver();
     let scratch = Scratch::new()?;
