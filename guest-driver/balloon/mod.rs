@@ -39,6 +39,7 @@ use crate::mm::{state, MemoryHotplug, Notifier, OomNotifier, Shrinker, Sleep};
 use crate::shared_abi::features::Features;
 use crate::shared_abi::queue::{self, Queue};
 use crate::shared_abi::VIRTIO_ID_BALLOON;
+use crate::virtio::compat::not_supported;
 use crate::virtio::work::WorkQueue;
 use crate::virtio::{self, AnyQueue, Negotiation, Wakeup};
 use crate::virtio_device_table;
@@ -287,7 +288,7 @@ impl virtio::Driver for Balloon {
         if cfg!(target_endian = "big") && !features.has_feature(VERSION_1) {
             // Its page numbers, statistics and command ids would be big-endian.
             pr_err!("a legacy balloon is not supported on a big-endian guest\n");
-            return Err(EOPNOTSUPP);
+            return Err(not_supported());
         }
         if state::free_page_pattern().is_none() {
             features.decline(Features::PAGE_POISON.bit_number());

@@ -8,6 +8,7 @@ use kernel::{dev_warn, device};
 
 use super::counters::Counters;
 use crate::mm::{state, PageBlock, Zone, ZoneState};
+use crate::virtio::compat::parameter;
 
 /// Pages of the guest in 1 MiB. (A page is smaller than that everywhere.)
 const PAGES_PER_MIB: usize = 1 << (20 - PAGE_SHIFT);
@@ -24,10 +25,8 @@ pub(crate) struct Limits {
 impl Limits {
     /// Reads the module's parameters, and says in the log what cannot be as they want it.
     pub(crate) fn from_parameters(dev: &device::Device) -> Self {
-        let (min_order, reserve_mib) = (
-            crate::module_parameters::hint_min_order.value(),
-            crate::module_parameters::hint_reserve_mib.value(),
-        );
+        let min_order = parameter(crate::module_parameters::hint_min_order.value());
+        let reserve_mib = parameter(crate::module_parameters::hint_reserve_mib.value());
         let limits = Self::new(min_order, reserve_mib);
         if limits.min_order != u32::from(min_order) {
             dev_warn!(

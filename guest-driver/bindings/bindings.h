@@ -15,3 +15,4 @@
 #include "virtio_helpers.h"
 #include "mm_helpers.h"
 #include "trace_helpers.h"
+#include "compat_helpers.h"

@@ -203,7 +203,7 @@ impl<T: ReportPages> PageReporting<T> {
     ///
     /// # Errors
     ///
-    /// [`EBUSY`] if somebody is registered, [`EOPNOTSUPP`] if the kernel cannot do it, [`EINVAL`]
+    /// [`EBUSY`] if somebody is registered, `EOPNOTSUPP` if the kernel cannot do it, [`EINVAL`]
     /// for a capacity of 0.
     pub fn register(data: Arc<T>, capacity: usize) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
@@ -276,6 +276,7 @@ impl<T: ReportPages> PinnedDrop for PageReporting<T> {
 mod tests {
     use super::super::PageBlock;
     use super::*;
+    use crate::virtio::compat::not_supported;
     use crate::virtio::kunit_device::{Bound, Counter};
     use crate::virtio::Virtqueue;
     use kernel::sync::atomic::Atomic;
@@ -474,7 +475,7 @@ mod tests {
                     drop(first);
                 }
                 // This kernel has no reporting, or a device has it.
-                Err(error) => assert!(error == EOPNOTSUPP || error == EBUSY),
+                Err(error) => assert!(error == not_supported() || error == EBUSY),
             }
         }
         Ok(())

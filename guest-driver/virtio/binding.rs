@@ -3,6 +3,7 @@
 //! What the bus keeps for a device while a driver is bound to it.
 
 use super::{
+    compat::synchronize_rcu,
     config::{Config, Space},
     queue_state::{QueueState, Ring},
     virtqueue::{AnyQueue, QueueHandler},
@@ -16,7 +17,7 @@ use kernel::{
     error::to_result,
     new_mutex,
     prelude::*,
-    sync::{rcu::synchronize_rcu, Arc, Mutex},
+    sync::{Arc, Mutex},
 };
 
 /// The queues, their handler, and the access to configuration space.

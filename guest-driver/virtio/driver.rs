@@ -4,12 +4,13 @@
 
 use super::{
     binding::Binding,
+    compat::{not_supported, BoundInternal},
     device::{Device, Negotiation},
 };
 use crate::bindings;
 use core::{mem::offset_of, pin::Pin, ptr::NonNull};
 use kernel::{
-    device::{self, Bound, BoundInternal, Core, CoreInternal},
+    device::{self, Bound, Core, CoreInternal},
     device_id::RawDeviceId,
     driver,
     error::{from_result, to_result, VTABLE_DEFAULT_ERROR},
@@ -167,7 +168,7 @@ pub type IdTable = &'static dyn kernel::device_id::IdTable<DeviceId, ()>;
 #[macro_export]
 macro_rules! virtio_device_table {
     ($name:ident, [$($id:expr),* $(,)?]) => {
-        ::kernel::module_device_table!("virtio", $crate::virtio::DeviceId, $name, @none, [$($id),*]);
+        $crate::__virtio_device_table!($name, [$($id),*]);
     };
 }
 
@@ -282,7 +283,7 @@ impl<T: Driver> Adapter<T> {
 
 impl<T: Driver> Adapter<T> {
     extern "C" fn refuse_callback(_vdev: *mut bindings::virtio_device) -> c_int {
-        EOPNOTSUPP.to_errno()
+        not_supported().to_errno()
     }
 
     extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {

@@ -47,6 +47,7 @@
 mod accompanied;
 mod binding;
 mod buffer;
+pub(crate) mod compat;
 mod config;
 pub mod debugfs;
 mod device;

@@ -2,13 +2,10 @@
 
 //! What is behind a [`Virtqueue`](super::Virtqueue), whatever it carries.
 
+use super::compat::SpinLockIrq;
 use crate::bindings;
 use core::{ffi::c_void, ptr::NonNull};
-use kernel::{
-    new_spinlock_irq,
-    prelude::*,
-    sync::{Arc, SpinLockIrq},
-};
+use kernel::{prelude::*, static_lock_class, sync::Arc};
 
 /// A ring of the transport.
 #[derive(Clone, Copy)]
@@ -121,7 +118,7 @@ impl QueueState {
             name,
             callback,
             drop_token,
-            state <- new_spinlock_irq!(state, "virtio::Virtqueue"),
+            state <- SpinLockIrq::new(state, c"virtio::Virtqueue", static_lock_class!()),
         });
         Arc::pin_init(queue, GFP_KERNEL)
     }

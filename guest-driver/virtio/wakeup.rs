@@ -5,8 +5,10 @@
 //! C header: `include/linux/pm_wakeup.h`.
 
 use kernel::prelude::*;
-use kernel::sync::{aref::ARef, new_spinlock_irq, Arc, SpinLockIrq};
+use kernel::static_lock_class;
+use kernel::sync::{aref::ARef, Arc};
 
+use super::compat::SpinLockIrq;
 use super::Device;
 use crate::bindings as helpers;
 
@@ -39,7 +41,7 @@ impl Wakeup {
     pub fn new(dev: ARef<Device>) -> Result<Arc<Self>> {
         let wakeup = pin_init!(Self {
             dev,
-            state <- new_spinlock_irq!(State::default(), "virtio::Wakeup"),
+            state <- SpinLockIrq::new(State::default(), c"virtio::Wakeup", static_lock_class!()),
         });
         let wakeup = Arc::pin_init(wakeup, GFP_KERNEL)?;
         // SAFETY: The device is valid as long as there are references to it.
