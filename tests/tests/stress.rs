@@ -15,11 +15,12 @@ use tests::stress::{Load, Stress};
 use tests::vmm::Vmm;
 use tests::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
-/// The processes, and what each has mapped at most: with the balloon inflated a tenth of the memory is left.
+/// The processes, and what each has mapped at most.
 const MEMORY: u64 = 400 * MIB;
 const PROCESSES: u64 = 3;
 const EACH: u64 = 80 * MIB;
-const INFLATE_BY: u64 = 96 * MIB;
+/// What is left of the memory when the processes have all that they may have and the balloon is inflated.
+const LEFT: u64 = MEMORY / 10;
 /// What the processes have to themselves between two rounds, lest the rounds have the only processor all the time.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -71,7 +72,9 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
     })?;
     println!("filled in {:?}", then.elapsed());
     let then = Instant::now();
-    let hinted = rounds_follow_each_other(&mut guest, rounds)?;
+    let inflate_by = free.saturating_sub(PROCESSES * EACH + LEFT) / MIB * MIB;
+    ensure!(inflate_by > 0, "{free} bytes are too few");
+    let hinted = rounds_follow_each_other(&mut guest, rounds, inflate_by)?;
     let took = then.elapsed();
     let mut all = Churned {
         pieces: 0,
@@ -116,13 +119,13 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
 
 /// Rounds that are finished, cancelled or overtaken, while the target goes down and up; returns the bytes that were
 /// hinted.
-fn rounds_follow_each_other(guest: &mut Guest, rounds: u32) -> Result<u64> {
+fn rounds_follow_each_other(guest: &mut Guest, rounds: u32, inflate_by: u64) -> Result<u64> {
     let balloon = guest.balloon()?;
     let whole = balloon.balloon_actual()?;
     let mut hinted = 0;
     for round in 0..rounds {
         match round % 6 {
-            0 => balloon.balloon(whole - INFLATE_BY)?,
+            0 => balloon.balloon(whole - inflate_by)?,
             3 => balloon.balloon(whole)?,
             _ => {}
         }
