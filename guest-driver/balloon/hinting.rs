@@ -41,7 +41,7 @@ use super::config::BalloonConfig;
 use super::counters::Counters;
 use super::held::Held;
 use super::reserve::{Harvest, Limits};
-use crate::mm::{state, LentBlock, OnMemoryOffline, OnSleep};
+use crate::mm::{state, LentBlock, OnMemoryOffline, OnOutOfMemory, OnSleep, Shrink};
 use crate::shared_abi::command::CommandId;
 use crate::shared_abi::hinting::driver::{self, Action, Event};
 use crate::shared_abi::queue::Queue;
@@ -66,6 +66,8 @@ const IN_FLIGHT_SHARE: usize = 4;
 /// How much is done at a time: so many blocks, and so long.
 const TURNS_BLOCKS: usize = 256;
 const TURNS_TIME: Delta = Delta::from_millis(5);
+/// How many pages of hinted blocks a task that found no memory gets at a time.
+const OOM_PAGES: usize = 1024;
 /// How long a device from which blocks are wanted back may return none.
 const PATIENCE: Delta = Delta::from_secs(2);
 
@@ -652,6 +654,36 @@ impl OnMemoryOffline for Hinting {
     }
 }
 
+/// Blocks that are with the device come back in a moment: no process is killed for want of them.
+///
+/// This runs within an allocation, perhaps one of the work item's own (some transports allocate to read
+/// configuration space): so it takes the round's lock only if nobody has it.
+impl OnOutOfMemory for Hinting {
+    fn give_back(self: &Arc<Self>) -> usize {
+        let since: Instant<Monotonic> = Instant::now();
+        loop {
+            let overdue = since.elapsed() > PATIENCE;
+            let may_come = match self.round.try_lock() {
+                Some(mut round) => {
+                    self.collect(&mut round);
+                    self.notify(&mut round);
+                    round.silent |= overdue && round.any_in_flight();
+                    round.any_in_flight() && !round.silent
+                }
+                None => true,
+            };
+            if let Some(freed) = self.held.scan(OOM_PAGES) {
+                return freed;
+            }
+            let is_over = self.stopping.load(Relaxed) || self.queue.is_broken();
+            if !may_come || is_over || overdue {
+                return 0;
+            }
+            fsleep(Delta::from_millis(1));
+        }
+    }
+}
+
 /// Hibernation needs memory for the image before it freezes the devices.
 impl OnSleep for Hinting {
     fn prepare(self: &Arc<Self>) {
@@ -878,6 +910,28 @@ mod tests {
                 break pieces;
             }
         }
+    }
+
+    /// What the device has used goes to a task that finds no memory, also before the work item runs; a
+    /// device that keeps its buffers is waited for once.
+    #[test]
+    fn a_task_without_memory_gets_what_the_device_has_used() -> Result {
+        let rig = Rig::new(4)?;
+        rig.provide(2)?;
+        rig.command(FIRST);
+        rig.hinting.work();
+        assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
+        rig.hinting.work();
+        assert_eq!(rig.answer(), Some(BLOCK));
+        assert_eq!(rig.held.count(), 0);
+        assert_eq!(rig.hinting.give_back(), 4);
+        assert_eq!(rig.hinting.give_back(), 0);
+        assert!(rig.hinting.round.lock().silent);
+        assert_eq!(rig.hinting.give_back(), 0);
+        assert_eq!(rig.answer(), Some(BLOCK));
+        assert_eq!(rig.hinting.give_back(), 4);
+        assert_eq!(rig.counters.returned_pages.get(), 8);
+        Ok(())
     }
 
     #[test]

@@ -72,6 +72,7 @@ pub(crate) struct Data {
 #[derive(Default)]
 struct Registrations {
     oom_notifier: Option<OomNotifier<Sizing>>,
+    hint_oom_notifier: Option<OomNotifier<Hinting>>,
     reporting: Option<Registration>,
     shrinker: Option<Shrinker<Held>>,
     memory_notifier: Option<Notifier<MemoryHotplug, Hinting>>,
@@ -182,6 +183,11 @@ impl Data {
             None => (None, None),
         };
         let counters = CountersFile::new(printer, counters)?;
+        let hint_oom_notifier = match &works.hinting {
+            // Asked first: these pages are free.
+            Some(hinting) => Some(OomNotifier::register(OOM_PRIORITY + 1, hinting.clone())?),
+            None => None,
+        };
         let oom_notifier = if features.contains(Features::DEFLATE_ON_OOM) {
             let sizing = works.sizing.clone();
             Some(OomNotifier::register(OOM_PRIORITY, sizing)?)
@@ -190,6 +196,7 @@ impl Data {
         };
         let registrations = Registrations {
             oom_notifier,
+            hint_oom_notifier,
             reporting: None,
             shrinker,
             memory_notifier,
@@ -352,7 +359,8 @@ impl virtio::Driver for Balloon {
         // From now on nobody waits for the device, an OOM notification under way included.
         this.works.disable();
         let registrations = core::mem::take(&mut *this.registrations.lock());
-        drop((registrations.oom_notifier, registrations.shrinker));
+        drop((registrations.oom_notifier, registrations.hint_oom_notifier));
+        drop(registrations.shrinker);
         drop((registrations.memory_notifier, registrations.sleep_notifier));
         // The end of the registration waits for the report that the device has, so that comes back
         // before. The balloon stays what it is: to free its pages would take time, for nobody.
@@ -412,6 +420,7 @@ mod tests {
 
         let registrations = data.registrations.lock();
         assert!(registrations.oom_notifier.is_none());
+        assert!(registrations.hint_oom_notifier.is_none());
         assert!(registrations.shrinker.is_none());
         assert!(registrations.memory_notifier.is_none());
         assert!(registrations.sleep_notifier.is_none());
