@@ -36,6 +36,8 @@ fn r15_no_flag_says_that_a_hinted_page_is_in_use() -> Result<()> {
                 Driver::Ours => guest.load_with(driver, "hint_reserve_mib=16")?,
                 Driver::C => guest.load(driver)?,
             }
+            // The agent has what it needs for the answer from then on.
+            guest.call(PageUse {})?;
             let free = guest.settled_free()?;
             guest.hint_all()?;
             let hinted = guest.daemon()?.qmp().hinted_ranges()?;
