@@ -61,8 +61,8 @@ mod series {
 
     /// A spin lock that is held with interrupts off.
     ///
-    /// A guard puts the interrupts back as it found them: of two locks, the one that was taken last
-    /// is to be released first.
+    /// A guard puts the interrupts back as it found them: of two locks, the
+    /// caller releases the one first that it took last.
     pub(in crate::virtio) type SpinLockIrq<T> = Lock<T, SpinLockIrqBackend>;
 
     pub(in crate::virtio) struct SpinLockIrqBackend;
