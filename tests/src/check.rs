@@ -4,16 +4,28 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
-use guest_agent::calls::{KernelLine, ReadFile, WaitMemFree, WriteFile};
+use anyhow::{bail, ensure, Context, Result};
+use guest_agent::calls::{DropMemoryCaches, KernelLine, ReadFile, WriteFile};
 
 use crate::guest::Guest;
 use crate::ktap::{Case, Outcome};
-use crate::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
+use crate::{HANG_LIMIT, MIB};
 
-/// By how much `MemFree` may differ between two settled moments without anything being lost. Less than one block of the
-/// largest order.
-pub const FREE_TOLERANCE: u64 = 3 * MIB;
+/// By how much the kernel's use of memory may differ between two settled moments without anything being lost: its own data. Less
+/// than one block of the largest order.
+pub const USE_TOLERANCE: u64 = 3 * MIB;
+
+/// A guest's memory at one moment, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// In the free lists.
+    pub free: u64,
+    /// Neither free, nor on a processor's own list of free pages, nor a process's. A balloon is among them.
+    ///
+    /// What is missing from `free` tells less: the program in the guest keeps what its longest answers took, and a processor's
+    /// list may keep huge pages for a minute.
+    pub used: u64,
+}
 
 /// How often memory is looked at while it is awaited. Each look has the guest drop its caches.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -109,81 +121,77 @@ impl Guest {
         Ok(())
     }
 
-    /// Waits until the guest has its memory back: as much is free as `before`, give or take [`FREE_TOLERANCE`].
-    ///
-    /// # Errors
-    ///
-    /// If it has not by [`HANG_LIMIT`].
-    pub fn check_free(&mut self, before: u64) -> Result<()> {
-        let at_least = before.saturating_sub(FREE_TOLERANCE);
-        let deadline = Instant::now() + HANG_LIMIT;
-        loop {
-            let free = self.settled_free()?;
-            if free >= at_least {
-                return Ok(());
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "{free} bytes are free of {before} that were"
-            );
-            sleep(LOOK_EVERY);
-        }
-    }
-
-    /// As [`Guest::check_free`], but leaves free memory in the pieces that it is in.
-    ///
-    /// # Errors
-    ///
-    /// If it has not by [`HANG_LIMIT`].
-    pub fn check_free_as_it_is(&mut self, before: u64) -> Result<()> {
-        self.call(WaitMemFree {
-            at_least: before.saturating_sub(FREE_TOLERANCE),
-            at_most: u64::MAX,
-            limit_ms: HANG_LIMIT_MS,
-        })?;
-        Ok(())
-    }
-
-    /// Bytes that are neither free nor a process's, once caches are dropped. A balloon is among them. Unlike `MemFree` it does not
-    /// hold what the program in the guest has grown by, which keeps what its longest answers took.
+    /// The guest's memory when nothing is held that need not be: its caches are dropped, and what can be moved together is.
     ///
     /// # Errors
     ///
     /// As [`crate::agent::Agent::call`].
-    pub fn used_by_kernel(&mut self) -> Result<u64> {
-        self.settled_free()?;
-        let memory = self.mem_info()?;
-        Ok(memory.total() - memory.free() - memory.field("AnonPages"))
+    pub fn settled(&mut self) -> Result<Settled> {
+        self.call(DropMemoryCaches {})?;
+        self.unsettled()
     }
 
-    /// Waits until the kernel has no more memory in use than `before` ([`Guest::used_by_kernel`]), give or take
-    /// [`FREE_TOLERANCE`].
+    /// As [`Guest::settled`], but leaves caches and free memory as they are.
+    ///
+    /// # Errors
+    ///
+    /// As [`Guest::zones`].
+    pub fn unsettled(&mut self) -> Result<Settled> {
+        let zones = self.zones()?;
+        Ok(Settled {
+            free: zones.free() * zones.page_size(),
+            used: zones.used_by_kernel() * zones.page_size(),
+        })
+    }
+
+    /// Waits until the guest has its memory back: its kernel has no more in use than `before`, give or take
+    /// [`USE_TOLERANCE`].
     ///
     /// # Errors
     ///
     /// If it has after [`HANG_LIMIT`].
-    pub fn check_used_by_kernel(&mut self, before: u64) -> Result<()> {
+    pub fn check_memory(&mut self, before: Settled) -> Result<()> {
+        self.wait_memory(before, Self::settled)
+    }
+
+    /// As [`Guest::check_memory`], but leaves free memory in the pieces that it is in.
+    ///
+    /// # Errors
+    ///
+    /// As [`Guest::check_memory`].
+    pub fn check_memory_as_it_is(&mut self, before: Settled) -> Result<()> {
+        self.wait_memory(before, Self::unsettled)
+    }
+
+    fn wait_memory(
+        &mut self,
+        before: Settled,
+        look: fn(&mut Self) -> Result<Settled>,
+    ) -> Result<()> {
         let deadline = Instant::now() + HANG_LIMIT;
         loop {
-            let now = self.used_by_kernel()?;
-            if now <= before + FREE_TOLERANCE {
+            let now = look(self)?;
+            if now.used <= before.used + USE_TOLERANCE {
                 return Ok(());
             }
-            ensure!(
-                Instant::now() < deadline,
-                "the kernel had {before} bytes in use, and has {now}"
-            );
+            if Instant::now() > deadline {
+                bail!(
+                    "the kernel has more memory in use than before: {now:?}, before {before:?}; {:?}, {:?}",
+                    self.zones()?,
+                    self.mem_info()?
+                );
+            }
             sleep(LOOK_EVERY);
         }
     }
 
-    /// Fails if the guest has lost memory (see [`Guest::check_free`]) or its kernel has complained.
+    /// Fails if the guest has lost memory (see [`Guest::check_memory`]) or its kernel has complained.
     ///
     /// # Errors
     ///
-    /// As [`Guest::check_free`] and [`Guest::check_log`].
-    pub fn check_whole(&mut self, before: u64) -> Result<()> {
-        self.check_free(before)?;
+    /// As [`Guest::check_memory`] and [`Guest::check_log`].
+    pub fn check_whole(&mut self, before: Settled) -> Result<()> {
+        self.check_memory(before)?;
         self.check_log()
     }
 
@@ -192,7 +200,7 @@ impl Guest {
     /// # Errors
     ///
     /// As [`Guest::check_whole`] and [`Guest::power_off`].
-    pub fn farewell(&mut self, before: u64) -> Result<()> {
+    pub fn farewell(&mut self, before: Settled) -> Result<()> {
         self.check_whole(before)?;
         self.power_off().map(drop)
     }

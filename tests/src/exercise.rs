@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{json, Map, Value};
 use shared_abi::features::Features;
 
+use crate::check::USE_TOLERANCE;
 use crate::guest::{Driver, Guest};
 use crate::qmp::Refusal;
 use crate::vmm::qemu::BALLOON_ID;
@@ -52,7 +53,7 @@ impl Guest {
     /// If anything of this fails.
     pub fn exercise(&mut self) -> Result<Features> {
         let features = self.features()?;
-        let free = self.settled_free()?;
+        let before = self.settled()?;
         self.resize().context("inflating and deflating")?;
         self.try_statistics(features.contains(Features::STATS_VQ))
             .context("statistics")?;
@@ -61,7 +62,7 @@ impl Guest {
             .context("reporting")?;
         self.try_hinting(features.contains(Features::FREE_PAGE_HINT))
             .context("hinting")?;
-        self.check_free(free)?;
+        self.check_memory(before)?;
         Ok(features)
     }
 
@@ -75,13 +76,13 @@ impl Guest {
     pub fn exercise_whole(&mut self) -> Result<Features> {
         let driver = self.driver()?;
         let features = self.features()?;
-        let free = self.settled_free()?;
+        let before = self.settled()?;
         let whole = self.balloon()?.balloon_actual()?;
         let earlier = match driver {
             Driver::Ours => self.requests_of_earlier_drivers()?,
             Driver::C => Requests::default(),
         };
-        let half = free / 2 / MIB * MIB;
+        let half = before.free / 2 / MIB * MIB;
         self.inflate_with_another_target_on_the_way(whole, half)
             .context("inflating")?;
         if driver == Driver::Ours {
@@ -105,11 +106,11 @@ impl Guest {
         self.balloon()?
             .wait_balloon_while_it_moves(whole, HANG_LIMIT)
             .context("deflating")?;
-        self.check_free(free).context("once deflated")?;
+        self.check_memory(before).context("once deflated")?;
         if self.daemon.is_none() {
             // Without a balloon there is more that it may leave out.
             self.try_hinting(hints).context("hinting")?;
-            self.check_free(free).context("once hinted")?;
+            self.check_memory(before).context("once hinted")?;
         }
         if driver == Driver::Ours {
             self.check_counts(earlier).context("counters")?;
@@ -150,7 +151,7 @@ impl Guest {
             Driver::Ours => 4,
             Driver::C => 10,
         };
-        let bytes = (self.settled_free()? / 4).min(MOST_FILLED);
+        let bytes = (self.settled()?.free / 4).min(MOST_FILLED);
         let filled = self.call(Fill {
             bytes,
             keep_every: 64,
@@ -158,7 +159,7 @@ impl Guest {
         })?;
         let workload = filled.workload;
         self.call(Release { workload })?;
-        let free = self.settled_free()?;
+        let settled = self.settled()?;
         let counted = match driver {
             Driver::Ours => Some(self.counters()?),
             Driver::C => None,
@@ -179,16 +180,18 @@ impl Guest {
             wrong.ranges().is_empty() && kept.bytes() > 0,
             "kept pages were hinted: {wrong:x?}"
         );
-        let missing = before.free().saturating_sub(held.free()) * PAGE;
+        let taken = held
+            .used_by_kernel()
+            .saturating_sub(before.used_by_kernel())
+            * PAGE;
         let elsewhere = if features.contains(Features::REPORTING) {
             REPORTED_AT_ONCE
         } else {
             0
         };
-        // A processor's own list may hold two huge pages that an allocation has put there.
         ensure!(
-            missing.abs_diff(hinted.bytes()) < elsewhere + 4 * MIB + OWN_USE,
-            "{} bytes were hinted, {missing} left the free lists: {round:?}, {:?}, before {before:?}, held {held:?}",
+            taken.abs_diff(hinted.bytes()) < elsewhere + USE_TOLERANCE,
+            "{} bytes were hinted, and the kernel uses {taken} more: {round:?}, {:?}, before {before:?}, held {held:?}",
             hinted.bytes(),
             self.counters().ok()
         );
@@ -235,7 +238,7 @@ impl Guest {
         );
 
         self.daemon()?.qmp().hint_done()?;
-        self.check_free_as_it_is(free)?;
+        self.check_memory_as_it_is(settled)?;
         let found = self.call(Verify { workload })?;
         ensure!(found.wrong == 0 && found.pages == filled.kept, "{found:?}");
         self.call(Free { workload })

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{
-    Call, DropMemoryCaches, Fill, Free, KernelLine, KernelLog, LoadModule, MemInfo, Memory,
-    Modules, PowerOff, Release, Run, UnloadModule, WaitKernelLog,
+    Call, Fill, Free, KernelLine, KernelLog, LoadModule, MemInfo, Memory, Modules, PowerOff,
+    Release, Run, UnloadModule, WaitKernelLog,
 };
 
 use crate::agent::Agent;
 use crate::artifacts::{Artifacts, Kernel};
+use crate::check::Settled;
 use crate::daemon::Daemon;
 use crate::host;
 use crate::initramfs;
@@ -244,18 +245,18 @@ impl<'a> Builder<'a> {
     }
 
     /// Starts the guest, loads `driver` once all free memory but `spare` bytes has been in use (see
-    /// [`Guest::fill_and_free`]), and returns the guest with what [`Guest::settled_free`] says then.
+    /// [`Guest::fill_and_free`]), and returns the guest with what [`Guest::settled`] says then.
     ///
     /// # Errors
     ///
     /// As [`Builder::boot`] and [`Guest::load`].
-    pub fn boot_used(self, spare: u64, driver: Driver) -> Result<(Guest, u64)> {
+    pub fn boot_used(self, spare: u64, driver: Driver) -> Result<(Guest, Settled)> {
         const SEED: u64 = 10;
         let mut guest = self.boot()?;
         guest.fill_and_free(spare, SEED)?;
         guest.load(driver)?;
-        let free = guest.settled_free()?;
-        Ok((guest, free))
+        let before = guest.settled()?;
+        Ok((guest, before))
     }
 
     /// Starts the guest and waits until it is up, with no driver loaded.
@@ -699,15 +700,6 @@ impl Guest {
     /// As [`Agent::call`].
     pub fn mem_info(&mut self) -> Result<Memory> {
         self.call(MemInfo {})
-    }
-
-    /// `MemFree` when nothing is held that need not be: caches dropped, processors' own lists drained.
-    ///
-    /// # Errors
-    ///
-    /// As [`Agent::call`].
-    pub fn settled_free(&mut self) -> Result<u64> {
-        Ok(self.call(DropMemoryCaches {})?.free())
     }
 
     /// Has the guest touch and free all of its memory but `spare` bytes: what is free afterwards has contents.

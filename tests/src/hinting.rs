@@ -153,15 +153,15 @@ impl Guest {
     ///
     /// If it is none.
     pub fn whole_round(&mut self) -> Result<Status> {
-        let free = self.settled_free()?;
+        let before = self.settled()?;
         let round = self.hint_all()?;
         ensure!(
-            round.bytes >= free / 10 * 9,
-            "{} bytes were hinted of {free} that were free: {round:?}",
+            round.bytes >= before.free / 10 * 9,
+            "{} bytes were hinted of {before:?} that were free: {round:?}",
             round.bytes
         );
         self.daemon()?.qmp().hint_done()?;
-        self.check_free(free)?;
+        self.check_memory(before)?;
         Ok(round)
     }
 }

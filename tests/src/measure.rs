@@ -154,15 +154,15 @@ pub fn costs(
         .boot()?;
     guest.load(driver)?;
     let (mut hints, mut inflations, mut deflations) = (Vec::new(), Vec::new(), Vec::new());
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     for _ in 0..rounds {
         hints.push(hint(&mut guest)?);
         guest.daemon()?.qmp().hint_done()?;
-        guest.check_free(free)?;
+        guest.check_memory(before)?;
         let whole = guest.balloon()?.balloon_actual()?;
         inflations.push(resize(&mut guest, whole - size, size)?);
         deflations.push(resize(&mut guest, whole, size)?);
-        guest.check_free(free)?;
+        guest.check_memory(before)?;
     }
     guest.power_off()?;
     Ok(Costs {
@@ -235,7 +235,7 @@ impl Guest {
             path: "/proc/sys/vm/compaction_proactiveness".to_owned(),
             text: "0".to_owned(),
         });
-        let bytes = self.settled_free()?.saturating_sub(spare);
+        let bytes = self.settled()?.free.saturating_sub(spare);
         let pages = bytes / 4096;
         let parts = (pages / keep_every).div_ceil(KEPT_PAGES).max(1);
         let mut workloads = Vec::new();

@@ -144,10 +144,10 @@ impl Moved {
     pub fn cost(&mut self, guise: Guise, hints: bool) -> Result<Cost> {
         const SEED: u64 = 41;
         self.want_driver(self.mover == Mover::Ours || hints)?;
-        self.guest.settled_free()?;
+        self.guest.settled()?;
         let spare = self.guest.mem_info()?.free() / 10;
         self.guest.fill_and_free(spare, SEED)?;
-        self.guest.settled_free()?;
+        self.guest.settled()?;
         let stress = match guise {
             Guise::Idle => None,
             Guise::Stressed => {

@@ -4,6 +4,7 @@
 use anyhow::{ensure, Context, Result};
 use guest_agent::calls::{Churned, WaitMemFree};
 
+use crate::check::Settled;
 use crate::guest::{Builder, Driver, Guest};
 use crate::stress::{Load, Stress};
 use crate::vmm::Vmm;
@@ -17,8 +18,7 @@ pub struct Working {
     stress: Stress,
     driver: Driver,
     load: Load,
-    free: u64,
-    used: u64,
+    before: Settled,
 }
 
 impl Working {
@@ -28,16 +28,14 @@ impl Working {
     ///
     /// If it does not come so far.
     pub fn start(builder: Builder<'_>, driver: Driver, load: Load, seed: u64) -> Result<Self> {
-        let (mut guest, free) = builder.boot_used(16 * MIB, driver)?;
-        let used = guest.used_by_kernel()?;
+        let (mut guest, before) = builder.boot_used(16 * MIB, driver)?;
         let stress = Stress::start(&mut guest, load, seed)?;
         let mut this = Self {
             guest,
             stress,
             driver,
             load,
-            free,
-            used,
+            before,
         };
         this.go_on()?;
         Ok(this)
@@ -80,11 +78,11 @@ impl Working {
         /// What files, stacks and page tables take beside what the workloads were allowed.
         const SLACK: u64 = 24 * MIB;
         let load = self.load.processes * self.load.each + self.load.files + 6 * self.load.forks;
-        let at_least = self.free.saturating_sub(load + SLACK);
+        let at_least = self.before.free.saturating_sub(load + SLACK);
         ensure!(
-            at_least > 2 * (self.free / 16),
+            at_least > 2 * (self.before.free / 16),
             "a guest with {} bytes free and {load} in use cannot show that hinted pages are back",
-            self.free
+            self.before.free
         );
         self.guest
             .call(WaitMemFree {
@@ -105,9 +103,9 @@ impl Working {
     /// If anything is wrong.
     pub fn end(mut self) -> Result<Churned> {
         let done = self.stress.end_whole(&mut self.guest)?;
-        self.guest.check_used_by_kernel(self.used)?;
+        self.guest.check_memory(self.before)?;
         self.guest.unload(self.driver)?;
-        self.guest.check_used_by_kernel(self.used)?;
+        self.guest.check_memory(self.before)?;
         self.guest.check_log()?;
         self.guest.power_off()?;
         Ok(done)
@@ -121,7 +119,7 @@ impl Working {
     pub fn end_without_device(mut self) -> Result<Churned> {
         let done = self.stress.end_whole(&mut self.guest)?;
         self.guest.unload(self.driver)?;
-        self.guest.check_used_by_kernel(self.used)?;
+        self.guest.check_memory(self.before)?;
         self.guest.power_off()?;
         Ok(done)
     }

@@ -27,6 +27,8 @@ pub struct ZoneInfo {
     pub high: u64,
     /// Pages that the allocator has, free or not.
     pub managed: u64,
+    /// Pages on the processors' own lists of free pages: they are not among the free ones.
+    pub on_processors: u64,
     /// What is kept from allocations that could have come from a higher zone, by that zone.
     pub lowmem_reserve: Vec<u64>,
     /// What of it is kept from the kernel's ordinary allocations.
@@ -59,11 +61,32 @@ impl ZoneInfo {
 pub struct Zones {
     /// The zones.
     pub zones: Vec<ZoneInfo>,
+    anonymous: u64,
     blocks: Vec<Blocks>,
     page_size: u64,
 }
 
 impl Zones {
+    /// Bytes of a page.
+    #[must_use]
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// Pages that are neither free nor a process's own.
+    #[must_use]
+    pub fn used_by_kernel(&self) -> u64 {
+        let taken = |zone: &ZoneInfo| zone.managed.saturating_sub(zone.free + zone.on_processors);
+        let taken: u64 = self.zones.iter().map(taken).sum();
+        taken.saturating_sub(self.anonymous)
+    }
+
+    /// Pages on the processors' own lists of free pages.
+    #[must_use]
+    pub fn on_processors(&self) -> u64 {
+        self.zones.iter().map(|zone| zone.on_processors).sum()
+    }
+
     /// Free pages.
     #[must_use]
     pub fn free(&self) -> u64 {
@@ -109,10 +132,11 @@ impl Guest {
         let page_size = self.agent().hello().page_size;
         let path = "/proc/zoneinfo".to_owned();
         let text = self.call(ReadFile { path })?;
-        let zones = parse(&text)?;
+        let (zones, anonymous) = parse(&text)?;
         ensure!(!zones.is_empty(), "no zone holds memory: {text}");
         Ok(Zones {
             zones,
+            anonymous,
             blocks: self.call(BuddyInfo {})?,
             page_size,
         })
@@ -136,8 +160,10 @@ impl Guest {
     }
 }
 
-fn parse(text: &str) -> Result<Vec<ZoneInfo>> {
+/// The zones that have memory, and the pages that are processes' own.
+fn parse(text: &str) -> Result<(Vec<ZoneInfo>, u64)> {
     let mut zones: Vec<ZoneInfo> = Vec::new();
+    let mut anonymous = 0;
     for line in text.lines() {
         if let Some(rest) = line.strip_prefix("Node ") {
             let (node, name) = rest.split_once(", zone").context("a zone without a name")?;
@@ -150,6 +176,7 @@ fn parse(text: &str) -> Result<Vec<ZoneInfo>> {
                 low: 0,
                 high: 0,
                 managed: 0,
+                on_processors: 0,
                 lowmem_reserve: Vec::new(),
                 kernel_reserve: 0,
             });
@@ -166,6 +193,9 @@ fn parse(text: &str) -> Result<Vec<ZoneInfo>> {
             ["low", number] => zone.low = number.parse()?,
             // A processor's own list has a line `high: N`, which is another thing.
             ["high", number] => zone.high = number.parse()?,
+            // The node's, told with its first zone.
+            ["nr_anon_pages", number] => anonymous += number.parse::<u64>()?,
+            ["count:", number] => zone.on_processors += number.parse::<u64>()?,
             ["managed", number] => zone.managed = number.parse()?,
             ["protection:", ..] => {
                 let (_, list) = line
@@ -187,7 +217,7 @@ fn parse(text: &str) -> Result<Vec<ZoneInfo>> {
         zone.kernel_reserve = zone.lowmem_reserve.get(normal).copied().unwrap_or_default();
     }
     zones.retain(|zone| zone.managed > 0);
-    Ok(zones)
+    Ok((zones, anonymous))
 }
 
 #[cfg(test)]
@@ -196,18 +226,23 @@ mod tests {
 
     #[test]
     fn zones_are_read() {
-        let text = "Node 0, zone      DMA\n  per-node stats\n      nr_free_cma  7\n  pages free     3\n        boost    0\n        \
+        let text = "Node 0, zone      DMA\n  per-node stats\n      nr_anon_pages  4\n      nr_free_cma  7\n  pages free     3\n        boost    0\n        \
                     min      1\n        low      2\n        high     4\n        managed  10\n        protection: (0, 20, 30)\n      \
-                    nr_free_cma  0\n  pagesets\n    cpu: 0\n              high:     9\n\
+                    nr_free_cma  0\n  pagesets\n    cpu: 0\n              count:    2\n              high:     9\n    \
+                    cpu: 1\n              count:    3\n\
                     Node 0, zone   Normal\n  pages free     0\n        managed  0\n\
                     Node 1, zone  Movable\n  pages free     0\n        managed  0\n";
-        let zones = parse(text).unwrap();
+        let (zones, anonymous) = parse(text).unwrap();
+        assert_eq!(anonymous, 4);
         assert_eq!(zones.len(), 1);
         let zone = zones.first().unwrap();
         assert_eq!((zone.node, zone.name.as_str(), zone.free), (0, "DMA", 3));
         assert_eq!((zone.min, zone.low, zone.high), (1, 2, 4));
         assert_eq!(zone.lowmem_reserve, [0, 20, 30]);
-        assert_eq!(zone.free_cma, 0);
+        assert_eq!(
+            (zone.managed, zone.on_processors, zone.free_cma),
+            (10, 5, 0)
+        );
         assert!(zone.is_usable());
         assert_eq!((zone.kernel_reserve, zone.floor()), (20, 21));
     }

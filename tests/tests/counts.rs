@@ -110,10 +110,10 @@ fn the_driver_counts_the_notifications_that_the_device_counts() -> Result<()> {
         .device_options(Suppression::Never.options())
         .boot()?;
     guest.load(Driver::Ours)?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     hint(&mut guest)?;
     guest.daemon()?.qmp().hint_done()?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     let whole = guest.balloon()?.balloon_actual()?;
     for target in [whole - 200 * MIB, whole] {
         let qmp = guest.daemon()?.qmp();
@@ -131,7 +131,7 @@ fn the_driver_counts_the_notifications_that_the_device_counts() -> Result<()> {
             Err(_) => sleep(Duration::from_millis(10)),
         }
     }
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 /// Fails unless the driver and the device have counted alike.

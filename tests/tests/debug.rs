@@ -55,7 +55,7 @@ fn load_and_exercise(guest: &mut Guest) -> Result<()> {
 #[test]
 fn no_page_and_no_object_is_left_of_our_driver_on_the_debug_kernel() -> Result<()> {
     let mut guest = guest(OWNERS)?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     load_and_exercise(&mut guest)?;
     let name = Driver::Ours.module();
     let code = guest.module_code(Driver::Ours)?;
@@ -90,7 +90,7 @@ fn no_page_and_no_object_is_left_of_our_driver_on_the_debug_kernel() -> Result<(
     ensure!(owned.is_empty(), "the driver has gone, but {owned:#?}");
     let leaks = guest.leaks()?;
     ensure!(leaks.is_empty(), "nothing points to {leaks:#?}");
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 /// The allocators and the bus say that they failed, and tracing warns. Anything else is a report.
@@ -179,7 +179,7 @@ fn loading_bears_the_failure_of_allocations_on_the_debug_kernel() -> Result<()> 
     let mut guest = guest("")?;
     load_and_exercise(&mut guest)?;
     guest.unload(Driver::Ours)?;
-    let used = guest.used_by_kernel()?;
+    let used = guest.settled()?.used;
     guest.aim_faults(&Among::All, &INTERRUPTS)?;
     let mut count = Count::default();
     loop {
@@ -200,7 +200,7 @@ fn loading_bears_the_failure_of_allocations_on_the_debug_kernel() -> Result<()> 
     );
     load_and_exercise(&mut guest)?;
     guest.unload(Driver::Ours)?;
-    let more = guest.used_by_kernel()?.saturating_sub(used);
+    let more = guest.settled()?.used.saturating_sub(used);
     ensure!(more < MIB, "the kernel has {more} bytes more in use");
     check_log(&mut guest)?;
     guest.power_off()?;
@@ -217,7 +217,7 @@ fn the_target_is_reached_after_allocations_failed_at_random_on_the_debug_kernel(
     // What the kernel keeps of the first time is no loss.
     load_and_exercise(&mut guest)?;
     guest.unload(Driver::Ours)?;
-    let used = guest.used_by_kernel()?;
+    let used = guest.settled()?.used;
     load_and_exercise(&mut guest)?;
     let whole = guest.balloon()?.balloon_actual()?;
     let low = whole - 64 * MIB;
@@ -251,7 +251,7 @@ fn the_target_is_reached_after_allocations_failed_at_random_on_the_debug_kernel(
     guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
     guest.exercise()?;
     guest.unload(Driver::Ours)?;
-    let more = guest.used_by_kernel()?.saturating_sub(used);
+    let more = guest.settled()?.used.saturating_sub(used);
     ensure!(more < MIB, "the kernel has {more} bytes more in use");
     check_log(&mut guest)?;
     guest.power_off()?;
@@ -268,7 +268,7 @@ fn no_page_is_written_to_while_it_is_free_on_the_debug_kernel() -> Result<()> {
         .kernel_arguments("page_poison=1")
         .boot()?;
     guest.hurry_reporting()?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(Driver::Ours)?;
     let agreed = guest.features()?;
     ensure!(agreed.contains(Features::PAGE_POISON), "{agreed}");
@@ -280,5 +280,5 @@ fn no_page_is_written_to_while_it_is_free_on_the_debug_kernel() -> Result<()> {
     guest.whole_round()?;
     guest.fill_and_free(24 * MIB, 12)?;
     guest.unload(Driver::Ours)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }

@@ -36,7 +36,7 @@ fn the_module_goes_in_the_middle_of_a_round_in_user_mode_linux() -> Result<()> {
 fn module_goes(vmm: Vmm, blocks: &[u64], must_meet: Option<&str>) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = guest(&artifacts, vmm)?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     let times = blocks.len();
     let deadline = Instant::now() + HANG_LIMIT;
     let mut met = Vec::new();
@@ -56,12 +56,12 @@ fn module_goes(vmm: Vmm, blocks: &[u64], must_meet: Option<&str>) -> Result<()> 
         })?;
         met.push(round.status);
         guest.unload(Driver::Ours)?;
-        guest.check_whole(free)?;
+        guest.check_whole(before)?;
     }
     // After all that a round is as good as ever.
     guest.load(Driver::Ours)?;
     guest.whole_round()?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn the_operator_goes_in_the_middle_of_a_round() -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = guest(&artifacts, Vmm::Uml)?;
     guest.load(Driver::Ours)?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     // A guest that stands still cannot finish first.
     guest.vmm().stop()?;
     let mut operator = guest.daemon()?.connect()?;
@@ -86,11 +86,11 @@ fn the_operator_goes_in_the_middle_of_a_round() -> Result<()> {
     // Another one can bring the round to its end.
     let round = guest.daemon()?.qmp().wait_hint_status("finished")?;
     ensure!(
-        round.id == Some(id) && round.bytes >= free / 10 * 9,
+        round.id == Some(id) && round.bytes >= before.free / 10 * 9,
         "{round:?}"
     );
     guest.daemon()?.qmp().hint_done()?;
-    guest.farewell(free)?;
+    guest.farewell(before)?;
     leaves_nothing(&mut guest)
 }
 
@@ -190,11 +190,11 @@ fn guest_lives_on(guest: &mut Guest) -> Result<()> {
     guest.fill_and_free(spare, 11)?;
     guest.unload(Driver::Ours)?;
     guest.fill_and_free(48 * MIB, 12)?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     let total = guest.mem_info()?.total();
     ensure!(
-        free >= total / 10 * 9,
-        "only {free} of {total} bytes are free"
+        before.free >= total / 10 * 9,
+        "only {before:?} of {total} bytes are free"
     );
     guest.power_off()?;
     Ok(())

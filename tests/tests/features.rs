@@ -63,7 +63,7 @@ fn of_balloon(features: Features) -> Features {
 
 /// Loads our driver, tries all that it and the device agree on, and unloads it.
 fn try_offer(guest: &mut Guest, offer: Features, kernel: Kernel) -> Result<Features> {
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(Driver::Ours)?;
     let agreed = guest.exercise()?;
     ensure!(
@@ -73,7 +73,7 @@ fn try_offer(guest: &mut Guest, offer: Features, kernel: Kernel) -> Result<Featu
         kernel.takes(offer)
     );
     guest.unload(Driver::Ours)?;
-    guest.check_whole(free)?;
+    guest.check_whole(before)?;
     Ok(agreed)
 }
 

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Result};
 use tests::artifacts::Artifacts;
-use tests::calls::{BuddyInfo, Fill, Free, KeptPages, LowestMemFree, Release, Verify};
+use tests::calls::{Fill, Free, KeptPages, LowestMemFree, Release, Verify};
+use tests::check::USE_TOLERANCE;
 use tests::guest::{Builder, Driver, Guest};
 use tests::vmm::Vmm;
 use tests::zones::ZoneInfo;
@@ -56,7 +57,7 @@ fn hints_spare_what_is_kept(vmm: Vmm, driver: Driver) -> Result<()> {
     for workload in workloads {
         guest.call(Release { workload })?;
     }
-    guest.settled_free()?;
+    guest.settled()?;
     let round = guest.hint_all()?;
     let hinted = guest.daemon()?.qmp().hinted_ranges()?;
     ensure!(hinted.bytes() > 0, "nothing was hinted: {round:?}");
@@ -104,32 +105,28 @@ fn our_driver_hints_what_the_buddy_lists_of_user_mode_linux_hold() -> Result<()>
     hinted_is_what_was_free(Vmm::Uml, Driver::Ours)
 }
 
-/// While a round holds its blocks, the free lists have shrunk by just what was hinted.
+/// While a round holds its blocks, the kernel uses just what was hinted beyond what it used before.
 fn hinted_is_what_was_free(vmm: Vmm, driver: Driver) -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let (mut guest, free) = Builder::new(&artifacts, vmm).boot_used(24 * MIB, driver)?;
-    let before = free_in_lists(&mut guest)?;
+    let (mut guest, before) = Builder::new(&artifacts, vmm).boot_used(24 * MIB, driver)?;
     let round = guest.hint_all()?;
     let hinted = guest.daemon()?.qmp().hinted_ranges()?.bytes();
-    let after = free_in_lists(&mut guest)?;
-    let missing = before.saturating_sub(after);
-    println!("MemFree {free}, free in lists {before}, then {after}: {missing} fewer; hinted {hinted} in {} blocks", round.blocks);
-    ensure!(
-        missing.abs_diff(hinted) < 4 * MIB,
-        "{hinted} bytes were hinted, {missing} left the free lists"
+    let held = guest.unsettled()?;
+    let taken = held.used.saturating_sub(before.used);
+    println!(
+        "{before:?}, then {held:?}; hinted {hinted} in {} blocks",
+        round.blocks
     );
     ensure!(
-        hinted >= free / 10 * 9,
-        "{hinted} bytes were hinted of {free} that were free"
+        taken.abs_diff(hinted) < USE_TOLERANCE,
+        "{hinted} bytes were hinted, and the kernel uses {taken} more"
+    );
+    ensure!(
+        hinted >= before.free / 10 * 9,
+        "{hinted} bytes were hinted of {before:?} that were free"
     );
     guest.daemon()?.qmp().hint_done()?;
-    guest.farewell(free)
-}
-
-fn free_in_lists(guest: &mut Guest) -> Result<u64> {
-    let page_size = guest.agent().hello().page_size;
-    let zones = guest.call(BuddyInfo {})?;
-    Ok(zones.iter().map(|zone| zone.free_from(0, page_size)).sum())
+    guest.farewell(before)
 }
 
 #[test]
@@ -153,10 +150,11 @@ fn fragmented_memory_is_hinted_as_well(vmm: Vmm) -> Result<()> {
     let workloads = guest.fragment(256, 16 * MIB, 20)?;
     if Driver::each().contains(&Driver::C) {
         guest.load(Driver::C)?;
+        let before = guest.unsettled()?;
         let free = guest.free_blocks()?;
         let theirs = guest.hint_all()?.bytes;
         guest.daemon()?.qmp().hint_done()?;
-        guest.check_free_as_it_is(free.from_order(0))?;
+        guest.check_memory_as_it_is(before)?;
         guest.unload(Driver::C)?;
         println!(
             "free {}, in the largest blocks {}; the C driver hinted {theirs}",
@@ -170,6 +168,7 @@ fn fragmented_memory_is_hinted_as_well(vmm: Vmm) -> Result<()> {
     }
     for order in [0, 4, 6] {
         guest.load_with(Driver::Ours, &format!("hint_min_order={order}"))?;
+        let before = guest.unsettled()?;
         let free = guest.free_blocks()?;
         let round = guest.hint_all()?;
         let large_enough = free.from_order(order);
@@ -179,7 +178,7 @@ fn fragmented_memory_is_hinted_as_well(vmm: Vmm) -> Result<()> {
             "{round:?} of {large_enough} bytes that were free in blocks of order {order} or more"
         );
         guest.daemon()?.qmp().hint_done()?;
-        guest.check_free_as_it_is(free.from_order(0))?;
+        guest.check_memory_as_it_is(before)?;
         guest.unload(Driver::Ours)?;
     }
     for workload in workloads {
@@ -217,7 +216,7 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     const TIMES: u32 = 3;
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, vmm).kernel_arguments("init_on_alloc=0");
-    let (mut guest, free) = builder.boot_used(24 * MIB, Driver::Ours)?;
+    let (mut guest, before) = builder.boot_used(24 * MIB, Driver::Ours)?;
     let reserve = documented_reserve(&mut guest)?;
 
     let (lowest, rounds) = guest.during_rounds(HOLD, |guest, rounds| {
@@ -242,8 +241,8 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
         "the driver took of the reserve of {reserve} bytes: {counters:?}"
     );
     ensure!(
-        (reserve - OWN_USE..free / 2).contains(&lowest.free),
-        "{} bytes were left of {free}, and {reserve} are the reserve",
+        (reserve - OWN_USE..before.free / 2).contains(&lowest.free),
+        "{} bytes were left of {before:?}, and {reserve} are the reserve",
         lowest.free
     );
 
@@ -267,7 +266,7 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     })?;
     let returned = guest.counters()?.get("returned_pages")?;
     println!("{NEEDED} bytes in {alone:?}, with {rounds} rounds in {worst:?}; {returned} pages taken back");
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 /// Three times the high watermarks of the zones that have memory, within 1/64 and 1/20 of memory; no less than half-way

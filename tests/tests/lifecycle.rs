@@ -79,7 +79,7 @@ fn sleeps(device: Device) -> Result<()> {
     let mut guest = builder(&artifacts, Vmm::Qemu, device).sleeps().boot()?;
     guest.hurry_reporting()?;
     guest.fill_and_free(24 * MIB, 21)?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(Driver::Ours)?;
     let target = inflate(&mut guest)?;
     if device == Device::Ours {
@@ -92,7 +92,7 @@ fn sleeps(device: Device) -> Result<()> {
     println!("{device:?}: target again after {:?}", then.elapsed());
     guest.exercise()?;
     guest.unload(Driver::Ours)?;
-    guest.check_whole(free)?;
+    guest.check_whole(before)?;
     guest.kill()?;
     Ok(())
 }
@@ -114,7 +114,7 @@ fn pulled(device: Device) -> Result<()> {
     let mut guest = builder(&artifacts, Vmm::Qemu, Device::None).slot().boot()?;
     guest.fill_and_free(24 * MIB, 22)?;
     guest.load(Driver::Ours)?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     let features = ["stats", "free-page-hint"];
     for pages in [0, 1, 4096, 40_000] {
         guest.plug(device, &features, &[])?;
@@ -123,7 +123,7 @@ fn pulled(device: Device) -> Result<()> {
         guest.wait_counter("balloon_pages", pages, HANG_LIMIT)?;
         guest.unplug()?;
         guest
-            .check_whole(free)
+            .check_whole(before)
             .with_context(|| format!("pulled with {pages} pages"))?;
     }
     for blocks in [0, 1, 30, u64::MAX] {
@@ -138,14 +138,14 @@ fn pulled(device: Device) -> Result<()> {
         })?;
         guest.unplug()?;
         guest
-            .check_whole(free)
+            .check_whole(before)
             .with_context(|| format!("pulled at {round:?}"))?;
     }
     guest.plug(device, &features, &[])?;
     guest.exercise()?;
     guest.unplug()?;
     guest.unload(Driver::Ours)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn the_driver_is_unbound_and_bound_while_it_works() -> Result<()> {
         let mut guest = builder(&artifacts, vmm, Device::Ours).boot()?;
         guest.hurry_reporting()?;
         guest.load(Driver::Ours)?;
-        let free = guest.settled_free()?;
+        let before = guest.settled()?;
         let whole = guest.balloon()?.balloon_actual()?;
         let times = vmm.repeats(if vmm == Vmm::Uml { 40 } else { 6 });
         for time in 0..times {
@@ -167,14 +167,14 @@ fn the_driver_is_unbound_and_bound_while_it_works() -> Result<()> {
             }
             rebind(&mut guest, "unbind", &name)?;
             guest
-                .check_free(free)
+                .check_memory(before)
                 .with_context(|| format!("{vmm:?}, time {time}"))?;
             guest.balloon()?.balloon(whole)?;
             rebind(&mut guest, "bind", &name)?;
             guest.daemon()?.wait_driver()?;
         }
         guest.exercise()?;
-        guest.farewell(free)?;
+        guest.farewell(before)?;
     }
     Ok(())
 }
@@ -214,8 +214,8 @@ fn a_new_kernel_takes_over(device: Device) -> Result<()> {
     guest.start_next_kernel()?;
     println!("{device:?}: a new kernel after {:?}", then.elapsed());
     guest.hurry_reporting()?;
-    let free = guest.settled_free()?;
-    let filled = memory_holds(&mut guest, free - 48 * MIB, 23)?;
+    let before = guest.settled()?;
+    let filled = memory_holds(&mut guest, before.free - 48 * MIB, 23)?;
     ensure!(
         filled.pages * 4096 > guest.memory() / 10 * 7,
         "only {} pages could be filled",
@@ -228,7 +228,7 @@ fn a_new_kernel_takes_over(device: Device) -> Result<()> {
     }
     guest.exercise()?;
     guest.unload(Driver::Ours)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 /// A device that never answers does not keep a guest from starting another kernel, with a report, requests and hints
@@ -260,12 +260,12 @@ fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
     }
     guest.check_log()?;
     guest.start_next_kernel()?;
-    let free = guest.settled_free()?;
-    memory_holds(&mut guest, free - 48 * MIB, 27)?;
+    let before = guest.settled()?;
+    memory_holds(&mut guest, before.free - 48 * MIB, 27)?;
     guest.load(Driver::Ours)?;
     guest.wait_counter("inflate_notifications", 1, HANG_LIMIT)?;
     guest.unload(Driver::Ours)?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest.kill()?;
     Ok(())
 }
@@ -296,7 +296,7 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
                 .foreign(mute.socket())
                 .boot()?;
             guest.hurry_reporting()?;
-            let free = guest.settled_free()?;
+            let before = guest.settled()?;
             guest.load(Driver::Ours)?;
             // A third of what is left once it has all that it can have in flight.
             let left = guest.call(WaitMemSettled {
@@ -305,7 +305,7 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
                 limit_ms: HANG_LIMIT_MS,
             })?;
             guest.fill_and_free(left.free() - left.free() / 3, 24)?;
-            let left = guest.settled_free()?;
+            let left = guest.settled()?.free;
             mute.wait_kick()?;
             let then = Instant::now();
             let what =
@@ -315,9 +315,9 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
             println!(
                 "{}: {} MiB in flight, unloaded in {took:?}",
                 what(),
-                (free - left) / MIB
+                (before.free - left) / MIB
             );
-            guest.check_free(free).with_context(what)?;
+            guest.check_memory(before).with_context(what)?;
             // What it did not take back it did not acknowledge: that is worth a warning, and no other.
             let log = guest.kernel_log()?;
             let warned = complaints(&log).into_iter().map(|line| line.text.as_str());
@@ -433,16 +433,16 @@ fn a_guest_in_qemu_of_a_silent_host_sleeps() -> Result<()> {
         .foreign(mute.socket())
         .sleeps()
         .boot()?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(Driver::Ours)?;
     // The driver has given what it could: it waits for the host.
-    guest.fill_and_free(free / 2, 26)?;
+    guest.fill_and_free(before.free / 2, 26)?;
     let then = Instant::now();
     guest.sleep_and_wake()?;
     let took = then.elapsed();
     println!("slept and woke in {took:?}");
     guest.unload(Driver::Ours)?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest.kill()?;
     Ok(())
 }
@@ -467,7 +467,7 @@ struct Use {
 }
 
 fn in_use(guest: &mut Guest) -> Result<Use> {
-    let free = guest.settled_free()?;
+    let free = guest.settled()?.free;
     let memory = guest.mem_info()?;
     Ok(Use {
         free,

@@ -220,7 +220,7 @@ fn check_left(left: &mut Left) -> Result<()> {
 
 /// Memory is in order: each object of the kernel's caches, and each free page, those hinted on the way among them.
 fn check_whole(guest: &mut Guest) -> Result<()> {
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     let slabs = guest.call(ReadFile {
         path: "/proc/slabinfo".into(),
     })?;
@@ -228,7 +228,7 @@ fn check_whole(guest: &mut Guest) -> Result<()> {
     guest.hint_all()?;
     guest.daemon()?.qmp().hint_done()?;
     let filled = guest.call(Fill {
-        bytes: free - 40 * MIB,
+        bytes: before.free - 40 * MIB,
         keep_every: 1,
         seed: 44,
     })?;
@@ -236,7 +236,7 @@ fn check_whole(guest: &mut Guest) -> Result<()> {
     let found = guest.call(Verify { workload })?;
     ensure!(found.wrong == 0 && found.pages == filled.pages, "{found:?}");
     guest.call(Free { workload })?;
-    guest.settled_free()?;
+    guest.settled()?;
     guest.check_log()
 }
 

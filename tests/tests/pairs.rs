@@ -58,7 +58,7 @@ fn work_through(vmm: Vmm, driver: Driver, device: Device) -> Result<()> {
     for (time, seed) in [("first", 1), ("second", 2)] {
         // What was free has contents then, on the host too, so that there is something to give back.
         guest.fill_and_free(SPARE, seed)?;
-        let before = guest.settled_free()?;
+        let before = guest.settled()?;
         guest.load(driver)?;
         inflate_and_deflate(&mut guest).with_context(|| format!("{time} time"))?;
         hint(&mut guest, device).with_context(|| format!("{time} time"))?;
@@ -73,13 +73,13 @@ fn work_through(vmm: Vmm, driver: Driver, device: Device) -> Result<()> {
 
 fn inflate_and_deflate(guest: &mut Guest) -> Result<()> {
     let whole = guest.balloon()?.balloon_actual()?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     let in_use = guest.memory_in_use()?;
     guest.balloon()?.balloon(whole - INFLATE_BY)?;
     guest
         .balloon()?
         .wait_balloon(whole - INFLATE_BY, HANG_LIMIT)?;
-    let less = free.saturating_sub(guest.mem_info()?.free());
+    let less = before.free.saturating_sub(guest.mem_info()?.free());
     ensure!(
         less > INFLATE_BY - 8 * MIB,
         "the guest gave only {less} bytes of its free memory"
@@ -91,19 +91,19 @@ fn inflate_and_deflate(guest: &mut Guest) -> Result<()> {
     );
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
-    guest.check_free(free)
+    guest.check_memory(before)
 }
 
 fn hint(guest: &mut Guest, device: Device) -> Result<()> {
     if device == Device::Ours {
         return guest.whole_round().map(drop);
     }
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.start_qemu_migration()?;
     let hinted = guest.finish_qemu_migration()?.spared();
     ensure!(
-        hinted >= free / 10 * 9,
-        "{hinted} bytes were hinted of {free} that were free"
+        hinted >= before.free / 10 * 9,
+        "{hinted} bytes were hinted of {before:?} that were free"
     );
-    guest.check_free(free)
+    guest.check_memory(before)
 }

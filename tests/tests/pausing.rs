@@ -46,8 +46,8 @@ fn paused_again_and_again(vmm: Vmm, arguments: &str, cycles: u32) -> Result<()> 
         .kernel_arguments(arguments)
         .boot()?;
     let memory = memory_of(guest.vmm().id())?;
-    let free = guest.settled_free()?;
-    let stress = Stress::start(&mut guest, Load::of(free / 2), 1)?;
+    let before = guest.settled()?;
+    let stress = Stress::start(&mut guest, Load::of(before.free / 2), 1)?;
     let mut machine = Processes::new(&memory)?;
     let mut watch = Watch::new(&memory)?;
     let (mut longest, mut all, mut most) = (Duration::ZERO, Duration::ZERO, 0);
@@ -80,7 +80,7 @@ fn paused_again_and_again(vmm: Vmm, arguments: &str, cycles: u32) -> Result<()> 
         all / cycles,
         done.compared
     );
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 /// The guest's memory file as one block.

@@ -97,11 +97,11 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
     let mut guest = builder.boot()?;
     guest.hurry_reporting()?;
     guest.fill_and_free(16 * MIB, 11)?;
-    let free = guest.settled_free()?;
-    let before = guest.memory_in_use()?;
+    let before = guest.settled()?;
+    let on_host = guest.memory_in_use()?;
     guest.load(Driver::Ours)?;
-    let enough = free / 10 * 8;
-    guest.wait_memory_in_use(before.saturating_sub(enough), HANG_LIMIT)?;
+    let enough = before.free / 10 * 8;
+    guest.wait_memory_in_use(on_host.saturating_sub(enough), HANG_LIMIT)?;
     // The device has released pages before it answers, and so before the driver counts them.
     let counters = guest.wait_counter("reported_pages", pages(enough), HANG_LIMIT)?;
     ensure!(counters.get("failed_reports")? == 0, "{counters:?}");
@@ -111,7 +111,7 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
     );
     // The pages are the guest's all the time.
     let filled = guest.call(Fill {
-        bytes: free / 2,
+        bytes: before.free / 2,
         keep_every: 1,
         seed: 12,
     })?;
@@ -120,7 +120,7 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
     ensure!(found.wrong == 0 && found.pages > 0, "{found:?}");
     guest.call(Free { workload })?;
     guest.unload(Driver::Ours)?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest.check_log()?;
     guest.power_off()?;
     Ok(())
@@ -140,14 +140,14 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
         ),
     ] {
         guest.load_with(Driver::Ours, parameters)?;
-        let free = guest.settled_free()?;
+        let before = guest.settled()?;
         let qmp = guest.daemon()?.qmp();
         qmp.hint_start()?;
         let round = qmp.wait_hint_status("finished")?;
         let left = guest.mem_info()?.free();
         ensure!(
             (RESERVE..=RESERVE + 16 * MIB).contains(&left),
-            "{left} bytes were left of {free}: {round:?}"
+            "{left} bytes were left of {before:?}: {round:?}"
         );
         let counters = guest.counters()?;
         ensure!(
@@ -164,7 +164,7 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
         }
         guest.daemon()?.qmp().hint_done()?;
         guest.unload(Driver::Ours)?;
-        guest.check_free(free)?;
+        guest.check_memory(before)?;
         match complaint {
             None => guest.check_log()?,
             Some(complaint) => {
@@ -248,8 +248,8 @@ fn reporting_of_a_guest_that_fills_its_free_pages(
             .boot()?;
         guest.hurry_reporting()?;
         guest.fill_and_free(16 * MIB, 13)?;
-        let free = guest.settled_free()?;
-        let before = guest.memory_in_use()?;
+        let before = guest.settled()?;
+        let on_host = guest.memory_in_use()?;
         guest.load(Driver::Ours)?;
         let status = guest.daemon()?.virtio_status()?;
         ensure!(
@@ -259,17 +259,17 @@ fn reporting_of_a_guest_that_fills_its_free_pages(
             "{offered:?}: {status:?}"
         );
         if accepted {
-            guest.wait_counter("reported_pages", pages(free / 10 * 8), HANG_LIMIT)?;
-            let released = before.saturating_sub(guest.memory_in_use()?);
-            let enough = if poison == 0 { free / 10 * 7 } else { 0 };
+            guest.wait_counter("reported_pages", pages(before.free / 10 * 8), HANG_LIMIT)?;
+            let released = on_host.saturating_sub(guest.memory_in_use()?);
+            let enough = if poison == 0 { before.free / 10 * 7 } else { 0 };
             ensure!(
-                (enough..=enough + free / 2).contains(&released),
-                "{released} bytes were released of {free} that were free"
+                (enough..=enough + before.free / 2).contains(&released),
+                "{released} bytes were released of {before:?} that were free"
             );
         }
         // The kernel looks at what it filled pages with when it gives them out, and would complain.
         guest.fill_and_free(16 * MIB, 14)?;
-        guest.farewell(free)?;
+        guest.farewell(before)?;
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use tests::artifacts::Artifacts;
 use tests::calls::{Fill, Free, FreePages, Run, Verify};
+use tests::check::Settled;
 use tests::guest::{Builder, Driver, Guest};
 use tests::host::{activity, guest_memory_file};
 use tests::pattern;
@@ -17,7 +18,7 @@ use tests::vmm::Vmm;
 use tests::MIB;
 
 /// A guest of user-mode Linux whose free memory has been used, with a driver loaded, and what is free.
-fn uml_guest(artifacts: &Artifacts, driver: Driver) -> Result<(Guest, u64)> {
+fn uml_guest(artifacts: &Artifacts, driver: Driver) -> Result<(Guest, Settled)> {
     Builder::new(artifacts, Vmm::Uml).boot_used(16 * MIB, driver)
 }
 
@@ -72,7 +73,7 @@ fn idle(guest: &mut Guest, sleeps: u64, ticks: u64) -> Result<()> {
 fn r2_a_round_that_follows_a_cancelled_one_at_once_is_whole() -> Result<()> {
     let artifacts = Artifacts::load()?;
     for &driver in Driver::each() {
-        let (mut guest, free) = uml_guest(&artifacts, driver)?;
+        let (mut guest, before) = uml_guest(&artifacts, driver)?;
         for pause_us in [0, 0, 50, 200, 1000, 5000] {
             let qmp = guest.daemon()?.qmp();
             let first = qmp.hint_start()?;
@@ -89,18 +90,18 @@ fn r2_a_round_that_follows_a_cancelled_one_at_once_is_whole() -> Result<()> {
             let hinted = qmp.hinted_ranges()?.bytes();
             // The C driver does not offer again what it holds of the first round, which was cancelled.
             let enough = if driver == Driver::Ours {
-                free / 10 * 9
+                before.free / 10 * 9
             } else {
                 0
             };
             ensure!(
                 hinted >= enough,
-                "{driver:?}: {hinted} of {free} bytes {pause_us} us after a cancelled round"
+                "{driver:?}: {hinted} of {before:?} bytes {pause_us} us after a cancelled round"
             );
             qmp.hint_done()?;
-            guest.check_free(free)?;
+            guest.check_memory(before)?;
         }
-        guest.farewell(free)?;
+        guest.farewell(before)?;
     }
     Ok(())
 }
@@ -108,7 +109,7 @@ fn r2_a_round_that_follows_a_cancelled_one_at_once_is_whole() -> Result<()> {
 #[test]
 fn r6_after_a_sync_the_guest_hints_again_under_a_new_id() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let (mut guest, free) = uml_guest(&artifacts, Driver::Ours)?;
+    let (mut guest, before) = uml_guest(&artifacts, Driver::Ours)?;
     let qmp = guest.daemon()?.qmp();
     let first = qmp.hint_start()?;
     qmp.wait_hint_status("finished")?;
@@ -116,11 +117,11 @@ fn r6_after_a_sync_the_guest_hints_again_under_a_new_id() -> Result<()> {
     let again = qmp.wait_hint_status("finished")?;
     ensure!(again.id != Some(first), "the id {first:#x} outlived a sync");
     ensure!(
-        qmp.hinted_ranges()?.bytes() >= free / 10 * 9,
+        qmp.hinted_ranges()?.bytes() >= before.free / 10 * 9,
         "the hints were lost: {again:?}"
     );
     qmp.hint_done()?;
-    guest.farewell(free)?;
+    guest.farewell(before)?;
     Ok(())
 }
 
@@ -128,16 +129,16 @@ fn r6_after_a_sync_the_guest_hints_again_under_a_new_id() -> Result<()> {
 fn r16_pages_return_when_a_round_is_done_and_when_it_is_cancelled() -> Result<()> {
     let artifacts = Artifacts::load()?;
     for &driver in Driver::each() {
-        let (mut guest, free) = uml_guest(&artifacts, driver)?;
+        let (mut guest, before) = uml_guest(&artifacts, driver)?;
         guest.hint_all()?;
-        held(&mut guest, free)?;
+        held(&mut guest, before.free)?;
         guest.daemon()?.qmp().hint_done()?;
-        guest.check_free(free).context("after done")?;
+        guest.check_memory(before).context("after done")?;
         guest.hint_all()?;
         guest.daemon()?.qmp().hint_stop()?;
-        held(&mut guest, free).context("a stop alone gives nothing back")?;
+        held(&mut guest, before.free).context("a stop alone gives nothing back")?;
         guest.daemon()?.qmp().hint_done()?;
-        guest.check_free(free).context("after stop and done")?;
+        guest.check_memory(before).context("after stop and done")?;
         for _ in 0..20 {
             let qmp = guest.daemon()?.qmp();
             qmp.hint_start()?;
@@ -145,7 +146,7 @@ fn r16_pages_return_when_a_round_is_done_and_when_it_is_cancelled() -> Result<()
             qmp.hint_done()?;
         }
         guest
-            .farewell(free)
+            .farewell(before)
             .context("after rounds that were cancelled at once")?;
     }
     Ok(())
@@ -166,12 +167,12 @@ fn r16_pages_return_when_the_module_is_removed() -> Result<()> {
     for &driver in Driver::each() {
         let mut guest = Builder::new(&artifacts, Vmm::Uml).boot()?;
         guest.fill_and_free(16 * MIB, 8)?;
-        let free = guest.settled_free()?;
+        let before = guest.settled()?;
         guest.load(driver)?;
         guest.hint_all()?;
-        held(&mut guest, free)?;
+        held(&mut guest, before.free)?;
         guest.unload(driver)?;
-        guest.farewell(free)?;
+        guest.farewell(before)?;
     }
     Ok(())
 }
@@ -179,14 +180,14 @@ fn r16_pages_return_when_the_module_is_removed() -> Result<()> {
 #[test]
 fn r16_pages_return_when_the_daemon_is_gone() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let (mut guest, free) = uml_guest(&artifacts, Driver::Ours)?;
+    let (mut guest, before) = uml_guest(&artifacts, Driver::Ours)?;
     guest.hint_all()?;
-    held(&mut guest, free)?;
+    held(&mut guest, before.free)?;
     guest.daemon()?.process().kill()?;
     // User-mode Linux notices, and takes the device away.
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest.unload(Driver::Ours)?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest.power_off()?;
     Ok(())
 }
@@ -195,14 +196,14 @@ fn r16_pages_return_when_the_daemon_is_gone() -> Result<()> {
 fn r16_a_guest_in_qemu_can_use_its_pages_when_the_daemon_is_gone() -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Qemu).boot()?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(Driver::Ours)?;
     guest.hint_all()?;
-    held(&mut guest, free)?;
+    held(&mut guest, before.free)?;
     guest.daemon()?.process().kill()?;
     // QEMU does not tell the guest; but who needs memory gets it.
     let filled = guest.call(Fill {
-        bytes: free - 64 * MIB,
+        bytes: before.free - 64 * MIB,
         keep_every: 1,
         seed: 9,
     })?;
@@ -214,7 +215,7 @@ fn r16_a_guest_in_qemu_can_use_its_pages_when_the_daemon_is_gone() -> Result<()>
         workload: filled.workload,
     })?;
     guest.unload(Driver::Ours)?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest.power_off()?;
     Ok(())
 }
@@ -223,17 +224,17 @@ fn r16_a_guest_in_qemu_can_use_its_pages_when_the_daemon_is_gone() -> Result<()>
 fn r17_a_hint_takes_no_page_away() -> Result<()> {
     let artifacts = Artifacts::load()?;
     for &driver in Driver::each() {
-        let (mut guest, free) = uml_guest(&artifacts, driver)?;
-        let before = guest.memory_in_use()?;
+        let (mut guest, before) = uml_guest(&artifacts, driver)?;
+        let on_host = guest.memory_in_use()?;
         let hinted = guest.hint_all()?.bytes;
         let after = guest.memory_in_use()?;
         ensure!(
-            after + MIB >= before,
+            after + MIB >= on_host,
             "{driver:?}: {hinted} bytes were hinted, and {} are gone",
-            before - after
+            on_host - after
         );
         guest.daemon()?.qmp().hint_done()?;
-        guest.farewell(free)?;
+        guest.farewell(before)?;
     }
     Ok(())
 }
@@ -243,13 +244,13 @@ fn r17_a_hint_takes_no_page_away() -> Result<()> {
 fn r17_a_hint_gives_memory_back_only_where_the_driver_keeps_its_blocks() -> Result<()> {
     let artifacts = Artifacts::load()?;
     for &driver in Driver::each() {
-        let (mut guest, free) = Builder::new(&artifacts, Vmm::Uml)
+        let (mut guest, before) = Builder::new(&artifacts, Vmm::Uml)
             .device_options(&["--discard-hinted"])
             .boot_used(16 * MIB, driver)?;
-        let before = guest.memory_in_use()?;
+        let on_host = guest.memory_in_use()?;
         let hinted = guest.hint_all()?.bytes;
         let after = guest.memory_in_use()?;
-        let gone = before.saturating_sub(after);
+        let gone = on_host.saturating_sub(after);
         let enough = match driver {
             // Nearly all of its memory was used, so what is hinted took space.
             Driver::Ours => gone >= hinted / 10 * 9,
@@ -261,7 +262,7 @@ fn r17_a_hint_gives_memory_back_only_where_the_driver_keeps_its_blocks() -> Resu
         );
         guest.daemon()?.qmp().hint_done()?;
         let filled = guest.call(Fill {
-            bytes: free / 2,
+            bytes: before.free / 2,
             keep_every: 1,
             seed: 17,
         })?;
@@ -272,7 +273,7 @@ fn r17_a_hint_gives_memory_back_only_where_the_driver_keeps_its_blocks() -> Resu
         guest.call(Free {
             workload: filled.workload,
         })?;
-        guest.farewell(free)?;
+        guest.farewell(before)?;
     }
     Ok(())
 }
@@ -325,15 +326,15 @@ fn r17_what_the_guest_takes_back_before_done_is_initialised_and_the_rest_is_as_i
     const CLEARED_AHEAD: u64 = 4 * MIB;
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, Vmm::Uml).memory(192 * MIB);
-    let (mut guest, free) = builder.boot_used(16 * MIB, Driver::Ours)?;
+    let (mut guest, before) = builder.boot_used(16 * MIB, Driver::Ours)?;
     guest.hint_all()?;
     let hinted = guest.daemon()?.qmp().hinted_ranges()?;
-    let before = look_at(&mut guest, &hinted)?;
+    let held = look_at(&mut guest, &hinted)?;
     ensure!(
-        before.old.bytes() >= hinted.bytes() / 10 * 8,
+        held.old.bytes() >= hinted.bytes() / 10 * 8,
         "of {} hinted bytes only {} have been in use",
         hinted.bytes(),
-        before.old.bytes()
+        held.old.bytes()
     );
 
     // No memory group, first node, so many pages.
@@ -351,7 +352,7 @@ fn r17_what_the_guest_takes_back_before_done_is_initialised_and_the_rest_is_as_i
         "hinted {}, returned {returned}, found free {}, with the old pattern {} then {}, zero {}",
         hinted.bytes(),
         back.bytes(),
-        before.old.bytes(),
+        held.old.bytes(),
         after.old.bytes(),
         after.zero.bytes()
     );
@@ -367,7 +368,7 @@ fn r17_what_the_guest_takes_back_before_done_is_initialised_and_the_rest_is_as_i
         stale.ranges()
     );
     // Some are cleared ahead of the guest's needs.
-    let changed = before.old.without(&after.old).without(&back);
+    let changed = held.old.without(&after.old).without(&back);
     let ahead = changed.intersection(&after.zero);
     let changed = changed.without(&ahead);
     ensure!(
@@ -379,7 +380,7 @@ fn r17_what_the_guest_takes_back_before_done_is_initialised_and_the_rest_is_as_i
 
     // Done: the rest goes back as it is.
     guest.daemon()?.qmp().hint_done()?;
-    guest.check_free_as_it_is(free)?;
+    guest.check_memory_as_it_is(before)?;
     let done = look_at(&mut guest, &hinted)?;
     let changed = after.old.without(&done.old);
     ensure!(
@@ -387,7 +388,7 @@ fn r17_what_the_guest_takes_back_before_done_is_initialised_and_the_rest_is_as_i
         "released after done, and changed: {:x?}",
         changed.ranges()
     );
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 /// A guest that fills its free pages says with what, and its hints count all the same (R3); one that does not declines.
@@ -404,7 +405,7 @@ fn poison_is_said_and_hints_count(
         .boot()?;
     for &driver in drivers {
         guest.load(driver)?;
-        let free = guest.settled_free()?;
+        let before = guest.settled()?;
         let status = guest.daemon()?.virtio_status()?;
         ensure!(
             status.accepted("page-poison") == poison.is_some() && status.accepted("must-tell-host"),
@@ -413,11 +414,11 @@ fn poison_is_said_and_hints_count(
         ensure!(status.poison == poison, "{driver:?}: {status:?}");
         let round = guest.hint_all()?;
         ensure!(
-            round.bytes >= free / 10 * 9 && round.pages_cleared * 4096 == round.bytes,
-            "{driver:?}: of {free} free bytes, {round:?}"
+            round.bytes >= before.free / 10 * 9 && round.pages_cleared * 4096 == round.bytes,
+            "{driver:?}: {before:?}, {round:?}"
         );
         guest.daemon()?.qmp().hint_done()?;
-        guest.check_free(free)?;
+        guest.check_memory(before)?;
         guest.unload(driver)?;
     }
     guest.check_log()?;

@@ -19,9 +19,9 @@ const WANTED: u64 = 128 * MIB;
 
 /// Inflates the balloon until so many bytes are left free, and returns what the guest then has.
 fn leave(guest: &mut Guest, left: u64) -> Result<u64> {
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     let whole = guest.balloon()?.balloon_actual()?;
-    let target = (whole - free.saturating_sub(left)) / MIB * MIB;
+    let target = (whole - before.free.saturating_sub(left)) / MIB * MIB;
     guest.balloon()?.balloon(target)?;
     guest.balloon()?.wait_balloon(target, HANG_LIMIT)?;
     Ok(target)
@@ -61,7 +61,7 @@ fn the_c_drivers_balloon_makes_room_for_a_process_in_user_mode_linux() -> Result
 fn balloon_makes_room(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, vmm).features(features).boot()?;
-    let before = guest.settled_free()?;
+    let before = guest.settled()?;
     let managed = guest.mem_info()?.total();
     guest.load(driver)?;
     let whole = guest.balloon()?.balloon_actual()?;
@@ -115,7 +115,7 @@ fn a_balloon_that_may_not_make_room_makes_none() -> Result<()> {
         let mut guest = Builder::new(&artifacts, Vmm::Uml)
             .features(&["stats"])
             .boot()?;
-        let before = guest.settled_free()?;
+        let before = guest.settled()?;
         guest.load(driver)?;
         let target = leave(&mut guest, LEFT)?;
         // The kernel may find out when the memory is used, as where more is mapped than is used.
@@ -130,7 +130,7 @@ fn a_balloon_that_may_not_make_room_makes_none() -> Result<()> {
         let actual = guest.balloon()?.balloon_actual()?;
         ensure!(actual == target, "{driver:?}: {actual} is not {target}");
         guest.unload(driver)?;
-        guest.check_free(before)?;
+        guest.check_memory(before)?;
         guest.power_off()?;
     }
     Ok(())
@@ -151,7 +151,7 @@ fn balloon_grows_out_of_hinted_blocks(vmm: Vmm) -> Result<()> {
     const BEYOND_FREE: u64 = 64 * MIB;
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, vmm).boot()?;
-    let before = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(Driver::Ours)?;
     let whole = guest.balloon()?.balloon_actual()?;
     let round = guest.hint_all()?;
@@ -175,7 +175,7 @@ fn balloon_grows_out_of_hinted_blocks(vmm: Vmm) -> Result<()> {
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
     guest.daemon()?.qmp().hint_done()?;
-    guest.check_free(before)?;
+    guest.check_memory(before)?;
     guest.unload(Driver::Ours)?;
     guest.farewell(before)
 }
@@ -202,7 +202,7 @@ fn balloon_comes_back(vmm: Vmm, driver: Driver) -> Result<()> {
     const OUT_OF_REACH: u64 = 8 * MIB;
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, vmm).boot()?;
-    let before = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(driver)?;
     let whole = guest.balloon()?.balloon_actual()?;
     let times = std::env::var("VIRTIO_BALLOON_RS_TIMES").ok();
@@ -224,7 +224,7 @@ fn balloon_comes_back(vmm: Vmm, driver: Driver) -> Result<()> {
         longest = longest.max(since.elapsed());
     }
     println!("{driver:?} in {vmm:?}: back within {longest:?}, {times} times");
-    guest.check_free(before)?;
+    guest.check_memory(before)?;
     guest.unload(driver)?;
     guest.farewell(before)
 }
@@ -262,8 +262,8 @@ fn balloon_keeps_other_nodes(driver: Driver) -> Result<()> {
         })
         .boot()?;
     guest.load(driver)?;
-    let free = guest.settled_free()?;
-    leave(&mut guest, free / 4)?;
+    let before = guest.settled()?;
+    leave(&mut guest, before.free / 4)?;
     let before = [ballooned_on(&mut guest, 0)?, ballooned_on(&mut guest, 1)?];
     ensure!(before[0] > 0 && before[1] > 0, "pages by node: {before:?}");
     let argv = ["sh", "-c", CPUSET].map(str::to_owned).to_vec();
@@ -369,9 +369,9 @@ fn pages_are_moved(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
         .memory(256 * MIB)
         .exactly()
         .boot()?;
-    let before = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(driver)?;
-    let (whole, target) = inflate_in_pieces(&mut guest, before)?;
+    let (whole, target) = inflate_in_pieces(&mut guest, before.free)?;
     let kept = guest.call(fill(16 * MIB, 1, 6))?;
 
     let moved_before = guest.vm_event("balloon_migrate")?;
@@ -405,7 +405,7 @@ fn pages_are_moved(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
     })?;
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
-    guest.check_free(before)?;
+    guest.check_memory(before)?;
     ensure!(
         guest.vm_event("nr_balloon_pages")? == 0,
         "the kernel still counts pages in the balloon"
@@ -430,7 +430,7 @@ fn host_is_told(vmm: Vmm) -> Result<()> {
     let mut guest = Builder::new(&artifacts, vmm)
         .features(&["stats", "must-tell-host"])
         .boot()?;
-    let before = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(Driver::Ours)?;
     let status = guest.daemon()?.virtio_status()?;
     ensure!(
@@ -479,9 +479,9 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
         .memory(256 * MIB)
         .exactly()
         .boot()?;
-    let before = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(Driver::Ours)?;
-    let (whole, target) = inflate_in_pieces(&mut guest, before)?;
+    let (whole, target) = inflate_in_pieces(&mut guest, before.free)?;
 
     stop_device(&mut guest)?;
     // Until the guest has found out: what the device had answered before it was stopped is still taken. Neither of them would end if
@@ -507,7 +507,7 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
     compact_until(&mut guest, moved + 1)?;
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
-    guest.check_free(before)?;
+    guest.check_memory(before)?;
     guest.unload(Driver::Ours)?;
     guest.farewell(before)
 }
@@ -518,7 +518,7 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
         .features(&["stats", "deflate-on-oom", "must-tell-host"])
         .boot()?;
-    let before = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(Driver::Ours)?;
     let whole = guest.balloon()?.balloon_actual()?;
     leave(&mut guest, LEFT)?;
@@ -540,7 +540,7 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
     guest.unload(Driver::Ours)?;
-    guest.check_free(before)?;
+    guest.check_memory(before)?;
     guest.power_off()?;
     Ok(())
 }
@@ -553,7 +553,7 @@ fn the_device_is_bound_and_unbound_through_sysfs() -> Result<()> {
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
         .features(&["stats", "free-page-hint", "deflate-on-oom"])
         .boot()?;
-    let before = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(Driver::Ours)?;
     let whole = guest.balloon()?.balloon_actual()?;
     let devices = guest.counted_devices()?;
@@ -567,7 +567,7 @@ fn the_device_is_bound_and_unbound_through_sysfs() -> Result<()> {
             path: format!("{DRIVER}/unbind"),
             text: device.clone(),
         })?;
-        guest.check_free(before)?;
+        guest.check_memory(before)?;
         guest.call(WriteFile {
             path: format!("{DRIVER}/bind"),
             text: device.clone(),

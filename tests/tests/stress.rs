@@ -49,7 +49,7 @@ fn no_process_loses_a_page_while_the_c_driver_works_in_qemu() -> Result<()> {
 fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
     let rounds = vmm.repeats(rounds);
     let artifacts = Artifacts::load()?;
-    let (mut guest, free) = Builder::new(&artifacts, vmm)
+    let (mut guest, before) = Builder::new(&artifacts, vmm)
         .memory(MEMORY)
         .features(&[
             "must-tell-host",
@@ -67,13 +67,13 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
     // Not before all of them have what they want.
     guest.call(WaitMemFree {
         at_least: 0,
-        at_most: free - PROCESSES * EACH / 4 * 3,
+        at_most: before.free - PROCESSES * EACH / 4 * 3,
         limit_ms: HANG_LIMIT_MS,
     })?;
     println!("filled in {:?}", then.elapsed());
     let then = Instant::now();
-    let inflate_by = free.saturating_sub(PROCESSES * EACH + LEFT) / MIB * MIB;
-    ensure!(inflate_by > 0, "{free} bytes are too few");
+    let inflate_by = before.free.saturating_sub(PROCESSES * EACH + LEFT) / MIB * MIB;
+    ensure!(inflate_by > 0, "too little is free: {before:?}");
     let hinted = rounds_follow_each_other(&mut guest, rounds, inflate_by)?;
     let took = then.elapsed();
     let mut all = Churned {
@@ -114,7 +114,7 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
     }
     ensure!(kills == 0, "the OOM killer came {kills} times");
     guest.unload(driver)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 /// Rounds that are finished, cancelled or overtaken, while the target goes down and up; returns the bytes that were

@@ -53,32 +53,35 @@ fn hinting_keeps_out_of_cma_in_qemu() -> Result<()> {
         let builder = Builder::new(&artifacts, Vmm::Qemu)
             .memory(1024 * MIB)
             .kernel_arguments("cma=256M init_on_alloc=0");
-        let (mut guest, free) = builder.boot_used(128 * MIB, driver)?;
-        let before = guest.mem_info()?.field("CmaFree");
+        let (mut guest, before) = builder.boot_used(128 * MIB, driver)?;
+        let contiguous = guest.mem_info()?.field("CmaFree");
         let zones_before = guest.zones()?.zones;
         let round = guest.hint_all()?;
         let held = guest.mem_info()?.field("CmaFree");
         let zones = guest.zones()?.zones;
         println!(
-            "{driver:?}: CmaFree {before}, then {held}; {} hinted of {free}\n{}\n{}",
+            "{driver:?}: CmaFree {contiguous}, then {held}; {} hinted of {before:?}\n{}\n{}",
             round.bytes,
             summary(&zones_before),
             summary(&zones)
         );
-        ensure!(before > 250 * MIB, "only {before} bytes of CMA were free");
         ensure!(
-            before.abs_diff(held) < MIB,
-            "{driver:?}: CmaFree fell from {before} to {held}"
+            contiguous > 250 * MIB,
+            "only {contiguous} bytes of CMA were free"
         );
-        let hintable = (free - before) / 10 * 8;
+        ensure!(
+            contiguous.abs_diff(held) < MIB,
+            "{driver:?}: CmaFree fell from {contiguous} to {held}"
+        );
+        let hintable = (before.free - contiguous) / 10 * 8;
         ensure!(
             driver == Driver::C || round.bytes > hintable,
             "only {} bytes were hinted of {} outside of CMA",
             round.bytes,
-            free - before
+            before.free - contiguous
         );
         guest.daemon()?.qmp().hint_done()?;
-        guest.farewell(free)?;
+        guest.farewell(before)?;
     }
     Ok(())
 }
@@ -93,8 +96,8 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
         let builder = Builder::new(&artifacts, Vmm::Qemu)
             .memory(1024 * MIB)
             .kernel_arguments("movablecore=512M");
-        let (mut guest, free) = builder.boot_used(128 * MIB, driver)?;
-        let before = guest.zones()?.zones;
+        let (mut guest, before) = builder.boot_used(128 * MIB, driver)?;
+        let zones = guest.zones()?.zones;
         let round = guest.hint_all()?;
         let held = guest.zones()?.zones;
         let events = guest.vm_events()?;
@@ -104,9 +107,9 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
         let took = start.elapsed();
         let events_after = guest.vm_events()?;
         println!(
-            "{driver:?}: {} hinted of {free}; {FILES} files in {took:?}\nbefore {}\nheld   {}\nafter  {}",
+            "{driver:?}: {} hinted of {before:?}; {FILES} files in {took:?}\nbefore {}\nheld   {}\nafter  {}",
             round.bytes,
-            summary(&before),
+            summary(&zones),
             summary(&held),
             summary(&guest.zones()?.zones)
         );
@@ -122,7 +125,7 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
         if driver == Driver::Ours {
             let movable = zone(&held, "Movable")?;
             ensure!(
-                movable.free + 1024 >= zone(&before, "Movable")?.free,
+                movable.free + 1024 >= zone(&zones, "Movable")?.free,
                 "movable pages were hinted: {held:?}"
             );
             check_reserves(&held)?;
@@ -130,7 +133,7 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
         }
         shell(&mut guest, "rm -r /tmp/files")?;
         guest.daemon()?.qmp().hint_done()?;
-        guest.farewell(free)?;
+        guest.farewell(before)?;
     }
     Ok(())
 }
@@ -146,14 +149,14 @@ fn no_node_is_emptied_in_qemu() -> Result<()> {
                 nodes: 2,
                 ..Hardware::default()
             });
-        let (mut guest, free) = builder.boot_used(128 * MIB, driver)?;
-        let before = guest.zones()?.zones;
+        let (mut guest, before) = builder.boot_used(128 * MIB, driver)?;
+        let zones = guest.zones()?.zones;
         let round = guest.hint_all()?;
         let held = guest.zones()?.zones;
         println!(
-            "{driver:?}: {} hinted of {free}\nbefore {}\nheld   {}",
+            "{driver:?}: {} hinted of {before:?}\nbefore {}\nheld   {}",
             round.bytes,
-            summary(&before),
+            summary(&zones),
             summary(&held)
         );
         if driver == Driver::Ours {
@@ -169,10 +172,13 @@ fn no_node_is_emptied_in_qemu() -> Result<()> {
                     "node {node} has {free} pages left of {managed}: {held:?}"
                 );
             }
-            ensure!(round.bytes >= free / 10 * 8, "{round:?} of {free}");
+            ensure!(
+                round.bytes >= before.free / 10 * 8,
+                "{round:?} of {before:?}"
+            );
         }
         guest.daemon()?.qmp().hint_done()?;
-        guest.farewell(free)?;
+        guest.farewell(before)?;
     }
     Ok(())
 }
@@ -237,13 +243,16 @@ fn hibernated(driver: Driver, arguments: &str) -> Result<()> {
         seed: 40,
     })?;
     guest.fill_and_free(96 * MIB, 41)?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     let whole = guest.balloon()?.balloon_actual()?;
     let target = whole - INFLATED;
     guest.balloon()?.balloon(target)?;
     guest.balloon()?.wait_balloon(target, HANG_LIMIT)?;
     let round = guest.hint_all()?;
-    println!("{driver:?}, {arguments}: {} hinted of {free}", round.bytes);
+    println!(
+        "{driver:?}, {arguments}: {} hinted of {before:?}",
+        round.bytes
+    );
     guest.call(WriteFile {
         path: "/sys/power/disk".to_owned(),
         text: "test_resume".to_owned(),
@@ -271,9 +280,12 @@ fn hibernated(driver: Driver, arguments: &str) -> Result<()> {
     guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
     guest.daemon()?.qmp().hint_done()?;
     let hinted = guest.hint_all()?.bytes;
-    ensure!(hinted >= free / 10 * 6, "{hinted} of {free} were hinted");
+    ensure!(
+        hinted >= before.free / 10 * 6,
+        "{hinted} of {before:?} were hinted"
+    );
     guest.daemon()?.qmp().hint_done()?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest.call(Free {
         workload: data.workload,
     })?;
@@ -298,9 +310,9 @@ fn memory_with_hinted_blocks_goes_offline_in_qemu() -> Result<()> {
         })
         .boot()?;
     guest.load(Driver::Ours)?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     let round = guest.hint_all()?;
-    println!("{} hinted of {free}", round.bytes);
+    println!("{} hinted of {before:?}", round.bytes);
     let list = format!("cd {FOLDER} && grep -l Normal */valid_zones && cat block_size_bytes");
     let listed = shell(&mut guest, &list)?;
     let mut blocks: Vec<&str> = listed.split_whitespace().collect();
@@ -338,7 +350,7 @@ fn memory_with_hinted_blocks_goes_offline_in_qemu() -> Result<()> {
         "no block of memory had hinted and free pages only"
     );
     guest.daemon()?.qmp().hint_done()?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 /// A process that needs memory takes it back from a held round. Debian's kernel initialises what it gives out, and nobody
@@ -354,7 +366,7 @@ fn pages_are_cleared_once_in_qemu() -> Result<()> {
         ("init_on_alloc=0", Driver::Ours),
     ] {
         let builder = Builder::new(&artifacts, Vmm::Qemu).kernel_arguments(arguments);
-        let (mut guest, free) = builder.boot_used(64 * MIB, driver)?;
+        let (mut guest, before) = builder.boot_used(64 * MIB, driver)?;
         guest.hint_all()?;
         let events = guest.vm_events()?;
         let start = Instant::now();
@@ -406,7 +418,7 @@ fn pages_are_cleared_once_in_qemu() -> Result<()> {
         );
         guest.call(Free { workload })?;
         guest.daemon()?.qmp().hint_done()?;
-        guest.farewell(free)?;
+        guest.farewell(before)?;
     }
     Ok(())
 }

@@ -83,9 +83,9 @@ calls! {
     /// What the kernel uses its pages for (`/proc/kpageflags`).
     PageUse -> PagesByUse;
 
-    /// Drops what the kernel caches and merges free blocks, so that `MemFree` can be compared with another moment's.
-    /// A kernel without these controls is asked for its memory as it is.
-    DropMemoryCaches -> Memory;
+    /// Drops what the kernel caches, merges free blocks, and adds up what each processor has counted, so that its use of memory can
+    /// be compared with another moment's. A kernel without one of these controls does without it.
+    DropMemoryCaches -> ();
 
     /// Starts a process that maps memory and fills every page of it with a pattern of its own.
     ///

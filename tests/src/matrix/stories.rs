@@ -12,6 +12,7 @@ use anyhow::{ensure, Context, Result};
 
 use super::Cell;
 use crate::artifacts::Artifacts;
+use crate::check::Settled;
 use crate::guest::{Builder, Device, Driver, Guest};
 use crate::MIB;
 
@@ -110,7 +111,7 @@ fn builder<'a>(artifacts: &'a Artifacts, cell: &'a Cell) -> Builder<'a> {
 }
 
 /// Boots a guest, some of whose free memory has contents, and returns it with what is free then.
-fn boot(builder: Builder<'_>) -> Result<(Guest, u64)> {
+fn boot(builder: Builder<'_>) -> Result<(Guest, Settled)> {
     /// What is filled of large guests, which are sparse.
     const FILLED: u64 = 512 * MIB;
     /// What is left of small ones.
@@ -120,16 +121,16 @@ fn boot(builder: Builder<'_>) -> Result<(Guest, u64)> {
     let _ = guest.hurry_reporting();
     let free = guest.mem_info()?.free();
     guest.fill_and_free((free / 2).min(SPARE).max(free.saturating_sub(FILLED)), 30)?;
-    let free = guest.settled_free()?;
-    Ok((guest, free))
+    let before = guest.settled()?;
+    Ok((guest, before))
 }
 
 /// Boots a guest, loads the driver, exercises it, unloads it, and switches the guest off.
 fn exercise(builder: Builder<'_>, cell: &Cell) -> Result<()> {
     let driver = cell.entry.pair.driver();
-    let (mut guest, free) = boot(builder)?;
+    let (mut guest, before) = boot(builder)?;
     guest.load(driver).context("loading the driver")?;
     guest.exercise_whole()?;
     guest.unload(driver)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }

@@ -31,14 +31,14 @@ pub fn both_ways(guest: &mut Guest, artifacts: &Artifacts, memory: u64) -> Resul
 
 fn moved(guest: &mut Guest, artifacts: &Artifacts, memory: u64, hints: bool) -> Result<Moved> {
     use_memory(guest)?;
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     let parameters = json!({ "free-page-hint": hints });
     guest.daemon()?.qmp().migrate_parameters(parameters)?;
     let mut destination = Destination::start(&artifacts.balloonctl, memory)?;
     let how = if hints { "with" } else { "without" };
     say(format_args!(
         "host: the guest, which runs and has {} free, is migrated {how} hints",
-        mib(free)
+        mib(before.free)
     ));
     let status = guest.migrate_to(&mut destination)?;
     let different = guest.outcome(&destination)?.different.bytes() / status.ram.page_size.max(1);
@@ -55,7 +55,7 @@ fn moved(guest: &mut Guest, artifacts: &Artifacts, memory: u64, hints: bool) -> 
         status.ram.skipped
     );
     guest.resume()?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest
         .check_log()
         .context("the guest's kernel log after a migration")?;
@@ -63,7 +63,7 @@ fn moved(guest: &mut Guest, artifacts: &Artifacts, memory: u64, hints: bool) -> 
     say(format_args!(
         "host: {} over the wire in {rounds} rounds; the guest goes on, and has its {} free again",
         mib(status.ram.transferred),
-        mib(free)
+        mib(before.free)
     ));
     Ok(Moved { status, different })
 }

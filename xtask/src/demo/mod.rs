@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use clap::Args;
 use tests::calls::{Fill, Free};
+use tests::check::Settled;
 use tests::guest::{Builder, Driver, Guest};
 use tests::host::Accelerator;
 use tests::vmm::Vmm;
@@ -95,12 +96,13 @@ fn show(guest: &mut Guest) -> Result<Figures> {
         ..Figures::default()
     };
     use_memory(guest)?;
-    figures.free = guest.settled_free()?;
+    let before = guest.settled()?;
+    figures.free = before.free;
     let (free, in_use) = (mib(figures.free), mib(guest.memory_in_use()?));
     say(format_args!(
         "guest: {free} are free again; host: {in_use} are in use, for it cannot know"
     ));
-    hint(guest, &mut figures)?;
+    hint(guest, before, &mut figures)?;
     balloon(guest, &mut figures)?;
     guest.check_log().context("the guest's kernel log")?;
     say("guest: nothing amiss in the kernel log");
@@ -120,7 +122,7 @@ fn use_memory(guest: &mut Guest) -> Result<()> {
     })
 }
 
-fn hint(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
+fn hint(guest: &mut Guest, before: Settled, figures: &mut Figures) -> Result<()> {
     let qmp = guest.daemon()?.qmp();
     let id = qmp.hint_start()?;
     say(format_args!(
@@ -140,7 +142,7 @@ fn hint(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
         mib(guest.mem_info()?.free())
     ));
     guest.daemon()?.qmp().hint_done()?;
-    guest.check_free(figures.free)?;
+    guest.check_memory(before)?;
     say(format_args!(
         "guest: the round is done, {} are free; host: {} are in use, for hinted pages were discarded",
         mib(guest.mem_info()?.free()),
@@ -151,10 +153,10 @@ fn hint(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
 
 fn balloon(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
     use_memory(guest)?;
-    let all = guest.settled_free()?;
+    let before = guest.settled()?;
     figures.host_before = guest.memory_in_use()?;
     // All that is free but what a guest needs to go on.
-    figures.asked = all.saturating_sub(4 * SPARE) / MIB * MIB;
+    figures.asked = before.free.saturating_sub(4 * SPARE) / MIB * MIB;
     let target = figures.guest_memory - figures.asked;
     say(format_args!(
         "host: the balloon shall take {}",
@@ -173,7 +175,7 @@ fn balloon(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
     guest
         .balloon()?
         .wait_balloon(figures.guest_memory, BALLOON_LIMIT)?;
-    guest.check_free(all)?;
+    guest.check_memory(before)?;
     figures.host_after = guest.memory_in_use()?;
     let free = mib(guest.mem_info()?.free());
     say(format_args!(

@@ -21,7 +21,7 @@ pub fn check(driver: &str) -> Result<()> {
     };
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, Vmm::Uml).memory(MEMORY);
-    let (mut guest, free) = builder.boot_used(16 * MIB, driver)?;
+    let (mut guest, before) = builder.boot_used(16 * MIB, driver)?;
     let stress = Stress::start(&mut guest, Load::of(LOAD), 15)?;
     stress.wait_compared(&mut guest, 1, HANG_LIMIT)?;
     let parameters = json!({
@@ -34,7 +34,7 @@ pub fn check(driver: &str) -> Result<()> {
     stress.wait_compared(&mut guest, 1, HANG_LIMIT)?;
     println!("{:?}", stress.end_whole(&mut guest)?);
     guest.unload(driver)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 fn is_moved(guest: &mut Guest, artifacts: &Artifacts, adopt: bool) -> Result<()> {

@@ -102,14 +102,14 @@ pub fn private(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
         return exercise(builder(artifacts, cell), cell);
     }
     let driver = cell.entry.pair.driver();
-    let (mut guest, free) = boot(builder(artifacts, cell))?;
+    let (mut guest, before) = boot(builder(artifacts, cell))?;
     guest.load_module(driver.module())?;
     let output = guest.vmm().output().clone();
     output.wait_for(QEMU_SAYS, |line| line.contains(QEMU_SAYS), LIMIT)?;
     let status = guest.daemon()?.virtio_status()?;
     ensure!(status.status != "running", "{status:?}");
     guest.unload(driver)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 /// In the guest.
@@ -118,14 +118,14 @@ const GIGANTIC_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hu
 /// The guest's one area for a gigantic page is good for one with half of free memory in the balloon, whose pages may lie in
 /// it, and while a round is held.
 pub fn gigantic_page(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
-    let (mut guest, free) = boot(builder(artifacts, cell))?;
+    let (mut guest, before) = boot(builder(artifacts, cell))?;
     let driver = cell.entry.pair.driver();
     take_gigantic_page(&mut guest).context("without a driver")?;
     guest.load(driver)?;
     let whole = guest.balloon()?.balloon_actual()?;
     // More than lies outside the area.
-    let target = whole - (free - 1024 * MIB) / MIB * MIB;
-    let quarter = whole - free / 4 / MIB * MIB;
+    let target = whole - (before.free - 1024 * MIB) / MIB * MIB;
+    let quarter = whole - before.free / 4 / MIB * MIB;
     guest.balloon()?.balloon(target)?;
     guest.balloon()?.wait_balloon(target, LIMIT)?;
     guest.balloon()?.balloon(quarter)?;
@@ -136,10 +136,10 @@ pub fn gigantic_page(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     guest.hint_all()?;
     take_gigantic_page(&mut guest).context("in mid-round")?;
     guest.daemon()?.qmp().hint_done()?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest.exercise_whole()?;
     guest.unload(driver)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 fn take_gigantic_page(guest: &mut Guest) -> Result<()> {

@@ -38,22 +38,19 @@ const SIZE: u64 = 256 * MIB;
 
 pub fn dimm(artifacts: &Artifacts, cell: &Cell, dimm: Dimm) -> Result<()> {
     let driver = cell.entry.pair.driver();
-    let (mut guest, free) = boot(builder(artifacts, cell))?;
-    let used = guest.used_by_kernel()?;
+    let (mut guest, mut before) = boot(builder(artifacts, cell))?;
     guest.load(driver)?;
     match dimm {
-        Dimm::Inflated => inflated(&mut guest, driver, free)?,
+        Dimm::Inflated => inflated(&mut guest, driver, before.free)?,
         Dimm::Deflating => deflating(&mut guest, driver)?,
         Dimm::MidRound => mid_round(&mut guest)?,
         Dimm::InMigration => in_migration(&mut guest, artifacts)?,
-        Dimm::HintedOffline => hinted_offline(&mut guest)?,
+        Dimm::HintedOffline => before.used += hinted_offline(&mut guest)?,
     }
-    guest.check_used_by_kernel(used)?;
+    guest.check_memory(before)?;
     guest.exercise_whole()?;
     guest.unload(driver)?;
-    guest.check_used_by_kernel(used)?;
-    guest.check_log()?;
-    guest.power_off().map(drop)
+    guest.farewell(before)
 }
 
 /// Compaction moves the balloon's pages out of the DIMM, and the balloon is as large as before.
@@ -92,8 +89,8 @@ fn deflating(guest: &mut Guest, driver: Driver) -> Result<()> {
     const LEFT: u64 = 96 * MIB;
     plug(guest, 2 * SIZE)?;
     let whole = guest.balloon()?.balloon_actual()?;
-    let free = guest.settled_free()?;
-    let full = whole - (free - LEFT) / MIB * MIB;
+    let before = guest.settled()?;
+    let full = whole - (before.free - LEFT) / MIB * MIB;
     guest.balloon()?.balloon(full)?;
     guest.balloon()?.wait_balloon(full, LIMIT)?;
     guest.kernel_log()?;
@@ -126,7 +123,7 @@ fn deflating(guest: &mut Guest, driver: Driver) -> Result<()> {
 
 /// A DIMM comes and goes while a round is held, and the guest has back what it hinted.
 fn mid_round(guest: &mut Guest) -> Result<()> {
-    let used = guest.used_by_kernel()?;
+    let before = guest.settled()?;
     for hinted_first in [true, false] {
         if hinted_first {
             guest.hint_all()?;
@@ -140,7 +137,7 @@ fn mid_round(guest: &mut Guest) -> Result<()> {
         unplug(guest)?;
         guest.daemon()?.qmp().hint_done()?;
         guest
-            .check_used_by_kernel(used)
+            .check_memory(before)
             .with_context(|| format!("{held:?}"))?;
     }
     Ok(())
@@ -175,10 +172,12 @@ fn in_migration(guest: &mut Guest, artifacts: &Artifacts) -> Result<()> {
     Ok(())
 }
 
-/// A part of a DIMM in which nothing was in use before a round is taken offline while the round is held.
-fn hinted_offline(guest: &mut Guest) -> Result<()> {
+/// A part of a DIMM in which nothing was in use before a round is taken offline while the round is held. The DIMM stays, for
+/// its other parts are the kernel's: returns what its page structures take.
+fn hinted_offline(guest: &mut Guest) -> Result<u64> {
+    let before = guest.settled()?.used;
     let more = plug(guest, 2 * SIZE)?;
-    guest.settled_free()?;
+    let structures = guest.settled()?.used.saturating_sub(before);
     let unused = guest.call(FreePages {})?;
     let whole = blocks(guest)?.into_iter().find(|(_, block)| {
         let block: RangeSet = [*block].into_iter().collect();
@@ -197,22 +196,22 @@ fn hinted_offline(guest: &mut Guest) -> Result<()> {
     guest.call(WriteFile {
         path: format!("{BLOCKS}/{name}/state"),
         text: "online_kernel".to_owned(),
-    })
+    })?;
+    Ok(structures)
 }
 
 /// Grows with the driver loaded, is exercised, and shrinks while half of free memory is in the balloon.
 pub fn virtio_mem(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     let driver = cell.entry.pair.driver();
-    let (mut guest, free) = boot(builder(artifacts, cell))?;
-    let used = guest.used_by_kernel()?;
+    let (mut guest, before) = boot(builder(artifacts, cell))?;
     guest.load(driver)?;
-    let before = guest.mem_info()?.total();
+    let total = guest.mem_info()?.total();
     guest.load_module("virtio_mem")?;
     wait_virtio_mem(&mut guest, SIZE)?;
-    wait_total(&mut guest, before + SIZE)?;
+    wait_total(&mut guest, total + SIZE)?;
     guest.exercise_whole()?;
     let whole = guest.balloon()?.balloon_actual()?;
-    let half = (free + SIZE) / 2 / MIB * MIB;
+    let half = (before.free + SIZE) / 2 / MIB * MIB;
     guest.balloon()?.balloon(whole - half)?;
     guest.balloon()?.wait_balloon(whole - half, LIMIT)?;
     let path = "/machine/peripheral/vmem0";
@@ -227,9 +226,7 @@ pub fn virtio_mem(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, LIMIT)?;
     guest.unload(driver)?;
-    guest.check_used_by_kernel(used)?;
-    guest.check_log()?;
-    guest.power_off().map(drop)
+    guest.farewell(before)
 }
 
 fn wait_virtio_mem(guest: &mut Guest, size: u64) -> Result<()> {

@@ -26,19 +26,19 @@ pub enum Reset {
 /// target.
 pub fn reset(artifacts: &Artifacts, cell: &Cell, reset: Reset) -> Result<()> {
     let driver = cell.entry.pair.driver();
-    let (mut guest, free) = boot(builder(artifacts, cell))?;
+    let (mut guest, before) = boot(builder(artifacts, cell))?;
     guest.load(driver)?;
     let whole = guest.balloon()?.balloon_actual()?;
     let mut target = whole;
     match reset {
         Reset::Idle => {}
         Reset::Inflating => {
-            target -= free / 2 / MIB * MIB;
+            target -= before.free / 2 / MIB * MIB;
             guest.balloon()?.balloon(target)?;
             guest.balloon()?.wait_balloon_below(whole, LIMIT)?;
         }
         Reset::Inflated => {
-            target -= free / 2 / MIB * MIB;
+            target -= before.free / 2 / MIB * MIB;
             guest.balloon()?.balloon(target)?;
             guest.balloon()?.wait_balloon(target, LIMIT)?;
         }
@@ -52,9 +52,9 @@ pub fn reset(artifacts: &Artifacts, cell: &Cell, reset: Reset) -> Result<()> {
 
     let status = guest.daemon()?.virtio_status()?;
     ensure!(status.status == "no-driver", "{status:?}");
-    guest.check_free(free).context("without a driver")?;
+    guest.check_memory(before).context("without a driver")?;
     let filled = guest.call(Fill {
-        bytes: free - 48 * MIB,
+        bytes: before.free - 48 * MIB,
         keep_every: 1,
         seed: 33,
     })?;
@@ -73,8 +73,8 @@ pub fn reset(artifacts: &Artifacts, cell: &Cell, reset: Reset) -> Result<()> {
     }
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, LIMIT)?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest.exercise_whole()?;
     guest.unload(driver)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }

@@ -27,7 +27,7 @@ pub fn behind_iommu(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
         return Ok(());
     }
     let driver = cell.entry.pair.driver();
-    let (mut guest, free) = boot(builder(artifacts, cell))?;
+    let (mut guest, before) = boot(builder(artifacts, cell))?;
     guest.load(driver)?;
     let balloon = guest.balloon_device()?;
     ensure!(balloon.driver.is_none(), "{balloon:?}");
@@ -37,7 +37,7 @@ pub fn behind_iommu(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
         .partition(|line| line.text.contains(KERNEL_SAYS));
     ensure!(!refusals.is_empty() && others.is_empty(), "{log:?}");
     guest.unload(driver)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 /// Each takes a quarter of free memory, answers for statistics and hints, one after the other; then both give it back.
@@ -56,7 +56,7 @@ pub fn two_balloons(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
         "-device".to_owned(),
         device.to_string(),
     ];
-    let (mut guest, free) = boot(builder(artifacts, cell).hardware(hardware))?;
+    let (mut guest, before) = boot(builder(artifacts, cell).hardware(hardware))?;
     guest.load(driver)?;
     guest.call(WaitBalloons {
         count: 2,
@@ -64,17 +64,17 @@ pub fn two_balloons(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
         limit_ms: 60_000,
     })?;
     second.wait_driver()?;
-    let by = free / 4 / MIB * MIB;
+    let by = before.free / 4 / MIB * MIB;
     let wholes = [
         guest.balloon()?.balloon_actual()?,
         second.qmp().balloon_actual()?,
     ];
     let targets = wholes.map(|whole| whole - by);
     both(&mut guest, &mut second, targets)?;
-    let left = guest.settled_free()?;
+    let left = guest.settled()?;
     ensure!(
-        left.abs_diff(free - 2 * by) < 8 * MIB,
-        "{left} of {free} bytes are free with {by} in each balloon"
+        left.free.abs_diff(before.free - 2 * by) < 8 * MIB,
+        "{left:?} of {before:?} is left with {by} in each balloon"
     );
     for balloon in [guest.daemon()?.qmp(), second.qmp()] {
         let statistics: Value = balloon.query("query-guest-stats")?;
@@ -88,11 +88,11 @@ pub fn two_balloons(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
         balloon.hint_done()?;
         balloon.wait_hint_status("done")?;
     }
-    guest.check_free(left).context("after both rounds")?;
+    guest.check_memory(left).context("after both rounds")?;
     both(&mut guest, &mut second, wholes)?;
-    guest.check_free(free)?;
+    guest.check_memory(before)?;
     guest.unload(driver)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 fn both(guest: &mut Guest, second: &mut Daemon, targets: [u64; 2]) -> Result<()> {
@@ -121,22 +121,25 @@ pub fn swap(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     for command in ["mkswap /dev/vda", "swapon /dev/vda"] {
         run(&mut guest, command)?;
     }
-    let free = guest.settled_free()?;
+    let before = guest.settled()?;
     guest.load(driver)?;
     let filled = guest.call(Fill {
-        bytes: free / 2,
+        bytes: before.free / 2,
         keep_every: 1,
         seed: 34,
     })?;
     let workload = filled.workload;
     let whole = guest.balloon()?.balloon_actual()?;
     // A quarter of it must go.
-    let target = whole - (free / 8 * 5) / MIB * MIB;
+    let target = whole - (before.free / 8 * 5) / MIB * MIB;
     guest.balloon()?.balloon(target)?;
     guest.balloon()?.wait_balloon(target, LIMIT)?;
     let memory = guest.mem_info()?;
     let swapped = memory.field("SwapTotal") - memory.field("SwapFree");
-    ensure!(swapped > free / 16, "only {swapped} bytes went to swap");
+    ensure!(
+        swapped > before.free / 16,
+        "only {swapped} bytes went to swap"
+    );
     for _ in 0..2 {
         let found = guest.call(Verify { workload })?;
         ensure!(found.wrong == 0 && found.pages == filled.kept, "{found:?}");
@@ -146,7 +149,7 @@ pub fn swap(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     guest.call(Free { workload })?;
     run(&mut guest, "swapoff /dev/vda")?;
     guest.unload(driver)?;
-    guest.farewell(free)
+    guest.farewell(before)
 }
 
 fn run(guest: &mut Guest, command: &str) -> Result<()> {
