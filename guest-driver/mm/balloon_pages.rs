@@ -17,8 +17,11 @@ use super::{BlockList, PageBlock, PageRef, ShortNodes};
 use crate::bindings as helpers;
 use crate::virtio::work::give_way;
 
-/// How many pages are taken out of a balloon under one lock, with interrupts off, at most.
+/// The most pages that are taken out of a balloon at a time.
 const CHUNK: usize = 256;
+/// The most of them that the kernel takes out under one lock, with interrupts off. It works out the
+/// reserves of all zones of all nodes again for each page.
+const AT_ONCE: usize = 32;
 /// A search for pages on a node ends when it has found so many times more than are wanted: the
 /// next ones who search find them first.
 const SURPLUS: usize = 16;
@@ -221,11 +224,28 @@ impl<M: MigratePages> BalloonPages<M> {
         }
     }
 
-    /// Takes up to `max` pages out of the balloon, 256 at most: the kernel does it with interrupts off.
+    /// Takes up to `max` pages out of the balloon, 256 at most.
     ///
     /// May return fewer, even none, although there are more: isolated pages are not available.
     pub fn dequeue(&self, max: usize) -> BlockList<BalloonPage> {
         let max = max.min(CHUNK);
+        let mut pages = BlockList::new();
+        while pages.len() < max {
+            let wanted = AT_ONCE.min(max - pages.len());
+            let some = self.dequeue_at_once(wanted);
+            let are_all = some.len() < wanted;
+            pages.append(some);
+            if are_all {
+                break;
+            }
+        }
+        self.count.fetch_sub(pages.len(), Relaxed);
+        pages
+    }
+
+    /// Takes up to `max` pages out under one lock, with interrupts off. They still count as pages of
+    /// the balloon.
+    fn dequeue_at_once(&self, max: usize) -> BlockList<BalloonPage> {
         let mut pages = BlockList::new();
         let head = Opaque::<bindings::list_head>::uninit();
         // SAFETY: The head stays where it is for as long as it is linked: until the list is empty
@@ -238,7 +258,6 @@ impl<M: MigratePages> BalloonPages<M> {
             // SAFETY: The head was initialised above.
             let entry = unsafe { (*head.get()).next };
             if entry == head.get() {
-                self.count.fetch_sub(pages.len(), Relaxed);
                 break pages;
             }
             // SAFETY: Each entry is the `lru` of a page that was in the balloon, and that is ours
