@@ -43,6 +43,9 @@ pub struct Artifacts {
 pub struct Kernel {
     /// What the VMM boots, or, of user-mode Linux, the program itself.
     pub image: PathBuf,
+    /// What is packed in `image`, if it is there by itself as well: that starts sooner.
+    #[serde(default)]
+    pub unpacked: Option<PathBuf>,
     /// `virtio_balloon.ko`, uncompressed.
     pub c_driver: PathBuf,
     /// `virtio_balloon_rs.ko`.

@@ -355,7 +355,13 @@ impl<'a> Builder<'a> {
             console: self.console,
         };
         let started = match vmm {
-            Vmm::Qemu => qemu::start(&self.artifacts.rootfs, &kernel.image, &machine)?,
+            Vmm::Qemu => {
+                /// With less, an unpacked kernel leaves no room for the initramfs.
+                const ROOM: u64 = 192 * MIB;
+                let unpacked = kernel.unpacked.as_ref().filter(|_| self.memory >= ROOM);
+                let image = unpacked.unwrap_or(&kernel.image);
+                qemu::start(&self.artifacts.rootfs, image, &machine)?
+            }
             Vmm::Uml => uml::start(&kernel.image, &[], &machine)?,
             Vmm::Debug => uml::start(&kernel.image, &uml::DEBUG_ARGUMENTS, &machine)?,
         };

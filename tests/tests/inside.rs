@@ -37,6 +37,7 @@ fn soft_dirty_bits_in_qemu_move_a_guest_of_user_mode_linux_with_our_driver() -> 
 }
 
 #[test]
+#[ignore = "takes minutes: docs/testing.md"]
 fn soft_dirty_bits_in_qemu_move_a_guest_of_user_mode_linux_with_the_c_driver() -> Result<()> {
     moved_inside("c")
 }

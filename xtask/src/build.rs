@@ -14,6 +14,7 @@ use crate::place;
 use crate::progress::say;
 use crate::run;
 use crate::setup::{Kernel, SetUp};
+use crate::unpacked;
 
 /// Guests are x86-64, as the host must be.
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -70,13 +71,16 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
         ));
         let our_driver = Some(module::make(set_up, kernel, false)?);
         let tree = set_up.tree(kernel)?;
-        let (image, c_driver) = match kernel {
+        let (image, unpacked, c_driver) = match kernel {
             Kernel::Stock => {
                 let parts = set_up.rootfs.join("kernel");
-                (parts.join("vmlinuz"), parts.join("virtio_balloon.ko"))
+                let image = parts.join("vmlinuz");
+                let unpacked = unpacked::ensure(&image, &target_folder()?)?;
+                (image, unpacked, parts.join("virtio_balloon.ko"))
             }
             Kernel::Uml | Kernel::Debug => (
                 tree.join("linux"),
+                None,
                 tree.join("drivers/virtio/virtio_balloon.ko"),
             ),
         };
@@ -87,6 +91,7 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
         };
         *place = Some(GuestKernel {
             image,
+            unpacked,
             c_driver,
             our_driver,
             modules: Vec::new(),

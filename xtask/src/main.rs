@@ -18,6 +18,7 @@ mod sandbox;
 mod setup;
 mod sources;
 mod test;
+mod unpacked;
 mod unsafe_count;
 
 use std::process::ExitCode;

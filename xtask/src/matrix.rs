@@ -99,6 +99,7 @@ pub fn prepare(artifacts: &mut Artifacts, which: Option<&str>) -> Result<()> {
             peer.series().to_owned(),
             GuestKernel {
                 image: kernel.image,
+                unpacked: None,
                 modules: modules.into_iter().filter(|path| more(path)).collect(),
                 c_driver,
                 our_driver,

@@ -10,8 +10,8 @@ use tests::stress::{Load, Stress};
 use tests::vmm::Vmm;
 use tests::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
-const MEMORY: u64 = 128 * MIB;
-const LOAD: u64 = 24 * MIB;
+const MEMORY: u64 = 72 * MIB;
+const LOAD: u64 = 8 * MIB;
 
 /// Moves one with our driver, or with the kernel's own.
 pub fn check(driver: &str) -> Result<()> {
