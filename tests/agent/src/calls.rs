@@ -106,6 +106,14 @@ calls! {
         workload: u32,
     } -> ();
 
+    /// Gives back, of the pages of a workload that are not kept, the `pages` with the lowest physical addresses.
+    ReleaseLowest {
+        /// As [`Filled::workload`] said.
+        workload: u32,
+        /// How many.
+        pages: u64,
+    } -> ();
+
     /// Ends a workload's process, and with it all its memory.
     Free {
         /// As [`Filled::workload`] said.

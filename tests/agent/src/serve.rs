@@ -129,6 +129,9 @@ impl Agent {
             AnyCall::KernelLog(_) => encode(self.log.rest()?),
             AnyCall::Fill(call) => encode(self.workloads.fill(&call)?),
             AnyCall::Release(call) => encode(self.workloads.release(call.workload)?),
+            AnyCall::ReleaseLowest(call) => {
+                encode(self.workloads.release_lowest(call.workload, call.pages)?)
+            }
             AnyCall::Verify(call) => encode(self.workloads.verify(call.workload)?),
             AnyCall::KeptPages(call) => encode(self.workloads.kept_pages(call.workload)?),
             AnyCall::Free(call) => encode(self.workloads.free(call.workload)?),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What here needs `unsafe`: a system call that no crate wraps, and a fork.
+//! What here needs `unsafe`: system calls that no crate wraps safely, and a fork.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -24,6 +24,19 @@ pub fn kexec_file_load(kernel: &File, initramfs: &File, command_line: &CStr) -> 
             NO_FLAGS,
         )
     };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Gives the pages of private anonymous memory back to the kernel. They hold zeroes afterwards.
+pub fn give_back(pages: &mut [u8]) -> io::Result<()> {
+    // SAFETY: madvise(2) refuses a range that does not begin with a page. What it takes away is borrowed for writing, and zeroes, or
+    // what a file holds, are as good as any other bytes.
+    let result =
+        unsafe { libc::madvise(pages.as_mut_ptr().cast(), pages.len(), libc::MADV_DONTNEED) };
     if result == 0 {
         Ok(())
     } else {

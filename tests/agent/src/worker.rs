@@ -17,6 +17,7 @@ use crate::churn::Pieces;
 use crate::file_churn::Files;
 use crate::fork_churn::Forks;
 use crate::job::Running;
+use crate::sys;
 use crate::workloads::Order;
 
 /// Obeys orders until standard input ends.
@@ -59,6 +60,9 @@ fn obey(state: &mut State, order: Order) -> Result<Value> {
         Order::Release => {
             some(held)?.rest = None;
             serde_json::to_value(())
+        }
+        Order::ReleaseLowest(pages) => {
+            serde_json::to_value(some(held)?.release_lowest(usize::try_from(pages)?)?)
         }
         Order::Verify => serde_json::to_value(some(held)?.verify()),
         Order::KeptPages => serde_json::to_value(some(held)?.physical()?),
@@ -156,26 +160,60 @@ impl Held {
     }
 
     fn physical(&self) -> Result<RangeSet> {
-        const PRESENT: u64 = 1 << 63;
-        const FRAME: u64 = (1 << 55) - 1;
-        let pagemap = File::open("/proc/self/pagemap").context("cannot open my page map")?;
-        let frame_of = |bytes: &[u8]| {
-            let mut entry = [0; size_of::<u64>()];
-            let place = bytes.as_ptr().addr() / PAGE * size_of::<u64>();
-            pagemap
-                .read_exact_at(&mut entry, u64::try_from(place)?)
-                .context("cannot read my page map")?;
-            let entry = u64::from_le_bytes(entry);
-            ensure!(
-                entry & PRESENT != 0 && entry & FRAME != 0,
-                "a kept page has no frame: entry {entry:#x}"
-            );
+        let map = PageMap::open()?;
+        let range_of = |bytes: &[u8]| {
             Ok(PhysicalRange {
-                start: (entry & FRAME) * PAGE as u64,
+                start: map.frame_of(bytes)? * PAGE as u64,
                 length: PAGE as u64,
             })
         };
-        self.pages().map(frame_of).collect()
+        self.pages().map(range_of).collect()
+    }
+
+    fn release_lowest(&mut self, pages: usize) -> Result<()> {
+        let map = PageMap::open()?;
+        let rest = self.rest.as_mut().context("all is kept")?;
+        let mut places: Vec<(u64, &mut [u8])> = rest
+            .chunks_exact_mut(PAGE)
+            .map(|bytes| Ok((map.frame_of(bytes)?, bytes)))
+            .collect::<Result<_>>()?;
+        ensure!(
+            pages <= places.len(),
+            "there are only {} pages",
+            places.len()
+        );
+        places.sort_unstable_by_key(|(frame, _)| *frame);
+        for (_, bytes) in places.into_iter().take(pages) {
+            sys::give_back(bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Where this process's pages lie in physical memory.
+struct PageMap(File);
+
+impl PageMap {
+    fn open() -> Result<Self> {
+        let file = File::open("/proc/self/pagemap").context("cannot open my page map")?;
+        Ok(Self(file))
+    }
+
+    /// The frame of the page that begins where `bytes` begin.
+    fn frame_of(&self, bytes: &[u8]) -> Result<u64> {
+        const PRESENT: u64 = 1 << 63;
+        const FRAME: u64 = (1 << 55) - 1;
+        let mut entry = [0; size_of::<u64>()];
+        let place = bytes.as_ptr().addr() / PAGE * size_of::<u64>();
+        self.0
+            .read_exact_at(&mut entry, u64::try_from(place)?)
+            .context("cannot read my page map")?;
+        let entry = u64::from_le_bytes(entry);
+        ensure!(
+            entry & PRESENT != 0 && entry & FRAME != 0,
+            "a page has no frame: entry {entry:#x}"
+        );
+        Ok(entry & FRAME)
     }
 }
 

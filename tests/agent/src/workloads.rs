@@ -25,6 +25,8 @@ pub enum Order {
     Fill(Fill),
     /// Give back what is not kept.
     Release,
+    /// Give back so many pages of what is not kept: those with the lowest physical addresses.
+    ReleaseLowest(u64),
     /// Compare what is kept.
     Verify,
     /// Say where it lies.
@@ -88,6 +90,11 @@ impl Workloads {
     /// Has one give back what it does not keep.
     pub fn release(&mut self, workload: u32) -> Result<()> {
         self.find(workload)?.order(&Order::Release)
+    }
+
+    /// Has one give back so many pages of what it does not keep.
+    pub fn release_lowest(&mut self, workload: u32, pages: u64) -> Result<()> {
+        self.find(workload)?.order(&Order::ReleaseLowest(pages))
     }
 
     /// Has one compare what it keeps.
