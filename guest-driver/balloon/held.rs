@@ -5,6 +5,7 @@
 use core::ops::Range;
 
 use kernel::prelude::*;
+use kernel::sync::atomic::{Atomic, Relaxed};
 use kernel::sync::{new_mutex, new_spinlock, Arc, Mutex, SpinLock};
 
 use super::counters::Counters;
@@ -32,6 +33,8 @@ pub(crate) struct Held {
     #[pin]
     blocks: SpinLock<Blocks>,
     counters: Arc<Counters>,
+    /// How many pages went back to the guest, ever; those that went into the balloon are not among them.
+    given_back: Atomic<usize>,
     #[pin]
     clear: Task<Self, CLEAR>,
     /// Held while pages are on their way to being [`cleared`](Blocks::cleared).
@@ -89,6 +92,7 @@ impl Held {
         pin_init!(Self {
             blocks <- new_spinlock!(Blocks::default(), "Held::blocks"),
             counters,
+            given_back: Atomic::new(0),
             clear <- new_task!(work_queue, "Held::clear"),
             clearing <- new_mutex!((), "Held::clearing"),
         })
@@ -142,7 +146,11 @@ impl Held {
         }
         let parts = [blocks.opened.take(), blocks.cleared.take()];
         drop(blocks);
-        parts.into_iter().flatten().for_each(LentPages::release);
+        for part in parts.into_iter().flatten() {
+            let pages = part.pages();
+            part.release();
+            self.given_back.fetch_add(pages, Relaxed);
+        }
     }
 
     /// Gives a block back that the device is done with. Returns whether there was one.
@@ -152,9 +160,20 @@ impl Held {
 
     fn release_done(&self) -> Option<usize> {
         let block = self.blocks.lock().done.pop()?;
+        Some(self.release_block(block))
+    }
+
+    /// Gives a block back as it is, which the device is done with, and returns how many pages it has.
+    pub(crate) fn release_block(&self, block: LentBlock) -> usize {
         let pages = block.block().pages();
         block.release();
-        Some(pages)
+        self.given_back.fetch_add(pages, Relaxed);
+        pages
+    }
+
+    /// How many pages went back to the guest so far. Wraps.
+    pub(crate) fn given_back(&self) -> usize {
+        self.given_back.load(Relaxed)
     }
 
     /// Gives all blocks back to the guest, without their content. May sleep, and take long.
@@ -258,6 +277,7 @@ impl Held {
             self.count_zeroed(pages);
         }
         drop(block);
+        self.given_back.fetch_add(pages, Relaxed);
         pages
     }
 
@@ -267,6 +287,7 @@ impl Held {
             self.count_zeroed(pages);
         }
         drop(part);
+        self.given_back.fetch_add(pages, Relaxed);
         pages
     }
 

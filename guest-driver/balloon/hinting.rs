@@ -70,6 +70,8 @@ const TURNS_TIME: Delta = Delta::from_millis(5);
 const OOM_PAGES: usize = 1024;
 /// How long a device from which blocks are wanted back may return none.
 const PATIENCE: Delta = Delta::from_secs(2);
+/// How long is waited for one that returns a block now and then.
+const LONGEST_PATIENCE: Delta = Delta::from_secs(10);
 
 /// If the page allocator is so slow that filling the ring takes longer than this (it may have to
 /// clear each block), the device is notified on the way, to work meanwhile.
@@ -127,6 +129,8 @@ struct Round {
     noticed: usize,
     /// The others.
     unnoticed: usize,
+    /// When the device last returned a buffer.
+    returned: Instant<Monotonic>,
     /// When the device was notified last.
     notified: Instant<Monotonic>,
     /// There was no memory to give the device a buffer.
@@ -168,6 +172,7 @@ impl Hinting {
             in_flight_pages: 0,
             noticed: 0,
             unnoticed: 0,
+            returned: Instant::now(),
             notified: Instant::now(),
             short: false,
             silent: false,
@@ -235,25 +240,24 @@ impl Hinting {
     /// Waits until nothing is in flight any more. It [is paused](Self::is_paused); the device may
     /// keep a block, but not hold this up for long, nor time and again. Ends when the driver goes.
     fn wait_for_device(&self) {
-        let mut last = Instant::now();
-        while self.awaits_device(&mut last) {
+        let since = Instant::now();
+        while self.may_return_more(&mut self.round.lock(), since) {
             fsleep(Delta::from_millis(1));
         }
     }
 
-    /// Whether to wait for what is in flight. Collects what the device has used: `last` is when it
-    /// last used anything.
-    fn awaits_device(&self, last: &mut Instant<Monotonic>) -> bool {
-        let mut round = self.round.lock();
-        if self.collect(&mut round) {
-            *last = Instant::now();
-        }
+    /// Collects what the device has returned, and tells whether to wait for more; `since` is since
+    /// when that is done.
+    fn may_return_more(&self, round: &mut Round, since: Instant<Monotonic>) -> bool {
+        self.collect(round);
         let is_over = self.stopping.load(Relaxed) || self.queue.is_broken();
         if is_over || !round.any_in_flight() {
             return false;
         }
-        self.notify(&mut round);
-        round.silent |= last.elapsed() > PATIENCE;
+        self.notify(round);
+        let waited = since.elapsed();
+        let is_overdue = waited > PATIENCE && round.returned.elapsed() > PATIENCE;
+        round.silent |= is_overdue || waited > LONGEST_PATIENCE;
         !round.silent
     }
 
@@ -303,6 +307,7 @@ impl Hinting {
         while let Some((buffer, _)) = self.queue.pop() {
             any = true;
             round.silent = false;
+            round.returned = Instant::now();
             round.patience = LOOK_MIN;
             round.came_back();
             match buffer {
@@ -333,7 +338,7 @@ impl Hinting {
     fn keep(&self, round: &Round, block: LentBlock) {
         let tag = block.block().tag();
         if round.is_done(tag) {
-            block.release();
+            self.held.release_block(block);
         } else if tag == round.number {
             self.held.hold(block);
         } else {
@@ -661,26 +666,25 @@ impl OnMemoryOffline for Hinting {
 impl OnOutOfMemory for Hinting {
     fn give_back(self: &Arc<Self>) -> usize {
         let since: Instant<Monotonic> = Instant::now();
+        let before = self.held.given_back();
+        // Whoever gives blocks back: they are free.
+        let freed = || self.held.given_back().wrapping_sub(before);
         loop {
-            let overdue = since.elapsed() > PATIENCE;
             let may_come = match self.round.try_lock() {
-                Some(mut round) => {
-                    self.collect(&mut round);
-                    self.notify(&mut round);
-                    round.silent |= overdue && round.any_in_flight();
-                    round.any_in_flight() && !round.silent
-                }
-                None => true,
+                Some(mut round) => self.may_return_more(&mut round, since),
+                None => since.elapsed() < LONGEST_PATIENCE,
             };
-            if let Some(freed) = self.held.scan(OOM_PAGES) {
-                return freed;
+            if freed() == 0 {
+                self.held.scan(OOM_PAGES);
             }
-            let is_over = self.stopping.load(Relaxed) || self.queue.is_broken();
-            if !may_come || is_over || overdue {
-                return 0;
+            if freed() > 0 || !may_come {
+                break;
             }
             fsleep(Delta::from_millis(1));
         }
+        // No interrupt comes for what was collected here.
+        self.wake();
+        freed()
     }
 }
 
@@ -689,9 +693,7 @@ impl OnSleep for Hinting {
     fn prepare(self: &Arc<Self>) {
         self.asleep.store(true, Relaxed);
         self.wait_for_device();
-        let round = self.round.lock();
         self.held.give_up();
-        drop(round);
     }
 
     fn over(self: &Arc<Self>) {
@@ -777,6 +779,11 @@ mod tests {
             self.hinting.command_changed();
         }
 
+        /// Works until there is nothing to do. The device does nothing meanwhile.
+        fn work(&self) {
+            while self.hinting.work() {}
+        }
+
         /// Lets the device use one buffer.
         fn answer(&self) -> Option<Found> {
             let seen = self.bound.device.take(0)?;
@@ -797,7 +804,7 @@ mod tests {
         fn settle(&self) -> Result<KVec<Found>> {
             let mut all = KVec::new();
             loop {
-                while self.hinting.work() {}
+                self.work();
                 let suppressed = self.bound.device.interrupts_suppressed(0);
                 let Some(found) = self.answer() else {
                     break Ok(all);
@@ -850,10 +857,10 @@ mod tests {
             let rig = Rig::new(entries)?;
             rig.provide(BLOCKS)?;
             rig.command(FIRST);
-            rig.hinting.work();
+            rig.work();
             assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
             for _ in 0..3 {
-                rig.hinting.work();
+                rig.work();
                 assert_eq!(rig.answer(), Some(BLOCK));
             }
             rig.command(FIRST + 1);
@@ -880,9 +887,9 @@ mod tests {
         let rig = Rig::new(1)?;
         rig.provide(BLOCKS)?;
         rig.command(FIRST);
-        while rig.hinting.work() {}
+        rig.work();
         rig.command(FIRST + 1);
-        while rig.hinting.work() {}
+        rig.work();
         rig.command(FIRST + 2);
         // On a slow machine a run may end early, and want another.
         assert!((0..100).any(|_| !rig.hinting.work()));
@@ -919,9 +926,9 @@ mod tests {
         let rig = Rig::new(4)?;
         rig.provide(2)?;
         rig.command(FIRST);
-        rig.hinting.work();
+        rig.work();
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
-        rig.hinting.work();
+        rig.work();
         assert_eq!(rig.answer(), Some(BLOCK));
         assert_eq!(rig.held.count(), 0);
         assert_eq!(rig.hinting.give_back(), 4);
@@ -957,14 +964,14 @@ mod tests {
         let rig = Rig::new(4)?;
         rig.provide(8)?;
         rig.command(FIRST);
-        rig.hinting.work();
+        rig.work();
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
-        rig.hinting.work();
+        rig.work();
         assert_eq!(rig.answer(), Some(BLOCK));
         // Two more are with the device, which answers when it is notified.
         rig.bound.device.answer_at_once(true);
         rig.hinting.asleep.store(true, Relaxed);
-        rig.hinting.work();
+        rig.work();
         rig.bound.device.answer_at_once(false);
         while rig.answer().is_some() {}
         rig.hinting.prepare();
@@ -986,13 +993,16 @@ mod tests {
         let rig = Rig::new(4)?;
         rig.provide(8)?;
         rig.command(FIRST);
-        rig.hinting.work();
+        rig.work();
         let in_flight = rig.counters.hinted_blocks.get() as usize;
         assert!(in_flight > 1);
         rig.hinting.prepare();
         assert_eq!(rig.held.count(), 0);
         // It is not waited for a second time, before it answers.
-        let awaits_device = || rig.hinting.awaits_device(&mut Instant::now());
+        let awaits_device = || {
+            let round = &mut rig.hinting.round.lock();
+            rig.hinting.may_return_more(round, Instant::now())
+        };
         assert!(!awaits_device());
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
         assert!(awaits_device());
@@ -1009,8 +1019,11 @@ mod tests {
         let rig = Rig::new(4)?;
         rig.provide(8)?;
         rig.command(FIRST);
-        rig.hinting.work();
-        let awaits_device = || rig.hinting.awaits_device(&mut Instant::now());
+        rig.work();
+        let awaits_device = || {
+            let round = &mut rig.hinting.round.lock();
+            rig.hinting.may_return_more(round, Instant::now())
+        };
         assert!(awaits_device());
         rig.hinting.disable();
         assert!(!awaits_device());
@@ -1022,9 +1035,9 @@ mod tests {
         let rig = Rig::new(4)?;
         rig.provide(8)?;
         rig.command(FIRST);
-        rig.hinting.work();
+        rig.work();
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
-        rig.hinting.work();
+        rig.work();
         assert!(rig.held.count() < 8 * 4);
         rig.bound.reset();
         rig.hinting.recover();
@@ -1032,6 +1045,22 @@ mod tests {
         let fills = state::allocator_fills_pages();
         let zeroed = rig.counters.zeroed_pages.get();
         assert_eq!(zeroed, if fills { 0 } else { 8 * 4 });
+        Ok(())
+    }
+
+    /// The device is done with the round, and returns what was still in flight only then.
+    #[test]
+    fn who_finds_no_memory_gets_what_the_device_returns_at_last() -> Result {
+        let rig = Rig::new(4)?;
+        rig.provide(8)?;
+        rig.command(FIRST);
+        rig.work();
+        rig.command(DONE);
+        rig.work();
+        assert_eq!(rig.held.count(), 0);
+        assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
+        assert_eq!(rig.answer(), Some(BLOCK));
+        assert_eq!(rig.hinting.give_back(), 4);
         Ok(())
     }
 

@@ -171,6 +171,9 @@ impl Data {
         };
 
         works.find_queues(dev, features)?;
+        let counters = CountersFile::new(printer, counters)?;
+        // Before anything that starts the work: the device must not be notified before it is ready.
+        works.start(dev, features)?;
         let shrinker = match &works.hinting {
             Some(hinting) => Some(Shrinker::register(c"virtio-balloon-rs", hinting.held())?),
             None => None,
@@ -182,7 +185,6 @@ impl Data {
             ),
             None => (None, None),
         };
-        let counters = CountersFile::new(printer, counters)?;
         let hint_oom_notifier = match &works.hinting {
             // Asked first: these pages are free.
             Some(hinting) => Some(OomNotifier::register(OOM_PRIORITY + 1, hinting.clone())?),
@@ -204,7 +206,6 @@ impl Data {
         };
         let registrations = new_mutex!(registrations, "Data::registrations");
         let registrations = KBox::pin_init(registrations, GFP_KERNEL)?;
-        works.start(dev, features)?;
         // The last thing: a report that the device has got is over only when the device is reset.
         if let Some(reporting) = &works.reporting {
             let registration = reporting.register()?;

@@ -34,6 +34,8 @@ const RETRY_MIN: Msecs = 200;
 const RETRY_MAX: Msecs = 3200;
 /// How long to wait for pages that the kernel is migrating.
 const ISOLATED_RETRY: Msecs = 10;
+/// After how long the queues are looked at, should no interrupt come for what the device has answered.
+const ANSWER_RETRY: Msecs = 1000;
 /// How often at most a shortage of memory is worth a line in the log.
 const COMPLAINT_INTERVAL: Delta = Delta::from_secs(5);
 /// How long a device that must take all pages back may make no progress.
@@ -55,6 +57,7 @@ const ADJUST: u32 = 0;
 const STEER: u64 = 1;
 const RETRY: u64 = 2;
 const ISOLATED: u64 = 3;
+const ANSWER: u64 = 4;
 
 /// The balloon's size, and all that changes it.
 #[pin_data]
@@ -85,6 +88,8 @@ pub(crate) struct Sizing {
     retry: Task<Self, RETRY>,
     #[pin]
     isolated: Task<Self, ISOLATED>,
+    #[pin]
+    answer: Task<Self, ANSWER>,
 }
 
 /// What the turns know. The lock makes them one at a time; memory is allocated under it.
@@ -119,6 +124,7 @@ impl_has_task! {
     impl HasTask<1> for Sizing { self.steer }
     impl HasTask<2> for Sizing { self.retry }
     impl HasTask<3> for Sizing { self.isolated }
+    impl HasTask<4> for Sizing { self.answer }
 }
 
 impl Sizing {
@@ -163,7 +169,8 @@ impl Sizing {
             counters,
             steer <- new_task!(work_queue.clone(), "Sizing::steer"),
             retry <- new_task!(work_queue.clone(), "Sizing::retry"),
-            isolated <- new_task!(work_queue, "Sizing::isolated"),
+            isolated <- new_task!(work_queue.clone(), "Sizing::isolated"),
+            answer <- new_task!(work_queue, "Sizing::answer"),
         });
         Arc::pin_init(sizing, GFP_KERNEL)
     }
@@ -242,6 +249,7 @@ impl Sizing {
         self.traffic().close();
         work::disable::<Self, RETRY>(self);
         work::disable::<Self, ISOLATED>(self);
+        work::disable::<Self, ANSWER>(self);
         work::disable::<Self, STEER>(self);
         self.wakeup.take_up(ADJUST);
         self.wakeup.rest();
@@ -471,7 +479,11 @@ impl Sizing {
                 turn.rescued = None;
                 self.wakeup.rest();
             }
-            Progress::Waiting | Progress::Blocked(SendError::RingFull) => {}
+            Progress::Waiting | Progress::Blocked(SendError::RingFull) => {
+                // The interrupt does not come if a task that migrates a page has taken the answers.
+                let delay = msecs_to_jiffies(ANSWER_RETRY);
+                work::enqueue_delayed::<Self, ANSWER>(self, delay);
+            }
             Progress::Blocked(SendError::NoMemory) => {
                 self.retry_later(&mut turn);
                 self.wakeup.rest();
@@ -545,6 +557,13 @@ impl Run<1> for Sizing {
 
 /// What comes when memory may be there again: the work proper.
 impl Run<2> for Sizing {
+    fn run(this: Arc<Self>) {
+        this.wake();
+    }
+}
+
+/// What comes instead of an interrupt: the work proper.
+impl Run<4> for Sizing {
     fn run(this: Arc<Self>) {
         this.wake();
     }

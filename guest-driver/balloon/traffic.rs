@@ -101,6 +101,10 @@ struct State {
     moves: [Move; MOVES],
     /// How many pages came out of the balloon and were freed, ever.
     released: u64,
+    /// How many buffers the device has used, ever.
+    answers: u64,
+    /// The number of answers when the migration of a page last waited in vain for room on a ring.
+    in_vain_at: Option<u64>,
 }
 
 /// Where a request about a page that is moved is.
@@ -136,6 +140,8 @@ impl Traffic {
             spare,
             moves: [a?, b?, c?, d?, e?, f?, g?, h?].map(Move::Idle),
             released: 0,
+            answers: 0,
+            in_vain_at: None,
         };
         let (inflate, deflate) = (Virtqueue::new(c"inflate")?, Virtqueue::new(c"deflate")?);
         Ok(pin_init!(Self {
@@ -257,6 +263,7 @@ impl Traffic {
         let this = pages.migrator();
         let mut state = this.state.lock();
         while let Some((buffer, _)) = this.inflate.pop() {
+            state.answers = state.answers.wrapping_add(1);
             match Returned::from(buffer) {
                 Returned::Request(mut request) => {
                     this.counters.acknowledged(Queue::Inflate, request.pfns());
@@ -275,6 +282,7 @@ impl Traffic {
             }
         }
         while let Some((buffer, _)) = this.deflate.pop() {
+            state.answers = state.answers.wrapping_add(1);
             match Returned::from(buffer) {
                 Returned::Request(mut request) => {
                     this.counters.acknowledged(Queue::Deflate, request.pfns());
@@ -680,7 +688,8 @@ impl Traffic {
             (&self.inflate, new)
         };
         if queue.free_entries() == 0 && !queue.is_broken() {
-            return Ok(None);
+            let in_vain = state.in_vain_at == Some(state.answers);
+            return if in_vain { Err(EBUSY) } else { Ok(None) };
         }
         let Some(mut request) = state.begin_move()? else {
             return Ok(None);
@@ -716,9 +725,11 @@ impl Traffic {
         Ok(Some(Begun::Removing(slot)))
     }
 
-    /// The device does not answer: nobody relies on it any more.
+    /// The device does not answer: nobody relies on it any more, nor waits again before it has answered.
     fn give_up_waiting(&self) {
-        for place in &mut self.state.lock().moves {
+        let mut state = self.state.lock();
+        state.in_vain_at = Some(state.answers);
+        for place in &mut state.moves {
             if matches!(place, Move::Leaving) {
                 *place = Move::Forgotten;
             }
@@ -793,10 +804,13 @@ mod tests {
     }
 
     fn balloon_of(must_tell_host: bool) -> Result<(Bound, Pin<KBox<Pages>>)> {
+        balloon_on(Bound::new()?, must_tell_host)
+    }
+
+    fn balloon_on(bound: Bound, must_tell_host: bool) -> Result<(Bound, Pin<KBox<Pages>>)> {
         let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
         let pages = BalloonPages::new(false, Traffic::new(counters, must_tell_host)?);
         let pages = KBox::pin_init(pages, GFP_KERNEL)?;
-        let bound = Bound::new()?;
         let traffic = pages.migrator();
         let queues: [&dyn crate::virtio::AnyQueue; 2] =
             [traffic.inflate_queue(), traffic.deflate_queue()];
@@ -1015,6 +1029,23 @@ mod tests {
         bound.device.answer_at_once(true);
         let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Ok(Migrated::Replaced));
+        Ok(())
+    }
+
+    #[test]
+    fn a_ring_that_stays_full_keeps_one_migration_waiting_and_not_the_next() -> Result {
+        let (bound, pages) = balloon_on(Bound::with_entries(1)?, true)?;
+        let traffic = pages.migrator();
+        let (full, first) = request(traffic, 1)?;
+        traffic.send_in(full)?;
+        let (new, old) = two_pages()?;
+        assert_eq!(migrate(&pages, &new, &old), Err(EBUSY));
+        let (mut next, mut previous) = (None, None);
+        let begun = traffic.begin(&mut next, &mut previous);
+        assert!(matches!(begun, Err(error) if error == EBUSY));
+        assert_eq!(bound.device.answer(INFLATE), Some(first));
+        bound.device.answer_at_once(true);
+        assert_eq!(migrate(&pages, &new, &old), Ok(Migrated::Replaced));
         Ok(())
     }
 

@@ -257,6 +257,19 @@ void vbrs_uncount_balloon_page(struct page *page)
 	dec_node_page_state(page, NR_BALLOON_PAGES);
 }
 
+/*
+ * For a page that another one has replaced in the balloon. The balloon code (7.3)
+ * leaves it counted as a balloon page of its node, and later takes the new one off
+ * the count of another.
+ */
+void vbrs_recount_balloon_page(struct page *old, struct page *new)
+{
+	if (page_to_nid(old) == page_to_nid(new))
+		return;
+	dec_node_page_state(old, NR_BALLOON_PAGES);
+	inc_node_page_state(new, NR_BALLOON_PAGES);
+}
+
 struct shrinker *vbrs_shrinker_alloc(const char *name)
 {
 	return shrinker_alloc(0, "%s", name);

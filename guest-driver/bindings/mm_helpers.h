@@ -53,6 +53,7 @@ void vbrs_balloon_devinfo_init(struct balloon_dev_info *info, bool adjust_manage
 
 unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info);
 void vbrs_uncount_balloon_page(struct page *page);
+void vbrs_recount_balloon_page(struct page *old, struct page *new);
 
 struct shrinker *vbrs_shrinker_alloc(const char *name);
 

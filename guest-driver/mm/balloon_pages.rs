@@ -195,11 +195,16 @@ impl<M: MigratePages> BalloonPages<M> {
         let (Some(new), Some(old)) = (NonNull::new(new), NonNull::new(old)) else {
             return EINVAL.to_errno();
         };
-        let old_page = old.as_ptr();
+        let (new_page, old_page) = (new.as_ptr(), old.as_ptr());
         // SAFETY: The caller has references to both pages.
         let (new, old) = unsafe { (PageRef::get(new), PageRef::get(old)) };
         match M::migrate(this, new, old, MigrateMode::from_raw(mode)) {
-            Ok(Migrated::Replaced) => 0,
+            Ok(Migrated::Replaced) => {
+                // SAFETY: The caller has references to both pages; the old one was counted as a balloon
+                // page when it was enqueued, or when it replaced another.
+                unsafe { helpers::vbrs_recount_balloon_page(old_page, new_page) };
+                0
+            }
             Ok(Migrated::Removed) => {
                 this.count.fetch_sub(1, Relaxed);
                 // SAFETY: The page was counted as a balloon page when it was enqueued, and the caller

@@ -19,7 +19,8 @@ use crate::bindings as helpers;
 /// Something that can give pages back when the guest has run out of memory.
 pub trait OnOutOfMemory: Send + Sync {
     /// Gives pages back to the page allocator, and returns how many. With 0 from all who are asked,
-    /// the kernel chooses a process and kills it.
+    /// the kernel chooses a process and kills it. Not called if one with a higher priority has given
+    /// pages back: the kernel tries again with these first.
     ///
     /// Called from within the allocation that found no memory, in any task, by one at a time. Other
     /// tasks that need memory wait meanwhile. May sleep, for a short and limited time; must not
@@ -84,9 +85,11 @@ impl<T: OnOutOfMemory> OomNotifier<T> {
 
         // SAFETY: The kernel calls with a registered block, which is part of an `Inner`.
         let inner = unsafe { &*container_of!(Opaque::cast_from(block), Inner<T>, block) };
-        let pages = T::give_back(&inner.data);
         // SAFETY: The kernel passes a counter that is the caller's for the call.
-        unsafe { *freed.cast::<c_ulong>() += pages as c_ulong };
+        let freed = unsafe { &mut *freed.cast::<c_ulong>() };
+        if *freed == 0 {
+            *freed = T::give_back(&inner.data) as c_ulong;
+        }
         OK
     }
 }
