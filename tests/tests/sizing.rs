@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, ensure, Context, Result};
 use tests::artifacts::Artifacts;
 use tests::calls::{
-    DropMemoryCaches, Fill, Free, ReadFile, Release, ReleaseLowest, Run, Verify, WriteFile,
+    DropMemoryCaches, Fill, Free, PageUse, ReadFile, Release, ReleaseLowest, Run, Verify, WriteFile,
 };
 use tests::guest::{Builder, Driver, Guest};
 use tests::process::Signal;
+use tests::ranges::{PhysicalRange, RangeSet};
 use tests::vmm::hardware::Hardware;
 use tests::vmm::Vmm;
 use tests::{HANG_LIMIT, MIB};
@@ -238,6 +239,8 @@ fn our_balloon_keeps_what_a_bound_process_cannot_use_in_qemu() -> Result<()> {
 
 /// Balloon pages that lie on a node.
 fn ballooned_on(guest: &mut Guest, node: u32) -> Result<u64> {
+    // Adds up what each processor has counted.
+    guest.vm_event("nr_balloon_pages")?;
     let path = format!("/sys/devices/system/node/node{node}/vmstat");
     let text = guest.call(ReadFile { path })?;
     let value = text
@@ -286,6 +289,64 @@ fn balloon_keeps_other_nodes(driver: Driver) -> Result<()> {
         let given = guest.counters()?.get("oom_deflated_pages")?;
         ensure!(given >= before[0] / 2, "{given} of {before:?}");
     }
+    guest.power_off()?;
+    Ok(())
+}
+
+/// Memory of one node goes offline, and the balloon pages in it move to the other node: they count there, so that OOM deflation
+/// finds them.
+#[test]
+fn balloon_pages_that_move_to_another_node_count_there_in_qemu() -> Result<()> {
+    const NODE: u64 = 384 * MIB;
+    const BOUND: &str = "mkdir -p /cgroup && mount -t cgroup2 none /cgroup && echo +cpuset >/cgroup/cgroup.subtree_control \
+        && mkdir /cgroup/bound && echo 0 >/cgroup/bound/cpuset.mems && echo 1 >/cgroup/bound/cgroup.procs";
+    const OFFLINE: &str = "for block in /sys/devices/system/node/node1/memory[0-9]*; do \
+        echo offline 2>/dev/null >$block/state; done; true";
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Qemu)
+        .features(&["stats"])
+        .memory(2 * NODE)
+        .exactly()
+        .hardware(Hardware {
+            nodes: 2,
+            ..Hardware::default()
+        })
+        .boot()?;
+    guest.load(Driver::Ours)?;
+    let bind = guest.call(Run {
+        argv: ["sh", "-c", BOUND].map(str::to_owned).to_vec(),
+    })?;
+    ensure!(bind.status == Some(0), "{bind:?}");
+    // A process has nearly all of the first node while the balloon is filled.
+    let filled = guest.call(fill(NODE / 2, 1, 3))?;
+    leave(&mut guest, NODE / 2)?;
+    guest.call(Free {
+        workload: filled.workload,
+    })?;
+    let before = [ballooned_on(&mut guest, 0)?, ballooned_on(&mut guest, 1)?];
+    let offline = guest.call(Run {
+        argv: ["sh", "-c", OFFLINE].map(str::to_owned).to_vec(),
+    })?;
+    ensure!(offline.status == Some(0), "{offline:?}");
+    let after = [ballooned_on(&mut guest, 0)?, ballooned_on(&mut guest, 1)?];
+    let ballooned = guest.call(PageUse {})?.ballooned;
+    let first: RangeSet = [PhysicalRange {
+        start: 0,
+        length: NODE,
+    }]
+    .into_iter()
+    .collect();
+    let lie = [
+        ballooned.intersection(&first).bytes() / 4096,
+        ballooned.without(&first).bytes() / 4096,
+    ];
+    println!("balloon pages by node: {before:?}, then {after:?}, which lie on {lie:?}");
+    ensure!(after[0] > before[0], "no page has moved to the first node");
+    ensure!(after == lie, "{after:?} are counted, and {lie:?} are there");
+    guest.unload(Driver::Ours)?;
+    let after = [ballooned_on(&mut guest, 0)?, ballooned_on(&mut guest, 1)?];
+    ensure!(after == [0, 0], "of no balloon {after:?} pages are counted");
+    // The kernel log describes each page for which memory stayed online.
     guest.power_off()?;
     Ok(())
 }
