@@ -358,7 +358,9 @@ impl<'a> Builder<'a> {
             Vmm::Qemu => {
                 /// With less, an unpacked kernel leaves no room for the initramfs.
                 const ROOM: u64 = 192 * MIB;
-                let unpacked = kernel.unpacked.as_ref().filter(|_| self.memory >= ROOM);
+                // As it wakes from sleep the machine is reset, and then QEMU writes an unpacked kernel over the one that slept.
+                let starts_unpacked = self.memory >= ROOM && !self.sleeps;
+                let unpacked = kernel.unpacked.as_ref().filter(|_| starts_unpacked);
                 let image = unpacked.unwrap_or(&kernel.image);
                 qemu::start(&self.artifacts.rootfs, image, &machine)?
             }

@@ -2,11 +2,13 @@
 //! What cargo builds for guests: the daemon, and the program in the initramfs.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
+use sha2::{Digest, Sha256};
 use tests::artifacts::{Artifacts, Inside, Kernel as GuestKernel};
 
 use crate::module;
@@ -99,6 +101,23 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
         });
     }
     Ok(artifacts)
+}
+
+/// Writes the artifacts to a file for the test program, and returns its path. Other content has another path: a run with other
+/// artifacts at the same time has a file of its own.
+pub fn described(artifacts: &Artifacts) -> Result<PathBuf> {
+    let text = serde_json::to_string_pretty(artifacts).context("cannot encode paths")?;
+    let digest = Sha256::digest(text.as_bytes());
+    let name: String = digest[..8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let folder = target_folder()?;
+    let path = folder.join(format!("artifacts-{name}.json"));
+    let draft = folder.join(format!("artifacts-{name}.{}", std::process::id()));
+    fs::write(&draft, text).with_context(|| format!("cannot write {}", draft.display()))?;
+    fs::rename(&draft, &path).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
 }
 
 /// A program of the package of its name.

@@ -36,18 +36,8 @@ pub fn command(which: &str) -> Result<()> {
     let set_up = setup::ensure(&kernels)?;
     let mut artifacts = build::artifacts(&set_up, &kernels, Profile::Dev)?;
     prepare(&mut artifacts, Some(which))?;
-    let target = build::target_folder()?;
-    let (paths, results) = (
-        target.join("matrix-artifacts.json"),
-        target.join("matrix.json"),
-    );
-    write(
-        &paths,
-        &serde_json::to_string_pretty(&artifacts).context("cannot encode paths")?,
-    )?;
-    if results.exists() {
-        fs::remove_file(&results).context("cannot remove old results")?;
-    }
+    let paths = build::described(&artifacts)?;
+    let results = build::target_folder()?.join(format!("matrix-{}.json", std::process::id()));
     say(format_args!("the matrix of machines: {which}"));
     let mut test = build::cargo()?;
     test.args(["test", "--package", "tests", "--features", "guests"]);
@@ -62,6 +52,8 @@ pub fn command(which: &str) -> Result<()> {
         document(&results)?;
         say(format_args!("the table is in {DOCUMENT}"));
     }
+    // Nothing was run if it is not there.
+    let _ = fs::remove_file(&results);
     outcome
 }
 

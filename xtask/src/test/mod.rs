@@ -10,7 +10,7 @@ use std::fs;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use clap::{Args, ValueEnum};
 use tests::process::{Process, Signal, Streams};
 
@@ -160,9 +160,4 @@ impl Drop for Beside {
         let _ = self.0.signal_group(Signal::SIGTERM);
         let _ = self.0.wait(Duration::from_secs(10));
     }
-}
-
-/// Makes a file with this text.
-fn write(path: &std::path::Path, text: &str) -> Result<()> {
-    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use super::kunit;
 use super::libtest::{self, Reader};
 use super::summary::Outcome;
-use super::{write, Kernels};
+use super::Kernels;
 use crate::build::{self, Profile};
 use crate::matrix;
 use crate::progress::say;
@@ -168,9 +168,7 @@ fn test_program(kernels: Kernels, needed: &[Kernel], inside: bool) -> Result<Com
     if needed.contains(&Kernel::Stock) {
         matrix::prepare(&mut artifacts, None)?;
     }
-    let path = build::target_folder()?.join("guest-artifacts.json");
-    let text = serde_json::to_string_pretty(&artifacts).context("cannot encode paths")?;
-    write(&path, &text)?;
+    let path = build::described(&artifacts)?;
     let mut command = program_of_guests()?;
     // An error says where it comes from; a trace of the test program would only hide it.
     command
