@@ -151,7 +151,7 @@ impl Guest {
     ///
     /// If it has after [`HANG_LIMIT`].
     pub fn check_memory(&mut self, before: Settled) -> Result<()> {
-        self.wait_memory(before, Self::settled)
+        self.wait_memory(before, USE_TOLERANCE, Self::settled)
     }
 
     /// As [`Guest::check_memory`], but leaves free memory in the pieces that it is in.
@@ -160,18 +160,28 @@ impl Guest {
     ///
     /// As [`Guest::check_memory`].
     pub fn check_memory_as_it_is(&mut self, before: Settled) -> Result<()> {
-        self.wait_memory(before, Self::unsettled)
+        self.wait_memory(before, USE_TOLERANCE, Self::unsettled)
+    }
+
+    /// As [`Guest::check_memory`], with another tolerance, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`Guest::check_memory`].
+    pub fn check_memory_within(&mut self, before: Settled, tolerance: u64) -> Result<()> {
+        self.wait_memory(before, tolerance, Self::settled)
     }
 
     fn wait_memory(
         &mut self,
         before: Settled,
+        tolerance: u64,
         look: fn(&mut Self) -> Result<Settled>,
     ) -> Result<()> {
         let deadline = Instant::now() + HANG_LIMIT;
         loop {
             let now = look(self)?;
-            if now.used <= before.used + USE_TOLERANCE {
+            if now.used <= before.used + tolerance {
                 return Ok(());
             }
             if Instant::now() > deadline {

@@ -12,6 +12,7 @@
 
 pub mod agent;
 pub mod artifacts;
+pub mod attempts;
 pub mod check;
 pub mod counters;
 pub mod daemon;

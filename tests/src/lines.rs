@@ -95,8 +95,7 @@ impl Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const LIMIT: Duration = Duration::from_secs(120);
+    use crate::HANG_LIMIT;
 
     #[test]
     fn a_line_is_found_whether_it_came_before_or_comes_later() {
@@ -105,16 +104,20 @@ mod tests {
         lines.collect(reader);
         std::io::Write::write_all(&mut writer, b"one\ntwo").unwrap();
         assert_eq!(
-            lines.wait_for("one", |line| line == "one", LIMIT).unwrap(),
+            lines
+                .wait_for("one", |line| line == "one", HANG_LIMIT)
+                .unwrap(),
             "one"
         );
         drop(writer);
         assert_eq!(
-            lines.wait_for("two", |line| line == "two", LIMIT).unwrap(),
+            lines
+                .wait_for("two", |line| line == "two", HANG_LIMIT)
+                .unwrap(),
             "two"
         );
         let error = lines
-            .wait_for("a third line", |line| line == "three", LIMIT)
+            .wait_for("a third line", |line| line == "three", HANG_LIMIT)
             .unwrap_err();
         assert_eq!(error.to_string(), "the output ended without a third line");
     }

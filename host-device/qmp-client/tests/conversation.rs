@@ -11,7 +11,8 @@ use qmp_client::{Client, Error};
 use serde_json::{json, Value};
 
 const GREETING: &str = r#"{"QMP": {"version": {}, "capabilities": []}}"#;
-const LIMIT: Duration = Duration::from_secs(120);
+/// What takes longer hangs.
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// A peer that greets with `greeting`, takes the negotiation, and then answers each command with what `script` makes of
 /// it, line by line. It returns the commands that it got.
@@ -103,22 +104,6 @@ fn a_refusal_is_told_in_the_peers_words_and_the_connection_lives() {
         assert!(!error.is_final());
     }
     client.command("yes", json!({})).unwrap();
-}
-
-#[test]
-fn a_late_answer_is_not_taken_for_the_next_one() {
-    let (stream, _thread) = peer(GREETING, |command| match command["execute"].as_str() {
-        Some("slow") => Vec::new(),
-        _ => vec![
-            r#"{"return": "late", "id": 2}"#.into(),
-            answer(command, json!("in time")),
-        ],
-    });
-    let mut client = Client::negotiate(stream, "the peer", Duration::from_secs(3)).unwrap();
-    let error = client.command("slow", json!({})).unwrap_err();
-    assert_eq!(error.to_string(), "the peer did not answer slow within 3s");
-    let value: String = client.query("quick").unwrap();
-    assert_eq!(value, "in time");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use guest_agent::protocol::{PORT_NAME, PORT_VARIABLE};
 use nix::sys::termios::{cfmakeraw, tcgetattr, tcsetattr, SetArg};
 
 /// How long the port may take to appear once the first process runs.
-const APPEARS_WITHIN: Duration = Duration::from_secs(300);
+const APPEARS_WITHIN: Duration = Duration::from_secs(600);
 
 /// Opens the port, waiting until the kernel has found it.
 pub fn open() -> Result<File> {

@@ -31,8 +31,8 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-/// How long anything may take before the test has failed.
-const LIMIT: Duration = Duration::from_secs(120);
+/// What takes longer hangs. Nothing else is told by time.
+pub const HANG_LIMIT: Duration = Duration::from_secs(600);
 
 /// A server in a thread of this process.
 pub struct Running {
@@ -80,7 +80,7 @@ impl Running {
 
     /// Waits for the server's end, and checks that it leaves nothing behind.
     pub fn join(self) -> Result<Exit, ServerError> {
-        let limit = Instant::now() + LIMIT;
+        let limit = Instant::now() + HANG_LIMIT;
         while !self.thread.is_finished() {
             assert!(Instant::now() < limit, "the server does not end");
             thread::sleep(Duration::from_millis(5));
@@ -111,7 +111,7 @@ impl Operator {
     /// Connects and says nothing.
     pub fn silent(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream.set_read_timeout(Some(HANG_LIMIT)).unwrap();
         let lines = BufReader::new(stream.try_clone().unwrap());
         Self {
             stream,
@@ -181,7 +181,7 @@ impl Operator {
 
     /// Waits until a driver can be asked.
     pub fn until_running(&mut self) {
-        let limit = Instant::now() + LIMIT;
+        let limit = Instant::now() + HANG_LIMIT;
         while self.run("query-virtio-status")["status"] != "running" {
             assert!(Instant::now() < limit, "no driver");
             thread::sleep(Duration::from_millis(2));
@@ -266,7 +266,7 @@ impl Vmm {
     /// Connects, as far as a VMM does before there is a driver.
     pub fn connect(socket: &Path) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(LIMIT)).unwrap();
+        ours.set_read_timeout(Some(HANG_LIMIT)).unwrap();
         Self::connect_with(socket, Box::new(ours), &OwnedFd::from(theirs))
     }
 
@@ -424,6 +424,14 @@ impl Vmm {
         u32::from_le_bytes(config[8..12].try_into().unwrap())
     }
 
+    /// As [`Vmm::command`]; none if the device has closed the connection.
+    pub fn last_command(&mut self) -> Option<u32> {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        let answer = self.frontend.get_config(0, 16, flags, &[0; 16]);
+        let (_, config) = answer.ok()?;
+        Some(u32::from_le_bytes(config[8..12].try_into().unwrap()))
+    }
+
     /// Waits for the message that the configuration has changed.
     pub fn config_change(&mut self) {
         let mut message = [0; 12];
@@ -456,7 +464,7 @@ impl Vmm {
     pub fn wait_used(&mut self, queue: Queue) {
         let index = queue.index(self.features).unwrap();
         let queue = &mut self.queues[index];
-        let limit = Instant::now() + LIMIT;
+        let limit = Instant::now() + HANG_LIMIT;
         loop {
             let used: u16 = self
                 .memory

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{kill_process, Pid, Signal};
 
+use super::HANG_LIMIT;
+
 /// The program, with its sockets in a directory of its own. Killed if the test fails before its end.
 pub struct Program {
     child: Option<Child>,
@@ -35,7 +37,7 @@ impl Program {
 
     /// Waits until it listens.
     pub fn ready(self) -> Self {
-        let limit = Instant::now() + Duration::from_secs(120);
+        let limit = Instant::now() + HANG_LIMIT;
         while std::os::unix::net::UnixStream::connect(&self.qmp).is_err() {
             assert!(Instant::now() < limit, "it does not listen");
             thread::sleep(Duration::from_millis(5));

@@ -189,7 +189,7 @@ fn serve(side: Side, state: &Arc<Mutex<State>>) -> Client {
         }
     });
     let peer = format!("the {}", side.name());
-    Client::negotiate(near, &peer, Duration::from_secs(120)).unwrap()
+    Client::negotiate(near, &peer, Duration::from_secs(600)).unwrap()
 }
 
 enum Answer {

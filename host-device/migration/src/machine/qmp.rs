@@ -151,6 +151,9 @@ mod tests {
 
     use super::*;
 
+    /// What takes longer hangs.
+    const LONG: Duration = Duration::from_secs(600);
+
     /// A VMM that comes to rest, or goes on, only when it has been asked for its state a few times, and that serves one
     /// client at a time.
     struct Vmm {
@@ -216,7 +219,7 @@ mod tests {
     #[test]
     fn it_has_come_to_rest_when_pause_returns() {
         let vmm = vmm(&["stop", "cont"]);
-        let mut machine = QmpMachine::new(&vmm.path).unwrap();
+        let mut machine = QmpMachine::within(&vmm.path, LONG).unwrap();
         machine.pause().unwrap();
         assert!(!vmm.running.load(Ordering::SeqCst));
         machine.resume().unwrap();
@@ -228,19 +231,19 @@ mod tests {
     #[test]
     fn what_somebody_else_has_paused_is_left_so() {
         let vmm = vmm(&["stop", "cont"]);
-        let mut machine = QmpMachine::new(&vmm.path).unwrap();
+        let mut machine = QmpMachine::within(&vmm.path, LONG).unwrap();
         vmm.running.store(false, Ordering::SeqCst);
         machine.pause().unwrap();
         machine.resume().unwrap();
         assert!(vmm.orders.lock().unwrap().is_empty());
-        let error = QmpMachine::new(&vmm.path).unwrap_err().to_string();
+        let error = QmpMachine::within(&vmm.path, LONG).unwrap_err().to_string();
         assert!(error.ends_with("the guest does not run: paused"), "{error}");
     }
 
     #[test]
     fn a_refusal_names_the_socket_and_the_guest_is_told_to_go_on() {
         let vmm = vmm(&["cont"]);
-        let mut machine = QmpMachine::new(&vmm.path).unwrap();
+        let mut machine = QmpMachine::within(&vmm.path, LONG).unwrap();
         let error = machine.pause().unwrap_err().to_string();
         let path = vmm.path.display().to_string();
         assert!(
@@ -253,11 +256,13 @@ mod tests {
     #[test]
     fn a_vmm_that_does_not_come_to_rest_is_an_error() {
         let vmm = vmm(&[]);
-        let machine = QmpMachine::within(&vmm.path, Duration::from_secs(3)).unwrap();
+        let mut machine = QmpMachine::within(&vmm.path, LONG).unwrap();
         let mut client = machine.connect().unwrap();
+        // The connection has its limit already; this one is for coming to rest.
+        machine.limit = Duration::from_millis(50);
         let error = machine.command(&mut client, "query-status", false);
         let error = error.unwrap_err().to_string();
-        assert!(error.contains("it is running 3s after"), "{error}");
+        assert!(error.contains("it is running 50ms after"), "{error}");
         let missing = QmpMachine::new(&vmm.path.with_extension("none")).unwrap_err();
         assert!(missing.to_string().contains("vmm.none"), "{missing}");
     }

@@ -13,7 +13,7 @@ use crate::guest::{Device, Guest};
 use crate::matrix::Cell;
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
-use crate::MIB;
+use crate::{HANG_LIMIT_MS, MIB};
 
 /// A balloon's page numbers are physical addresses, which no IOMMU may translate. QEMU does not start with our device, which
 /// does not offer the feature; a driver declines it, and QEMU's own device then refuses the driver. The guest comes to no harm.
@@ -61,7 +61,7 @@ pub fn two_balloons(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     guest.call(WaitBalloons {
         count: 2,
         ready: true,
-        limit_ms: 60_000,
+        limit_ms: HANG_LIMIT_MS,
     })?;
     second.wait_driver()?;
     let by = before.free / 4 / MIB * MIB;
