@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{
-    Call, Fill, Free, KernelLine, KernelLog, LoadModule, MemInfo, Memory, Modules, PowerOff,
-    Release, Run, UnloadModule, WaitKernelLog,
+    Call, Fill, Free, KernelLine, KernelLog, ListFolder, LoadModule, MemInfo, Memory, Modules,
+    PowerOff, Release, UnloadModule, WaitKernelLog,
 };
 
 use crate::agent::Agent;
@@ -667,11 +667,9 @@ impl Guest {
     ///
     /// As [`Agent::call`].
     pub fn list_folder(&mut self, path: &str) -> Result<Vec<String>> {
-        let script = format!("ls {path} 2>/dev/null || true");
-        let argv = ["sh", "-c", &script].map(str::to_owned).to_vec();
-        let listed = self.call(Run { argv })?;
-        let names = listed.stdout.split_whitespace();
-        Ok(names.map(str::to_owned).collect())
+        self.call(ListFolder {
+            path: path.to_owned(),
+        })
     }
 
     /// Loads a driver.

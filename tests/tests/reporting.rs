@@ -222,9 +222,16 @@ fn tracepoints_tell_of_hinting_and_sizing_in_qemu() -> Result<()> {
     ensure!(count(&format!(" id={id:#x} reserve=")) == 1, "{trace}");
     ensure!(count("balloon_hint_stop: virtio") == 1, "{trace}");
     for event in ["balloon_request", "balloon_acknowledge"] {
-        let lines = count(&format!("{event}: virtio"));
-        ensure!(lines == 4, "{lines} lines of {event} for 4 MiB:\n{trace}");
-        ensure!(count("queue=inflate pages=256") == 8, "{trace}");
+        // A request is smaller if the blocks that the driver gives back meanwhile are at an end.
+        let lines = trace.lines().filter(|line| line.contains(event));
+        let inflated = lines.filter_map(|line| line.split_once("queue=inflate pages="));
+        let pages: Option<u64> = inflated
+            .map(|(_, pages)| pages.trim().parse::<u64>().ok())
+            .sum();
+        ensure!(
+            pages == Some(1024),
+            "{pages:?} of {event} for 4 MiB:\n{trace}"
+        );
     }
     guest.unload(Driver::Ours)?;
     guest.check_log()?;

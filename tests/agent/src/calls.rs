@@ -224,6 +224,12 @@ calls! {
         path: String,
     } -> String;
 
+    /// The names in a folder of the guest, sorted; none if it is not there.
+    ListFolder {
+        /// Its path.
+        path: String,
+    } -> Vec<String>;
+
     /// Writes to a file of the guest that exists (of `/sys` or `/proc`).
     WriteFile {
         /// Its path.

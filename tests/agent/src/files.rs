@@ -4,11 +4,13 @@
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use guest_agent::calls::{KunitResults, LoadModule, Modules, ReadFile, UnloadModule, WriteFile};
+use guest_agent::calls::{
+    KunitResults, ListFolder, LoadModule, Modules, ReadFile, UnloadModule, WriteFile,
+};
 use nix::kmod::{delete_module, finit_module, DeleteModuleFlags, ModuleInitFlags};
 
 use crate::serve::Answer;
@@ -16,6 +18,28 @@ use crate::serve::Answer;
 impl Answer for ReadFile {
     fn answer(self) -> Result<String> {
         fs::read_to_string(&self.path).with_context(|| format!("cannot read {}", self.path))
+    }
+}
+
+impl Answer for ListFolder {
+    fn answer(self) -> Result<Vec<String>> {
+        let entries = match fs::read_dir(&self.path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot list {}", self.path));
+            }
+        };
+        let name = |entry: io::Result<fs::DirEntry>| {
+            let name = entry?.file_name();
+            Ok(name.to_string_lossy().into_owned())
+        };
+        let mut names: Vec<String> = entries
+            .map(name)
+            .collect::<io::Result<_>>()
+            .with_context(|| format!("cannot list {}", self.path))?;
+        names.sort_unstable();
+        Ok(names)
     }
 }
 

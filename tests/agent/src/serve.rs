@@ -121,6 +121,7 @@ impl Agent {
             AnyCall::WaitKernelLog(call) => done(call),
             AnyCall::KunitResults(call) => done(call),
             AnyCall::ReadFile(call) => done(call),
+            AnyCall::ListFolder(call) => done(call),
             AnyCall::WriteFile(call) => done(call),
             AnyCall::WriteFileFaulted(call) => done(call),
             AnyCall::LoadModuleFaulted(call) => done(call),
