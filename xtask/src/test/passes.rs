@@ -68,7 +68,7 @@ const KUNIT: &str = "kunit::every_kunit_case_of_the_module_passes";
 
 /// How many guests run at once for each two processors. An emulated one keeps a processor busy, and its VMM and daemon some of
 /// another; one in user-mode Linux waits most of the time, for timers of its kernel.
-const USUAL_AT_ONCE: usize = 4;
+const USUAL_AT_ONCE: usize = 3;
 const DEBUG_AT_ONCE: usize = 4;
 
 /// Runs what is selected of a layer. Sets up and builds only what that needs.
