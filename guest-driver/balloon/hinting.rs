@@ -667,7 +667,7 @@ impl OnOutOfMemory for Hinting {
     fn give_back(self: &Arc<Self>) -> usize {
         let since: Instant<Monotonic> = Instant::now();
         let before = self.held.given_back();
-        // Whoever gives blocks back: they are free.
+        // Pages that other tasks have given back since are free as well.
         let freed = || self.held.given_back().wrapping_sub(before);
         loop {
             let may_come = match self.round.try_lock() {

@@ -103,7 +103,7 @@ struct State {
     released: u64,
     /// How many buffers the device has used, ever.
     answers: u64,
-    /// The number of answers when the migration of a page last waited in vain for room on a ring.
+    /// The number of answers when a page migration last timed out without room on a ring.
     in_vain_at: Option<u64>,
 }
 

@@ -43,7 +43,7 @@ pub struct Artifacts {
 pub struct Kernel {
     /// What the VMM boots, or, of user-mode Linux, the program itself.
     pub image: PathBuf,
-    /// What is packed in `image`, if it is there by itself as well: that starts sooner.
+    /// The kernel in `image`, unpacked; boots faster. `None` if it was not unpacked.
     #[serde(default)]
     pub unpacked: Option<PathBuf>,
     /// `virtio_balloon.ko`, uncompressed.

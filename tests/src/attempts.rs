@@ -5,8 +5,7 @@ use std::time::Instant;
 
 use crate::HANG_LIMIT;
 
-/// A loop may go on until it has got no further in so many turns, and for [`HANG_LIMIT`]. Slow turns alone do not end it, nor
-/// do quick ones.
+/// A loop ends after so many turns without progress, but not before [`HANG_LIMIT`] has passed.
 const TURNS: u32 = 100;
 
 /// The turns of a loop since it last got further.
