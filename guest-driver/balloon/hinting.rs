@@ -70,7 +70,7 @@ const TURNS_TIME: Delta = Delta::from_millis(5);
 const OOM_PAGES: usize = 1024;
 /// How long a device from which blocks are wanted back may return none.
 const PATIENCE: Delta = Delta::from_secs(2);
-/// How long is waited for one that returns a block now and then.
+/// The longest wait for a device that returns a block now and then.
 const LONGEST_PATIENCE: Delta = Delta::from_secs(10);
 
 /// If the page allocator is so slow that filling the ring takes longer than this (it may have to
@@ -246,8 +246,8 @@ impl Hinting {
         }
     }
 
-    /// Collects what the device has returned, and tells whether to wait for more; `since` is since
-    /// when that is done.
+    /// Collects what the device has returned. Returns whether to wait for more; the caller waits since
+    /// `since`.
     fn may_return_more(&self, round: &mut Round, since: Instant<Monotonic>) -> bool {
         self.collect(round);
         let is_over = self.stopping.load(Relaxed) || self.queue.is_broken();
@@ -672,7 +672,8 @@ impl OnOutOfMemory for Hinting {
         loop {
             let may_come = match self.round.try_lock() {
                 Some(mut round) => self.may_return_more(&mut round, since),
-                None => since.elapsed() < LONGEST_PATIENCE,
+                // Perhaps held by the very task that finds no memory.
+                None => since.elapsed() < PATIENCE,
             };
             if freed() == 0 {
                 self.held.scan(OOM_PAGES);
