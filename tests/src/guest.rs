@@ -699,6 +699,28 @@ impl Guest {
         Ok(())
     }
 
+    /// Waits until a driver that started on a device with another driver's balloon has brought its own to `target`, in bytes
+    /// that the guest keeps. What the device says is not enough: until the new driver writes, that is the old one's size.
+    ///
+    /// # Errors
+    ///
+    /// If it has not by the limit.
+    pub fn wait_balloon_again(&mut self, target: u64, limit: Duration) -> Result<()> {
+        let pages = (self.memory() - target) / self.agent().hello().page_size;
+        let deadline = Instant::now() + limit;
+        loop {
+            let now = self.vm_event("nr_balloon_pages")?;
+            if now == pages {
+                return self.balloon()?.wait_balloon(target, limit);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the balloon has {now} of {pages} pages after {limit:?}"
+            );
+            sleep(Duration::from_millis(20));
+        }
+    }
+
     /// The guest's memory, as its kernel says.
     ///
     /// # Errors

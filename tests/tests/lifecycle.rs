@@ -90,7 +90,7 @@ fn sleeps(device: Device) -> Result<()> {
     }
     let then = Instant::now();
     guest.sleep_and_wake()?;
-    guest.balloon()?.wait_balloon(target, HANG_LIMIT)?;
+    guest.wait_balloon_again(target, HANG_LIMIT)?;
     println!("{device:?}: target again after {:?}", then.elapsed());
     guest.exercise()?;
     guest.unload(Driver::Ours)?;
@@ -224,7 +224,7 @@ fn a_new_kernel_takes_over(device: Device) -> Result<()> {
         filled.pages
     );
     guest.load(Driver::Ours)?;
-    guest.balloon()?.wait_balloon(target, HANG_LIMIT)?;
+    guest.wait_balloon_again(target, HANG_LIMIT)?;
     if device == Device::Ours {
         guest.daemon()?.qmp().hint_done()?;
     }

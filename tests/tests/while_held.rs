@@ -261,7 +261,7 @@ fn hibernated(driver: Driver, arguments: &str) -> Result<()> {
     let start = Instant::now();
     guest.agent().call_within(slept, HANG_LIMIT)?;
     println!("hibernated and woken in {:?}", start.elapsed());
-    guest.balloon()?.wait_balloon(target, HANG_LIMIT)?;
+    guest.wait_balloon_again(target, HANG_LIMIT)?;
     let found = guest.call(Verify {
         workload: data.workload,
     })?;

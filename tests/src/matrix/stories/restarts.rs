@@ -65,8 +65,7 @@ pub fn reset(artifacts: &Artifacts, cell: &Cell, reset: Reset) -> Result<()> {
 
     guest.load(driver)?;
     guest
-        .balloon()?
-        .wait_balloon(target, LIMIT)
+        .wait_balloon_again(target, LIMIT)
         .context("with a driver again")?;
     if reset == Reset::MidRound {
         guest.daemon()?.qmp().hint_done()?;
