@@ -176,10 +176,16 @@ impl Held {
         self.given_back.load(Relaxed)
     }
 
-    /// Gives all blocks back to the guest, without their content. May sleep, and take long.
+    /// Gives all blocks back to the guest, without their content. May sleep, and take long; others get
+    /// their turn meanwhile.
     pub(crate) fn give_up(&self) {
-        let _clearing = self.clearing.lock();
-        while self.release_one() || self.give_back_some(usize::MAX).is_some() {
+        loop {
+            // Not around the loop: somebody may wait for it with the round's lock.
+            let clearing = self.clearing.lock();
+            if !self.release_one() && self.give_back_some(usize::MAX).is_none() {
+                break;
+            }
+            drop(clearing);
             give_way();
         }
     }

@@ -40,6 +40,7 @@ use kernel::time::{msecs_to_jiffies, Delta, Instant, Monotonic, Msecs};
 use super::config::BalloonConfig;
 use super::counters::Counters;
 use super::held::Held;
+use super::patience;
 use super::reserve::{Harvest, Limits};
 use crate::mm::{state, LentBlock, OnMemoryOffline, OnOutOfMemory, OnSleep, Shrink};
 use crate::shared_abi::command::CommandId;
@@ -68,10 +69,6 @@ const TURNS_BLOCKS: usize = 256;
 const TURNS_TIME: Delta = Delta::from_millis(5);
 /// How many pages of hinted blocks a task that found no memory gets at a time.
 const OOM_PAGES: usize = 1024;
-/// How long a device from which blocks are wanted back may return none.
-const PATIENCE: Delta = Delta::from_secs(2);
-/// The longest wait for a device that returns a block now and then.
-const LONGEST_PATIENCE: Delta = Delta::from_secs(10);
 
 /// If the page allocator is so slow that filling the ring takes longer than this (it may have to
 /// clear each block), the device is notified on the way, to work meanwhile.
@@ -256,9 +253,10 @@ impl Hinting {
         }
         self.notify(round);
         let waited = since.elapsed();
-        let is_overdue = waited > PATIENCE && round.returned.elapsed() > PATIENCE;
-        round.silent |= is_overdue || waited > LONGEST_PATIENCE;
-        !round.silent
+        let patience = patience::usual();
+        round.silent |= waited > patience && round.returned.elapsed() > patience;
+        // Not silent, but too slow for this caller.
+        !round.silent && waited <= patience::longest()
     }
 
     /// Goes on after a pause, unless there is another.
@@ -664,7 +662,10 @@ impl OnMemoryOffline for Hinting {
 /// This runs within an allocation, perhaps one of the work item's own (some transports allocate to read
 /// configuration space): so it takes the round's lock only if nobody has it.
 impl OnOutOfMemory for Hinting {
-    fn give_back(self: &Arc<Self>) -> usize {
+    fn give_back(self: &Arc<Self>, already: usize) -> usize {
+        if already > 0 {
+            return 0;
+        }
         let since: Instant<Monotonic> = Instant::now();
         let before = self.held.given_back();
         // Pages that other tasks have given back since are free as well.
@@ -673,7 +674,7 @@ impl OnOutOfMemory for Hinting {
             let may_come = match self.round.try_lock() {
                 Some(mut round) => self.may_return_more(&mut round, since),
                 // Perhaps held by the very task that finds no memory.
-                None => since.elapsed() < PATIENCE,
+                None => !self.stopping.load(Relaxed) && since.elapsed() < patience::usual(),
             };
             if freed() == 0 {
                 self.held.scan(OOM_PAGES);
@@ -932,12 +933,12 @@ mod tests {
         rig.work();
         assert_eq!(rig.answer(), Some(BLOCK));
         assert_eq!(rig.held.count(), 0);
-        assert_eq!(rig.hinting.give_back(), 4);
-        assert_eq!(rig.hinting.give_back(), 0);
+        assert_eq!(rig.hinting.give_back(0), 4);
+        assert_eq!(rig.hinting.give_back(0), 0);
         assert!(rig.hinting.round.lock().silent);
-        assert_eq!(rig.hinting.give_back(), 0);
+        assert_eq!(rig.hinting.give_back(0), 0);
         assert_eq!(rig.answer(), Some(BLOCK));
-        assert_eq!(rig.hinting.give_back(), 4);
+        assert_eq!(rig.hinting.give_back(0), 4);
         assert_eq!(rig.counters.returned_pages.get(), 8);
         Ok(())
     }
@@ -1061,7 +1062,7 @@ mod tests {
         assert_eq!(rig.held.count(), 0);
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
         assert_eq!(rig.answer(), Some(BLOCK));
-        assert_eq!(rig.hinting.give_back(), 4);
+        assert_eq!(rig.hinting.give_back(0), 4);
         Ok(())
     }
 

@@ -12,6 +12,7 @@ mod counters;
 mod held;
 mod hinting;
 mod interrupts;
+mod patience;
 mod reporting;
 mod request;
 mod reserve;
@@ -79,6 +80,35 @@ struct Registrations {
     sleep_notifier: Option<Notifier<Sleep, Hinting>>,
 }
 
+impl Registrations {
+    /// Registers for all that the works can do.
+    fn new(started: &Started<'_>, features: Features) -> Result<Self> {
+        let mut this = Self::default();
+        if let Some(hinting) = &started.0.hinting {
+            let shrinker = Shrinker::register(c"virtio-balloon-rs", hinting.held())?;
+            this.shrinker = Some(shrinker);
+            this.memory_notifier = Some(Notifier::register(hinting.clone())?);
+            this.sleep_notifier = Some(Notifier::register(hinting.clone())?);
+            // Asked before the balloon: these pages are free.
+            let notifier = OomNotifier::register(OOM_PRIORITY + 1, hinting.clone())?;
+            this.hint_oom_notifier = Some(notifier);
+        }
+        if features.contains(Features::DEFLATE_ON_OOM) {
+            let sizing = started.0.sizing.clone();
+            this.oom_notifier = Some(OomNotifier::register(OOM_PRIORITY, sizing)?);
+        }
+        // The last thing: a report that the device has got is over only when the device is reset.
+        if let Some(reporting) = &started.0.reporting {
+            this.reporting = reporting.register()?;
+        }
+        Ok(this)
+    }
+}
+
+/// Works whose device is ready. Whoever the kernel may call has the device notified, and that must
+/// not be done before.
+struct Started<'a>(&'a Works);
+
 /// The works, which are ended when this is dropped.
 struct Works {
     sizing: Arc<Sizing>,
@@ -97,6 +127,16 @@ impl Works {
             statistics.disable();
         }
         self.sizing.disable();
+    }
+
+    /// Ends all for good, with the balloon empty and the host told, if it answers. To be followed by the
+    /// device's reset.
+    fn stop(&self) {
+        if let Some(hinting) = &self.hinting {
+            hinting.disable();
+        }
+        self.sizing.empty();
+        self.disable();
     }
 
     /// Takes back what the device had when it was reset.
@@ -126,6 +166,7 @@ impl Data {
         let config = BalloonConfig::new(dev.config(BalloonConfig::size(features))?);
         let printer: &device::Device = dev.as_ref();
         let counters = Arc::new(Counters::new(Some(ARef::from(printer))), GFP_KERNEL)?;
+        patience::check(printer);
         let work_queue = WorkQueue::new(c"virtio_balloon_rs")?;
 
         let hinting = if features.contains(Features::FREE_PAGE_HINT) {
@@ -172,44 +213,16 @@ impl Data {
 
         works.find_queues(dev, features)?;
         let counters = CountersFile::new(printer, counters)?;
-        // Before anything that starts the work: the device must not be notified before it is ready.
-        works.start(dev, features)?;
-        let shrinker = match &works.hinting {
-            Some(hinting) => Some(Shrinker::register(c"virtio-balloon-rs", hinting.held())?),
-            None => None,
-        };
-        let (memory_notifier, sleep_notifier) = match &works.hinting {
-            Some(hinting) => (
-                Some(Notifier::register(hinting.clone())?),
-                Some(Notifier::register(hinting.clone())?),
-            ),
-            None => (None, None),
-        };
-        let hint_oom_notifier = match &works.hinting {
-            // Asked first: these pages are free.
-            Some(hinting) => Some(OomNotifier::register(OOM_PRIORITY + 1, hinting.clone())?),
-            None => None,
-        };
-        let oom_notifier = if features.contains(Features::DEFLATE_ON_OOM) {
-            let sizing = works.sizing.clone();
-            Some(OomNotifier::register(OOM_PRIORITY, sizing)?)
-        } else {
-            None
-        };
-        let registrations = Registrations {
-            oom_notifier,
-            hint_oom_notifier,
-            reporting: None,
-            shrinker,
-            memory_notifier,
-            sleep_notifier,
-        };
-        let registrations = new_mutex!(registrations, "Data::registrations");
+        let registrations = new_mutex!(Registrations::default(), "Data::registrations");
         let registrations = KBox::pin_init(registrations, GFP_KERNEL)?;
-        // The last thing: a report that the device has got is over only when the device is reset.
-        if let Some(reporting) = &works.reporting {
-            let registration = reporting.register()?;
-            registrations.lock().reporting = registration;
+        let started = works.start(dev, features)?;
+        match Registrations::new(&started, features) {
+            Ok(registered) => *registrations.lock() = registered,
+            Err(error) => {
+                // The balloon may have pages by now.
+                works.stop();
+                return Err(error);
+            }
         }
         Ok(Self {
             works,
@@ -221,7 +234,7 @@ impl Data {
 
 impl Works {
     /// Tells the device what it has to know first and that the driver is ready, and starts.
-    fn start(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
+    fn start(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result<Started<'_>> {
         if features.contains(Features::PAGE_POISON) {
             let pattern = state::free_page_pattern().unwrap_or(0);
             let config = dev.config(BalloonConfig::size(features))?;
@@ -239,7 +252,7 @@ impl Works {
         if let Some(hinting) = &self.hinting {
             hinting.command_changed();
         }
-        Ok(())
+        Ok(Started(self))
     }
 
     /// Creates the queues that the features bring, in the order of the contract.
@@ -316,11 +329,7 @@ impl virtio::Driver for Balloon {
     }
 
     fn remove<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) {
-        if let Some(hinting) = &this.works.hinting {
-            hinting.disable();
-        }
-        this.works.sizing.empty();
-        this.works.disable();
+        this.works.stop();
         dev.reset();
         this.works.recover();
     }
@@ -345,7 +354,7 @@ impl virtio::Driver for Balloon {
         let features = Features::from_bits(dev.features());
         let result = this.works.find_queues(dev, features).and_then(|()| {
             this.works.sizing.thaw();
-            this.works.start(dev, features)
+            this.works.start(dev, features).map(drop)
         });
         if result.is_err() {
             // As it was; the device can still be removed, or the system sleep again.
@@ -434,7 +443,7 @@ mod tests {
             assert!(other.is_ok());
         }
         let notifications = bound.device.notifications();
-        assert_eq!(sizing.give_back(), 0);
+        assert_eq!(sizing.give_back(0), 0);
         sizing.target_changed();
         hinting.command_changed();
         reporting.used();

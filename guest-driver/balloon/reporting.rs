@@ -15,12 +15,10 @@ use kernel::sync::Arc;
 use kernel::{dev_info, dev_warn};
 
 use super::counters::Counters;
+use super::patience;
 use crate::mm::{FreePages, PageReporting, ReportPages};
 use crate::shared_abi::queue::Queue;
 use crate::virtio::{AddError, AddFailure, Virtqueue};
-
-/// After how many seconds without an answer there is a line in the log.
-const PATIENCE: u32 = 10;
 
 /// The driver's side of free page reporting.
 pub(crate) struct Reporting {
@@ -134,7 +132,7 @@ impl ReportPages for Reporting {
     fn overdue(&self, seconds: u32) {
         // An interrupt may have got lost.
         self.used();
-        if seconds == PATIENCE {
+        if seconds == patience::longest_in_seconds() {
             let why = if self.queue.is_broken() {
                 "the queue is broken"
             } else {

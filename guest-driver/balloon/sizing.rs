@@ -18,10 +18,13 @@ use super::balance::Step;
 use super::config::BalloonConfig;
 use super::counters::Counters;
 use super::held::Held;
+use super::patience;
 use super::request::{Guest, PageBuffer, Request};
 use super::reserve::may_inflate;
 use super::traffic::{Pages, Purpose, SendError, Traffic, LOOK, REQUESTS};
-use crate::mm::{state, BalloonPage, BalloonPages, OnOutOfMemory, ShortNodes, Shrink};
+use crate::mm::{
+    has_one_node, state, BalloonPage, BalloonPages, OnOutOfMemory, ShortNodes, Shrink,
+};
 use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
 use crate::virtio::{Virtqueue, Wakeup};
 
@@ -38,14 +41,10 @@ const ISOLATED_RETRY: Msecs = 10;
 const ANSWER_RETRY: Msecs = 1000;
 /// How often at most a shortage of memory is worth a line in the log.
 const COMPLAINT_INTERVAL: Delta = Delta::from_secs(5);
-/// How long a device that must take all pages back may make no progress.
-const PATIENCE: Delta = Delta::from_secs(2);
 
 /// How many balloon pages a task that found no memory gets at a time: as many as from the kernel's
 /// own balloon driver.
 const RESCUE: u64 = 256;
-/// How long such a task waits for the device's word, where it has to.
-const RESCUE_PATIENCE: Delta = Delta::from_secs(2);
 /// How long nothing is inflated after that.
 const RESCUE_PAUSE: Delta = Delta::from_secs(10);
 /// What part of the guest's memory must then be to be had before anything is.
@@ -211,7 +210,7 @@ impl Sizing {
 
     /// Takes all pages out of the balloon and tells the host, as long as it answers.
     ///
-    /// May sleep: for as long as the device makes progress, and at most two seconds without. What
+    /// May sleep: for as long as the device makes progress, and [so long](patience::usual) without. What
     /// it did not answer for stays where it is, for the reset to bring back. Needs no work item to
     /// run.
     pub(crate) fn empty(self: &Arc<Self>) {
@@ -228,7 +227,7 @@ impl Sizing {
             if balance != last {
                 last = balance;
                 since = Instant::now();
-            } else if since.elapsed() > PATIENCE {
+            } else if since.elapsed() > patience::usual() {
                 dev_warn!(
                     self.dev,
                     "the host does not take its pages back; resetting it\n"
@@ -247,12 +246,16 @@ impl Sizing {
     /// not for the device.
     pub(crate) fn disable(self: &Arc<Self>) {
         self.traffic().close();
+        self.end_work();
+        self.wakeup.take_up(ADJUST);
+        self.wakeup.rest();
+    }
+
+    fn end_work(self: &Arc<Self>) {
         work::disable::<Self, RETRY>(self);
         work::disable::<Self, ISOLATED>(self);
         work::disable::<Self, ANSWER>(self);
         work::disable::<Self, STEER>(self);
-        self.wakeup.take_up(ADJUST);
-        self.wakeup.rest();
     }
 
     /// No turn is taken any more, and nobody waits for the device, until [`thaw`](Self::thaw). May
@@ -454,7 +457,7 @@ impl Sizing {
 
     /// Takes some pages out that lie on these nodes. If the host need not agree, they are free then.
     fn take_out_for_rescue(&self, nodes: &ShortNodes) {
-        let request = Traffic::wait(&self.pages, RESCUE_PATIENCE, Traffic::take_reserved);
+        let request = Traffic::wait(&self.pages, patience::usual(), Traffic::take_reserved);
         if let Some(request) = request {
             let sent = Traffic::send_out(&self.pages, request, RESCUE, Purpose::Oom(nodes));
             if sent.is_ok_and(|pages| pages > 0) {
@@ -510,7 +513,18 @@ impl Sizing {
 /// where it has to, its answer is waited for, but not for ever, and not again before it has answered
 /// for the last ones.
 impl OnOutOfMemory for Sizing {
-    fn give_back(self: &Arc<Self>) -> usize {
+    fn give_back(self: &Arc<Self>, already: usize) -> usize {
+        self.give_back_on(&ShortNodes::now(), already)
+    }
+}
+
+impl Sizing {
+    /// As [`give_back`](OnOutOfMemory::give_back), where these nodes are short of memory and have pages
+    /// of the balloon.
+    ///
+    /// What others have given back is enough where there is one node. Where there are more it may lie
+    /// where the task that found no memory cannot use it.
+    fn give_back_on(self: &Arc<Self>, nodes: &ShortNodes, already: usize) -> usize {
         let traffic = self.traffic();
         if traffic.is_closed() || self.emptying.load(Relaxed) {
             return 0;
@@ -520,18 +534,20 @@ impl OnOutOfMemory for Sizing {
             let freed = traffic.released().wrapping_sub(before) as usize;
             Some(freed).filter(|freed| *freed > 0)
         };
-        let nodes = ShortNodes::now();
         if !nodes.is_empty() {
             // What the balloon has would help: it is not to take more for a while.
             self.rescued.store(true, Relaxed);
         }
+        if already > 0 && (nodes.is_empty() || has_one_node()) {
+            return 0;
+        }
         Traffic::collect(&self.pages);
         if freed(traffic).is_none() && !self.is_silent(before) {
             if !nodes.is_empty() {
-                self.take_out_for_rescue(&nodes);
+                self.take_out_for_rescue(nodes);
             }
             if self.must_tell_host && traffic.balance().coming_out() > 0 {
-                let answered = Traffic::wait(&self.pages, RESCUE_PATIENCE, freed);
+                let answered = Traffic::wait(&self.pages, patience::usual(), freed);
                 if answered.is_none() {
                     self.in_vain_at.store(before, Relaxed);
                 }
@@ -582,7 +598,7 @@ mod tests {
     use crate::mm::{LentBlock, PageBlock};
     use crate::shared_abi::config;
     use crate::shared_abi::page::PFN_SHIFT;
-    use crate::virtio::kunit_device::{Bound, Counter};
+    use crate::virtio::kunit_device::{wait_for, Bound, Counter};
 
     const INFLATE: usize = 0;
     const DEFLATE: usize = 1;
@@ -597,7 +613,15 @@ mod tests {
     }
 
     impl Rig {
+        /// The test does the work: the device is for one thread at a time.
         fn new(entries: usize, must_tell_host: bool) -> Result<Self> {
+            let rig = Self::that_works(entries, must_tell_host)?;
+            rig.sizing.end_work();
+            Ok(rig)
+        }
+
+        /// The work is done when its time has come.
+        fn that_works(entries: usize, must_tell_host: bool) -> Result<Self> {
             let bound = Bound::with_entries(entries)?;
             let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
             let queue = WorkQueue::new(c"kunit")?;
@@ -766,7 +790,7 @@ mod tests {
             let sent = Traffic::send_out(&sizing.pages, request, 256, purpose);
             assert_eq!(sent, Err(SendError::Gone));
         }
-        assert_eq!(sizing.give_back(), 0);
+        assert_eq!(sizing.give_back(0), 0);
         rig.bound.reset();
         sizing.recover();
         assert_eq!((sizing.pages.count(), rig.inside()), (0, 0));
@@ -800,8 +824,40 @@ mod tests {
         let rig = Rig::new(4, false)?;
         rig.set_target(300);
         rig.settle();
-        assert_eq!(rig.sizing.give_back(), 0);
+        assert_eq!(rig.sizing.give_back(0), 0);
         assert_eq!(rig.inside(), 300);
+        Ok(())
+    }
+
+    /// The balloon gives none, and takes none for a while: it would take them from the same task.
+    #[test]
+    fn a_task_that_has_got_hinted_blocks_needs_no_balloon_pages() -> Result {
+        let rig = Rig::new(4, false)?;
+        rig.set_target(300);
+        rig.settle();
+        let given = rig.sizing.give_back_on(&ShortNodes::all(), 4);
+        if has_one_node() {
+            assert_eq!((given, rig.inside()), (0, 300));
+        } else {
+            assert!(given > 0);
+        }
+        let before = rig.inside();
+        rig.set_target(400);
+        rig.settle();
+        assert_eq!(rig.inside(), before);
+        Ok(())
+    }
+
+    /// A task that migrates a page looks at the ring for its own answer, and may find the work item's:
+    /// no interrupt comes for that.
+    #[test]
+    fn an_answer_that_another_task_has_taken_is_noticed() -> Result {
+        let rig = Rig::that_works(4, false)?;
+        rig.set_target(200);
+        rig.sizing.take_turn();
+        assert!(rig.answer());
+        Traffic::collect(&rig.sizing.pages);
+        assert!(wait_for(|| rig.counters.balloon_pages.get() == 200));
         Ok(())
     }
 }

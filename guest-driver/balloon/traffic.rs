@@ -14,6 +14,7 @@ use kernel::time::{Delta, Instant, Monotonic, Msecs};
 
 use super::balance::{Balance, Step};
 use super::counters::Counters;
+use super::patience;
 use super::request::{Guest, MoveRequest, PageBuffer, Request, Returned};
 use crate::mm::{BalloonPages, MigrateMode, MigratePages, Migrated, PageRef, ShortNodes};
 use crate::shared_abi::queue::Queue;
@@ -25,8 +26,6 @@ pub(crate) const REQUESTS: usize = 16;
 const RESERVED: usize = 2;
 /// How many pages can be on their way for page migration at a time.
 const MOVES: usize = 8;
-/// How long the device may take to answer for a page that is moved.
-const MOVE_PATIENCE: Delta = Delta::from_secs(1);
 /// How long to wait for an interrupt before looking without one.
 pub(crate) const LOOK: Msecs = 50;
 
@@ -524,7 +523,7 @@ impl Traffic {
 
     /// Waits until the device has used the request of `slot`.
     fn wait_for_move(pages: &Pages, slot: usize) -> Option<MoveRequest> {
-        let back = Self::wait(pages, MOVE_PATIENCE, |this| {
+        let back = Self::wait(pages, patience::for_one_page(), |this| {
             let mut state = this.state.lock();
             match core::mem::replace(&mut state.moves[slot], Move::Awaited) {
                 Move::Back(request) => Some(Some(request)),
@@ -564,7 +563,7 @@ impl Traffic {
         // Its number did fit on the way in.
         let _ = request.set(old);
         let (mut unsent, mut free) = (Some(request), None);
-        let sent = Self::wait(pages, MOVE_PATIENCE, |this| {
+        let sent = Self::wait(pages, patience::for_one_page(), |this| {
             this.send_old(&mut unsent, &mut free)
         });
         let this = pages.migrator();
@@ -750,7 +749,7 @@ impl MigratePages for Traffic {
         }
         let this = pages.migrator();
         let (mut new, mut old) = (Some(new), Some(old));
-        let begun = Self::wait(pages, MOVE_PATIENCE, |this| {
+        let begun = Self::wait(pages, patience::for_one_page(), |this| {
             this.begin(&mut new, &mut old).transpose()
         });
         let Some(begun) = begun else {

@@ -355,6 +355,11 @@ static bool zone_is_short(struct zone *zone)
 	return zone_page_state(zone, NR_FREE_PAGES) <= high_wmark_pages(zone) + kept;
 }
 
+bool vbrs_has_one_node(void)
+{
+	return nr_online_nodes == 1;
+}
+
 /*
  * The nodes that are short of memory and have balloon pages. A node is judged by
  * the zones that the kernel uses for itself, if it has any: where these are

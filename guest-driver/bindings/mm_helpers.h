@@ -67,6 +67,7 @@ unsigned long vbrs_obtainable_pages(void);
 unsigned long vbrs_managed_pages(void);
 unsigned long vbrs_high_watermarks(void);
 unsigned long vbrs_reclaim_watermarks(void);
+bool vbrs_has_one_node(void);
 void vbrs_short_nodes(nodemask_t *nodes);
 bool vbrs_page_is_on(struct page *page, const nodemask_t *nodes);
 unsigned int vbrs_max_page_order(void);

@@ -39,7 +39,7 @@ pub use balloon_pages::{BalloonPage, BalloonPages, MigrateMode, MigratePages, Mi
 pub use block::PageBlock;
 pub use lent::{LentBlock, LentPages};
 pub use list::{BlockList, BlockShape};
-pub use nodes::ShortNodes;
+pub use nodes::{has_one_node, ShortNodes};
 pub use notifier::{MemoryHotplug, Notifier, OnMemoryOffline, OnSleep, Sleep};
 pub use oom_notifier::{OnOutOfMemory, OomNotifier};
 pub use page_ref::PageRef;

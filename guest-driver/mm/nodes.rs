@@ -46,3 +46,9 @@ impl ShortNodes {
         unsafe { helpers::vbrs_page_is_on(page.as_raw().as_ptr(), &self.0) }
     }
 }
+
+/// Whether all memory is on one node. Any context.
+pub fn has_one_node() -> bool {
+    // SAFETY: Reads a counter.
+    unsafe { helpers::vbrs_has_one_node() }
+}

@@ -19,13 +19,14 @@ use crate::bindings as helpers;
 /// Something that can give pages back when the guest has run out of memory.
 pub trait OnOutOfMemory: Send + Sync {
     /// Gives pages back to the page allocator, and returns how many. With 0 from all who are asked,
-    /// the kernel chooses a process and kills it. Not called if one with a higher priority has given
-    /// pages back: the kernel tries again with these first.
+    /// the kernel chooses a process and kills it.
+    ///
+    /// `already` pages were given back by those with higher priorities, on whatever node.
     ///
     /// Called from within the allocation that found no memory, in any task, by one at a time. Other
     /// tasks that need memory wait meanwhile. May sleep, for a short and limited time; must not
     /// allocate with reclaim allowed, nor take a lock under which anybody does.
-    fn give_back(self: &Arc<Self>) -> usize;
+    fn give_back(self: &Arc<Self>, already: usize) -> usize;
 }
 
 /// A registered OOM notifier.
@@ -87,9 +88,8 @@ impl<T: OnOutOfMemory> OomNotifier<T> {
         let inner = unsafe { &*container_of!(Opaque::cast_from(block), Inner<T>, block) };
         // SAFETY: The kernel passes a counter that is the caller's for the call.
         let freed = unsafe { &mut *freed.cast::<c_ulong>() };
-        if *freed == 0 {
-            *freed = T::give_back(&inner.data) as c_ulong;
-        }
+        let more = T::give_back(&inner.data, *freed as usize);
+        *freed = freed.saturating_add(more as c_ulong);
         OK
     }
 }
@@ -98,5 +98,42 @@ impl<T: OnOutOfMemory + 'static> Drop for OomNotifier<T> {
     fn drop(&mut self) {
         // SAFETY: `register` has registered it, and this is the one place that ends it.
         unsafe { helpers::unregister_oom_notifier(self.0.block.get()) };
+    }
+}
+
+#[kunit_tests(virtio_balloon_rs_oom_notifier)]
+mod tests {
+    use super::*;
+    use kernel::sync::atomic::{Atomic, Relaxed};
+
+    /// Gives four pages back each time, and knows of how many it was told.
+    struct Giver {
+        told: Atomic<usize>,
+    }
+
+    impl OnOutOfMemory for Giver {
+        fn give_back(self: &Arc<Self>, already: usize) -> usize {
+            self.told.store(already, Relaxed);
+            4
+        }
+    }
+
+    #[test]
+    fn each_hears_of_what_others_have_given_back() -> Result {
+        let giver = Giver {
+            told: Atomic::new(usize::MAX),
+        };
+        let giver = Arc::new(giver, GFP_KERNEL)?;
+        let notifier = OomNotifier::register(0, giver.clone())?;
+        let mut freed: c_ulong = 0;
+        for (told, then) in [(0, 4), (4, 8)] {
+            let block = notifier.0.block.get();
+            OomNotifier::<Giver>::callback(block, 0, (&raw mut freed).cast());
+            assert_eq!((giver.told.load(Relaxed), freed), (told, then));
+        }
+        freed = c_ulong::MAX;
+        OomNotifier::<Giver>::callback(notifier.0.block.get(), 0, (&raw mut freed).cast());
+        assert_eq!(freed, c_ulong::MAX);
+        Ok(())
     }
 }

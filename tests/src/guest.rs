@@ -252,11 +252,30 @@ impl<'a> Builder<'a> {
     /// As [`Builder::boot`] and [`Guest::load`].
     pub fn boot_used(self, spare: u64, driver: Driver) -> Result<(Guest, Settled)> {
         const SEED: u64 = 10;
+        /// The most that a driver takes for itself.
+        const OF_DRIVER: u64 = 8 * MIB;
+        let reports = self.features.contains(&"free-page-reporting");
         let mut guest = self.boot()?;
         guest.fill_and_free(spare, SEED)?;
+        let without = if reports {
+            Some(guest.settled()?)
+        } else {
+            None
+        };
         guest.load(driver)?;
-        let before = guest.settled()?;
-        Ok((guest, before))
+        let deadline = Instant::now() + HANG_LIMIT;
+        loop {
+            let before = guest.settled()?;
+            // Pages that are being reported count as in use.
+            if without.is_none_or(|without| before.used <= without.used + OF_DRIVER) {
+                return Ok((guest, before));
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the driver has {before:?}, and without it there was {without:?}"
+            );
+            sleep(Duration::from_millis(20));
+        }
     }
 
     /// Starts the guest and waits until it is up, with no driver loaded.
@@ -421,6 +440,10 @@ pub struct Left {
 
 /// The name of the socket at which a VMM listens for operators.
 const OPERATORS: &str = "vmm-qmp.sock";
+/// Our driver's parameter for how long the host may make no progress.
+const PATIENCE: &str = "host_patience_ms";
+/// For a device that does not answer: the parameters with which our driver does what it does unless it is told otherwise.
+pub const IMPATIENT: &str = "host_patience_ms=2000";
 
 /// What the kernel of a series needs on its command line.
 fn arguments_of(series: &str) -> &'static str {
@@ -467,6 +490,7 @@ pub struct Guest {
     memory: u64,
     pub(crate) daemon_program: PathBuf,
     watched: bool,
+    foreign: bool,
     ended: bool,
     pub(crate) log: Vec<KernelLine>,
 }
@@ -498,6 +522,7 @@ impl Guest {
                     memory: builder.memory,
                     daemon_program: builder.artifacts.daemon.clone(),
                     watched: matches!(builder.vmm.resolve(), Ok(Vmm::Debug)),
+                    foreign: builder.foreign.is_some(),
                     ended: false,
                     log: Vec::new(),
                 };
@@ -633,15 +658,20 @@ impl Guest {
 
     /// Loads a driver with parameters, and waits until the device is bound to it.
     ///
+    /// Ours has patience with a device on a busy host, unless the parameters say otherwise or the device is foreign: that may
+    /// be one which never answers.
+    ///
     /// # Errors
     ///
     /// If the guest refuses.
     pub fn load_with(&mut self, driver: Driver, parameters: &str) -> Result<()> {
         let path = initramfs::module_path(&format!("{}.ko", driver.module()));
-        self.call(LoadModule {
-            path,
-            parameters: parameters.to_owned(),
-        })?;
+        let parameters = if driver == Driver::C || self.foreign || parameters.contains(PATIENCE) {
+            parameters.to_owned()
+        } else {
+            format!("{PATIENCE}={} {parameters}", HANG_LIMIT.as_millis() / 10)
+        };
+        self.call(LoadModule { path, parameters })?;
         // The device hears of it a little later than the driver is done.
         match &mut self.daemon {
             Some(daemon) => daemon.wait_driver(),

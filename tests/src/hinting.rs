@@ -2,7 +2,7 @@
 //! Rounds of free page hinting, with either device.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
@@ -10,9 +10,13 @@ use guest_agent::calls::{WaitMemFree, WaitMemSettled};
 use guest_agent::ranges::RangeSet;
 use serde::Deserialize;
 use serde_json::{json, Value};
+use shared_abi::features::Features;
 
+use crate::check::USE_TOLERANCE;
+use crate::exercise::REPORTED_AT_ONCE;
 use crate::guest::Guest;
 use crate::qmp::Qmp;
+use crate::zones::Zones;
 use crate::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
 /// What `query-free-page-hint` says.
@@ -147,6 +151,51 @@ impl Guest {
         balloon.wait_hint_status("finished")
     }
 
+    /// Waits, while a round is held, until the kernel uses what was `hinted` more than `before`, in bytes, give or take `elsewhere` and
+    /// [`USE_TOLERANCE`]. Returns the zones as they are then.
+    ///
+    /// A guest that is short of memory takes blocks back meanwhile. Our driver counts their pages: `returned` is its count before the
+    /// round. The C driver does not count them (`None`): there it is enough that half of what was hinted is held.
+    ///
+    /// # Errors
+    ///
+    /// If it does not by [`HANG_LIMIT`].
+    pub fn check_taken(
+        &mut self,
+        before: u64,
+        hinted: u64,
+        returned: Option<u64>,
+        elsewhere: u64,
+    ) -> Result<Zones> {
+        let tolerance = elsewhere + USE_TOLERANCE;
+        let deadline = Instant::now() + HANG_LIMIT;
+        loop {
+            let held = self.zones()?;
+            let used = held.used_by_kernel() * held.page_size();
+            let taken = used.saturating_sub(before);
+            // Read after the zones: pages that go back in between make both disagree until the next look.
+            let back = match returned {
+                Some(earlier) => {
+                    let now = self.counters()?.get("returned_pages")?;
+                    Some((now - earlier) * held.page_size())
+                }
+                None => None,
+            };
+            let is_right = match back {
+                Some(back) => (taken + back).abs_diff(hinted) < tolerance,
+                None => taken < hinted + tolerance && taken + elsewhere >= hinted / 2,
+            };
+            if is_right {
+                return Ok(held);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{hinted} bytes were hinted, and the kernel uses {taken} more than {before}; {back:?} went back: {held:?}"
+            );
+            sleep(Duration::from_millis(20));
+        }
+    }
+
     /// A whole round, of at least nine tenths of the memory that is free, which the guest has back at its end.
     ///
     /// # Errors
@@ -194,7 +243,11 @@ impl Guest {
     ///
     /// If QEMU refuses, or the guest does not hint.
     pub fn start_qemu_migration(&mut self) -> Result<()> {
-        let free = self.mem_info()?.free();
+        let mut free = self.mem_info()?.free();
+        if self.features()?.contains(Features::REPORTING) {
+            // Pages that are being reported are free later.
+            free += REPORTED_AT_ONCE;
+        }
         // Only our driver counts its rounds.
         let rounds = if self.counted_devices()?.is_empty() {
             None
@@ -207,16 +260,16 @@ impl Guest {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         monitor.command("migrate-set-capabilities", events)?;
         monitor.command("migrate", json!({ "uri": "exec:cat >/dev/null" }))?;
+        if let Some(rounds) = rounds {
+            self.wait_counter("rounds_finished", rounds + 1, HANG_LIMIT)?;
+            return Ok(());
+        }
         self.call(WaitMemFree {
             at_least: 0,
             at_most: free / 10,
             limit_ms: HANG_LIMIT_MS,
         })
         .context("the driver did not take its free memory to hint it")?;
-        if let Some(rounds) = rounds {
-            self.wait_counter("rounds_finished", rounds + 1, HANG_LIMIT)?;
-            return Ok(());
-        }
         self.call(WaitMemSettled {
             tolerance: MIB,
             quiet_looks: 30,

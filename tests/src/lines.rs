@@ -59,6 +59,13 @@ impl Lines {
         self.lock().lines.join("\n")
     }
 
+    /// Waits until all readers have come to the end of what they read, or the limit is over.
+    pub fn wait_end(&self, limit: Duration) {
+        let reads = |collected: &mut Collected| collected.readers > 0;
+        let waited = self.0.changed.wait_timeout_while(self.lock(), limit, reads);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
     /// The first line that satisfies `wanted`, waiting for it if need be.
     ///
     /// # Errors
@@ -110,6 +117,8 @@ mod tests {
             "one"
         );
         drop(writer);
+        lines.wait_end(HANG_LIMIT);
+        assert_eq!(lines.text(), "one\ntwo");
         assert_eq!(
             lines
                 .wait_for("two", |line| line == "two", HANG_LIMIT)

@@ -101,19 +101,33 @@ impl Process {
         &self.output
     }
 
-    /// How it ended, or `None` if it runs.
+    /// How it ended, or `None` if it runs. All that it has said is in its output once it has ended.
     ///
     /// # Errors
     ///
     /// If the system cannot say.
     pub fn status(&mut self) -> Result<Option<ExitStatus>> {
-        if self.ended.is_none() {
-            self.ended = self
-                .child
-                .try_wait()
-                .with_context(|| format!("cannot ask after {}", self.name))?;
+        if self.ended.is_some() || !self.has_ended()? {
+            return Ok(self.ended);
         }
+        if self.own_group {
+            // Processes that it has left would keep its output open. It is not reaped yet, so the group is still its own.
+            let _ = killpg(self.pid()?, Signal::SIGKILL);
+        }
+        self.ended = self
+            .child
+            .try_wait()
+            .with_context(|| format!("cannot ask after {}", self.name))?;
+        self.output.wait_end(HANG_LIMIT);
         Ok(self.ended)
+    }
+
+    /// Whether it has ended. Does not reap it.
+    fn has_ended(&self) -> Result<bool> {
+        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        let status = waitid(Id::Pid(self.pid()?), look);
+        let status = status.with_context(|| format!("cannot ask after {}", self.name))?;
+        Ok(status != WaitStatus::StillAlive)
     }
 
     /// Waits for its end.
@@ -273,6 +287,16 @@ mod tests {
         let pid = process.pid().unwrap();
         drop(process);
         assert!(kill(pid, None).is_err());
+    }
+
+    #[test]
+    fn all_output_is_there_once_a_process_has_ended_whatever_it_has_left() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 1000 & echo one; echo two >&2"]);
+        let mut process = Process::start("sh", command, Streams::Collected).unwrap();
+        process.wait(HANG_LIMIT).unwrap();
+        let text = process.output().text();
+        assert!(text.contains("one") && text.contains("two"), "{text}");
     }
 
     #[test]

@@ -8,8 +8,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+
+/// What a slow line lets pass, and how often.
+const A_LITTLE: u64 = 1 << 15;
+const EVERY: Duration = Duration::from_secs(1);
 
 /// How a line fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,6 +25,9 @@ pub enum Failure {
     Stall,
     /// Nothing goes over it until [`Wire::let_pass`].
     Hold,
+    /// Little goes over it until [`Wire::let_pass`]: enough that neither end takes it for stalled, and too little for a migration to
+    /// end.
+    Slow,
 }
 
 /// Connections that are taken at one socket and carried on to another, until so many bytes have gone to the far end.
@@ -141,6 +149,8 @@ impl Shared {
                 self.carried.fetch_add(part.len() as u64, Ordering::Relaxed);
                 if far.write_all(part).is_err() {
                     self.carried.fetch_sub(part.len() as u64, Ordering::Relaxed);
+                    // Tells the near end that the far end is gone. Answers still come back.
+                    let _ = near.shutdown(Shutdown::Read);
                     break 'line;
                 }
                 bytes = rest;
@@ -153,6 +163,19 @@ impl Shared {
                     Failure::Stall => return,
                     Failure::Hold if !part.is_empty() => continue,
                     Failure::Hold => {}
+                    Failure::Slow => {
+                        thread::sleep(EVERY);
+                        let _ends = self.ends();
+                        // `let_pass` may have been called meanwhile.
+                        let left = &self.left;
+                        let _ = left.compare_exchange(
+                            0,
+                            A_LITTLE,
+                            Ordering::Relaxed,
+                            Ordering::Relaxed,
+                        );
+                        continue;
+                    }
                 }
                 break 'line;
             }
@@ -244,5 +267,22 @@ mod tests {
         let _ = far.read_to_end(&mut rest);
         assert_eq!(rest, b"");
         assert_eq!(wire.carried(), 4);
+    }
+
+    #[test]
+    fn a_slow_line_carries_all_in_the_end_and_ends_with_the_far_end() {
+        let scratch = Scratch::new().unwrap();
+        let far = UnixListener::bind(scratch.path("far")).unwrap();
+        let near = scratch.path("near");
+        let wire = Wire::start(near, &scratch.path("far"), 3, Failure::Slow).unwrap();
+        let mut near = UnixStream::connect(wire.socket()).unwrap();
+        let (mut far, _) = far.accept().unwrap();
+        near.write_all(b"hello").unwrap();
+        let mut got = [0; 5];
+        far.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"hello");
+        drop(far);
+        let bytes = [7; 1 << 16];
+        while near.write_all(&bytes).is_ok() {}
     }
 }

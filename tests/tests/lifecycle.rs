@@ -8,7 +8,9 @@ use anyhow::{ensure, Context, Result};
 use shared_abi::config::Config;
 use shared_abi::features::Features;
 use tests::artifacts::Artifacts;
-use tests::calls::{Fill, Filled, Free, ReadFile, Run, Verify, WaitMemSettled, WriteFile};
+use tests::calls::{
+    Fill, Filled, Free, KernelLine, ReadFile, Run, Verify, WaitMemSettled, WriteFile,
+};
 use tests::check::complaints;
 use tests::guest::{Builder, Device, Driver, Guest};
 use tests::mute::Mute;
@@ -157,7 +159,12 @@ fn the_driver_is_unbound_and_bound_while_it_works() -> Result<()> {
         let mut guest = builder(&artifacts, vmm, Device::Ours).boot()?;
         guest.hurry_reporting()?;
         guest.load(Driver::Ours)?;
+        // Unbound, for pages that are being reported count as in use.
+        let name = guest.balloon_device()?.name;
+        rebind(&mut guest, "unbind", &name)?;
         let before = guest.settled()?;
+        rebind(&mut guest, "bind", &name)?;
+        guest.daemon()?.wait_driver()?;
         let whole = guest.balloon()?.balloon_actual()?;
         let times = vmm.repeats(if vmm == Vmm::Uml { 40 } else { 6 });
         for time in 0..times {
@@ -176,6 +183,7 @@ fn the_driver_is_unbound_and_bound_while_it_works() -> Result<()> {
             guest.daemon()?.wait_driver()?;
         }
         guest.exercise()?;
+        guest.unload(Driver::Ours)?;
         guest.farewell(before)?;
     }
     Ok(())
@@ -260,7 +268,9 @@ fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
     for queue in ["inflate", "free_page", "reporting"] {
         guest.wait_counter(&format!("{queue}_notifications"), 1, HANG_LIMIT)?;
     }
-    guest.check_log()?;
+    let log = guest.kernel_log()?;
+    let others = complaints_of_mute(&log);
+    ensure!(others.is_empty(), "{others:?}");
     guest.start_next_kernel()?;
     let before = guest.settled()?;
     memory_holds(&mut guest, before.free - 48 * MIB, 27)?;
@@ -270,6 +280,14 @@ fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
     guest.check_memory(before)?;
     guest.kill()?;
     Ok(())
+}
+
+/// The kernel's complaints, without the warning that a report of free pages is not answered: the driver gives it after ten seconds, and
+/// how long a test takes depends on the host.
+fn complaints_of_mute(log: &[KernelLine]) -> Vec<&str> {
+    const NO_ANSWER: &str = "the device does not answer: the free pages that were reported last";
+    let texts = complaints(log).into_iter().map(|line| line.text.as_str());
+    texts.filter(|text| !text.contains(NO_ANSWER)).collect()
 }
 
 /// A host that takes no page, no hint, no report and no statistics costs the guest what is in flight, no more, and the
@@ -322,9 +340,9 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
             guest.check_memory(before).with_context(what)?;
             // What it did not take back it did not acknowledge: that is worth a warning, and no other.
             let log = guest.kernel_log()?;
-            let warned = complaints(&log).into_iter().map(|line| line.text.as_str());
-            let (expected, others): (Vec<_>, Vec<_>) =
-                warned.partition(|text| text.contains("the host does not take its pages back"));
+            let (expected, others): (Vec<_>, Vec<_>) = complaints_of_mute(&log)
+                .into_iter()
+                .partition(|text| text.contains("the host does not take its pages back"));
             ensure!(others.is_empty(), "{}: {others:?}", what());
             ensure!(
                 expected.len() == usize::from(num_pages > 0),

@@ -8,7 +8,7 @@ use tests::artifacts::Artifacts;
 use tests::calls::{
     DropMemoryCaches, Fill, Free, PageUse, ReadFile, Release, ReleaseLowest, Run, Verify, WriteFile,
 };
-use tests::guest::{Builder, Driver, Guest};
+use tests::guest::{Builder, Driver, Guest, IMPATIENT};
 use tests::process::Signal;
 use tests::ranges::{PhysicalRange, RangeSet};
 use tests::vmm::hardware::Hardware;
@@ -552,7 +552,7 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
         .exactly()
         .boot()?;
     let before = guest.settled()?;
-    guest.load(Driver::Ours)?;
+    guest.load_with(Driver::Ours, IMPATIENT)?;
     let (whole, target) = inflate_in_pieces(&mut guest, before.free)?;
 
     stop_device(&mut guest)?;
@@ -591,7 +591,7 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
         .features(&["stats", "deflate-on-oom", "must-tell-host"])
         .boot()?;
     let before = guest.settled()?;
-    guest.load(Driver::Ours)?;
+    guest.load_with(Driver::Ours, IMPATIENT)?;
     let whole = guest.balloon()?.balloon_actual()?;
     leave(&mut guest, LEFT)?;
 
@@ -601,7 +601,17 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     ensure!(guest.vm_event("oom_kill")? > 0, "nobody was killed");
 
     continue_device(&mut guest)?;
-    let filled = guest.call(fill(WANTED, 1, 4))?;
+    // The driver takes no more pages out before the device has answered for the last ones.
+    guest.wait_counter("oom_deflated_pages", 1, HANG_LIMIT)?;
+    // With so little patience it may give up on a busy device once more.
+    let deadline = Instant::now() + HANG_LIMIT;
+    let filled = loop {
+        match guest.call(fill(WANTED, 1, 4)) {
+            Ok(filled) => break filled,
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => {}
+        }
+    };
     let verified = guest.call(Verify {
         workload: filled.workload,
     })?;

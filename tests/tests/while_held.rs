@@ -2,7 +2,8 @@
 //! What the guest and its kernel can still do while hinted blocks are held.
 
 use std::fs::File;
-use std::time::Instant;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
 use tests::artifacts::Artifacts;
@@ -88,6 +89,8 @@ fn hinting_keeps_out_of_cma_in_qemu() -> Result<()> {
 #[test]
 fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
     const FILES: u32 = 15_000;
+    /// Pages that the guest's own programs may have taken of the reserve.
+    const OWN_USE: u64 = 2 * MIB / 4096;
     let artifacts = Artifacts::load()?;
     for driver in [Driver::C, Driver::Ours] {
         let builder = Builder::new(&artifacts, Vmm::Qemu)
@@ -110,12 +113,13 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
             summary(&held),
             summary(&guest.zones()?.zones)
         );
-        let mut stalls = 0;
+        // Printed only: the number of stalls depends on when kswapd runs.
         for (name, count) in &events_after {
             let more = count.saturating_sub(events.get(name).copied().unwrap_or_default());
-            let waits = name.starts_with("allocstall");
-            stalls += if waits { more } else { 0 };
-            if more > 0 && (waits || name.contains("scan") || name.contains("kswapd")) {
+            let tells = ["allocstall", "scan", "kswapd"]
+                .iter()
+                .any(|part| name.contains(part));
+            if more > 0 && tells {
                 println!("  {name} {more}");
             }
         }
@@ -126,7 +130,16 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
                 "movable pages were hinted: {held:?}"
             );
             check_reserves(&held)?;
-            ensure!(stalls == 0, "somebody waited for memory {stalls} times");
+            // The whole reserve is in zones that the kernel uses for itself.
+            let reserve = guest.counters()?.get("hint_reserve_pages")?;
+            let usable = held.iter().filter(|zone| zone.is_usable());
+            let left: u64 = usable
+                .map(|zone| zone.free_for_the_kernel() + zone.on_processors)
+                .sum();
+            ensure!(
+                left + OWN_USE >= reserve,
+                "the reserve is {reserve} pages, and {left} are left that the kernel can use: {held:?}"
+            );
         }
         shell(&mut guest, "rm -r /tmp/files")?;
         guest.daemon()?.qmp().hint_done()?;
@@ -276,6 +289,7 @@ fn hibernated(driver: Driver, arguments: &str) -> Result<()> {
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
     guest.daemon()?.qmp().hint_done()?;
+    guest.check_memory(before)?;
     let hinted = guest.hint_all()?.bytes;
     ensure!(
         hinted >= before.free / 10 * 6,
@@ -387,24 +401,32 @@ fn pages_are_cleared_once_in_qemu() -> Result<()> {
             more("slabs_scanned")
         );
         if driver == Driver::Ours {
-            let counters = guest.counters()?;
-            let (returned, zeroed) = (
-                counters.get("returned_pages")?,
-                counters.get("zeroed_pages")?,
-            );
-            println!("{returned} pages went back, {zeroed} were cleared");
+            // The driver's counters are not of one moment, and pages may go back meanwhile.
+            let deadline = Instant::now() + HANG_LIMIT;
+            let returned = loop {
+                let counters = guest.counters()?;
+                let (returned, zeroed) = (
+                    counters.get("returned_pages")?,
+                    counters.get("zeroed_pages")?,
+                );
+                let wanted = if arguments.ends_with('1') {
+                    0
+                } else {
+                    returned
+                };
+                if zeroed == wanted {
+                    println!("{returned} pages went back, {zeroed} were cleared");
+                    break returned;
+                }
+                ensure!(
+                    Instant::now() < deadline,
+                    "{zeroed} pages were cleared of {returned}"
+                );
+                sleep(Duration::from_millis(20));
+            };
             ensure!(
                 returned > NEEDED / 4096 / 2,
                 "only {returned} pages went back"
-            );
-            let wanted = if arguments.ends_with('1') {
-                0
-            } else {
-                returned
-            };
-            ensure!(
-                zeroed == wanted,
-                "{zeroed} pages were cleared of {returned}"
             );
         }
         let workload = filled.workload;

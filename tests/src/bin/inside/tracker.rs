@@ -191,9 +191,9 @@ fn chosen_by_itself(small: &Small) -> Result<()> {
 fn exactly_what_is_written(small: &mut Small, writers: &mut [Writer]) -> Result<()> {
     let mut random = Random(1);
     small.nothing_is_lost()?;
-    for interval in 0..40u64 {
+    for interval in 0..20u64 {
         let mut written = BTreeSet::new();
-        for _ in 0..interval * 2 {
+        for _ in 0..interval * 4 {
             let page = random.below(PAGES);
             let value = u8::try_from(1 + random.below(255))?;
             match usize::try_from(random.below(4))? {
@@ -228,7 +228,7 @@ fn a_child_is_doubted(small: &mut Small, parent: &mut Writer) -> Result<u64> {
         ensure!(value == 2 || small.tracker.why_all().is_some());
     }
     let mut believed = 0;
-    for value in 3..40 {
+    for value in 3..20 {
         let written: BTreeSet<u64> = (0..32).step_by(usize::from(value)).collect();
         for &page in &written {
             parent.tell(&tell(Order::Write { page, value }))?;
@@ -260,7 +260,7 @@ fn whatever_comes_and_goes(small: &mut Small, writers: &mut [Writer]) -> Result<
     let mut mapped = [None; 3];
     let mut children = [false; 3];
     let (mut syncs, mut all) = (0, 0);
-    for _ in 0..200 {
+    for _ in 0..100 {
         let writer = usize::try_from(random.below(3))?;
         let page = random.below(BUSY);
         let value = u8::try_from(1 + random.below(255))?;

@@ -12,10 +12,12 @@ use serde_json::{json, Value};
 
 use super::{boot, builder, LIMIT};
 use crate::artifacts::Artifacts;
-use crate::destination::Destination;
+use crate::destination::{uri, Destination};
 use crate::guest::{Driver, Guest};
 use crate::matrix::Cell;
 use crate::migration::State;
+use crate::scratch::Scratch;
+use crate::wire::{Failure, Wire};
 use crate::MIB;
 
 /// What the driver is at when a DIMM goes.
@@ -87,6 +89,7 @@ fn inflated(guest: &mut Guest, driver: Driver, free: u64) -> Result<()> {
 /// How long both take is printed.
 fn deflating(guest: &mut Guest, driver: Driver) -> Result<()> {
     const LEFT: u64 = 96 * MIB;
+    let empty = guest.balloon()?.balloon_actual()?;
     plug(guest, 2 * SIZE)?;
     let whole = guest.balloon()?.balloon_actual()?;
     let before = guest.settled()?;
@@ -105,6 +108,8 @@ fn deflating(guest: &mut Guest, driver: Driver) -> Result<()> {
         ensure!(Instant::now() < deadline, "pages stay in the balloon");
         sleep(Duration::from_millis(10));
     }
+    // The device learns of it later. Without the DIMM the size is that from before.
+    guest.balloon()?.wait_balloon(empty, LIMIT)?;
     println!(
         "{driver:?}: unplugged after {unplugged:?}, {migrated} pages migrated, deflated after {:?}",
         since.elapsed()
@@ -147,10 +152,18 @@ fn mid_round(guest: &mut Guest) -> Result<()> {
 fn in_migration(guest: &mut Guest, artifacts: &Artifacts) -> Result<()> {
     let slowly = json!({ "max-bandwidth": MIB, "downtime-limit": 0, "max-rounds": 100_000 });
     guest.daemon()?.qmp().migrate_parameters(slowly)?;
+    let scratch = Scratch::new()?;
     for blocks in [1, 2] {
         let memory = guest.memory() + SIZE;
         let destination = Destination::start_blocks(&artifacts.balloonctl, memory, blocks)?;
-        guest.start_migration(&destination.uri())?;
+        // Slow, so that the migration does not end before the DIMM comes or goes.
+        let wire = Wire::start(
+            scratch.path(&format!("wire-{blocks}")),
+            &destination.socket(),
+            4 * MIB,
+            Failure::Slow,
+        )?;
+        guest.start_migration(&uri(wire.socket()))?;
         guest.daemon()?.qmp().wait_migration(
             "some bytes sent",
             |now| now.status == State::Active && now.ram.transferred > MIB,
@@ -192,7 +205,6 @@ fn hinted_offline(guest: &mut Guest) -> Result<u64> {
         })
         .with_context(|| format!("{name} ({block:x?}) in mid-round"))?;
     guest.daemon()?.qmp().hint_done()?;
-    guest.daemon()?.qmp().wait_hint_status("done")?;
     guest.call(WriteFile {
         path: format!("{BLOCKS}/{name}/state"),
         text: "online_kernel".to_owned(),
