@@ -88,8 +88,8 @@ impl<T: OnOutOfMemory> OomNotifier<T> {
         let inner = unsafe { &*container_of!(Opaque::cast_from(block), Inner<T>, block) };
         // SAFETY: The kernel passes a counter that is the caller's for the call.
         let freed = unsafe { &mut *freed.cast::<c_ulong>() };
-        let more = T::give_back(&inner.data, *freed as usize);
-        *freed = freed.saturating_add(more as c_ulong);
+        let more = T::give_back(&inner.data, *freed);
+        *freed = freed.saturating_add(more);
         OK
     }
 }
