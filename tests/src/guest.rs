@@ -383,7 +383,7 @@ impl<'a> Builder<'a> {
                 let image = unpacked.unwrap_or(&kernel.image);
                 qemu::start(&self.artifacts.rootfs, image, &machine)?
             }
-            Vmm::Uml => uml::start(&kernel.image, &[], &machine)?,
+            Vmm::Uml => uml::start(&kernel.image, &uml::USUAL_ARGUMENTS, &machine)?,
             Vmm::Debug => uml::start(&kernel.image, &uml::DEBUG_ARGUMENTS, &machine)?,
         };
         Ok(Prepared {

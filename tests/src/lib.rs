@@ -34,6 +34,7 @@ pub mod mute;
 pub mod process;
 pub mod qmp;
 pub mod scratch;
+pub mod seat;
 pub mod sleep;
 pub mod slot;
 pub mod stress;

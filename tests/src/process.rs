@@ -16,6 +16,7 @@ use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 
 use crate::lines::Lines;
+use crate::seat::Seat;
 pub use crate::sys::die_with_parent;
 use crate::HANG_LIMIT;
 
@@ -40,6 +41,7 @@ pub struct Process {
     own_group: bool,
     ended: Option<ExitStatus>,
     output: Lines,
+    seat: Option<Seat>,
 }
 
 impl Process {
@@ -74,7 +76,20 @@ impl Process {
             own_group,
             ended: None,
             output,
+            seat: None,
         })
+    }
+
+    /// Keeps it on one processor, with all that it starts from now on.
+    ///
+    /// # Errors
+    ///
+    /// As [`Seat::take`] and [`Seat::keep`].
+    pub fn keep_on_one_processor(&mut self) -> Result<()> {
+        let seat = Seat::take()?;
+        seat.keep(self.pid()?)?;
+        self.seat = Some(seat);
+        Ok(())
     }
 
     /// What it is called in messages.

@@ -14,6 +14,7 @@ use tests::artifacts::Artifacts;
 use tests::guest::{Builder, Device};
 use tests::host::guest_memory_file;
 use tests::stress::{Load, Stress};
+use tests::vmm::uml::TRACES;
 use tests::vmm::Vmm;
 use tests::{HANG_LIMIT, MIB};
 
@@ -25,7 +26,7 @@ const PAGES: u64 = 100;
 
 #[test]
 fn user_mode_linux_does_not_notice_that_its_processes_are_stopped() -> Result<()> {
-    paused_again_and_again(Vmm::Uml, "", 300)
+    paused_again_and_again(Vmm::Uml, TRACES, 300)
 }
 
 #[test]

@@ -13,9 +13,15 @@ use crate::host::memory_folder;
 use crate::process::{Process, Streams};
 
 const AGENT_FD: i32 = 3;
+const TWO_PROCESSORS: &str = "ncpus=2";
 
 /// The name of a folder that user-mode Linux makes beside its initramfs, and leaves there if it is killed.
 pub const FOLDER: &str = "user-mode-linux";
+
+/// What the usual kernel is told: a process asks for a page with a signal of its own, which takes half as long as to trace it.
+pub const USUAL_ARGUMENTS: [&str; 1] = ["seccomp=on"];
+/// What makes the usual kernel trace its processes.
+pub const TRACES: &str = "seccomp=off";
 
 /// What the debug kernel is told: two processors, which need seccomp; to keep processes on one of them, for the reason that
 /// [`ONE_PROCESSOR_VARIABLE`] has; and not to note the stack at each allocation of a slab object, for in user-mode Linux that takes ten
@@ -23,7 +29,7 @@ pub const FOLDER: &str = "user-mode-linux";
 ///
 /// [`ONE_PROCESSOR_VARIABLE`]: guest_agent::protocol::ONE_PROCESSOR_VARIABLE
 pub const DEBUG_ARGUMENTS: [&str; 4] = [
-    "ncpus=2",
+    TWO_PROCESSORS,
     "seccomp=on",
     "AGENT_ONE_PROCESSOR=1",
     "slab_debug=FZP",
@@ -73,7 +79,10 @@ pub fn start(kernel: &Path, arguments: &[&str], machine: &Machine) -> Result<Sta
     command
         .fd_mappings(vec![agent_far])
         .context("cannot pass a socket to user-mode Linux")?;
-    let process = Process::start("user-mode linux", command, machine.console)?;
+    let mut process = Process::start("user-mode linux", command, machine.console)?;
+    if !arguments.contains(&TWO_PROCESSORS) {
+        process.keep_on_one_processor()?;
+    }
     Ok(Started {
         process,
         agent,

@@ -228,7 +228,7 @@ fn a_child_is_doubted(small: &mut Small, parent: &mut Writer) -> Result<u64> {
         ensure!(value == 2 || small.tracker.why_all().is_some());
     }
     let mut believed = 0;
-    for value in 3..20 {
+    for value in 3..40 {
         let written: BTreeSet<u64> = (0..32).step_by(usize::from(value)).collect();
         for &page in &written {
             parent.tell(&tell(Order::Write { page, value }))?;
