@@ -141,6 +141,11 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
             10,
             Some("hint_min_order=77"),
         ),
+        (
+            "hint_reserve_mib=200 hint_min_order=8 host_patience_ms=0",
+            8,
+            Some("host_patience_ms=0 is not within 1 and 600000; taking 1"),
+        ),
     ] {
         guest.load_with(Driver::Ours, parameters)?;
         let before = guest.settled()?;
@@ -183,6 +188,7 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
         "hint_min_order=-1",
         "hint_reserve_mib=much",
         "hint_min_order=256",
+        "host_patience_ms=-1",
     ] {
         ensure!(
             guest.load_with(Driver::Ours, wrong).is_err(),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The balloon where memory is short or in pieces: deflation on OOM, page migration, and the host that must be told.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
@@ -625,6 +626,36 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     guest.check_memory(before)?;
     guest.power_off()?;
     Ok(())
+}
+
+/// A host that has other things to do for a while costs no process its life, if the driver was told to have patience.
+#[test]
+fn a_process_without_memory_waits_as_long_as_the_driver_was_told_to() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Uml)
+        .features(&["stats", "deflate-on-oom", "must-tell-host"])
+        .boot()?;
+    let before = guest.settled()?;
+    // More patience than the device takes time.
+    guest.load(Driver::Ours)?;
+    let whole = guest.balloon()?.balloon_actual()?;
+    leave(&mut guest, LEFT)?;
+
+    stop_device(&mut guest)?;
+    // Longer than the driver waits unless it is told otherwise.
+    let later = format!("sleep 4; kill -CONT {}", guest.daemon()?.process().id());
+    let mut later = Command::new("sh").args(["-c", &later]).spawn()?;
+    let filled = guest.call(fill(WANTED, 1, 3));
+    ensure!(later.wait()?.success(), "the device stands still");
+    let workload = filled?.workload;
+    let verified = guest.call(Verify { workload })?;
+    ensure!(verified.wrong == 0, "{verified:?}");
+    ensure!(guest.vm_event("oom_kill")? == 0, "somebody was killed");
+    guest.call(Free { workload })?;
+    guest.balloon()?.balloon(whole)?;
+    guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;
+    guest.unload(Driver::Ours)?;
+    guest.farewell(before)
 }
 
 #[test]
