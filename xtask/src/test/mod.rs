@@ -7,6 +7,7 @@ mod passes;
 mod summary;
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,9 @@ pub struct Options {
     /// Keep the machine busy meanwhile, with a command of the shell that runs until it is killed.
     #[arg(long, value_name = "COMMAND")]
     beside: Option<String>,
+    /// Have so many tests of guests under way at once, and not a few for each processor.
+    #[arg(long, value_name = "TESTS")]
+    at_once: Option<NonZeroUsize>,
     /// Further names, and then options of the test programs.
     #[arg(last = true)]
     rest: Vec<String>,
@@ -64,6 +68,7 @@ pub fn command(options: &Options) -> Result<ExitCode> {
     let selection = Selection {
         names: options.names.iter().chain(names).cloned().collect(),
         options: further.to_vec(),
+        at_once: options.at_once,
     };
     let layers = layers(options);
     let mut runs = Vec::new();

@@ -3,6 +3,7 @@
 
 use std::fmt::{self, Display, Formatter};
 use std::io::{BufRead, BufReader};
+use std::num::NonZeroUsize;
 use std::process::Command;
 
 use ::tests::artifacts;
@@ -51,6 +52,8 @@ pub struct Selection {
     pub names: Vec<String>,
     /// Further options of the test programs.
     pub options: Vec<String>,
+    /// How many tests of guests are under way at once, if that is not to be as many as suit the machine.
+    pub at_once: Option<NonZeroUsize>,
 }
 
 /// Part of the name of each test of a guest in QEMU.
@@ -115,12 +118,15 @@ fn guests(kernels: Kernels, selection: &Selection) -> Result<Outcome> {
     let inside = names.iter().any(|name| name.starts_with(INSIDE));
     let mut command = test_program(kernels, needed(kernels, &names), inside)?;
     say(format_args!("tests of {}", Layer::Guests(kernels)));
-    let at_once = match kernels {
-        Kernels::Usual => USUAL_AT_ONCE,
-        Kernels::Debug => DEBUG_AT_ONCE,
+    let usual = || {
+        let at_once = match kernels {
+            Kernels::Usual => USUAL_AT_ONCE,
+            Kernels::Debug => DEBUG_AT_ONCE,
+        };
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        (processors * at_once / 2).max(2)
     };
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = (processors * at_once / 2).max(2);
+    let threads = selection.at_once.map_or_else(usual, usize::from);
     command
         .args(["--test-threads", &threads.to_string()])
         .args(filters(kernels, selection))
