@@ -318,6 +318,12 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
             guest.hurry_reporting()?;
             let before = guest.settled()?;
             guest.load(Driver::Ours)?;
+            // Whatever the device hears of first: each of the two is under way.
+            for (queue, wanted) in [("inflate", num_pages), ("free_page", round)] {
+                if wanted > 0 {
+                    guest.wait_counter(&format!("{queue}_notifications"), 1, HANG_LIMIT)?;
+                }
+            }
             // A third of what is left once it has all that it can have in flight.
             let left = guest.call(WaitMemSettled {
                 tolerance: MIB,
