@@ -2,10 +2,11 @@
 //! A workload's own process.
 
 use std::fs::{self, File};
+use std::hint::black_box;
 use std::io::{stdin, stdout, Write};
 use std::os::unix::fs::FileExt;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{Fill, Verified};
 use guest_agent::pattern::{self, PAGE};
 use guest_agent::protocol::Outcome;
@@ -203,17 +204,23 @@ impl PageMap {
     fn frame_of(&self, bytes: &[u8]) -> Result<u64> {
         const PRESENT: u64 = 1 << 63;
         const FRAME: u64 = (1 << 55) - 1;
-        let mut entry = [0; size_of::<u64>()];
-        let place = bytes.as_ptr().addr() / PAGE * size_of::<u64>();
-        self.0
-            .read_exact_at(&mut entry, u64::try_from(place)?)
-            .context("cannot read my page map")?;
-        let entry = u64::from_le_bytes(entry);
-        ensure!(
-            entry & PRESENT != 0 && entry & FRAME != 0,
-            "a page has no frame: entry {entry:#x}"
-        );
-        Ok(entry & FRAME)
+        /// The kernel may move a page just then, and the same one a few times.
+        const LOOKS: u32 = 1000;
+        let place = u64::try_from(bytes.as_ptr().addr() / PAGE * size_of::<u64>())?;
+        let mut entry = 0;
+        for _ in 0..LOOKS {
+            // Who touches a page that is being moved waits until it is there.
+            black_box(bytes.first().copied());
+            let mut word = [0; size_of::<u64>()];
+            self.0
+                .read_exact_at(&mut word, place)
+                .context("cannot read my page map")?;
+            entry = u64::from_le_bytes(word);
+            if entry & PRESENT != 0 && entry & FRAME != 0 {
+                return Ok(entry & FRAME);
+            }
+        }
+        bail!("a page has no frame: entry {entry:#x}")
     }
 }
 
