@@ -36,9 +36,9 @@ module_virtio_driver! {
             default: 4,
             description: "Smallest order of the free page blocks that are hinted (blocks of 4 KiB << order; 0 to 10, 4 unless set)",
         },
-        host_patience_ms: u32 {
+        host_timeout_ms: u32 {
             default: 2000,
-            description: "Milliseconds that a host from which pages are wanted may make no progress before the driver goes on without (1 to 600000, 2000 unless set)",
+            description: "Timeout in milliseconds for a host that makes no progress (1 to 600000, default 2000)",
         },
         hint_reserve_mib: u32 {
             default: 0,

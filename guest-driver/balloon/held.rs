@@ -176,11 +176,12 @@ impl Held {
         self.given_back.load(Relaxed)
     }
 
-    /// Gives all blocks back to the guest, without their content. May sleep, and take long; others get
-    /// their turn meanwhile.
+    /// Returns all blocks to the page allocator, without their content. May sleep, and take long.
+    ///
+    /// Takes `clearing` for one block at a time.
     pub(crate) fn give_up(&self) {
         loop {
-            // Not around the loop: somebody may wait for it with the round's lock.
+            // Not held across iterations: another task may wait for it while it holds the hint round's lock.
             let clearing = self.clearing.lock();
             if !self.release_one() && self.give_back_some(usize::MAX).is_none() {
                 break;

@@ -40,8 +40,8 @@ use kernel::time::{msecs_to_jiffies, Delta, Instant, Monotonic, Msecs};
 use super::config::BalloonConfig;
 use super::counters::Counters;
 use super::held::Held;
-use super::patience;
 use super::reserve::{Harvest, Limits};
+use super::timeout;
 use crate::mm::{state, LentBlock, OnMemoryOffline, OnOutOfMemory, OnSleep, Shrink};
 use crate::shared_abi::command::CommandId;
 use crate::shared_abi::hinting::driver::{self, Action, Event};
@@ -136,8 +136,8 @@ struct Round {
     silent: bool,
     /// When the round began.
     began: Instant<Monotonic>,
-    /// How long to wait for the next interrupt.
-    patience: Msecs,
+    /// The interval at which the worker polls for used buffers.
+    poll_interval: Msecs,
 }
 
 impl_has_task! {
@@ -174,7 +174,7 @@ impl Hinting {
             short: false,
             silent: false,
             began: Instant::now(),
-            patience: LOOK_MIN,
+            poll_interval: LOOK_MIN,
         };
         let hinting = try_pin_init!(Self {
             config,
@@ -253,10 +253,10 @@ impl Hinting {
         }
         self.notify(round);
         let waited = since.elapsed();
-        let patience = patience::usual();
-        round.silent |= waited > patience && round.returned.elapsed() > patience;
-        // Not silent, but too slow for this caller.
-        !round.silent && waited <= patience::longest()
+        let limit = timeout::host();
+        round.silent |= waited > limit && round.returned.elapsed() > limit;
+        // The device makes progress; only this caller stops waiting.
+        !round.silent && waited <= timeout::total()
     }
 
     /// Goes on after a pause, unless there is another.
@@ -294,7 +294,7 @@ impl Hinting {
         round.in_flight_pages = 0;
         (round.noticed, round.unnoticed) = (0, 0);
         (round.short, round.silent) = (false, false);
-        round.patience = LOOK_MIN;
+        round.poll_interval = LOOK_MIN;
         drop(round);
         self.held.give_up();
     }
@@ -306,7 +306,7 @@ impl Hinting {
             any = true;
             round.silent = false;
             round.returned = Instant::now();
-            round.patience = LOOK_MIN;
+            round.poll_interval = LOOK_MIN;
             round.came_back();
             match buffer {
                 Either::Left(command) => {
@@ -476,8 +476,8 @@ impl Hinting {
         if !round.any_in_flight() && !round.short {
             return;
         }
-        let delay = msecs_to_jiffies(round.patience);
-        round.patience = (round.patience * 2).min(LOOK_MAX);
+        let delay = msecs_to_jiffies(round.poll_interval);
+        round.poll_interval = (round.poll_interval * 2).min(LOOK_MAX);
         work::enqueue_delayed::<Self, LOOK>(self, delay);
     }
 
@@ -674,7 +674,7 @@ impl OnOutOfMemory for Hinting {
             let may_come = match self.round.try_lock() {
                 Some(mut round) => self.may_return_more(&mut round, since),
                 // Perhaps held by the very task that finds no memory.
-                None => !self.stopping.load(Relaxed) && since.elapsed() < patience::usual(),
+                None => !self.stopping.load(Relaxed) && since.elapsed() < timeout::host(),
             };
             if freed() == 0 {
                 self.held.scan(OOM_PAGES);
@@ -896,7 +896,7 @@ mod tests {
         // On a slow machine a run may end early, and want another.
         assert!((0..100).any(|_| !rig.hinting.work()));
         // The worker tries again after longer and longer times.
-        assert!(rig.hinting.round.lock().patience > LOOK_MIN);
+        assert!(rig.hinting.round.lock().poll_interval > LOOK_MIN);
         let found = rig.settle()?;
         let third = found
             .iter()

@@ -12,12 +12,12 @@ mod counters;
 mod held;
 mod hinting;
 mod interrupts;
-mod patience;
 mod reporting;
 mod request;
 mod reserve;
 mod sizing;
 mod statistics;
+mod timeout;
 mod traffic;
 
 use core::pin::Pin;
@@ -81,7 +81,7 @@ struct Registrations {
 }
 
 impl Registrations {
-    /// Registers for all that the works can do.
+    /// Registers the callbacks for the negotiated features.
     fn new(started: &Started<'_>, features: Features) -> Result<Self> {
         let mut this = Self::default();
         if let Some(hinting) = &started.0.hinting {
@@ -89,7 +89,7 @@ impl Registrations {
             this.shrinker = Some(shrinker);
             this.memory_notifier = Some(Notifier::register(hinting.clone())?);
             this.sleep_notifier = Some(Notifier::register(hinting.clone())?);
-            // Asked before the balloon: these pages are free.
+            // Higher priority than the balloon: hinted pages are free memory.
             let notifier = OomNotifier::register(OOM_PRIORITY + 1, hinting.clone())?;
             this.hint_oom_notifier = Some(notifier);
         }
@@ -97,7 +97,7 @@ impl Registrations {
             let sizing = started.0.sizing.clone();
             this.oom_notifier = Some(OomNotifier::register(OOM_PRIORITY, sizing)?);
         }
-        // The last thing: a report that the device has got is over only when the device is reset.
+        // Last, because a report in flight ends only with the device reset.
         if let Some(reporting) = &started.0.reporting {
             this.reporting = reporting.register()?;
         }
@@ -105,8 +105,8 @@ impl Registrations {
     }
 }
 
-/// Works whose device is ready. Whoever the kernel may call has the device notified, and that must
-/// not be done before.
+/// Proof that `DRIVER_OK` is set. Registered callbacks may notify the device, which is not allowed
+/// earlier.
 struct Started<'a>(&'a Works);
 
 /// The works, which are ended when this is dropped.
@@ -129,8 +129,8 @@ impl Works {
         self.sizing.disable();
     }
 
-    /// Ends all for good, with the balloon empty and the host told, if it answers. To be followed by the
-    /// device's reset.
+    /// Empties the balloon, reports the size to the host, and disables all work items. The caller resets
+    /// the device next. May sleep.
     fn stop(&self) {
         if let Some(hinting) = &self.hinting {
             hinting.disable();
@@ -166,7 +166,7 @@ impl Data {
         let config = BalloonConfig::new(dev.config(BalloonConfig::size(features))?);
         let printer: &device::Device = dev.as_ref();
         let counters = Arc::new(Counters::new(Some(ARef::from(printer))), GFP_KERNEL)?;
-        patience::check(printer);
+        timeout::warn_if_clamped(printer);
         let work_queue = WorkQueue::new(c"virtio_balloon_rs")?;
 
         let hinting = if features.contains(Features::FREE_PAGE_HINT) {
@@ -219,7 +219,7 @@ impl Data {
         match Registrations::new(&started, features) {
             Ok(registered) => *registrations.lock() = registered,
             Err(error) => {
-                // The balloon may have pages by now.
+                // The balloon may already contain pages.
                 works.stop();
                 return Err(error);
             }

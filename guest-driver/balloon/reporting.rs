@@ -15,7 +15,7 @@ use kernel::sync::Arc;
 use kernel::{dev_info, dev_warn};
 
 use super::counters::Counters;
-use super::patience;
+use super::timeout;
 use crate::mm::{FreePages, PageReporting, ReportPages};
 use crate::shared_abi::queue::Queue;
 use crate::virtio::{AddError, AddFailure, Virtqueue};
@@ -132,7 +132,7 @@ impl ReportPages for Reporting {
     fn overdue(&self, seconds: u32) {
         // An interrupt may have got lost.
         self.used();
-        if seconds == patience::longest_in_seconds() {
+        if seconds == timeout::total_seconds() {
             let why = if self.queue.is_broken() {
                 "the queue is broken"
             } else {

@@ -18,9 +18,9 @@ use super::balance::Step;
 use super::config::BalloonConfig;
 use super::counters::Counters;
 use super::held::Held;
-use super::patience;
 use super::request::{Guest, PageBuffer, Request};
 use super::reserve::may_inflate;
+use super::timeout;
 use super::traffic::{Pages, Purpose, SendError, Traffic, LOOK, REQUESTS};
 use crate::mm::{
     has_one_node, state, BalloonPage, BalloonPages, OnOutOfMemory, ShortNodes, Shrink,
@@ -210,9 +210,8 @@ impl Sizing {
 
     /// Takes all pages out of the balloon and tells the host, as long as it answers.
     ///
-    /// May sleep: for as long as the device makes progress, and [so long](patience::usual) without. What
-    /// it did not answer for stays where it is, for the reset to bring back. Needs no work item to
-    /// run.
+    /// May sleep while the device makes progress, and up to [`timeout::host`] without progress. Buffers
+    /// still in flight are recovered after the device reset. Needs no work item to run.
     pub(crate) fn empty(self: &Arc<Self>) {
         self.emptying.store(true, Relaxed);
         let mut last = self.traffic().balance();
@@ -227,7 +226,7 @@ impl Sizing {
             if balance != last {
                 last = balance;
                 since = Instant::now();
-            } else if since.elapsed() > patience::usual() {
+            } else if since.elapsed() > timeout::host() {
                 dev_warn!(
                     self.dev,
                     "the host does not take its pages back; resetting it\n"
@@ -457,7 +456,7 @@ impl Sizing {
 
     /// Takes some pages out that lie on these nodes. If the host need not agree, they are free then.
     fn take_out_for_rescue(&self, nodes: &ShortNodes) {
-        let request = Traffic::wait(&self.pages, patience::usual(), Traffic::take_reserved);
+        let request = Traffic::wait(&self.pages, timeout::host(), Traffic::take_reserved);
         if let Some(request) = request {
             let sent = Traffic::send_out(&self.pages, request, RESCUE, Purpose::Oom(nodes));
             if sent.is_ok_and(|pages| pages > 0) {
@@ -519,11 +518,11 @@ impl OnOutOfMemory for Sizing {
 }
 
 impl Sizing {
-    /// As [`give_back`](OnOutOfMemory::give_back), where these nodes are short of memory and have pages
-    /// of the balloon.
+    /// Implements [`give_back`](OnOutOfMemory::give_back) for `nodes`: those that are short of memory and
+    /// have balloon pages.
     ///
-    /// What others have given back is enough where there is one node. Where there are more it may lie
-    /// where the task that found no memory cannot use it.
+    /// On a machine with one node, `already > 0` is enough. With several nodes those pages may be on a
+    /// node that the allocating task cannot use.
     fn give_back_on(self: &Arc<Self>, nodes: &ShortNodes, already: usize) -> usize {
         let traffic = self.traffic();
         if traffic.is_closed() || self.emptying.load(Relaxed) {
@@ -535,7 +534,7 @@ impl Sizing {
             Some(freed).filter(|freed| *freed > 0)
         };
         if !nodes.is_empty() {
-            // What the balloon has would help: it is not to take more for a while.
+            // Balloon pages would help: pause inflation.
             self.rescued.store(true, Relaxed);
         }
         if already > 0 && (nodes.is_empty() || has_one_node()) {
@@ -547,7 +546,7 @@ impl Sizing {
                 self.take_out_for_rescue(nodes);
             }
             if self.must_tell_host && traffic.balance().coming_out() > 0 {
-                let answered = Traffic::wait(&self.pages, patience::usual(), freed);
+                let answered = Traffic::wait(&self.pages, timeout::host(), freed);
                 if answered.is_none() {
                     self.in_vain_at.store(before, Relaxed);
                 }
@@ -613,15 +612,15 @@ mod tests {
     }
 
     impl Rig {
-        /// The test does the work: the device is for one thread at a time.
+        /// Disables the work items: the test calls them, because the test device supports one thread.
         fn new(entries: usize, must_tell_host: bool) -> Result<Self> {
-            let rig = Self::that_works(entries, must_tell_host)?;
+            let rig = Self::with_work(entries, must_tell_host)?;
             rig.sizing.end_work();
             Ok(rig)
         }
 
-        /// The work is done when its time has come.
-        fn that_works(entries: usize, must_tell_host: bool) -> Result<Self> {
+        /// Leaves the work items enabled.
+        fn with_work(entries: usize, must_tell_host: bool) -> Result<Self> {
             let bound = Bound::with_entries(entries)?;
             let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
             let queue = WorkQueue::new(c"kunit")?;
@@ -829,7 +828,7 @@ mod tests {
         Ok(())
     }
 
-    /// The balloon gives none, and takes none for a while: it would take them from the same task.
+    /// OOM deflation is skipped, and inflation pauses: it would compete with the same task.
     #[test]
     fn a_task_that_has_got_hinted_blocks_needs_no_balloon_pages() -> Result {
         let rig = Rig::new(4, false)?;
@@ -848,11 +847,10 @@ mod tests {
         Ok(())
     }
 
-    /// A task that migrates a page looks at the ring for its own answer, and may find the work item's:
-    /// no interrupt comes for that.
+    /// A task that migrates a page may reap the used buffer of the work item. No interrupt follows.
     #[test]
     fn an_answer_that_another_task_has_taken_is_noticed() -> Result {
-        let rig = Rig::that_works(4, false)?;
+        let rig = Rig::with_work(4, false)?;
         rig.set_target(200);
         rig.sizing.take_turn();
         assert!(rig.answer());

@@ -14,8 +14,8 @@ use kernel::time::{Delta, Instant, Monotonic, Msecs};
 
 use super::balance::{Balance, Step};
 use super::counters::Counters;
-use super::patience;
 use super::request::{Guest, MoveRequest, PageBuffer, Request, Returned};
+use super::timeout;
 use crate::mm::{BalloonPages, MigrateMode, MigratePages, Migrated, PageRef, ShortNodes};
 use crate::shared_abi::queue::Queue;
 use crate::virtio::{AddError, AddFailure, Signal, Virtqueue};
@@ -454,11 +454,11 @@ impl Traffic {
         }
     }
 
-    /// Waits, collecting, until `done` returns something, the device or the patience is at its end,
-    /// or this is closed. Uninterruptible.
+    /// Waits until `done` returns `Some`, and reaps both virtqueues meanwhile. Returns `None` after
+    /// `timeout`, or if the device is broken or this is closed. Uninterruptible.
     pub(crate) fn wait<T>(
         pages: &Pages,
-        patience: Delta,
+        timeout: Delta,
         mut done: impl FnMut(&Self) -> Option<T>,
     ) -> Option<T> {
         let this = pages.migrator();
@@ -470,7 +470,7 @@ impl Traffic {
             if let Some(result) = done(this) {
                 break Some(result);
             }
-            if this.is_closed() || this.is_broken() || since.elapsed() > patience {
+            if this.is_closed() || this.is_broken() || since.elapsed() > timeout {
                 break None;
             }
             if this.listen() {
@@ -523,7 +523,7 @@ impl Traffic {
 
     /// Waits until the device has used the request of `slot`.
     fn wait_for_move(pages: &Pages, slot: usize) -> Option<MoveRequest> {
-        let back = Self::wait(pages, patience::for_one_page(), |this| {
+        let back = Self::wait(pages, timeout::page_migration(), |this| {
             let mut state = this.state.lock();
             match core::mem::replace(&mut state.moves[slot], Move::Awaited) {
                 Move::Back(request) => Some(Some(request)),
@@ -563,7 +563,7 @@ impl Traffic {
         // Its number did fit on the way in.
         let _ = request.set(old);
         let (mut unsent, mut free) = (Some(request), None);
-        let sent = Self::wait(pages, patience::for_one_page(), |this| {
+        let sent = Self::wait(pages, timeout::page_migration(), |this| {
             this.send_old(&mut unsent, &mut free)
         });
         let this = pages.migrator();
@@ -749,7 +749,7 @@ impl MigratePages for Traffic {
         }
         let this = pages.migrator();
         let (mut new, mut old) = (Some(new), Some(old));
-        let begun = Self::wait(pages, patience::for_one_page(), |this| {
+        let begun = Self::wait(pages, timeout::page_migration(), |this| {
             this.begin(&mut new, &mut old).transpose()
         });
         let Some(begun) = begun else {

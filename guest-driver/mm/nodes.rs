@@ -47,8 +47,8 @@ impl ShortNodes {
     }
 }
 
-/// Whether all memory is on one node. Any context.
+/// Returns whether one node is online. Any context.
 pub fn has_one_node() -> bool {
-    // SAFETY: Reads a counter.
+    // SAFETY: The helper only reads the kernel's number of online nodes, in any context.
     unsafe { helpers::vbrs_has_one_node() }
 }

@@ -18,10 +18,10 @@ use crate::bindings as helpers;
 
 /// Something that can give pages back when the guest has run out of memory.
 pub trait OnOutOfMemory: Send + Sync {
-    /// Gives pages back to the page allocator, and returns how many. With 0 from all who are asked,
-    /// the kernel chooses a process and kills it.
+    /// Returns pages to the page allocator, and returns their number. The kernel kills a process if all
+    /// notifiers return 0.
     ///
-    /// `already` pages were given back by those with higher priorities, on whatever node.
+    /// `already` is the number of pages that notifiers of higher priority returned, on any node.
     ///
     /// Called from within the allocation that found no memory, in any task, by one at a time. Other
     /// tasks that need memory wait meanwhile. May sleep, for a short and limited time; must not
@@ -106,7 +106,7 @@ mod tests {
     use super::*;
     use kernel::sync::atomic::{Atomic, Relaxed};
 
-    /// Gives four pages back each time, and knows of how many it was told.
+    /// Returns 4 and stores `already`.
     struct Giver {
         told: Atomic<usize>,
     }
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn each_hears_of_what_others_have_given_back() -> Result {
+    fn each_notifier_gets_the_count_of_those_before_it() -> Result {
         let giver = Giver {
             told: Atomic::new(usize::MAX),
         };

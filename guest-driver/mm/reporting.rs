@@ -437,7 +437,7 @@ mod tests {
     struct Keeper {
         #[pin]
         kept: Mutex<Option<FreePages>>,
-        patience: u32,
+        timeout_seconds: u32,
     }
 
     impl ReportPages for Keeper {
@@ -446,7 +446,7 @@ mod tests {
         }
 
         fn overdue(&self, seconds: u32) {
-            if seconds == self.patience {
+            if seconds == self.timeout_seconds {
                 drop(self.kept.lock().take());
             }
         }
@@ -458,7 +458,7 @@ mod tests {
             Arc::pin_init(
                 pin_init!(Keeper {
                     kept <- new_mutex!(None, "Keeper::kept"),
-                    patience: 1,
+                    timeout_seconds: 1,
                 }),
                 GFP_KERNEL,
             )

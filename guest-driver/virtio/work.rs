@@ -131,8 +131,8 @@ impl ModuleExit {
 impl Drop for ModuleExit {
     fn drop(&mut self) {
         const INTERVAL: Delta = Delta::from_millis(10);
-        /// After how many intervals there is a line in the log.
-        const PATIENCE: u32 = 1000;
+        /// The number of intervals before a warning.
+        const WARN_AFTER: u32 = 1000;
 
         let mut times = 0u32;
         loop {
@@ -142,7 +142,7 @@ impl Drop for ModuleExit {
                 return;
             }
             times = times.saturating_add(1);
-            if times == PATIENCE {
+            if times == WARN_AFTER {
                 pr_warn!("waiting for the work of {left} work queues, which nobody ended\n");
             }
             fsleep(INTERVAL);

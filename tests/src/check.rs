@@ -179,7 +179,7 @@ impl Guest {
         look: fn(&mut Self) -> Result<Settled>,
     ) -> Result<()> {
         let deadline = Instant::now() + HANG_LIMIT;
-        // Caches are dropped if they must be only: it takes an emulated guest a while.
+        // Look before dropping caches: dropping is slow in an emulated guest.
         let mut now = self.unsettled()?;
         while now.used > before.used + tolerance {
             if Instant::now() > deadline {

@@ -118,8 +118,8 @@ impl Guest {
         Ok(features)
     }
 
-    /// As [`Guest::settled`]. Pages that are being reported count as in use, so a guest that reports is looked at a few times, and the
-    /// least use counts. Differences within the tolerance are the kernel's own data.
+    /// As [`Guest::settled`], but returns the lowest use of several samples if free page reporting is negotiated: pages in a report count
+    /// as used. Differences within the tolerance are ignored.
     fn settled_beside_reports(&mut self, features: Features) -> Result<Settled> {
         const LOOKS: u32 = 8;
         let mut least = self.settled()?;
@@ -217,7 +217,7 @@ impl Guest {
         );
         let mut able = before.free_for_the_kernel_from(order);
         if let Some(counted) = counted {
-            // The driver counts the round when it has told the device of its end.
+            // The driver counts a hint round after it has sent STOP.
             let rounds = counted.get("rounds_finished")? + 1;
             let now = self.wait_counter("rounds_finished", rounds, HANG_LIMIT)?;
             let more = |key| Ok::<_, anyhow::Error>(now.get(key)? - counted.get(key)?);
@@ -426,7 +426,7 @@ impl Guest {
     }
 
     /// A round of nearly all that is free. What the kernel is reporting at the moment cannot be hinted; that comes to an end, and the
-    /// kernel does not say when. `before` is what the guest has without a round.
+    /// kernel does not say when. `before` is the memory of the guest without a hint round.
     ///
     /// # Errors
     ///
@@ -437,7 +437,7 @@ impl Guest {
             match self.whole_round() {
                 Ok(_) => return Ok(()),
                 Err(error) if Instant::now() > deadline => return Err(error),
-                // The next round needs the blocks that this one holds.
+                // The next hint round needs the free blocks of this one.
                 Err(_) => {
                     self.daemon()?.qmp().hint_done()?;
                     self.check_memory(before)?;

@@ -252,7 +252,7 @@ impl<'a> Builder<'a> {
     /// As [`Builder::boot`] and [`Guest::load`].
     pub fn boot_used(self, spare: u64, driver: Driver) -> Result<(Guest, Settled)> {
         const SEED: u64 = 10;
-        /// The most that a driver takes for itself.
+        /// The maximum memory use of a driver itself.
         const OF_DRIVER: u64 = 8 * MIB;
         let reports = self.features.contains(&"free-page-reporting");
         let mut guest = self.boot()?;
@@ -266,7 +266,7 @@ impl<'a> Builder<'a> {
         let deadline = Instant::now() + HANG_LIMIT;
         loop {
             let before = guest.settled()?;
-            // Pages that are being reported count as in use.
+            // Pages in a report count as used.
             if without.is_none_or(|without| before.used <= without.used + OF_DRIVER) {
                 return Ok((guest, before));
             }
@@ -440,10 +440,10 @@ pub struct Left {
 
 /// The name of the socket at which a VMM listens for operators.
 const OPERATORS: &str = "vmm-qmp.sock";
-/// Our driver's parameter for how long the host may make no progress.
-const PATIENCE: &str = "host_patience_ms";
-/// For a device that does not answer: the parameters with which our driver does what it does unless it is told otherwise.
-pub const IMPATIENT: &str = "host_patience_ms=2000";
+/// The parameter of our driver for the host timeout.
+const HOST_TIMEOUT: &str = "host_timeout_ms";
+/// The parameters that set the default host timeout, for a device that does not answer.
+pub const DEFAULT_TIMEOUT: &str = "host_timeout_ms=2000";
 
 /// What the kernel of a series needs on its command line.
 fn arguments_of(series: &str) -> &'static str {
@@ -658,18 +658,22 @@ impl Guest {
 
     /// Loads a driver with parameters, and waits until the device is bound to it.
     ///
-    /// Ours has patience with a device on a busy host, unless the parameters say otherwise or the device is foreign: that may
-    /// be one which never answers.
+    /// Our driver gets a host timeout of a minute, for a busy host. Exceptions: `parameters` set it, or the device is foreign and
+    /// may never answer.
     ///
     /// # Errors
     ///
     /// If the guest refuses.
     pub fn load_with(&mut self, driver: Driver, parameters: &str) -> Result<()> {
         let path = initramfs::module_path(&format!("{}.ko", driver.module()));
-        let parameters = if driver == Driver::C || self.foreign || parameters.contains(PATIENCE) {
+        let parameters = if driver == Driver::C || self.foreign || parameters.contains(HOST_TIMEOUT)
+        {
             parameters.to_owned()
         } else {
-            format!("{PATIENCE}={} {parameters}", HANG_LIMIT.as_millis() / 10)
+            format!(
+                "{HOST_TIMEOUT}={} {parameters}",
+                HANG_LIMIT.as_millis() / 10
+            )
         };
         self.call(LoadModule { path, parameters })?;
         // The device hears of it a little later than the driver is done.
@@ -729,13 +733,14 @@ impl Guest {
         Ok(())
     }
 
-    /// Waits until a driver that started on a device with another driver's balloon has brought its own to `target`, in bytes
-    /// that the guest keeps. What the device says is not enough: until the new driver writes, that is the old one's size.
+    /// Waits until a new driver has brought the balloon to `target`, in bytes of guest memory.
+    ///
+    /// Asks the guest first: until the new driver writes `actual`, the device reports the old driver's size.
     ///
     /// # Errors
     ///
     /// If it has not by the limit.
-    pub fn wait_balloon_again(&mut self, target: u64, limit: Duration) -> Result<()> {
+    pub fn wait_new_drivers_balloon(&mut self, target: u64, limit: Duration) -> Result<()> {
         let pages = (self.memory() - target) / self.agent().hello().page_size;
         let deadline = Instant::now() + limit;
         loop {

@@ -151,11 +151,11 @@ impl Guest {
         balloon.wait_hint_status("finished")
     }
 
-    /// Waits, while a round is held, until the kernel uses what was `hinted` more than `before`, in bytes, give or take `elsewhere` and
-    /// [`USE_TOLERANCE`]. Returns the zones as they are then.
+    /// Waits until the kernel's memory use exceeds `before` by `hinted` bytes, and returns the zones. The tolerance is `elsewhere` plus
+    /// [`USE_TOLERANCE`].
     ///
-    /// A guest that is short of memory takes blocks back meanwhile. Our driver counts their pages: `returned` is its count before the
-    /// round. The C driver does not count them (`None`): there it is enough that half of what was hinted is held.
+    /// The shrinker may reclaim hinted blocks meanwhile. Our driver counts these pages: `returned` is its count before the hint round.
+    /// The C driver does not count them (`None`): half of `hinted` is enough.
     ///
     /// # Errors
     ///
@@ -173,7 +173,7 @@ impl Guest {
             let held = self.zones()?;
             let used = held.used_by_kernel() * held.page_size();
             let taken = used.saturating_sub(before);
-            // Read after the zones: pages that go back in between make both disagree until the next look.
+            // Read after the zones. Pages that are reclaimed in between cause another iteration.
             let back = match returned {
                 Some(earlier) => {
                     let now = self.counters()?.get("returned_pages")?;
@@ -245,7 +245,7 @@ impl Guest {
     pub fn start_qemu_migration(&mut self) -> Result<()> {
         let mut free = self.mem_info()?.free();
         if self.features()?.contains(Features::REPORTING) {
-            // Pages that are being reported are free later.
+            // Pages in a report are free again later.
             free += REPORTED_AT_ONCE;
         }
         // Only our driver counts its rounds.

@@ -59,7 +59,7 @@ impl Lines {
         self.lock().lines.join("\n")
     }
 
-    /// Waits until all readers have come to the end of what they read, or the limit is over.
+    /// Waits until all readers have reached the end of their streams, or until `limit`.
     pub fn wait_end(&self, limit: Duration) {
         let reads = |collected: &mut Collected| collected.readers > 0;
         let waited = self.0.changed.wait_timeout_while(self.lock(), limit, reads);

@@ -16,7 +16,7 @@ use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 
 use crate::lines::Lines;
-use crate::seat::Seat;
+use crate::pinned_cpu::PinnedCpu;
 pub use crate::sys::die_with_parent;
 use crate::HANG_LIMIT;
 
@@ -41,7 +41,7 @@ pub struct Process {
     own_group: bool,
     ended: Option<ExitStatus>,
     output: Lines,
-    seat: Option<Seat>,
+    pinned_cpu: Option<PinnedCpu>,
 }
 
 impl Process {
@@ -76,19 +76,19 @@ impl Process {
             own_group,
             ended: None,
             output,
-            seat: None,
+            pinned_cpu: None,
         })
     }
 
-    /// Keeps it on one processor, with all that it starts from now on.
+    /// Pins it, with all processes that it starts later, to one processor.
     ///
     /// # Errors
     ///
-    /// As [`Seat::take`] and [`Seat::keep`].
-    pub fn keep_on_one_processor(&mut self) -> Result<()> {
-        let seat = Seat::take()?;
-        seat.keep(self.pid()?)?;
-        self.seat = Some(seat);
+    /// As [`PinnedCpu::reserve`] and [`PinnedCpu::pin`].
+    pub fn pin_to_one_cpu(&mut self) -> Result<()> {
+        let pinned_cpu = PinnedCpu::reserve()?;
+        pinned_cpu.pin(self.pid()?)?;
+        self.pinned_cpu = Some(pinned_cpu);
         Ok(())
     }
 
@@ -116,7 +116,7 @@ impl Process {
         &self.output
     }
 
-    /// How it ended, or `None` if it runs. All that it has said is in its output once it has ended.
+    /// Returns the exit status, or `None` while the process runs. After the exit its output is complete.
     ///
     /// # Errors
     ///
@@ -126,7 +126,7 @@ impl Process {
             return Ok(self.ended);
         }
         if self.own_group {
-            // Processes that it has left would keep its output open. It is not reaped yet, so the group is still its own.
+            // Remaining processes of the group would keep the output open. The leader is not reaped yet, so the group id is valid.
             let _ = killpg(self.pid()?, Signal::SIGKILL);
         }
         self.ended = self
@@ -137,7 +137,7 @@ impl Process {
         Ok(self.ended)
     }
 
-    /// Whether it has ended. Does not reap it.
+    /// Returns whether the process has exited. Does not reap it.
     fn has_ended(&self) -> Result<bool> {
         let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         let status = waitid(Id::Pid(self.pid()?), look);

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-/// What a slow line lets pass, and how often.
+/// The bytes that a slow line carries per interval, and the interval.
 const A_LITTLE: u64 = 1 << 15;
 const EVERY: Duration = Duration::from_secs(1);
 
@@ -25,8 +25,7 @@ pub enum Failure {
     Stall,
     /// Nothing goes over it until [`Wire::let_pass`].
     Hold,
-    /// Little goes over it until [`Wire::let_pass`]: enough that neither end takes it for stalled, and too little for a migration to
-    /// end.
+    /// Carries a few bytes per second until [`Wire::let_pass`]: enough that no end detects a stall, too few for a migration to complete.
     Slow,
 }
 
@@ -149,7 +148,7 @@ impl Shared {
                 self.carried.fetch_add(part.len() as u64, Ordering::Relaxed);
                 if far.write_all(part).is_err() {
                     self.carried.fetch_sub(part.len() as u64, Ordering::Relaxed);
-                    // Tells the near end that the far end is gone. Answers still come back.
+                    // The near end sees that the far end is closed. Answers still pass.
                     let _ = near.shutdown(Shutdown::Read);
                     break 'line;
                 }
@@ -166,7 +165,7 @@ impl Shared {
                     Failure::Slow => {
                         thread::sleep(EVERY);
                         let _ends = self.ends();
-                        // `let_pass` may have been called meanwhile.
+                        // Does nothing if `let_pass` was called during the sleep.
                         let left = &self.left;
                         let _ = left.compare_exchange(
                             0,
@@ -246,14 +245,20 @@ mod tests {
         assert_eq!(wire.carried(), 100_000);
     }
 
+    /// Returns a line that fails after three bytes, and its two ends.
+    fn short_line(scratch: &Scratch, failure: Failure) -> (Wire, UnixStream, UnixStream) {
+        let far = UnixListener::bind(scratch.path("far")).unwrap();
+        let near = scratch.path("near");
+        let wire = Wire::start(near, &scratch.path("far"), 3, failure).unwrap();
+        let near = UnixStream::connect(wire.socket()).unwrap();
+        let (far, _) = far.accept().unwrap();
+        (wire, near, far)
+    }
+
     #[test]
     fn a_line_that_holds_carries_what_it_is_let_and_ends_when_it_is_cut() {
         let scratch = Scratch::new().unwrap();
-        let far = UnixListener::bind(scratch.path("far")).unwrap();
-        let near = scratch.path("near");
-        let wire = Wire::start(near, &scratch.path("far"), 3, Failure::Hold).unwrap();
-        let mut near = UnixStream::connect(wire.socket()).unwrap();
-        let (mut far, _) = far.accept().unwrap();
+        let (wire, mut near, mut far) = short_line(&scratch, Failure::Hold);
         near.write_all(b"hello").unwrap();
         let mut got = [0; 3];
         far.read_exact(&mut got).unwrap();
@@ -272,11 +277,7 @@ mod tests {
     #[test]
     fn a_slow_line_carries_all_in_the_end_and_ends_with_the_far_end() {
         let scratch = Scratch::new().unwrap();
-        let far = UnixListener::bind(scratch.path("far")).unwrap();
-        let near = scratch.path("near");
-        let wire = Wire::start(near, &scratch.path("far"), 3, Failure::Slow).unwrap();
-        let mut near = UnixStream::connect(wire.socket()).unwrap();
-        let (mut far, _) = far.accept().unwrap();
+        let (_wire, mut near, mut far) = short_line(&scratch, Failure::Slow);
         near.write_all(b"hello").unwrap();
         let mut got = [0; 5];
         far.read_exact(&mut got).unwrap();

@@ -113,7 +113,7 @@ fn hinted_is_what_was_free(vmm: Vmm, driver: Driver) -> Result<()> {
     let round = guest.hint_all()?;
     let hinted = guest.daemon()?.qmp().hinted_ranges()?.bytes();
     println!("{before:?}; hinted {hinted} in {} blocks", round.blocks);
-    // Our driver's counters begin at zero when it is loaded.
+    // The counters of our driver are zero after loading.
     let returned = match driver {
         Driver::Ours => Some(0),
         Driver::C => None,

@@ -7,7 +7,7 @@ use anyhow::{ensure, Context, Result};
 use tests::artifacts::Artifacts;
 use tests::calls::{KunitResults, WriteFile};
 use tests::check::all_passed;
-use tests::guest::{Builder, Device, Driver, Guest, IMPATIENT};
+use tests::guest::{Builder, Device, Driver, Guest, DEFAULT_TIMEOUT};
 use tests::ktap::{self, Case, Outcome, CASES_VARIABLE};
 use tests::vmm::Vmm;
 
@@ -65,7 +65,7 @@ fn run(guest: &mut Guest, glob: &str) -> Result<Vec<Case>> {
     })?;
     let before = guest.call(KunitResults {})?;
     guest
-        .load_with(Driver::Ours, IMPATIENT)
+        .load_with(Driver::Ours, DEFAULT_TIMEOUT)
         .with_context(|| format!("with the cases {glob}"))?;
     let mut results = guest.call(KunitResults {})?;
     results.retain(|suite, _| !before.contains_key(suite));

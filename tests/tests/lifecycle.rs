@@ -92,7 +92,7 @@ fn sleeps(device: Device) -> Result<()> {
     }
     let then = Instant::now();
     guest.sleep_and_wake()?;
-    guest.wait_balloon_again(target, HANG_LIMIT)?;
+    guest.wait_new_drivers_balloon(target, HANG_LIMIT)?;
     println!("{device:?}: target again after {:?}", then.elapsed());
     guest.exercise()?;
     guest.unload(Driver::Ours)?;
@@ -159,7 +159,7 @@ fn the_driver_is_unbound_and_bound_while_it_works() -> Result<()> {
         let mut guest = builder(&artifacts, vmm, Device::Ours).boot()?;
         guest.hurry_reporting()?;
         guest.load(Driver::Ours)?;
-        // Unbound, for pages that are being reported count as in use.
+        // Measured while unbound: pages in a report count as used.
         let name = guest.balloon_device()?.name;
         rebind(&mut guest, "unbind", &name)?;
         let before = guest.settled()?;
@@ -232,7 +232,7 @@ fn a_new_kernel_takes_over(device: Device) -> Result<()> {
         filled.pages
     );
     guest.load(Driver::Ours)?;
-    guest.wait_balloon_again(target, HANG_LIMIT)?;
+    guest.wait_new_drivers_balloon(target, HANG_LIMIT)?;
     if device == Device::Ours {
         guest.daemon()?.qmp().hint_done()?;
     }
@@ -282,8 +282,8 @@ fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
     Ok(())
 }
 
-/// The kernel's complaints, without the warning that a report of free pages is not answered: the driver gives it after ten seconds, and
-/// how long a test takes depends on the host.
+/// Returns the kernel's complaints, without the warning about a report that the device does not answer: the driver logs it after ten
+/// seconds, and a test may take shorter or longer.
 fn complaints_of_mute(log: &[KernelLine]) -> Vec<&str> {
     const NO_ANSWER: &str = "the free pages that were reported last stay with the device";
     let texts = complaints(log).into_iter().map(|line| line.text.as_str());
@@ -318,7 +318,7 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
             guest.hurry_reporting()?;
             let before = guest.settled()?;
             guest.load(Driver::Ours)?;
-            // Whatever the device hears of first: each of the two is under way.
+            // Inflation and hinting are both in progress.
             for (queue, wanted) in [("inflate", num_pages), ("free_page", round)] {
                 if wanted > 0 {
                     guest.wait_counter(&format!("{queue}_notifications"), 1, HANG_LIMIT)?;

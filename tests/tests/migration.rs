@@ -51,7 +51,7 @@ fn r15_no_flag_says_that_a_hinted_page_is_in_use() -> Result<()> {
             ensure!(held.used.bytes() > 4 * MIB, "{}", held.used.bytes());
             guest.daemon()?.qmp().hint_done()?;
             guest.check_memory(before)?;
-            // The last of it may still be on its way back: the check tolerates that.
+            // `check_memory` tolerates a few blocks that are not free yet.
             let deadline = Instant::now() + HANG_LIMIT;
             let lost = loop {
                 guest.call(DropMemoryCaches {})?;

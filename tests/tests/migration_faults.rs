@@ -54,8 +54,8 @@ fn slowly(working: &mut Working) -> Result<()> {
     working.guest.daemon()?.qmp().migrate_parameters(parameters)
 }
 
-/// A line to `destination` that carries `bytes` and a few more at full speed, and then little: a migration over it does not end before
-/// the test acts.
+/// Returns a line to `destination` that becomes slow after a little more than `bytes`: a migration over it cannot complete before the
+/// test acts.
 fn slow_line(scratch: &Scratch, destination: &Destination, bytes: u64) -> Result<Wire> {
     /// The daemon sends pieces of up to 1 MiB, and counts them afterwards.
     const MORE: u64 = 2 * MIB;
@@ -168,7 +168,7 @@ fn r16_a_migration_that_is_given_up_at_a_random_point_harms_nobody() -> Result<(
     for turn in 0..times()? / 2 {
         seed = next_random(seed);
         let mut destination = Destination::start(&artifacts.balloonctl, working.guest.memory())?;
-        // Every third line stalls. The others become slow, so that the migration does not end before it is cancelled.
+        // Every third line stalls. The others become slow: the migration must not complete before it is cancelled.
         let (bytes, failure) = if turn % 3 == 0 {
             (seed % (4 * MIB), Failure::Stall)
         } else {
@@ -424,7 +424,7 @@ fn r14_a_guest_that_never_answers_delays_its_migration_by_the_limit_at_most() ->
     let waits = status.rounds.iter().map(|round| round.hint_wait_us);
     let waits: Vec<_> = waits.map(Duration::from_micros).collect();
     println!("waited {waits:?} of {} ms in all", status.total_time);
-    // However late the host notices. One that had no limit would wait without end.
+    // A wait without a limit would never end.
     ensure!(
         waits.first().is_some_and(|wait| *wait >= WAIT),
         "it waited for {waits:?}: {status:#?}"

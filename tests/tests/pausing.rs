@@ -26,7 +26,7 @@ const PAGES: u64 = 100;
 
 #[test]
 fn user_mode_linux_does_not_notice_that_its_processes_are_stopped() -> Result<()> {
-    // The debug kernel has two processors, and cannot.
+    // The debug kernel has two processors, which need seccomp.
     let arguments = if Vmm::only_debug() { "" } else { TRACES };
     paused_again_and_again(Vmm::Uml, arguments, 300)
 }

@@ -28,7 +28,7 @@ fn the_drivers_counters_agree_with_the_devices() -> Result<()> {
     qmp.wait_balloon(whole - 100 * MIB, HANG_LIMIT)?;
     qmp.hint_start()?;
     let round = qmp.wait_hint_status("finished")?;
-    // The driver counts it when it has told the device of its end.
+    // The driver counts a hint round after it has sent STOP.
     let after = guest.wait_counter("rounds_finished", 1, HANG_LIMIT)?;
     ensure!(after.get("balloon_pages")? == pages(100 * MIB), "{after:?}");
     ensure!(after.get("target_pages")? == pages(100 * MIB), "{after:?}");
@@ -142,9 +142,9 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
             Some("hint_min_order=77"),
         ),
         (
-            "hint_reserve_mib=200 hint_min_order=8 host_patience_ms=0",
+            "hint_reserve_mib=200 hint_min_order=8 host_timeout_ms=0",
             8,
-            Some("host_patience_ms=0 is not within 1 and 600000; taking 1"),
+            Some("host_timeout_ms=0 is out of range (1 to 600000); using 1"),
         ),
     ] {
         guest.load_with(Driver::Ours, parameters)?;
@@ -188,7 +188,7 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
         "hint_min_order=-1",
         "hint_reserve_mib=much",
         "hint_min_order=256",
-        "host_patience_ms=-1",
+        "host_timeout_ms=-1",
     ] {
         ensure!(
             guest.load_with(Driver::Ours, wrong).is_err(),
@@ -322,7 +322,7 @@ fn reports_go_on_when_a_guest_in_qemu_has_slept() -> Result<()> {
     let enough = pages(64 * MIB);
     guest.wait_counter("reported_pages", enough, HANG_LIMIT)?;
     guest.sleep_and_wake()?;
-    // Everything beyond this is reported after the sleep.
+    // Reports after this count happen after the sleep.
     let woken = guest.counters()?.get("reported_pages")?;
     // Reported pages are reported again when they have been in use.
     guest.fill_and_free(64 * MIB, 15)?;

@@ -383,7 +383,7 @@ fn r17_what_the_guest_takes_back_before_done_is_initialised_and_the_rest_is_as_i
     guest.check_memory_as_it_is(before)?;
     let done = look_at(&mut guest, &hinted)?;
     let changed = after.old.without(&done.old);
-    // The driver may have cleared pages ahead after the last look.
+    // The driver may clear pages ahead after `after` was read.
     let ahead = changed.intersection(&done.zero);
     let changed = changed.without(&ahead);
     ensure!(

@@ -9,7 +9,8 @@ use tests::artifacts::Artifacts;
 use tests::calls::{
     DropMemoryCaches, Fill, Free, PageUse, ReadFile, Release, ReleaseLowest, Run, Verify, WriteFile,
 };
-use tests::guest::{Builder, Driver, Guest, IMPATIENT};
+use tests::check::Settled;
+use tests::guest::{Builder, Driver, Guest, DEFAULT_TIMEOUT};
 use tests::process::Signal;
 use tests::ranges::{PhysicalRange, RangeSet};
 use tests::vmm::hardware::Hardware;
@@ -553,7 +554,7 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
         .exactly()
         .boot()?;
     let before = guest.settled()?;
-    guest.load_with(Driver::Ours, IMPATIENT)?;
+    guest.load_with(Driver::Ours, DEFAULT_TIMEOUT)?;
     let (whole, target) = inflate_in_pieces(&mut guest, before.free)?;
 
     stop_device(&mut guest)?;
@@ -585,16 +586,23 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
     guest.farewell(before)
 }
 
-#[test]
-fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()> {
+/// Boots a guest whose host must acknowledge deflation, and inflates the balloon until [`LEFT`] bytes are free. Returns the guest, its
+/// memory before, and the size without a balloon.
+fn guest_without_memory(parameters: &str) -> Result<(Guest, Settled, u64)> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
         .features(&["stats", "deflate-on-oom", "must-tell-host"])
         .boot()?;
     let before = guest.settled()?;
-    guest.load_with(Driver::Ours, IMPATIENT)?;
+    guest.load_with(Driver::Ours, parameters)?;
     let whole = guest.balloon()?.balloon_actual()?;
     leave(&mut guest, LEFT)?;
+    Ok((guest, before, whole))
+}
+
+#[test]
+fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()> {
+    let (mut guest, before, whole) = guest_without_memory(DEFAULT_TIMEOUT)?;
 
     stop_device(&mut guest)?;
     let filled = guest.call(fill(WANTED, 1, 3));
@@ -602,9 +610,9 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     ensure!(guest.vm_event("oom_kill")? > 0, "nobody was killed");
 
     continue_device(&mut guest)?;
-    // The driver takes no more pages out before the device has answered for the last ones.
+    // No further OOM deflation starts before the device acknowledges the last one.
     guest.wait_counter("oom_deflated_pages", 1, HANG_LIMIT)?;
-    // With so little patience it may give up on a busy device once more.
+    // The default timeout may expire again on a busy host.
     let deadline = Instant::now() + HANG_LIMIT;
     let filled = loop {
         match guest.call(fill(WANTED, 1, 4)) {
@@ -628,29 +636,22 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     Ok(())
 }
 
-/// A host that has other things to do for a while costs no process its life, if the driver was told to have patience.
+/// A host that stalls for less than `host_timeout_ms` causes no OOM kill.
 #[test]
-fn a_process_without_memory_waits_as_long_as_the_driver_was_told_to() -> Result<()> {
-    let artifacts = Artifacts::load()?;
-    let mut guest = Builder::new(&artifacts, Vmm::Uml)
-        .features(&["stats", "deflate-on-oom", "must-tell-host"])
-        .boot()?;
-    let before = guest.settled()?;
-    // More patience than the device takes time.
-    guest.load(Driver::Ours)?;
-    let whole = guest.balloon()?.balloon_actual()?;
-    leave(&mut guest, LEFT)?;
+fn a_process_without_memory_waits_for_a_stalled_host_until_the_timeout() -> Result<()> {
+    // The timeout is longer than the stall.
+    let (mut guest, before, whole) = guest_without_memory("")?;
 
     stop_device(&mut guest)?;
-    // Longer than the driver waits unless it is told otherwise.
+    // Longer than the default timeout.
     let later = format!("sleep 4; kill -CONT {}", guest.daemon()?.process().id());
     let mut later = Command::new("sh").args(["-c", &later]).spawn()?;
     let filled = guest.call(fill(WANTED, 1, 3));
-    ensure!(later.wait()?.success(), "the device stands still");
+    ensure!(later.wait()?.success(), "the device was not resumed");
     let workload = filled?.workload;
     let verified = guest.call(Verify { workload })?;
     ensure!(verified.wrong == 0, "{verified:?}");
-    ensure!(guest.vm_event("oom_kill")? == 0, "somebody was killed");
+    ensure!(guest.vm_event("oom_kill")? == 0, "a process was killed");
     guest.call(Free { workload })?;
     guest.balloon()?.balloon(whole)?;
     guest.balloon()?.wait_balloon(whole, HANG_LIMIT)?;

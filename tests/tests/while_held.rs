@@ -89,7 +89,7 @@ fn hinting_keeps_out_of_cma_in_qemu() -> Result<()> {
 #[test]
 fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
     const FILES: u32 = 15_000;
-    /// Pages that the guest's own programs may have taken of the reserve.
+    /// Pages of the reserve that programs of the guest may use.
     const OWN_USE: u64 = 2 * MIB / 4096;
     let artifacts = Artifacts::load()?;
     for driver in [Driver::C, Driver::Ours] {
@@ -113,7 +113,7 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
             summary(&held),
             summary(&guest.zones()?.zones)
         );
-        // Printed only: the number of stalls depends on when kswapd runs.
+        // Not a verdict: the number of stalls depends on the scheduling of kswapd.
         for (name, count) in &events_after {
             let more = count.saturating_sub(events.get(name).copied().unwrap_or_default());
             let tells = ["allocstall", "scan", "kswapd"]
@@ -130,7 +130,7 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
                 "movable pages were hinted: {held:?}"
             );
             check_reserves(&held)?;
-            // The whole reserve is in zones that the kernel uses for itself.
+            // The reserve must be in zones that serve kernel allocations.
             let reserve = guest.counters()?.get("hint_reserve_pages")?;
             let usable = held.iter().filter(|zone| zone.is_usable());
             let left: u64 = usable
@@ -274,7 +274,7 @@ fn hibernated(driver: Driver, arguments: &str) -> Result<()> {
     let start = Instant::now();
     guest.agent().call_within(slept, HANG_LIMIT)?;
     println!("hibernated and woken in {:?}", start.elapsed());
-    guest.wait_balloon_again(target, HANG_LIMIT)?;
+    guest.wait_new_drivers_balloon(target, HANG_LIMIT)?;
     let found = guest.call(Verify {
         workload: data.workload,
     })?;
@@ -401,7 +401,7 @@ fn pages_are_cleared_once_in_qemu() -> Result<()> {
             more("slabs_scanned")
         );
         if driver == Driver::Ours {
-            // The driver's counters are not of one moment, and pages may go back meanwhile.
+            // The counters are not read atomically, and pages may be reclaimed meanwhile.
             let deadline = Instant::now() + HANG_LIMIT;
             let returned = loop {
                 let counters = guest.counters()?;

@@ -155,7 +155,7 @@ impl Moved {
         assert!(different.is_empty(), "{different:x?}: {}", self.status);
     }
 
-    /// How long it waited for hints, all rounds together.
+    /// Returns the wait for hints, summed over all iterations.
     fn waited(&self) -> Duration {
         let rounds = self.status["rounds"].as_array().unwrap();
         let waits = rounds.iter().map(|round| round["hint-wait-us"].as_u64());
@@ -194,7 +194,7 @@ fn r14_a_driver_that_never_answers_is_waited_for_no_longer_than_the_limit() {
     moved.is_whole();
     moved.holds(Vmm::FREE, Vmm::FREE);
     assert_eq!(moved.pages("skipped"), 0);
-    // With no limit it would wait without end.
+    // A wait without a limit would never end.
     assert!(moved.waited() >= SHORT, "{}", moved.status);
 }
 

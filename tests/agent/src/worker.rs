@@ -204,12 +204,12 @@ impl PageMap {
     fn frame_of(&self, bytes: &[u8]) -> Result<u64> {
         const PRESENT: u64 = 1 << 63;
         const FRAME: u64 = (1 << 55) - 1;
-        /// The kernel may move a page just then, and the same one a few times.
+        /// The kernel may migrate the page at any time, also repeatedly.
         const LOOKS: u32 = 1000;
         let place = u64::try_from(bytes.as_ptr().addr() / PAGE * size_of::<u64>())?;
         let mut entry = 0;
         for _ in 0..LOOKS {
-            // Who touches a page that is being moved waits until it is there.
+            // An access waits for the end of a page migration.
             black_box(bytes.first().copied());
             let mut word = [0; size_of::<u64>()];
             self.0

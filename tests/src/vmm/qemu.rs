@@ -43,7 +43,7 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
     }
     command.args(match Accelerator::choose() {
         Accelerator::Kvm => ["-accel", "kvm", "-cpu", "max"],
-        // The emulator moves one byte at a time where a real processor has fast string instructions. Linux moves words without.
+        // TCG executes `rep movsb` byte by byte. Without these features Linux copies words.
         Accelerator::Tcg => ["-accel", "tcg", "-cpu", "max,-erms,-fsrm"],
     });
     command.args(["-machine", &hardware.machine_argument()]);
@@ -67,7 +67,7 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
         String::new()
     };
     // The kernel counts the timer's interrupts for a moment as it starts, and panics if an emulator on a busy host was slow.
-    // Tests of its ciphers are a third of an emulated boot.
+    // The crypto self-tests take a third of an emulated boot.
     command.args([
         "-append",
         &format!(

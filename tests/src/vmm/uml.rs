@@ -18,9 +18,9 @@ const TWO_PROCESSORS: &str = "ncpus=2";
 /// The name of a folder that user-mode Linux makes beside its initramfs, and leaves there if it is killed.
 pub const FOLDER: &str = "user-mode-linux";
 
-/// What the usual kernel is told: a process asks for a page with a signal of its own, which takes half as long as to trace it.
+/// Arguments of the usual kernel: seccomp instead of ptrace, which halves the cost of a page fault.
 pub const USUAL_ARGUMENTS: [&str; 1] = ["seccomp=on"];
-/// What makes the usual kernel trace its processes.
+/// The argument that makes the usual kernel trace its processes.
 pub const TRACES: &str = "seccomp=off";
 
 /// What the debug kernel is told: two processors, which need seccomp; to keep processes on one of them, for the reason that
@@ -81,7 +81,7 @@ pub fn start(kernel: &Path, arguments: &[&str], machine: &Machine) -> Result<Sta
         .context("cannot pass a socket to user-mode Linux")?;
     let mut process = Process::start("user-mode linux", command, machine.console)?;
     if !arguments.contains(&TWO_PROCESSORS) {
-        process.keep_on_one_processor()?;
+        process.pin_to_one_cpu()?;
     }
     Ok(Started {
         process,

@@ -40,7 +40,7 @@ pub struct Options {
     /// Keep the machine busy meanwhile, with a command of the shell that runs until it is killed.
     #[arg(long, value_name = "COMMAND")]
     beside: Option<String>,
-    /// Have so many tests of guests under way at once, and not a few for each processor.
+    /// Number of tests of guests to run in parallel (default: 3 or 4 for each two processors).
     #[arg(long, value_name = "TESTS")]
     at_once: Option<NonZeroUsize>,
     /// Further names, and then options of the test programs.

@@ -52,7 +52,7 @@ pub struct Selection {
     pub names: Vec<String>,
     /// Further options of the test programs.
     pub options: Vec<String>,
-    /// How many tests of guests are under way at once, if that is not to be as many as suit the machine.
+    /// The number of tests of guests to run in parallel; `None`: by the number of processors.
     pub at_once: Option<NonZeroUsize>,
 }
 

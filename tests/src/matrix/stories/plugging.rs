@@ -108,7 +108,7 @@ fn deflating(guest: &mut Guest, driver: Driver) -> Result<()> {
         ensure!(Instant::now() < deadline, "pages stay in the balloon");
         sleep(Duration::from_millis(10));
     }
-    // The device learns of it later. Without the DIMM the size is that from before.
+    // The driver reports the size later. Without the DIMM it equals the initial size.
     guest.balloon()?.wait_balloon(empty, LIMIT)?;
     println!(
         "{driver:?}: unplugged after {unplugged:?}, {migrated} pages migrated, deflated after {:?}",
@@ -156,7 +156,7 @@ fn in_migration(guest: &mut Guest, artifacts: &Artifacts) -> Result<()> {
     for blocks in [1, 2] {
         let memory = guest.memory() + SIZE;
         let destination = Destination::start_blocks(&artifacts.balloonctl, memory, blocks)?;
-        // Slow, so that the migration does not end before the DIMM comes or goes.
+        // Slow: the migration must not end before the DIMM is plugged or unplugged.
         let wire = Wire::start(
             scratch.path(&format!("wire-{blocks}")),
             &destination.socket(),

@@ -65,7 +65,7 @@ pub fn reset(artifacts: &Artifacts, cell: &Cell, reset: Reset) -> Result<()> {
 
     guest.load(driver)?;
     guest
-        .wait_balloon_again(target, LIMIT)
+        .wait_new_drivers_balloon(target, LIMIT)
         .context("with a driver again")?;
     if reset == Reset::MidRound {
         guest.daemon()?.qmp().hint_done()?;

@@ -91,7 +91,7 @@ pub fn two_balloons(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
         let round = balloon.wait_hint_status("finished")?;
         ensure!(round.bytes > 0, "{round:?}");
         balloon.hint_done()?;
-        // The next round needs the blocks that this one held.
+        // The next hint round needs the free blocks of this one.
         guest.check_memory(left).context("after a round")?;
     }
     both(&mut guest, &mut second, wholes)?;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! One processor for a program whose processes take turns.
+//! Pins a program to one host processor.
 //!
-//! In user-mode Linux the kernel is one process and each process of the guest another, and only one of them ever has something to
-//! do. On two processors each turn has to wake the other one. Where the host is a virtual machine itself and has little else to do,
-//! that takes ten times as long as the turn.
+//! User-mode Linux runs its kernel and each guest process as separate host processes, and only one of them is runnable at a time.
+//! On two processors each switch wakes an idle processor. On a host that is itself a virtual machine, the wake-up takes ten times as
+//! long as the work between two switches.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,20 +12,20 @@ use anyhow::{Context, Result};
 use nix::sched::{sched_getaffinity, sched_setaffinity, CpuSet};
 use nix::unistd::Pid;
 
-/// How many seats are taken, by processor.
-static TAKEN: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
+/// The number of reservations, by processor.
+static RESERVED: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
 
-/// A place on a processor, free again when this is dropped.
+/// A reservation of a host processor, released on drop.
 #[derive(Debug)]
-pub struct Seat(usize);
+pub struct PinnedCpu(usize);
 
-impl Seat {
-    /// Takes one on the processor with the fewest taken, of those that this process may use.
+impl PinnedCpu {
+    /// Reserves the allowed processor with the fewest reservations.
     ///
     /// # Errors
     ///
-    /// If the system does not say which these are.
-    pub fn take() -> Result<Self> {
+    /// If the affinity of this process cannot be read.
+    pub fn reserve() -> Result<Self> {
         let allowed = sched_getaffinity(Pid::from_raw(0)).context("which processors are there?")?;
         let is_allowed = |cpu: &usize| allowed.is_set(*cpu).unwrap_or(false);
         let mut taken = lock();
@@ -37,20 +37,20 @@ impl Seat {
         Ok(Self(cpu))
     }
 
-    /// Keeps a process there, and all that it will start.
+    /// Pins a process to the processor. Processes and threads that it starts later inherit the affinity.
     ///
     /// # Errors
     ///
     /// If the system refuses.
-    pub fn keep(&self, process: Pid) -> Result<()> {
+    pub fn pin(&self, process: Pid) -> Result<()> {
         let mut set = CpuSet::new();
         set.set(self.0)?;
         sched_setaffinity(process, &set)
-            .with_context(|| format!("cannot keep {process} on processor {}", self.0))
+            .with_context(|| format!("cannot pin {process} to processor {}", self.0))
     }
 }
 
-impl Drop for Seat {
+impl Drop for PinnedCpu {
     fn drop(&mut self) {
         if let Some(taken) = lock().get_mut(&self.0) {
             *taken = taken.saturating_sub(1);
@@ -59,7 +59,7 @@ impl Drop for Seat {
 }
 
 fn lock() -> MutexGuard<'static, BTreeMap<usize, u32>> {
-    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
+    RESERVED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -67,17 +67,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn seats_are_spread_over_the_processors() {
+    fn pinned_programs_are_spread_over_the_processors() {
         let all = sched_getaffinity(Pid::from_raw(0)).unwrap();
         let count = (0..CpuSet::count())
             .filter(|cpu| all.is_set(*cpu).unwrap())
             .count();
-        let seats: Vec<_> = (0..count).map(|_| Seat::take().unwrap()).collect();
-        let mut processors: Vec<_> = seats.iter().map(|seat| seat.0).collect();
+        let pinned: Vec<_> = (0..count).map(|_| PinnedCpu::reserve().unwrap()).collect();
+        let mut processors: Vec<_> = pinned.iter().map(|pinned_cpu| pinned_cpu.0).collect();
         processors.sort_unstable();
         processors.dedup();
         assert_eq!(processors.len(), count);
-        drop(seats);
+        drop(pinned);
         assert!(lock().values().all(|taken| *taken == 0));
     }
 }
