@@ -52,6 +52,11 @@ const REPORTS: [&str; 15] = [
 /// What the kernel says when memory runs out; a trace is part of other things, too.
 const NO_MEMORY: [&str; 3] = ["Out of memory", "oom-kill", "Call Trace"];
 
+/// What the kernel says of each counter that is negative when it adds up what each processor has counted.
+///
+/// A counter that reaches zero in that moment is briefly negative, for a processor counts ahead by up to half its threshold.
+const NEGATIVE_COUNTER: &str = "vmstat_refresh:";
+
 /// What a module that is not of the kernel's own tree brings about when it is loaded, and what an emulated kernel says of a host
 /// that had other things to do.
 const ALLOWED: [&str; 3] = [
@@ -61,12 +66,13 @@ const ALLOWED: [&str; 3] = [
 ];
 
 /// The lines that should not be there: reports of the kernel's own checks, and anything of the level of a warning or
-/// worse but the taint of a foreign module.
+/// worse but the taint of a foreign module. [`Guest::check_log`] looks at negative counters.
 #[must_use]
 pub fn complaints(log: &[KernelLine]) -> Vec<&KernelLine> {
     const WARNING: u8 = 4;
     let bad = |line: &&KernelLine| {
         !holds(line, &ALLOWED)
+            && !holds(line, &[NEGATIVE_COUNTER])
             && (line.level <= WARNING || holds(line, &REPORTS) || holds(line, &NO_MEMORY))
     };
     log.iter().filter(bad).collect()
@@ -76,6 +82,12 @@ pub fn complaints(log: &[KernelLine]) -> Vec<&KernelLine> {
 #[must_use]
 pub fn reports(log: &[KernelLine]) -> Vec<&KernelLine> {
     log.iter().filter(|line| holds(line, &REPORTS)).collect()
+}
+
+fn negative_counters(log: &[KernelLine]) -> Vec<&KernelLine> {
+    log.iter()
+        .filter(|line| holds(line, &[NEGATIVE_COUNTER]))
+        .collect()
 }
 
 fn holds(line: &KernelLine, words: &[&str]) -> bool {
@@ -89,12 +101,7 @@ impl Guest {
     ///
     /// If the guest's kernel does not have it.
     pub fn vm_event(&mut self, name: &str) -> Result<u64> {
-        // Adds up what each processor has counted. A kernel for one processor has nothing to add.
-        let path = "/proc/sys/vm/stat_refresh".to_owned();
-        let _ = self.call(WriteFile {
-            path,
-            text: "1".to_owned(),
-        });
+        self.refresh_counters();
         let path = "/proc/vmstat".to_owned();
         let text = self.call(ReadFile { path })?;
         let value = text
@@ -106,19 +113,39 @@ impl Guest {
             .with_context(|| format!("{name} is no number"))
     }
 
-    /// Fails if the kernel has logged a complaint since the last look at its log.
+    /// Adds up what each processor has counted. A kernel for one processor has nothing to add, and no file for it.
+    fn refresh_counters(&mut self) {
+        let _ = self.call(WriteFile {
+            path: "/proc/sys/vm/stat_refresh".to_owned(),
+            text: "1".to_owned(),
+        });
+    }
+
+    /// Fails if the kernel has logged a complaint since the last look at its log, or a counter that was negative stays so.
     ///
     /// # Errors
     ///
     /// With the complaints.
     pub fn check_log(&mut self) -> Result<()> {
-        let log = self.kernel_log()?;
-        let complaints = complaints(&log);
-        ensure!(
-            complaints.is_empty(),
-            "the kernel complains: {complaints:#?}"
-        );
-        Ok(())
+        let deadline = Instant::now() + HANG_LIMIT;
+        loop {
+            let log = self.kernel_log()?;
+            let complaints = complaints(&log);
+            ensure!(
+                complaints.is_empty(),
+                "the kernel complains: {complaints:#?}"
+            );
+            let negative = negative_counters(&log);
+            if negative.is_empty() {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "counters stay negative: {negative:#?}"
+            );
+            sleep(LOOK_EVERY);
+            self.refresh_counters();
+        }
     }
 
     /// The guest's memory when nothing is held that need not be: its caches are dropped, and what can be moved together is.
@@ -253,6 +280,7 @@ mod tests {
             line(6, "virtio_balloon virtio1: fine"),
             line(4, "virtio_balloon virtio1: Out of puff!"),
             line(6, "WARNING: CPU: 0 PID: 1"),
+            line(4, "vmstat_refresh: nr_balloon_pages -5"),
         ];
         let found: Vec<_> = complaints(&log)
             .into_iter()
@@ -265,5 +293,7 @@ mod tests {
                 "WARNING: CPU: 0 PID: 1"
             ]
         );
+        let negative = negative_counters(&log);
+        assert_eq!(negative.len(), 1, "{negative:?}");
     }
 }
