@@ -75,6 +75,10 @@ pub(crate) struct Sizing {
     rescued: AtomicFlag,
     /// How many pages had been released when such a task got none.
     in_vain_at: Atomic<u64>,
+    /// The start of the times that follow.
+    created: Instant<Monotonic>,
+    /// When a task last got pages although no node was short, in milliseconds after `created`; `u64::MAX` if none has.
+    unexplained_oom_at: Atomic<u64>,
     #[pin]
     turn: Mutex<Turn>,
     #[pin]
@@ -159,6 +163,8 @@ impl Sizing {
             emptying: AtomicFlag::new(false),
             rescued: AtomicFlag::new(false),
             in_vain_at: Atomic::new(u64::MAX),
+            created: Instant::now(),
+            unexplained_oom_at: Atomic::new(u64::MAX),
             turn <- new_mutex!(turn, "Sizing::turn"),
             pages <- BalloonPages::new(
                 adjust_managed,
@@ -523,6 +529,8 @@ impl Sizing {
     ///
     /// On a machine with one node, `already > 0` is enough. With several nodes those pages may be on a
     /// node that the allocating task cannot use.
+    ///
+    /// If no node is short, see [`may_be_short`](Self::may_be_short).
     fn give_back_on(self: &Arc<Self>, nodes: &ShortNodes, already: usize) -> usize {
         let traffic = self.traffic();
         if traffic.is_closed() || self.emptying.load(Relaxed) {
@@ -540,6 +548,13 @@ impl Sizing {
         if already > 0 && (nodes.is_empty() || has_one_node()) {
             return 0;
         }
+        let all = ShortNodes::all();
+        let nodes = if nodes.is_empty() && self.may_be_short(has_one_node()) {
+            self.rescued.store(true, Relaxed);
+            &all
+        } else {
+            nodes
+        };
         Traffic::collect(&self.pages);
         if freed(traffic).is_none() && !self.is_silent(before) {
             if !nodes.is_empty() {
@@ -556,6 +571,24 @@ impl Sizing {
         // To tell the host of the new size.
         self.wake();
         freed
+    }
+
+    /// Returns whether a task that found no memory gets balloon pages although no node is short.
+    ///
+    /// Other tasks may have freed pages since its allocation failed, or it needs a larger block. Without
+    /// any page from here, the kernel kills a process. With several nodes, the task may also be bound to a node
+    /// that balloon pages cannot help: then the answer is yes at most once in [`RESCUE_PAUSE`].
+    fn may_be_short(&self, one_node: bool) -> bool {
+        if one_node {
+            return true;
+        }
+        let now = self.created.elapsed().as_millis() as u64;
+        let last = self.unexplained_oom_at.load(Relaxed);
+        let is_due = last == u64::MAX || now - last >= RESCUE_PAUSE.as_millis() as u64;
+        if is_due {
+            self.unexplained_oom_at.store(now, Relaxed);
+        }
+        is_due
     }
 }
 
@@ -817,14 +850,24 @@ mod tests {
         Ok(())
     }
 
-    /// Where no node is short of memory, more free pages are not what the task lacks.
+    /// Pages that another task frees in the meantime do not lead to an OOM kill.
     #[test]
-    fn a_task_that_pages_would_not_help_gets_none() -> Result {
+    fn a_task_without_memory_gets_pages_although_no_node_is_short() -> Result {
         let rig = Rig::new(4, false)?;
         rig.set_target(300);
         rig.settle();
-        assert_eq!(rig.sizing.give_back(0), 0);
-        assert_eq!(rig.inside(), 300);
+        assert!(rig.sizing.give_back_on(&ShortNodes::none(), 0) > 0);
+        assert!(rig.inside() < 300);
+        Ok(())
+    }
+
+    /// The task may be bound to a node without balloon pages.
+    #[test]
+    fn with_several_nodes_the_balloon_is_not_emptied_while_none_is_short() -> Result {
+        let rig = Rig::new(4, false)?;
+        assert!(rig.sizing.may_be_short(false));
+        assert!(!rig.sizing.may_be_short(false));
+        assert!(rig.sizing.may_be_short(true));
         Ok(())
     }
 

@@ -14,8 +14,8 @@ use crate::bindings as helpers;
 /// A node is short of memory if none of the zones that the kernel uses for itself has more free pages
 /// than its high watermark (with what it is boosted by for the moment) and what it keeps from
 /// allocations that could be served elsewhere; free CMA pages do not count, for most allocations cannot
-/// have them. So a task that finds no memory although a node is not short is not allowed there (by a
-/// cpuset or a memory policy), or wants something that more free pages do not bring.
+/// have them. If a task finds no memory although a node is not short, it is not allowed there (by a
+/// cpuset or a memory policy), it needs a larger block, or other tasks have freed pages since.
 pub struct ShortNodes(bindings::nodemask_t);
 
 impl ShortNodes {
@@ -28,11 +28,16 @@ impl ShortNodes {
     }
 
     /// All nodes.
-    #[cfg(CONFIG_KUNIT = "y")]
-    pub(crate) fn all() -> Self {
+    pub fn all() -> Self {
         let mut nodes = bindings::nodemask_t::default();
         nodes.bits.fill(!0);
         Self(nodes)
+    }
+
+    /// No node.
+    #[cfg(CONFIG_KUNIT = "y")]
+    pub(crate) fn none() -> Self {
+        Self(bindings::nodemask_t::default())
     }
 
     /// Whether there is none.

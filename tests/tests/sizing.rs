@@ -610,8 +610,10 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     ensure!(guest.vm_event("oom_kill")? > 0, "nobody was killed");
 
     continue_device(&mut guest)?;
-    // No further OOM deflation starts before the device acknowledges the last one.
-    guest.wait_counter("oom_deflated_pages", 1, HANG_LIMIT)?;
+    // No further OOM deflation starts before the device acknowledges the last one. There is none if page migration was what waited.
+    if guest.counters()?.get("oom_deflations")? > 0 {
+        guest.wait_counter("oom_deflated_pages", 1, HANG_LIMIT)?;
+    }
     // The default timeout may expire again on a busy host.
     let deadline = Instant::now() + HANG_LIMIT;
     let filled = loop {
