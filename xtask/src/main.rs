@@ -14,6 +14,7 @@ mod place;
 mod progress;
 mod rules;
 mod run;
+mod same_code;
 mod sandbox;
 mod setup;
 mod sources;
@@ -50,6 +51,8 @@ enum Command {
     Guest(guest::Options),
     /// Check formats and lints, of the host's crates and of the kernel module, and where unsafe code stands.
     Check,
+    /// Show that a change of comments, layout or names has changed no code.
+    SameCode(same_code::Options),
 }
 
 fn main() -> ExitCode {
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::command(&options),
         Command::Guest(options) => guest::command(&options),
         Command::Check => check::command(),
+        Command::SameCode(options) => same_code::command(&options),
     };
     ended(outcome.map(|()| ExitCode::SUCCESS))
 }
