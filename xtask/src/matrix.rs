@@ -40,7 +40,7 @@ pub fn command(which: &str) -> Result<()> {
     let results = build::target_folder()?.join(format!("matrix-{}.json", std::process::id()));
     say(format_args!("the matrix of machines: {which}"));
     let mut test = build::cargo()?;
-    test.args(["test", "--package", "tests", "--features", "guests"]);
+    test.args(["test", "--package", "e2e", "--features", "guests"]);
     test.args(["--test", "guests", "--", "--exact", "--nocapture"]);
     test.arg(format!("matrix::{TEST}"));
     test.env(artifacts::VARIABLE, &paths)

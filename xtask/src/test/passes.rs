@@ -189,7 +189,7 @@ fn test_program(kernels: Kernels, needed: &[Kernel], inside: bool) -> Result<Com
 /// The command that runs the tests of guests; options of the test program may follow.
 fn program_of_guests() -> Result<Command> {
     let mut command = build::cargo()?;
-    command.args(["test", "--no-fail-fast", "--package", "tests"]);
+    command.args(["test", "--no-fail-fast", "--package", "e2e"]);
     command.args(["--features", "guests", "--test", "guests", "--"]);
     Ok(command)
 }

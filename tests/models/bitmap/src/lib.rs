@@ -9,15 +9,15 @@
 // Parts of the sources that only the rest of their crate needs.
 #![allow(dead_code)]
 
-#[path = "../../migration/src/bitmap.rs"]
+#[path = "../../../../host-device/guest-migration/src/bitmap.rs"]
 mod bitmap;
-#[path = "../../migration/src/bits.rs"]
+#[path = "../../../../host-device/guest-migration/src/bits.rs"]
 mod bits;
-#[path = "../../migration/src/layout.rs"]
+#[path = "../../../../host-device/guest-migration/src/layout.rs"]
 mod layout;
-#[path = "../../migration/src/runs.rs"]
+#[path = "../../../../host-device/guest-migration/src/runs.rs"]
 mod runs;
-#[path = "../../migration/src/window.rs"]
+#[path = "../../../../host-device/guest-migration/src/window.rs"]
 mod window;
 
 mod sync {

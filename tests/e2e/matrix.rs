@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The matrix of machines: see `tests/src/matrix/table.rs` for its rows.
+//! The matrix of machines: see `tests/harness/src/matrix/table.rs` for its rows.
 
 use anyhow::{ensure, Result};
 use tests::artifacts::Artifacts;
