@@ -25,7 +25,7 @@ pub struct Options {
     #[arg(long, value_name = "COMMIT")]
     to: Option<String>,
     /// Names that have changed: lines of `ident`, the old name, the new one (or several, with `|` between them), and the files and
-    /// folders of the old commit in which it holds (or `*`), with tabs between them
+    /// folders of the old commit in which it holds (or `*`); and of `file`, the old path and the new one. Tabs separate the columns
     #[arg(long, value_name = "FILE")]
     renames: Option<PathBuf>,
     /// Literals of characters may differ: counts them
@@ -56,7 +56,8 @@ pub fn command(options: &Options) -> Result<()> {
         revision: revision.map(str::to_owned),
     };
     let (old, new) = (side(Some(&options.base)), side(options.to.as_deref()));
-    let moved = moves(&repository, options)?;
+    let mut moved = moves(&repository, options)?;
+    moved.extend(renames.files.clone());
     let mut new_files = new.files()?;
     let mut totals = Totals::default();
     let mut differences = Vec::new();
@@ -144,7 +145,7 @@ fn git(repository: &Path) -> Command {
     git
 }
 
-/// Returns the new paths of moved files by their old ones, as git finds them.
+/// Returns the new paths of moved files by their old ones, as git detects them.
 fn moves(repository: &Path, options: &Options) -> Result<BTreeMap<String, String>> {
     let mut git = git(repository);
     git.args(["diff", "--name-status", "-M40%", "-l0", &options.base]);

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A table of renames.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
-/// Renames by the old name.
+/// Renames of identifiers and files.
 #[derive(Default)]
-pub struct Renames(HashMap<String, Vec<Rename>>);
+pub struct Renames {
+    /// By the old name.
+    identifiers: HashMap<String, Vec<Rename>>,
+    /// New paths by the old ones.
+    pub files: BTreeMap<String, String>,
+}
 
 struct Rename {
     /// The file or folder in which it holds; empty for all.
@@ -23,37 +28,38 @@ impl Rename {
 }
 
 impl Renames {
-    /// Reads lines of `ident`, old name, new names separated by `|`, and paths separated by spaces or `*`, with tabs between them.
-    /// Other lines are of no account: a rename that is missed is a difference.
+    /// Reads lines of `ident`, the old name, new names separated by `|`, and paths separated by spaces or `*`; and of `file`, the old
+    /// path and the new one. Tabs separate the columns. Other lines are ignored: a missing rename is a difference.
     pub fn parse(text: &str) -> Self {
-        let mut all = HashMap::<String, Vec<Rename>>::new();
+        let mut all = Self::default();
         for line in text.lines() {
-            let mut cells = line.trim_start().split('\t');
-            if cells.next() != Some("ident") {
-                continue;
-            }
-            let (Some(old), Some(new), Some(scopes)) = (cells.next(), cells.next(), cells.next())
-            else {
-                continue;
-            };
-            for scope in scopes.split_whitespace() {
-                all.entry(old.to_owned()).or_default().push(Rename {
-                    scope: if scope == "*" { "" } else { scope }.to_owned(),
-                    new: new.split('|').map(str::to_owned).collect(),
-                });
+            let cells: Vec<_> = line.trim_start().split('\t').collect();
+            match cells.as_slice() {
+                ["ident", old, new, scopes, ..] => {
+                    let scopes = scopes.split_whitespace().map(|scope| Rename {
+                        scope: if scope == "*" { "" } else { scope }.to_owned(),
+                        new: new.split('|').map(str::to_owned).collect(),
+                    });
+                    let known = all.identifiers.entry((*old).to_owned()).or_default();
+                    known.extend(scopes);
+                }
+                ["file", old, new, ..] => {
+                    all.files.insert((*old).to_owned(), (*new).to_owned());
+                }
+                _ => {}
             }
         }
-        Self(all)
+        all
     }
 
-    /// Returns how many renames there are.
+    /// Returns the number of renamed identifiers, once for each path.
     pub fn count(&self) -> usize {
-        self.0.values().map(Vec::len).sum()
+        self.identifiers.values().map(Vec::len).sum()
     }
 
     /// Returns the names that may stand for `old` in the file at `path`, of the rename with the narrowest scope.
     pub fn names(&self, old: &str, path: &str) -> Option<&[String]> {
-        let all = self.0.get(old)?.iter();
+        let all = self.identifiers.get(old)?.iter();
         let here = all.filter(|rename| rename.holds_in(path));
         let narrowest = here.max_by_key(|rename| rename.scope.len())?;
         Some(&narrowest.new)
