@@ -16,7 +16,7 @@ mod tests {
             hinting::{device, driver},
             page, queue,
             queue::Queue,
-            stats::{Stat, Tag},
+            stats::{Stat, StatTag},
         },
     };
     use core::mem::{offset_of, size_of};
@@ -61,37 +61,37 @@ mod tests {
         assert_eq!(config::POISON_VAL, offset_of!(Layout, poison_val));
         assert_eq!(config::MAX_SIZE, size_of::<Layout>());
 
-        let values = config::Config {
+        let values = config::ConfigSpace {
             num_pages: 1,
             actual: 2,
             free_page_hint_cmd_id: 0x8000_0003,
             poison_val: 0xaaaa_aaaa,
         };
-        assert_eq!(config::Config::from_bytes(values.to_bytes()), values);
+        assert_eq!(config::ConfigSpace::from_bytes(values.to_bytes()), values);
     }
 
     #[test]
     fn pages_are_those_of_the_kernel() {
         assert_eq!(page::PFN_SHIFT, bindings::VIRTIO_BALLOON_PFN_SHIFT);
         assert_eq!(
-            page::balloon_pages_per(kernel::page::PAGE_SHIFT as u32),
+            page::balloon_pages_per_guest_page(kernel::page::PAGE_SHIFT as u32),
             Some(1 << (kernel::page::PAGE_SHIFT - 12))
         );
         // A guest with pages of 64 KiB.
-        assert_eq!(page::balloon_pages_per(16), Some(16));
+        assert_eq!(page::balloon_pages_per_guest_page(16), Some(16));
         assert_eq!(page::round_up_to_guest_pages(17, 16), Some(32));
     }
 
     #[test]
     fn statistics_are_those_of_the_kernel() {
-        assert_eq!(Tag::ALL.len(), bindings::VIRTIO_BALLOON_S_NR as usize);
+        assert_eq!(StatTag::ALL.len(), bindings::VIRTIO_BALLOON_S_NR as usize);
         assert_eq!(Stat::SIZE, size_of::<bindings::virtio_balloon_stat>());
         let stat = Stat {
             tag: bindings::VIRTIO_BALLOON_S_AVAIL as u16,
             value: 0x0123_4567_89ab_cdef,
         };
         assert_eq!(
-            Tag::from_number(stat.tag).map(Tag::qemu_name),
+            StatTag::from_number(stat.tag).map(StatTag::qemu_name),
             Some("stat-available-memory")
         );
         assert_eq!(Stat::from_bytes(stat.to_bytes()), stat);
@@ -103,7 +103,7 @@ mod tests {
         assert_eq!(Queue::FreePage.index(features), Some(2));
         assert_eq!(Queue::Reporting.index(features), Some(3));
         assert_eq!(Queue::Stats.index(features), None);
-        assert_eq!(queue::present(features).count(), 4);
+        assert_eq!(queue::negotiated_queues(features).count(), 4);
     }
 
     #[test]
@@ -134,7 +134,7 @@ mod tests {
         driver: driver::State,
         /// What the driver has sent and the device has not seen.
         queue: KVec<device::Event>,
-        held: u32,
+        hinted: u32,
         used: u32,
         ignored: u32,
     }
@@ -145,7 +145,7 @@ mod tests {
                 device: device::State::with_next_id(next),
                 driver: driver::State::default(),
                 queue: KVec::new(),
-                held: 0,
+                hinted: 0,
                 used: 0,
                 ignored: 0,
             }
@@ -157,9 +157,9 @@ mod tests {
             self.device = next;
             match action {
                 Some(device::Action::NotifyConfig) => {
-                    self.driver(driver::Event::Config(self.device.command()))
+                    self.driver(driver::Event::ConfigChanged(self.device.command()))
                 }
-                Some(device::Action::UseBlock(_)) => {
+                Some(device::Action::UseFreeBlock(_)) => {
                     self.used += 1;
                     Ok(())
                 }
@@ -184,12 +184,12 @@ mod tests {
                         let stop = device::Event::Command(CommandId::Stop);
                         self.queue.push(stop, GFP_KERNEL)?;
                     }
-                    driver::Action::OfferHeld => {
-                        for _ in 0..self.held {
-                            self.queue.push(device::Event::Block, GFP_KERNEL)?;
+                    driver::Action::ReofferHinted => {
+                        for _ in 0..self.hinted {
+                            self.queue.push(device::Event::FreeBlock, GFP_KERNEL)?;
                         }
                     }
-                    driver::Action::ReleaseHeld => self.held = 0,
+                    driver::Action::ReleaseHinted => self.hinted = 0,
                 }
             }
             Ok(())
@@ -198,8 +198,8 @@ mod tests {
         /// The driver finds so many free blocks and offers them.
         fn offer(&mut self, blocks: u32) -> Result {
             for _ in 0..blocks {
-                self.held += 1;
-                self.queue.push(device::Event::Block, GFP_KERNEL)?;
+                self.hinted += 1;
+                self.queue.push(device::Event::FreeBlock, GFP_KERNEL)?;
             }
             Ok(())
         }
@@ -219,14 +219,14 @@ mod tests {
         pair.device(device::Event::Start)?;
         pair.offer(3)?;
         pair.deliver()?;
-        assert_eq!((pair.used, pair.held), (3, 3));
+        assert_eq!((pair.used, pair.hinted), (3, 3));
         pair.driver(driver::Event::Exhausted)?;
         pair.deliver()?;
         assert_eq!(pair.device.phase(), device::Phase::Finished(HintId::LAST));
         assert_eq!(pair.driver.offering(), None);
-        assert_eq!(pair.held, 3);
+        assert_eq!(pair.hinted, 3);
         pair.device(device::Event::Done)?;
-        assert_eq!((pair.driver, pair.held), (driver::State::Idle, 0));
+        assert_eq!((pair.driver, pair.hinted), (driver::State::Idle, 0));
         // The next id has wrapped.
         pair.device(device::Event::Start)?;
         assert_eq!(pair.device.phase(), device::Phase::Requested(HintId::FIRST));
@@ -246,7 +246,7 @@ mod tests {
         let second = HintId::FIRST.successor();
         assert_eq!(pair.device.phase(), device::Phase::Started(second));
         // The blocks of the first do not count; all three are offered under the second id.
-        assert_eq!((pair.used, pair.held), (3, 3));
+        assert_eq!((pair.used, pair.hinted), (3, 3));
         Ok(())
     }
 
@@ -267,7 +267,7 @@ mod tests {
             device::Phase::Started(HintId::FIRST.successor())
         );
         // Both held blocks are offered again, under the new id.
-        assert_eq!((pair.used, pair.held), (3, 2));
+        assert_eq!((pair.used, pair.hinted), (3, 2));
         Ok(())
     }
 
@@ -277,7 +277,7 @@ mod tests {
         pair.device(device::Event::Start)?;
         pair.offer(5)?;
         pair.driver(driver::Event::Reset)?;
-        assert_eq!((pair.driver, pair.held), (driver::State::Idle, 0));
+        assert_eq!((pair.driver, pair.hinted), (driver::State::Idle, 0));
         Ok(())
     }
 }

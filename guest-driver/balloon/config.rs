@@ -48,13 +48,13 @@ impl BalloonConfig {
     }
 
     /// The command id; there only with `FREE_PAGE_HINT`.
-    pub(crate) fn command(&self) -> Result<CommandId> {
+    pub(crate) fn free_page_hint_cmd_id(&self) -> Result<CommandId> {
         let number = self.0.read(FREE_PAGE_HINT_CMD_ID)?;
         Ok(CommandId::from_number(number))
     }
 
     /// Tells the host what fills the guest's free pages; there only with `PAGE_POISON`.
-    pub(crate) fn set_poison(&self, pattern: u32) -> Result {
+    pub(crate) fn set_poison_val(&self, pattern: u32) -> Result {
         self.0.write(POISON_VAL, pattern)
     }
 }

@@ -68,7 +68,7 @@ macro_rules! counters {
         pub(crate) struct Counters {
             $($(#[$doc])* pub(crate) $name: Counter,)*
             /// `notifications` and `interrupts` of each queue, as [`Queue::ALL`] has them.
-            queues: [Traffic; Queue::MAX_COUNT],
+            queues: [QueueCounters; Queue::MAX_COUNT],
             /// `hinted_blocks_order_N`: blocks of `2^N` pages offered on the free page queue.
             hinted_by_order: [Counter; ORDERS],
             tracer: Tracer,
@@ -79,7 +79,7 @@ macro_rules! counters {
             pub(crate) fn new(device: Option<ARef<device::Device>>) -> Self {
                 Self {
                     $($name: Counter::new(),)*
-                    queues: [const { Traffic::new() }; Queue::MAX_COUNT],
+                    queues: [const { QueueCounters::new() }; Queue::MAX_COUNT],
                     hinted_by_order: [const { Counter::new() }; ORDERS],
                     tracer: Tracer::new(device),
                 }
@@ -148,14 +148,14 @@ counters! {
 }
 
 /// What passes between driver and device for one queue.
-struct Traffic {
+struct QueueCounters {
     /// Notifications that were sent to the device.
     notifications: Counter,
     /// Interrupts that were taken.
     interrupts: Counter,
 }
 
-impl Traffic {
+impl QueueCounters {
     const fn new() -> Self {
         Self {
             notifications: Counter::new(),
@@ -168,13 +168,13 @@ impl Counters {
     /// Counts a notification of the device, if one was sent.
     pub(crate) fn kicked(&self, queue: Queue, kick: Kick) {
         if kick == Kick::Sent {
-            self.traffic(queue).notifications.add(1);
+            self.queue_counters(queue).notifications.add(1);
         }
     }
 
     /// Counts an interrupt.
     pub(crate) fn interrupted(&self, queue: Queue) {
-        self.traffic(queue).interrupts.add(1);
+        self.queue_counters(queue).interrupts.add(1);
     }
 
     /// Counts a request of so many balloon pages that was sent.
@@ -193,18 +193,18 @@ impl Counters {
     }
 
     /// Counts a round that begins.
-    pub(crate) fn round_started(&self, id: u32) {
+    pub(crate) fn hint_round_started(&self, id: u32) {
         self.rounds_started.add(1);
         self.tracer.hint_start(id, self.hint_reserve_pages.get());
     }
 
     /// A round ends, after so many microseconds.
-    pub(crate) fn round_stopped(&self, microseconds: u64) {
+    pub(crate) fn hint_round_stopped(&self, microseconds: u64) {
         self.tracer.hint_stop(microseconds);
     }
 
     /// Counts a block of so many pages that the guest took back.
-    pub(crate) fn returned(&self, pages: u64) {
+    pub(crate) fn reclaimed(&self, pages: u64) {
         self.returned_blocks.add(1);
         self.returned_pages.add(pages);
         self.tracer.hint_return(pages);
@@ -231,17 +231,17 @@ impl Counters {
         self.hinted_bytes.add(bytes as u64);
     }
 
-    fn traffic(&self, queue: Queue) -> &Traffic {
+    fn queue_counters(&self, queue: Queue) -> &QueueCounters {
         &self.queues[queue as usize]
     }
 
     fn write(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.show(&mut |key, value| writeln!(f, "{key} {value}"))?;
         for queue in Queue::ALL {
-            let traffic = self.traffic(queue);
+            let queue_counters = self.queue_counters(queue);
             for (what, counter) in [
-                ("notifications", &traffic.notifications),
-                ("interrupts", &traffic.interrupts),
+                ("notifications", &queue_counters.notifications),
+                ("interrupts", &queue_counters.interrupts),
             ] {
                 // Keys have no hyphen, though a queue's name may.
                 let name = queue.name();
@@ -269,9 +269,9 @@ fn c_name(queue: Queue) -> &'static CStr {
 }
 
 /// The file's content.
-pub(crate) struct Report(Arc<Counters>);
+pub(crate) struct CountersText(Arc<Counters>);
 
-impl Writer for Report {
+impl Writer for CountersText {
     fn write(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.write(f)
     }
@@ -279,7 +279,7 @@ impl Writer for Report {
 
 /// The file, which goes when this is dropped.
 pub(crate) struct CountersFile {
-    _file: Pin<KBox<File<Report>>>,
+    _file: Pin<KBox<File<CountersText>>>,
 }
 
 impl CountersFile {
@@ -287,10 +287,10 @@ impl CountersFile {
     ///
     /// May sleep. Fails with `ENOMEM`; a debugfs that does not want the file is no error.
     pub(crate) fn new(device: &device::Device, counters: Arc<Counters>) -> Result<Option<Self>> {
-        let Some(folder) = debugfs::device_folder(device) else {
+        let Some(dir) = debugfs::device_dir(device) else {
             return Ok(None);
         };
-        let file = folder.read_only_file(c"counters", Ok::<_, Error>(Report(counters)));
+        let file = dir.read_only_file(c"counters", Ok::<_, Error>(CountersText(counters)));
         let _file = KBox::pin_init(file, GFP_KERNEL)?;
         Ok(Some(Self { _file }))
     }
@@ -304,22 +304,22 @@ mod tests {
     #[test]
     fn the_file_is_keys_and_values() -> Result {
         let counters = Counters::new(None);
-        counters.round_started(7);
-        counters.round_started(8);
+        counters.hint_round_started(7);
+        counters.hint_round_started(8);
         counters.requested(Queue::Deflate, 256);
         counters.acknowledged(Queue::Deflate, 256);
-        counters.round_stopped(100);
-        counters.returned(16);
+        counters.hint_round_stopped(100);
+        counters.reclaimed(16);
         counters.reported(2, 1024, true);
         counters.reported(1, 512, false);
         counters.hinted(0x10000, 4, 65536);
         counters.hinted(0, u32::MAX, 1);
         counters.kicked(Queue::FreePage, Kick::Sent);
-        counters.kicked(Queue::FreePage, Kick::NotWanted);
+        counters.kicked(Queue::FreePage, Kick::NotNeeded);
         counters.interrupted(Queue::Inflate);
-        let report = Report(Arc::new(counters, GFP_KERNEL)?);
+        let report = CountersText(Arc::new(counters, GFP_KERNEL)?);
 
-        struct Shown<'a>(&'a Report);
+        struct Shown<'a>(&'a CountersText);
         impl fmt::Display for Shown<'_> {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 Writer::write(self.0, f)

@@ -24,7 +24,7 @@
 //! from there none arrives. Therefore, while buffers are in flight, a timer looks after them too,
 //! less and less often.
 //!
-//! A block is owned by the queue while it is in flight, by [`Held`] until the device is done with
+//! A block is owned by the queue while it is in flight, by [`HintedBlocks`] until the device is done with
 //! it, and by the page allocator before and after. There is no other way, so the feature
 //! `KEEPS_HINTED_UNTIL_RETURNED` is kept by construction.
 
@@ -39,50 +39,52 @@ use kernel::time::{msecs_to_jiffies, Delta, Instant, Monotonic, Msecs};
 
 use super::config::BalloonConfig;
 use super::counters::Counters;
-use super::held::Held;
-use super::reserve::{Harvest, Limits};
+use super::free_block_allocator::{FreeBlockAllocator, Limits};
+use super::hinted_blocks::HintedBlocks;
 use super::timeout;
-use crate::mm::{state, LentBlock, OnMemoryOffline, OnOutOfMemory, OnSleep, Shrink};
+use crate::mm::{page_alloc, HintedBlock, OnMemoryOffline, OnOutOfMemory, OnSystemSleep, Shrink};
 use crate::shared_abi::command::CommandId;
 use crate::shared_abi::hinting::driver::{self, Action, Event};
 use crate::shared_abi::queue::Queue;
-use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
+use crate::virtio::work::{
+    self, impl_has_delayed_work, new_delayed_work, DelayedWork, WorkItem, WorkQueue,
+};
 use crate::virtio::{AddError, AddFailure, Either, Outgoing, Virtqueue};
 
 /// A command id as the device reads it: little-endian.
-type Command = Outgoing<[u8; 4]>;
+type CmdIdBuffer = Outgoing<[u8; 4]>;
 
 /// What travels on the free page queue.
-pub(crate) type HintBuffer = Either<Command, LentBlock>;
+pub(crate) type HintBuffer = Either<CmdIdBuffer, HintedBlock>;
 
 /// How many command buffers there are: a stop and a start for the current round and for the last,
 /// which the device may not have returned yet.
-const COMMANDS: usize = 4;
+const CMD_ID_BUFFERS: usize = 4;
 /// The entries of the ring that blocks leave free, so that a stop can be sent at once.
-const COMMAND_ENTRIES: usize = 1;
+const CMD_ID_RESERVED_ENTRIES: usize = 1;
 /// The part of all memory that may be in flight at a time. A device that stops answering keeps no
 /// more from the guest; what has come back, the guest can take.
 const IN_FLIGHT_SHARE: usize = 4;
 
 /// How much is done at a time: so many blocks, and so long.
-const TURNS_BLOCKS: usize = 256;
-const TURNS_TIME: Delta = Delta::from_millis(5);
+const WORK_BUDGET_BLOCKS: usize = 256;
+const WORK_BUDGET_TIME: Delta = Delta::from_millis(5);
 /// How many pages of hinted blocks a task that found no memory gets at a time.
 const OOM_PAGES: usize = 1024;
 
 /// If the page allocator is so slow that filling the ring takes longer than this (it may have to
 /// clear each block), the device is notified on the way, to work meanwhile.
-const UNNOTICED: Delta = Delta::from_millis(100);
+const MAX_KICK_DELAY: Delta = Delta::from_millis(100);
 /// How long to wait for an interrupt before looking without one: doubled as long as nothing comes,
 /// from the one to the other.
-const LOOK_MIN: Msecs = 8;
-const LOOK_MAX: Msecs = 1024;
+const POLL_INTERVAL_MIN: Msecs = 8;
+const POLL_INTERVAL_MAX: Msecs = 1024;
 
 /// How long the ring is watched without anything coming back, before an interrupt is asked for.
-const WATCH: Delta = Delta::from_micros(500);
+const BUSY_POLL_BUDGET: Delta = Delta::from_micros(500);
 
-const TURN: u64 = 1;
-const LOOK: u64 = 2;
+const WORK: u64 = 1;
+const POLL: u64 = 2;
 
 /// The driver's side of free page hinting.
 #[pin_data]
@@ -92,7 +94,7 @@ pub(crate) struct Hinting {
     limits: Limits,
     /// The device may show a new command id. It is read only then: QEMU's device shows STOP again
     /// once a round has started, and does not mean it.
-    command_changed: AtomicFlag,
+    cmd_id_changed: AtomicFlag,
     /// The driver goes: no more is offered.
     stopping: AtomicFlag,
     /// The system sleeps, or is about to: nothing is offered.
@@ -100,49 +102,49 @@ pub(crate) struct Hinting {
     /// How many callers have memory on its way offline: nothing is offered meanwhile.
     offlining: Atomic<u32>,
     #[pin]
-    round: Mutex<Round>,
-    held: Arc<Held>,
+    inner: Mutex<HintingInner>,
+    hinted_blocks: Arc<HintedBlocks>,
     counters: Arc<Counters>,
     #[pin]
-    work: Task<Self, TURN>,
+    work: DelayedWork<Self, WORK>,
     #[pin]
-    look: Task<Self, LOOK>,
+    poll: DelayedWork<Self, POLL>,
 }
 
-struct Round {
+struct HintingInner {
     machine: driver::State,
     /// Counts rounds; each block is tagged with that in which it was offered last.
-    number: u16,
+    generation: u16,
     /// The round up to which the device was done with all blocks when it last said so.
     done: u16,
     /// Where new blocks come from while blocks are being offered.
-    harvest: Option<Harvest>,
+    allocator: Option<FreeBlockAllocator>,
     /// Commands that are to be sent, the first one first.
-    outbox: [Option<CommandId>; 2],
+    pending_cmd_ids: [Option<CommandId>; 2],
     /// The command buffers that are not in flight. Has room for all.
-    spare: KVec<Command>,
+    spare: KVec<CmdIdBuffer>,
     in_flight_pages: usize,
     /// The buffers in flight of which the device was notified, as far as it uses them in order.
-    noticed: usize,
+    kicked_buffers: usize,
     /// The others.
-    unnoticed: usize,
+    pending_kick: usize,
     /// When the device last returned a buffer.
-    returned: Instant<Monotonic>,
+    last_used: Instant<Monotonic>,
     /// When the device was notified last.
-    notified: Instant<Monotonic>,
+    last_kick: Instant<Monotonic>,
     /// There was no memory to give the device a buffer.
     short: bool,
     /// A wait for the device timed out, and it has returned no buffer since.
-    silent: bool,
+    timed_out: bool,
     /// When the round began.
     began: Instant<Monotonic>,
     /// The interval at which the worker polls for used buffers.
     poll_interval: Msecs,
 }
 
-impl_has_task! {
-    impl HasTask<1> for Hinting { self.work }
-    impl HasTask<2> for Hinting { self.look }
+impl_has_delayed_work! {
+    impl HasDelayedWork<1> for Hinting { self.work }
+    impl HasDelayedWork<2> for Hinting { self.poll }
 }
 
 impl Hinting {
@@ -155,40 +157,40 @@ impl Hinting {
         counters: Arc<Counters>,
         limits: Limits,
     ) -> Result<Arc<Self>> {
-        let mut spare = KVec::with_capacity(COMMANDS, GFP_KERNEL)?;
-        for _ in 0..COMMANDS {
-            spare.push(Command::new([0; 4], GFP_KERNEL)?, GFP_KERNEL)?;
+        let mut spare = KVec::with_capacity(CMD_ID_BUFFERS, GFP_KERNEL)?;
+        for _ in 0..CMD_ID_BUFFERS {
+            spare.push(CmdIdBuffer::new([0; 4], GFP_KERNEL)?, GFP_KERNEL)?;
         }
-        let round = Round {
+        let inner = HintingInner {
             machine: driver::State::default(),
-            number: 0,
+            generation: 0,
             done: 0,
-            harvest: None,
-            outbox: [None; 2],
+            allocator: None,
+            pending_cmd_ids: [None; 2],
             spare,
             in_flight_pages: 0,
-            noticed: 0,
-            unnoticed: 0,
-            returned: Instant::now(),
-            notified: Instant::now(),
+            kicked_buffers: 0,
+            pending_kick: 0,
+            last_used: Instant::now(),
+            last_kick: Instant::now(),
             short: false,
-            silent: false,
+            timed_out: false,
             began: Instant::now(),
-            poll_interval: LOOK_MIN,
+            poll_interval: POLL_INTERVAL_MIN,
         };
         let hinting = try_pin_init!(Self {
             config,
             queue: Virtqueue::new(c"free-page")?,
             limits,
-            command_changed: AtomicFlag::new(true),
+            cmd_id_changed: AtomicFlag::new(true),
             stopping: AtomicFlag::new(false),
             asleep: AtomicFlag::new(false),
             offlining: Atomic::new(0),
-            round <- new_mutex!(round, "Hinting::round"),
-            held: Arc::pin_init(Held::new(counters.clone(), work_queue.clone()), GFP_KERNEL)?,
+            inner <- new_mutex!(inner, "Hinting::inner"),
+            hinted_blocks: Arc::pin_init(HintedBlocks::new(counters.clone(), work_queue.clone()), GFP_KERNEL)?,
             counters,
-            work <- new_task!(work_queue.clone(), "Hinting::work"),
-            look <- new_task!(work_queue, "Hinting::look"),
+            work <- new_delayed_work!(work_queue.clone(), "Hinting::work"),
+            poll <- new_delayed_work!(work_queue, "Hinting::poll"),
         });
         Arc::pin_init(hinting, GFP_KERNEL)
     }
@@ -199,13 +201,13 @@ impl Hinting {
     }
 
     /// The blocks that the guest may take back when it is short of memory.
-    pub(crate) fn held(&self) -> Arc<Held> {
-        self.held.clone()
+    pub(crate) fn hinted_blocks(&self) -> Arc<HintedBlocks> {
+        self.hinted_blocks.clone()
     }
 
     /// The device may show a new command id. Any context.
-    pub(crate) fn command_changed(self: &Arc<Self>) {
-        self.command_changed.store(true, Relaxed);
+    pub(crate) fn cmd_id_changed(self: &Arc<Self>) {
+        self.cmd_id_changed.store(true, Relaxed);
         self.wake();
     }
 
@@ -216,7 +218,7 @@ impl Hinting {
 
     /// Starts the work, unless it is queued already or disabled.
     fn wake(self: &Arc<Self>) {
-        work::enqueue::<Self, TURN>(self);
+        work::enqueue::<Self, WORK>(self);
     }
 
     /// Ends all work for good. May sleep, but does not wait for the device.
@@ -224,9 +226,9 @@ impl Hinting {
     /// Blocks in flight stay there, for the reset to bring back.
     pub(crate) fn disable(self: &Arc<Self>) {
         self.stopping.store(true, Relaxed);
-        work::disable::<Self, LOOK>(self);
-        work::disable::<Self, TURN>(self);
-        self.held.disable();
+        work::disable::<Self, POLL>(self);
+        work::disable::<Self, WORK>(self);
+        self.hinted_blocks.disable();
     }
 
     /// Whether offering is paused.
@@ -238,35 +240,35 @@ impl Hinting {
     /// keep a block, but not hold this up for long, nor time and again. Ends when the driver goes.
     fn wait_for_device(&self) {
         let since = Instant::now();
-        while self.may_return_more(&mut self.round.lock(), since) {
+        while self.may_return_more(&mut self.inner.lock(), since) {
             fsleep(Delta::from_millis(1));
         }
     }
 
     /// Collects what the device has returned. Returns whether to wait for more; the caller waits since
     /// `since`.
-    fn may_return_more(&self, round: &mut Round, since: Instant<Monotonic>) -> bool {
-        self.collect(round);
+    fn may_return_more(&self, inner: &mut HintingInner, since: Instant<Monotonic>) -> bool {
+        self.reap_used(inner);
         let is_over = self.stopping.load(Relaxed) || self.queue.is_broken();
-        if is_over || !round.any_in_flight() {
+        if is_over || !inner.any_in_flight() {
             return false;
         }
-        self.notify(round);
+        self.notify(inner);
         let waited = since.elapsed();
         let limit = timeout::host();
-        round.silent |= waited > limit && round.returned.elapsed() > limit;
+        inner.timed_out |= waited > limit && inner.last_used.elapsed() > limit;
         // The device makes progress; only this caller stops waiting.
-        !round.silent && waited <= timeout::total()
+        !inner.timed_out && waited <= timeout::total()
     }
 
     /// Goes on after a pause, unless there is another.
-    fn go_on(self: &Arc<Self>) {
-        let mut round = self.round.lock();
-        if round.harvest.is_some() {
+    fn resume(self: &Arc<Self>) {
+        let mut inner = self.inner.lock();
+        if inner.allocator.is_some() {
             // What was given back may be had again, in large blocks.
-            round.harvest = Some(Harvest::new(self.limits, &self.counters));
+            inner.allocator = Some(FreeBlockAllocator::new(self.limits, &self.counters));
         }
-        drop(round);
+        drop(inner);
         self.wake();
     }
 
@@ -274,49 +276,49 @@ impl Hinting {
     /// after the device's reset, which may be followed by new queues.
     ///
     /// May sleep, and take long.
-    pub(crate) fn recover(&self) {
-        let mut round = self.round.lock();
-        while let Some(buffer) = self.queue.detach() {
+    pub(crate) fn detach_unused(&self) {
+        let mut inner = self.inner.lock();
+        while let Some(buffer) = self.queue.detach_unused_buf() {
             match buffer {
                 Either::Left(command) => {
                     // Its room is still there.
-                    let _ = round.spare.push_within_capacity(command);
+                    let _ = inner.spare.push_within_capacity(command);
                 }
                 // To clear it takes time: that is done below, without the lock.
-                Either::Right(block) => self.held.hold(block),
+                Either::Right(block) => self.hinted_blocks.insert(block),
             }
         }
         // What it would have done with the blocks has no sense without the device.
-        round.machine = driver::State::default();
-        round.harvest = None;
-        round.outbox = [None; 2];
-        round.done = round.number;
-        round.in_flight_pages = 0;
-        (round.noticed, round.unnoticed) = (0, 0);
-        (round.short, round.silent) = (false, false);
-        round.poll_interval = LOOK_MIN;
-        drop(round);
-        self.held.give_up();
+        inner.machine = driver::State::default();
+        inner.allocator = None;
+        inner.pending_cmd_ids = [None; 2];
+        inner.done = inner.generation;
+        inner.in_flight_pages = 0;
+        (inner.kicked_buffers, inner.pending_kick) = (0, 0);
+        (inner.short, inner.timed_out) = (false, false);
+        inner.poll_interval = POLL_INTERVAL_MIN;
+        drop(inner);
+        self.hinted_blocks.free_all();
     }
 
     /// Takes back the buffers that the device has used. Returns whether there was any.
-    fn collect(&self, round: &mut Round) -> bool {
+    fn reap_used(&self, inner: &mut HintingInner) -> bool {
         let mut any = false;
-        while let Some((buffer, _)) = self.queue.pop() {
+        while let Some((buffer, _)) = self.queue.get_buf() {
             any = true;
-            round.silent = false;
-            round.returned = Instant::now();
-            round.poll_interval = LOOK_MIN;
-            round.came_back();
+            inner.timed_out = false;
+            inner.last_used = Instant::now();
+            inner.poll_interval = POLL_INTERVAL_MIN;
+            inner.count_used();
             match buffer {
                 Either::Left(command) => {
                     // Its room is still there: commands are only ever taken and put back.
-                    let _ = round.spare.push_within_capacity(command);
+                    let _ = inner.spare.push_within_capacity(command);
                 }
                 Either::Right(block) => {
                     let pages = block.block().pages();
-                    round.in_flight_pages = round.in_flight_pages.saturating_sub(pages);
-                    self.keep(round, block);
+                    inner.in_flight_pages = inner.in_flight_pages.saturating_sub(pages);
+                    self.complete_block(inner, block);
                 }
             }
         }
@@ -327,98 +329,98 @@ impl Hinting {
     ///
     /// While a command waits for room, no command id is read: what may have changed is no news then.
     /// The device's answer starts the work again, or the timer does.
-    fn has_news(&self, round: &Round) -> bool {
-        let may_obey = round.all_sent() && self.command_changed.load(Relaxed);
-        may_obey || self.stopping.load(Relaxed)
+    fn has_pending_event(&self, inner: &HintingInner) -> bool {
+        let may_handle_cmd_id = inner.all_sent() && self.cmd_id_changed.load(Relaxed);
+        may_handle_cmd_id || self.stopping.load(Relaxed)
     }
 
     /// Finds the place of a block that the device has returned.
-    fn keep(&self, round: &Round, block: LentBlock) {
+    fn complete_block(&self, inner: &HintingInner, block: HintedBlock) {
         let tag = block.block().tag();
-        if round.is_done(tag) {
-            self.held.release_block(block);
-        } else if tag == round.number {
-            self.held.hold(block);
+        if inner.is_done(tag) {
+            self.hinted_blocks.release_block(block);
+        } else if tag == inner.generation {
+            self.hinted_blocks.insert(block);
         } else {
-            self.held.hold_again(block);
+            self.hinted_blocks.insert_to_reoffer(block);
         }
     }
 
     /// Reads the command id, if it may have changed, and does what follows from it.
-    fn obey(&self, round: &mut Round) -> Result {
-        if self.command_changed.xchg(false, Relaxed) {
-            let command = self.config.command()?;
-            self.step(round, Event::Config(command));
+    fn handle_cmd_id(&self, inner: &mut HintingInner) -> Result {
+        if self.cmd_id_changed.xchg(false, Relaxed) {
+            let command = self.config.free_page_hint_cmd_id()?;
+            self.step(inner, Event::ConfigChanged(command));
         }
         Ok(())
     }
 
-    fn step(&self, round: &mut Round, event: Event) {
-        let (next, actions) = round.machine.step(event);
-        round.machine = next;
+    fn step(&self, inner: &mut HintingInner, event: Event) {
+        let (next, actions) = inner.machine.step(event);
+        inner.machine = next;
         for action in actions {
             match action {
                 Action::SendStart(id) => {
-                    round.number = round.number.wrapping_add(1);
-                    round.send(CommandId::from_number(id.number()));
-                    round.harvest = Some(Harvest::new(self.limits, &self.counters));
-                    round.began = Instant::now();
-                    self.counters.round_started(id.number());
-                    self.held.forget_claims();
+                    inner.generation = inner.generation.wrapping_add(1);
+                    inner.queue_cmd_id(CommandId::from_number(id.number()));
+                    inner.allocator = Some(FreeBlockAllocator::new(self.limits, &self.counters));
+                    inner.began = Instant::now();
+                    self.counters.hint_round_started(id.number());
+                    self.hinted_blocks.decay_reclaimed();
                 }
-                Action::OfferHeld => self.held.offer_all_again(),
+                Action::ReofferHinted => self.hinted_blocks.reoffer_all(),
                 Action::SendStop => {
-                    round.harvest = None;
-                    round.send(CommandId::Stop);
-                    self.counters.round_stopped(round.age_us());
+                    inner.allocator = None;
+                    inner.queue_cmd_id(CommandId::Stop);
+                    self.counters.hint_round_stopped(inner.age_us());
                 }
-                Action::ReleaseHeld => {
-                    round.done = round.number;
-                    self.held.release();
+                Action::ReleaseHinted => {
+                    inner.done = inner.generation;
+                    self.hinted_blocks.release();
                 }
             }
         }
     }
 
     /// Sends the commands that are to be sent. Returns whether all of them went.
-    fn send_commands(&self, round: &mut Round) -> Result<bool> {
-        while let [Some(command), next] = round.outbox {
-            let Some(mut buffer) = round.spare.pop() else {
+    fn send_cmd_ids(&self, inner: &mut HintingInner) -> Result<bool> {
+        while let [Some(command), next] = inner.pending_cmd_ids {
+            let Some(mut buffer) = inner.spare.pop() else {
                 return Ok(false);
             };
             *buffer = command.number().to_le_bytes();
             if let Err(AddError { buffer, failure }) = self.queue.add(Either::Left(buffer)) {
                 if let Either::Left(buffer) = buffer {
-                    let _ = round.spare.push_within_capacity(buffer);
+                    let _ = inner.spare.push_within_capacity(buffer);
                 }
-                round.not_added(failure)?;
+                inner.not_added(failure)?;
                 return Ok(false);
             }
-            round.outbox = [next, None];
-            round.unnoticed += 1;
+            inner.pending_cmd_ids = [next, None];
+            inner.pending_kick += 1;
         }
         Ok(true)
     }
 
     /// Offers blocks until the ring is full or enough of the memory is in flight, there is news, or
     /// no block is left.
-    fn offer(&self, round: &mut Round, budget: &mut Budget) -> Result {
-        let limit = state::managed_pages() / IN_FLIGHT_SHARE;
+    fn offer(&self, inner: &mut HintingInner, budget: &mut WorkBudget) -> Result {
+        let limit = page_alloc::managed_pages() / IN_FLIGHT_SHARE;
         // A ring of one entry has none to leave free.
-        let left_free = COMMAND_ENTRIES.min(self.queue.entries().saturating_sub(1));
-        while !self.has_news(round) && !self.is_paused() && !budget.is_spent() {
-            if round.in_flight_pages >= limit || self.queue.free_entries() <= left_free {
+        let left_free = CMD_ID_RESERVED_ENTRIES.min(self.queue.entries().saturating_sub(1));
+        while !self.has_pending_event(inner) && !self.is_paused() && !budget.is_spent() {
+            if inner.in_flight_pages >= limit || self.queue.free_entries() <= left_free {
                 break;
             }
-            let Some(harvest) = &mut round.harvest else {
+            let Some(allocator) = &mut inner.allocator else {
                 break;
             };
-            let block = self.held.next_again().or_else(|| {
-                let block = harvest.next(self.held.claimed(), &self.counters);
-                block.map(LentBlock::new)
+            let block = self.hinted_blocks.next_to_reoffer().or_else(|| {
+                let block = allocator.next(self.hinted_blocks.reclaimed(), &self.counters);
+                block.map(HintedBlock::new)
             });
             let Some(mut block) = block else {
-                self.finish(round);
+                self.finish(inner);
                 break;
             };
             budget.blocks = budget.blocks.saturating_sub(1);
@@ -427,85 +429,88 @@ impl Hinting {
                 let block = block.block();
                 (block.address(), block.order(), block.pages(), block.size())
             };
-            block.set_tag(round.number);
+            block.set_tag(inner.generation);
             if let Err(AddError { buffer, failure }) = self.queue.add(Either::Right(block)) {
                 if let Either::Right(mut block) = buffer {
                     block.set_tag(earlier);
-                    self.held.hold_again(block);
+                    self.hinted_blocks.insert_to_reoffer(block);
                 }
-                return round.not_added(failure);
+                return inner.not_added(failure);
             }
-            round.in_flight_pages += pages;
-            round.unnoticed += 1;
+            inner.in_flight_pages += pages;
+            inner.pending_kick += 1;
             self.counters.hinted(address, order, bytes);
-            work::give_way();
-            if round.notified.elapsed() > UNNOTICED {
-                self.notify(round);
+            work::cond_resched();
+            if inner.last_kick.elapsed() > MAX_KICK_DELAY {
+                self.notify(inner);
             }
         }
         Ok(())
     }
 
     /// Gives blocks back that the device is done with, while there is no news.
-    fn release(&self, round: &Round, budget: &mut Budget) {
-        while !self.has_news(round) && !budget.is_spent() && self.held.release_one() {
+    fn release(&self, inner: &HintingInner, budget: &mut WorkBudget) {
+        while !self.has_pending_event(inner)
+            && !budget.is_spent()
+            && self.hinted_blocks.release_one()
+        {
             budget.blocks = budget.blocks.saturating_sub(1);
-            work::give_way();
+            work::cond_resched();
         }
     }
 
     /// Nothing is left to offer.
-    fn finish(&self, round: &mut Round) {
-        self.step(round, Event::Exhausted);
+    fn finish(&self, inner: &mut HintingInner) {
+        self.step(inner, Event::Exhausted);
         self.counters.rounds_finished.add(1);
-        self.counters.last_round_us.set(round.age_us());
+        self.counters.last_round_us.set(inner.age_us());
     }
 
     /// Lets the device know of new buffers, if there are any.
-    fn notify(&self, round: &mut Round) {
-        if round.unnoticed > 0 {
-            round.noticed += round.unnoticed;
-            round.unnoticed = 0;
-            round.notified = Instant::now();
+    fn notify(&self, inner: &mut HintingInner) {
+        if inner.pending_kick > 0 {
+            inner.kicked_buffers += inner.pending_kick;
+            inner.pending_kick = 0;
+            inner.last_kick = Instant::now();
             self.counters.kicked(Queue::FreePage, self.queue.kick());
         }
     }
 
     /// Looks after the buffers in flight later, should no interrupt come; or after memory.
-    fn look_later(self: &Arc<Self>, round: &mut Round) {
-        if !round.any_in_flight() && !round.short {
+    fn schedule_poll(self: &Arc<Self>, inner: &mut HintingInner) {
+        if !inner.any_in_flight() && !inner.short {
             return;
         }
-        let delay = msecs_to_jiffies(round.poll_interval);
-        round.poll_interval = (round.poll_interval * 2).min(LOOK_MAX);
-        work::enqueue_delayed::<Self, LOOK>(self, delay);
+        let delay = msecs_to_jiffies(inner.poll_interval);
+        inner.poll_interval = (inner.poll_interval * 2).min(POLL_INTERVAL_MAX);
+        work::enqueue_delayed::<Self, POLL>(self, delay);
     }
 
     /// Takes turns for as long as the device keeps up and there is a budget. On return nothing is in
     /// flight any more, or nothing has come back for a while, and the device knows of everything; or
     /// the budget is spent. Fails if the device is gone.
-    fn turns(&self, round: &mut Round, budget: &mut Budget) -> Result {
+    fn busy_poll(&self, inner: &mut HintingInner, budget: &mut WorkBudget) -> Result {
         let mut last: Instant<Monotonic> = Instant::now();
         loop {
-            let result = self.turn(round, budget);
-            if result.is_err() || round.notice_is_due() {
-                self.notify(round);
+            let result = self.process(inner, budget);
+            if result.is_err() || inner.is_kick_due() {
+                self.notify(inner);
             }
             result?;
-            work::give_way();
+            work::cond_resched();
             loop {
                 if budget.is_spent() {
                     return Ok(());
                 }
-                if self.has_news(round) {
+                if self.has_pending_event(inner) {
                     break;
                 }
-                if self.collect(round) {
+                if self.reap_used(inner) {
                     last = Instant::now();
                     break;
                 }
-                if !round.any_in_flight() || last.elapsed() > WATCH {
-                    self.notify(round);
+                if !inner.any_in_flight() || last.elapsed() > BUSY_POLL_BUDGET {
+                    self.notify(inner);
                     return Ok(());
                 }
                 cpu_relax();
@@ -517,44 +522,44 @@ impl Hinting {
     }
 
     /// One turn: everything that can be done now, within `budget`. Fails if the device is gone.
-    fn turn(&self, round: &mut Round, budget: &mut Budget) -> Result {
-        round.short = false;
-        self.collect(round);
-        let mut all_sent = self.send_commands(round)?;
+    fn process(&self, inner: &mut HintingInner, budget: &mut WorkBudget) -> Result {
+        inner.short = false;
+        self.reap_used(inner);
+        let mut all_sent = self.send_cmd_ids(inner)?;
         if all_sent {
             // Only then, lest a command overtakes one that is waiting for room.
-            self.obey(round)?;
-            all_sent = self.send_commands(round)?;
+            self.handle_cmd_id(inner)?;
+            all_sent = self.send_cmd_ids(inner)?;
         }
         if all_sent {
-            self.offer(round, budget)?;
-            self.send_commands(round)?;
+            self.offer(inner, budget)?;
+            self.send_cmd_ids(inner)?;
         }
-        self.release(round, budget);
+        self.release(inner, budget);
         Ok(())
     }
 }
 
 /// What may be done at a time.
-struct Budget {
+struct WorkBudget {
     blocks: usize,
     began: Instant<Monotonic>,
 }
 
-impl Budget {
+impl WorkBudget {
     fn new() -> Self {
         Self {
-            blocks: TURNS_BLOCKS,
+            blocks: WORK_BUDGET_BLOCKS,
             began: Instant::now(),
         }
     }
 
     fn is_spent(&self) -> bool {
-        self.blocks == 0 || self.began.elapsed() > TURNS_TIME
+        self.blocks == 0 || self.began.elapsed() > WORK_BUDGET_TIME
     }
 }
 
-impl Round {
+impl HintingInner {
     /// A buffer could not be added: fails if the device is gone. With a full ring the device's
     /// answer is waited for; without memory, some time.
     fn not_added(&mut self, failure: AddFailure) -> Result {
@@ -575,39 +580,39 @@ impl Round {
 
     /// Whether no command waits for room on the ring, or for memory.
     fn all_sent(&self) -> bool {
-        self.outbox[0].is_none()
+        self.pending_cmd_ids[0].is_none()
     }
 
     fn any_in_flight(&self) -> bool {
-        self.noticed > 0 || self.unnoticed > 0
+        self.kicked_buffers > 0 || self.pending_kick > 0
     }
 
     /// A buffer came back.
-    fn came_back(&mut self) {
-        let count = if self.noticed > 0 {
-            &mut self.noticed
+    fn count_used(&mut self) {
+        let count = if self.kicked_buffers > 0 {
+            &mut self.kicked_buffers
         } else {
-            &mut self.unnoticed
+            &mut self.pending_kick
         };
         *count = count.saturating_sub(1);
     }
 
     /// Whether the device should be notified now of what it does not know of. It would otherwise
     /// have nothing to do soon, or there is no more to come.
-    fn notice_is_due(&self) -> bool {
-        self.harvest.is_none() || self.noticed <= self.unnoticed / 8
+    fn is_kick_due(&self) -> bool {
+        self.allocator.is_none() || self.kicked_buffers <= self.pending_kick / 8
     }
 
-    fn send(&mut self, command: CommandId) {
+    fn queue_cmd_id(&mut self, command: CommandId) {
         // Commands come from `step` only when the outbox is empty, and at most two at a time.
-        if let Some(slot) = self.outbox.iter_mut().find(|slot| slot.is_none()) {
+        if let Some(slot) = self.pending_cmd_ids.iter_mut().find(|slot| slot.is_none()) {
             *slot = Some(command);
         }
     }
 
     /// Whether the device has said that it is done with the blocks of the round with this number.
-    fn is_done(&self, number: u16) -> bool {
-        self.number.wrapping_sub(number) >= self.number.wrapping_sub(self.done)
+    fn is_done(&self, generation: u16) -> bool {
+        self.generation.wrapping_sub(generation) >= self.generation.wrapping_sub(self.done)
     }
 }
 
@@ -615,19 +620,19 @@ impl Hinting {
     /// Works until there is nothing to do for the moment, or enough was done: then there is more to
     /// do, and this returns true.
     fn work(self: &Arc<Self>) -> bool {
-        let mut round = self.round.lock();
-        let mut budget = Budget::new();
+        let mut inner = self.inner.lock();
+        let mut budget = WorkBudget::new();
         while !self.stopping.load(Relaxed) {
             self.queue.disable_callback();
-            if self.turns(&mut round, &mut budget).is_err() {
+            if self.busy_poll(&mut inner, &mut budget).is_err() {
                 break;
             }
             if budget.is_spent() {
                 return true;
             }
             let quiet = self.queue.enable_callback_delayed();
-            if quiet && !self.has_news(&round) {
-                self.look_later(&mut round);
+            if quiet && !self.has_pending_event(&inner) {
+                self.schedule_poll(&mut inner);
                 break;
             }
         }
@@ -636,7 +641,7 @@ impl Hinting {
 }
 
 /// The work proper.
-impl Run<1> for Hinting {
+impl WorkItem<1> for Hinting {
     fn run(this: Arc<Self>) {
         if this.work() {
             this.wake();
@@ -649,11 +654,11 @@ impl OnMemoryOffline for Hinting {
     fn going_offline(self: &Arc<Self>, range: Range<u64>) {
         self.offlining.fetch_add(1, Relaxed);
         self.wait_for_device();
-        let round = self.round.lock();
-        self.held.give_back_within(&range);
-        drop(round);
+        let inner = self.inner.lock();
+        self.hinted_blocks.free_in_range(&range);
+        drop(inner);
         self.offlining.fetch_sub(1, Relaxed);
-        self.go_on();
+        self.resume();
     }
 }
 
@@ -662,22 +667,22 @@ impl OnMemoryOffline for Hinting {
 /// This runs within an allocation, perhaps one of the work item's own (some transports allocate to read
 /// configuration space): so it takes the round's lock only if nobody has it.
 impl OnOutOfMemory for Hinting {
-    fn give_back(self: &Arc<Self>, already: usize) -> usize {
-        if already > 0 {
+    fn oom_notify(self: &Arc<Self>, already_freed: usize) -> usize {
+        if already_freed > 0 {
             return 0;
         }
         let since: Instant<Monotonic> = Instant::now();
-        let before = self.held.given_back();
+        let before = self.hinted_blocks.total_freed();
         // Pages that other tasks have given back since are free as well.
-        let freed = || self.held.given_back().wrapping_sub(before);
+        let freed = || self.hinted_blocks.total_freed().wrapping_sub(before);
         loop {
-            let may_come = match self.round.try_lock() {
-                Some(mut round) => self.may_return_more(&mut round, since),
+            let may_come = match self.inner.try_lock() {
+                Some(mut inner) => self.may_return_more(&mut inner, since),
                 // Perhaps held by the very task that finds no memory.
                 None => !self.stopping.load(Relaxed) && since.elapsed() < timeout::host(),
             };
             if freed() == 0 {
-                self.held.scan(OOM_PAGES);
+                self.hinted_blocks.scan(OOM_PAGES);
             }
             if freed() > 0 || !may_come {
                 break;
@@ -691,21 +696,21 @@ impl OnOutOfMemory for Hinting {
 }
 
 /// Hibernation needs memory for the image before it freezes the devices.
-impl OnSleep for Hinting {
-    fn prepare(self: &Arc<Self>) {
+impl OnSystemSleep for Hinting {
+    fn prepare_sleep(self: &Arc<Self>) {
         self.asleep.store(true, Relaxed);
         self.wait_for_device();
-        self.held.give_up();
+        self.hinted_blocks.free_all();
     }
 
-    fn over(self: &Arc<Self>) {
+    fn post_sleep(self: &Arc<Self>) {
         self.asleep.store(false, Relaxed);
-        self.go_on();
+        self.resume();
     }
 }
 
 /// What comes instead of an interrupt: the work proper.
-impl Run<2> for Hinting {
+impl WorkItem<2> for Hinting {
     fn run(this: Arc<Self>) {
         this.wake();
     }
@@ -717,7 +722,7 @@ mod tests {
     use crate::mm::{PageBlock, Shrink};
     use crate::shared_abi::config;
     use crate::shared_abi::features::Features;
-    use crate::virtio::kunit_device::{Bound, Counter};
+    use crate::virtio::kunit_device::{BoundTestDevice, CountingHandler};
 
     const STOP: u32 = 0;
     const DONE: u32 = 1;
@@ -728,23 +733,23 @@ mod tests {
     enum Found {
         Command(u32),
         /// A block of so many bytes.
-        Block(u32),
+        FreeBlock(u32),
     }
 
     /// The driver's hinting and its device, whose answers the test gives. It finds no free block: what it
     /// offers are blocks that are to be offered again.
     struct Rig {
         hinting: Arc<Hinting>,
-        held: Arc<Held>,
+        hinted_blocks: Arc<HintedBlocks>,
         counters: Arc<Counters>,
         // Last: the others have references to the device.
-        bound: Bound,
+        bound: BoundTestDevice,
     }
 
     impl Rig {
         fn new(entries: usize) -> Result<Self> {
             let features = Features::FREE_PAGE_HINT.bits();
-            let bound = Bound::with_features(entries, features)?;
+            let bound = BoundTestDevice::with_features(entries, features)?;
             let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
             let hinting = Hinting::new(
                 BalloonConfig::new(bound.config()?),
@@ -753,14 +758,14 @@ mod tests {
                 Limits::nothing(),
             )?;
             // The test does the work.
-            work::disable::<Hinting, LOOK>(&hinting);
-            work::disable::<Hinting, TURN>(&hinting);
-            let held = hinting.held();
-            held.disable();
-            bound.find_queues(&[hinting.queue()], Counter::new()?)?;
+            work::disable::<Hinting, POLL>(&hinting);
+            work::disable::<Hinting, WORK>(&hinting);
+            let hinted_blocks = hinting.hinted_blocks();
+            hinted_blocks.disable();
+            bound.find_queues(&[hinting.queue()], CountingHandler::new()?)?;
             Ok(Self {
                 hinting,
-                held,
+                hinted_blocks,
                 counters,
                 bound,
             })
@@ -769,8 +774,9 @@ mod tests {
         /// Has so many blocks of four pages to be offered.
         fn provide(&self, blocks: usize) -> Result {
             for _ in 0..blocks {
-                let block = PageBlock::take_free(2).ok_or(ENOMEM)?;
-                self.held.hold_again(LentBlock::new(block));
+                let block = PageBlock::try_alloc(2).ok_or(ENOMEM)?;
+                self.hinted_blocks
+                    .insert_to_reoffer(HintedBlock::new(block));
             }
             Ok(())
         }
@@ -778,7 +784,7 @@ mod tests {
         fn command(&self, id: u32) {
             let at = config::FREE_PAGE_HINT_CMD_ID;
             self.bound.device.set_config(at, id);
-            self.hinting.command_changed();
+            self.hinting.cmd_id_changed();
         }
 
         /// Works until there is nothing to do. The device does nothing meanwhile.
@@ -788,14 +794,14 @@ mod tests {
 
         /// Lets the device use one buffer.
         fn answer(&self) -> Option<Found> {
-            let seen = self.bound.device.take(0)?;
-            let segment = seen.segments.first()?;
+            let chain = self.bound.device.pop_descriptor_chain(0)?;
+            let segment = chain.segments.first()?;
             let found = if segment.writable {
-                Found::Block(segment.length)
+                Found::FreeBlock(segment.length)
             } else {
                 Found::Command(segment.first_word())
             };
-            self.bound.device.give_back(0, seen.head, 0);
+            self.bound.device.add_used(0, chain.head, 0);
             Some(found)
         }
 
@@ -821,12 +827,12 @@ mod tests {
         fn drop(&mut self) {
             self.hinting.disable();
             self.bound.reset();
-            self.hinting.recover();
-            assert_eq!(self.held.count(), 0);
+            self.hinting.detach_unused();
+            assert_eq!(self.hinted_blocks.count(), 0);
         }
     }
 
-    const BLOCK: Found = Found::Block(4 * 4096);
+    const BLOCK: Found = Found::FreeBlock(4 * 4096);
 
     #[test]
     fn a_ring_of_any_size_carries_a_whole_round() -> Result {
@@ -842,10 +848,10 @@ mod tests {
             assert_eq!(found.last(), Some(&Found::Command(STOP)));
             assert_eq!(rig.counters.rounds_finished.get(), 1);
             // R16: they are held until the device is done.
-            assert_eq!(rig.held.count(), BLOCKS * 4);
+            assert_eq!(rig.hinted_blocks.count(), BLOCKS * 4);
             rig.command(DONE);
             assert!(rig.settle()?.is_empty());
-            assert_eq!(rig.held.count(), 0);
+            assert_eq!(rig.hinted_blocks.count(), 0);
             assert_eq!(rig.counters.zeroed_pages.get(), 0);
         }
         Ok(())
@@ -877,7 +883,7 @@ mod tests {
             });
             assert_eq!((blocks, last), (BLOCKS, Some(&Found::Command(STOP))));
             assert_eq!(found.next(), None);
-            assert_eq!(rig.held.count(), BLOCKS * 4);
+            assert_eq!(rig.hinted_blocks.count(), BLOCKS * 4);
         }
         Ok(())
     }
@@ -896,7 +902,7 @@ mod tests {
         // On a slow machine a run may end early, and want another.
         assert!((0..100).any(|_| !rig.hinting.work()));
         // The worker tries again after longer and longer times.
-        assert!(rig.hinting.round.lock().poll_interval > LOOK_MIN);
+        assert!(rig.hinting.inner.lock().poll_interval > POLL_INTERVAL_MIN);
         let found = rig.settle()?;
         let third = found
             .iter()
@@ -914,7 +920,7 @@ mod tests {
             let before = done();
             let more = rig.hinting.work();
             pieces += 1;
-            assert!(done() - before <= TURNS_BLOCKS);
+            assert!(done() - before <= WORK_BUDGET_BLOCKS);
             if !more {
                 break pieces;
             }
@@ -932,31 +938,31 @@ mod tests {
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
         rig.work();
         assert_eq!(rig.answer(), Some(BLOCK));
-        assert_eq!(rig.held.count(), 0);
-        assert_eq!(rig.hinting.give_back(0), 4);
-        assert_eq!(rig.hinting.give_back(0), 0);
-        assert!(rig.hinting.round.lock().silent);
-        assert_eq!(rig.hinting.give_back(0), 0);
+        assert_eq!(rig.hinted_blocks.count(), 0);
+        assert_eq!(rig.hinting.oom_notify(0), 4);
+        assert_eq!(rig.hinting.oom_notify(0), 0);
+        assert!(rig.hinting.inner.lock().timed_out);
+        assert_eq!(rig.hinting.oom_notify(0), 0);
         assert_eq!(rig.answer(), Some(BLOCK));
-        assert_eq!(rig.hinting.give_back(0), 4);
+        assert_eq!(rig.hinting.oom_notify(0), 4);
         assert_eq!(rig.counters.returned_pages.get(), 8);
         Ok(())
     }
 
     #[test]
     fn a_round_is_done_piece_by_piece() -> Result {
-        const BLOCKS: usize = 2 * TURNS_BLOCKS + 1;
+        const BLOCKS: usize = 2 * WORK_BUDGET_BLOCKS + 1;
         let rig = Rig::new(128)?;
-        rig.bound.device.answer_at_once(true);
+        rig.bound.device.set_use_on_notify(true);
         rig.provide(BLOCKS)?;
         let offered = || rig.counters.hinted_blocks.get() as usize;
-        let released = || BLOCKS - rig.held.count() / 4;
+        let released = || BLOCKS - rig.hinted_blocks.count() / 4;
         rig.command(FIRST);
         assert!(pieces(&rig, offered) > 2);
-        assert_eq!((offered(), rig.held.count()), (BLOCKS, BLOCKS * 4));
+        assert_eq!((offered(), rig.hinted_blocks.count()), (BLOCKS, BLOCKS * 4));
         rig.command(DONE);
         assert!(pieces(&rig, released) > 2);
-        assert_eq!(rig.held.count(), 0);
+        assert_eq!(rig.hinted_blocks.count(), 0);
         assert_eq!(rig.counters.rounds_finished.get(), 1);
         Ok(())
     }
@@ -971,19 +977,19 @@ mod tests {
         rig.work();
         assert_eq!(rig.answer(), Some(BLOCK));
         // Two more are with the device, which answers when it is notified.
-        rig.bound.device.answer_at_once(true);
+        rig.bound.device.set_use_on_notify(true);
         rig.hinting.asleep.store(true, Relaxed);
         rig.work();
-        rig.bound.device.answer_at_once(false);
+        rig.bound.device.set_use_on_notify(false);
         while rig.answer().is_some() {}
-        rig.hinting.prepare();
-        assert_eq!(rig.held.count(), 0);
+        rig.hinting.prepare_sleep();
+        assert_eq!(rig.hinted_blocks.count(), 0);
         let offered = rig.counters.hinted_blocks.get();
         assert!(offered < 8);
         rig.provide(5)?;
         assert!(rig.settle()?.is_empty());
         assert_eq!(rig.counters.hinted_blocks.get(), offered);
-        rig.hinting.over();
+        rig.hinting.post_sleep();
         let found = rig.settle()?;
         assert_eq!(found.len(), 6);
         assert_eq!(found.last(), Some(&Found::Command(STOP)));
@@ -998,21 +1004,21 @@ mod tests {
         rig.work();
         let in_flight = rig.counters.hinted_blocks.get() as usize;
         assert!(in_flight > 1);
-        rig.hinting.prepare();
-        assert_eq!(rig.held.count(), 0);
+        rig.hinting.prepare_sleep();
+        assert_eq!(rig.hinted_blocks.count(), 0);
         // It is not waited for a second time, before it answers.
         let awaits_device = || {
-            let round = &mut rig.hinting.round.lock();
-            rig.hinting.may_return_more(round, Instant::now())
+            let inner = &mut rig.hinting.inner.lock();
+            rig.hinting.may_return_more(inner, Instant::now())
         };
         assert!(!awaits_device());
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
         assert!(awaits_device());
-        rig.hinting.over();
+        rig.hinting.post_sleep();
         // It resumes with what comes back.
         let found = rig.settle()?;
         assert_eq!(found.len(), in_flight + 1);
-        assert_eq!(rig.held.count(), in_flight * 4);
+        assert_eq!(rig.hinted_blocks.count(), in_flight * 4);
         Ok(())
     }
 
@@ -1023,8 +1029,8 @@ mod tests {
         rig.command(FIRST);
         rig.work();
         let awaits_device = || {
-            let round = &mut rig.hinting.round.lock();
-            rig.hinting.may_return_more(round, Instant::now())
+            let inner = &mut rig.hinting.inner.lock();
+            rig.hinting.may_return_more(inner, Instant::now())
         };
         assert!(awaits_device());
         rig.hinting.disable();
@@ -1040,11 +1046,11 @@ mod tests {
         rig.work();
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
         rig.work();
-        assert!(rig.held.count() < 8 * 4);
+        assert!(rig.hinted_blocks.count() < 8 * 4);
         rig.bound.reset();
-        rig.hinting.recover();
-        assert_eq!(rig.held.count(), 0);
-        let fills = state::allocator_fills_pages();
+        rig.hinting.detach_unused();
+        assert_eq!(rig.hinted_blocks.count(), 0);
+        let fills = page_alloc::allocator_fills_pages();
         let zeroed = rig.counters.zeroed_pages.get();
         assert_eq!(zeroed, if fills { 0 } else { 8 * 4 });
         Ok(())
@@ -1059,24 +1065,24 @@ mod tests {
         rig.work();
         rig.command(DONE);
         rig.work();
-        assert_eq!(rig.held.count(), 0);
+        assert_eq!(rig.hinted_blocks.count(), 0);
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
         assert_eq!(rig.answer(), Some(BLOCK));
-        assert_eq!(rig.hinting.give_back(0), 4);
+        assert_eq!(rig.hinting.oom_notify(0), 4);
         Ok(())
     }
 
     #[test]
     fn blocks_in_memory_that_goes_offline_go_back() -> Result {
         let rig = Rig::new(4)?;
-        let block = PageBlock::take_free(2).ok_or(ENOMEM)?;
+        let block = PageBlock::try_alloc(2).ok_or(ENOMEM)?;
         let address = block.address();
-        rig.held.hold_again(LentBlock::new(block));
+        rig.hinted_blocks.insert_to_reoffer(HintedBlock::new(block));
         rig.provide(3)?;
         rig.command(FIRST);
         assert_eq!(rig.settle()?.len(), 6);
         rig.hinting.going_offline(address..address + 4096);
-        assert_eq!(rig.held.count(), 12);
+        assert_eq!(rig.hinted_blocks.count(), 12);
         // The round has ended, and nothing is offered.
         assert!(rig.settle()?.is_empty());
         rig.command(FIRST + 1);

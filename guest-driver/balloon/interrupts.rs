@@ -7,7 +7,7 @@ use kernel::sync::Arc;
 use super::counters::Counters;
 use super::hinting::Hinting;
 use super::reporting::Reporting;
-use super::sizing::Sizing;
+use super::resizer::Resizer;
 use super::statistics::Statistics;
 use crate::shared_abi::features::Features;
 use crate::shared_abi::queue::Queue;
@@ -15,7 +15,7 @@ use crate::virtio::QueueHandler;
 
 /// Starts the work that a queue's interrupt is for, and keeps the queue silent until it runs.
 pub(crate) struct Interrupts {
-    sizing: Arc<Sizing>,
+    resizer: Arc<Resizer>,
     hinting: Option<Arc<Hinting>>,
     statistics: Option<Arc<Statistics>>,
     reporting: Option<Arc<Reporting>>,
@@ -25,7 +25,7 @@ pub(crate) struct Interrupts {
 
 impl Interrupts {
     pub(crate) fn new(
-        sizing: Arc<Sizing>,
+        resizer: Arc<Resizer>,
         hinting: Option<Arc<Hinting>>,
         statistics: Option<Arc<Statistics>>,
         reporting: Option<Arc<Reporting>>,
@@ -33,7 +33,7 @@ impl Interrupts {
         features: Features,
     ) -> Self {
         Self {
-            sizing,
+            resizer,
             hinting,
             statistics,
             reporting,
@@ -45,18 +45,18 @@ impl Interrupts {
 
 impl QueueHandler for Interrupts {
     fn used(&self, queue: u16) {
-        let queue = Queue::at(usize::from(queue), self.features);
+        let queue = Queue::from_index(usize::from(queue), self.features);
         if let Some(queue) = queue {
             self.counters.interrupted(queue);
         }
         match queue {
             Some(Queue::Inflate) => {
-                self.sizing.inflate_queue().disable_callback();
-                self.sizing.used();
+                self.resizer.inflate_queue().disable_callback();
+                self.resizer.used();
             }
             Some(Queue::Deflate) => {
-                self.sizing.deflate_queue().disable_callback();
-                self.sizing.used();
+                self.resizer.deflate_queue().disable_callback();
+                self.resizer.used();
             }
             Some(Queue::FreePage) => {
                 if let Some(hinting) = &self.hinting {
@@ -67,7 +67,7 @@ impl QueueHandler for Interrupts {
             Some(Queue::Stats) => {
                 if let Some(statistics) = &self.statistics {
                     statistics.queue().disable_callback();
-                    statistics.wanted();
+                    statistics.stats_requested();
                 }
             }
             Some(Queue::Reporting) => {

@@ -2,23 +2,23 @@
 
 //! The balloon driver.
 //!
-//! Three things, each with its own work item: [`Sizing`] inflates and deflates, [`Hinting`] hints
+//! Three things, each with its own work item: [`Resizer`] inflates and deflates, [`Hinting`] hints
 //! free pages, [`Statistics`] says how the guest's memory fares. This file binds them to a device.
 //! Interrupts only start the work; see [`Interrupts`].
 
-mod balance;
+mod balloon_queues;
 mod config;
 mod counters;
-mod held;
+mod free_block_allocator;
+mod hinted_blocks;
 mod hinting;
 mod interrupts;
+mod page_counts;
 mod reporting;
 mod request;
-mod reserve;
-mod sizing;
+mod resizer;
 mod statistics;
 mod timeout;
-mod traffic;
 
 use core::pin::Pin;
 
@@ -29,14 +29,14 @@ use kernel::sync::{new_mutex, Arc, Mutex};
 
 use self::config::BalloonConfig;
 use self::counters::{Counters, CountersFile};
-use self::held::Held;
+use self::free_block_allocator::Limits;
+use self::hinted_blocks::HintedBlocks;
 use self::hinting::Hinting;
 use self::interrupts::Interrupts;
-use self::reporting::{Registration, Reporting};
-use self::reserve::Limits;
-use self::sizing::Sizing;
+use self::reporting::{Reporting, ReportingRegistration};
+use self::resizer::Resizer;
 use self::statistics::Statistics;
-use crate::mm::{state, MemoryHotplug, Notifier, OomNotifier, Shrinker, Sleep};
+use crate::mm::{page_alloc, MemoryHotplug, Notifier, OomNotifier, Shrinker, SystemSleep};
 use crate::shared_abi::features::Features;
 use crate::shared_abi::queue::{self, Queue};
 use crate::shared_abi::VIRTIO_ID_BALLOON;
@@ -64,7 +64,7 @@ pub(crate) struct Balloon;
 /// What the driver keeps for a device.
 pub(crate) struct Data {
     // First, so that on the way out nothing runs any more when the rest goes.
-    works: Works,
+    components: Components,
     registrations: Pin<KBox<Mutex<Registrations>>>,
     _counters: Option<CountersFile>,
 }
@@ -72,20 +72,20 @@ pub(crate) struct Data {
 /// What the kernel calls the driver for, until it is dropped.
 #[derive(Default)]
 struct Registrations {
-    oom_notifier: Option<OomNotifier<Sizing>>,
+    oom_notifier: Option<OomNotifier<Resizer>>,
     hint_oom_notifier: Option<OomNotifier<Hinting>>,
-    reporting: Option<Registration>,
-    shrinker: Option<Shrinker<Held>>,
+    reporting: Option<ReportingRegistration>,
+    shrinker: Option<Shrinker<HintedBlocks>>,
     memory_notifier: Option<Notifier<MemoryHotplug, Hinting>>,
-    sleep_notifier: Option<Notifier<Sleep, Hinting>>,
+    sleep_notifier: Option<Notifier<SystemSleep, Hinting>>,
 }
 
 impl Registrations {
     /// Registers the callbacks for the negotiated features.
-    fn new(started: &Started<'_>, features: Features) -> Result<Self> {
+    fn new(driver_ok: &DriverOk<'_>, features: Features) -> Result<Self> {
         let mut this = Self::default();
-        if let Some(hinting) = &started.0.hinting {
-            let shrinker = Shrinker::register(c"virtio-balloon-rs", hinting.held())?;
+        if let Some(hinting) = &driver_ok.0.hinting {
+            let shrinker = Shrinker::register(c"virtio-balloon-rs", hinting.hinted_blocks())?;
             this.shrinker = Some(shrinker);
             this.memory_notifier = Some(Notifier::register(hinting.clone())?);
             this.sleep_notifier = Some(Notifier::register(hinting.clone())?);
@@ -94,11 +94,11 @@ impl Registrations {
             this.hint_oom_notifier = Some(notifier);
         }
         if features.contains(Features::DEFLATE_ON_OOM) {
-            let sizing = started.0.sizing.clone();
-            this.oom_notifier = Some(OomNotifier::register(OOM_PRIORITY, sizing)?);
+            let resizer = driver_ok.0.resizer.clone();
+            this.oom_notifier = Some(OomNotifier::register(OOM_PRIORITY, resizer)?);
         }
         // Last, because a report in flight ends only with the device reset.
-        if let Some(reporting) = &started.0.reporting {
+        if let Some(reporting) = &driver_ok.0.reporting {
             this.reporting = reporting.register()?;
         }
         Ok(this)
@@ -107,18 +107,18 @@ impl Registrations {
 
 /// Proof that `DRIVER_OK` is set. Registered callbacks may notify the device, which is not allowed
 /// earlier.
-struct Started<'a>(&'a Works);
+struct DriverOk<'a>(&'a Components);
 
 /// The works, which are ended when this is dropped.
-struct Works {
-    sizing: Arc<Sizing>,
+struct Components {
+    resizer: Arc<Resizer>,
     hinting: Option<Arc<Hinting>>,
     statistics: Option<Arc<Statistics>>,
     reporting: Option<Arc<Reporting>>,
     counters: Arc<Counters>,
 }
 
-impl Works {
+impl Components {
     fn disable(&self) {
         if let Some(hinting) = &self.hinting {
             hinting.disable();
@@ -126,35 +126,35 @@ impl Works {
         if let Some(statistics) = &self.statistics {
             statistics.disable();
         }
-        self.sizing.disable();
+        self.resizer.disable();
     }
 
     /// Empties the balloon, reports the size to the host, and disables all work items. The caller resets
     /// the device next. May sleep.
-    fn stop(&self) {
+    fn quiesce(&self) {
         if let Some(hinting) = &self.hinting {
             hinting.disable();
         }
-        self.sizing.empty();
+        self.resizer.empty();
         self.disable();
     }
 
     /// Takes back what the device had when it was reset.
-    fn recover(&self) {
-        self.sizing.recover();
+    fn detach_unused(&self) {
+        self.resizer.detach_unused();
         if let Some(hinting) = &self.hinting {
-            hinting.recover();
+            hinting.detach_unused();
         }
         if let Some(statistics) = &self.statistics {
-            statistics.recover();
+            statistics.detach_unused();
         }
         if let Some(reporting) = &self.reporting {
-            reporting.recover();
+            reporting.detach_unused();
         }
     }
 }
 
-impl Drop for Works {
+impl Drop for Components {
     fn drop(&mut self) {
         self.disable();
     }
@@ -194,11 +194,11 @@ impl Data {
         } else {
             None
         };
-        let works = Works {
-            sizing: Sizing::new(
+        let components = Components {
+            resizer: Resizer::new(
                 ARef::from(printer),
                 config,
-                hinting.as_ref().map(|it| it.held()),
+                hinting.as_ref().map(|it| it.hinted_blocks()),
                 wakeup,
                 work_queue,
                 counters.clone(),
@@ -211,34 +211,34 @@ impl Data {
             counters: counters.clone(),
         };
 
-        works.find_queues(dev, features)?;
+        components.find_queues(dev, features)?;
         let counters = CountersFile::new(printer, counters)?;
         let registrations = new_mutex!(Registrations::default(), "Data::registrations");
         let registrations = KBox::pin_init(registrations, GFP_KERNEL)?;
-        let started = works.start(dev, features)?;
-        match Registrations::new(&started, features) {
+        let driver_ok = components.start(dev, features)?;
+        match Registrations::new(&driver_ok, features) {
             Ok(registered) => *registrations.lock() = registered,
             Err(error) => {
                 // The balloon may already contain pages.
-                works.stop();
+                components.quiesce();
                 return Err(error);
             }
         }
         Ok(Self {
-            works,
+            components,
             registrations,
             _counters: counters,
         })
     }
 }
 
-impl Works {
+impl Components {
     /// Tells the device what it has to know first and that the driver is ready, and starts.
-    fn start(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result<Started<'_>> {
+    fn start(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result<DriverOk<'_>> {
         if features.contains(Features::PAGE_POISON) {
-            let pattern = state::free_page_pattern().unwrap_or(0);
+            let pattern = page_alloc::free_page_pattern().unwrap_or(0);
             let config = dev.config(BalloonConfig::size(features))?;
-            BalloonConfig::new(config).set_poison(pattern)?;
+            BalloonConfig::new(config).set_poison_val(pattern)?;
         }
         if let Some(statistics) = &self.statistics {
             statistics.prime()?;
@@ -248,20 +248,20 @@ impl Works {
             statistics.notify();
         }
         // The host may have set both before there was anybody to be interrupted.
-        self.sizing.target_changed();
+        self.resizer.target_changed();
         if let Some(hinting) = &self.hinting {
-            hinting.command_changed();
+            hinting.cmd_id_changed();
         }
-        Ok(Started(self))
+        Ok(DriverOk(self))
     }
 
     /// Creates the queues that the features bring, in the order of the contract.
     fn find_queues(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
         let mut queues: KVec<&dyn AnyQueue> = KVec::with_capacity(Queue::MAX_COUNT, GFP_KERNEL)?;
-        for queue in queue::present(features) {
+        for queue in queue::negotiated_queues(features) {
             let queue: Option<&dyn AnyQueue> = match queue {
-                Queue::Inflate => Some(self.sizing.inflate_queue()),
-                Queue::Deflate => Some(self.sizing.deflate_queue()),
+                Queue::Inflate => Some(self.resizer.inflate_queue()),
+                Queue::Deflate => Some(self.resizer.deflate_queue()),
                 Queue::FreePage => self
                     .hinting
                     .as_ref()
@@ -278,7 +278,7 @@ impl Works {
             queues.push(queue.ok_or(EINVAL)?, GFP_KERNEL)?;
         }
         let interrupts = Interrupts::new(
-            self.sizing.clone(),
+            self.resizer.clone(),
             self.hinting.clone(),
             self.statistics.clone(),
             self.reporting.clone(),
@@ -311,16 +311,16 @@ impl virtio::Driver for Balloon {
             pr_err!("a legacy balloon is not supported on a big-endian guest\n");
             return Err(not_supported());
         }
-        if state::free_page_pattern().is_none() {
-            features.decline(Features::PAGE_POISON.bit_number());
+        if page_alloc::free_page_pattern().is_none() {
+            features.clear_feature(Features::PAGE_POISON.bit_number());
         } else if !features.has_feature(Features::PAGE_POISON.bit_number()) {
             // The device would not know what reported pages must hold, and might clear them.
-            features.decline(Features::REPORTING.bit_number());
+            features.clear_feature(Features::REPORTING.bit_number());
         }
         // Requests have one segment each, so indirect descriptors would only cost memory; and page
         // numbers are physical addresses, which no IOMMU may translate.
-        features.decline(RING_INDIRECT_DESC);
-        features.decline(ACCESS_PLATFORM);
+        features.clear_feature(RING_INDIRECT_DESC);
+        features.clear_feature(ACCESS_PLATFORM);
         Ok(())
     }
 
@@ -329,45 +329,45 @@ impl virtio::Driver for Balloon {
     }
 
     fn remove<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) {
-        this.works.stop();
+        this.components.quiesce();
         dev.reset();
-        this.works.recover();
+        this.components.detach_unused();
     }
 
     fn config_changed<'bound>(_dev: &'bound virtio::Device<Bound>, this: Pin<&Data>) {
-        this.works.sizing.target_changed();
-        if let Some(hinting) = &this.works.hinting {
-            hinting.command_changed();
+        this.components.resizer.target_changed();
+        if let Some(hinting) = &this.components.hinting {
+            hinting.cmd_id_changed();
         }
     }
 
     // The work queue is frozen meanwhile: what must be done is done here.
     fn freeze<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) -> Result {
-        this.works.sizing.empty();
-        this.works.sizing.freeze();
+        this.components.resizer.empty();
+        this.components.resizer.freeze();
         dev.reset();
-        this.works.recover();
+        this.components.detach_unused();
         Ok(())
     }
 
     fn restore<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) -> Result {
         let features = Features::from_bits(dev.features());
-        let result = this.works.find_queues(dev, features).and_then(|()| {
-            this.works.sizing.thaw();
-            this.works.start(dev, features).map(drop)
+        let result = this.components.find_queues(dev, features).and_then(|()| {
+            this.components.resizer.thaw();
+            this.components.start(dev, features).map(drop)
         });
         if result.is_err() {
             // As it was; the device can still be removed, or the system sleep again.
-            this.works.sizing.freeze();
+            this.components.resizer.freeze();
             dev.reset();
-            this.works.recover();
+            this.components.detach_unused();
         }
         result
     }
 
     fn shutdown<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) {
         // From now on nobody waits for the device, an OOM notification under way included.
-        this.works.disable();
+        this.components.disable();
         let registrations = core::mem::take(&mut *this.registrations.lock());
         drop((registrations.oom_notifier, registrations.hint_oom_notifier));
         drop(registrations.shrinker);
@@ -375,8 +375,8 @@ impl virtio::Driver for Balloon {
         // The end of the registration waits for the report that the device has, so that comes back
         // before. The balloon stays what it is: to free its pages would take time, for nobody.
         dev.reset();
-        if let Some(reporting) = &this.works.reporting {
-            reporting.recover();
+        if let Some(reporting) = &this.components.reporting {
+            reporting.detach_unused();
         }
         drop(registrations.reporting);
     }
@@ -387,7 +387,7 @@ mod tests {
     use super::*;
     use crate::mm::{FreePages, OnOutOfMemory, PageReporting, ReportPages};
     use crate::shared_abi::config;
-    use crate::virtio::kunit_device::{wait_for, Bound};
+    use crate::virtio::kunit_device::{wait_for, BoundTestDevice};
     use crate::virtio::Driver;
 
     struct Nobody;
@@ -405,14 +405,14 @@ mod tests {
             | Features::FREE_PAGE_HINT
             | Features::REPORTING
             | Features::MUST_TELL_HOST;
-        let bound = Bound::with_features(16, features.bits())?;
+        let bound = BoundTestDevice::with_features(16, features.bits())?;
         bound.device.set_config(config::NUM_PAGES, 1000);
         bound
             .device
             .set_config(config::FREE_PAGE_HINT_CMD_ID, 0x8000_0000);
         let data = KBox::pin(Data::bind(bound.core())?, GFP_KERNEL)?;
         let reports = data.registrations.lock().reporting.is_some();
-        for (index, queue) in queue::present(features).enumerate() {
+        for (index, queue) in queue::negotiated_queues(features).enumerate() {
             let expected = match queue {
                 // Nothing is in the balloon.
                 Queue::Deflate => false,
@@ -420,11 +420,11 @@ mod tests {
                 Queue::Reporting => reports,
                 Queue::Inflate | Queue::Stats | Queue::FreePage => true,
             };
-            assert!(!expected || wait_for(|| bound.device.take(index).is_some()));
+            assert!(!expected || wait_for(|| bound.device.pop_descriptor_chain(index).is_some()));
         }
-        let sizing = data.works.sizing.clone();
-        let hinting = data.works.hinting.clone().ok_or(ENOENT)?;
-        let reporting = data.works.reporting.clone().ok_or(ENOENT)?;
+        let resizer = data.components.resizer.clone();
+        let hinting = data.components.hinting.clone().ok_or(ENOENT)?;
+        let reporting = data.components.reporting.clone().ok_or(ENOENT)?;
 
         Balloon::shutdown(bound.core(), data.as_ref());
 
@@ -443,11 +443,11 @@ mod tests {
             assert!(other.is_ok());
         }
         let notifications = bound.device.notifications();
-        assert_eq!(sizing.give_back(0), 0);
-        sizing.target_changed();
-        hinting.command_changed();
+        assert_eq!(resizer.oom_notify(0), 0);
+        resizer.target_changed();
+        hinting.cmd_id_changed();
         reporting.used();
-        assert!(sizing.inflate_queue().is_broken() && hinting.queue().is_broken());
+        assert!(resizer.inflate_queue().is_broken() && hinting.queue().is_broken());
         assert_eq!(bound.device.notifications(), notifications);
         // What the device had is all there for a removal that comes all the same.
         Balloon::remove(bound.core(), data.as_ref());

@@ -26,13 +26,13 @@ pub(crate) struct Reporting {
     queue: Virtqueue<FreePages>,
     counters: Arc<Counters>,
     /// There was a line in the log about reports that the queue does not take.
-    complained: AtomicFlag,
+    has_logged: AtomicFlag,
 }
 
 /// The registration, which takes the reports for as long as it lives.
 ///
-/// To be dropped after the device's reset and [`Reporting::recover`], or it may wait for the device.
-pub(crate) type Registration = Pin<KBox<PageReporting<Reporting>>>;
+/// To be dropped after the device's reset and [`Reporting::detach_unused`], or it may wait for the device.
+pub(crate) type ReportingRegistration = Pin<KBox<PageReporting<Reporting>>>;
 
 impl Reporting {
     /// Takes no reports yet. May sleep. Fails with `ENOMEM`.
@@ -41,7 +41,7 @@ impl Reporting {
             dev,
             queue: Virtqueue::new(c"reporting")?,
             counters,
-            complained: AtomicFlag::new(false),
+            has_logged: AtomicFlag::new(false),
         };
         Ok(Arc::new(reporting, GFP_KERNEL)?)
     }
@@ -55,7 +55,7 @@ impl Reporting {
     /// another device has them already: the balloon works without.
     ///
     /// May sleep. Fails with `ENOMEM`.
-    pub(crate) fn register(self: &Arc<Self>) -> Result<Option<Registration>> {
+    pub(crate) fn register(self: &Arc<Self>) -> Result<Option<ReportingRegistration>> {
         // A report must fit into the ring: it has no indirect descriptors, which would have to be
         // allocated while free pages are out of reach.
         let registration = PageReporting::register(self.clone(), self.queue.entries());
@@ -82,18 +82,18 @@ impl Reporting {
 
     /// The device has used buffers. Any context but NMI.
     pub(crate) fn used(&self) {
-        while let Some((pages, _)) = self.queue.pop() {
+        while let Some((pages, _)) = self.queue.get_buf() {
             self.end(pages, true);
         }
     }
 
     /// Gives back, as not reported, the pages that the device had when it was reset. To be called
     /// after each reset.
-    pub(crate) fn recover(&self) {
-        while let Some(pages) = self.queue.detach() {
+    pub(crate) fn detach_unused(&self) {
+        while let Some(pages) = self.queue.detach_unused_buf() {
             self.end(pages, false);
         }
-        self.complained.store(false, Relaxed);
+        self.has_logged.store(false, Relaxed);
     }
 }
 
@@ -115,7 +115,7 @@ impl ReportPages for Reporting {
                 AddFailure::Full | AddFailure::NoMemory | AddFailure::Gone => {}
                 // It comes again for ever.
                 AddFailure::Broken | AddFailure::Malformed => {
-                    if !self.complained.xchg(true, Relaxed) {
+                    if !self.has_logged.xchg(true, Relaxed) {
                         dev_info!(
                             self.dev,
                             "reporting queue: free pages are not reported ({failure:?})\n"

@@ -7,21 +7,21 @@ use kernel::prelude::*;
 
 use crate::mm::{BalloonPage, BlockList, PageRef};
 use crate::shared_abi::page::{self, Pfn};
-use crate::virtio::{Accompanied, Either};
+use crate::virtio::{Either, OutgoingWithContext};
 
 /// How many page numbers a request has at most: as many as in the kernel's own balloon driver,
 /// which is what devices know.
 const PFNS_MAX: usize = 256;
 
 /// How a guest whose pages have `2^SHIFT` bytes counts in balloon pages, which have 4 KiB.
-pub(crate) struct Geometry<const SHIFT: u32>;
+pub(crate) struct PageGeometry<const SHIFT: u32>;
 
 /// This guest's.
-pub(crate) type Guest = Geometry<{ PAGE_SHIFT as u32 }>;
+pub(crate) type GuestGeometry = PageGeometry<{ PAGE_SHIFT as u32 }>;
 
-impl<const SHIFT: u32> Geometry<SHIFT> {
+impl<const SHIFT: u32> PageGeometry<SHIFT> {
     /// How many balloon pages one page of the guest is.
-    pub(crate) const PFNS_PER_PAGE: usize = match page::balloon_pages_per(SHIFT) {
+    pub(crate) const PFNS_PER_PAGE: usize = match page::balloon_pages_per_guest_page(SHIFT) {
         Some(pfns) => {
             assert!(
                 pfns as usize <= PFNS_MAX,
@@ -53,20 +53,21 @@ impl<const SHIFT: u32> Geometry<SHIFT> {
         let to = from.checked_add(Self::PFNS_PER_PAGE)?;
         for (slot, part) in array.get_mut(from..to)?.iter_mut().zip(0u64..) {
             let address = address.checked_add(part << page::PFN_SHIFT)?;
-            *slot = Pfn::containing(address)?.to_le_bytes();
+            *slot = Pfn::from_address(address)?.to_le_bytes();
         }
         Some(to * size_of::<[u8; 4]>())
     }
 }
 
 /// What travels on the inflate and deflate queues.
-pub(crate) type PageBuffer = Either<RequestBuffer, MoveBuffer>;
+pub(crate) type PageBuffer = Either<RequestBuffer, PageMigrationBuffer>;
 
-type RequestBuffer = Accompanied<[[u8; 4]; PFNS_MAX], Load>;
-type MoveBuffer = Accompanied<[[u8; 4]; Guest::PFNS_PER_PAGE], Moving>;
+type RequestBuffer = OutgoingWithContext<[[u8; 4]; PFNS_MAX], RequestPages>;
+type PageMigrationBuffer =
+    OutgoingWithContext<[[u8; 4]; GuestGeometry::PFNS_PER_PAGE], MigratingPage>;
 
 /// What a request is about.
-pub(crate) struct Load {
+pub(crate) struct RequestPages {
     pages: BlockList<BalloonPage>,
     /// The number of pages, also when they were let go.
     count: usize,
@@ -77,42 +78,42 @@ pub(crate) struct Load {
 /// An array of page numbers and the pages that it is about.
 ///
 /// The pages go where the request goes: while it is in flight, nobody can use or free them, unless
-/// they were [let go](Self::let_go) on purpose.
+/// they were [let go](Self::take_unacked) on purpose.
 pub(crate) struct Request(RequestBuffer);
 
 impl Request {
     /// Allocates a request without pages. May sleep.
     pub(crate) fn new() -> Result<Self> {
-        let load = Load {
+        let request_pages = RequestPages {
             pages: BlockList::new(),
             count: 0,
             for_oom: false,
         };
-        Ok(Self(Accompanied::new(
+        Ok(Self(OutgoingWithContext::new(
             [[0; 4]; PFNS_MAX],
-            load,
+            request_pages,
             GFP_KERNEL,
         )?))
     }
 
     /// How many balloon pages the request is about.
     pub(crate) fn pfns(&self) -> u64 {
-        Guest::pfns(self.0.companion().count)
+        GuestGeometry::pfns(self.0.context().count)
     }
 
     /// Whether the request is about no page.
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.companion().count == 0
+        self.0.context().count == 0
     }
 
     /// Adds a page. Gives it back if there is no room for it, or if its number has more than the 32
     /// bits that the device can read.
     pub(crate) fn push(&mut self, page: BalloonPage) -> Result<(), BalloonPage> {
-        let (array, load) = self.0.parts();
-        match Guest::encode(array, load.count, page.address()) {
+        let (array, request_pages) = self.0.parts_mut();
+        match GuestGeometry::encode(array, request_pages.count, page.address()) {
             Some(length) => {
-                load.pages.push(page);
-                load.count += 1;
+                request_pages.pages.push(page);
+                request_pages.count += 1;
                 self.0.set_length(length);
                 Ok(())
             }
@@ -123,27 +124,27 @@ impl Request {
     /// Notes that the pages are for a task that has found no memory, until they are
     /// [taken](Self::take).
     pub(crate) fn set_for_oom(&mut self) {
-        self.0.parts().1.for_oom = true;
+        self.0.parts_mut().1.for_oom = true;
     }
 
     /// Whether the pages are for a task that has found no memory.
     pub(crate) fn is_for_oom(&self) -> bool {
-        self.0.companion().for_oom
+        self.0.context().for_oom
     }
 
     /// Takes the pages out, and leaves the request empty.
     pub(crate) fn take(&mut self) -> BlockList<BalloonPage> {
         self.0.set_length(0);
-        let (_, load) = self.0.parts();
-        load.count = 0;
-        load.for_oom = false;
-        load.pages.take()
+        let (_, request_pages) = self.0.parts_mut();
+        request_pages.count = 0;
+        request_pages.for_oom = false;
+        request_pages.pages.take()
     }
 
     /// Takes the pages out, but goes on being about them: to tell the device of pages without
     /// waiting for its answer.
-    pub(crate) fn let_go(&mut self) -> BlockList<BalloonPage> {
-        self.0.parts().1.pages.take()
+    pub(crate) fn take_unacked(&mut self) -> BlockList<BalloonPage> {
+        self.0.parts_mut().1.pages.take()
     }
 
     /// The request as a buffer for a queue.
@@ -153,41 +154,45 @@ impl Request {
 }
 
 /// What a request for a single page is about.
-pub(crate) struct Moving {
+pub(crate) struct MigratingPage {
     slot: usize,
     page: Option<PageRef>,
     /// The page leaves the balloon, and no other comes.
-    deflates: bool,
+    is_deflate: bool,
 }
 
 /// A request about a single page that the kernel moves, and a reference to that page: it is not
 /// freed while the request is in flight.
-pub(crate) struct MoveRequest(MoveBuffer);
+pub(crate) struct PageMigrationRequest(PageMigrationBuffer);
 
-impl MoveRequest {
+impl PageMigrationRequest {
     /// Allocates a request about no page, which will be known as `slot`. May sleep.
     pub(crate) fn new(slot: usize) -> Result<Self> {
-        let array = [[0; 4]; Guest::PFNS_PER_PAGE];
-        let moving = Moving {
+        let array = [[0; 4]; GuestGeometry::PFNS_PER_PAGE];
+        let migrating_page = MigratingPage {
             slot,
             page: None,
-            deflates: false,
+            is_deflate: false,
         };
-        Ok(Self(Accompanied::new(array, moving, GFP_KERNEL)?))
+        Ok(Self(OutgoingWithContext::new(
+            array,
+            migrating_page,
+            GFP_KERNEL,
+        )?))
     }
 
     /// The number by which it is known.
     pub(crate) fn slot(&self) -> usize {
-        self.0.companion().slot
+        self.0.context().slot
     }
 
     /// Makes it a request about `page`. Gives the page back if its number has more than the 32 bits
     /// that the device can read.
     pub(crate) fn set(&mut self, page: PageRef) -> Result<(), PageRef> {
-        let (array, moving) = self.0.parts();
-        match Guest::encode(array, 0, page.address()) {
+        let (array, migrating_page) = self.0.parts_mut();
+        match GuestGeometry::encode(array, 0, page.address()) {
             Some(length) => {
-                moving.page = Some(page);
+                migrating_page.page = Some(page);
                 self.0.set_length(length);
                 Ok(())
             }
@@ -198,24 +203,24 @@ impl MoveRequest {
     /// Takes the page out.
     pub(crate) fn take(&mut self) -> Option<PageRef> {
         self.0.set_length(0);
-        let (_, moving) = self.0.parts();
-        moving.deflates = false;
-        moving.page.take()
+        let (_, migrating_page) = self.0.parts_mut();
+        migrating_page.is_deflate = false;
+        migrating_page.page.take()
     }
 
-    /// Takes the page out; the request still names it: see [`Request::let_go`].
-    pub(crate) fn let_go(&mut self) -> Option<PageRef> {
-        self.0.parts().1.page.take()
+    /// Takes the page out; the request still names it: see [`Request::take_unacked`].
+    pub(crate) fn take_unacked(&mut self) -> Option<PageRef> {
+        self.0.parts_mut().1.page.take()
     }
 
     /// Notes that the page leaves the balloon and no other comes, until it is [taken](Self::take).
-    pub(crate) fn set_deflates(&mut self) {
-        self.0.parts().1.deflates = true;
+    pub(crate) fn set_deflate(&mut self) {
+        self.0.parts_mut().1.is_deflate = true;
     }
 
     /// Whether the page leaves the balloon and no other comes.
-    pub(crate) fn deflates(&self) -> bool {
-        self.0.companion().deflates
+    pub(crate) fn is_deflate(&self) -> bool {
+        self.0.context().is_deflate
     }
 
     /// The request as a buffer for a queue.
@@ -225,18 +230,18 @@ impl MoveRequest {
 }
 
 /// What a queue gave back.
-pub(crate) enum Returned {
+pub(crate) enum AnyRequest {
     /// A request.
     Request(Request),
     /// A request about a page that the kernel moves.
-    Move(MoveRequest),
+    PageMigration(PageMigrationRequest),
 }
 
-impl From<PageBuffer> for Returned {
+impl From<PageBuffer> for AnyRequest {
     fn from(buffer: PageBuffer) -> Self {
         match buffer {
             Either::Left(buffer) => Self::Request(Request(buffer)),
-            Either::Right(buffer) => Self::Move(MoveRequest(buffer)),
+            Either::Right(buffer) => Self::PageMigration(PageMigrationRequest(buffer)),
         }
     }
 }
@@ -251,21 +256,24 @@ mod tests {
     fn page_numbers_are_little_endian() {
         let mut array = [EMPTY; 2];
         let address = 0x0102_0304 << page::PFN_SHIFT;
-        assert_eq!(Geometry::<12>::encode(&mut array, 1, address), Some(8));
+        assert_eq!(PageGeometry::<12>::encode(&mut array, 1, address), Some(8));
         assert_eq!(array, [EMPTY, [4, 3, 2, 1]]);
     }
 
     #[test]
     fn a_large_page_has_a_number_for_each_4_kib() {
         let mut array = [EMPTY; 9];
-        assert_eq!(Geometry::<14>::encode(&mut array, 1, 0x10_c000), Some(32));
+        assert_eq!(
+            PageGeometry::<14>::encode(&mut array, 1, 0x10_c000),
+            Some(32)
+        );
         let numbers = array.map(u32::from_le_bytes);
         assert_eq!(numbers[3..], [!0, 0x10c, 0x10d, 0x10e, 0x10f, !0]);
 
         let mut array = [EMPTY; PFNS_MAX];
-        let last = Geometry::<16>::CAPACITY - 1;
+        let last = PageGeometry::<16>::CAPACITY - 1;
         assert_eq!(
-            Geometry::<16>::encode(&mut array, last, 0x7f_0000),
+            PageGeometry::<16>::encode(&mut array, last, 0x7f_0000),
             Some(1024)
         );
         let numbers = array.map(u32::from_le_bytes);
@@ -275,63 +283,66 @@ mod tests {
 
     #[test]
     fn a_guest_counts_in_its_own_pages() {
-        assert_eq!(Geometry::<12>::PFNS_PER_PAGE, 1);
-        assert_eq!(Geometry::<14>::PFNS_PER_PAGE, 4);
-        assert_eq!(Geometry::<16>::PFNS_PER_PAGE, 16);
-        assert_eq!(Geometry::<12>::CAPACITY, 256);
-        assert_eq!(Geometry::<14>::CAPACITY, 64);
-        assert_eq!(Geometry::<16>::CAPACITY, 16);
+        assert_eq!(PageGeometry::<12>::PFNS_PER_PAGE, 1);
+        assert_eq!(PageGeometry::<14>::PFNS_PER_PAGE, 4);
+        assert_eq!(PageGeometry::<16>::PFNS_PER_PAGE, 16);
+        assert_eq!(PageGeometry::<12>::CAPACITY, 256);
+        assert_eq!(PageGeometry::<14>::CAPACITY, 64);
+        assert_eq!(PageGeometry::<16>::CAPACITY, 16);
         for pfns in [0, 1, 15, 16, 17, 256] {
-            assert_eq!(Geometry::<12>::guest_pages(pfns), pfns);
-            assert_eq!(Geometry::<14>::guest_pages(pfns), (pfns + 3) / 4);
-            assert_eq!(Geometry::<16>::guest_pages(pfns), (pfns + 15) / 16);
+            assert_eq!(PageGeometry::<12>::guest_pages(pfns), pfns);
+            assert_eq!(PageGeometry::<14>::guest_pages(pfns), (pfns + 3) / 4);
+            assert_eq!(PageGeometry::<16>::guest_pages(pfns), (pfns + 15) / 16);
         }
-        assert_eq!(Geometry::<14>::pfns(3), 12);
-        assert_eq!(Geometry::<16>::pfns(256), 4096);
+        assert_eq!(PageGeometry::<14>::pfns(3), 12);
+        assert_eq!(PageGeometry::<16>::pfns(256), 4096);
     }
 
     #[test]
     fn a_number_beyond_32_bits_is_refused() {
         let mut array = [EMPTY; 16];
         let last = 0xfff_ffff_f000;
-        assert_eq!(Geometry::<12>::encode(&mut array, 0, last), Some(4));
-        assert_eq!(Geometry::<14>::encode(&mut array, 0, last), None);
-        assert_eq!(Geometry::<16>::encode(&mut array, 0, last - 0xe000), None);
+        assert_eq!(PageGeometry::<12>::encode(&mut array, 0, last), Some(4));
+        assert_eq!(PageGeometry::<14>::encode(&mut array, 0, last), None);
         assert_eq!(
-            Geometry::<16>::encode(&mut array, 0, last - 0xf000),
+            PageGeometry::<16>::encode(&mut array, 0, last - 0xe000),
+            None
+        );
+        assert_eq!(
+            PageGeometry::<16>::encode(&mut array, 0, last - 0xf000),
             Some(64)
         );
-        assert_eq!(Geometry::<12>::encode(&mut array, 0, u64::MAX), None);
-        assert_eq!(Geometry::<12>::encode(&mut array, 16, 0), None);
-        assert_eq!(Geometry::<16>::encode(&mut array, usize::MAX, 0), None);
+        assert_eq!(PageGeometry::<12>::encode(&mut array, 0, u64::MAX), None);
+        assert_eq!(PageGeometry::<12>::encode(&mut array, 16, 0), None);
+        assert_eq!(PageGeometry::<16>::encode(&mut array, usize::MAX, 0), None);
     }
 
     #[test]
     fn a_request_takes_pages_until_it_is_full_and_gives_them_back() -> Result {
         let mut request = Request::new()?;
         assert!(request.is_empty());
-        for _ in 0..Guest::CAPACITY {
+        for _ in 0..GuestGeometry::CAPACITY {
             let page = BalloonPage::alloc().ok_or(ENOMEM)?;
             assert!(request.push(page).is_ok());
         }
         assert_eq!(request.pfns(), PFNS_MAX as u64);
         let page = BalloonPage::alloc().ok_or(ENOMEM)?;
         assert!(request.push(page).is_err());
-        assert_eq!(request.take().len(), Guest::CAPACITY);
+        assert_eq!(request.take().len(), GuestGeometry::CAPACITY);
         assert!(request.is_empty());
         assert_eq!(request.pfns(), 0);
         Ok(())
     }
 
     #[test]
-    fn a_request_remembers_pages_that_it_let_go() -> Result {
+    fn a_request_counts_pages_that_were_taken_unacked() -> Result {
         let mut request = Request::new()?;
         for _ in 0..3 {
             let page = BalloonPage::alloc().ok_or(ENOMEM)?;
             assert!(request.push(page).is_ok());
         }
-        assert_eq!(request.let_go().len(), 3);
-        assert_eq!(request.pfns(), Guest::pfns(3));
+        assert_eq!(request.take_unacked().len(), 3);
+        assert_eq!(request.pfns(), GuestGeometry::pfns(3));
         assert!(!request.is_empty());
         assert!(request.take().is_empty());
         assert!(request.is_empty());

@@ -11,23 +11,25 @@ use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::time::{msecs_to_jiffies, Msecs};
 
 use super::counters::Counters;
-use crate::mm::statistics::{self, Events, HugetlbEvents, Memory};
+use crate::mm::vmstat::{self, HugetlbEvents, MemInfo, VmEvents};
 use crate::shared_abi::queue::Queue;
-use crate::shared_abi::stats::{Stat, Tag};
-use crate::virtio::work::{self, impl_has_task, new_task, Run, Task, WorkQueue};
-use crate::virtio::{Accompanied, AddError, AddFailure, Virtqueue, Wakeup};
+use crate::shared_abi::stats::{Stat, StatTag};
+use crate::virtio::work::{
+    self, impl_has_delayed_work, new_delayed_work, DelayedWork, WorkItem, WorkQueue,
+};
+use crate::virtio::{AddError, AddFailure, OutgoingWithContext, Virtqueue, Wakeup};
 
 /// The most bytes that statistics take.
-const SIZE: usize = Stat::SIZE * Tag::ALL.len();
+const SIZE: usize = Stat::SIZE * StatTag::ALL.len();
 
 /// When to try again to send what the queue had no room or memory for.
 const RETRY: Msecs = 1000;
 
 /// The event that keeps the system awake.
-const ANSWER: u32 = 1;
+const WAKEUP_SIGNAL_STATS: u32 = 1;
 
 /// What travels on the statistics queue; how long it is depends on what the kernel counts.
-pub(crate) type StatisticsBuffer = Accompanied<[u8; SIZE], ()>;
+pub(crate) type StatisticsBuffer = OutgoingWithContext<[u8; SIZE], ()>;
 
 /// The statistics queue, and who answers on it.
 #[pin_data]
@@ -39,11 +41,11 @@ pub(crate) struct Statistics {
     wakeup: Arc<Wakeup>,
     counters: Arc<Counters>,
     #[pin]
-    work: Task<Self>,
+    work: DelayedWork<Self>,
 }
 
-impl_has_task! {
-    impl HasTask<0> for Statistics { self.work }
+impl_has_delayed_work! {
+    impl HasDelayedWork<0> for Statistics { self.work }
 }
 
 impl Statistics {
@@ -59,7 +61,7 @@ impl Statistics {
             spare <- new_mutex!(Some(buffer), "Statistics::spare"),
             wakeup,
             counters,
-            work <- new_task!(work_queue, "Statistics::work"),
+            work <- new_delayed_work!(work_queue, "Statistics::work"),
         });
         Arc::pin_init(statistics, GFP_KERNEL)
     }
@@ -72,7 +74,7 @@ impl Statistics {
     /// Puts the first buffer into the queue, for [`notify`](Self::notify) to tell the device of once
     /// it is ready. May sleep. Fails with `ENOMEM`, and with `EIO` if the device takes no buffer.
     pub(crate) fn prime(&self) -> Result {
-        match self.answer() {
+        match self.handle_request() {
             Ok(_) => Ok(()),
             Err(AddFailure::NoMemory) => Err(ENOMEM),
             Err(
@@ -87,34 +89,34 @@ impl Statistics {
     }
 
     /// The device wants new statistics, or seems to. Any context.
-    pub(crate) fn wanted(self: &Arc<Self>) {
-        self.wakeup.begin(ANSWER);
+    pub(crate) fn stats_requested(self: &Arc<Self>) {
+        self.wakeup.stay_awake(WAKEUP_SIGNAL_STATS);
         work::enqueue(self);
     }
 
     /// Takes the buffer back after the device's reset. May sleep.
-    pub(crate) fn recover(&self) {
+    pub(crate) fn detach_unused(&self) {
         let mut spare = self.spare.lock();
-        while let Some(buffer) = self.queue.detach() {
+        while let Some(buffer) = self.queue.detach_unused_buf() {
             *spare = Some(buffer);
         }
-        self.wakeup.take_up(ANSWER);
-        self.wakeup.rest();
+        self.wakeup.clear_event(WAKEUP_SIGNAL_STATS);
+        self.wakeup.relax();
     }
 
     /// Sends statistics if there is a buffer for them: there is if the device has used it, or has
     /// never seen it. Returns whether there was; then the caller notifies the device. On failure the
     /// buffer is kept.
-    fn answer(&self) -> Result<bool, AddFailure> {
+    fn handle_request(&self) -> Result<bool, AddFailure> {
         let mut spare = self.spare.lock();
-        let used = self.queue.pop().map(|(buffer, _)| buffer);
+        let used = self.queue.get_buf().map(|(buffer, _)| buffer);
         let Some(mut buffer) = used.or_else(|| spare.take()) else {
             // Nobody asked: an interrupt may come without a reason.
             return Ok(false);
         };
-        let (events, hugetlb) = statistics::events();
-        let (bytes, ()) = buffer.parts();
-        let length = encode(statistics::memory(), events, hugetlb, bytes);
+        let (vm_events, hugetlb) = vmstat::vm_events();
+        let (bytes, ()) = buffer.parts_mut();
+        let length = encode(vmstat::meminfo(), vm_events, hugetlb, bytes);
         buffer.set_length(length);
         match self.queue.add(buffer) {
             Ok(()) => Ok(true),
@@ -128,21 +130,21 @@ impl Statistics {
     /// Ends all work for good. May sleep.
     pub(crate) fn disable(self: &Arc<Self>) {
         work::disable(self);
-        self.wakeup.take_up(ANSWER);
-        self.wakeup.rest();
+        self.wakeup.clear_event(WAKEUP_SIGNAL_STATS);
+        self.wakeup.relax();
     }
 }
 
-impl Run for Statistics {
+impl WorkItem for Statistics {
     fn run(this: Arc<Self>) {
-        this.wakeup.take_up(ANSWER);
-        match this.answer() {
+        this.wakeup.clear_event(WAKEUP_SIGNAL_STATS);
+        match this.handle_request() {
             Ok(answered) => {
                 if answered {
                     this.notify();
                 }
                 if !this.queue.enable_callback() {
-                    this.wanted();
+                    this.stats_requested();
                 }
             }
             Err(AddFailure::Full | AddFailure::NoMemory) => {
@@ -152,36 +154,36 @@ impl Run for Statistics {
             // Nothing is sent any more before the next ring.
             Err(AddFailure::Broken | AddFailure::Gone | AddFailure::Malformed) => {}
         }
-        this.wakeup.rest();
+        this.wakeup.relax();
     }
 }
 
 /// Writes the statistics as the device reads them, and returns how many bytes they take.
 fn encode(
-    memory: Memory,
-    events: Option<Events>,
+    meminfo: MemInfo,
+    vm_events: Option<VmEvents>,
     hugetlb: Option<HugetlbEvents>,
     buffer: &mut [u8; SIZE],
 ) -> usize {
     let bytes = |pages: u64| pages.saturating_mul(PAGE_SIZE as u64);
-    let values = Tag::ALL.into_iter().filter_map(|tag| {
+    let values = StatTag::ALL.into_iter().filter_map(|tag| {
         let value = match tag {
-            Tag::SwapIn => bytes(events?.swapped_in),
-            Tag::SwapOut => bytes(events?.swapped_out),
-            Tag::MajorFaults => events?.major_faults,
-            Tag::MinorFaults => events?.faults,
-            Tag::FreeMemory => bytes(memory.free),
-            Tag::TotalMemory => bytes(memory.total),
-            Tag::AvailableMemory => bytes(memory.available),
-            Tag::DiskCaches => bytes(memory.file_pages),
-            Tag::HugetlbAllocations => hugetlb?.allocations,
-            Tag::HugetlbFailures => hugetlb?.failures,
-            Tag::OomKills => events?.oom_kills,
-            Tag::AllocationStalls => events?.allocation_stalls,
-            Tag::AsyncScanned => bytes(events?.async_scanned),
-            Tag::DirectScanned => bytes(events?.direct_scanned),
-            Tag::AsyncReclaimed => bytes(events?.async_reclaimed),
-            Tag::DirectReclaimed => bytes(events?.direct_reclaimed),
+            StatTag::SwapIn => bytes(vm_events?.swapped_in),
+            StatTag::SwapOut => bytes(vm_events?.swapped_out),
+            StatTag::MajorFaults => vm_events?.major_faults,
+            StatTag::MinorFaults => vm_events?.faults,
+            StatTag::FreeMemory => bytes(meminfo.free),
+            StatTag::TotalMemory => bytes(meminfo.total),
+            StatTag::AvailableMemory => bytes(meminfo.available),
+            StatTag::DiskCaches => bytes(meminfo.file_pages),
+            StatTag::HugetlbAllocations => hugetlb?.allocations,
+            StatTag::HugetlbFailures => hugetlb?.failures,
+            StatTag::OomKills => vm_events?.oom_kills,
+            StatTag::AllocationStalls => vm_events?.allocation_stalls,
+            StatTag::AsyncScanned => bytes(vm_events?.async_scanned),
+            StatTag::DirectScanned => bytes(vm_events?.direct_scanned),
+            StatTag::AsyncReclaimed => bytes(vm_events?.async_reclaimed),
+            StatTag::DirectReclaimed => bytes(vm_events?.direct_reclaimed),
         };
         let tag = tag.number();
         Some(Stat { tag, value })
@@ -197,40 +199,40 @@ fn encode(
 #[kunit_tests(virtio_balloon_rs_statistics)]
 mod tests {
     use super::*;
-    use crate::virtio::kunit_device::{Bound, Counter};
+    use crate::virtio::kunit_device::{BoundTestDevice, CountingHandler};
     use kernel::time::{delay::fsleep, Delta};
 
     #[test]
     fn a_full_ring_is_no_reason_to_fall_silent() -> Result {
-        let bound = Bound::with_entries(1)?;
+        let bound = BoundTestDevice::with_entries(1)?;
         let statistics = Statistics::new(
             Wakeup::new(bound.device_ref())?,
             WorkQueue::new(c"kunit")?,
             Arc::new(Counters::new(None), GFP_KERNEL)?,
         )?;
-        bound.find_queues(&[statistics.queue()], Counter::new()?)?;
+        bound.find_queues(&[statistics.queue()], CountingHandler::new()?)?;
         statistics.prime()?;
-        assert!(bound.device.take(0).is_some_and(|seen| {
+        assert!(bound.device.pop_descriptor_chain(0).is_some_and(|chain| {
             // The device has used the buffer by the time of the next try.
             let buffer = StatisticsBuffer::new([0; SIZE], (), GFP_KERNEL).ok();
             *statistics.spare.lock() = buffer;
-            assert_eq!(statistics.answer(), Err(AddFailure::Full));
+            assert_eq!(statistics.handle_request(), Err(AddFailure::Full));
             Statistics::run(statistics.clone());
-            bound.device.give_back(0, seen.head, 0);
+            bound.device.add_used(0, chain.head, 0);
             true
         }));
         // The limit is for a fault only.
         assert!((0..1000).any(|_| {
             fsleep(Delta::from_millis(10));
-            bound.device.take(0).is_some()
+            bound.device.pop_descriptor_chain(0).is_some()
         }));
         statistics.disable();
         bound.reset();
-        statistics.recover();
+        statistics.detach_unused();
         Ok(())
     }
 
-    fn find(buffer: &[u8], tag: Tag) -> Option<u64> {
+    fn find(buffer: &[u8], tag: StatTag) -> Option<u64> {
         buffer.chunks_exact(Stat::SIZE).find_map(|chunk| {
             let stat = Stat::from_bytes(chunk.try_into().ok()?);
             (stat.tag == tag.number()).then_some(stat.value)
@@ -239,36 +241,36 @@ mod tests {
 
     #[test]
     fn pages_become_bytes_and_counts_stay() {
-        let memory = Memory {
+        let meminfo = MemInfo {
             free: 3,
-            ..Memory::default()
+            ..MemInfo::default()
         };
-        let events = Events {
+        let vm_events = VmEvents {
             swapped_in: 5,
             faults: 7,
-            ..Events::default()
+            ..VmEvents::default()
         };
         let mut buffer = [0; SIZE];
-        let length = encode(memory, Some(events), None, &mut buffer);
+        let length = encode(meminfo, Some(vm_events), None, &mut buffer);
         assert_eq!(length, 14 * Stat::SIZE);
         let sent = &buffer[..length];
-        assert_eq!(find(sent, Tag::FreeMemory), Some(3 * PAGE_SIZE as u64));
-        assert_eq!(find(sent, Tag::SwapIn), Some(5 * PAGE_SIZE as u64));
-        assert_eq!(find(sent, Tag::MinorFaults), Some(7));
-        assert_eq!(find(sent, Tag::HugetlbFailures), None);
+        assert_eq!(find(sent, StatTag::FreeMemory), Some(3 * PAGE_SIZE as u64));
+        assert_eq!(find(sent, StatTag::SwapIn), Some(5 * PAGE_SIZE as u64));
+        assert_eq!(find(sent, StatTag::MinorFaults), Some(7));
+        assert_eq!(find(sent, StatTag::HugetlbFailures), None);
     }
 
     #[test]
     fn what_is_not_counted_is_not_sent() {
         let mut buffer = [0; SIZE];
-        let length = encode(Memory::default(), None, None, &mut buffer);
+        let length = encode(MemInfo::default(), None, None, &mut buffer);
         assert_eq!(length, 4 * Stat::SIZE);
     }
 
     #[test]
     fn the_kernel_counts_its_memory() {
-        let memory = statistics::memory();
-        assert!(memory.total > 0);
-        assert!(memory.free <= memory.total);
+        let meminfo = vmstat::meminfo();
+        assert!(meminfo.total > 0);
+        assert!(meminfo.free <= meminfo.total);
     }
 }

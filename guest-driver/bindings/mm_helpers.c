@@ -305,7 +305,7 @@ unsigned long vbrs_free_pages(void)
 }
 
 /* Free, reclaimable by the kernel's estimate, or to be had by swapping. */
-unsigned long vbrs_obtainable_pages(void)
+unsigned long vbrs_available_and_swap_pages(void)
 {
 	long available = si_mem_available();
 	long swap = get_nr_swap_pages();
@@ -341,13 +341,13 @@ unsigned long vbrs_high_watermarks(void)
 }
 
 /* Half-way between where an allocation has to wait and where reclaim begins. */
-unsigned long vbrs_reclaim_watermarks(void)
+unsigned long vbrs_min_low_midpoint(void)
 {
 	return mean_watermarks(WMARK_MIN, WMARK_LOW);
 }
 
 /* Whether an ordinary allocation of the kernel's finds less than it should in a zone. */
-static bool zone_is_short(struct zone *zone)
+static bool zone_is_below_watermark(struct zone *zone)
 {
 	unsigned long kept = zone->lowmem_reserve[ZONE_MOVABLE] +
 			     zone_page_state(zone, NR_FREE_CMA_PAGES);
@@ -365,18 +365,18 @@ bool vbrs_has_one_node(void)
  * the zones that the kernel uses for itself, if it has any: where these are
  * short, free pages that must be movable do not help everybody.
  */
-void vbrs_short_nodes(nodemask_t *nodes)
+void vbrs_nodes_below_watermark(nodemask_t *nodes)
 {
 	int nid, zid;
 
 	nodes_clear(*nodes);
 	for_each_online_node(nid) {
 		pg_data_t *node = NODE_DATA(nid);
-		bool has_memory = false, is_short = true;
+		bool has_memory = false, is_below = true;
 
 		if (atomic_long_read(&node->vm_stat[NR_BALLOON_PAGES]) <= 0)
 			continue;
-		for (zid = 0; zid < MAX_NR_ZONES && is_short; zid++) {
+		for (zid = 0; zid < MAX_NR_ZONES && is_below; zid++) {
 			struct zone *zone = &node->node_zones[zid];
 
 			if (zid > ZONE_NORMAL && has_memory)
@@ -384,14 +384,14 @@ void vbrs_short_nodes(nodemask_t *nodes)
 			if (!managed_zone(zone))
 				continue;
 			has_memory = true;
-			is_short = zone_is_short(zone);
+			is_below = zone_is_below_watermark(zone);
 		}
-		if (has_memory && is_short)
+		if (has_memory && is_below)
 			node_set(nid, *nodes);
 	}
 }
 
-bool vbrs_page_is_on(struct page *page, const nodemask_t *nodes)
+bool vbrs_page_is_on_nodes(struct page *page, const nodemask_t *nodes)
 {
 	return node_isset(page_to_nid(page), *nodes);
 }
@@ -422,7 +422,7 @@ bool vbrs_allocator_fills_pages(void)
 }
 
 /* All in pages. */
-void vbrs_read_memory(struct vbrs_memory *memory)
+void vbrs_read_meminfo(struct vbrs_meminfo *memory)
 {
 	long available = si_mem_available();
 	struct sysinfo info;
@@ -479,7 +479,7 @@ void vbrs_unregister_memory_notifier(struct notifier_block *block)
 }
 
 /* Whether the memory notifier is told of memory that goes offline, and which. */
-bool vbrs_goes_offline(unsigned long action, void *argument, u64 *start, u64 *end)
+bool vbrs_mem_going_offline(unsigned long action, void *argument, u64 *start, u64 *end)
 {
 #ifdef CONFIG_MEMORY_HOTPLUG
 	const struct memory_notify *memory = argument;
@@ -504,19 +504,19 @@ void vbrs_unregister_pm_notifier(struct notifier_block *block)
 	unregister_pm_notifier(block);
 }
 
-enum vbrs_sleep vbrs_sleep_event(unsigned long action)
+enum vbrs_pm_phase vbrs_pm_event_phase(unsigned long action)
 {
 	switch (action) {
 	case PM_SUSPEND_PREPARE:
 	case PM_HIBERNATION_PREPARE:
 	case PM_RESTORE_PREPARE:
-		return VBRS_SLEEP_PREPARE;
+		return VBRS_PM_PREPARE;
 	case PM_POST_SUSPEND:
 	case PM_POST_HIBERNATION:
 	case PM_POST_RESTORE:
-		return VBRS_SLEEP_OVER;
+		return VBRS_PM_POST;
 	default:
-		return VBRS_SLEEP_OTHER;
+		return VBRS_PM_OTHER;
 	}
 }
 

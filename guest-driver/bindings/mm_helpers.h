@@ -63,18 +63,18 @@ int vbrs_page_reporting_register(struct page_reporting_dev_info *info);
 void vbrs_page_reporting_unregister(struct page_reporting_dev_info *info);
 
 unsigned long vbrs_free_pages(void);
-unsigned long vbrs_obtainable_pages(void);
+unsigned long vbrs_available_and_swap_pages(void);
 unsigned long vbrs_managed_pages(void);
 unsigned long vbrs_high_watermarks(void);
-unsigned long vbrs_reclaim_watermarks(void);
+unsigned long vbrs_min_low_midpoint(void);
 bool vbrs_has_one_node(void);
-void vbrs_short_nodes(nodemask_t *nodes);
-bool vbrs_page_is_on(struct page *page, const nodemask_t *nodes);
+void vbrs_nodes_below_watermark(nodemask_t *nodes);
+bool vbrs_page_is_on_nodes(struct page *page, const nodemask_t *nodes);
 unsigned int vbrs_max_page_order(void);
 bool vbrs_fills_free_pages(u32 *pattern);
 bool vbrs_allocator_fills_pages(void);
 
-struct vbrs_memory {
+struct vbrs_meminfo {
 	u64 free, total, available, file_pages;
 };
 
@@ -87,18 +87,18 @@ struct vbrs_hugetlb_events {
 	u64 allocations, failures;
 };
 
-void vbrs_read_memory(struct vbrs_memory *memory);
+void vbrs_read_meminfo(struct vbrs_meminfo *memory);
 bool vbrs_read_vm_events(struct vbrs_vm_events *events, struct vbrs_hugetlb_events *hugetlb,
 			 bool *has_hugetlb);
 
-enum vbrs_sleep { VBRS_SLEEP_OTHER, VBRS_SLEEP_PREPARE, VBRS_SLEEP_OVER };
+enum vbrs_pm_phase { VBRS_PM_OTHER, VBRS_PM_PREPARE, VBRS_PM_POST };
 
 int vbrs_register_memory_notifier(struct notifier_block *block);
 void vbrs_unregister_memory_notifier(struct notifier_block *block);
-bool vbrs_goes_offline(unsigned long action, void *argument, u64 *start, u64 *end);
+bool vbrs_mem_going_offline(unsigned long action, void *argument, u64 *start, u64 *end);
 int vbrs_register_pm_notifier(struct notifier_block *block);
 void vbrs_unregister_pm_notifier(struct notifier_block *block);
-enum vbrs_sleep vbrs_sleep_event(unsigned long action);
+enum vbrs_pm_phase vbrs_pm_event_phase(unsigned long action);
 
 struct workqueue_struct *vbrs_alloc_workqueue(const char *name);
 

@@ -95,13 +95,13 @@ void vbrs_wait_queue_init(struct wait_queue_head *waiters)
 	init_waitqueue_head(waiters);
 }
 
-void vbrs_wake_all(struct wait_queue_head *waiters)
+void vbrs_wake_up_all(struct wait_queue_head *waiters)
 {
 	wake_up_all(waiters);
 }
 
 /* Whether *counter is no longer what was seen, within so many jiffies. */
-bool vbrs_wait_for_change(struct wait_queue_head *waiters, const u32 *counter, u32 seen, unsigned long jiffies)
+bool vbrs_wait_event_timeout(struct wait_queue_head *waiters, const u32 *counter, u32 seen, unsigned long jiffies)
 {
 	return wait_event_timeout(*waiters, READ_ONCE(*counter) != seen, jiffies) > 0;
 }

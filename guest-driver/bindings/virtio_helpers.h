@@ -28,8 +28,8 @@ void vbrs_sg_set_buf(struct scatterlist *sg, const void *address, unsigned int l
 void vbrs_sg_set_page(struct scatterlist *sg, struct page *page, unsigned int length, unsigned int offset);
 
 void vbrs_wait_queue_init(struct wait_queue_head *waiters);
-void vbrs_wake_all(struct wait_queue_head *waiters);
-bool vbrs_wait_for_change(struct wait_queue_head *waiters, const u32 *counter, u32 seen, unsigned long jiffies);
+void vbrs_wake_up_all(struct wait_queue_head *waiters);
+bool vbrs_wait_event_timeout(struct wait_queue_head *waiters, const u32 *counter, u32 seen, unsigned long jiffies);
 
 void vbrs_set_wakeup_capable(struct device *dev, bool capable);
 void vbrs_stay_awake(struct device *dev);

@@ -13,15 +13,15 @@ use kernel::time::{delay::fsleep, Delta};
 use kernel::types::Opaque;
 
 use super::list::sealed::Role;
-use super::{BlockList, PageBlock, PageRef, ShortNodes};
+use super::{BlockList, NodesBelowWatermark, PageBlock, PageRef};
 use crate::bindings as helpers;
-use crate::virtio::work::give_way;
+use crate::virtio::work::cond_resched;
 
 /// The most pages that are taken out of a balloon at a time.
 const CHUNK: usize = 256;
 /// The most of them that the kernel takes out under one lock, with interrupts off. It works out the
 /// reserves of all zones of all nodes again for each page.
-const AT_ONCE: usize = 32;
+const MAX_PER_LOCK: usize = 32;
 /// A search for pages on a node ends when it has found so many times more than are wanted: the
 /// next ones who search find them first.
 const SURPLUS: usize = 16;
@@ -39,17 +39,17 @@ impl BalloonPage {
         // SAFETY: May be called in any context that may sleep.
         let page = unsafe { helpers::balloon_page_alloc() };
         // SAFETY: The allocator gave the page to us alone.
-        NonNull::new(page).map(|page| Self(unsafe { PageBlock::adopt(page, 0) }))
+        NonNull::new(page).map(|page| Self(unsafe { PageBlock::from_page(page, 0) }))
     }
 
     /// Becomes the owner of a page.
     ///
     /// # Safety
     ///
-    /// As for [`PageBlock::adopt`], with an order of 0; the page must have no type.
-    pub(super) unsafe fn adopt(page: NonNull<bindings::page>) -> Self {
+    /// As for [`PageBlock::from_page`], with an order of 0; the page must have no type.
+    pub(super) unsafe fn from_page(page: NonNull<bindings::page>) -> Self {
         // SAFETY: By this function's requirements.
-        Self(unsafe { PageBlock::adopt(page, 0) })
+        Self(unsafe { PageBlock::from_page(page, 0) })
     }
 
     /// The physical address of the page's first byte.
@@ -77,7 +77,7 @@ impl Role for BalloonPage {
 pub trait MigratePages: Send + Sync + 'static {
     /// Puts `new` in the place of `old`, which is in the balloon.
     ///
-    /// With [`Migrated::Replaced`] the host must have taken `new`. With [`Migrated::Removed`] `new` is not
+    /// With [`Migrated::Replaced`] the host must have taken `new`. With [`Migrated::Deflated`] `new` is not
     /// used. With both, `old` must have been given up for the balloon; it is freed when the reference to
     /// it is dropped. On failure `old` stays in the balloon, and `new` is freed when the reference to it is dropped. So
     /// whichever page the host may still touch is kept by keeping the reference.
@@ -107,7 +107,7 @@ pub enum Migrated {
     /// The new page is in the balloon instead of the old one.
     Replaced,
     /// The old page has left the balloon, and no other page has come.
-    Removed,
+    Deflated,
 }
 
 /// How long the kernel lets a page migration take (`enum migrate_mode`).
@@ -205,7 +205,7 @@ impl<M: MigratePages> BalloonPages<M> {
                 unsafe { helpers::vbrs_recount_balloon_page(old_page, new_page) };
                 0
             }
-            Ok(Migrated::Removed) => {
+            Ok(Migrated::Deflated) => {
                 this.count.fetch_sub(1, Relaxed);
                 // SAFETY: The page was counted as a balloon page when it was enqueued, and the caller
                 // has a reference to it.
@@ -236,8 +236,8 @@ impl<M: MigratePages> BalloonPages<M> {
         let max = max.min(CHUNK);
         let mut pages = BlockList::new();
         while pages.len() < max {
-            let wanted = AT_ONCE.min(max - pages.len());
-            let some = self.dequeue_at_once(wanted);
+            let wanted = MAX_PER_LOCK.min(max - pages.len());
+            let some = self.dequeue_batch(wanted);
             let are_all = some.len() < wanted;
             pages.append(some);
             if are_all {
@@ -250,7 +250,7 @@ impl<M: MigratePages> BalloonPages<M> {
 
     /// Takes up to `max` pages out under one lock, with interrupts off. They still count as pages of
     /// the balloon.
-    fn dequeue_at_once(&self, max: usize) -> BlockList<BalloonPage> {
+    fn dequeue_batch(&self, max: usize) -> BlockList<BalloonPage> {
         let mut pages = BlockList::new();
         let head = Opaque::<bindings::list_head>::uninit();
         // SAFETY: The head stays where it is for as long as it is linked: until the list is empty
@@ -272,7 +272,7 @@ impl<M: MigratePages> BalloonPages<M> {
                 NonNull::new_unchecked(helpers::vbrs_lru_to_page(entry))
             };
             // SAFETY: As above.
-            pages.push(BalloonPage(unsafe { PageBlock::adopt(page, 0) }));
+            pages.push(BalloonPage(unsafe { PageBlock::from_page(page, 0) }));
         }
     }
 
@@ -281,7 +281,11 @@ impl<M: MigratePages> BalloonPages<M> {
     ///
     /// May return fewer, even none, although there are more: isolated pages are not available. Looks at
     /// all pages of the balloon if need be. May sleep.
-    pub fn dequeue_on(&self, nodes: &ShortNodes, max: usize) -> Option<BlockList<BalloonPage>> {
+    pub fn dequeue_on(
+        &self,
+        nodes: &NodesBelowWatermark,
+        max: usize,
+    ) -> Option<BlockList<BalloonPage>> {
         if nodes.is_empty() {
             return None;
         }
@@ -299,7 +303,7 @@ impl<M: MigratePages> BalloonPages<M> {
                     others.push(page);
                 }
             }
-            give_way();
+            cond_resched();
         }
         let is_elsewhere = found.is_empty() && !others.is_empty();
         self.enqueue(others);
@@ -326,7 +330,7 @@ impl<M: MigratePages> BalloonPages<M> {
                 fsleep(Delta::from_millis(1));
             }
             drop(pages);
-            give_way();
+            cond_resched();
         }
     }
 

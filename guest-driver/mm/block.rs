@@ -52,14 +52,14 @@ impl PageBlock {
     ///
     /// Neither reclaims memory nor dips into the emergency reserves, and prints nothing: `None`
     /// says that there is no free block of this order to be had. Never sleeps.
-    pub fn take_free(order: u32) -> Option<Self> {
+    pub fn try_alloc(order: u32) -> Option<Self> {
         if order > Self::max_order() {
             return None;
         }
         // SAFETY: The order is one that the allocator has.
         let page = unsafe { helpers::vbrs_alloc_free_block(order) };
         // SAFETY: The allocator gives out pages with one owner, who may use `private` and `lru`.
-        NonNull::new(page).map(|page| unsafe { Self::adopt(page, order) })
+        NonNull::new(page).map(|page| unsafe { Self::from_page(page, order) })
     }
 
     /// Becomes the owner of a block.
@@ -69,7 +69,7 @@ impl PageBlock {
     /// `page` must be the first of `2^order` pages that the page allocator gave out as one block, or a
     /// single page that `split_page()` made of one (then the order is 0), and the caller must hold the
     /// only reference to them, which it gives up.
-    pub(super) unsafe fn adopt(page: NonNull<bindings::page>, order: u32) -> Self {
+    pub(super) unsafe fn from_page(page: NonNull<bindings::page>, order: u32) -> Self {
         // SAFETY: By this function's requirements the page is the caller's alone.
         unsafe { helpers::vbrs_set_page_private(page.as_ptr(), order as c_ulong) };
         // INVARIANT: As this function requires; the order was just set, and the tag to 0.
@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn a_block_knows_its_shape() {
         for order in [0, 3] {
-            let Some(block) = PageBlock::take_free(order) else {
+            let Some(block) = PageBlock::try_alloc(order) else {
                 continue;
             };
             assert_eq!(block.order(), order);
@@ -177,13 +177,13 @@ mod tests {
 
     #[test]
     fn there_is_no_block_above_the_largest_order() {
-        assert!(PageBlock::take_free(PageBlock::max_order() + 1).is_none());
-        assert!(PageBlock::take_free(u32::MAX).is_none());
+        assert!(PageBlock::try_alloc(PageBlock::max_order() + 1).is_none());
+        assert!(PageBlock::try_alloc(u32::MAX).is_none());
     }
 
     #[test]
     fn a_raw_block_comes_back_the_same() {
-        if let Some(mut block) = PageBlock::take_free(2) {
+        if let Some(mut block) = PageBlock::try_alloc(2) {
             block.zero();
             block.set_tag(0xabcd);
             let address = block.address();

@@ -147,7 +147,7 @@ impl<T: Role> BlockList<T> {
     }
 
     /// Where the blocks on the list lie, the last one first.
-    pub fn shapes(&self) -> impl Iterator<Item = BlockShape> + '_ {
+    pub fn extents(&self) -> impl Iterator<Item = BlockExtent> + '_ {
         let mut next = self.first;
         core::iter::from_fn(move || {
             let page = next?;
@@ -156,7 +156,7 @@ impl<T: Role> BlockList<T> {
             // SAFETY: As above; the link belongs to the list.
             let link = unsafe { (*helpers::vbrs_page_lru(page.as_ptr())).next };
             next = NonNull::new(link.cast());
-            Some(BlockShape {
+            Some(BlockExtent {
                 address: block.address(),
                 order: block.order(),
             })
@@ -178,7 +178,7 @@ impl<T: Role> Drop for BlockList<T> {
 
 /// Where a block lies, and how large it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BlockShape {
+pub struct BlockExtent {
     /// The physical address of the first byte.
     pub address: u64,
     /// The block has `2^order` pages.
@@ -193,7 +193,7 @@ mod tests {
         let mut list = BlockList::new();
         let mut addresses = [0; 3];
         for (order, address) in (0..).zip(&mut addresses) {
-            if let Some(block) = PageBlock::take_free(order) {
+            if let Some(block) = PageBlock::try_alloc(order) {
                 *address = block.address();
                 list.push(block);
             }
@@ -240,14 +240,14 @@ mod tests {
         let taken = list.take();
         assert!(list.is_empty());
         assert_eq!((list.pages(), taken.pages()), (0, 7));
-        let mut shapes = taken.shapes();
+        let mut extents = taken.extents();
         for (order, address) in addresses.iter().enumerate().rev() {
-            let expected = BlockShape {
+            let expected = BlockExtent {
                 address: *address,
                 order: order as u32,
             };
-            assert_eq!(shapes.next(), Some(expected));
+            assert_eq!(extents.next(), Some(expected));
         }
-        assert_eq!(shapes.next(), None);
+        assert_eq!(extents.next(), None);
     }
 }

@@ -16,14 +16,14 @@ use crate::bindings as helpers;
 /// allocations that could be served elsewhere; free CMA pages do not count, for most allocations cannot
 /// have them. If a task finds no memory although a node is not short, it is not allowed there (by a
 /// cpuset or a memory policy), it needs a larger block, or other tasks have freed pages since.
-pub struct ShortNodes(bindings::nodemask_t);
+pub struct NodesBelowWatermark(bindings::nodemask_t);
 
-impl ShortNodes {
+impl NodesBelowWatermark {
     /// Finds out. Reads counters; any context.
     pub fn now() -> Self {
         let mut nodes = bindings::nodemask_t::default();
         // SAFETY: `nodes` is valid for writes.
-        unsafe { helpers::vbrs_short_nodes(&mut nodes) };
+        unsafe { helpers::vbrs_nodes_below_watermark(&mut nodes) };
         Self(nodes)
     }
 
@@ -48,7 +48,7 @@ impl ShortNodes {
     /// Whether `page` lies on one of them.
     pub fn contains(&self, page: &BalloonPage) -> bool {
         // SAFETY: The page is valid, for it is borrowed, and so is the mask.
-        unsafe { helpers::vbrs_page_is_on(page.as_raw().as_ptr(), &self.0) }
+        unsafe { helpers::vbrs_page_is_on_nodes(page.as_raw().as_ptr(), &self.0) }
     }
 }
 

@@ -29,13 +29,13 @@ pub trait OnMemoryOffline: Send + Sync {
 }
 
 /// Something that holds pages which the system needs to go to sleep.
-pub trait OnSleep: Send + Sync {
+pub trait OnSystemSleep: Send + Sync {
     /// The system is about to be suspended or hibernated, or to make place for a hibernated one.
     /// Everything still runs. May sleep, for a limited time.
-    fn prepare(self: &Arc<Self>);
+    fn prepare_sleep(self: &Arc<Self>);
 
-    /// Everything runs again, slept or not. Comes after each [`prepare`](Self::prepare). May sleep.
-    fn over(self: &Arc<Self>);
+    /// Everything runs again, slept or not. Comes after each [`prepare_sleep`](Self::prepare_sleep). May sleep.
+    fn post_sleep(self: &Arc<Self>);
 }
 
 mod sealed {
@@ -72,7 +72,7 @@ use sealed::Chain;
 pub struct MemoryHotplug(());
 
 /// The chain for the system's sleep.
-pub struct Sleep(());
+pub struct SystemSleep(());
 
 impl<T: OnMemoryOffline> Chain<T> for MemoryHotplug {
     unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
@@ -88,13 +88,13 @@ impl<T: OnMemoryOffline> Chain<T> for MemoryHotplug {
     unsafe fn call(data: &Arc<T>, action: c_ulong, argument: *mut c_void) {
         let (mut start, mut end) = (0, 0);
         // SAFETY: As this function requires; both are valid for writes.
-        if unsafe { helpers::vbrs_goes_offline(action, argument, &mut start, &mut end) } {
+        if unsafe { helpers::vbrs_mem_going_offline(action, argument, &mut start, &mut end) } {
             T::going_offline(data, start..end);
         }
     }
 }
 
-impl<T: OnSleep> Chain<T> for Sleep {
+impl<T: OnSystemSleep> Chain<T> for SystemSleep {
     unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
         // SAFETY: As this function requires.
         unsafe { helpers::vbrs_register_pm_notifier(block) }
@@ -107,15 +107,15 @@ impl<T: OnSleep> Chain<T> for Sleep {
 
     unsafe fn call(data: &Arc<T>, action: c_ulong, _argument: *mut c_void) {
         // SAFETY: Only compares numbers.
-        match unsafe { helpers::vbrs_sleep_event(action) } {
-            helpers::vbrs_sleep_VBRS_SLEEP_PREPARE => T::prepare(data),
-            helpers::vbrs_sleep_VBRS_SLEEP_OVER => T::over(data),
+        match unsafe { helpers::vbrs_pm_event_phase(action) } {
+            helpers::vbrs_pm_phase_VBRS_PM_PREPARE => T::prepare_sleep(data),
+            helpers::vbrs_pm_phase_VBRS_PM_POST => T::post_sleep(data),
             _ => {}
         }
     }
 }
 
-/// A registered notifier: for [`MemoryHotplug`] or [`Sleep`]. On a kernel that knows neither it is
+/// A registered notifier: for [`MemoryHotplug`] or [`SystemSleep`]. On a kernel that knows neither it is
 /// never called.
 ///
 /// Dropping it takes the registration back and waits for a call that is under way; may sleep. Must

@@ -21,12 +21,12 @@ pub trait OnOutOfMemory: Send + Sync {
     /// Returns pages to the page allocator, and returns their number. The kernel kills a process if all
     /// notifiers return 0.
     ///
-    /// `already` is the number of pages that notifiers of higher priority returned, on any node.
+    /// `already_freed` is the number of pages that notifiers of higher priority returned, on any node.
     ///
     /// Called from within the allocation that found no memory, in any task, by one at a time. Other
     /// tasks that need memory wait meanwhile. May sleep, for a short and limited time; must not
     /// allocate with reclaim allowed, nor take a lock under which anybody does.
-    fn give_back(self: &Arc<Self>, already: usize) -> usize;
+    fn oom_notify(self: &Arc<Self>, already_freed: usize) -> usize;
 }
 
 /// A registered OOM notifier.
@@ -88,7 +88,7 @@ impl<T: OnOutOfMemory> OomNotifier<T> {
         let inner = unsafe { &*container_of!(Opaque::cast_from(block), Inner<T>, block) };
         // SAFETY: The kernel passes a counter that is the caller's for the call.
         let freed = unsafe { &mut *freed.cast::<c_ulong>() };
-        let more = T::give_back(&inner.data, *freed);
+        let more = T::oom_notify(&inner.data, *freed);
         *freed = freed.saturating_add(more);
         OK
     }
@@ -106,14 +106,14 @@ mod tests {
     use super::*;
     use kernel::sync::atomic::{Atomic, Relaxed};
 
-    /// Returns 4 and stores `already`.
+    /// Returns 4 and stores `already_freed`.
     struct Giver {
         told: Atomic<usize>,
     }
 
     impl OnOutOfMemory for Giver {
-        fn give_back(self: &Arc<Self>, already: usize) -> usize {
-            self.told.store(already, Relaxed);
+        fn oom_notify(self: &Arc<Self>, already_freed: usize) -> usize {
+            self.told.store(already_freed, Relaxed);
             4
         }
     }

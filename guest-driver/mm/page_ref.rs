@@ -40,7 +40,7 @@ impl PageRef {
 
     /// Takes a reference to `page`, which then has two owners.
     #[cfg(CONFIG_KUNIT = "y")]
-    pub(crate) fn of(page: &super::BalloonPage) -> Self {
+    pub(crate) fn from_balloon_page(page: &super::BalloonPage) -> Self {
         // SAFETY: The page is borrowed from its owner for the call.
         unsafe { Self::get(page.as_raw()) }
     }

@@ -277,7 +277,7 @@ mod tests {
     use super::super::PageBlock;
     use super::*;
     use crate::virtio::compat::not_supported;
-    use crate::virtio::kunit_device::{Bound, Counter};
+    use crate::virtio::kunit_device::{BoundTestDevice, CountingHandler};
     use crate::virtio::Virtqueue;
     use kernel::sync::atomic::Atomic;
     use kernel::sync::{new_mutex, Mutex};
@@ -327,8 +327,8 @@ mod tests {
     /// Reports two blocks of four pages, as the kernel does.
     fn report_two<T: ReportPages>(taker: &T) -> Result<c_int> {
         let blocks = [
-            PageBlock::take_free(2).ok_or(ENOMEM)?,
-            PageBlock::take_free(2).ok_or(ENOMEM)?,
+            PageBlock::try_alloc(2).ok_or(ENOMEM)?,
+            PageBlock::try_alloc(2).ok_or(ENOMEM)?,
         ];
         let mut list = [bindings::scatterlist::default(); 2];
         // SAFETY: There is room for two entries, and the blocks live until the end of this function.
@@ -369,7 +369,7 @@ mod tests {
     #[pin_data]
     struct Far {
         #[pin]
-        bound: Mutex<Option<Bound>>,
+        bound: Mutex<Option<BoundTestDevice>>,
         queue: Virtqueue<FreePages>,
         silent: bool,
     }
@@ -387,19 +387,19 @@ mod tests {
             let Some(device) = bound.as_ref().map(|bound| &bound.device) else {
                 return;
             };
-            let Some(seen) = device.take(0) else {
+            let Some(chain) = device.pop_descriptor_chain(0) else {
                 return;
             };
-            assert_eq!(seen.segments.len(), 2);
-            for segment in &seen.segments {
+            assert_eq!(chain.segments.len(), 2);
+            for segment in &chain.segments {
                 assert_eq!(
                     (segment.length, segment.writable),
                     (4 * PAGE_SIZE as u32, true)
                 );
             }
             if !self.silent {
-                device.give_back(0, seen.head, 0);
-                let returned = self.queue.pop();
+                device.add_used(0, chain.head, 0);
+                let returned = self.queue.get_buf();
                 assert!(returned.is_some());
                 if let Some((pages, _)) = returned {
                     pages.acknowledge();
@@ -409,7 +409,7 @@ mod tests {
 
         fn overdue(&self, _seconds: u32) {
             assert!(self.silent);
-            assert!(self.queue.pop().is_none());
+            assert!(self.queue.get_buf().is_none());
             drop(self.bound.lock().take());
         }
     }
@@ -419,8 +419,8 @@ mod tests {
     fn a_report_ends_with_its_buffer() -> Result {
         for (silent, expected) in [(false, 0), (true, EIO.to_errno())] {
             let queue = Virtqueue::new(c"test")?;
-            let bound = Bound::new()?;
-            bound.find_queues(&[&queue], Counter::new()?)?;
+            let bound = BoundTestDevice::new()?;
+            bound.find_queues(&[&queue], CountingHandler::new()?)?;
             let far = pin_init!(Far {
                 bound <- new_mutex!(Some(bound), "Far::bound"),
                 queue,

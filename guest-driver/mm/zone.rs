@@ -107,7 +107,7 @@ impl Zone {
     ///
     /// Neither reclaims memory nor dips into the emergency reserves, and prints nothing: `None`
     /// says that there is no free block of this order. Never sleeps.
-    pub fn take_free(self, order: u32) -> Option<PageBlock> {
+    pub fn try_alloc(self, order: u32) -> Option<PageBlock> {
         if order > PageBlock::max_order() {
             return None;
         }
@@ -144,7 +144,7 @@ impl Zone {
             unsafe { helpers::vbrs_alloc_zone_block(self.node, self.zone, order, kind.as_raw()) };
         let page = NonNull::new(page)?;
         // SAFETY: The allocator gives out pages with one owner, who may use `private` and `lru`.
-        let block = unsafe { PageBlock::adopt(page, order) };
+        let block = unsafe { PageBlock::from_page(page, order) };
         // Others allocate too: it may be of a lower zone, or of CMA.
         // SAFETY: The pages are ours.
         let wanted = unsafe {
@@ -158,7 +158,7 @@ impl Zone {
 #[kunit_tests(virtio_balloon_rs_mm_zone)]
 mod tests {
     use super::*;
-    use crate::mm::state;
+    use crate::mm::page_alloc;
 
     #[test]
     fn zones_have_memory_and_come_once() {
@@ -172,7 +172,7 @@ mod tests {
             last = Some(zone);
             managed += state.managed;
         }
-        assert!(managed > 0 && managed <= state::managed_pages());
+        assert!(managed > 0 && managed <= page_alloc::managed_pages());
         assert!(last.and_then(Zone::next).is_none());
     }
 
@@ -180,12 +180,12 @@ mod tests {
     fn a_block_of_a_zone_is_of_that_zone() -> Result {
         let zone = Zone::all().max_by_key(|zone| zone.state().free);
         let zone = zone.ok_or(ENOENT)?;
-        let block = zone.take_free(3).ok_or(ENOMEM)?;
+        let block = zone.try_alloc(3).ok_or(ENOMEM)?;
         assert_eq!(block.order(), 3);
         let page = block.as_raw().as_ptr();
         // SAFETY: The pages are ours.
         assert!(unsafe { helpers::vbrs_page_is_of_zone(page, zone.node, zone.zone) });
-        assert!(zone.take_free(PageBlock::max_order() + 1).is_none());
+        assert!(zone.try_alloc(PageBlock::max_order() + 1).is_none());
         Ok(())
     }
 }

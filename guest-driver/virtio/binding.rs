@@ -4,7 +4,7 @@
 
 use super::{
     compat::synchronize_rcu,
-    config::{Config, Space},
+    config::{Config, ConfigSpace},
     queue_state::{QueueState, Ring},
     virtqueue::{AnyQueue, QueueHandler},
 };
@@ -38,7 +38,7 @@ struct Inner {
     queues: KVec<Arc<QueueState>>,
     /// Whether the transport has made them.
     live: bool,
-    config: Option<Arc<Space>>,
+    config: Option<Arc<ConfigSpace>>,
 }
 
 impl Binding {
@@ -73,7 +73,7 @@ impl Binding {
             return space.handle(size);
         }
         // SAFETY: The device is valid until it is unbound, and `unbind` revokes the access before.
-        let space = unsafe { Space::new(self.vdev)? };
+        let space = unsafe { ConfigSpace::new(self.vdev)? };
         let config = space.handle(size);
         inner.config = Some(space);
         config
@@ -99,7 +99,7 @@ impl Binding {
             let queue = queue.queue_state();
             let info = bindings::virtqueue_info {
                 name: queue.name().as_char_ptr(),
-                callback: queue.callback().then_some(Self::used_callback),
+                callback: queue.has_callback().then_some(Self::used_callback),
                 ctx: false,
             };
             states.push(queue.clone(), GFP_KERNEL)?;
@@ -134,9 +134,9 @@ impl Binding {
         let mut result = Ok(());
         for (queue, ring) in inner.queues.iter().zip(rings) {
             result = NonNull::new(ring).ok_or(EINVAL).and_then(|ring| {
-                // SAFETY: Claimed above; the transport has made the ring, and `take_down` deletes
+                // SAFETY: Claimed above; the transport has made the ring, and `reset` deletes
                 // it after it has stopped the queue.
-                unsafe { queue.go_live(Ring::new(ring)) }
+                unsafe { queue.attach_ring(Ring::new(ring)) }
             });
             if result.is_err() {
                 break;
@@ -145,18 +145,18 @@ impl Binding {
         drop(inner);
         drop((old, old_queues));
         if result.is_err() {
-            self.take_down();
+            self.reset();
         }
         result
     }
 
     /// Resets the device, deletes its queues, and makes the buffers in flight available.
     /// Idempotent.
-    pub(super) fn take_down(&self) {
+    pub(super) fn reset(&self) {
         let mut inner = self.inner.lock();
         if inner.live {
             for queue in &inner.queues {
-                queue.stop();
+                queue.quiesce();
             }
             // Notifications that saw a queue live end here.
             synchronize_rcu();
@@ -168,7 +168,7 @@ impl Binding {
         }
         for queue in &inner.queues {
             // SAFETY: Stopped above, and the device is reset.
-            unsafe { queue.collect() };
+            unsafe { queue.detach_all_unused() };
         }
         // SAFETY: The transport has queues, of which nobody makes use.
         unsafe { bindings::vbrs_virtio_del_vqs(self.vdev.as_ptr()) };
@@ -184,16 +184,16 @@ impl Binding {
     }
 
     /// Drops what was in flight when the queues were deleted and nobody took.
-    pub(super) fn drop_returned(&self) {
+    pub(super) fn drop_detached(&self) {
         let inner = self.inner.lock();
         for queue in &inner.queues {
-            queue.drop_returned();
+            queue.drop_detached();
         }
     }
 
     /// Ends all that the driver can do with the device. What was in flight can still be taken.
     pub(super) fn shut_down(&self) {
-        self.take_down();
+        self.reset();
         let config = self.inner.lock().config.take();
         if let Some(config) = config {
             config.revoke();
@@ -203,7 +203,7 @@ impl Binding {
     /// As [`shut_down`](Self::shut_down), and drops what was in flight and nobody took.
     pub(super) fn unbind(&self) {
         self.shut_down();
-        self.drop_returned();
+        self.drop_detached();
     }
 
     /// What the transport calls from its interrupt.

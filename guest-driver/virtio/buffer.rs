@@ -75,7 +75,7 @@ impl Segments {
     }
 
     /// Returns the memory of `buffer`.
-    pub(super) fn of<B: Buffer>(buffer: &B) -> Self {
+    pub(super) fn from_buffer<B: Buffer>(buffer: &B) -> Self {
         let mut segments = Self::new();
         buffer.describe(&mut segments);
         segments
@@ -195,7 +195,7 @@ const fn size_of_segment<T>() -> u32 {
 
 /// A value that the device reads. Owns its memory.
 ///
-/// [`Accompanied`](super::Accompanied) is one of which the device reads only a part.
+/// [`OutgoingWithContext`](super::OutgoingWithContext) is one of which the device reads only a part.
 pub struct Outgoing<T: AsBytes + Send + 'static>(KBox<T>);
 
 impl<T: AsBytes + Send + 'static> Outgoing<T> {

@@ -66,12 +66,12 @@ impl<T: ConfigValue> Field<T> {
 /// messages, and some wait for the answer.
 #[derive(Clone)]
 pub struct Config {
-    space: Arc<Space>,
+    space: Arc<ConfigSpace>,
     size: u32,
 }
 
 #[pin_data]
-pub(super) struct Space {
+pub(super) struct ConfigSpace {
     #[pin]
     device: Mutex<Option<BoundDevice>>,
     /// How many bytes the transport gives access to, if it says so.
@@ -86,7 +86,7 @@ struct BoundDevice(NonNull<bindings::virtio_device>);
 // SAFETY: The operations of a transport on configuration space may be called from any thread.
 unsafe impl Send for BoundDevice {}
 
-impl Space {
+impl ConfigSpace {
     /// Creates the access to configuration space of `vdev`.
     ///
     /// # Errors
@@ -106,7 +106,7 @@ impl Space {
         // INVARIANT: Asked just above; whoever unbinds the device calls `revoke` first.
         let device = Some(BoundDevice(vdev));
         let space = pin_init!(Self {
-            device <- new_mutex!(device, "virtio::Config"),
+            device <- new_mutex!(device, "virtio::ConfigSpace"),
             length: (length > 0).then_some(length),
         });
         Arc::pin_init(space, GFP_KERNEL)
@@ -152,7 +152,7 @@ impl Config {
     /// [`ENODEV`] if the device was unbound, [`EINVAL`] if it has no such field.
     pub fn read<T: ConfigValue>(&self, field: Field<T>) -> Result<T> {
         let device = self.space.device.lock();
-        let vdev = self.reach(device.as_ref(), &field)?;
+        let vdev = self.try_access(device.as_ref(), &field)?;
         let mut bytes = T::Bytes::default();
         // SAFETY: By the invariant of `BoundDevice`, and the field is there; the buffer is as long
         // as said.
@@ -174,7 +174,7 @@ impl Config {
     /// As [`read`](Self::read).
     pub fn write<T: ConfigValue>(&self, field: Field<T>, value: T) -> Result {
         let device = self.space.device.lock();
-        let vdev = self.reach(device.as_ref(), &field)?;
+        let vdev = self.try_access(device.as_ref(), &field)?;
         let bytes = value.to_le();
         // SAFETY: As in `read`.
         unsafe {
@@ -189,7 +189,7 @@ impl Config {
     }
 
     /// Returns the device if it is there and has the field.
-    fn reach<T: ConfigValue>(
+    fn try_access<T: ConfigValue>(
         &self,
         device: Option<&BoundDevice>,
         field: &Field<T>,

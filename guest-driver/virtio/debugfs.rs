@@ -4,7 +4,7 @@
 //!
 //! The kernel crate's [`debugfs`](kernel::debugfs) does the work. What is missing there is who owns
 //! the driver's folder: it must be there before the first device, and go after the last, so the
-//! module owns it ([`Folder`]), and devices find it in a static. Without debugfs in the kernel all
+//! module owns it ([`DriverDir`]), and devices find it in a static. Without debugfs in the kernel all
 //! of this is nothing.
 //!
 //! C header: [`include/linux/debugfs.h`](srctree/include/linux/debugfs.h)
@@ -20,22 +20,22 @@ use kernel::{
 };
 
 global_lock! {
-    // SAFETY: `Folder::new` initialises it, and sets `READY` after that, without which nobody
+    // SAFETY: `DriverDir::new` initialises it, and sets `READY` after that, without which nobody
     // touches it.
-    unsafe(uninit) static FOLDER: Mutex<Option<Dir>> = None;
+    unsafe(uninit) static DRIVER_DIR: Mutex<Option<Dir>> = None;
 }
 
-/// Somebody has begun to initialise [`FOLDER`].
+/// Somebody has begun to initialise [`DRIVER_DIR`].
 static CLAIMED: AtomicFlag = AtomicFlag::new(false);
-/// [`FOLDER`] is initialised.
+/// [`DRIVER_DIR`] is initialised.
 static READY: AtomicFlag = AtomicFlag::new(false);
 
 /// The folder of the module's driver, which goes when this is dropped.
 ///
 /// [`module_virtio_driver!`](crate::module_virtio_driver) makes it.
-pub struct Folder(());
+pub struct DriverDir(());
 
-impl Folder {
+impl DriverDir {
     /// Makes the folder `name` at the root of debugfs. If it cannot be made, devices have no folder
     /// either.
     ///
@@ -49,18 +49,18 @@ impl Folder {
             return Err(EBUSY);
         }
         // SAFETY: Only the first to come gets here.
-        unsafe { FOLDER.init() };
+        unsafe { DRIVER_DIR.init() };
         READY.store(true, Release);
-        *FOLDER.lock() = Some(Dir::new(name));
+        *DRIVER_DIR.lock() = Some(Dir::new(name));
         Ok(Self(()))
     }
 }
 
-impl Drop for Folder {
+impl Drop for DriverDir {
     fn drop(&mut self) {
         // Out of the lock, in which nothing but a pointer is moved.
-        let folder = FOLDER.lock().take();
-        drop(folder);
+        let dir = DRIVER_DIR.lock().take();
+        drop(dir);
     }
 }
 
@@ -68,10 +68,10 @@ impl Drop for Folder {
 /// has none.
 ///
 /// The folder goes when the value is dropped and the files in it are gone. May sleep.
-pub fn device_folder(device: &device::Device) -> Option<Dir> {
+pub fn device_dir(device: &device::Device) -> Option<Dir> {
     if !READY.load(Acquire) {
         return None;
     }
-    let folder = FOLDER.lock().clone()?;
-    Some(folder.subdir(device.name()))
+    let dir = DRIVER_DIR.lock().clone()?;
+    Some(dir.subdir(device.name()))
 }

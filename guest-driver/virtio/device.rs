@@ -105,13 +105,13 @@ impl Device<device::Core<'_>> {
     /// Resets the device and deletes its queues.
     ///
     /// On return the device does not touch any buffer any more, no handler runs, and what was in
-    /// flight can be taken by [`Virtqueue::detach`](super::Virtqueue::detach). The bus does it
+    /// flight can be taken by [`Virtqueue::detach_unused_buf`](super::Virtqueue::detach_unused_buf). The bus does it
     /// after `remove` and `freeze` and when `probe` fails, if the driver has not.
     ///
     /// Process context, may sleep. Must not be called with a lock held that [`QueueHandler::used`]
     /// takes.
     pub fn reset(&self) {
-        self.binding().take_down();
+        self.binding().reset();
     }
 
     /// Ends all that the driver can do with the device: as [`reset`](Self::reset), and configuration
@@ -198,7 +198,7 @@ impl Negotiation<'_> {
     }
 
     /// Declines feature `bit`.
-    pub fn decline(&mut self, bit: u32) {
+    pub fn clear_feature(&mut self, bit: u32) {
         // SAFETY: `vdev` is valid, and nobody else uses its features, by the requirement of `new`.
         unsafe { bindings::vbrs_virtio_clear_feature(self.vdev.as_ptr(), bit) };
     }

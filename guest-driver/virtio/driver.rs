@@ -183,7 +183,7 @@ macro_rules! module_virtio_driver {
             #[pin]
             _driver: ::kernel::driver::Registration<$crate::virtio::Adapter<$type>>,
             _work: $crate::virtio::work::ModuleExit,
-            _folder: $crate::virtio::debugfs::Folder,
+            _debugfs_dir: $crate::virtio::debugfs::DriverDir,
         }
 
         impl ::kernel::InPlaceModule for DriverModule {
@@ -192,7 +192,7 @@ macro_rules! module_virtio_driver {
             ) -> impl ::pin_init::PinInit<Self, ::kernel::error::Error> {
                 let name = <Self as ::kernel::ModuleMetadata>::NAME;
                 ::kernel::try_pin_init!(Self {
-                    _folder: $crate::virtio::debugfs::Folder::new(name)?,
+                    _debugfs_dir: $crate::virtio::debugfs::DriverDir::new(name)?,
                     _work: $crate::virtio::work::ModuleExit::new(),
                     _driver <- ::kernel::driver::Registration::new(name, module),
                 })
@@ -263,13 +263,13 @@ impl<T: Driver> Adapter<T> {
     } else {
         None
     };
-    const SLEEPS: bool = T::HAS_FREEZE && T::HAS_RESTORE;
-    const FREEZE: IntCallback = if Self::SLEEPS {
+    const SUPPORTS_SUSPEND: bool = T::HAS_FREEZE && T::HAS_RESTORE;
+    const FREEZE: IntCallback = if Self::SUPPORTS_SUSPEND {
         Some(Self::freeze_callback)
     } else {
         Some(Self::refuse_callback)
     };
-    const RESTORE: IntCallback = if Self::SLEEPS {
+    const RESTORE: IntCallback = if Self::SUPPORTS_SUSPEND {
         Some(Self::restore_callback)
     } else {
         Some(Self::refuse_callback)

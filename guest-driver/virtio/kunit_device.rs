@@ -29,7 +29,7 @@ use kernel::{
 /// How many queues the device has room for: as many as a balloon has.
 const QUEUES: usize = 5;
 
-/// The entries of each ring of [`Bound::new`].
+/// The entries of each ring of [`BoundTestDevice::new`].
 pub(super) const ENTRIES: usize = 4;
 
 /// The most entries that [`Memory`] has room for.
@@ -39,7 +39,7 @@ const ENTRIES_MAX: usize = 128;
 const CONFIG_SIZE: usize = 16;
 
 /// How many answers the device remembers.
-const ANSWERS: usize = 16;
+const USED_LOG_SIZE: usize = 16;
 
 const USED_FLAG_NO_NOTIFY: u16 = 1;
 const DESCRIPTOR_NEXT: u16 = 1;
@@ -60,25 +60,25 @@ pub(crate) struct TestDevice {
     entries: Cell<usize>,
     memory: [Memory; QUEUES],
     rings: [Cell<*mut bindings::virtqueue>; QUEUES],
-    seen: [Cell<u16>; QUEUES],
+    last_avail_idx: [Cell<u16>; QUEUES],
     used: [Cell<u16>; QUEUES],
     notifications: Cell<u32>,
-    deaf: Cell<bool>,
-    prompt: Cell<bool>,
+    notify_fails: Cell<bool>,
+    use_on_notify: Cell<bool>,
     /// The queues and the first words of the buffers that were answered at once, and their number.
-    answered: Cell<[(usize, u32); ANSWERS]>,
-    answers: Cell<usize>,
-    stubborn: Cell<bool>,
+    used_log: Cell<[(usize, u32); USED_LOG_SIZE]>,
+    used_log_len: Cell<usize>,
+    find_vqs_fails: Cell<bool>,
     status: Cell<u8>,
     resets: Cell<u32>,
-    /// What `deaths` was at the last deletion of queues, if there was one.
-    deaths_at_deletion: Cell<Option<u32>>,
-    deaths: Cell<Option<&'static AtomicU32>>,
+    /// What `drops` was at the last deletion of queues, if there was one.
+    drops_at_del_vqs: Cell<Option<u32>>,
+    drops: Cell<Option<&'static AtomicU32>>,
     config: Cell<[u8; CONFIG_SIZE]>,
 }
 
 /// A buffer as the device sees it.
-pub(crate) struct Seen {
+pub(crate) struct DescriptorChain {
     pub(crate) head: u32,
     pub(crate) segments: KVec<Segment>,
 }
@@ -150,15 +150,15 @@ static OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
 };
 
 /// A device with its binding, as between probe and removal.
-pub(crate) struct Bound {
-    pub(crate) device: Owned,
+pub(crate) struct BoundTestDevice {
+    pub(crate) device: OwnedTestDevice,
     binding: *mut Binding,
 }
 
 /// The reference to a device that its creator holds.
-pub(crate) struct Owned(NonNull<TestDevice>);
+pub(crate) struct OwnedTestDevice(NonNull<TestDevice>);
 
-impl Deref for Owned {
+impl Deref for OwnedTestDevice {
     type Target = TestDevice;
 
     fn deref(&self) -> &TestDevice {
@@ -167,14 +167,14 @@ impl Deref for Owned {
     }
 }
 
-impl Drop for Owned {
+impl Drop for OwnedTestDevice {
     fn drop(&mut self) {
         // SAFETY: The creator's reference ends here.
         unsafe { kernel::bindings::put_device(&raw mut (*self.vdev.get()).dev) };
     }
 }
 
-impl Bound {
+impl BoundTestDevice {
     /// Creates a device with small rings and binds it.
     pub(crate) fn new() -> Result<Self> {
         Self::with_entries(ENTRIES)
@@ -199,7 +199,7 @@ impl Bound {
             (*vdev).config = &OPS;
             (*vdev).dev.init_name = c"kunit".as_char_ptr();
             (*vdev).dev.release = Some(TestDevice::release);
-            let device = Owned(NonNull::from(KBox::leak(device)));
+            let device = OwnedTestDevice(NonNull::from(KBox::leak(device)));
             let binding = Binding::new(NonNull::new_unchecked(vdev))?;
             let binding = KBox::into_raw(Pin::into_inner_unchecked(binding));
             (*vdev).priv_ = binding.cast();
@@ -226,7 +226,7 @@ impl Bound {
 
     /// Resets the device, as a driver does.
     pub(crate) fn reset(&self) {
-        self.binding().take_down();
+        self.binding().reset();
     }
 
     pub(super) fn binding(&self) -> &Binding {
@@ -254,7 +254,7 @@ impl Bound {
     }
 }
 
-impl Drop for Bound {
+impl Drop for BoundTestDevice {
     fn drop(&mut self) {
         self.binding().unbind();
         // SAFETY: It came from a box, and no queue is left to call it.
@@ -264,15 +264,15 @@ impl Drop for Bound {
 
 impl TestDevice {
     /// Takes the next buffer that the driver made available on `queue`.
-    pub(crate) fn take(&self, queue: usize) -> Option<Seen> {
-        let next = self.seen[queue].get();
+    pub(crate) fn pop_descriptor_chain(&self, queue: usize) -> Option<DescriptorChain> {
+        let next = self.last_avail_idx[queue].get();
         if self.read_u16(queue, self.available() + 2) == next {
             return None;
         }
-        self.seen[queue].set(next.wrapping_add(1));
+        self.last_avail_idx[queue].set(next.wrapping_add(1));
         let at = 4 + 2 * (usize::from(next) % self.entries.get());
         let head = self.read_u16(queue, self.available() + at);
-        let mut seen = Seen {
+        let mut chain = DescriptorChain {
             head: head.into(),
             segments: KVec::new(),
         };
@@ -286,16 +286,16 @@ impl TestDevice {
                 writable: flags & DESCRIPTOR_WRITABLE != 0,
             };
             // A notification comes from where one must not sleep.
-            seen.segments.push(segment, GFP_ATOMIC).ok()?;
+            chain.segments.push(segment, GFP_ATOMIC).ok()?;
             if flags & DESCRIPTOR_NEXT == 0 {
-                return Some(seen);
+                return Some(chain);
             }
             entry = self.read_u16(queue, at + 14).into();
         }
     }
 
     /// Gives the buffer with this head back.
-    pub(crate) fn give_back(&self, queue: usize, head: u32, written: u32) {
+    pub(crate) fn add_used(&self, queue: usize, head: u32, written: u32) {
         let next = self.used[queue].get();
         let at = USED + 4 + 8 * (usize::from(next) % self.entries.get());
         self.write(queue, at, head.to_le_bytes());
@@ -324,35 +324,35 @@ impl TestDevice {
     }
 
     /// Makes the device give back at once whatever it is notified of, or no more.
-    pub(crate) fn answer_at_once(&self, prompt: bool) {
-        self.prompt.set(prompt);
+    pub(crate) fn set_use_on_notify(&self, use_on_notify: bool) {
+        self.use_on_notify.set(use_on_notify);
     }
 
     /// The queues, and the first 4 bytes, of the buffers that were answered at once since the last
     /// call of this, in their order.
-    pub(crate) fn take_answered(&self) -> Result<KVec<(usize, u32)>> {
-        let answered = self.answered.get();
+    pub(crate) fn take_used_log(&self) -> Result<KVec<(usize, u32)>> {
+        let used_log = self.used_log.get();
         let mut taken = KVec::new();
-        taken.extend_from_slice(&answered[..self.answers.replace(0)], GFP_KERNEL)?;
+        taken.extend_from_slice(&used_log[..self.used_log_len.replace(0)], GFP_KERNEL)?;
         Ok(taken)
     }
 
     /// Takes the next buffer of `queue`, gives it back, and returns its first 4 bytes.
-    pub(crate) fn answer(&self, queue: usize) -> Option<u32> {
-        let seen = self.take(queue)?;
-        let word = seen.segments.first()?.first_word();
-        self.give_back(queue, seen.head, 0);
+    pub(crate) fn use_buffer(&self, queue: usize) -> Option<u32> {
+        let chain = self.pop_descriptor_chain(queue)?;
+        let word = chain.segments.first()?.first_word();
+        self.add_used(queue, chain.head, 0);
         Some(word)
     }
 
     /// Makes notifications fail.
-    pub(super) fn deafen(&self) {
-        self.deaf.set(true);
+    pub(super) fn fail_notify(&self) {
+        self.notify_fails.set(true);
     }
 
     /// Makes the next search for queues fail.
-    pub(super) fn refuse_queues(&self) {
-        self.stubborn.set(true);
+    pub(super) fn fail_find_vqs(&self) {
+        self.find_vqs_fails.set(true);
     }
 
     pub(crate) fn notifications(&self) -> u32 {
@@ -363,14 +363,14 @@ impl TestDevice {
         self.resets.get()
     }
 
-    /// Remembers what `deaths` counts when the queues are deleted.
-    pub(super) fn watch(&self, deaths: &'static AtomicU32) {
-        self.deaths.set(Some(deaths));
+    /// Remembers what `drops` counts when the queues are deleted.
+    pub(super) fn watch_drops(&self, drops: &'static AtomicU32) {
+        self.drops.set(Some(drops));
     }
 
     /// What the watched counter was when the queues were last deleted.
-    pub(super) fn deaths_at_deletion(&self) -> Option<u32> {
-        self.deaths_at_deletion.get()
+    pub(super) fn drops_at_del_vqs(&self) -> Option<u32> {
+        self.drops_at_del_vqs.get()
     }
 
     /// Sets the little-endian number at `offset` of configuration space.
@@ -420,7 +420,7 @@ impl TestDevice {
     /// # Safety
     ///
     /// `vdev` must be that of a test device.
-    unsafe fn of<'a>(vdev: *mut bindings::virtio_device) -> &'a Self {
+    unsafe fn from_vdev<'a>(vdev: *mut bindings::virtio_device) -> &'a Self {
         // SAFETY: The device is at offset 0.
         unsafe { &*vdev.cast() }
     }
@@ -443,7 +443,7 @@ impl TestDevice {
         // SAFETY: Called by the bus with a test device and a buffer of this length.
         let (device, to) = unsafe {
             (
-                Self::of(vdev),
+                Self::from_vdev(vdev),
                 core::slice::from_raw_parts_mut(to.cast::<u8>(), length as usize),
             )
         };
@@ -465,7 +465,7 @@ impl TestDevice {
         // SAFETY: Called by the bus with a test device and a buffer of this length.
         let (device, from) = unsafe {
             (
-                Self::of(vdev),
+                Self::from_vdev(vdev),
                 core::slice::from_raw_parts(from.cast::<u8>(), length as usize),
             )
         };
@@ -481,17 +481,17 @@ impl TestDevice {
 
     extern "C" fn get_status(vdev: *mut bindings::virtio_device) -> u8 {
         // SAFETY: Called by the bus with a test device.
-        unsafe { Self::of(vdev) }.status.get()
+        unsafe { Self::from_vdev(vdev) }.status.get()
     }
 
     extern "C" fn set_status(vdev: *mut bindings::virtio_device, status: u8) {
         // SAFETY: Called by the bus with a test device.
-        unsafe { Self::of(vdev) }.status.set(status);
+        unsafe { Self::from_vdev(vdev) }.status.set(status);
     }
 
     extern "C" fn reset(vdev: *mut bindings::virtio_device) {
         // SAFETY: Called by the bus with a test device.
-        let device = unsafe { Self::of(vdev) };
+        let device = unsafe { Self::from_vdev(vdev) };
         device.status.set(0);
         device.resets.set(device.resets.get() + 1);
     }
@@ -504,8 +504,8 @@ impl TestDevice {
         _affinity: *mut bindings::irq_affinity,
     ) -> c_int {
         // SAFETY: Called by the bus with a test device.
-        let device = unsafe { Self::of(vdev) };
-        if device.stubborn.take() || count as usize > QUEUES {
+        let device = unsafe { Self::from_vdev(vdev) };
+        if device.find_vqs_fails.take() || count as usize > QUEUES {
             return ENOENT.to_errno();
         }
         for index in 0..count as usize {
@@ -513,7 +513,7 @@ impl TestDevice {
             // aligned as it must be, and free of an earlier ring.
             unsafe {
                 device.memory[index].0.get().write_bytes(0, 1);
-                device.seen[index].set(0);
+                device.last_avail_idx[index].set(0);
                 device.used[index].set(0);
                 let info = &*infos.add(index);
                 let ring = bindings::vring_new_virtqueue(
@@ -541,7 +541,7 @@ impl TestDevice {
 
     extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
         // SAFETY: Called by the bus with a test device.
-        let device = unsafe { Self::of(vdev) };
+        let device = unsafe { Self::from_vdev(vdev) };
         for ring in &device.rings {
             let ring = ring.replace(ptr::null_mut());
             if !ring.is_null() {
@@ -550,42 +550,42 @@ impl TestDevice {
             }
         }
         device
-            .deaths_at_deletion
-            .set(device.deaths.get().map(|deaths| deaths.load(Relaxed)));
+            .drops_at_del_vqs
+            .set(device.drops.get().map(|drops| drops.load(Relaxed)));
     }
 
     extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
         // SAFETY: Called by the ring with itself.
-        let (device, queue) = unsafe { (Self::of((*vq).vdev), (*vq).index as usize) };
+        let (device, queue) = unsafe { (Self::from_vdev((*vq).vdev), (*vq).index as usize) };
         device.notifications.set(device.notifications.get() + 1);
-        while device.prompt.get() {
-            let Some(word) = device.answer(queue) else {
+        while device.use_on_notify.get() {
+            let Some(word) = device.use_buffer(queue) else {
                 break;
             };
-            let mut answered = device.answered.get();
-            if let Some(slot) = answered.get_mut(device.answers.get()) {
+            let mut used_log = device.used_log.get();
+            if let Some(slot) = used_log.get_mut(device.used_log_len.get()) {
                 *slot = (queue, word);
-                device.answered.set(answered);
-                device.answers.set(device.answers.get() + 1);
+                device.used_log.set(used_log);
+                device.used_log_len.set(device.used_log_len.get() + 1);
             }
         }
-        !device.deaf.get()
+        !device.notify_fails.get()
     }
 }
 
 /// A buffer that counts its deaths, with any segments.
-pub(super) struct Mortal(KBox<Body>);
+pub(super) struct DropCountedBuffer(KBox<Body>);
 
 pub(super) struct Body {
     pub(super) number: u64,
     written: UnsafeCell<u64>,
-    shape: Shape,
-    deaths: &'static AtomicU32,
+    layout: SegmentLayout,
+    drops: &'static AtomicU32,
 }
 
-/// The segments of a [`Mortal`].
+/// The segments of a [`DropCountedBuffer`].
 #[derive(Clone, Copy)]
-pub(super) enum Shape {
+pub(super) enum SegmentLayout {
     /// So many segments that the device reads and so many that it writes.
     Segments(usize, usize),
     /// One segment without bytes.
@@ -594,17 +594,21 @@ pub(super) enum Shape {
     WrongOrder,
 }
 
-impl Mortal {
-    pub(super) fn new(number: u64, deaths: &'static AtomicU32) -> Result<Self> {
-        Self::shaped(number, Shape::Segments(1, 0), deaths)
+impl DropCountedBuffer {
+    pub(super) fn new(number: u64, drops: &'static AtomicU32) -> Result<Self> {
+        Self::with_layout(number, SegmentLayout::Segments(1, 0), drops)
     }
 
-    pub(super) fn shaped(number: u64, shape: Shape, deaths: &'static AtomicU32) -> Result<Self> {
+    pub(super) fn with_layout(
+        number: u64,
+        layout: SegmentLayout,
+        drops: &'static AtomicU32,
+    ) -> Result<Self> {
         let body = Body {
             number,
             written: UnsafeCell::new(0),
-            shape,
-            deaths,
+            layout,
+            drops,
         };
         Ok(Self(KBox::new(body, GFP_KERNEL)?))
     }
@@ -621,7 +625,7 @@ impl Mortal {
 
 impl Drop for Body {
     fn drop(&mut self) {
-        self.deaths.fetch_add(1, Relaxed);
+        self.drops.fetch_add(1, Relaxed);
     }
 }
 
@@ -630,14 +634,14 @@ unsafe impl Send for Body {}
 
 // SAFETY: The memory is that of a box, which is the token; the device reads `number` and writes
 // `written`, which nobody uses meanwhile.
-unsafe impl Buffer for Mortal {
+unsafe impl Buffer for DropCountedBuffer {
     const TOKEN_TAG_BITS: u32 = 3;
 
     fn describe(&self, segments: &mut Segments) {
         let number = NonNull::from(&self.0.number).cast();
         let written = NonNull::from(&self.0.written).cast();
-        match self.0.shape {
-            Shape::Segments(readable, writable) => {
+        match self.0.layout {
+            SegmentLayout::Segments(readable, writable) => {
                 for _ in 0..readable {
                     segments.readable(number, 8);
                 }
@@ -645,8 +649,8 @@ unsafe impl Buffer for Mortal {
                     segments.writable(written, 8);
                 }
             }
-            Shape::Empty => segments.readable(number, 0),
-            Shape::WrongOrder => {
+            SegmentLayout::Empty => segments.readable(number, 0),
+            SegmentLayout::WrongOrder => {
                 segments.writable(written, 8);
                 segments.readable(number, 8);
             }
@@ -675,9 +679,9 @@ pub(crate) fn wait_for(mut done: impl FnMut() -> bool) -> bool {
 }
 
 /// A handler that counts what it is told.
-pub(crate) struct Counter(pub(super) [AtomicU32; QUEUES]);
+pub(crate) struct CountingHandler(pub(super) [AtomicU32; QUEUES]);
 
-impl Counter {
+impl CountingHandler {
     pub(crate) fn new() -> Result<Arc<Self>> {
         Ok(Arc::new(
             Self([const { AtomicU32::new(0) }; QUEUES]),
@@ -685,12 +689,12 @@ impl Counter {
         )?)
     }
 
-    pub(super) fn told(&self, queue: usize) -> u32 {
+    pub(super) fn used_count(&self, queue: usize) -> u32 {
         self.0[queue].load(Relaxed)
     }
 }
 
-impl QueueHandler for Counter {
+impl QueueHandler for CountingHandler {
     fn used(&self, queue: u16) {
         self.0[usize::from(queue)].fetch_add(1, Relaxed);
     }

@@ -11,8 +11,8 @@
 //!
 //! A [`Virtqueue<B>`] takes each buffer by value and gives it back by value: between the two nobody
 //! can touch, free or add it again. It comes back once, in one of three ways: the device returns it
-//! ([`Virtqueue::pop`]); it could not be added ([`AddError`]); or the queue ceased to exist
-//! ([`Virtqueue::detach`], or dropped).
+//! ([`Virtqueue::get_buf`]); it could not be added ([`AddError`]); or the queue ceased to exist
+//! ([`Virtqueue::detach_unused_buf`], or dropped).
 //!
 //! # Lifetime
 //!
@@ -35,16 +35,15 @@
 //! | [`Driver::config_changed`], [`QueueHandler::used`] | hard interrupt or interrupts off, must not sleep |
 //! | methods of [`Virtqueue`] | any but NMI |
 //! | methods of [`Config`] | process, may sleep |
-//! | [`Signal::raise`], methods of [`Wakeup`] | any but NMI |
-//! | [`Signal::wait`] | process, sleeps for a limited time; within an allocation, too |
+//! | [`WaitQueue::wake_up_all`], methods of [`Wakeup`] | any but NMI |
+//! | [`WaitQueue::wait_timeout`] | process, sleeps for a limited time; within an allocation, too |
 //!
-//! Who needs to wait for a device does so with a limit ([`Signal`]): it may be silent or gone. A
+//! Who needs to wait for a device does so with a limit ([`WaitQueue`]): it may be silent or gone. A
 //! [`Virtqueue`] says when it is [broken](Virtqueue::is_broken), which comes without an interrupt.
 //!
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
 
-mod accompanied;
 mod binding;
 mod buffer;
 pub(crate) mod compat;
@@ -52,9 +51,10 @@ mod config;
 pub mod debugfs;
 mod device;
 mod driver;
+mod outgoing_with_context;
 mod queue_state;
-mod signal;
 mod virtqueue;
+mod wait_queue;
 mod wakeup;
 pub mod work;
 
@@ -64,12 +64,12 @@ mod kunit;
 pub(crate) mod kunit_device;
 
 pub use self::{
-    accompanied::Accompanied,
     buffer::{Buffer, Either, Incoming, Outgoing, Segments},
     config::{Config, ConfigValue, Field},
     device::{Device, Negotiation},
     driver::{Adapter, DeviceId, Driver, IdTable},
-    signal::Signal,
+    outgoing_with_context::OutgoingWithContext,
     virtqueue::{AddError, AddFailure, AnyQueue, Kick, QueueHandler, Virtqueue},
+    wait_queue::WaitQueue,
     wakeup::Wakeup,
 };

@@ -11,7 +11,7 @@ use kernel::{prelude::*, static_lock_class, sync::Arc};
 #[derive(Clone, Copy)]
 pub(super) struct Ring {
     vq: NonNull<bindings::virtqueue>,
-    indirect: bool,
+    has_indirect_desc: bool,
 }
 
 // SAFETY: A `struct virtqueue` may be used from any thread, by one at a time.
@@ -25,13 +25,16 @@ impl Ring {
     /// `vq` must be a valid queue of a valid device.
     pub(super) unsafe fn new(vq: NonNull<bindings::virtqueue>) -> Self {
         // SAFETY: By the requirement of this function.
-        let indirect = unsafe {
+        let has_indirect_desc = unsafe {
             bindings::vbrs_virtio_has_feature(
                 (*vq.as_ptr()).vdev,
                 bindings::VIRTIO_RING_F_INDIRECT_DESC,
             )
         };
-        Self { vq, indirect }
+        Self {
+            vq,
+            has_indirect_desc,
+        }
     }
 
     pub(super) fn as_non_null(self) -> NonNull<bindings::virtqueue> {
@@ -43,8 +46,8 @@ impl Ring {
     }
 
     /// Says whether buffers of several segments may take a single entry.
-    pub(super) fn indirect(self) -> bool {
-        self.indirect
+    pub(super) fn has_indirect_desc(self) -> bool {
+        self.has_indirect_desc
     }
 }
 
@@ -63,16 +66,16 @@ pub(super) enum Phase {
     /// The ring works.
     Live(Ring),
     /// The ring exists, but is not used any more: the device is being reset.
-    Stopped(Ring),
+    Quiesced(Ring),
 }
 
 /// What the lock of a queue guards: the ring, too.
 pub(super) struct State {
     pub(super) phase: Phase,
     /// Buffers were added since the device was last told.
-    pub(super) untold: bool,
+    pub(super) pending_kick: bool,
     /// What came back without the device's doing. Has room for all that a ring can hold.
-    returned: KVec<Token>,
+    detached: KVec<Token>,
 }
 
 impl State {
@@ -91,7 +94,7 @@ impl State {
 #[pin_data(PinnedDrop)]
 pub struct QueueState {
     name: &'static CStr,
-    callback: bool,
+    has_callback: bool,
     drop_token: unsafe fn(NonNull<c_void>),
     #[pin]
     state: SpinLockIrq<State>,
@@ -106,17 +109,17 @@ impl QueueState {
     /// [`ENOMEM`].
     pub(super) fn new(
         name: &'static CStr,
-        callback: bool,
+        has_callback: bool,
         drop_token: unsafe fn(NonNull<c_void>),
     ) -> Result<Arc<Self>> {
         let state = State {
             phase: Phase::Idle,
-            untold: false,
-            returned: KVec::new(),
+            pending_kick: false,
+            detached: KVec::new(),
         };
         let queue = pin_init!(Self {
             name,
-            callback,
+            has_callback,
             drop_token,
             state <- SpinLockIrq::new(state, c"virtio::Virtqueue", static_lock_class!()),
         });
@@ -127,8 +130,8 @@ impl QueueState {
         self.name
     }
 
-    pub(super) fn callback(&self) -> bool {
-        self.callback
+    pub(super) fn has_callback(&self) -> bool {
+        self.has_callback
     }
 
     pub(super) fn state(&self) -> &SpinLockIrq<State> {
@@ -159,14 +162,14 @@ impl QueueState {
     ///
     /// The caller must have [claimed](Self::claim) the queue. The ring must be valid and used by
     /// nobody else until the caller calls [`release`](Self::release).
-    pub(super) unsafe fn go_live(&self, ring: Ring) -> Result {
+    pub(super) unsafe fn attach_ring(&self, ring: Ring) -> Result {
         // SAFETY: The ring is valid.
         let size = unsafe { bindings::virtqueue_get_vring_size(ring.as_ptr()) } as usize;
         let mut room = KVec::with_capacity(size, GFP_KERNEL)?;
         let mut state = self.state.lock();
         state.phase = Phase::Live(ring);
-        state.untold = false;
-        core::mem::swap(&mut state.returned, &mut room);
+        state.pending_kick = false;
+        core::mem::swap(&mut state.detached, &mut room);
         drop(state);
         self.drop_tokens(room);
         Ok(())
@@ -174,10 +177,10 @@ impl QueueState {
 
     /// Makes every operation refuse the ring. Notifications that have begun go on until the next
     /// RCU grace period.
-    pub(super) fn stop(&self) {
+    pub(super) fn quiesce(&self) {
         let mut state = self.state.lock();
         if let Phase::Live(ring) = state.phase {
-            state.phase = Phase::Stopped(ring);
+            state.phase = Phase::Quiesced(ring);
         }
     }
 
@@ -186,10 +189,10 @@ impl QueueState {
     ///
     /// # Safety
     ///
-    /// The queue must be [stopped](Self::stop) and its device reset.
-    pub(super) unsafe fn collect(&self) {
+    /// The queue must be [stopped](Self::quiesce) and its device reset.
+    pub(super) unsafe fn detach_all_unused(&self) {
         let mut state = self.state.lock();
-        let Phase::Stopped(ring) = state.phase else {
+        let Phase::Quiesced(ring) = state.phase else {
             return;
         };
         loop {
@@ -198,13 +201,13 @@ impl QueueState {
             let Some(token) = NonNull::new(token) else {
                 break;
             };
-            // A buffer takes at least one entry of the ring, and `go_live` made room for all
+            // A buffer takes at least one entry of the ring, and `attach_ring` made room for all
             // entries. Were it not so, to leak the buffer would be the lesser evil.
-            let _ = state.returned.push_within_capacity(Token(token));
+            let _ = state.detached.push_within_capacity(Token(token));
         }
     }
 
-    /// Ends the claim. What was in flight can be [taken](Self::take_returned).
+    /// Ends the claim. What was in flight can be [taken](Self::take_detached).
     ///
     /// # Safety
     ///
@@ -214,17 +217,17 @@ impl QueueState {
     }
 
     /// Takes one of the buffers that came back when the ring went.
-    pub(super) fn take_returned(&self) -> Option<Token> {
+    pub(super) fn take_detached(&self) -> Option<Token> {
         let mut state = self.state.lock();
         match state.phase {
-            Phase::Idle => state.returned.pop(),
+            Phase::Idle => state.detached.pop(),
             _ => None,
         }
     }
 
     /// Drops the buffers that came back when the ring went.
-    pub(super) fn drop_returned(&self) {
-        while let Some(Token(token)) = self.take_returned() {
+    pub(super) fn drop_detached(&self) {
+        while let Some(Token(token)) = self.take_detached() {
             // SAFETY: The queue owned the buffer of this token, and no more.
             unsafe { (self.drop_token)(token) };
         }
@@ -242,6 +245,6 @@ impl QueueState {
 impl PinnedDrop for QueueState {
     fn drop(self: Pin<&mut Self>) {
         // A binding holds a reference while there is a ring, so there is none now.
-        self.drop_returned();
+        self.drop_detached();
     }
 }

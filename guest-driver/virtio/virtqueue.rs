@@ -55,9 +55,9 @@ impl<B: Buffer> Virtqueue<B> {
         Self::create(name, false)
     }
 
-    fn create(name: &'static CStr, callback: bool) -> Result<Self> {
+    fn create(name: &'static CStr, has_callback: bool) -> Result<Self> {
         Ok(Self {
-            queue: QueueState::new(name, callback, Self::drop_token)?,
+            queue: QueueState::new(name, has_callback, Self::drop_token)?,
             buffers: PhantomData,
         })
     }
@@ -77,7 +77,7 @@ impl<B: Buffer> Virtqueue<B> {
     /// Returns the buffer, and why it was not taken. A full ring is tested for without a
     /// notification of the device.
     pub fn add(&self, buffer: B) -> Result<(), AddError<B>> {
-        let mut segments = Segments::of(&buffer);
+        let mut segments = Segments::from_buffer(&buffer);
         let mut state = self.queue.state().lock();
         let failure = match state.live() {
             None => AddFailure::Gone,
@@ -89,7 +89,7 @@ impl<B: Buffer> Virtqueue<B> {
                     // token is new.
                     let result = unsafe { segments.add_to(ring.as_non_null(), token) };
                     if result == 0 {
-                        state.untold = true;
+                        state.pending_kick = true;
                         return Ok(());
                     }
                     drop(state);
@@ -117,7 +117,11 @@ impl<B: Buffer> Virtqueue<B> {
                 bindings::virtqueue_is_broken(ring.as_ptr()),
             )
         };
-        let needed = if ring.indirect() { 1 } else { segments.count() };
+        let needed = if ring.has_indirect_desc() {
+            1
+        } else {
+            segments.count()
+        };
         if broken {
             Err(AddFailure::Broken)
         } else if needed > size {
@@ -142,14 +146,14 @@ impl<B: Buffer> Virtqueue<B> {
         let Some(ring) = state.live() else {
             return Kick::Failed;
         };
-        if !core::mem::take(&mut state.untold) {
-            return Kick::NotWanted;
+        if !core::mem::take(&mut state.pending_kick) {
+            return Kick::NotNeeded;
         }
         // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
         let wanted = unsafe { bindings::virtqueue_kick_prepare(ring.as_ptr()) };
         drop(state);
         if !wanted {
-            return Kick::NotWanted;
+            return Kick::NotNeeded;
         }
         // SAFETY: The ring is valid until the read-side section ends; to notify needs no lock.
         if unsafe { bindings::virtqueue_notify(ring.as_ptr()) } {
@@ -161,7 +165,7 @@ impl<B: Buffer> Virtqueue<B> {
 
     /// Takes back a buffer that the device has used, and how many bytes it says to have written:
     /// never more than it was allowed to write.
-    pub fn pop(&self) -> Option<(B, u32)> {
+    pub fn get_buf(&self) -> Option<(B, u32)> {
         let mut written = 0;
         let state = self.queue.state().lock();
         let ring = state.live()?;
@@ -171,15 +175,15 @@ impl<B: Buffer> Virtqueue<B> {
         // SAFETY: Only `add` puts tokens into the ring, those of a `B`, and the ring gives each out
         // once.
         let buffer = unsafe { B::from_token(NonNull::new(token)?) };
-        let written = written.min(Segments::of(&buffer).writable_bytes());
+        let written = written.min(Segments::from_buffer(&buffer).writable_bytes());
         Some((buffer, written))
     }
 
     /// Takes back a buffer that was in flight when the ring ceased to exist.
     ///
     /// The buffers that nobody takes are dropped when the device is unbound or gets a new ring.
-    pub fn detach(&self) -> Option<B> {
-        let Token(token) = self.queue.take_returned()?;
+    pub fn detach_unused_buf(&self) -> Option<B> {
+        let Token(token) = self.queue.take_detached()?;
         // SAFETY: Only `add` makes tokens, those of a `B`; this one is out of the ring and was
         // taken once.
         Some(unsafe { B::from_token(token) })
@@ -258,7 +262,7 @@ pub enum Kick {
     /// The device was notified.
     Sent,
     /// The device did not want to be notified: it looks at the ring by itself.
-    NotWanted,
+    NotNeeded,
     /// The queue is broken, or has no ring.
     Failed,
 }

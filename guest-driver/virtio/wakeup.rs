@@ -14,9 +14,9 @@ use crate::bindings as helpers;
 
 /// Keeps the system from falling asleep while events of a device are being dealt with.
 ///
-/// An event that comes by an interrupt is [begun](Self::begin) there and [taken up](Self::take_up)
+/// An event that comes by an interrupt is [begun](Self::stay_awake) there and [taken up](Self::clear_event)
 /// by the work that it starts; when no begun event is left and the work has nothing more to do, it
-/// lets the system [rest](Self::rest). Has an effect only where user space has enabled the device's
+/// lets the system [rest](Self::relax). Has an effect only where user space has enabled the device's
 /// `power/wakeup`, and does nothing in kernels that cannot sleep.
 ///
 /// While this lives, the device is marked as capable of wakeup. All methods may be called in any
@@ -31,7 +31,7 @@ pub struct Wakeup {
 #[derive(Default)]
 struct State {
     /// One bit for each event that was begun and not taken up.
-    begun: u32,
+    pending: u32,
     /// The system is kept awake.
     awake: bool,
 }
@@ -55,9 +55,9 @@ impl Wakeup {
     }
 
     /// Event number `event` (0 to 31) has come: stay awake.
-    pub fn begin(&self, event: u32) {
+    pub fn stay_awake(&self, event: u32) {
         let mut state = self.state.lock();
-        state.begun |= 1 << event;
+        state.pending |= 1 << event;
         if !state.awake {
             state.awake = true;
             // SAFETY: As in `new`; may be called with a spin lock held.
@@ -66,16 +66,16 @@ impl Wakeup {
     }
 
     /// Event number `event` is being dealt with: if it comes again, it is another one.
-    pub fn take_up(&self, event: u32) {
-        self.state.lock().begun &= !(1 << event);
+    pub fn clear_event(&self, event: u32) {
+        self.state.lock().pending &= !(1 << event);
     }
 
     /// The caller has nothing more to do: sleep is allowed, unless an event was begun meanwhile.
-    pub fn rest(&self) {
+    pub fn relax(&self) {
         let mut state = self.state.lock();
-        if state.awake && state.begun == 0 {
+        if state.awake && state.pending == 0 {
             state.awake = false;
-            // SAFETY: As in `begin`.
+            // SAFETY: As in `stay_awake`.
             unsafe { helpers::vbrs_relax(self.device()) };
         }
     }
@@ -84,8 +84,8 @@ impl Wakeup {
 #[pinned_drop]
 impl PinnedDrop for Wakeup {
     fn drop(self: Pin<&mut Self>) {
-        self.state.lock().begun = 0;
-        self.rest();
+        self.state.lock().pending = 0;
+        self.relax();
         // SAFETY: As in `new`.
         unsafe { helpers::vbrs_set_wakeup_capable(self.device(), false) };
     }

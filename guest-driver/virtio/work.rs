@@ -6,7 +6,7 @@
 //! `kernel::workqueue` can start it, but a driver that goes needs three more things, and here they
 //! hold however the driver is written:
 //!
-//! - **A work queue outlives its tasks.** A [`Task`] is made for one [`WorkQueue`], keeps it, and
+//! - **A work queue outlives its tasks.** A [`DelayedWork`] is made for one [`WorkQueue`], keeps it, and
 //!   is enqueued there and nowhere else. So no timer of delayed work finds its queue destroyed,
 //!   also if the driver forgets to [end](disable) the task.
 //! - **The module outlives its work queues.** [`ModuleExit`] waits for the last of them, hence for all
@@ -38,7 +38,7 @@ static ORPHANS: Atomic<*mut Inner> = Atomic::new(ptr::null_mut());
 /// A work queue of its own, for work that may take long; frozen while the system sleeps.
 ///
 /// Its work runs on any CPU and does not hold up other work. Clones are the same queue. The last
-/// one to be dropped, those of its [`Task`]s included, waits for work that is still running; it may
+/// one to be dropped, those of its [`DelayedWork`]s included, waits for work that is still running; it may
 /// be dropped wherever one may sleep, also by the queue's own work.
 #[derive(Clone)]
 pub struct WorkQueue(Arc<Inner>);
@@ -76,7 +76,7 @@ impl WorkQueue {
     }
 
     /// Drops this in a task of the queue. Does not wait.
-    fn leave(self) {
+    fn drop_from_work(self) {
         let Some(last) = Arc::into_unique_or_drop(self.0) else {
             return;
         };
@@ -98,7 +98,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // SAFETY: By the invariant the queue exists. Nobody can reach it any more: each task that
         // is queued, delayed or running has a reference. This is none of its own tasks: each gives
-        // its reference up by `leave`.
+        // its reference up by `drop_from_work`.
         unsafe { bindings::destroy_workqueue(self.raw.as_ptr()) };
         QUEUES.fetch_sub(1, Release);
     }
@@ -108,7 +108,7 @@ impl Drop for Inner {
 fn destroy_orphans() {
     let mut next = ORPHANS.xchg(ptr::null_mut(), Acquire);
     while !next.is_null() {
-        // SAFETY: `leave` leaked the reference, and the exchange made the list ours.
+        // SAFETY: `drop_from_work` leaked the reference, and the exchange made the list ours.
         let inner = unsafe { Arc::from_raw(next.cast_const()) };
         next = inner.next.load(Relaxed);
     }
@@ -150,11 +150,11 @@ impl Drop for ModuleExit {
     }
 }
 
-/// A work item of a `T`, to be a field of it: see [`impl_has_task!`](crate::impl_has_task).
+/// A work item of a `T`, to be a field of it: see [`impl_has_delayed_work!`](crate::impl_has_delayed_work).
 ///
 /// While it is queued, waits for its delay or runs, it has a reference to its `T`.
 #[pin_data]
-pub struct Task<T, const ID: u64 = 0> {
+pub struct DelayedWork<T, const ID: u64 = 0> {
     queue: WorkQueue,
     #[pin]
     work: Opaque<bindings::delayed_work>,
@@ -162,64 +162,64 @@ pub struct Task<T, const ID: u64 = 0> {
 }
 
 // SAFETY: Work items are usable from any thread.
-unsafe impl<T, const ID: u64> Send for Task<T, ID> {}
+unsafe impl<T, const ID: u64> Send for DelayedWork<T, ID> {}
 
 // SAFETY: As above.
-unsafe impl<T, const ID: u64> Sync for Task<T, ID> {}
+unsafe impl<T, const ID: u64> Sync for DelayedWork<T, ID> {}
 
-/// Does the work of the [`Task`] with the number `ID`.
-pub trait Run<const ID: u64 = 0>: HasTask<ID> + Send + Sync + 'static {
+/// Does the work of the [`DelayedWork`] with the number `ID`.
+pub trait WorkItem<const ID: u64 = 0>: HasDelayedWork<ID> + Send + Sync + 'static {
     /// Does the work. Process context, may sleep. One call at a time.
     fn run(this: Arc<Self>);
 }
 
-/// A type with a field that is the [`Task`] with the number `ID`.
+/// A type with a field that is the [`DelayedWork`] with the number `ID`.
 ///
 /// # Safety
 ///
 /// Both functions must be true inverses of each other, between a valid `Self` and the field.
-pub unsafe trait HasTask<const ID: u64 = 0>: Sized {
+pub unsafe trait HasDelayedWork<const ID: u64 = 0>: Sized {
     /// The field in `this`.
     ///
     /// # Safety
     ///
     /// `this` must point to a valid `Self`.
-    unsafe fn task(this: *const Self) -> *const Task<Self, ID>;
+    unsafe fn raw_get_work(this: *const Self) -> *const DelayedWork<Self, ID>;
 
-    /// What the field `task` is in.
+    /// What the field `dwork` is in.
     ///
     /// # Safety
     ///
-    /// `task` must point to the field of a valid `Self`.
-    unsafe fn owner(task: *const Task<Self, ID>) -> *const Self;
+    /// `dwork` must point to the field of a valid `Self`.
+    unsafe fn work_container_of(dwork: *const DelayedWork<Self, ID>) -> *const Self;
 }
 
-/// Says which fields of a type are its [`Task`](crate::virtio::work::Task)s.
+/// Says which fields of a type are its [`DelayedWork`](crate::virtio::work::DelayedWork)s.
 #[macro_export]
-macro_rules! impl_has_task {
-    ($(impl HasTask<$id:literal> for $self:ty { self.$field:ident })*) => {$(
+macro_rules! impl_has_delayed_work {
+    ($(impl HasDelayedWork<$id:literal> for $self:ty { self.$field:ident })*) => {$(
         #[allow(unsafe_code)]
         // SAFETY: Compiles only if the field has the right type.
-        unsafe impl $crate::virtio::work::HasTask<$id> for $self {
-            unsafe fn task(this: *const Self) -> *const $crate::virtio::work::Task<Self, $id> {
+        unsafe impl $crate::virtio::work::HasDelayedWork<$id> for $self {
+            unsafe fn raw_get_work(this: *const Self) -> *const $crate::virtio::work::DelayedWork<Self, $id> {
                 // SAFETY: By the requirement of this function.
                 unsafe { &raw const (*this).$field }
             }
 
-            unsafe fn owner(task: *const $crate::virtio::work::Task<Self, $id>) -> *const Self {
+            unsafe fn work_container_of(dwork: *const $crate::virtio::work::DelayedWork<Self, $id>) -> *const Self {
                 // SAFETY: By the requirement of this function.
-                unsafe { ::kernel::container_of!(task, Self, $field) }
+                unsafe { ::kernel::container_of!(dwork, Self, $field) }
             }
         }
     )*};
 }
-pub use crate::impl_has_task;
+pub use crate::impl_has_delayed_work;
 
-/// Makes an initialiser of a [`Task`](crate::virtio::work::Task) with this name, for this queue.
+/// Makes an initialiser of a [`DelayedWork`](crate::virtio::work::DelayedWork) with this name, for this queue.
 #[macro_export]
-macro_rules! new_task {
+macro_rules! new_delayed_work {
     ($queue:expr, $name:literal) => {
-        $crate::virtio::work::Task::new(
+        $crate::virtio::work::DelayedWork::new(
             $queue,
             ::kernel::c_str!($name),
             ::kernel::static_lock_class!(),
@@ -228,10 +228,10 @@ macro_rules! new_task {
         )
     };
 }
-pub use crate::new_task;
+pub use crate::new_delayed_work;
 
-impl<T: Run<ID>, const ID: u64> Task<T, ID> {
-    /// See [`new_task!`](crate::new_task).
+impl<T: WorkItem<ID>, const ID: u64> DelayedWork<T, ID> {
+    /// See [`new_delayed_work!`](crate::new_delayed_work).
     pub fn new(
         queue: WorkQueue,
         name: &'static CStr,
@@ -274,12 +274,15 @@ impl<T: Run<ID>, const ID: u64> Task<T, ID> {
         // field of a `T`; `enqueue_delayed` leaked a reference to that.
         let (item, queue) = unsafe {
             let work = container_of!(work, bindings::delayed_work, work);
-            let task: *const Self = container_of!(Opaque::cast_from(work), Self, work);
-            (Arc::from_raw(T::owner(task)), (*task).queue.clone())
+            let dwork: *const Self = container_of!(Opaque::cast_from(work), Self, work);
+            (
+                Arc::from_raw(T::work_container_of(dwork)),
+                (*dwork).queue.clone(),
+            )
         };
         T::run(item);
         // Whatever of the queue was dropped in there, this is the last of it in this context.
-        queue.leave();
+        queue.drop_from_work();
     }
 }
 
@@ -287,21 +290,21 @@ impl<T: Run<ID>, const ID: u64> Task<T, ID> {
 /// it was enqueued.
 ///
 /// Any context but NMI.
-pub fn enqueue<T: Run<ID>, const ID: u64>(item: &Arc<T>) -> bool {
+pub fn enqueue<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>) -> bool {
     enqueue_delayed(item, 0)
 }
 
 /// As [`enqueue`], after a delay.
-pub fn enqueue_delayed<T: Run<ID>, const ID: u64>(item: &Arc<T>, delay: Jiffies) -> bool {
+pub fn enqueue_delayed<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>, delay: Jiffies) -> bool {
     let owner = Arc::into_raw(item.clone());
     // SAFETY: The task is valid, and so is its queue, for as long as the reference that was leaked
     // just now is not taken back: by `callback`, `disable`, or below.
     let enqueued = unsafe {
-        let task = T::task(owner);
+        let dwork = T::raw_get_work(owner);
         bindings::queue_delayed_work_on(
             bindings::wq_misc_consts_WORK_CPU_UNBOUND as c_int,
-            (*task).queue.0.raw.as_ptr(),
-            (*task).work.get(),
+            (*dwork).queue.0.raw.as_ptr(),
+            (*dwork).work.get(),
             delay,
         )
     };
@@ -316,10 +319,11 @@ pub fn enqueue_delayed<T: Run<ID>, const ID: u64>(item: &Arc<T>, delay: Jiffies)
 /// to enqueue it fail.
 ///
 /// May sleep. Must not be called from the task itself, nor under a lock that it takes.
-pub fn disable<T: Run<ID>, const ID: u64>(item: &Arc<T>) {
+pub fn disable<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>) {
     let owner = Arc::as_ptr(item);
     // SAFETY: `owner` is a valid `T`, hence its task, which was initialised with it.
-    let was_queued = unsafe { bindings::disable_delayed_work_sync((*T::task(owner)).work.get()) };
+    let was_queued =
+        unsafe { bindings::disable_delayed_work_sync((*T::raw_get_work(owner)).work.get()) };
     if was_queued {
         // SAFETY: Enqueueing leaked one reference for `callback` to take back, which will not be
         // called.
@@ -330,7 +334,7 @@ pub fn disable<T: Run<ID>, const ID: u64>(item: &Arc<T>) {
 /// Lets others run, if the processor is wanted: for work that goes on for long.
 ///
 /// May sleep.
-pub fn give_way() {
+pub fn cond_resched() {
     // SAFETY: May be called in any context that may sleep.
     unsafe { helpers::vbrs_cond_resched() };
 }
@@ -347,7 +351,7 @@ mod tests {
         runs: Atomic<i32>,
         dropped: AtomicFlag,
         /// The task enqueues itself each time.
-        restless: bool,
+        enqueues_itself: bool,
     }
 
     /// Something with a task.
@@ -356,24 +360,24 @@ mod tests {
         record: Arc<Record>,
         /// Dropped by the task, after the reference to its `Worker`.
         #[pin]
-        luggage: Mutex<Option<WorkQueue>>,
+        extra_queue: Mutex<Option<WorkQueue>>,
         #[pin]
-        task: Task<Self>,
+        work: DelayedWork<Self>,
     }
 
-    impl_has_task! {
-        impl HasTask<0> for Worker { self.task }
+    impl_has_delayed_work! {
+        impl HasDelayedWork<0> for Worker { self.work }
     }
 
-    impl Run for Worker {
+    impl WorkItem for Worker {
         fn run(this: Arc<Self>) {
             this.record.runs.add(1, Relaxed);
-            if this.record.restless {
+            if this.record.enqueues_itself {
                 enqueue(&this);
             }
-            let luggage = this.luggage.lock().take();
+            let extra_queue = this.extra_queue.lock().take();
             drop(this);
-            drop(luggage);
+            drop(extra_queue);
         }
     }
 
@@ -384,18 +388,18 @@ mod tests {
         }
     }
 
-    fn worker(queue: WorkQueue, restless: bool) -> Result<(Arc<Worker>, Arc<Record>)> {
+    fn worker(queue: WorkQueue, enqueues_itself: bool) -> Result<(Arc<Worker>, Arc<Record>)> {
         let record = Record {
             runs: Atomic::new(0),
             dropped: AtomicFlag::new(false),
-            restless,
+            enqueues_itself,
         };
         let record = Arc::new(record, GFP_KERNEL)?;
         let seen = record.clone();
         let worker = pin_init!(Worker {
             record: seen,
-            luggage <- new_mutex!(None, "Worker::luggage"),
-            task <- new_task!(queue, "Worker::task"),
+            extra_queue <- new_mutex!(None, "Worker::extra_queue"),
+            work <- new_delayed_work!(queue, "Worker::work"),
         });
         Ok((Arc::pin_init(worker, GFP_KERNEL)?, record))
     }
@@ -406,14 +410,14 @@ mod tests {
     }
 
     #[test]
-    fn a_task_that_nobody_ended_has_its_queue_and_is_the_last_to_drop_it() -> Result {
+    fn work_that_is_not_disabled_keeps_its_queue_and_drops_it_last() -> Result {
         for delay in [0, 5] {
             for with_luggage in [false, true] {
                 let before = QUEUES.load(Relaxed);
                 let queue = WorkQueue::new(c"kunit")?;
                 let (worker, record) = worker(queue.clone(), false)?;
                 if with_luggage {
-                    *worker.luggage.lock() = Some(queue.clone());
+                    *worker.extra_queue.lock() = Some(queue.clone());
                 }
                 assert!(enqueue_delayed(&worker, delay));
                 drop((worker, queue));
@@ -430,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ended_task_does_not_run_and_has_no_reference() -> Result {
+    fn disabled_work_does_not_run_and_has_no_reference() -> Result {
         let queue = WorkQueue::new(c"kunit")?;
         let (worker, record) = worker(queue, false)?;
         assert!(enqueue_delayed(&worker, Jiffies::MAX / 4));
@@ -449,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_that_enqueues_itself_ends() -> Result {
+    fn work_that_enqueues_itself_can_be_disabled() -> Result {
         let queue = WorkQueue::new(c"kunit")?;
         let (worker, record) = worker(queue, true)?;
         assert!(enqueue(&worker));

@@ -9,7 +9,7 @@
 //!
 //! A device issues ids of the range for hinting only: [`HintId`]. A driver must be more liberal, since
 //! the specification tells it to answer every id from 2 on, and there are devices that count from 2
-//! (Firecracker's): [`RoundId`].
+//! (Firecracker's): [`HintRoundId`].
 
 /// The id of one round of hinting: `0x8000_0000 ..= u32::MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,16 +51,16 @@ impl HintId {
 
 /// The id of a round as a driver takes it: `2 ..= u32::MAX`, everything but STOP and DONE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RoundId(u32);
+pub struct HintRoundId(u32);
 
-impl RoundId {
+impl HintRoundId {
     /// The number, as config space and queue show it.
     pub const fn number(self) -> u32 {
         self.0
     }
 }
 
-impl From<HintId> for RoundId {
+impl From<HintId> for HintRoundId {
     fn from(id: HintId) -> Self {
         Self(id.number())
     }
@@ -93,10 +93,10 @@ impl CommandId {
     }
 
     /// The round that the id asks a driver for; `None` for STOP and DONE.
-    pub const fn round(self) -> Option<RoundId> {
+    pub const fn hint_round(self) -> Option<HintRoundId> {
         match self.number() {
             0 | 1 => None,
-            number => Some(RoundId(number)),
+            number => Some(HintRoundId(number)),
         }
     }
 
@@ -142,11 +142,15 @@ mod tests {
 
     #[test]
     fn a_driver_takes_every_id_from_2_on_as_a_round() {
-        let round = |number| CommandId::from_number(number).round().map(RoundId::number);
-        assert_eq!(round(0), None);
-        assert_eq!(round(1), None);
-        assert_eq!(round(2), Some(2));
-        assert_eq!(round(u32::MAX), Some(u32::MAX));
+        let hint_round = |number| {
+            CommandId::from_number(number)
+                .hint_round()
+                .map(HintRoundId::number)
+        };
+        assert_eq!(hint_round(0), None);
+        assert_eq!(hint_round(1), None);
+        assert_eq!(hint_round(2), Some(2));
+        assert_eq!(hint_round(u32::MAX), Some(u32::MAX));
     }
 
     proptest! {

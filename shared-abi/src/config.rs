@@ -57,7 +57,7 @@ pub const fn size_for(features: Features) -> usize {
 
 /// The values of config space, in the machine's own byte order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Config {
+pub struct ConfigSpace {
     /// How many 4 KiB pages the device wants in the balloon.
     pub num_pages: u32,
     /// How many 4 KiB pages are in the balloon, as the driver says.
@@ -68,7 +68,7 @@ pub struct Config {
     pub poison_val: u32,
 }
 
-impl Config {
+impl ConfigSpace {
     /// The values as they stand in config space.
     ///
     /// A device shows only the first [`size_for`] bytes of them.
@@ -119,7 +119,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const SEVERAL: Config = Config {
+    const SEVERAL: ConfigSpace = ConfigSpace {
         num_pages: 0x0403_0201,
         actual: 0x0807_0605,
         free_page_hint_cmd_id: 0x8c0b_0a09,
@@ -133,7 +133,7 @@ mod tests {
         assert_eq!(bytes[ACTUAL..][..4], [5, 6, 7, 8]);
         assert_eq!(bytes[FREE_PAGE_HINT_CMD_ID..][..4], [9, 10, 11, 0x8c]);
         assert_eq!(bytes[POISON_VAL..][..4], [13, 14, 15, 16]);
-        assert_eq!(Config::from_bytes(bytes), SEVERAL);
+        assert_eq!(ConfigSpace::from_bytes(bytes), SEVERAL);
     }
 
     #[test]
@@ -146,11 +146,11 @@ mod tests {
 
     #[test]
     fn a_write_of_the_whole_space_changes_only_what_is_the_drivers() {
-        let after = Config::default().with_driver_write(0, &SEVERAL.to_bytes());
-        let expected = Config {
+        let after = ConfigSpace::default().with_driver_write(0, &SEVERAL.to_bytes());
+        let expected = ConfigSpace {
             actual: SEVERAL.actual,
             poison_val: SEVERAL.poison_val,
-            ..Config::default()
+            ..ConfigSpace::default()
         };
         assert_eq!(after, expected);
     }

@@ -87,7 +87,7 @@ impl Features {
     }
 
     /// The one-bit set that bears `name`.
-    pub fn by_name(name: &str) -> Option<Self> {
+    pub fn from_name(name: &str) -> Option<Self> {
         Self::NAMES
             .iter()
             .find(|(_, known)| *known == name)
@@ -148,11 +148,11 @@ mod tests {
     #[test]
     fn names_round_trip_and_bits_are_those_of_the_specification() {
         for (n, (feature, name)) in Features::NAMES.iter().enumerate() {
-            assert_eq!(Features::by_name(name), Some(*feature));
+            assert_eq!(Features::from_name(name), Some(*feature));
             let expected = if n == 6 { 63 } else { n as u32 };
             assert_eq!(feature.bit_number(), expected, "{name}");
         }
-        assert_eq!(Features::by_name("no-such-feature"), None);
+        assert_eq!(Features::from_name("no-such-feature"), None);
         let two = Features::STATS_VQ | Features::PAGE_POISON;
         assert_eq!(two.to_string(), "stats,page-poison");
         assert!(two.contains(Features::STATS_VQ));

@@ -7,7 +7,7 @@
 /// The shift between an address and a balloon page number.
 pub const PFN_SHIFT: u32 = 12;
 /// Bytes of a balloon page.
-pub const PAGE_SIZE: u64 = 1 << PFN_SHIFT;
+pub const BALLOON_PAGE_SIZE: u64 = 1 << PFN_SHIFT;
 
 /// A balloon page number: a guest physical address in units of 4 KiB, as it travels in the
 /// inflate and deflate queues.
@@ -22,7 +22,7 @@ impl Pfn {
 
     /// The page that `address` lies in, or `None` if its number does not fit in 32 bits
     /// (an address of 16 TiB or more).
-    pub const fn containing(address: u64) -> Option<Self> {
+    pub const fn from_address(address: u64) -> Option<Self> {
         let number = address >> PFN_SHIFT;
         if number > u32::MAX as u64 {
             None
@@ -56,7 +56,7 @@ impl Pfn {
 ///
 /// 1 for a guest with 4 KiB pages, 16 for 64 KiB. `None` for a guest page smaller than a balloon
 /// page, or one whose count does not fit.
-pub const fn balloon_pages_per(guest_page_shift: u32) -> Option<u32> {
+pub const fn balloon_pages_per_guest_page(guest_page_shift: u32) -> Option<u32> {
     match guest_page_shift.checked_sub(PFN_SHIFT) {
         Some(shift) => 1u32.checked_shl(shift),
         None => None,
@@ -66,9 +66,9 @@ pub const fn balloon_pages_per(guest_page_shift: u32) -> Option<u32> {
 /// `pages` rounded up to whole guest pages of `1 << guest_page_shift` bytes, in balloon pages.
 ///
 /// A driver whose pages are larger than the interface's steers towards this, lest it inflates and
-/// deflates the same page for ever. `None` where [`balloon_pages_per`] is, or on overflow.
+/// deflates the same page for ever. `None` where [`balloon_pages_per_guest_page`] is, or on overflow.
 pub const fn round_up_to_guest_pages(pages: u32, guest_page_shift: u32) -> Option<u32> {
-    match balloon_pages_per(guest_page_shift) {
+    match balloon_pages_per_guest_page(guest_page_shift) {
         Some(unit) => pages.checked_next_multiple_of(unit),
         None => None,
     }
@@ -80,8 +80,8 @@ mod tests {
 
     #[test]
     fn numbers_and_addresses() {
-        assert_eq!(Pfn::containing(0x1fff), Some(Pfn::new(1)));
-        assert_eq!(Pfn::containing(1 << 44), None);
+        assert_eq!(Pfn::from_address(0x1fff), Some(Pfn::new(1)));
+        assert_eq!(Pfn::from_address(1 << 44), None);
         assert_eq!(Pfn::new(u32::MAX).address(), 0xfff_ffff_f000);
         let pfn = Pfn::new(0x0102_0304);
         assert_eq!(Pfn::from_le_bytes(pfn.to_le_bytes()), pfn);
@@ -90,10 +90,10 @@ mod tests {
 
     #[test]
     fn larger_guest_pages() {
-        assert_eq!(balloon_pages_per(12), Some(1));
-        assert_eq!(balloon_pages_per(16), Some(16));
-        assert_eq!(balloon_pages_per(11), None);
-        assert_eq!(balloon_pages_per(44), None);
+        assert_eq!(balloon_pages_per_guest_page(12), Some(1));
+        assert_eq!(balloon_pages_per_guest_page(16), Some(16));
+        assert_eq!(balloon_pages_per_guest_page(11), None);
+        assert_eq!(balloon_pages_per_guest_page(44), None);
         assert_eq!(round_up_to_guest_pages(1, 16), Some(16));
         assert_eq!(round_up_to_guest_pages(16, 16), Some(16));
         assert_eq!(round_up_to_guest_pages(17, 12), Some(17));

@@ -64,22 +64,22 @@ impl Queue {
 
     /// The queue's index with `features` negotiated, or `None` if it does not exist then.
     pub fn index(self, features: Features) -> Option<usize> {
-        present(features).position(|queue| queue == self)
+        negotiated_queues(features).position(|queue| queue == self)
     }
 
     /// The queue at `index` with `features` negotiated.
-    pub fn at(index: usize, features: Features) -> Option<Self> {
-        present(features).nth(index)
+    pub fn from_index(index: usize, features: Features) -> Option<Self> {
+        negotiated_queues(features).nth(index)
     }
 
     /// How many queues there are with `features` negotiated: 2 to 5.
     pub fn count(features: Features) -> usize {
-        present(features).count()
+        negotiated_queues(features).count()
     }
 }
 
 /// The queues that exist with `features` negotiated, in the order of their indices.
-pub fn present(features: Features) -> impl Iterator<Item = Queue> {
+pub fn negotiated_queues(features: Features) -> impl Iterator<Item = Queue> {
     Queue::ALL
         .into_iter()
         .filter(move |queue| queue.exists(features))
@@ -95,20 +95,20 @@ mod tests {
         assert_eq!(Queue::FreePage.index(hint), Some(2));
         assert_eq!(Queue::FreePage.index(hint | Features::STATS_VQ), Some(3));
         assert_eq!(Queue::Stats.index(hint), None);
-        assert_eq!(Queue::at(2, hint), Some(Queue::FreePage));
-        assert_eq!(Queue::at(3, hint), None);
+        assert_eq!(Queue::from_index(2, hint), Some(Queue::FreePage));
+        assert_eq!(Queue::from_index(3, hint), None);
         assert_eq!(Queue::count(Features::NONE), 2);
     }
 
     #[test]
-    fn index_and_at_are_inverse_for_every_feature_set() {
+    fn index_and_from_index_are_inverse_for_every_feature_set() {
         for bits in 0..64 {
             let features = Features::from_bits(bits);
-            for (index, queue) in present(features).enumerate() {
+            for (index, queue) in negotiated_queues(features).enumerate() {
                 assert_eq!(queue.index(features), Some(index));
-                assert_eq!(Queue::at(index, features), Some(queue));
+                assert_eq!(Queue::from_index(index, features), Some(queue));
             }
-            assert_eq!(Queue::at(Queue::count(features), features), None);
+            assert_eq!(Queue::from_index(Queue::count(features), features), None);
         }
     }
 }

@@ -8,7 +8,7 @@
 /// What a statistic counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u16)]
-pub enum Tag {
+pub enum StatTag {
     /// Bytes swapped in since boot.
     SwapIn = 0,
     /// Bytes swapped out since boot.
@@ -43,7 +43,7 @@ pub enum Tag {
     DirectReclaimed = 15,
 }
 
-impl Tag {
+impl StatTag {
     /// All tags, in the order of their numbers.
     pub const ALL: [Self; 16] = [
         Self::SwapIn,
@@ -100,7 +100,7 @@ impl Tag {
 /// One statistic as it travels: ten bytes without padding, little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
-    /// The raw tag; [`Tag::from_number`] knows it, or it is newer than this code.
+    /// The raw tag; [`StatTag::from_number`] knows it, or it is newer than this code.
     pub tag: u16,
     /// The value, in the unit that the tag says.
     pub value: u64,
@@ -133,12 +133,12 @@ mod tests {
 
     #[test]
     fn tags_are_numbered_without_gaps() {
-        for (n, tag) in Tag::ALL.into_iter().enumerate() {
+        for (n, tag) in StatTag::ALL.into_iter().enumerate() {
             assert_eq!(usize::from(tag.number()), n);
-            assert_eq!(Tag::from_number(tag.number()), Some(tag));
+            assert_eq!(StatTag::from_number(tag.number()), Some(tag));
         }
-        assert_eq!(Tag::from_number(16), None);
-        assert_eq!(Tag::FreeMemory.qemu_name(), "stat-free-memory");
+        assert_eq!(StatTag::from_number(16), None);
+        assert_eq!(StatTag::FreeMemory.qemu_name(), "stat-free-memory");
     }
 
     #[test]

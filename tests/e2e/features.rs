@@ -6,11 +6,11 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{anyhow, ensure, Context, Result};
+use harness::artifacts::Artifacts;
+use harness::guest::{Builder, Device, Driver, Guest};
+use harness::vmm::Vmm;
+use harness::MIB;
 use shared_abi::features::Features;
-use tests::artifacts::Artifacts;
-use tests::guest::{Builder, Device, Driver, Guest};
-use tests::vmm::Vmm;
-use tests::MIB;
 
 const MEMORY: u64 = 256 * MIB;
 
@@ -26,29 +26,29 @@ const FEATURES: [Features; 6] = [
 
 /// Whether the guest's kernel fills the pages that it frees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kernel {
-    Plain,
-    Fills,
+enum InitOnFree {
+    Off,
+    On,
 }
 
-impl Kernel {
+impl InitOnFree {
     fn arguments(self) -> &'static str {
         // A kernel that clears memory when it is allocated writes to what is hinted: see the pairs.
         match self {
-            Self::Plain => "init_on_alloc=0",
-            Self::Fills => "init_on_alloc=0 init_on_free=1",
+            Self::Off => "init_on_alloc=0",
+            Self::On => "init_on_alloc=0 init_on_free=1",
         }
     }
 
     /// What our driver takes of an offer.
-    fn takes(self, offer: Features) -> Features {
+    fn accepted_features(self, offer: Features) -> Features {
         match self {
-            Self::Plain => offer.without(Features::PAGE_POISON),
+            Self::Off => offer.without(Features::PAGE_POISON),
             // A device that does not know what fills free pages must not touch them.
-            Self::Fills if !offer.contains(Features::PAGE_POISON) => {
+            Self::On if !offer.contains(Features::PAGE_POISON) => {
                 offer.without(Features::REPORTING)
             }
-            Self::Fills => offer,
+            Self::On => offer,
         }
     }
 }
@@ -62,18 +62,18 @@ fn of_balloon(features: Features) -> Features {
 }
 
 /// Loads our driver, tries all that it and the device agree on, and unloads it.
-fn try_offer(guest: &mut Guest, offer: Features, kernel: Kernel) -> Result<Features> {
-    let before = guest.settled()?;
+fn try_offer(guest: &mut Guest, offer: Features, init_on_free: InitOnFree) -> Result<Features> {
+    let before = guest.settled_memory_usage()?;
     guest.load(Driver::Ours)?;
     let agreed = guest.exercise()?;
     ensure!(
-        of_balloon(agreed) == kernel.takes(offer),
+        of_balloon(agreed) == init_on_free.accepted_features(offer),
         "the driver took {}, not {}",
         of_balloon(agreed),
-        kernel.takes(offer)
+        init_on_free.accepted_features(offer)
     );
     guest.unload(Driver::Ours)?;
-    guest.check_whole(before)?;
+    guest.check_memory_and_log(before)?;
     Ok(agreed)
 }
 
@@ -86,22 +86,22 @@ fn our_driver_takes_any_offer_of_our_device_in_user_mode_linux() -> Result<()> {
     let all = FEATURES
         .into_iter()
         .fold(Features::NONE, |all, one| all | one);
-    let subsets: Vec<(Features, Kernel)> = (0..1 << FEATURES.len())
+    let subsets: Vec<(Features, InitOnFree)> = (0..1 << FEATURES.len())
         .map(Features::from_bits)
-        .flat_map(|offer| [(offer, Kernel::Plain), (offer, Kernel::Fills)])
+        .flat_map(|offer| [(offer, InitOnFree::Off), (offer, InitOnFree::On)])
         // The kernels differ only to these features.
-        .filter(|(offer, kernel)| {
+        .filter(|(offer, init_on_free)| {
             let differs = Features::PAGE_POISON | Features::REPORTING;
-            *kernel == Kernel::Plain || !(*offer & differs).is_empty()
+            *init_on_free == InitOnFree::Off || !(*offer & differs).is_empty()
         })
         // The debug kernel takes its time: there the sets that QEMU is offered must do.
-        .filter(|(offer, _)| !Vmm::only_debug() || offers(all).contains(offer))
+        .filter(|(offer, _)| !Vmm::is_debug_only() || offers(all).contains(offer))
         .collect();
     let next = AtomicUsize::new(0);
     let work = || -> Result<()> {
-        while let Some((offer, kernel)) = subsets.get(next.fetch_add(1, Ordering::Relaxed)) {
-            boot_and_try(*offer, *kernel)
-                .with_context(|| format!("{kernel:?} kernel, the offer is [{offer}]"))?;
+        while let Some((offer, init_on_free)) = subsets.get(next.fetch_add(1, Ordering::Relaxed)) {
+            boot_and_try(*offer, *init_on_free)
+                .with_context(|| format!("{init_on_free:?} kernel, the offer is [{offer}]"))?;
         }
         Ok(())
     };
@@ -117,30 +117,30 @@ fn our_driver_takes_any_offer_of_our_device_in_user_mode_linux() -> Result<()> {
     Ok(())
 }
 
-fn boot_and_try(offer: Features, kernel: Kernel) -> Result<()> {
+fn boot_and_try(offer: Features, init_on_free: InitOnFree) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let names: Vec<_> = offer.names().collect();
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
         .memory(MEMORY)
         .features(&names)
-        .kernel_arguments(kernel.arguments())
+        .kernel_arguments(init_on_free.arguments())
         .boot()?;
-    guest.hurry_reporting()?;
-    try_offer(&mut guest, offer, kernel)?;
+    guest.set_short_reporting_delay()?;
+    try_offer(&mut guest, offer, init_on_free)?;
     guest.power_off()?;
     Ok(())
 }
 
 /// A machine with an empty slot.
-fn machine(kernel: Kernel) -> Result<Guest> {
+fn machine(init_on_free: InitOnFree) -> Result<Guest> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
         .memory(MEMORY)
         .device(Device::None)
-        .slot()
-        .kernel_arguments(kernel.arguments())
+        .hotplug_slot()
+        .kernel_arguments(init_on_free.arguments())
         .boot()?;
-    guest.hurry_reporting()?;
+    guest.set_short_reporting_delay()?;
     Ok(guest)
 }
 
@@ -158,16 +158,16 @@ fn our_driver_takes_what_our_device_offers_in_qemu() -> Result<()> {
     let all = FEATURES
         .into_iter()
         .fold(Features::NONE, |all, one| all | one);
-    for kernel in [Kernel::Plain, Kernel::Fills] {
-        let mut guest = machine(kernel)?;
+    for init_on_free in [InitOnFree::Off, InitOnFree::On] {
+        let mut guest = machine(init_on_free)?;
         for offer in offers(all) {
             let then = Instant::now();
             let names: Vec<_> = offer.names().collect();
             guest.plug(Device::Ours, &names, &[])?;
-            try_offer(&mut guest, offer, kernel)
+            try_offer(&mut guest, offer, init_on_free)
                 .and_then(|_| guest.unplug())
-                .with_context(|| format!("{kernel:?} kernel, the offer is [{offer}]"))?;
-            println!("{kernel:?} [{offer}]: {:?}", then.elapsed());
+                .with_context(|| format!("{init_on_free:?} kernel, the offer is [{offer}]"))?;
+            println!("{init_on_free:?} [{offer}]: {:?}", then.elapsed());
         }
         guest.power_off()?;
     }
@@ -194,7 +194,7 @@ fn qemu_options(offer: Features) -> Vec<String> {
 fn plug_and_try(
     guest: &mut Guest,
     offer: Features,
-    kernel: Kernel,
+    init_on_free: InitOnFree,
     more: &[&str],
 ) -> Result<Features> {
     let then = Instant::now();
@@ -207,10 +207,10 @@ fn plug_and_try(
         .chain(more.iter().copied())
         .collect();
     guest.plug(Device::QemuOwn, &[], &options)?;
-    let agreed = try_offer(guest, offer, kernel)
+    let agreed = try_offer(guest, offer, init_on_free)
         .and_then(|agreed| guest.unplug().map(|()| agreed))
-        .with_context(|| format!("{kernel:?} kernel, {options:?}"))?;
-    println!("{kernel:?} {options:?}: {:?}", then.elapsed());
+        .with_context(|| format!("{init_on_free:?} kernel, {options:?}"))?;
+    println!("{init_on_free:?} {options:?}: {:?}", then.elapsed());
     Ok(agreed)
 }
 
@@ -222,10 +222,10 @@ fn all_of_qemu() -> Features {
 
 #[test]
 fn our_driver_takes_what_qemus_device_offers() -> Result<()> {
-    for kernel in [Kernel::Plain, Kernel::Fills] {
-        let mut guest = machine(kernel)?;
+    for init_on_free in [InitOnFree::Off, InitOnFree::On] {
+        let mut guest = machine(init_on_free)?;
         for offer in offers(all_of_qemu()) {
-            plug_and_try(&mut guest, offer, kernel, &[])?;
+            plug_and_try(&mut guest, offer, init_on_free, &[])?;
         }
         guest.power_off()?;
     }
@@ -251,14 +251,14 @@ const IN_ORDER_PACKED: &[&str] = &["packed=on", "in_order=on"];
 
 #[test]
 fn our_driver_works_over_any_ring_and_transport_of_qemu() -> Result<()> {
-    let kernel = Kernel::Plain;
-    let mut guest = machine(kernel)?;
+    let init_on_free = InitOnFree::Off;
+    let mut guest = machine(init_on_free)?;
     for (options, bit, agreed) in TRANSPORTS {
         let mut offer = all_of_qemu();
         if options == IN_ORDER_PACKED {
             offer = offer.without(Features::REPORTING);
         }
-        let features = plug_and_try(&mut guest, offer, kernel, options)?;
+        let features = plug_and_try(&mut guest, offer, init_on_free, options)?;
         ensure!(
             features.contains(Features::from_bits(1 << bit)) == agreed,
             "{options:?}: {:#x}",

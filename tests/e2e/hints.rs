@@ -5,13 +5,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Result};
-use tests::artifacts::Artifacts;
-use tests::attempts::Attempts;
-use tests::calls::{Fill, Free, KeptPages, LowestMemFree, Release, Verify};
-use tests::guest::{Builder, Driver, Guest};
-use tests::vmm::Vmm;
-use tests::zones::ZoneInfo;
-use tests::MIB;
+use harness::artifacts::Artifacts;
+use harness::attempts::Attempts;
+use harness::calls::{Fill, Free, KeptPages, LowestMemFree, Release, Verify};
+use harness::guest::{Builder, Driver, Guest};
+use harness::vmm::Vmm;
+use harness::zones::ZoneInfo;
+use harness::MIB;
 
 /// One page of so many is kept: then nearly every block of the largest order holds one.
 const KEEP_EVERY: u64 = 2000;
@@ -57,13 +57,13 @@ fn hints_spare_what_is_kept(vmm: Vmm, driver: Driver) -> Result<()> {
     for workload in workloads {
         guest.call(Release { workload })?;
     }
-    let settled = guest.settled()?;
-    let round = guest.hint_all()?;
+    let settled_memory_usage = guest.settled_memory_usage()?;
+    let hint_round = guest.hint_all()?;
     let hinted = guest.daemon()?.qmp().hinted_ranges()?;
-    ensure!(hinted.bytes() > 0, "nothing was hinted: {round:?}");
+    ensure!(hinted.bytes() > 0, "nothing was hinted: {hint_round:?}");
     ensure!(
-        hinted.bytes() == round.pages_cleared * 4096,
-        "{} bytes of clear bits, {round:?}",
+        hinted.bytes() == hint_round.pages_cleared * 4096,
+        "{} bytes of clear bits, {hint_round:?}",
         hinted.bytes()
     );
     for workload in workloads {
@@ -76,7 +76,7 @@ fn hints_spare_what_is_kept(vmm: Vmm, driver: Driver) -> Result<()> {
         );
     }
     guest.daemon()?.qmp().hint_done()?;
-    guest.check_memory_as_it_is(settled)?;
+    guest.check_memory_uncompacted(settled_memory_usage)?;
     // Others use what was hinted; the pages that were kept are as they were.
     guest.fill_and_free(64 * MIB, 5)?;
     for workload in workloads {
@@ -109,22 +109,25 @@ fn our_driver_hints_what_the_buddy_lists_of_user_mode_linux_hold() -> Result<()>
 /// While a round holds its blocks, the kernel uses just what was hinted beyond what it used before.
 fn hinted_is_what_was_free(vmm: Vmm, driver: Driver) -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let (mut guest, before) = Builder::new(&artifacts, vmm).boot_used(24 * MIB, driver)?;
-    let round = guest.hint_all()?;
+    let (mut guest, before) = Builder::new(&artifacts, vmm).boot_filled(24 * MIB, driver)?;
+    let hint_round = guest.hint_all()?;
     let hinted = guest.daemon()?.qmp().hinted_ranges()?.bytes();
-    println!("{before:?}; hinted {hinted} in {} blocks", round.blocks);
+    println!(
+        "{before:?}; hinted {hinted} in {} blocks",
+        hint_round.blocks
+    );
     // The counters of our driver are zero after loading.
-    let returned = match driver {
+    let reclaimed = match driver {
         Driver::Ours => Some(0),
         Driver::C => None,
     };
-    guest.check_taken(before.used, hinted, returned, 0)?;
+    guest.wait_hinted_memory_use(before.used, hinted, reclaimed, 0)?;
     ensure!(
         hinted >= before.free / 10 * 9,
         "{hinted} bytes were hinted of {before:?} that were free"
     );
     guest.daemon()?.qmp().hint_done()?;
-    guest.farewell(before)
+    guest.check_and_power_off(before)
 }
 
 #[test]
@@ -148,35 +151,35 @@ fn fragmented_memory_is_hinted_as_well(vmm: Vmm) -> Result<()> {
     let workloads = guest.fragment(256, 16 * MIB, 20)?;
     if Driver::each().contains(&Driver::C) {
         guest.load(Driver::C)?;
-        let before = guest.unsettled()?;
+        let before = guest.memory_usage()?;
         let free = guest.free_blocks()?;
         let theirs = guest.hint_all()?.bytes;
         guest.daemon()?.qmp().hint_done()?;
-        guest.check_memory_as_it_is(before)?;
+        guest.check_memory_uncompacted(before)?;
         guest.unload(Driver::C)?;
         println!(
             "free {}, in the largest blocks {}; the C driver hinted {theirs}",
-            free.from_order(0),
-            free.from_order(LARGEST)
+            free.free_bytes_from_order(0),
+            free.free_bytes_from_order(LARGEST)
         );
         ensure!(
-            theirs * 100 < free.from_order(0) * 5,
+            theirs * 100 < free.free_bytes_from_order(0) * 5,
             "the memory is not fragmented: {free:?}"
         );
     }
     for order in [0, 4, 6] {
         guest.load_with(Driver::Ours, &format!("hint_min_order={order}"))?;
-        let before = guest.unsettled()?;
+        let before = guest.memory_usage()?;
         let free = guest.free_blocks()?;
-        let round = guest.hint_all()?;
-        let large_enough = free.from_order(order);
-        println!("order {order}: {large_enough} are free; {round:?}");
+        let hint_round = guest.hint_all()?;
+        let large_enough = free.free_bytes_from_order(order);
+        println!("order {order}: {large_enough} are free; {hint_round:?}");
         ensure!(
-            round.bytes * 100 >= large_enough * 80,
-            "{round:?} of {large_enough} bytes that were free in blocks of order {order} or more"
+            hint_round.bytes * 100 >= large_enough * 80,
+            "{hint_round:?} of {large_enough} bytes that were free in blocks of order {order} or more"
         );
         guest.daemon()?.qmp().hint_done()?;
-        guest.check_memory_as_it_is(before)?;
+        guest.check_memory_uncompacted(before)?;
         guest.unload(Driver::Ours)?;
     }
     for workload in workloads {
@@ -208,32 +211,32 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     const LONG_HOLD: Duration = Duration::from_millis(500);
     const NEEDED: u64 = 100 * MIB;
     /// It is looked on until there have been more of both than this.
-    const ROUNDS: u64 = 2;
+    const HINT_ROUNDS: u64 = 2;
     const SAMPLES: u64 = 100;
     /// How often a process needs memory, at least.
     const TIMES: u32 = 3;
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, vmm).kernel_arguments("init_on_alloc=0");
-    let (mut guest, before) = builder.boot_used(24 * MIB, Driver::Ours)?;
+    let (mut guest, before) = builder.boot_filled(24 * MIB, Driver::Ours)?;
     let reserve = documented_reserve(&mut guest)?;
 
-    let (lowest, rounds) = guest.during_rounds(HOLD, |guest, rounds| {
+    let (lowest, hint_rounds) = guest.with_hint_rounds(HOLD, |guest, hint_rounds| {
         let mut attempts = Attempts::default();
-        let mut lowest = guest.call(LowestMemFree { for_ms: 1000 })?;
-        while lowest.samples <= SAMPLES || rounds.load(Relaxed) <= ROUNDS {
-            let more = guest.call(LowestMemFree { for_ms: 200 })?;
+        let mut lowest = guest.call(LowestMemFree { duration_ms: 1000 })?;
+        while lowest.samples <= SAMPLES || hint_rounds.load(Relaxed) <= HINT_ROUNDS {
+            let more = guest.call(LowestMemFree { duration_ms: 200 })?;
             lowest.free = lowest.free.min(more.free);
             lowest.samples += more.samples;
-            let progress = lowest.samples.min(SAMPLES + 1) + rounds.load(Relaxed);
+            let progress = lowest.samples.min(SAMPLES + 1) + hint_rounds.load(Relaxed);
             ensure!(
-                attempts.may_go_on(progress),
-                "{lowest:?}, {rounds:?} rounds"
+                attempts.may_retry(progress),
+                "{lowest:?}, {hint_rounds:?} rounds"
             );
         }
         Ok(lowest)
     })?;
     let counters = guest.counters()?;
-    println!("reserve {reserve}; {rounds} rounds; {lowest:?}; {counters:?}");
+    println!("reserve {reserve}; {hint_rounds} rounds; {lowest:?}; {counters:?}");
     ensure!(
         counters.get("hint_reserve_pages")? * 4096 == reserve,
         "{reserve} bytes are the documented reserve, and not the driver's: {counters:?}"
@@ -250,25 +253,25 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
 
     let alone = use_memory(&mut guest, NEEDED)?;
     // Until one has needed what a round held. One that got nothing would hang, and the call would fail.
-    let (worst, rounds) = guest.during_rounds(LONG_HOLD, |guest, rounds| {
+    let (worst, hint_rounds) = guest.with_hint_rounds(LONG_HOLD, |guest, hint_rounds| {
         let mut attempts = Attempts::default();
         let mut worst = Duration::ZERO;
         for time in 1.. {
             worst = worst.max(use_memory(guest, NEEDED)?);
-            let returned = guest.counters()?.get("returned_pages")?;
-            if time >= TIMES && returned > 0 && rounds.load(Relaxed) > 0 {
+            let reclaimed = guest.counters()?.get("returned_pages")?;
+            if time >= TIMES && reclaimed > 0 && hint_rounds.load(Relaxed) > 0 {
                 break;
             }
             ensure!(
-                time < TIMES || attempts.may_go_on(0),
-                "{rounds:?} rounds, {returned} pages taken back"
+                time < TIMES || attempts.may_retry(0),
+                "{hint_rounds:?} rounds, {reclaimed} pages taken back"
             );
         }
         Ok(worst)
     })?;
-    let returned = guest.counters()?.get("returned_pages")?;
-    println!("{NEEDED} bytes in {alone:?}, with {rounds} rounds in {worst:?}; {returned} pages taken back");
-    guest.farewell(before)
+    let reclaimed = guest.counters()?.get("returned_pages")?;
+    println!("{NEEDED} bytes in {alone:?}, with {hint_rounds} rounds in {worst:?}; {reclaimed} pages taken back");
+    guest.check_and_power_off(before)
 }
 
 /// Three times the high watermarks of the zones that have memory, within 1/64 and 1/20 of memory; no less than half-way
@@ -278,8 +281,8 @@ fn documented_reserve(guest: &mut Guest) -> Result<u64> {
     let zones = guest.zones()?.zones;
     let middle: u64 = zones.iter().map(|zone| (zone.min + zone.low) / 2).sum();
     let high: u64 = zones.iter().map(|zone| zone.high).sum();
-    let usable = zones.iter().filter(|zone| zone.is_usable());
-    let floors: u64 = usable.map(ZoneInfo::floor).sum();
+    let usable = zones.iter().filter(|zone| zone.is_hintable());
+    let floors: u64 = usable.map(ZoneInfo::hint_floor).sum();
     let total = guest.mem_info()?.total() / page_size;
     let reserve = (3 * high).min(total / 20).max(middle).max(total / 64);
     Ok(reserve.max(floors) * page_size)

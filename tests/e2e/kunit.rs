@@ -4,12 +4,12 @@
 use std::env;
 
 use anyhow::{ensure, Context, Result};
-use tests::artifacts::Artifacts;
-use tests::calls::{KunitResults, WriteFile};
-use tests::check::all_passed;
-use tests::guest::{Builder, Device, Driver, Guest, DEFAULT_TIMEOUT};
-use tests::ktap::{self, Case, Outcome, CASES_VARIABLE};
-use tests::vmm::Vmm;
+use harness::artifacts::Artifacts;
+use harness::calls::{KunitResults, WriteFile};
+use harness::check::all_passed;
+use harness::guest::{Builder, Device, Driver, Guest, DEFAULT_HOST_TIMEOUT};
+use harness::ktap::{self, Case, TestStatus, CASES_VARIABLE};
+use harness::vmm::Vmm;
 
 /// The suites that must be among those that ran.
 const SUITES: [&str; 2] = [
@@ -31,7 +31,7 @@ fn every_kunit_case_of_the_module_passes() -> Result<()> {
     for glob in globs.split_whitespace() {
         let cases = run(&mut guest, glob)?;
         ensure!(!cases.is_empty(), "no case is called {glob}");
-        let failed = cases.iter().any(|case| case.outcome == Outcome::Failed);
+        let failed = cases.iter().any(|case| case.status == TestStatus::Failed);
         all.extend(cases);
         if failed {
             break;
@@ -40,7 +40,7 @@ fn every_kunit_case_of_the_module_passes() -> Result<()> {
     for case in &all {
         // A suite as a whole says no more than its cases, unless none of them says why it failed.
         let whole = |other: &Case| {
-            other.name.starts_with(&format!("{}.", case.name)) && other.outcome == case.outcome
+            other.name.starts_with(&format!("{}.", case.name)) && other.status == case.status
         };
         if case.name.contains('.') || !all.iter().any(whole) {
             println!("{}", case.line());
@@ -50,7 +50,7 @@ fn every_kunit_case_of_the_module_passes() -> Result<()> {
     for suite in SUITES.into_iter().filter(|_| globs == ALL) {
         let passed = all
             .iter()
-            .any(|case| case.name == suite && case.outcome == Outcome::Passed);
+            .any(|case| case.name == suite && case.status == TestStatus::Passed);
         ensure!(passed, "the suite {suite} did not run, or not as a whole");
     }
     guest.power_off()?;
@@ -65,7 +65,7 @@ fn run(guest: &mut Guest, glob: &str) -> Result<Vec<Case>> {
     })?;
     let before = guest.call(KunitResults {})?;
     guest
-        .load_with(Driver::Ours, DEFAULT_TIMEOUT)
+        .load_with(Driver::Ours, DEFAULT_HOST_TIMEOUT)
         .with_context(|| format!("with the cases {glob}"))?;
     let mut results = guest.call(KunitResults {})?;
     results.retain(|suite, _| !before.contains_key(suite));
@@ -74,7 +74,7 @@ fn run(guest: &mut Guest, glob: &str) -> Result<Vec<Case>> {
         .flat_map(|(suite, text)| ktap::parse(suite, text))
         .collect();
     // What a case that failed has left behind keeps the module for ever.
-    if !cases.iter().any(|case| case.outcome == Outcome::Failed) {
+    if !cases.iter().any(|case| case.status == TestStatus::Failed) {
         guest.unload(Driver::Ours)?;
     }
     Ok(cases)

@@ -5,19 +5,19 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use shared_abi::config::Config;
-use shared_abi::features::Features;
-use tests::artifacts::Artifacts;
-use tests::calls::{
-    Fill, Filled, Free, KernelLine, ReadFile, Run, Verify, WaitMemSettled, WriteFile,
+use harness::artifacts::Artifacts;
+use harness::calls::{
+    Fill, Filled, Free, KernelLogRecord, ReadFile, Run, Verify, WaitMemSettled, WriteFile,
 };
-use tests::check::complaints;
-use tests::guest::{Builder, Device, Driver, Guest};
-use tests::mute::Mute;
-use tests::scratch::Scratch;
-use tests::vmm::hardware::Hardware;
-use tests::vmm::Vmm;
-use tests::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
+use harness::check::kernel_warnings;
+use harness::guest::{Builder, Device, Driver, Guest};
+use harness::scratch::Scratch;
+use harness::silent_device::SilentDevice;
+use harness::vmm::hardware::Hardware;
+use harness::vmm::Vmm;
+use harness::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
+use shared_abi::config::ConfigSpace;
+use shared_abi::features::Features;
 
 const ALL: [&str; 5] = [
     "must-tell-host",
@@ -42,15 +42,15 @@ fn builder(artifacts: &Artifacts, vmm: Vmm, device: Device) -> Builder<'_> {
 
 /// Asks for [`INFLATE_BY`] bytes and waits for them; returns the target.
 fn inflate(guest: &mut Guest) -> Result<u64> {
-    let balloon = guest.balloon()?;
+    let balloon = guest.balloon_qmp()?;
     let target = balloon.balloon_actual()? - INFLATE_BY;
-    balloon.balloon(target)?;
-    balloon.wait_balloon(target, HANG_LIMIT)?;
+    balloon.set_balloon(target)?;
+    balloon.wait_balloon(target, HANG_TIMEOUT)?;
     Ok(target)
 }
 
 /// Fills so much memory, and finds it as it was.
-fn memory_holds(guest: &mut Guest, bytes: u64, seed: u64) -> Result<Filled> {
+fn fill_and_verify(guest: &mut Guest, bytes: u64, seed: u64) -> Result<Filled> {
     let filled = guest.call(Fill {
         bytes,
         keep_every: 1,
@@ -65,12 +65,12 @@ fn memory_holds(guest: &mut Guest, bytes: u64, seed: u64) -> Result<Filled> {
 
 #[test]
 fn a_guest_in_qemu_sleeps_with_an_inflated_balloon_of_our_device() -> Result<()> {
-    sleeps(Device::Ours)
+    suspends_inflated(Device::Ours)
 }
 
 #[test]
 fn a_guest_sleeps_with_an_inflated_balloon_of_qemus_device() -> Result<()> {
-    sleeps(Device::QemuOwn)
+    suspends_inflated(Device::QemuOwn)
 }
 
 /// The guest sleeps (S3), the balloon inflated, and, with our device, blocks held. When it wakes the balloon is filled
@@ -78,56 +78,60 @@ fn a_guest_sleeps_with_an_inflated_balloon_of_qemus_device() -> Result<()> {
 ///
 /// Once, and it is not switched off: the machine that Linux wakes to does not sleep again, nor does it switch off, with
 /// or without a balloon (QEMU 11.1).
-fn sleeps(device: Device) -> Result<()> {
+fn suspends_inflated(device: Device) -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut guest = builder(&artifacts, Vmm::Qemu, device).sleeps().boot()?;
-    guest.hurry_reporting()?;
+    let mut guest = builder(&artifacts, Vmm::Qemu, device)
+        .suspendable()
+        .boot()?;
+    guest.set_short_reporting_delay()?;
     guest.fill_and_free(24 * MIB, 21)?;
-    let before = guest.settled()?;
+    let before = guest.settled_memory_usage()?;
     guest.load(Driver::Ours)?;
     let target = inflate(&mut guest)?;
     if device == Device::Ours {
-        let held = guest.hint_all()?;
-        ensure!(held.bytes > 0, "nothing is held: {held:?}");
+        let hint_round = guest.hint_all()?;
+        ensure!(hint_round.bytes > 0, "nothing is held: {hint_round:?}");
     }
     let then = Instant::now();
-    guest.sleep_and_wake()?;
-    guest.wait_new_drivers_balloon(target, HANG_LIMIT)?;
+    guest.suspend_and_resume()?;
+    guest.wait_balloon_after_reload(target, HANG_TIMEOUT)?;
     println!("{device:?}: target again after {:?}", then.elapsed());
     guest.exercise()?;
     guest.unload(Driver::Ours)?;
-    guest.check_whole(before)?;
+    guest.check_memory_and_log(before)?;
     guest.kill()?;
     Ok(())
 }
 
 #[test]
-fn a_balloon_of_our_device_in_qemu_is_pulled_while_it_works() -> Result<()> {
-    pulled(Device::Ours)
+fn a_balloon_of_our_device_in_qemu_is_unplugged_while_it_works() -> Result<()> {
+    unplugged(Device::Ours)
 }
 
 #[test]
-fn a_balloon_of_qemus_device_is_pulled_while_it_works() -> Result<()> {
-    pulled(Device::QemuOwn)
+fn a_balloon_of_qemus_device_is_unplugged_while_it_works() -> Result<()> {
+    unplugged(Device::QemuOwn)
 }
 
 /// The balloon is pulled while it is being inflated, and, if it is ours (QEMU pulls nothing while it migrates), in
 /// the middle of a round; each time the guest has its memory back, and the next balloon works.
-fn pulled(device: Device) -> Result<()> {
+fn unplugged(device: Device) -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut guest = builder(&artifacts, Vmm::Qemu, Device::None).slot().boot()?;
+    let mut guest = builder(&artifacts, Vmm::Qemu, Device::None)
+        .hotplug_slot()
+        .boot()?;
     guest.fill_and_free(24 * MIB, 22)?;
     guest.load(Driver::Ours)?;
-    let before = guest.settled()?;
+    let before = guest.settled_memory_usage()?;
     let features = ["stats", "free-page-hint"];
     for pages in [0, 1, 4096, 40_000] {
         guest.plug(device, &features, &[])?;
         let whole = guest.memory();
-        guest.balloon()?.balloon(whole - 300 * MIB)?;
-        guest.wait_counter("balloon_pages", pages, HANG_LIMIT)?;
+        guest.balloon_qmp()?.set_balloon(whole - 300 * MIB)?;
+        guest.wait_counter("balloon_pages", pages, HANG_TIMEOUT)?;
         guest.unplug()?;
         guest
-            .check_whole(before)
+            .check_memory_and_log(before)
             .with_context(|| format!("pulled with {pages} pages"))?;
     }
     for blocks in [0, 1, 30, u64::MAX] {
@@ -135,21 +139,21 @@ fn pulled(device: Device) -> Result<()> {
             break;
         }
         guest.plug(device, &features, &[])?;
-        let balloon = guest.balloon()?;
+        let balloon = guest.balloon_qmp()?;
         balloon.hint_start()?;
-        let round = balloon.wait_hint("so many blocks", |now| {
+        let hint_round = balloon.wait_hint("so many blocks", |now| {
             now.blocks >= blocks || now.status == "finished"
         })?;
         guest.unplug()?;
         guest
-            .check_whole(before)
-            .with_context(|| format!("pulled at {round:?}"))?;
+            .check_memory_and_log(before)
+            .with_context(|| format!("pulled at {hint_round:?}"))?;
     }
     guest.plug(device, &features, &[])?;
     guest.exercise()?;
     guest.unplug()?;
     guest.unload(Driver::Ours)?;
-    guest.farewell(before)
+    guest.check_and_power_off(before)
 }
 
 #[test]
@@ -157,20 +161,20 @@ fn the_driver_is_unbound_and_bound_while_it_works() -> Result<()> {
     let artifacts = Artifacts::load()?;
     for &vmm in Vmm::each() {
         let mut guest = builder(&artifacts, vmm, Device::Ours).boot()?;
-        guest.hurry_reporting()?;
+        guest.set_short_reporting_delay()?;
         guest.load(Driver::Ours)?;
         // Measured while unbound: pages in a report count as used.
         let name = guest.balloon_device()?.name;
         rebind(&mut guest, "unbind", &name)?;
-        let before = guest.settled()?;
+        let before = guest.settled_memory_usage()?;
         rebind(&mut guest, "bind", &name)?;
         guest.daemon()?.wait_driver()?;
-        let whole = guest.balloon()?.balloon_actual()?;
+        let whole = guest.balloon_qmp()?.balloon_actual()?;
         let times = vmm.repeats(if vmm == Vmm::Uml { 40 } else { 6 });
         for time in 0..times {
             let name = guest.balloon_device()?.name;
-            let balloon = guest.balloon()?;
-            balloon.balloon(whole - INFLATE_BY)?;
+            let balloon = guest.balloon_qmp()?;
+            balloon.set_balloon(whole - INFLATE_BY)?;
             if time % 2 == 1 {
                 balloon.hint_start()?;
             }
@@ -178,20 +182,23 @@ fn the_driver_is_unbound_and_bound_while_it_works() -> Result<()> {
             guest
                 .check_memory(before)
                 .with_context(|| format!("{vmm:?}, time {time}"))?;
-            guest.balloon()?.balloon(whole)?;
+            guest.balloon_qmp()?.set_balloon(whole)?;
             rebind(&mut guest, "bind", &name)?;
             guest.daemon()?.wait_driver()?;
         }
         guest.exercise()?;
         guest.unload(Driver::Ours)?;
-        guest.farewell(before)?;
+        guest.check_and_power_off(before)?;
     }
     Ok(())
 }
 
 fn rebind(guest: &mut Guest, what: &str, name: &str) -> Result<()> {
     guest.call(WriteFile {
-        path: format!("/sys/bus/virtio/drivers/{}/{what}", Driver::Ours.module()),
+        path: format!(
+            "/sys/bus/virtio/drivers/{}/{what}",
+            Driver::Ours.module_name()
+        ),
         text: name.to_owned(),
     })
 }
@@ -211,34 +218,34 @@ fn a_new_kernel_takes_over_a_balloon_of_qemus_device() -> Result<()> {
 fn a_new_kernel_takes_over(device: Device) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = builder(&artifacts, Vmm::Qemu, device)
-        .next_kernel()
+        .kexec_kernel()
         .boot()?;
     guest.load(Driver::Ours)?;
     let target = inflate(&mut guest)?;
     if device == Device::Ours {
-        let held = guest.hint_all()?;
-        ensure!(held.bytes > 0, "nothing is held: {held:?}");
+        let hint_round = guest.hint_all()?;
+        ensure!(hint_round.bytes > 0, "nothing is held: {hint_round:?}");
     }
     guest.check_log()?;
     let then = Instant::now();
-    guest.start_next_kernel()?;
+    guest.kexec()?;
     println!("{device:?}: a new kernel after {:?}", then.elapsed());
-    guest.hurry_reporting()?;
-    let before = guest.settled()?;
-    let filled = memory_holds(&mut guest, before.free - 48 * MIB, 23)?;
+    guest.set_short_reporting_delay()?;
+    let before = guest.settled_memory_usage()?;
+    let filled = fill_and_verify(&mut guest, before.free - 48 * MIB, 23)?;
     ensure!(
         filled.pages * 4096 > guest.memory() / 10 * 7,
         "only {} pages could be filled",
         filled.pages
     );
     guest.load(Driver::Ours)?;
-    guest.wait_new_drivers_balloon(target, HANG_LIMIT)?;
+    guest.wait_balloon_after_reload(target, HANG_TIMEOUT)?;
     if device == Device::Ours {
         guest.daemon()?.qmp().hint_done()?;
     }
     guest.exercise()?;
     guest.unload(Driver::Ours)?;
-    guest.farewell(before)
+    guest.check_and_power_off(before)
 }
 
 /// A device that never answers does not keep a guest from starting another kernel, with a report, requests and hints
@@ -247,35 +254,35 @@ fn a_new_kernel_takes_over(device: Device) -> Result<()> {
 fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
     let artifacts = Artifacts::load()?;
     let scratch = Scratch::new()?;
-    let config = Config {
+    let config = ConfigSpace {
         num_pages: 30_000,
         free_page_hint_cmd_id: 0x8000_0000,
-        ..Config::default()
+        ..ConfigSpace::default()
     };
     let features = Features::FREE_PAGE_HINT
         | Features::STATS_VQ
         | Features::DEFLATE_ON_OOM
         | Features::MUST_TELL_HOST
         | Features::REPORTING;
-    let mute = Mute::start(&scratch, features, config)?;
+    let silent_device = SilentDevice::start(&scratch, features, config)?;
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
-        .foreign(mute.socket())
+        .external_device(silent_device.socket())
         .kernel_arguments("init_on_alloc=0")
-        .next_kernel()
+        .kexec_kernel()
         .boot()?;
-    guest.hurry_reporting()?;
+    guest.set_short_reporting_delay()?;
     guest.load(Driver::Ours)?;
     for queue in ["inflate", "free_page", "reporting"] {
-        guest.wait_counter(&format!("{queue}_notifications"), 1, HANG_LIMIT)?;
+        guest.wait_counter(&format!("{queue}_notifications"), 1, HANG_TIMEOUT)?;
     }
     let log = guest.kernel_log()?;
-    let others = complaints_of_mute(&log);
+    let others = warnings_of_silent_device(&log);
     ensure!(others.is_empty(), "{others:?}");
-    guest.start_next_kernel()?;
-    let before = guest.settled()?;
-    memory_holds(&mut guest, before.free - 48 * MIB, 27)?;
+    guest.kexec()?;
+    let before = guest.settled_memory_usage()?;
+    fill_and_verify(&mut guest, before.free - 48 * MIB, 27)?;
     guest.load(Driver::Ours)?;
-    guest.wait_counter("inflate_notifications", 1, HANG_LIMIT)?;
+    guest.wait_counter("inflate_notifications", 1, HANG_TIMEOUT)?;
     guest.unload(Driver::Ours)?;
     guest.check_memory(before)?;
     guest.kill()?;
@@ -284,9 +291,11 @@ fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
 
 /// Returns the kernel's complaints, without the warning about a report that the device does not answer: the driver logs it after ten
 /// seconds, and a test may take shorter or longer.
-fn complaints_of_mute(log: &[KernelLine]) -> Vec<&str> {
+fn warnings_of_silent_device(log: &[KernelLogRecord]) -> Vec<&str> {
     const NO_ANSWER: &str = "the free pages that were reported last stay with the device";
-    let texts = complaints(log).into_iter().map(|line| line.text.as_str());
+    let texts = kernel_warnings(log)
+        .into_iter()
+        .map(|line| line.text.as_str());
     texts.filter(|text| !text.contains(NO_ANSWER)).collect()
 }
 
@@ -295,47 +304,47 @@ fn complaints_of_mute(log: &[KernelLine]) -> Vec<&str> {
 #[test]
 fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
     const PAGES: u32 = 30_000;
-    const ROUND: u32 = 0x8000_0000;
+    const CMD_ID: u32 = 0x8000_0000;
     let artifacts = Artifacts::load()?;
     let hint = Features::FREE_PAGE_HINT;
     let most = hint | Features::STATS_VQ | Features::DEFLATE_ON_OOM | Features::MUST_TELL_HOST;
-    let all = (most | Features::REPORTING, PAGES, ROUND);
-    let sorts = [(Features::NONE, PAGES, 0), (hint, 0, ROUND), all];
+    let all = (most | Features::REPORTING, PAGES, CMD_ID);
+    let sorts = [(Features::NONE, PAGES, 0), (hint, 0, CMD_ID), all];
     for &vmm in Vmm::each() {
         // One boot of an emulated machine must do.
         let sorts = if vmm == Vmm::Uml { &sorts[..] } else { &[all] };
-        for &(features, num_pages, round) in sorts {
+        for &(features, num_pages, cmd_id) in sorts {
             let scratch = Scratch::new()?;
-            let config = Config {
+            let config = ConfigSpace {
                 num_pages,
-                free_page_hint_cmd_id: round,
-                ..Config::default()
+                free_page_hint_cmd_id: cmd_id,
+                ..ConfigSpace::default()
             };
-            let mute = Mute::start(&scratch, features, config)?;
+            let silent_device = SilentDevice::start(&scratch, features, config)?;
             let mut guest = Builder::new(&artifacts, vmm)
-                .foreign(mute.socket())
+                .external_device(silent_device.socket())
                 .boot()?;
-            guest.hurry_reporting()?;
-            let before = guest.settled()?;
+            guest.set_short_reporting_delay()?;
+            let before = guest.settled_memory_usage()?;
             guest.load(Driver::Ours)?;
             // Inflation and hinting are both in progress.
-            for (queue, wanted) in [("inflate", num_pages), ("free_page", round)] {
+            for (queue, wanted) in [("inflate", num_pages), ("free_page", cmd_id)] {
                 if wanted > 0 {
-                    guest.wait_counter(&format!("{queue}_notifications"), 1, HANG_LIMIT)?;
+                    guest.wait_counter(&format!("{queue}_notifications"), 1, HANG_TIMEOUT)?;
                 }
             }
             // A third of what is left once it has all that it can have in flight.
             let left = guest.call(WaitMemSettled {
                 tolerance: MIB,
-                quiet_looks: 30,
-                limit_ms: HANG_LIMIT_MS,
+                stable_samples: 30,
+                timeout_ms: HANG_TIMEOUT_MS,
             })?;
             guest.fill_and_free(left.free() - left.free() / 3, 24)?;
-            let left = guest.settled()?.free;
-            mute.wait_kick()?;
+            let left = guest.settled_memory_usage()?.free;
+            silent_device.wait_kick()?;
             let then = Instant::now();
             let what =
-                || format!("{vmm:?}, features {features}, {num_pages} pages, round {round:#x}");
+                || format!("{vmm:?}, features {features}, {num_pages} pages, round {cmd_id:#x}");
             guest.unload(Driver::Ours).with_context(what)?;
             let took = then.elapsed();
             println!(
@@ -346,7 +355,7 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
             guest.check_memory(before).with_context(what)?;
             // What it did not take back it did not acknowledge: that is worth a warning, and no other.
             let log = guest.kernel_log()?;
-            let (expected, others): (Vec<_>, Vec<_>) = complaints_of_mute(&log)
+            let (expected, others): (Vec<_>, Vec<_>) = warnings_of_silent_device(&log)
                 .into_iter()
                 .partition(|text| text.contains("the host does not take its pages back"));
             ensure!(others.is_empty(), "{}: {others:?}", what());
@@ -355,7 +364,7 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
                 "{}: {expected:?}",
                 what()
             );
-            memory_holds(&mut guest, 64 * MIB, 25)?;
+            fill_and_verify(&mut guest, 64 * MIB, 25)?;
             guest.check_log().with_context(what)?;
             guest.power_off()?;
         }
@@ -382,15 +391,16 @@ fn a_balloon_is_drained_in_small_steps_in_qemu() -> Result<()> {
         (512 * MIB, 256 * MIB)
     };
     let num_pages = u32::try_from(balloon / 4096)?;
-    let config = Config {
+    let config = ConfigSpace {
         num_pages,
-        ..Config::default()
+        ..ConfigSpace::default()
     };
-    let mute = Mute::silent_after(u64::MAX, &scratch, Features::NONE, config)?;
+    let silent_device =
+        SilentDevice::start_silent_after(u64::MAX, &scratch, Features::NONE, config)?;
     // Nobody touches the pages: the guest's memory stays sparse.
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
         .memory(memory)
-        .foreign(mute.socket())
+        .external_device(silent_device.socket())
         .kernel_arguments("init_on_alloc=0")
         .hardware(Hardware {
             arguments: ["-icount", "shift=0"].map(str::to_owned).to_vec(),
@@ -398,8 +408,8 @@ fn a_balloon_is_drained_in_small_steps_in_qemu() -> Result<()> {
         })
         .boot()?;
     guest.load(Driver::Ours)?;
-    guest.wait_counter("balloon_pages", u64::from(num_pages), HANG_LIMIT)?;
-    mute.fall_silent();
+    guest.wait_counter("balloon_pages", u64::from(num_pages), HANG_TIMEOUT)?;
+    silent_device.stop_answering();
     let argv = ["mount", "-t", "tracefs", "tracefs", TRACING].map(str::to_owned);
     guest.call(Run {
         argv: argv.to_vec(),
@@ -458,23 +468,23 @@ fn a_balloon_is_drained_in_small_steps_in_qemu() -> Result<()> {
 fn a_guest_in_qemu_of_a_silent_host_sleeps() -> Result<()> {
     let artifacts = Artifacts::load()?;
     let scratch = Scratch::new()?;
-    let config = Config {
+    let config = ConfigSpace {
         num_pages: 30_000,
         free_page_hint_cmd_id: 0x8000_0000,
-        ..Config::default()
+        ..ConfigSpace::default()
     };
     let features = Features::FREE_PAGE_HINT | Features::STATS_VQ | Features::DEFLATE_ON_OOM;
-    let mute = Mute::start(&scratch, features, config)?;
+    let silent_device = SilentDevice::start(&scratch, features, config)?;
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
-        .foreign(mute.socket())
-        .sleeps()
+        .external_device(silent_device.socket())
+        .suspendable()
         .boot()?;
-    let before = guest.settled()?;
+    let before = guest.settled_memory_usage()?;
     guest.load(Driver::Ours)?;
     // The driver has given what it could: it waits for the host.
     guest.fill_and_free(before.free / 2, 26)?;
     let then = Instant::now();
-    guest.sleep_and_wake()?;
+    guest.suspend_and_resume()?;
     let took = then.elapsed();
     println!("slept and woke in {took:?}");
     guest.unload(Driver::Ours)?;
@@ -484,18 +494,18 @@ fn a_guest_in_qemu_of_a_silent_host_sleeps() -> Result<()> {
 }
 
 #[test]
-fn two_hundred_lives_leave_nothing_behind_in_user_mode_linux() -> Result<()> {
-    lives(Vmm::Uml, 200)
+fn two_hundred_load_cycles_leak_nothing_in_user_mode_linux() -> Result<()> {
+    load_cycles(Vmm::Uml, 200)
 }
 
 #[test]
-fn a_few_lives_leave_nothing_behind_in_qemu() -> Result<()> {
-    lives(Vmm::Qemu, 8)
+fn a_few_load_cycles_leak_nothing_in_qemu() -> Result<()> {
+    load_cycles(Vmm::Qemu, 8)
 }
 
 /// What a life might leave behind.
 #[derive(Debug)]
-struct Use {
+struct MemoryFootprint {
     /// What the kernel has in use.
     used: u64,
     slab: u64,
@@ -503,10 +513,10 @@ struct Use {
     vmalloc: u64,
 }
 
-fn in_use(guest: &mut Guest) -> Result<Use> {
-    let used = guest.settled()?.used;
+fn in_use(guest: &mut Guest) -> Result<MemoryFootprint> {
+    let used = guest.settled_memory_usage()?.used;
     let memory = guest.mem_info()?;
-    Ok(Use {
+    Ok(MemoryFootprint {
         used,
         slab: memory.field("Slab"),
         unreclaimable: memory.field("SUnreclaim"),
@@ -529,7 +539,7 @@ fn vmalloc(guest: &mut Guest) -> Result<u64> {
 }
 
 /// Loads the driver, inflates, hints, deflates and unloads it, over and over.
-fn lives(vmm: Vmm, times: u32) -> Result<()> {
+fn load_cycles(vmm: Vmm, times: u32) -> Result<()> {
     /// The first ones fill caches that stay.
     const FIRST: u32 = 4;
     let times = vmm.repeats(times);
@@ -537,19 +547,19 @@ fn lives(vmm: Vmm, times: u32) -> Result<()> {
     let mut guest = builder(&artifacts, vmm, Device::Ours)
         .memory(256 * MIB)
         .boot()?;
-    guest.hurry_reporting()?;
+    guest.set_short_reporting_delay()?;
     let then = Instant::now();
     let mut first = None;
     for time in 0..times {
         guest.load(Driver::Ours)?;
-        let balloon = guest.balloon()?;
+        let balloon = guest.balloon_qmp()?;
         let whole = balloon.balloon_actual()?;
-        balloon.balloon(whole - 16 * MIB)?;
-        balloon.wait_balloon(whole - 16 * MIB, HANG_LIMIT)?;
+        balloon.set_balloon(whole - 16 * MIB)?;
+        balloon.wait_balloon(whole - 16 * MIB, HANG_TIMEOUT)?;
         guest.hint_all()?;
-        let balloon = guest.balloon()?;
-        balloon.balloon(whole)?;
-        balloon.wait_balloon(whole, HANG_LIMIT)?;
+        let balloon = guest.balloon_qmp()?;
+        balloon.set_balloon(whole)?;
+        balloon.wait_balloon(whole, HANG_TIMEOUT)?;
         // Every other life ends with its blocks held.
         if time % 2 == 0 {
             balloon.hint_done()?;
@@ -565,7 +575,7 @@ fn lives(vmm: Vmm, times: u32) -> Result<()> {
     let first = first.context("too few lives")?;
     println!("{vmm:?}: {times} lives in {took:?}\nafter {FIRST}: {first:?}");
     // What the last life freed may be given back a little later.
-    let deadline = Instant::now() + HANG_LIMIT;
+    let deadline = Instant::now() + HANG_TIMEOUT;
     loop {
         let last = in_use(&mut guest)?;
         match has_not_grown(vmm, u64::from(times - FIRST), &first, &last) {
@@ -583,7 +593,12 @@ fn lives(vmm: Vmm, times: u32) -> Result<()> {
 }
 
 /// Fails if so many lives have left something behind.
-fn has_not_grown(vmm: Vmm, lives: u64, first: &Use, last: &Use) -> Result<()> {
+fn has_not_grown(
+    vmm: Vmm,
+    load_cycles: u64,
+    first: &MemoryFootprint,
+    last: &MemoryFootprint,
+) -> Result<()> {
     ensure!(
         last.used <= first.used + MIB,
         "the kernel has {last:?} in use, and had {first:?}"
@@ -603,7 +618,7 @@ fn has_not_grown(vmm: Vmm, lives: u64, first: &Use, last: &Use) -> Result<()> {
         } else {
             MIB / 4
         };
-        let allowed = (lives * 4096 / 2).max(least);
+        let allowed = (load_cycles * 4096 / 2).max(least);
         ensure!(
             after <= before + allowed,
             "{what} has grown from {before} to {after}"

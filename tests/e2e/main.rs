@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The tests of guests. `cargo xtask test` makes what they need and runs them.
 
-mod counts;
-mod debug;
-mod endings;
+mod debug_kernel;
+mod driver_cost;
 mod features;
+mod hinted_blocks;
+mod hinting_rules;
 mod hints;
-mod inside;
+mod interoperability;
+mod interrupted_hint_rounds;
 mod kunit;
 mod lifecycle;
 mod matrix;
 mod migrate_vm;
 mod migration;
 mod migration_faults;
-mod pairs;
 mod pausing;
 mod reporting;
-mod rules;
-mod sizing;
+mod resize;
+mod soft_dirty;
 mod stress;
-mod while_held;
 
 /// A file that is not named above would never be compiled, and nobody would miss its tests.
 #[test]

@@ -2,8 +2,8 @@
 //! The matrix of machines: see `tests/harness/src/matrix/table.rs` for its rows.
 
 use anyhow::{ensure, Result};
-use tests::artifacts::Artifacts;
-use tests::matrix::{self, Verdict};
+use harness::artifacts::Artifacts;
+use harness::matrix::{self, Verdict};
 
 #[test]
 fn each_machine_of_the_matrix_has_a_balloon_that_works_in_qemu() -> Result<()> {

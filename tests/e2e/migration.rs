@@ -6,18 +6,18 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
+use harness::artifacts::Artifacts;
+use harness::calls::{DropCachesAndCompact, Fill, Free, PageUse, Verify};
+use harness::destination::Destination;
+use harness::guest::{Builder, Driver};
+use harness::memory_image::MemoryImage;
+use harness::pattern;
+use harness::ranges::RangeSet;
+use harness::stress::StressLoad;
+use harness::stressed_guest::StressedGuest;
+use harness::vmm::Vmm;
+use harness::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
 use serde_json::{json, Value};
-use tests::artifacts::Artifacts;
-use tests::calls::{DropMemoryCaches, Fill, Free, PageUse, Verify};
-use tests::destination::Destination;
-use tests::guest::{Builder, Driver};
-use tests::image::Image;
-use tests::pattern;
-use tests::ranges::RangeSet;
-use tests::stress::Load;
-use tests::vmm::Vmm;
-use tests::working::Working;
-use tests::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
 
 /// What the proofs below rest on: the flags of a page tell whether somebody relies on what it holds.
 #[test]
@@ -38,28 +38,28 @@ fn r15_no_flag_says_that_a_hinted_page_is_in_use() -> Result<()> {
                 Driver::Ours => guest.load_with(driver, "hint_reserve_mib=16")?,
                 Driver::C => guest.load(driver)?,
             }
-            let before = guest.settled()?;
+            let before = guest.settled_memory_usage()?;
             guest.hint_all()?;
             let hinted = guest.daemon()?.qmp().hinted_ranges()?;
-            let held = guest.call(PageUse {})?;
-            let wrong = held.used.intersection(&hinted);
+            let page_use = guest.call(PageUse {})?;
+            let wrong = page_use.used.intersection(&hinted);
             ensure!(
                 wrong.ranges().is_empty(),
                 "{vmm:?}, {driver:?}: hinted, and in use: {:x?}",
                 wrong.ranges()
             );
-            ensure!(held.used.bytes() > 4 * MIB, "{}", held.used.bytes());
+            ensure!(page_use.used.bytes() > 4 * MIB, "{}", page_use.used.bytes());
             guest.daemon()?.qmp().hint_done()?;
             guest.check_memory(before)?;
             // `check_memory` tolerates a few blocks that are not free yet.
-            let deadline = Instant::now() + HANG_LIMIT;
+            let deadline = Instant::now() + HANG_TIMEOUT;
             let lost = loop {
-                guest.call(DropMemoryCaches {})?;
+                guest.call(DropCachesAndCompact {})?;
                 let done = guest.call(PageUse {})?;
-                let lost = hinted.without(&done.free);
+                let lost = hinted.difference(&done.free);
                 let zones = guest.zones()?;
-                let on_processors = zones.on_processors() * zones.page_size();
-                if lost.bytes() <= OWN_USE + on_processors {
+                let pcp_pages = zones.pcp_pages() * zones.page_size();
+                if lost.bytes() <= OWN_USE + pcp_pages {
                     break lost;
                 }
                 ensure!(
@@ -72,10 +72,10 @@ fn r15_no_flag_says_that_a_hinted_page_is_in_use() -> Result<()> {
             println!(
                 "{vmm:?}, {driver:?}: {} bytes hinted, {} in use; {} of the former not free after the round",
                 hinted.bytes(),
-                held.used.bytes(),
+                page_use.used.bytes(),
                 lost.bytes()
             );
-            guest.farewell(before)?;
+            guest.check_and_power_off(before)?;
         }
     }
     Ok(())
@@ -91,29 +91,29 @@ const TIMES: u32 = 3;
 const TIMES_VARIABLE: &str = "VIRTIO_BALLOON_RS_MIGRATIONS";
 
 #[test]
-fn r15_a_guest_that_works_is_moved_with_our_drivers_hints_in_user_mode_linux() -> Result<()> {
-    is_moved_while_it_works(Vmm::Uml, Driver::Ours)
+fn r15_a_guest_that_works_is_migrated_with_our_drivers_hints_in_user_mode_linux() -> Result<()> {
+    migrates_while_it_works(Vmm::Uml, Driver::Ours)
 }
 
 #[test]
-fn r15_a_guest_that_works_is_moved_with_the_c_driver_in_user_mode_linux() -> Result<()> {
-    is_moved_while_it_works(Vmm::Uml, Driver::C)
+fn r15_a_guest_that_works_is_migrated_with_the_c_driver_in_user_mode_linux() -> Result<()> {
+    migrates_while_it_works(Vmm::Uml, Driver::C)
 }
 
 #[test]
-fn r15_a_guest_that_works_is_moved_with_our_drivers_hints_in_qemu() -> Result<()> {
-    is_moved_while_it_works(Vmm::Qemu, Driver::Ours)
+fn r15_a_guest_that_works_is_migrated_with_our_drivers_hints_in_qemu() -> Result<()> {
+    migrates_while_it_works(Vmm::Qemu, Driver::Ours)
 }
 
 #[test]
-fn r15_a_guest_that_works_is_moved_with_the_c_driver_in_qemu() -> Result<()> {
-    is_moved_while_it_works(Vmm::Qemu, Driver::C)
+fn r15_a_guest_that_works_is_migrated_with_the_c_driver_in_qemu() -> Result<()> {
+    migrates_while_it_works(Vmm::Qemu, Driver::C)
 }
 
 /// Moves a guest again and again while it works. Each time, with the source paused, both sides are compared to the last page.
 /// Every other time the guest goes on with what the destination got, and the other times with its own memory, whereupon its
 /// kernel says that it has no use for pages that differ.
-fn is_moved_while_it_works(vmm: Vmm, driver: Driver) -> Result<()> {
+fn migrates_while_it_works(vmm: Vmm, driver: Driver) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, vmm)
         .memory(MEMORY)
@@ -125,22 +125,23 @@ fn is_moved_while_it_works(vmm: Vmm, driver: Driver) -> Result<()> {
         ])
         .device_options(&["--discard-hinted"]);
     let builder = if vmm == Vmm::Qemu {
-        builder.operators()
+        builder.qmp_socket()
     } else {
         builder
     };
-    let mut working = Working::start(builder, driver, Load::of(LOAD), 15)?;
-    working.guest.hurry_reporting()?;
+    let mut stressed_guest = StressedGuest::start(builder, driver, StressLoad::new(LOAD), 15)?;
+    stressed_guest.guest.set_short_reporting_delay()?;
     for turn in 0..times()? {
-        let before = working.so_far()?;
-        is_moved(&mut working, driver, turn).with_context(|| format!("migration {turn}"))?;
-        let after = working.so_far()?;
+        let before = stressed_guest.progress()?;
+        migrate_once(&mut stressed_guest, driver, turn)
+            .with_context(|| format!("migration {turn}"))?;
+        let after = stressed_guest.progress()?;
         println!(
             "  meanwhile {} pages compared",
             after.compared - before.compared
         );
     }
-    println!("{:?}", working.end()?);
+    println!("{:?}", stressed_guest.end()?);
     Ok(())
 }
 
@@ -165,50 +166,50 @@ fn parameters(turn: u32) -> Value {
         "downtime-limit": 20, "max-rounds": 4, "multifd-channels": channels, "multifd-compression": compression,
         "verify": turn % 2 == 1,
         // A guest that has little of the processor answers late.
-        "free-page-hint-wait": HANG_LIMIT_MS,
+        "free-page-hint-wait": HANG_TIMEOUT_MS,
     })
 }
 
-fn is_moved(working: &mut Working, driver: Driver, turn: u32) -> Result<()> {
+fn migrate_once(stressed_guest: &mut StressedGuest, driver: Driver, turn: u32) -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let guest = &mut working.guest;
+    let guest = &mut stressed_guest.guest;
     let (adopt, resize) = (turn % 2 == 0, turn % 3 == 1);
     let mut destination = Destination::start(&artifacts.balloonctl, guest.memory())?;
     // Every third time its processes are stopped, whatever runs it.
-    let operators = guest.operators_socket().filter(|_| turn % 3 != 2);
+    let qmp_socket = guest.vmm_qmp_socket().filter(|_| turn % 3 != 2);
     let qmp = guest.daemon()?.qmp();
-    qmp.migrate_parameters(parameters(turn))?;
+    qmp.migrate_set_parameters(parameters(turn))?;
     let whole = qmp.balloon_actual()?;
-    qmp.migrate(&destination.uri(), operators.as_deref())?;
+    qmp.migrate(&destination.uri(), qmp_socket.as_deref())?;
     if resize {
         // Pages go into the balloon meanwhile, and their memory goes.
-        qmp.balloon(whole - INFLATE_BY)?;
+        qmp.set_balloon(whole - INFLATE_BY)?;
     }
     let status = guest.finish_migration(&mut destination)?;
     ensure!(guest.is_paused()?, "the source is not paused");
-    let outcome = guest.outcome(&destination)?;
+    let comparison = guest.compare_memory(&destination)?;
     let tracking = status.tracking.clone().unwrap_or_default();
     let ram = status.ram;
     println!(
         "{:?}, {driver:?} driver, {} ({}): {} rounds, {} ms, {} paused; {} of {} pages have data; {} sent, {} of them again, {} as \
          zeros, {} hinted, {} skipped; {} differ",
-        guest.kind(),
+        guest.vmm_kind(),
         tracking.mode,
         tracking.reason,
         status.rounds.len(),
         status.total_time,
         status.downtime.unwrap_or_default(),
-        outcome.data,
+        comparison.data_pages,
         ram.total / 4096,
         ram.normal,
         ram.resent,
         ram.duplicate,
         ram.hinted,
         ram.skipped,
-        outcome.different.bytes() / 4096,
+        comparison.different.bytes() / 4096,
     );
     ensure!(ram.missed == 0, "writes were missed: {status:#?}");
-    let differ = outcome.different.bytes() / 4096;
+    let differ = comparison.different.bytes() / 4096;
     ensure!(
         differ <= ram.skipped,
         "{differ} pages differ, and only {} were left out",
@@ -219,7 +220,7 @@ fn is_moved(working: &mut Working, driver: Driver, turn: u32) -> Result<()> {
         ensure!(
             differ == 0,
             "these differ: {:x?}",
-            outcome.different.ranges()
+            comparison.different.ranges()
         );
         ensure!(
             tracking.free_page_hint == (driver == Driver::Ours),
@@ -236,24 +237,24 @@ fn is_moved(working: &mut Working, driver: Driver, turn: u32) -> Result<()> {
         );
     }
     if adopt {
-        guest.adopt(&outcome, &destination)?;
+        guest.adopt(&comparison, &destination)?;
     }
     guest.resume()?;
     if resize {
         let qmp = guest.daemon()?.qmp();
-        qmp.wait_balloon(whole - INFLATE_BY, HANG_LIMIT)?;
-        qmp.balloon(whole)?;
-        qmp.wait_balloon(whole, HANG_LIMIT)?;
+        qmp.wait_balloon(whole - INFLATE_BY, HANG_TIMEOUT)?;
+        qmp.set_balloon(whole)?;
+        qmp.wait_balloon(whole, HANG_TIMEOUT)?;
     }
     if !adopt {
-        guest.check_different_are_free(&outcome)?;
+        guest.check_different_pages_are_free(&comparison)?;
     }
-    working.is_unharmed()
+    stressed_guest.check_unharmed()
 }
 
 /// The places in a guest's memory of the first `pages` pages of a workload with this seed, and of what is left of them where they
 /// have been before.
-fn places(image: &Image, seed: u64, pages: u64) -> Result<RangeSet> {
+fn places(memory_image: &MemoryImage, seed: u64, pages: u64) -> Result<RangeSet> {
     const WORD: usize = 8;
     let mut by_start = BTreeMap::new();
     for number in 0..pages {
@@ -262,8 +263,8 @@ fn places(image: &Image, seed: u64, pages: u64) -> Result<RangeSet> {
         by_start.insert(start.to_vec(), number);
     }
     let mut places = Vec::new();
-    for page in image.data()?.pages() {
-        let bytes = image.read(page)?;
+    for page in memory_image.data()?.pages() {
+        let bytes = memory_image.read(page)?;
         let start = bytes.get(..WORD).unwrap_or_default();
         let number = by_start.get(start);
         if number.is_some_and(|number| pattern::holds(&bytes, seed, *number)) {
@@ -284,49 +285,50 @@ fn r15_pages_that_the_destination_lacks_are_missed() -> Result<()> {
     let builder = Builder::new(&artifacts, Vmm::Uml)
         .memory(160 * MIB)
         .device_options(&["--discard-hinted"]);
-    let mut working = Working::start(builder, Driver::Ours, Load::of(32 * MIB), 17)?;
+    let mut stressed_guest =
+        StressedGuest::start(builder, Driver::Ours, StressLoad::new(32 * MIB), 17)?;
     // What the other workloads have may be free the next moment. This one keeps what it has.
-    let kept = working.guest.call(Fill {
+    let kept = stressed_guest.guest.call(Fill {
         bytes: KEPT,
         keep_every: 1,
         seed: SEED,
     })?;
     let workload = kept.workload;
     for adopt in [false, true] {
-        let guest = &mut working.guest;
+        let guest = &mut stressed_guest.guest;
         let mut destination = Destination::start(&artifacts.balloonctl, guest.memory())?;
         guest.migrate_to(&mut destination)?;
-        let image = destination.image()?;
+        let memory_image = destination.memory_image()?;
         // Where they are while the guest is paused: compaction may have moved them till then.
-        let lost = places(&guest.image()?, SEED, LOST)?;
+        let lost = places(&guest.memory_image()?, SEED, LOST)?;
         ensure!(lost.bytes() >= LOST * 4096, "only {} bytes", lost.bytes());
         for page in lost.pages() {
-            image.write(page.start, &[0; 4096])?;
+            memory_image.write(page.start, &[0; 4096])?;
         }
-        let outcome = guest.outcome(&destination)?;
-        let unseen = lost.without(&outcome.different);
+        let comparison = guest.compare_memory(&destination)?;
+        let unseen = lost.difference(&comparison.different);
         ensure!(
             unseen.ranges().is_empty(),
             "lost, and not seen to differ: {:x?}",
             unseen.ranges()
         );
         if adopt {
-            guest.adopt(&outcome, &destination)?;
+            guest.adopt(&comparison, &destination)?;
         }
         guest.resume()?;
         if !adopt {
-            let found = guest.check_different_are_free(&outcome);
+            let found = guest.check_different_pages_are_free(&comparison);
             println!("{found:?}");
             ensure!(found.is_err(), "nobody uses what was lost");
-            working.is_unharmed()?;
+            stressed_guest.check_unharmed()?;
         }
-        let found = working.guest.call(Verify { workload })?;
+        let found = stressed_guest.guest.call(Verify { workload })?;
         let missed = if adopt { LOST } else { 0 };
         ensure!(
             found.wrong == missed && found.pages == KEPT / 4096,
             "{missed} pages were to be wrong: {found:?}"
         );
     }
-    working.guest.call(Free { workload })?;
-    working.end().map(drop)
+    stressed_guest.guest.call(Free { workload })?;
+    stressed_guest.end().map(drop)
 }

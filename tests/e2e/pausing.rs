@@ -7,27 +7,27 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use migration::machine::{Machine, Processes};
-use migration::track::SentTable;
-use migration::{Block, Layout, Memory};
-use tests::artifacts::Artifacts;
-use tests::guest::{Builder, Device};
-use tests::host::guest_memory_file;
-use tests::stress::{Load, Stress};
-use tests::vmm::uml::TRACES;
-use tests::vmm::Vmm;
-use tests::{HANG_LIMIT, MIB};
+use guest_migration::dirty_tracking::SentTable;
+use guest_migration::vm::{ProcessVm, Vm};
+use guest_migration::{Layout, Memory, RamBlock};
+use harness::artifacts::Artifacts;
+use harness::guest::{Builder, Device};
+use harness::host::guest_memory_file;
+use harness::stress::{Stress, StressLoad};
+use harness::vmm::uml::TRACES;
+use harness::vmm::Vmm;
+use harness::{HANG_TIMEOUT, MIB};
 
 const MEMORY: u64 = 256 * MIB;
 /// How often a pause is long enough to look at all of memory twice.
-const LOOK_EVERY: u32 = 50;
+const CHECK_EVERY: u32 = 50;
 /// How far each workload must come between two looks.
 const PAGES: u64 = 100;
 
 #[test]
 fn user_mode_linux_does_not_notice_that_its_processes_are_stopped() -> Result<()> {
     // The debug kernel has two processors, which need seccomp.
-    let arguments = if Vmm::only_debug() { "" } else { TRACES };
+    let arguments = if Vmm::is_debug_only() { "" } else { TRACES };
     paused_again_and_again(Vmm::Uml, arguments, 300)
 }
 
@@ -49,48 +49,48 @@ fn paused_again_and_again(vmm: Vmm, arguments: &str, cycles: u32) -> Result<()> 
         .kernel_arguments(arguments)
         .boot()?;
     let memory = memory_of(guest.vmm().id())?;
-    let before = guest.settled()?;
-    let stress = Stress::start(&mut guest, Load::of(before.free / 2), 1)?;
-    let mut machine = Processes::new(&memory)?;
-    let mut watch = Watch::new(&memory)?;
+    let before = guest.settled_memory_usage()?;
+    let stress = Stress::start(&mut guest, StressLoad::new(before.free / 2), 1)?;
+    let mut vm = ProcessVm::new(&memory)?;
+    let mut detector = WriteDetector::new(&memory)?;
     let (mut longest, mut all, mut most) = (Duration::ZERO, Duration::ZERO, 0);
     let cycles = vmm.repeats(cycles);
     for cycle in 0..cycles {
         // Not always at the same point of what the guest does by the clock.
         sleep(Duration::from_micros(u64::from(cycle % 17) * 300));
         let then = Instant::now();
-        machine.pause()?;
+        vm.pause()?;
         let took = then.elapsed();
         (longest, all) = (longest.max(took), all + took);
-        let paused = machine.paused();
+        let paused = vm.paused_pids();
         ensure!(paused.contains(&guest.vmm().id()), "{paused:?}");
         most = most.max(paused.len());
-        if cycle % LOOK_EVERY == 0 {
-            watch.nothing_is_written()?;
+        if cycle % CHECK_EVERY == 0 {
+            detector.check_no_writes()?;
         }
-        machine.resume()?;
-        if cycle % LOOK_EVERY == 0 {
-            stress.wait_compared(&mut guest, PAGES, HANG_LIMIT)?;
+        vm.resume()?;
+        if cycle % CHECK_EVERY == 0 {
+            stress.wait_compared(&mut guest, PAGES, HANG_TIMEOUT)?;
         }
     }
     // One that is dropped goes on.
-    machine.pause()?;
-    drop(machine);
-    let done = stress.end_whole(&mut guest)?;
+    vm.pause()?;
+    drop(vm);
+    let done = stress.end_and_verify(&mut guest)?;
     println!(
         "{vmm:?} {arguments}: {cycles} pauses of up to {most} processes, each within {:?} on average and {longest:?} at most; \
          {} pages compared",
         all / cycles,
         done.compared
     );
-    guest.farewell(before)
+    guest.check_and_power_off(before)
 }
 
 /// The guest's memory file as one block.
 fn memory_of(vmm: u32) -> Result<Memory> {
     let path = guest_memory_file(vmm)?;
     let file = open(&path)?;
-    let block = Block::new("ram", file.metadata()?.len())?;
+    let block = RamBlock::new("ram", file.metadata()?.len())?;
     Ok(Memory::new(Layout::new([block], [])?.into(), vec![file])?)
 }
 
@@ -100,19 +100,19 @@ fn open(path: &std::path::Path) -> Result<File> {
 }
 
 /// Sees whether anybody writes.
-struct Watch<'a> {
+struct WriteDetector<'a> {
     memory: &'a Memory,
     seen: SentTable,
 }
 
-impl<'a> Watch<'a> {
+impl<'a> WriteDetector<'a> {
     fn new(memory: &'a Memory) -> Result<Self> {
         let seen = SentTable::new(memory.layout())?;
         Ok(Self { memory, seen })
     }
 
     /// Looks at all of memory twice.
-    fn nothing_is_written(&mut self) -> Result<()> {
+    fn check_no_writes(&mut self) -> Result<()> {
         let mut changed = Vec::new();
         self.seen.compare(self.memory, |run| changed.push(run))?;
         ensure!(
@@ -123,7 +123,7 @@ impl<'a> Watch<'a> {
         for run in changed.drain(..) {
             bytes.resize(usize::try_from(run.length())?, 0);
             self.memory.read(run, &mut bytes)?;
-            self.seen.sent(run, &bytes);
+            self.seen.record_sent(run, &bytes);
         }
         self.seen.compare(self.memory, |run| changed.push(run))?;
         ensure!(

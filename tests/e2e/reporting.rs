@@ -2,11 +2,11 @@
 //! Free page reporting, and what the driver says of itself in debugfs.
 
 use anyhow::{ensure, Result};
-use tests::artifacts::Artifacts;
-use tests::calls::{Fill, Free, ReadFile, Run, Verify, WriteFile};
-use tests::guest::{Builder, Device, Driver};
-use tests::vmm::Vmm;
-use tests::{HANG_LIMIT, MIB};
+use harness::artifacts::Artifacts;
+use harness::calls::{Fill, Free, ReadFile, Run, Verify, WriteFile};
+use harness::guest::{Builder, Device, Driver};
+use harness::vmm::Vmm;
+use harness::{HANG_TIMEOUT, MIB};
 
 /// Pages of 4 KiB in so many bytes.
 const fn pages(bytes: u64) -> u64 {
@@ -24,25 +24,26 @@ fn the_drivers_counters_agree_with_the_devices() -> Result<()> {
 
     let qmp = guest.daemon()?.qmp();
     let whole = qmp.balloon_actual()?;
-    qmp.balloon(whole - 100 * MIB)?;
-    qmp.wait_balloon(whole - 100 * MIB, HANG_LIMIT)?;
+    qmp.set_balloon(whole - 100 * MIB)?;
+    qmp.wait_balloon(whole - 100 * MIB, HANG_TIMEOUT)?;
     qmp.hint_start()?;
-    let round = qmp.wait_hint_status("finished")?;
+    let hint_round = qmp.wait_hint_status("finished")?;
     // The driver counts a hint round after it has sent STOP.
-    let after = guest.wait_counter("rounds_finished", 1, HANG_LIMIT)?;
+    let after = guest.wait_counter("rounds_finished", 1, HANG_TIMEOUT)?;
     ensure!(after.get("balloon_pages")? == pages(100 * MIB), "{after:?}");
     ensure!(after.get("target_pages")? == pages(100 * MIB), "{after:?}");
     ensure!(after.get("inflate_requests")? >= 100, "{after:?}");
     ensure!(after.get("rounds_started")? == 1, "{after:?}");
     ensure!(after.get("rounds_finished")? == 1, "{after:?}");
     ensure!(
-        after.get("hinted_blocks")? == round.blocks && after.get("hinted_bytes")? == round.bytes,
-        "{after:?}, {round:?}"
+        after.get("hinted_blocks")? == hint_round.blocks
+            && after.get("hinted_bytes")? == hint_round.bytes,
+        "{after:?}, {hint_round:?}"
     );
     let by_order: u64 = (0..16)
         .map(|order| after.get(&format!("hinted_blocks_order_{order}")))
         .sum::<Result<_>>()?;
-    ensure!(by_order == round.blocks, "{after:?}");
+    ensure!(by_order == hint_round.blocks, "{after:?}");
     ensure!(
         after.get("hint_free_pages_low")? >= after.get("hint_reserve_pages")?,
         "the reserve was taken: {after:?}"
@@ -60,13 +61,16 @@ fn the_drivers_counters_agree_with_the_devices() -> Result<()> {
     }
     let qmp = guest.daemon()?.qmp();
     qmp.hint_done()?;
-    qmp.balloon(whole)?;
-    qmp.wait_balloon(whole, HANG_LIMIT)?;
+    qmp.set_balloon(whole)?;
+    qmp.wait_balloon(whole, HANG_TIMEOUT)?;
     let end = guest.counters()?;
     ensure!(end.get("balloon_pages")? == 0, "{end:?}");
     ensure!(end.get("deflate_requests")? >= 100, "{end:?}");
     guest.unload(Driver::Ours)?;
-    ensure!(guest.counted_devices()?.is_empty(), "a folder is left");
+    ensure!(
+        guest.devices_with_counters()?.is_empty(),
+        "a folder is left"
+    );
     guest.check_log()?;
     guest.power_off()?;
     Ok(())
@@ -96,15 +100,15 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
         _ => builder.features(&["stats", "free-page-hint", "free-page-reporting"]),
     };
     let mut guest = builder.boot()?;
-    guest.hurry_reporting()?;
+    guest.set_short_reporting_delay()?;
     guest.fill_and_free(16 * MIB, 11)?;
-    let before = guest.settled()?;
-    let on_host = guest.memory_in_use()?;
+    let before = guest.settled_memory_usage()?;
+    let on_host = guest.host_memory_in_use()?;
     guest.load(Driver::Ours)?;
     let enough = before.free / 10 * 8;
-    guest.wait_memory_in_use(on_host.saturating_sub(enough), HANG_LIMIT)?;
+    guest.wait_host_memory_in_use(on_host.saturating_sub(enough), HANG_TIMEOUT)?;
     // The device has released pages before it answers, and so before the driver counts them.
-    let counters = guest.wait_counter("reported_pages", pages(enough), HANG_LIMIT)?;
+    let counters = guest.wait_counter("reported_pages", pages(enough), HANG_TIMEOUT)?;
     ensure!(counters.get("failed_reports")? == 0, "{counters:?}");
     ensure!(
         counters.get("reported_blocks")? > counters.get("reporting_notifications")?,
@@ -128,13 +132,13 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
 }
 
 #[test]
-fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve() -> Result<()> {
+fn parameters_are_clamped_and_keep_hinting_off_the_reserve() -> Result<()> {
     const RESERVE: u64 = 200 * MIB;
     /// What the guest's own programs may have taken of it since; the driver's counter is exact.
     const OWN_USE: u64 = 2 * MIB;
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Uml).boot()?;
-    for (parameters, min_order, complaint) in [
+    for (parameters, min_order, expected_warning) in [
         ("hint_reserve_mib=200 hint_min_order=8", 8, None),
         (
             "hint_reserve_mib=200 hint_min_order=77",
@@ -148,14 +152,14 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
         ),
     ] {
         guest.load_with(Driver::Ours, parameters)?;
-        let before = guest.settled()?;
+        let before = guest.settled_memory_usage()?;
         let qmp = guest.daemon()?.qmp();
         qmp.hint_start()?;
-        let round = qmp.wait_hint_status("finished")?;
+        let hint_round = qmp.wait_hint_status("finished")?;
         let left = guest.mem_info()?.free();
         ensure!(
             (RESERVE - OWN_USE..=RESERVE + 16 * MIB).contains(&left),
-            "{left} bytes were left of {before:?}: {round:?}"
+            "{left} bytes were left of {before:?}: {hint_round:?}"
         );
         let counters = guest.counters()?;
         ensure!(
@@ -173,12 +177,12 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
         guest.daemon()?.qmp().hint_done()?;
         guest.unload(Driver::Ours)?;
         guest.check_memory(before)?;
-        match complaint {
+        match expected_warning {
             None => guest.check_log()?,
-            Some(complaint) => {
+            Some(expected_warning) => {
                 let log = guest.kernel_log()?;
                 ensure!(
-                    log.iter().any(|line| line.text.contains(complaint)),
+                    log.iter().any(|line| line.text.contains(expected_warning)),
                     "{log:?}"
                 );
             }
@@ -201,7 +205,7 @@ fn parameters_are_kept_within_what_is_possible_and_keep_hinting_off_the_reserve(
 
 /// The kernel's own way to watch: user-mode Linux has no tracepoints, the stock kernel has.
 #[test]
-fn tracepoints_tell_of_hinting_and_sizing_in_qemu() -> Result<()> {
+fn tracepoints_show_hinting_and_resizing_in_qemu() -> Result<()> {
     const TRACING: &str = "/sys/kernel/tracing";
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Qemu).boot()?;
@@ -216,16 +220,19 @@ fn tracepoints_tell_of_hinting_and_sizing_in_qemu() -> Result<()> {
     })?;
     let qmp = guest.daemon()?.qmp();
     let id = qmp.hint_start()?;
-    let round = qmp.wait_hint_status("finished")?;
+    let hint_round = qmp.wait_hint_status("finished")?;
     qmp.hint_done()?;
     let whole = qmp.balloon_actual()?;
-    qmp.balloon(whole - 4 * MIB)?;
-    qmp.wait_balloon(whole - 4 * MIB, HANG_LIMIT)?;
+    qmp.set_balloon(whole - 4 * MIB)?;
+    qmp.wait_balloon(whole - 4 * MIB, HANG_TIMEOUT)?;
     let path = format!("{TRACING}/trace");
     let trace = guest.call(ReadFile { path })?;
     let count = |text: &str| trace.lines().filter(|line| line.contains(text)).count();
     let blocks = count("balloon_hint_block: virtio");
-    ensure!(blocks as u64 == round.blocks, "{blocks} lines: {round:?}");
+    ensure!(
+        blocks as u64 == hint_round.blocks,
+        "{blocks} lines: {hint_round:?}"
+    );
     ensure!(count(&format!(" id={id:#x} reserve=")) == 1, "{trace}");
     ensure!(count("balloon_hint_stop: virtio") == 1, "{trace}");
     for event in ["balloon_request", "balloon_acknowledge"] {
@@ -262,27 +269,27 @@ fn reporting_of_a_guest_that_fills_its_free_pages(
             .features(offered)
             .kernel_arguments(arguments)
             .boot()?;
-        guest.hurry_reporting()?;
+        guest.set_short_reporting_delay()?;
         guest.fill_and_free(16 * MIB, 13)?;
-        let before = guest.settled()?;
-        let on_host = guest.memory_in_use()?;
+        let before = guest.settled_memory_usage()?;
+        let on_host = guest.host_memory_in_use()?;
         guest.load(Driver::Ours)?;
         let status = guest.daemon()?.virtio_status()?;
         ensure!(
-            status.accepted("free-page-reporting") == accepted
-                && status.accepted("page-poison") == accepted
+            status.has_feature("free-page-reporting") == accepted
+                && status.has_feature("page-poison") == accepted
                 && status.poison == accepted.then_some(poison),
             "{offered:?}: {status:?}"
         );
         if accepted {
-            guest.wait_counter("reported_pages", pages(before.free / 10 * 8), HANG_LIMIT)?;
+            guest.wait_counter("reported_pages", pages(before.free / 10 * 8), HANG_TIMEOUT)?;
             // Pages are counted again when they are reported again: so the counter says little of what is released.
             let enough = if poison == 0 { before.free / 10 * 7 } else { 0 };
             let at_most = match enough {
                 0 => u64::MAX,
                 enough => on_host.saturating_sub(enough),
             };
-            let now = guest.wait_memory_in_use(at_most, HANG_LIMIT)?;
+            let now = guest.wait_host_memory_in_use(at_most, HANG_TIMEOUT)?;
             let released = on_host.saturating_sub(now);
             ensure!(
                 (enough..=enough + before.free / 2).contains(&released),
@@ -291,7 +298,7 @@ fn reporting_of_a_guest_that_fills_its_free_pages(
         }
         // The kernel looks at what it filled pages with when it gives them out, and would complain.
         guest.fill_and_free(16 * MIB, 14)?;
-        guest.farewell(before)?;
+        guest.check_and_power_off(before)?;
     }
     Ok(())
 }
@@ -315,18 +322,18 @@ fn reports_go_on_when_a_guest_in_qemu_has_slept() -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
         .features(&["stats", "free-page-hint", "free-page-reporting"])
-        .sleeps()
+        .suspendable()
         .boot()?;
-    guest.hurry_reporting()?;
+    guest.set_short_reporting_delay()?;
     guest.load(Driver::Ours)?;
     let enough = pages(64 * MIB);
-    guest.wait_counter("reported_pages", enough, HANG_LIMIT)?;
-    guest.sleep_and_wake()?;
+    guest.wait_counter("reported_pages", enough, HANG_TIMEOUT)?;
+    guest.suspend_and_resume()?;
     // Reports after this count happen after the sleep.
     let woken = guest.counters()?.get("reported_pages")?;
     // Reported pages are reported again when they have been in use.
     guest.fill_and_free(64 * MIB, 15)?;
-    let after = guest.wait_counter("reported_pages", woken + enough, HANG_LIMIT)?;
+    let after = guest.wait_counter("reported_pages", woken + enough, HANG_TIMEOUT)?;
     let failed = after.get("failed_reports")?;
     ensure!(failed <= 1, "{failed} reports failed: {after:?}");
     guest.unload(Driver::Ours)?;

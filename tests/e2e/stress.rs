@@ -5,15 +5,15 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use tests::artifacts::Artifacts;
-use tests::calls::{Churn, Churned, EndChurn, ReadFile, WaitMemFree};
-use tests::guest::{Builder, Driver, Guest};
-use tests::host::guest_memory_file;
-use tests::image::Image;
-use tests::pattern;
-use tests::stress::{Load, Stress};
-use tests::vmm::Vmm;
-use tests::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
+use harness::artifacts::Artifacts;
+use harness::calls::{ChurnMemory, ChurnStats, ReadFile, StopChurn, WaitMemFree};
+use harness::guest::{Builder, Driver, Guest};
+use harness::host::guest_memory_file;
+use harness::memory_image::MemoryImage;
+use harness::pattern;
+use harness::stress::{Stress, StressLoad};
+use harness::vmm::Vmm;
+use harness::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
 
 /// The processes, and what each has mapped at most.
 const MEMORY: u64 = 400 * MIB;
@@ -46,8 +46,8 @@ fn no_process_loses_a_page_while_the_c_driver_works_in_qemu() -> Result<()> {
 
 /// With our driver the OOM killer never comes. With the kernel's own it is only counted: it takes nearly all free
 /// memory while it hints.
-fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
-    let rounds = vmm.repeats(rounds);
+fn nothing_is_lost(vmm: Vmm, driver: Driver, hint_rounds: u32) -> Result<()> {
+    let hint_rounds = vmm.repeats(hint_rounds);
     let artifacts = Artifacts::load()?;
     let (mut guest, before) = Builder::new(&artifacts, vmm)
         .memory(MEMORY)
@@ -57,26 +57,26 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
             "free-page-hint",
             "free-page-reporting",
         ])
-        .boot_used(24 * MIB, driver)?;
-    guest.hurry_reporting()?;
+        .boot_filled(24 * MIB, driver)?;
+    guest.set_short_reporting_delay()?;
     let mut workloads = Vec::new();
     for seed in 1..=PROCESSES {
-        workloads.push(guest.call(Churn { bytes: EACH, seed })?);
+        workloads.push(guest.call(ChurnMemory { bytes: EACH, seed })?);
     }
     let then = Instant::now();
     // Not before all of them have what they want.
     guest.call(WaitMemFree {
         at_least: 0,
         at_most: before.free - PROCESSES * EACH / 4 * 3,
-        limit_ms: HANG_LIMIT_MS,
+        timeout_ms: HANG_TIMEOUT_MS,
     })?;
     println!("filled in {:?}", then.elapsed());
     let then = Instant::now();
     let inflate_by = before.free.saturating_sub(PROCESSES * EACH + LEFT) / MIB * MIB;
     ensure!(inflate_by > 0, "too little is free: {before:?}");
-    let hinted = rounds_follow_each_other(&mut guest, rounds, inflate_by)?;
+    let hinted = run_hint_rounds(&mut guest, hint_rounds, inflate_by)?;
     let took = then.elapsed();
-    let mut all = Churned {
+    let mut all = ChurnStats {
         pieces: 0,
         bytes: 0,
         compared: 0,
@@ -84,7 +84,7 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
     };
     let mut killed = 0;
     for workload in workloads {
-        match guest.call(EndChurn { workload }) {
+        match guest.call(StopChurn { workload }) {
             Ok(one) => {
                 all.pieces += one.pieces;
                 all.bytes += one.bytes;
@@ -99,7 +99,7 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
     let stalls = counted(&mut guest, "allocstall_normal")?
         + counted(&mut guest, "allocstall_dma32").unwrap_or(0);
     println!(
-        "{driver:?} driver, {vmm:?}: {rounds} rounds in {took:?}, {} MiB hinted; {} MiB filled in {} pieces, {} of {} pages wrong; \
+        "{driver:?} driver, {vmm:?}: {hint_rounds} rounds in {took:?}, {} MiB hinted; {} MiB filled in {} pieces, {} of {} pages wrong; \
          {kills} OOM kills, {killed} processes lost, {stalls} allocation stalls",
         hinted / MIB,
         all.bytes / MIB,
@@ -114,23 +114,23 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, rounds: u32) -> Result<()> {
     }
     ensure!(kills == 0, "the OOM killer came {kills} times");
     guest.unload(driver)?;
-    guest.farewell(before)
+    guest.check_and_power_off(before)
 }
 
 /// Rounds that are finished, cancelled or overtaken, while the target goes down and up; returns the bytes that were
 /// hinted.
-fn rounds_follow_each_other(guest: &mut Guest, rounds: u32, inflate_by: u64) -> Result<u64> {
-    let balloon = guest.balloon()?;
+fn run_hint_rounds(guest: &mut Guest, hint_rounds: u32, inflate_by: u64) -> Result<u64> {
+    let balloon = guest.balloon_qmp()?;
     let whole = balloon.balloon_actual()?;
     let mut hinted = 0;
-    for round in 0..rounds {
-        match round % 6 {
-            0 => balloon.balloon(whole - inflate_by)?,
-            3 => balloon.balloon(whole)?,
+    for hint_round in 0..hint_rounds {
+        match hint_round % 6 {
+            0 => balloon.set_balloon(whole - inflate_by)?,
+            3 => balloon.set_balloon(whole)?,
             _ => {}
         }
         balloon.hint_start()?;
-        match round % 4 {
+        match hint_round % 4 {
             // In the middle, however far it is.
             1 => balloon.hint_stop()?,
             2 => {
@@ -142,8 +142,8 @@ fn rounds_follow_each_other(guest: &mut Guest, rounds: u32, inflate_by: u64) -> 
         balloon.hint_done()?;
         sleep(PAUSE);
     }
-    balloon.balloon(whole)?;
-    balloon.wait_balloon(whole, HANG_LIMIT)?;
+    balloon.set_balloon(whole)?;
+    balloon.wait_balloon(whole, HANG_TIMEOUT)?;
     Ok(hinted)
 }
 
@@ -165,16 +165,16 @@ fn r15_every_workload_sees_pages_that_are_lost() -> Result<()> {
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
         .memory(192 * MIB)
         .boot()?;
-    let stress = Stress::start(&mut guest, Load::of(32 * MIB), 1)?;
-    stress.wait_compared(&mut guest, 1000, HANG_LIMIT)?;
-    let image = Image::open(&guest_memory_file(guest.vmm().id())?)?;
-    let deadline = Instant::now() + HANG_LIMIT;
+    let stress = Stress::start(&mut guest, StressLoad::new(32 * MIB), 1)?;
+    stress.wait_compared(&mut guest, 1000, HANG_TIMEOUT)?;
+    let memory_image = MemoryImage::open(&guest_memory_file(guest.vmm().id())?)?;
+    let deadline = Instant::now() + HANG_TIMEOUT;
     let mut lost = 0;
     // One that had no page in use when pages were lost has nothing to see.
     let each = loop {
-        lost += lose_patterns(&mut guest, &image)?;
+        lost += lose_patterns(&mut guest, &memory_image)?;
         sleep(PAUSE);
-        let each = stress.so_far(&mut guest)?;
+        let each = stress.progress(&mut guest)?;
         if each.iter().all(|one| one.wrong > 0) {
             break each;
         }
@@ -182,29 +182,29 @@ fn r15_every_workload_sees_pages_that_are_lost() -> Result<()> {
     };
     ensure!(lost > 1000, "only {lost} pages had a pattern");
     println!("{lost} pages were lost, free ones among them: {each:?}");
-    ensure!(stress.end_whole(&mut guest).is_err());
-    ensure!(guest.call(tests::calls::PageUse {})?.used.bytes() > MIB);
+    ensure!(stress.end_and_verify(&mut guest).is_err());
+    ensure!(guest.call(harness::calls::PageUse {})?.used.bytes() > MIB);
     guest.power_off()?;
     Ok(())
 }
 
 /// Zeroes the pages of a guest that hold patterns, in use or not, and returns how many these were.
-fn lose_patterns(guest: &mut Guest, image: &Image) -> Result<u64> {
+fn lose_patterns(guest: &mut Guest, memory_image: &MemoryImage) -> Result<u64> {
     const PAGE: usize = 4096;
     let mut lost = 0;
     // Else a page could become something else between the look and the loss.
     guest.vmm().stop()?;
-    for range in image.data()?.ranges() {
+    for range in memory_image.data()?.ranges() {
         for (start, page) in (range.start..)
             .step_by(PAGE)
-            .zip(image.read(*range)?.chunks_exact(PAGE))
+            .zip(memory_image.read(*range)?.chunks_exact(PAGE))
         {
-            if pattern::is_some(page) {
-                image.write(start, &[0; PAGE])?;
+            if pattern::is_pattern(page) {
+                memory_image.write(start, &[0; PAGE])?;
                 lost += 1;
             }
         }
     }
-    guest.vmm().signal(tests::process::Signal::SIGCONT)?;
+    guest.vmm().signal(harness::process::Signal::SIGCONT)?;
     Ok(lost)
 }

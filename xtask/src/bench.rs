@@ -6,12 +6,12 @@ mod migration;
 
 use anyhow::{ensure, Result};
 use clap::{Args, ValueEnum};
-use tests::artifacts::Artifacts;
-use tests::calls::{ReadFile, Run};
-use tests::guest::{Builder, Driver, Guest};
-use tests::measure::{self, Suppression, Work};
-use tests::vmm::Vmm;
-use tests::MIB;
+use harness::artifacts::Artifacts;
+use harness::calls::{ReadFile, Run};
+use harness::driver_cost::{self, NotificationSuppression, WorkCost};
+use harness::guest::{Builder, Driver, Guest};
+use harness::vmm::Vmm;
+use harness::MIB;
 
 use crate::build::{self, Profile};
 use crate::progress::say;
@@ -46,10 +46,10 @@ enum Part {
 /// What a guest keeps of its memory when the balloon is inflated, in MiB.
 const SPARE: u64 = 128;
 
-const WAYS: [(Suppression, &str); 3] = [
-    (Suppression::EventIndex, "event index"),
-    (Suppression::Flag, "no event index"),
-    (Suppression::Never, "no suppression"),
+const WAYS: [(NotificationSuppression, &str); 3] = [
+    (NotificationSuppression::EventIdx, "event index"),
+    (NotificationSuppression::Flag, "no event index"),
+    (NotificationSuppression::Never, "no suppression"),
 ];
 
 /// Does what `bench` says.
@@ -57,16 +57,21 @@ pub fn command(options: &Options) -> Result<()> {
     let wanted = |part| options.only.is_none_or(|only| only == part);
     if wanted(Part::Crates) {
         say("the dirty bitmap and the stream, each beside the machine's own speed");
-        run::shown(build::cargo()?.args(["bench", "--quiet", "--package", "migration"]))?;
+        run::inherit_output(build::cargo()?.args([
+            "bench",
+            "--quiet",
+            "--package",
+            "guest-migration",
+        ]))?;
     }
     if wanted(Part::Driver) {
-        let set_up = setup::ensure(&[Kernel::Uml])?;
-        let artifacts = build::artifacts(&set_up, &[Kernel::Uml], Profile::Release)?;
+        let build_env = setup::ensure(&[Kernel::Uml])?;
+        let artifacts = build::artifacts(&build_env, &[Kernel::Uml], Profile::Release)?;
         driver(&artifacts, options)?;
     }
     if wanted(Part::Migration) {
-        let set_up = setup::ensure(&[Kernel::Stock])?;
-        let artifacts = build::artifacts(&set_up, &[Kernel::Stock], Profile::Release)?;
+        let build_env = setup::ensure(&[Kernel::Stock])?;
+        let artifacts = build::artifacts(&build_env, &[Kernel::Stock], Profile::Release)?;
         migration::table(&artifacts)?;
     }
     println!();
@@ -80,8 +85,9 @@ fn driver(artifacts: &Artifacts, options: &Options) -> Result<()> {
     say(format_args!(
         "{memory} MiB of user-mode Linux, our device, one driver after the other; medians of {rounds}"
     ));
-    let measure =
-        |driver, way| measure::costs(artifacts, driver, way, memory * MIB, size * MIB, rounds);
+    let measure = |driver, way| {
+        driver_cost::measure_driver(artifacts, driver, way, memory * MIB, size * MIB, rounds)
+    };
     println!();
     println!(
         "  {:<10}{:<16}{:<8}{:>8}{:>10}{:>9}{:>11}{:>8}{:>8}{:>12}",
@@ -109,7 +115,7 @@ fn driver(artifacts: &Artifacts, options: &Options) -> Result<()> {
         }
     }
     fragmented(artifacts, memory * MIB, rounds)?;
-    afterwards(artifacts, memory * MIB)
+    compaction_after_hinting(artifacts, memory * MIB)
 }
 
 /// One page of so many is kept. The last is one in each MiB.
@@ -117,8 +123,8 @@ const KEPT: [u64; 4] = [4, 16, 64, 256];
 /// What a guest keeps when it fills its memory, so that its kernel and first process are not in want.
 const UNFILLED: u64 = 12 * MIB;
 /// The orders of a huge page and of the largest block, of x86-64.
-const HUGE: usize = 9;
-const LARGEST: usize = 10;
+const HPAGE_PMD_ORDER: usize = 9;
+const MAX_PAGE_ORDER: usize = 10;
 
 /// Hinting where free memory is in pieces, by the smallest order that is hinted.
 fn fragmented(artifacts: &Artifacts, memory: u64, rounds: usize) -> Result<()> {
@@ -140,25 +146,25 @@ fn fragmented(artifacts: &Artifacts, memory: u64, rounds: usize) -> Result<()> {
     for keep_every in KEPT {
         let mut guest = Builder::new(artifacts, Vmm::Uml).memory(memory).boot()?;
         guest.fragment(keep_every, UNFILLED, 11)?;
-        let drivers = (0..=LARGEST).map(|order| (Driver::Ours, order));
-        for (driver, order) in [(Driver::C, LARGEST)].into_iter().chain(drivers) {
+        let drivers = (0..=MAX_PAGE_ORDER).map(|order| (Driver::Ours, order));
+        for (driver, order) in [(Driver::C, MAX_PAGE_ORDER)].into_iter().chain(drivers) {
             let parameters = match driver {
                 Driver::Ours => format!("hint_min_order={order}"),
                 Driver::C => String::new(),
             };
-            let before = guest.unsettled()?;
+            let before = guest.memory_usage()?;
             let free = guest.free_blocks()?;
             guest.load_with(driver, &parameters)?;
             let mut rounds_done = Vec::new();
             for _ in 0..rounds {
-                rounds_done.push(measure::hint(&mut guest)?);
+                rounds_done.push(driver_cost::measure_hint_round(&mut guest)?);
                 guest.daemon()?.qmp().hint_done()?;
-                guest.check_memory_as_it_is(before)?;
+                guest.check_memory_uncompacted(before)?;
             }
             guest.unload(driver)?;
             let after = guest.free_blocks()?;
-            let work = Work::median(rounds_done);
-            let all = free.from_order(0);
+            let work = WorkCost::median(rounds_done);
+            let all = free.free_bytes_from_order(0);
             println!(
                 "  {keep_every:<10}{:<8}{:>9}{:>9}{:>9}{:>8}{:>9}{:>11}{:>8}{:>12}{:>18}",
                 match driver {
@@ -175,8 +181,8 @@ fn fragmented(artifacts: &Artifacts, memory: u64, rounds: usize) -> Result<()> {
                 format!("{:.1?}", work.time),
                 format!(
                     "{} -> {}",
-                    free.from_order(HUGE) / MIB,
-                    after.from_order(HUGE) / MIB
+                    free.free_bytes_from_order(HPAGE_PMD_ORDER) / MIB,
+                    after.free_bytes_from_order(HPAGE_PMD_ORDER) / MIB
                 ),
             );
         }
@@ -187,7 +193,7 @@ fn fragmented(artifacts: &Artifacts, memory: u64, rounds: usize) -> Result<()> {
 
 /// Whether a round has a price that is paid later: what compaction makes of fragmented memory after a round, and to whom
 /// the blocks of memory belong that the kernel groups its pages by.
-fn afterwards(artifacts: &Artifacts, memory: u64) -> Result<()> {
+fn compaction_after_hinting(artifacts: &Artifacts, memory: u64) -> Result<()> {
     const KEEP_EVERY: u64 = 64;
     println!();
     println!(
@@ -198,8 +204,8 @@ fn afterwards(artifacts: &Artifacts, memory: u64) -> Result<()> {
         "  {:<16}{:>18}{:>20}{:>22}",
         "hinted blocks", "at once", "after compaction", "movable"
     );
-    let ours = [0, 2, 4, 6, LARGEST].map(|order| Some((Driver::Ours, order)));
-    let all = [None, Some((Driver::C, LARGEST))];
+    let ours = [0, 2, 4, 6, MAX_PAGE_ORDER].map(|order| Some((Driver::Ours, order)));
+    let all = [None, Some((Driver::C, MAX_PAGE_ORDER))];
     for hinting in all.into_iter().chain(ours) {
         let mut guest = Builder::new(artifacts, Vmm::Uml).memory(memory).boot()?;
         guest.fragment(KEEP_EVERY, UNFILLED, 12)?;
@@ -208,20 +214,20 @@ fn afterwards(artifacts: &Artifacts, memory: u64) -> Result<()> {
                 Driver::Ours => format!("hint_min_order={order}"),
                 Driver::C => String::new(),
             };
-            let mut before = guest.unsettled()?;
+            let mut before = guest.memory_usage()?;
             guest.load_with(driver, &parameters)?;
-            measure::hint(&mut guest)?;
+            driver_cost::measure_hint_round(&mut guest)?;
             use_kernel_memory(&mut guest)?;
             guest.daemon()?.qmp().hint_done()?;
             before.used += KERNEL_MEMORY;
-            guest.check_memory_as_it_is(before)?;
+            guest.check_memory_uncompacted(before)?;
         } else {
             use_kernel_memory(&mut guest)?;
         }
         let at_once = guest.free_blocks()?;
-        guest.settled()?;
+        guest.settled_memory_usage()?;
         let compacted = guest.free_blocks()?;
-        let unmovable = unmovable_blocks(&mut guest)?;
+        let unmovable = unmovable_pageblocks(&mut guest)?;
         println!(
             "  {:<16}{:>18}{:>20}{:>22}",
             match hinting {
@@ -229,8 +235,8 @@ fn afterwards(artifacts: &Artifacts, memory: u64) -> Result<()> {
                 Some((Driver::C, _)) => "C".to_owned(),
                 Some((Driver::Ours, order)) => format!(">= {order}"),
             },
-            at_once.from_order(HUGE) / MIB,
-            compacted.from_order(HUGE) / MIB,
+            at_once.free_bytes_from_order(HPAGE_PMD_ORDER) / MIB,
+            compacted.free_bytes_from_order(HPAGE_PMD_ORDER) / MIB,
             unmovable
         );
         guest.power_off()?;
@@ -253,7 +259,7 @@ fn use_kernel_memory(guest: &mut Guest) -> Result<()> {
 }
 
 /// The blocks of memory that the kernel keeps for pages that it cannot move.
-fn unmovable_blocks(guest: &mut Guest) -> Result<String> {
+fn unmovable_pageblocks(guest: &mut Guest) -> Result<String> {
     let text = guest.call(ReadFile {
         path: "/proc/pagetypeinfo".to_owned(),
     })?;
@@ -272,7 +278,7 @@ fn unmovable_blocks(guest: &mut Guest) -> Result<String> {
     Ok(shown.join(", "))
 }
 
-fn row(kind: &str, way: &str, driver: &str, work: &Work) {
+fn row(kind: &str, way: &str, driver: &str, work: &WorkCost) {
     let counts = work.counts;
     println!(
         "  {kind:<10}{way:<16}{driver:<8}{:>8}{:>10}{:>9}{:>11}{:>8}{:>8}{:>12}",

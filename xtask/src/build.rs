@@ -7,16 +7,16 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use harness::artifacts::{Artifacts, Kernel as GuestKernel, NestedPrograms};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use tests::artifacts::{Artifacts, Inside, Kernel as GuestKernel};
 
+use crate::extract_vmlinux;
 use crate::module;
-use crate::place;
+use crate::paths;
 use crate::progress::say;
 use crate::run;
-use crate::setup::{Kernel, SetUp};
-use crate::unpacked;
+use crate::setup::{BuildEnv, Kernel};
 
 /// Guests are x86-64, as the host must be.
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -33,7 +33,7 @@ pub enum Profile {
 /// Cargo, in the repository.
 pub fn cargo() -> Result<Command> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(place::repository()?);
+    command.current_dir(paths::repository()?);
     Ok(command)
 }
 
@@ -50,34 +50,34 @@ pub fn target_folder() -> Result<PathBuf> {
 }
 
 /// Builds everything that guests with these kernels are made of.
-pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result<Artifacts> {
+pub fn artifacts(build_env: &BuildEnv, kernels: &[Kernel], profile: Profile) -> Result<Artifacts> {
     say("building the programs of the host and the guest");
     let daemon = program("vhost-device-balloon", profile)?;
     let balloonctl = program("balloonctl", profile)?;
     let agent = agent()?;
     let mut artifacts = Artifacts {
-        rootfs: set_up.rootfs.clone(),
+        rootfs: build_env.rootfs.clone(),
         agent,
         daemon,
         balloonctl,
-        inside: None,
+        nested: None,
         stock: None,
         uml: None,
         debug: None,
-        peers: BTreeMap::new(),
+        series_kernels: BTreeMap::new(),
     };
     for &kernel in kernels {
         say(format_args!(
             "building the module for the {} kernel",
             kernel.name()
         ));
-        let our_driver = Some(module::make(set_up, kernel, false)?);
-        let tree = set_up.tree(kernel)?;
+        let our_driver = Some(module::make(build_env, kernel, false)?);
+        let tree = build_env.tree(kernel)?;
         let (image, unpacked, c_driver) = match kernel {
             Kernel::Stock => {
-                let parts = set_up.rootfs.join("kernel");
+                let parts = build_env.rootfs.join("kernel");
                 let image = parts.join("vmlinuz");
-                let unpacked = unpacked::ensure(&image, &target_folder()?)?;
+                let unpacked = extract_vmlinux::ensure(&image, &target_folder()?)?;
                 (image, unpacked, parts.join("virtio_balloon.ko"))
             }
             Kernel::Uml | Kernel::Debug => (
@@ -86,12 +86,12 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
                 tree.join("drivers/virtio/virtio_balloon.ko"),
             ),
         };
-        let place = match kernel {
+        let slot = match kernel {
             Kernel::Stock => &mut artifacts.stock,
             Kernel::Uml => &mut artifacts.uml,
             Kernel::Debug => &mut artifacts.debug,
         };
-        *place = Some(GuestKernel {
+        *slot = Some(GuestKernel {
             image,
             unpacked,
             c_driver,
@@ -105,7 +105,7 @@ pub fn artifacts(set_up: &SetUp, kernels: &[Kernel], profile: Profile) -> Result
 
 /// Writes the artifacts to a file for the test program, and returns its path. Other content has another path: a run with other
 /// artifacts at the same time has a file of its own.
-pub fn described(artifacts: &Artifacts) -> Result<PathBuf> {
+pub fn write_artifacts(artifacts: &Artifacts) -> Result<PathBuf> {
     let text = serde_json::to_string_pretty(artifacts).context("cannot encode paths")?;
     let digest = Sha256::digest(text.as_bytes());
     let name: String = digest[..8]
@@ -131,7 +131,7 @@ fn program(name: &str, profile: Profile) -> Result<PathBuf> {
             "release"
         }
     };
-    run::shown(&mut command)?;
+    run::inherit_output(&mut command)?;
     Ok(target_folder()?.join(folder).join(name))
 }
 
@@ -140,10 +140,10 @@ fn agent() -> Result<PathBuf> {
 }
 
 /// What runs user-mode Linux inside a guest of QEMU.
-pub fn inside() -> Result<Inside> {
+pub fn nested() -> Result<NestedPrograms> {
     say("building what is run inside a guest");
-    Ok(Inside {
-        program: for_guests("tests", "inside")?,
+    Ok(NestedPrograms {
+        program: for_guests("harness", "nested")?,
         daemon: for_guests("vhost-device-balloon", "vhost-device-balloon")?,
         balloonctl: for_guests("balloonctl", "balloonctl")?,
     })
@@ -163,6 +163,6 @@ fn for_guests(package: &str, program: &str) -> Result<PathBuf> {
     command
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
-    run::shown(&mut command)?;
+    run::inherit_output(&mut command)?;
     Ok(folder.join(GUEST_TARGET).join("release").join(program))
 }

@@ -15,7 +15,7 @@ use crate::unsafe_count;
 /// Does what `check` says.
 pub fn command() -> Result<()> {
     say("format of the crates");
-    run::shown(build::cargo()?.args(["fmt", "--all", "--check"]))?;
+    run::inherit_output(build::cargo()?.args(["fmt", "--all", "--check"]))?;
     say("where unsafe code stands");
     unsafe_count::check()?;
     say("the tests that docs/conformance.md names");
@@ -23,7 +23,7 @@ pub fn command() -> Result<()> {
     say("the tests that bear a rule's number");
     rules::check()?;
     say("lints of the crates");
-    run::shown(build::cargo()?.args([
+    run::inherit_output(build::cargo()?.args([
         "clippy",
         "--quiet",
         "--workspace",
@@ -33,11 +33,11 @@ pub fn command() -> Result<()> {
         "--deny",
         "warnings",
     ]))?;
-    let set_up = setup::ensure(&[Kernel::Stock])?;
+    let build_env = setup::ensure(&[Kernel::Stock])?;
     say("format of the kernel module");
-    module::check_format(&set_up)?;
+    module::check_format(&build_env)?;
     say("lints of the kernel module");
-    module::make(&set_up, Kernel::Stock, true)?;
+    module::make(&build_env, Kernel::Stock, true)?;
     say("all in order");
     Ok(())
 }

@@ -6,7 +6,7 @@ use std::fs;
 
 use anyhow::{ensure, Context, Result};
 
-use crate::place;
+use crate::paths;
 use crate::sources;
 
 /// Prints how many rows and tests the document has.
@@ -15,7 +15,7 @@ use crate::sources;
 ///
 /// If it names a test that does not exist.
 pub fn check() -> Result<()> {
-    let repository = place::repository()?;
+    let repository = paths::repository()?;
     let path = repository.join("docs/conformance.md");
     let text =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -84,7 +84,8 @@ mod tests {
 
     #[test]
     fn names_are_found_in_the_last_column_only() {
-        let row = "| MUST use `poison_val` | `r1_it_sleeps`, `r2_*`, by `LentBlock`, `a/b_c.rs` |";
+        let row =
+            "| MUST use `poison_val` | `r1_it_sleeps`, `r2_*`, by `HintedBlock`, `a/b_c.rs` |";
         let cell = last_cell(row).unwrap_or_default();
         assert_eq!(tests(cell).collect::<Vec<_>>(), ["r1_it_sleeps", "r2_*"]);
         assert_eq!(last_cell("|---|---|"), None);

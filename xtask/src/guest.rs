@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
+use harness::calls::Shell;
+use harness::guest::{Builder, Device, Driver};
+use harness::vmm::Vmm;
 use nix::sys::termios::{tcgetattr, tcsetattr, SetArg};
-use tests::calls::Shell;
-use tests::guest::{Builder, Device, Driver};
-use tests::vmm::Vmm;
 
 use crate::build::{self, Profile};
 use crate::progress::say;
@@ -66,8 +66,8 @@ pub fn command(options: &Options) -> Result<()> {
         DeviceChoice::Ours => Device::Ours,
         DeviceChoice::Qemu => Device::QemuOwn,
     };
-    let set_up = setup::ensure(&[kernel])?;
-    let artifacts = build::artifacts(&set_up, &[kernel], Profile::Release)?;
+    let build_env = setup::ensure(&[kernel])?;
+    let artifacts = build::artifacts(&build_env, &[kernel], Profile::Release)?;
     // The VMM makes the terminal raw; if it dies, someone must undo that.
     let terminal = stdin();
     let settings = tcgetattr(&terminal).context("a shell needs a terminal")?;
@@ -76,7 +76,7 @@ pub fn command(options: &Options) -> Result<()> {
     let builder = Builder::new(&artifacts, vmm)
         .device(device)
         .features(&features)
-        .memory(options.memory * tests::MIB);
+        .memory(options.memory * harness::MIB);
     let outcome = builder.on_terminal().boot().and_then(|mut guest| {
         match options.driver {
             DriverChoice::Ours => guest.load(Driver::Ours)?,
@@ -86,7 +86,7 @@ pub fn command(options: &Options) -> Result<()> {
         if let Ok(daemon) = guest.daemon() {
             println!(
                 "the daemon's control socket: {}\r",
-                daemon.control().display()
+                daemon.qmp_socket().display()
             );
         }
         guest.agent().call_within(Shell {}, Duration::MAX)?;

@@ -4,17 +4,17 @@
 use std::fs;
 use std::path::Path;
 
-use ::tests::artifacts::{self, Artifacts, Kernel as GuestKernel};
-use ::tests::matrix::{self, table, Outcome, Pair, Verdict};
-use ::tests::vmm::Vmm;
+use ::harness::artifacts::{self, Artifacts, Kernel as GuestKernel};
+use ::harness::matrix::{self, table, CellResult, Pair, Verdict};
+use ::harness::vmm::Vmm;
 use anyhow::{bail, ensure, Context, Result};
 
 use crate::build::{self, Profile};
 use crate::module;
-use crate::place;
+use crate::paths;
 use crate::progress::say;
 use crate::run;
-use crate::setup::peers::{self, Peer};
+use crate::setup::kernel_series::{self, KernelSeries};
 use crate::setup::{self, Kernel};
 
 /// The one test that goes through the cells.
@@ -33,10 +33,10 @@ pub fn command(which: &str) -> Result<()> {
     if cells.iter().any(|cell| cell.row.vmm == Vmm::Uml) {
         kernels.push(Kernel::Uml);
     }
-    let set_up = setup::ensure(&kernels)?;
-    let mut artifacts = build::artifacts(&set_up, &kernels, Profile::Dev)?;
+    let build_env = setup::ensure(&kernels)?;
+    let mut artifacts = build::artifacts(&build_env, &kernels, Profile::Dev)?;
     prepare(&mut artifacts, Some(which))?;
-    let paths = build::described(&artifacts)?;
+    let paths = build::write_artifacts(&artifacts)?;
     let results = build::target_folder()?.join(format!("matrix-{}.json", std::process::id()));
     say(format_args!("the matrix of machines: {which}"));
     let mut test = build::cargo()?;
@@ -47,7 +47,7 @@ pub fn command(which: &str) -> Result<()> {
         .env(matrix::CELLS_VARIABLE, which)
         .env(matrix::RESULTS_VARIABLE, &results)
         .env("RUST_LIB_BACKTRACE", "0");
-    let outcome = run::shown(&mut test);
+    let outcome = run::inherit_output(&mut test);
     if which == matrix::ALL {
         document(&results)?;
         say(format_args!("the table is in {DOCUMENT}"));
@@ -61,19 +61,19 @@ pub fn command(which: &str) -> Result<()> {
 pub fn prepare(artifacts: &mut Artifacts, which: Option<&str>) -> Result<()> {
     let cells = matrix::cells(which)?;
     if let Some(stock) = &mut artifacts.stock {
-        stock.modules = modules_in(&peers::stock_modules()?)?;
+        stock.modules = modules_in(&kernel_series::stock_modules()?)?;
     }
-    for peer in Peer::ALL {
-        let wanted = |cell: &matrix::Cell| cell.row.series == Some(peer.series());
+    for series in KernelSeries::ALL {
+        let wanted = |cell: &matrix::Cell| cell.row.series == Some(series.name());
         if !cells.iter().any(wanted) {
             continue;
         }
-        let kernel = peers::ensure(peer)?;
+        let kernel = kernel_series::ensure(series)?;
         let our_driver = match &kernel.build {
-            Some(set_up) => {
-                let name = format!("stock-{}", peer.series().replace('.', "-"));
+            Some(build_env) => {
+                let name = format!("stock-{}", series.name().replace('.', "-"));
                 say(format_args!("building the module for the {name} kernel"));
-                match module::make_named(set_up, Kernel::Stock, &name, false) {
+                match module::make_named(build_env, Kernel::Stock, &name, false) {
                     Ok(path) => Some(path),
                     // The cells of it fail; the others need not.
                     Err(error) => {
@@ -87,8 +87,8 @@ pub fn prepare(artifacts: &mut Artifacts, which: Option<&str>) -> Result<()> {
         let c_driver = kernel.modules.join("virtio_balloon.ko");
         let modules = modules_in(&kernel.modules)?;
         let more = |path: &std::path::PathBuf| *path != c_driver && !kernel.early.contains(path);
-        artifacts.peers.insert(
-            peer.series().to_owned(),
+        artifacts.series_kernels.insert(
+            series.name().to_owned(),
             GuestKernel {
                 image: kernel.image,
                 unpacked: None,
@@ -124,9 +124,9 @@ fn write(path: &Path, text: &str) -> Result<()> {
 fn document(results: &Path) -> Result<()> {
     let text = fs::read_to_string(results)
         .with_context(|| format!("cannot read {}", results.display()))?;
-    let outcomes: Vec<Outcome> =
+    let outcomes: Vec<CellResult> =
         serde_json::from_str(&text).context("the results are not what they should be")?;
-    let path = place::repository()?.join(DOCUMENT);
+    let path = paths::repository()?.join(DOCUMENT);
     let document =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     write(&path, &replaced(&document, &table_of(&outcomes))?)
@@ -145,7 +145,7 @@ fn replaced(document: &str, text: &str) -> Result<String> {
 }
 
 /// A line for each row of the matrix; below, why cells were not run, and how they failed.
-fn table_of(outcomes: &[Outcome]) -> String {
+fn table_of(outcomes: &[CellResult]) -> String {
     let mut notes: Vec<String> = Vec::new();
     let mut lines = vec![
         format!("| machine | {} |", Pair::ALL.map(Pair::name).join(" | ")),
@@ -157,7 +157,7 @@ fn table_of(outcomes: &[Outcome]) -> String {
     for row in table::rows() {
         let mut cells = vec![row.name.to_owned()];
         for pair in Pair::ALL {
-            let of = |outcome: &&Outcome| outcome.row == row.name && outcome.pair == pair;
+            let of = |outcome: &&CellResult| outcome.row == row.name && outcome.pair == pair;
             let name = format!("{}: {}", row.name, pair.name());
             let star = if usual.contains(&name) { "*" } else { "" };
             let mut note = |what: &str, why: &str| {
@@ -199,7 +199,7 @@ fn table_of(outcomes: &[Outcome]) -> String {
     lines.join("\n")
 }
 
-fn count(outcomes: &[Outcome], wanted: impl Fn(&Verdict) -> bool) -> usize {
+fn count(outcomes: &[CellResult], wanted: impl Fn(&Verdict) -> bool) -> usize {
     outcomes
         .iter()
         .filter(|outcome| wanted(&outcome.verdict))
@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_cell_that_was_not_run_says_why_once() {
-        let outcome = |pair, verdict| Outcome {
+        let outcome = |pair, verdict| CellResult {
             row: "`packed=on`".to_owned(),
             pair,
             verdict,

@@ -8,17 +8,17 @@ use anyhow::{ensure, Context, Result};
 use clap::{Args, ValueEnum};
 
 use crate::build;
-use crate::place;
+use crate::paths;
 use crate::progress::say;
 use crate::run;
-use crate::setup::{self, Kernel, SetUp};
+use crate::setup::{self, BuildEnv, Kernel};
 
 /// The options of `module`.
 #[derive(Args)]
 pub struct Options {
     /// The kernel to build for.
     #[arg(long, default_value = "stock")]
-    kernel: Choice,
+    kernel: KernelChoice,
     /// Build with clippy's lints, into a folder of their own.
     #[arg(long)]
     clippy: bool,
@@ -28,7 +28,7 @@ pub struct Options {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Choice {
+enum KernelChoice {
     Stock,
     Uml,
     Debug,
@@ -38,17 +38,17 @@ enum Choice {
 /// Does what `module` says.
 pub fn command(options: &Options) -> Result<()> {
     let kernels = match options.kernel {
-        Choice::Stock => vec![Kernel::Stock],
-        Choice::Uml => vec![Kernel::Uml],
-        Choice::Debug => vec![Kernel::Debug],
-        Choice::All => Kernel::ALL.to_vec(),
+        KernelChoice::Stock => vec![Kernel::Stock],
+        KernelChoice::Uml => vec![Kernel::Uml],
+        KernelChoice::Debug => vec![Kernel::Debug],
+        KernelChoice::All => Kernel::ALL.to_vec(),
     };
-    let set_up = setup::ensure(&kernels)?;
+    let build_env = setup::ensure(&kernels)?;
     if options.fmt_check {
-        return check_format(&set_up);
+        return check_format(&build_env);
     }
     for kernel in kernels {
-        let module = make(&set_up, kernel, options.clippy)?;
+        let module = make(&build_env, kernel, options.clippy)?;
         say(format_args!(
             "{} kernel: {}",
             kernel.name(),
@@ -59,12 +59,17 @@ pub fn command(options: &Options) -> Result<()> {
 }
 
 /// Builds it for one kernel, with every warning an error, and returns its path.
-pub fn make(set_up: &SetUp, kernel: Kernel, clippy: bool) -> Result<PathBuf> {
-    make_named(set_up, kernel, kernel.name(), clippy)
+pub fn make(build_env: &BuildEnv, kernel: Kernel, clippy: bool) -> Result<PathBuf> {
+    make_named(build_env, kernel, kernel.name(), clippy)
 }
 
 /// As [`make`], for a kernel that is set up as `kernel` is and goes by another name.
-pub fn make_named(set_up: &SetUp, kernel: Kernel, name: &str, clippy: bool) -> Result<PathBuf> {
+pub fn make_named(
+    build_env: &BuildEnv,
+    kernel: Kernel,
+    name: &str,
+    clippy: bool,
+) -> Result<PathBuf> {
     let suffix = if clippy { "-clippy" } else { "" };
     let what = format!(
         "module for the {name} kernel{}",
@@ -75,16 +80,16 @@ pub fn make_named(set_up: &SetUp, kernel: Kernel, name: &str, clippy: bool) -> R
         .join(format!("{name}{suffix}"));
     fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
     let log = out.with_extension("log");
-    let mut command = set_up
+    let mut command = build_env
         .sandbox()
-        .readable(set_up.tree(kernel)?, kernel.inside())
-        .readable(&place::repository()?, "/repo")
-        .writable(&out, "/out")
-        .variable("TREE", kernel.inside())
-        .variable("ARCH", kernel.architecture())
-        .variable("CLIPPY", if clippy { "1" } else { "" })
+        .bind_ro(build_env.tree(kernel)?, kernel.sandbox_path())
+        .bind_ro(&paths::repository()?, "/repo")
+        .bind_rw(&out, "/out")
+        .env("TREE", kernel.sandbox_path())
+        .env("ARCH", kernel.architecture())
+        .env("CLIPPY", if clippy { "1" } else { "" })
         .command("make -C \"$TREE\" ARCH=\"$ARCH\" CLIPPY=\"$CLIPPY\" M=/repo MO=/out -j\"$(nproc)\" modules");
-    run::logged(&what, &mut command, &log)?;
+    run::to_log_file(&what, &mut command, &log)?;
     refuse_warnings(&what, &log, &out)?;
     Ok(out.join("virtio_balloon_rs.ko"))
 }
@@ -103,12 +108,12 @@ fn refuse_warnings(what: &str, log: &Path, out: &Path) -> Result<()> {
 }
 
 /// Checks the sources against the kernel's own format.
-pub fn check_format(set_up: &SetUp) -> Result<()> {
-    let mut command = set_up.sandbox().readable(&place::repository()?, "/repo").command(
+pub fn check_format(build_env: &BuildEnv) -> Result<()> {
+    let mut command = build_env.sandbox().bind_ro(&paths::repository()?, "/repo").command(
         "find /repo/guest-driver -name '*.rs' -exec rustfmt --check --edition 2021 --config-path /src/linux \
          --config skip_children=true {} + 2>&1 || find /repo/guest-driver -name '*.rs' -exec rustfmt --check \
          --edition 2021 --config-path /src/linux {} +",
     );
     let log = build::target_folder()?.join("module/format.log");
-    run::logged("rustfmt of the kernel module", &mut command, &log)
+    run::to_log_file("rustfmt of the kernel module", &mut command, &log)
 }

@@ -7,7 +7,7 @@ use std::fs;
 use anyhow::{ensure, Context, Result};
 
 use crate::conformance;
-use crate::place;
+use crate::paths;
 use crate::sources;
 
 /// Prints how many rules and tests of them there are.
@@ -16,7 +16,7 @@ use crate::sources;
 ///
 /// If a rule has no test, or a test bears the number of no rule.
 pub fn check() -> Result<()> {
-    let repository = place::repository()?;
+    let repository = paths::repository()?;
     let path = repository.join("docs/rules.md");
     let text =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -120,7 +120,7 @@ mod tests {
     /// build would need; so that is what is looked at.
     #[test]
     fn r4_migration_needs_nothing_of_virtio_and_what_knows_virtio_needs_migration() {
-        let migration = needed_by("migration");
+        let migration = needed_by("guest-migration");
         let of_virtio = |name: &&String| {
             ["virtio", "vhost", "shared-abi", "vm-memory"]
                 .iter()
@@ -128,6 +128,6 @@ mod tests {
         };
         assert_eq!(migration.iter().find(of_virtio), None);
         let daemon = needed_by("vhost-device-balloon");
-        assert!(daemon.contains("migration") && daemon.iter().any(|name| of_virtio(&name)));
+        assert!(daemon.contains("guest-migration") && daemon.iter().any(|name| of_virtio(&name)));
     }
 }

@@ -9,7 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
-use tests::process::die_with_parent;
+use harness::process::die_with_parent;
 
 use crate::progress::say;
 
@@ -17,7 +17,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
 const TAIL: usize = 30;
 
 /// Runs a command whose output is of interest only if it fails: it goes to `log`, which is kept.
-pub fn logged(what: &str, command: &mut Command, log: &Path) -> Result<()> {
+pub fn to_log_file(what: &str, command: &mut Command, log: &Path) -> Result<()> {
     if let Some(folder) = log.parent() {
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }
@@ -58,7 +58,7 @@ pub fn logged(what: &str, command: &mut Command, log: &Path) -> Result<()> {
 }
 
 /// Runs a command that speaks for itself.
-pub fn shown(command: &mut Command) -> Result<()> {
+pub fn inherit_output(command: &mut Command) -> Result<()> {
     let status = die_with_parent(command)
         .status()
         .with_context(|| format!("cannot run {command:?}"))?;
@@ -84,7 +84,7 @@ pub fn output(command: &mut Command) -> Result<String> {
 }
 
 /// Whether a program is on the path and starts.
-pub fn there(program: &str) -> bool {
+pub fn is_available(program: &str) -> bool {
     let probe = |flag| {
         Command::new(program)
             .arg(flag)

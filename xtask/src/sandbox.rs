@@ -34,30 +34,30 @@ impl Sandbox {
     }
 
     /// Shows `folder` of the host at `inside`, where it may be written to.
-    pub fn writable(self, folder: &Path, inside: &str) -> Self {
-        self.with("rw", folder, inside)
+    pub fn bind_rw(self, folder: &Path, inside: &str) -> Self {
+        self.bind("rw", folder, inside)
     }
 
     /// Shows `folder` of the host at `inside`, where it may only be read.
-    pub fn readable(self, folder: &Path, inside: &str) -> Self {
-        self.with("ro", folder, inside)
+    pub fn bind_ro(self, folder: &Path, inside: &str) -> Self {
+        self.bind("ro", folder, inside)
     }
 
-    fn with(mut self, mode: &str, folder: &Path, inside: &str) -> Self {
+    fn bind(mut self, mode: &str, folder: &Path, inside: &str) -> Self {
         self.folders
             .extend([mode.into(), folder.into(), inside.into()]);
         self
     }
 
     /// Sets a variable for the script.
-    pub fn variable(mut self, name: &str, value: &str) -> Self {
+    pub fn env(mut self, name: &str, value: &str) -> Self {
         self.variables.push(format!("{name}={value}"));
         self
     }
 
     /// The command that runs a shell script in there. It starts with the variables and with `RUST_LIB_SRC` set.
     pub fn command(&self, script: &str) -> Command {
-        let mut command = namespace(&[
+        let mut command = unshare(&[
             "--mount",
             "--pid",
             "--fork",
@@ -76,7 +76,7 @@ impl Sandbox {
 }
 
 /// `unshare`, as root of a user namespace if need be.
-pub fn namespace(arguments: &[&str]) -> Command {
+pub fn unshare(arguments: &[&str]) -> Command {
     let mut command = Command::new("unshare");
     if !geteuid().is_root() {
         command.arg("--map-root-user");

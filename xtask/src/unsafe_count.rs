@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{ensure, Result};
 
-use crate::place;
+use crate::paths;
 use crate::sources::{self, Source};
 
 /// Where it may stand: the safe layers of the kernel module, and one small module of each host crate that needs a system
@@ -24,7 +24,7 @@ const SYSTEM_MODULE: &str = "sys.rs";
 pub fn check() -> Result<()> {
     let mut counts = BTreeMap::<String, usize>::new();
     let mut strays = Vec::new();
-    for Source { name, text } in sources::read_all(&place::repository()?)? {
+    for Source { name, text } in sources::read_all(&paths::repository()?)? {
         let found = count(&text);
         if found == 0 {
             continue;

@@ -168,7 +168,7 @@ pub enum Compression {
 
 /// How memory is sent; a value that is not given stays as the daemon has it.
 #[derive(Clone, Debug, Default, ClapArgs)]
-pub struct Sending {
+pub struct MigrationParameters {
     /// The most bytes a second, with suffix; 0 for no limit.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub max_bandwidth: Option<u64>,
@@ -223,7 +223,7 @@ pub struct Migrate {
 
     /// How memory is sent.
     #[command(flatten)]
-    pub sending: Sending,
+    pub migration_parameters: MigrationParameters,
 
     /// Begin, and do not wait for the end.
     #[arg(long)]
@@ -287,7 +287,7 @@ pub struct MigrateVm {
 
     /// How memory is sent.
     #[command(flatten)]
-    pub sending: Sending,
+    pub migration_parameters: MigrationParameters,
 
     /// The longest that a single step may take, in seconds, but for the rounds of memory.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]

@@ -20,7 +20,7 @@ impl Interrupts {
     /// # Errors
     ///
     /// If the system refuses.
-    pub fn watch() -> io::Result<Self> {
+    pub fn from_signals() -> io::Result<Self> {
         let interrupts = Self::default();
         let counter = interrupts.clone();
         let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;

@@ -8,7 +8,7 @@
 
 pub mod args;
 mod commands;
-pub mod failure;
+pub mod error;
 pub mod interrupt;
 pub mod migrate_vm;
 pub mod output;
@@ -17,7 +17,7 @@ pub mod size;
 use std::path::PathBuf;
 
 use args::{Args, Command};
-use failure::Failure;
+use error::CommandError;
 use interrupt::Interrupts;
 use output::Output;
 use qmp_client::Client;
@@ -26,35 +26,36 @@ use qmp_client::Client;
 ///
 /// # Errors
 ///
-/// See [`Failure`].
-pub fn run(args: Args, output: &mut Output) -> Result<(), Failure> {
+/// See [`CommandError`].
+pub fn run(args: Args, output: &mut Output) -> Result<(), CommandError> {
     let Args { qmp, command, .. } = args;
     match command {
-        Command::Receive(options) => commands::receive::run(&options, &watch()?, output),
+        Command::Receive(options) => commands::receive::run(&options, &handle_signals()?, output),
         Command::Status => commands::status::run(&mut connect(qmp)?, output),
         Command::Target(options) => commands::target::run(&mut connect(qmp)?, &options, output),
         Command::Hint(what) => commands::hint::run(&mut connect(qmp)?, what, output),
         Command::Migrate(options) => {
-            let interrupts = watch()?;
+            let interrupts = handle_signals()?;
             commands::migrate::run(&mut connect(qmp)?, &options, &interrupts, output)
         }
         Command::MigrateCancel => commands::migrate::cancel(&mut connect(qmp)?, output),
         Command::MigrateVm(options) => {
-            let interrupts = watch()?;
+            let interrupts = handle_signals()?;
             migrate_vm::run(connect(qmp)?, &options, &interrupts, output)
         }
     }
 }
 
-fn watch() -> Result<Interrupts, Failure> {
-    Interrupts::watch().map_err(|error| Failure::Io("cannot watch for signals".into(), error))
+fn handle_signals() -> Result<Interrupts, CommandError> {
+    Interrupts::from_signals()
+        .map_err(|error| CommandError::Io("cannot watch for signals".into(), error))
 }
 
-fn connect(qmp: Option<PathBuf>) -> Result<Client, Failure> {
+fn connect(qmp: Option<PathBuf>) -> Result<Client, CommandError> {
     let path = qmp.ok_or_else(|| {
         let text =
             "no QMP socket: give --qmp PATH, or set BALLOONCTL_QMP, to the daemon's --qmp-socket";
-        Failure::Usage(text.into())
+        CommandError::Usage(text.into())
     })?;
     Ok(Client::connect(&path)?)
 }

@@ -17,13 +17,13 @@ fn main() -> ExitCode {
     let mut output = Output::new(args.json);
     match balloonctl::run(args, &mut output) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            output.end_progress();
-            let (status, story) = (failure.exit_status(), failure.story());
-            let error = json!({ "error": { "exit-status": status, "desc": story } });
+        Err(error) => {
+            output.clear_progress();
+            let (status, full_message) = (error.exit_status(), error.full_message());
+            let error = json!({ "error": { "exit-status": status, "desc": full_message } });
             // Neither can be told if it fails; the status can.
-            let _ = output.result(&error, "");
-            let _ = writeln!(stderr(), "balloonctl: {story}");
+            let _ = output.print_result(&error, "");
+            let _ = writeln!(stderr(), "balloonctl: {full_message}");
             ExitCode::from(status)
         }
     }

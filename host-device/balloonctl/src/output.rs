@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::failure::Failure;
+use crate::error::CommandError;
 
 /// How often a line of progress is printed where lines stay.
 const EVERY: Duration = Duration::from_secs(1);
@@ -36,7 +36,7 @@ impl Output {
     }
 
     /// Shows how it goes. On a terminal the line replaces the one before; elsewhere, lines are added, one a second.
-    pub fn progress(&mut self, line: &str) {
+    pub fn show_progress(&mut self, line: &str) {
         if self.live {
             let width = rustix::termios::tcgetwinsize(stderr())
                 .map_or(WIDTH, |size| usize::from(size.ws_col).max(20));
@@ -53,14 +53,14 @@ impl Output {
 
     /// Says something that stays, on standard error; nothing where results are JSON.
     pub fn say(&mut self, line: &str) {
-        self.end_progress();
+        self.clear_progress();
         if !self.json {
             let _ = writeln!(stderr(), "{line}");
         }
     }
 
     /// Takes the live line away.
-    pub fn end_progress(&mut self) {
+    pub fn clear_progress(&mut self) {
         if self.shown {
             let _ = write!(stderr(), "\r\x1b[K");
             let _ = stderr().flush();
@@ -74,11 +74,12 @@ impl Output {
     /// # Errors
     ///
     /// If nobody takes it.
-    pub fn result(&mut self, value: &impl Serialize, text: &str) -> Result<(), Failure> {
-        self.end_progress();
+    pub fn print_result(&mut self, value: &impl Serialize, text: &str) -> Result<(), CommandError> {
+        self.clear_progress();
         let text = if self.json {
-            serde_json::to_string_pretty(value)
-                .map_err(|error| Failure::Failed(format!("cannot encode the result: {error}")))?
+            serde_json::to_string_pretty(value).map_err(|error| {
+                CommandError::Failed(format!("cannot encode the result: {error}"))
+            })?
         } else {
             text.trim_end().to_owned()
         };
@@ -86,7 +87,7 @@ impl Output {
             return Ok(());
         }
         writeln!(stdout(), "{text}")
-            .map_err(|error| Failure::Io("cannot write the result".into(), error))
+            .map_err(|error| CommandError::Io("cannot write the result".into(), error))
     }
 }
 

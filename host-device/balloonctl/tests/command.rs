@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
-use migration::stream::{Destination, Options, Writer};
-use migration::{Block, Layout, Run, PAGE_SIZE};
+use guest_migration::stream::{Destination, Writer, WriterOptions};
+use guest_migration::{Layout, PageRun, RamBlock, PAGE_SIZE};
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::{json, Value};
 
@@ -193,11 +193,11 @@ fn receiver(folder: &Path) -> (Running, String, BufReader<ChildStderr>) {
 }
 
 fn writer(uri: &str) -> Writer {
-    let layout = Layout::new([Block::new("ram", 16 * PAGE_SIZE).unwrap()], []).unwrap();
+    let layout = Layout::new([RamBlock::new("ram", 16 * PAGE_SIZE).unwrap()], []).unwrap();
     Writer::start(
-        uri.parse::<migration::stream::Address>().unwrap(),
+        uri.parse::<guest_migration::stream::Address>().unwrap(),
         &layout,
-        Options::default(),
+        WriterOptions::default(),
     )
     .unwrap()
 }
@@ -210,13 +210,13 @@ fn what_is_received_is_marked_until_it_is_complete() {
     let (child, uri, _errors) = receiver(folder.path());
     assert!(marker.exists());
     let mut writer = writer(&uri);
-    let run = Run {
+    let run = PageRun {
         block: 0,
         first: 3,
         pages: 1,
     };
     writer.pages(run, &[7; 4096]).unwrap();
-    writer.end_round().unwrap();
+    writer.end_iteration().unwrap();
     writer.finish(None).unwrap();
     let ended = child.finish();
     assert_eq!(ended.status.code(), Some(0));
@@ -236,12 +236,12 @@ fn what_is_cut_short_keeps_its_mark() {
     let (child, uri, mut errors) = receiver(folder.path());
     drop(writer(&uri));
     let ended = child.finish();
-    let mut story = String::new();
-    std::io::Read::read_to_string(&mut errors, &mut story).unwrap();
-    assert_eq!(ended.status.code(), Some(6), "{story}");
+    let mut stderr = String::new();
+    std::io::Read::read_to_string(&mut errors, &mut stderr).unwrap();
+    assert_eq!(ended.status.code(), Some(6), "{stderr}");
     assert!(
-        marker.exists() && story.contains(marker.to_str().unwrap()),
-        "{story}"
+        marker.exists() && stderr.contains(marker.to_str().unwrap()),
+        "{stderr}"
     );
 
     let folder = tempfile::tempdir().unwrap();

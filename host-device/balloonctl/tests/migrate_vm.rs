@@ -4,25 +4,31 @@
 
 mod common;
 
-use balloonctl::failure::Failure;
-use balloonctl::migrate_vm::{perform, plan, survey, Moved, Side, Step};
+use balloonctl::error::CommandError;
+use balloonctl::migrate_vm::{execute, plan, preflight, MigrationSummary, Peer, Step};
 use balloonctl::output::Output;
-use common::{fake, Fake, Trouble, SOURCE_SOCKET};
+use common::{fake, Fake, Fault, SOURCE_SOCKET};
 use serde_json::{json, Value};
 
 const VM_STATE: &str = "file:/run/vm-state";
 
 fn steps(fake: &mut Fake, vm_state: &str) -> Vec<Step> {
-    let seen = survey(&mut fake.world, &fake.options).unwrap();
+    let seen = preflight(&mut fake.connections, &fake.options).unwrap();
     plan(&fake.options, &seen, vm_state)
 }
 
-fn moved(fake: &mut Fake, vm_state: &str) -> Result<Moved, Failure> {
-    let seen = survey(&mut fake.world, &fake.options)?;
+fn migrate(fake: &mut Fake, vm_state: &str) -> Result<MigrationSummary, CommandError> {
+    let seen = preflight(&mut fake.connections, &fake.options)?;
     let steps = plan(&fake.options, &seen, vm_state);
     let interrupts = fake.state().interrupts.clone();
     let mut output = Output::new(true);
-    perform(&mut fake.world, &seen, &steps, &interrupts, &mut output)
+    execute(
+        &mut fake.connections,
+        &seen,
+        &steps,
+        &interrupts,
+        &mut output,
+    )
 }
 
 /// The guest runs at the source with its balloon, as if nothing had been.
@@ -38,24 +44,24 @@ fn check_source_is_whole(fake: &Fake, what: &str) {
     let over = ["none", "failed", "cancelled", "completed"];
     assert!(over.contains(&state.memory), "{what}: {}", state.memory);
     assert_eq!(
-        state.count(Side::Destination, "cont"),
+        state.count(Peer::Destination, "cont"),
         usize::from(what.contains("Destination, \"cont\""))
     );
 }
 
 #[test]
-fn a_guest_is_moved_by_just_the_commands_of_the_plan() {
+fn a_guest_is_migrated_by_exactly_the_commands_of_the_plan() {
     let mut fake = fake(None, &["--max-bandwidth", "100M", "--quit-source"]);
     let steps = steps(&mut fake, VM_STATE);
     assert!(fake.state().journal.is_empty(), "to look changes nothing");
-    let done = moved(&mut fake, VM_STATE).unwrap();
+    let done = migrate(&mut fake, VM_STATE).unwrap();
     assert_eq!(done.steps.len(), steps.len());
     let planned: Vec<_> = steps
         .iter()
-        .filter_map(|step| Some((step.side, step.order.clone()?)))
+        .filter_map(|step| Some((step.peer, step.command.clone()?)))
         .collect();
     let state = fake.state();
-    assert_eq!(state.orders(), planned);
+    assert_eq!(state.commands(), planned);
     assert_eq!(state.source.status, "postmigrate");
     assert_eq!(state.destination.status, "running");
     assert!(state.destination.devices.contains("balloon0"));
@@ -65,7 +71,7 @@ fn a_guest_is_moved_by_just_the_commands_of_the_plan() {
     );
     let plugged = planned
         .iter()
-        .find(|(_, order)| order.execute == "device_add");
+        .find(|(_, command)| command.execute == "device_add");
     assert_eq!(
         plugged.unwrap().1.arguments,
         json!({
@@ -78,13 +84,13 @@ fn a_guest_is_moved_by_just_the_commands_of_the_plan() {
 #[test]
 fn a_listener_is_there_before_what_is_sent_to_it() {
     let mut fake = fake(None, &[]);
-    moved(&mut fake, "unix:/run/state").unwrap();
+    migrate(&mut fake, "unix:/run/state").unwrap();
     let state = fake.state();
-    let place = |side, name: &str| {
-        let found = |entry: &(Side, String, Value)| entry.0 == side && entry.1 == name;
+    let place = |peer, name: &str| {
+        let found = |entry: &(Peer, String, Value)| entry.0 == peer && entry.1 == name;
         state.journal.iter().position(found).unwrap()
     };
-    assert!(place(Side::Destination, "migrate-incoming") < place(Side::Source, "migrate"));
+    assert!(place(Peer::Destination, "migrate-incoming") < place(Peer::Source, "migrate"));
 }
 
 #[test]
@@ -99,7 +105,7 @@ fn the_state_of_the_balloon_is_written_for_the_fresh_daemon() {
     // It ends when the test has ended, and its folder is gone.
     let lives = format!("while [ -e {to} ]; do sleep 1; done");
     fake.options.device_command = Some(format!("cp {from} {to}; {lives}"));
-    moved(&mut fake, VM_STATE).unwrap();
+    migrate(&mut fake, VM_STATE).unwrap();
     let state: Value = serde_json::from_slice(&std::fs::read(socket).unwrap()).unwrap();
     assert_eq!(state["poison-val"], 7);
 }
@@ -109,15 +115,17 @@ fn whatever_is_refused_the_guest_goes_on_at_the_source() {
     let mut quiet = fake(None, &["--downtime-limit", "100"]);
     let mut seen = 0;
     for step in steps(&mut quiet, VM_STATE) {
-        let Some(order) = step.order else { continue };
-        let name: &'static str = order.execute.clone().leak();
+        let Some(command) = step.command else {
+            continue;
+        };
+        let name: &'static str = command.execute.clone().leak();
         // That of the other QEMU is tried in its own turn.
-        let trouble = Trouble::Refuse(step.side, name);
-        let mut fake = fake(Some(trouble.clone()), &["--downtime-limit", "100"]);
-        let failure = moved(&mut fake, VM_STATE).unwrap_err();
-        let what = format!("{trouble:?}: {}", failure.story());
-        assert_eq!(failure.exit_status(), 1, "{what}");
-        assert!(failure.story().contains("I will not"), "{what}");
+        let fault = Fault::Refuse(step.peer, name);
+        let mut fake = fake(Some(fault.clone()), &["--downtime-limit", "100"]);
+        let error = migrate(&mut fake, VM_STATE).unwrap_err();
+        let what = format!("{fault:?}: {}", error.full_message());
+        assert_eq!(error.exit_status(), 1, "{what}");
+        assert!(error.full_message().contains("I will not"), "{what}");
         check_source_is_whole(&fake, &what);
         seen += 1;
     }
@@ -127,112 +135,117 @@ fn whatever_is_refused_the_guest_goes_on_at_the_source() {
 #[test]
 fn whatever_fails_on_the_way_the_guest_goes_on_at_the_source() {
     let cases = [
-        (Trouble::Memory("first"), "the receiver has gone"),
-        (Trouble::Memory("last"), "the receiver has gone"),
-        (Trouble::VmState(Side::Source), "no space left"),
-        (Trouble::VmState(Side::Destination), "no space left"),
-        (Trouble::Keeps, "still plugged in"),
+        (Fault::Memory("first"), "the receiver has gone"),
+        (Fault::Memory("last"), "the receiver has gone"),
+        (Fault::VmState(Peer::Source), "no space left"),
+        (Fault::VmState(Peer::Destination), "no space left"),
+        (Fault::Keeps, "still plugged in"),
         (
-            Trouble::HangUp(Side::Destination, "migrate-incoming"),
+            Fault::HangUp(Peer::Destination, "migrate-incoming"),
             "closed the connection",
         ),
         (
-            Trouble::HangUp(Side::Destination, "device_add"),
+            Fault::HangUp(Peer::Destination, "device_add"),
             "closed the connection",
         ),
     ];
-    for (trouble, words) in cases {
-        let mut fake = fake(Some(trouble.clone()), &[]);
-        let failure = moved(&mut fake, VM_STATE).unwrap_err();
-        let what = format!("{trouble:?}: {}", failure.story());
-        assert!(failure.story().contains(words), "{what}");
+    for (fault, words) in cases {
+        let mut fake = fake(Some(fault.clone()), &[]);
+        let error = migrate(&mut fake, VM_STATE).unwrap_err();
+        let what = format!("{fault:?}: {}", error.full_message());
+        assert!(error.full_message().contains(words), "{what}");
         check_source_is_whole(&fake, &what);
     }
 }
 
 #[test]
 fn a_daemon_that_is_not_ready_yet_is_asked_again() {
-    let mut fake = fake(Some(Trouble::VmState(Side::Source)), &[]);
+    let mut fake = fake(Some(Fault::VmState(Peer::Source)), &[]);
     fake.state().busy = 3;
-    let failure = moved(&mut fake, VM_STATE).unwrap_err();
-    assert_eq!(failure.exit_status(), 1, "{}", failure.story());
-    assert_eq!(fake.state().count(Side::Source, "device_add"), 4);
+    let error = migrate(&mut fake, VM_STATE).unwrap_err();
+    assert_eq!(error.exit_status(), 1, "{}", error.full_message());
+    assert_eq!(fake.state().count(Peer::Source, "device_add"), 4);
     check_source_is_whole(&fake, "busy");
 }
 
 #[test]
 fn a_guest_that_does_not_let_the_balloon_go_keeps_it() {
-    let mut fake = fake(Some(Trouble::Silent), &["--step-limit", "0"]);
-    let failure = moved(&mut fake, VM_STATE).unwrap_err();
-    assert_eq!(failure.exit_status(), 5, "{}", failure.story());
-    assert!(failure.story().contains("did not let 'balloon0' go"));
+    let mut fake = fake(Some(Fault::Silent), &["--step-limit", "0"]);
+    let error = migrate(&mut fake, VM_STATE).unwrap_err();
+    assert_eq!(error.exit_status(), 5, "{}", error.full_message());
+    assert!(error.full_message().contains("did not let 'balloon0' go"));
     check_source_is_whole(&fake, "silent");
 }
 
 #[test]
 fn ctrl_c_brings_the_guest_back() {
     let cases = [
-        (Side::Destination, "migrate-set-capabilities"),
-        (Side::Daemon, "migrate"),
-        (Side::Source, "device_del"),
-        (Side::Source, "stop"),
-        (Side::Daemon, "migrate-continue"),
-        (Side::Source, "migrate"),
-        (Side::Destination, "device_add"),
+        (Peer::Destination, "migrate-set-capabilities"),
+        (Peer::Daemon, "migrate"),
+        (Peer::Source, "device_del"),
+        (Peer::Source, "stop"),
+        (Peer::Daemon, "migrate-continue"),
+        (Peer::Source, "migrate"),
+        (Peer::Destination, "device_add"),
     ];
-    for (side, name) in cases {
-        let mut fake = fake(Some(Trouble::Interrupt(side, name)), &[]);
-        let failure = moved(&mut fake, VM_STATE).unwrap_err();
-        let what = format!("{side:?} {name}: {}", failure.story());
-        assert_eq!(failure.exit_status(), 4, "{what}");
+    for (peer, name) in cases {
+        let mut fake = fake(Some(Fault::Interrupt(peer, name)), &[]);
+        let error = migrate(&mut fake, VM_STATE).unwrap_err();
+        let what = format!("{peer:?} {name}: {}", error.full_message());
+        assert_eq!(error.exit_status(), 4, "{what}");
         check_source_is_whole(&fake, &what);
     }
 }
 
 #[test]
 fn a_guest_that_may_run_at_the_destination_is_not_let_go_on_at_the_source() {
-    for trouble in [
-        Trouble::HangUp(Side::Destination, "cont"),
-        Trouble::HangUpAfter(Side::Destination, "cont"),
+    for fault in [
+        Fault::HangUp(Peer::Destination, "cont"),
+        Fault::HangUpAfter(Peer::Destination, "cont"),
     ] {
-        let mut fake = fake(Some(trouble.clone()), &[]);
-        let failure = moved(&mut fake, VM_STATE).unwrap_err();
-        assert_eq!(failure.exit_status(), 7, "{trouble:?}: {}", failure.story());
+        let mut fake = fake(Some(fault.clone()), &[]);
+        let error = migrate(&mut fake, VM_STATE).unwrap_err();
+        assert_eq!(
+            error.exit_status(),
+            7,
+            "{fault:?}: {}",
+            error.full_message()
+        );
         let state = fake.state();
-        assert_eq!(state.source.status, "postmigrate", "{trouble:?}");
-        assert_eq!(state.count(Side::Source, "cont"), 0, "{trouble:?}");
+        assert_eq!(state.source.status, "postmigrate", "{fault:?}");
+        assert_eq!(state.count(Peer::Source, "cont"), 0, "{fault:?}");
     }
 }
 
 #[test]
 fn once_it_runs_at_the_destination_nothing_is_undone() {
-    let trouble = Trouble::Refuse(Side::Source, "quit");
-    let mut fake = fake(Some(trouble), &["--quit-source"]);
-    let failure = moved(&mut fake, VM_STATE).unwrap_err();
-    assert_eq!(failure.exit_status(), 7);
-    assert!(failure
-        .story()
+    let fault = Fault::Refuse(Peer::Source, "quit");
+    let mut fake = fake(Some(fault), &["--quit-source"]);
+    let error = migrate(&mut fake, VM_STATE).unwrap_err();
+    assert_eq!(error.exit_status(), 7);
+    assert!(error
+        .full_message()
         .starts_with("the guest runs at the destination"));
     assert_eq!(fake.state().source.status, "postmigrate");
 }
 
 #[test]
 fn what_cannot_be_undone_is_said() {
-    let trouble = Trouble::HangUp(Side::Source, "migrate");
-    let mut fake = fake(Some(trouble), &[]);
-    let failure = moved(&mut fake, VM_STATE).unwrap_err();
-    let story = failure.story();
-    assert_eq!(failure.exit_status(), 7, "{story}");
+    let fault = Fault::HangUp(Peer::Source, "migrate");
+    let mut fake = fake(Some(fault), &[]);
+    let error = migrate(&mut fake, VM_STATE).unwrap_err();
+    let full_message = error.full_message();
+    assert_eq!(error.exit_status(), 7, "{full_message}");
     for words in [
         "letting the guest go on at the source",
         "plugging the balloon in again",
     ] {
-        assert!(story.contains(words), "{story}");
+        assert!(full_message.contains(words), "{full_message}");
     }
 }
 
 #[test]
-fn a_guest_that_cannot_be_moved_is_left_alone() {
+fn a_guest_that_cannot_be_migrated_is_left_unchanged() {
     let mut fake = fake(None, &["--device", "other", "--bus", "nowhere"]);
     {
         let mut state = fake.state();
@@ -241,7 +254,7 @@ fn a_guest_that_cannot_be_moved_is_left_alone() {
         state.destination_share = false;
     }
     fake.options.to = "file:/tmp/ram".into();
-    let story = moved(&mut fake, VM_STATE).unwrap_err().story();
+    let full_message = migrate(&mut fake, VM_STATE).unwrap_err().full_message();
     for words in [
         "nothing was changed",
         "the source is paused",
@@ -250,10 +263,10 @@ fn a_guest_that_cannot_be_moved_is_left_alone() {
         "no vhost-user device 'other'",
         "not 'file:/tmp/ram'",
     ] {
-        assert!(story.contains(words), "{story}");
+        assert!(full_message.contains(words), "{full_message}");
     }
     fake.options.device = "balloon0".into();
-    let story = moved(&mut fake, VM_STATE).unwrap_err().story();
-    assert!(story.contains("no slot 'nowhere'"), "{story}");
+    let full_message = migrate(&mut fake, VM_STATE).unwrap_err().full_message();
+    assert!(full_message.contains("no slot 'nowhere'"), "{full_message}");
     assert!(fake.state().journal.is_empty());
 }

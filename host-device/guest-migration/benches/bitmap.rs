@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, Throughput};
-use migration::{HintWindow, Layout, Region, Run, SyncPhase, PAGE_SIZE};
+use guest_migration::{HintWindow, Layout, PageRun, Region, SyncPhase, PAGE_SIZE};
 
 const GUEST: u64 = 64 << 30;
 const HINT: u64 = 4 << 20;
@@ -24,7 +24,7 @@ fn layout() -> Arc<Layout> {
     const LOW: u64 = 2 << 30;
     let low = Region::new(0, LOW).unwrap();
     let high = Region::new(4 << 30, GUEST - LOW).unwrap();
-    Layout::of_regions([low, high]).unwrap().into()
+    Layout::from_regions([low, high]).unwrap().into()
 }
 
 fn all_dirty(layout: &Arc<Layout>) -> HintWindow {
@@ -46,7 +46,7 @@ fn hint_all(window: &HintWindow) {
 }
 
 /// Looks for a dirty page where there is none.
-fn scan(window: &HintWindow) -> Option<Run> {
+fn scan(window: &HintWindow) -> Option<PageRun> {
     window.bitmap().dirty_runs().next()
 }
 

@@ -2,7 +2,7 @@
 
 //! How fast a stream is, beside a plain copy of the same bytes over the same kind of socket, in turns within one run.
 //!
-//! `cargo bench -p migration --bench stream [-- MEBIBYTES]`. Two tables: with a reader that takes the bytes in and does
+//! `cargo bench -p guest-migration --bench stream [-- MEBIBYTES]`. Two tables: with a reader that takes the bytes in and does
 //! nothing with them, so that it is the sender that is measured; and with the receiver as in real use, beside a plain
 //! reader that writes the bytes into a file of the same kind. It fails if a Unix socket's stream falls below 60 % of the
 //! plain copy.
@@ -18,10 +18,10 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::stream::{
-    Compression, Destination, Listener, Options, Receiver, ReceiverOptions, Target, Writer,
+use guest_migration::stream::{
+    Compression, Destination, Listener, Receiver, ReceiverOptions, Target, Writer, WriterOptions,
 };
-use migration::{Block, Layout, Memory, Run, PAGE_SIZE};
+use guest_migration::{Layout, Memory, PageRun, RamBlock, PAGE_SIZE};
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -29,7 +29,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 const MEBIBYTE: usize = 1 << 20;
 /// Each way is measured so often, in turns. The medians are shown: of the speeds, and of the parts of the same turn's plain copy.
-const TURNS: usize = 9;
+const REPETITIONS: usize = 9;
 /// What a stream over a Unix socket must reach of the plain copy, in percent.
 const ENOUGH: f64 = 60.0;
 
@@ -37,7 +37,7 @@ fn main() -> Result<()> {
     let mebibytes = std::env::args().filter_map(|it| it.parse().ok()).next();
     let bench = Bench::new(mebibytes.unwrap_or(512))?;
     println!(
-        "{} MiB of random bytes, median of {TURNS} turns; files in {}",
+        "{} MiB of random bytes, median of {REPETITIONS} turns; files in {}",
         bench.bytes.len() / MEBIBYTE,
         bench.directory.path().display()
     );
@@ -97,7 +97,7 @@ fn tcp() -> Result<(OwnedFd, OwnedFd)> {
 struct Bench {
     memory: Memory,
     bytes: Vec<u8>,
-    run: Run,
+    run: PageRun,
     directory: tempfile::TempDir,
 }
 
@@ -113,7 +113,7 @@ impl Bench {
             })
             .collect();
         let length = bytes.len() as u64;
-        let layout = Layout::new([Block::new("ram", length)?], [])?;
+        let layout = Layout::new([RamBlock::new("ram", length)?], [])?;
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC)?);
         ftruncate(&file, length)?;
         file.write_all_at(&bytes, 0)?;
@@ -126,7 +126,7 @@ impl Bench {
         Ok(Self {
             memory: Memory::new(layout.into(), vec![file])?,
             bytes,
-            run: Run {
+            run: PageRun {
                 block: 0,
                 first: 0,
                 pages: length / PAGE_SIZE,
@@ -139,7 +139,7 @@ impl Bench {
     fn table(&self, title: &str, ways: &[(&str, &dyn Fn() -> Result<Duration>)]) -> Result<f64> {
         println!("\n{title}\n");
         let mut times: Vec<Vec<Duration>> = vec![Vec::new(); ways.len()];
-        for _ in 0..TURNS {
+        for _ in 0..REPETITIONS {
             for (times, (_, way)) in times.iter_mut().zip(ways) {
                 times.push(way()?);
             }
@@ -148,15 +148,15 @@ impl Bench {
         println!("|---|---|---|---|");
         let median = |mut numbers: Vec<f64>| {
             numbers.sort_by(f64::total_cmp);
-            numbers[TURNS / 2]
+            numbers[REPETITIONS / 2]
         };
         let size = (self.bytes.len() / MEBIBYTE) as f64;
         let mut parts = Vec::new();
         for (way, (name, _)) in times.iter().zip(ways) {
             let speed: Vec<f64> = way.iter().map(|time| size / time.as_secs_f64()).collect();
             // Turn by turn: the machine may have become busier meanwhile.
-            let turns = times[0].iter().zip(way);
-            let part = turns.map(|(plain, way)| 100.0 * plain.as_secs_f64() / way.as_secs_f64());
+            let pairs = times[0].iter().zip(way);
+            let part = pairs.map(|(plain, way)| 100.0 * plain.as_secs_f64() / way.as_secs_f64());
             let part = median(part.collect());
             let fastest = speed.iter().copied().fold(0.0, f64::max);
             println!(
@@ -212,9 +212,9 @@ impl Bench {
     }
 
     fn send(&self, to: Vec<OwnedFd>, compression: Compression, uncopied: bool) -> Result<u64> {
-        let options = Options {
+        let options = WriterOptions {
             compression,
-            ..Options::default()
+            ..WriterOptions::default()
         };
         let mut writer = Writer::start(Target::Connected(to), self.memory.layout(), options)?;
         if uncopied {
@@ -229,7 +229,10 @@ impl Bench {
         let (to, from) = pair()?;
         let mut from = File::from(from);
         // The header, the heads of all records, and the final record: docs/stream.md.
-        let records = self.run.pages.div_ceil(migration::stream::RECORD_PAGES);
+        let records = self
+            .run
+            .pages
+            .div_ceil(guest_migration::stream::RECORD_PAGES);
         let wanted = (64 + 10 + 3 + 8) + self.bytes.len() as u64 + 48 * records + 48 + 96;
         let start = Instant::now();
         thread::scope(|scope| -> Result<()> {
@@ -262,7 +265,7 @@ impl Bench {
         uncopied: bool,
     ) -> Result<Duration> {
         let path = self.directory.path().join("memory");
-        let destination = Destination::single(&path);
+        let destination = Destination::with_file(&path);
         let start = Instant::now();
         if channels > 1 {
             // A listening socket of the same kind.
@@ -274,10 +277,10 @@ impl Bench {
             let address = listener.address().clone();
             let receiver = Receiver::new(listener, destination, ReceiverOptions::default())?;
             let thread = thread::spawn(move || receiver.run());
-            let options = Options {
+            let options = WriterOptions {
                 channels: u16::try_from(channels)?,
                 compression,
-                ..Options::default()
+                ..WriterOptions::default()
             };
             let mut writer = Writer::start(address, self.memory.layout(), options)?;
             writer.pages_from(self.run, &self.memory)?;
@@ -285,7 +288,7 @@ impl Bench {
             thread.join().map_err(|_| "the receiver panicked")??;
         } else {
             let (to, from) = pair()?;
-            let listener = Listener::connected(from);
+            let listener = Listener::from_fd(from);
             let receiver = Receiver::new(listener, destination, ReceiverOptions::default())?;
             let thread = thread::spawn(move || receiver.run());
             self.send(vec![to], compression, uncopied)?;

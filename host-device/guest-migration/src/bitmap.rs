@@ -4,13 +4,13 @@
 
 use std::sync::Arc;
 
-use crate::bits::{self, Bits};
-use crate::runs::{Run, Runs};
+use crate::atomic_bitmap::{self, AtomicBitmap};
+use crate::page_runs::{PageRun, PageRuns};
 use crate::{Layout, LayoutError, Region};
 
 /// What is asked of a page.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) enum Kind {
+pub(crate) enum PageState {
     /// Whether it is still to be sent.
     Dirty,
     /// Whether it need not be sent (any more).
@@ -23,25 +23,27 @@ pub(crate) enum Kind {
 
 /// The bits of one block.
 #[derive(Debug)]
-pub(crate) struct BlockBits {
+pub(crate) struct RamBlockBits {
     /// Set for a page that is still to be sent.
-    dirty: Bits,
+    dirty: AtomicBitmap,
     /// Set for a page that was taken to be sent since it was last marked dirty.
-    taken: Bits,
+    taken: AtomicBitmap,
 }
 
-impl BlockBits {
+impl RamBlockBits {
     pub(crate) fn pages(&self) -> u64 {
         self.dirty.len()
     }
 
     /// The first page at or after `from` for which `kind` is `holds`, or the number of pages.
-    pub(crate) fn find(&self, kind: Kind, from: u64, holds: bool) -> u64 {
+    pub(crate) fn find(&self, kind: PageState, from: u64, holds: bool) -> u64 {
         match kind {
-            Kind::Dirty => self.dirty.find(from, holds),
-            Kind::Clean => self.dirty.find(from, !holds),
-            Kind::Taken => self.taken.find(from, holds),
-            Kind::Skipped => bits::find_in_neither(&self.dirty, &self.taken, from, holds),
+            PageState::Dirty => self.dirty.find(from, holds),
+            PageState::Clean => self.dirty.find(from, !holds),
+            PageState::Taken => self.taken.find(from, holds),
+            PageState::Skipped => {
+                atomic_bitmap::find_in_neither(&self.dirty, &self.taken, from, holds)
+            }
         }
     }
 }
@@ -57,7 +59,7 @@ impl BlockBits {
 #[derive(Debug)]
 pub struct DirtyBitmap {
     layout: Arc<Layout>,
-    blocks: Box<[BlockBits]>,
+    blocks: Box<[RamBlockBits]>,
 }
 
 impl DirtyBitmap {
@@ -67,12 +69,12 @@ impl DirtyBitmap {
             .iter()
             .map(|block| {
                 let bits = || {
-                    Bits::new(block.pages()).ok_or_else(|| LayoutError::TooLarge {
+                    AtomicBitmap::new(block.pages()).ok_or_else(|| LayoutError::TooLarge {
                         name: block.name().to_owned(),
                         length: block.length(),
                     })
                 };
-                Ok(BlockBits {
+                Ok(RamBlockBits {
                     dirty: bits()?,
                     taken: bits()?,
                 })
@@ -91,7 +93,7 @@ impl DirtyBitmap {
 
     /// The number of pages of guest memory.
     pub fn pages(&self) -> u64 {
-        self.blocks.iter().map(BlockBits::pages).sum()
+        self.blocks.iter().map(RamBlockBits::pages).sum()
     }
 
     /// The number of pages that are still to be sent.
@@ -111,7 +113,7 @@ impl DirtyBitmap {
     /// Clears the bits of the pages `run`, and returns how many of them were set. Pages that no block has have no bit.
     ///
     /// The bit goes before the page is read: a write that comes between the two is seen by the next sync.
-    pub fn take(&self, run: Run) -> u64 {
+    pub fn take(&self, run: PageRun) -> u64 {
         self.blocks.get(run.block).map_or(0, |block| {
             block.dirty.move_to(&block.taken, run.first..run.end())
         })
@@ -119,42 +121,47 @@ impl DirtyBitmap {
 
     /// The first run of pages that are still to be sent at or after the page `page` of the block `block`, of at most
     /// `most` pages.
-    pub fn next_dirty(&self, block: usize, page: u64, most: u64) -> Option<Run> {
-        let run = Runs::from(&self.blocks, Kind::Dirty, block, page).next()?;
-        run.pieces(most).next()
+    pub fn next_dirty(&self, block: usize, page: u64, most: u64) -> Option<PageRun> {
+        let run = PageRuns::starting_at(&self.blocks, PageState::Dirty, block, page).next()?;
+        run.chunks(most).next()
     }
 
     /// The runs of pages that are still to be sent, by ascending block and page.
     ///
     /// Clear words are skipped a word at a time.
-    pub fn dirty_runs(&self) -> Runs<'_> {
-        Runs::new(&self.blocks, Kind::Dirty)
+    pub fn dirty_runs(&self) -> PageRuns<'_> {
+        PageRuns::new(&self.blocks, PageState::Dirty)
     }
 
     /// The runs of pages that need not be sent (any more), by ascending block and page.
-    pub fn clean_runs(&self) -> Runs<'_> {
-        Runs::new(&self.blocks, Kind::Clean)
+    pub fn clean_runs(&self) -> PageRuns<'_> {
+        PageRuns::new(&self.blocks, PageState::Clean)
     }
 
     /// The runs of pages that [`DirtyBitmap::skipped_pages`] counts, by ascending block and page.
-    pub fn skipped_runs(&self) -> Runs<'_> {
-        Runs::new(&self.blocks, Kind::Skipped)
+    pub fn skipped_runs(&self) -> PageRuns<'_> {
+        PageRuns::new(&self.blocks, PageState::Skipped)
     }
 
     /// Those of [`DirtyBitmap::skipped_runs`] that `region` shows.
-    pub fn skipped_in(&self, region: &Region) -> Runs<'_> {
+    pub fn skipped_in(&self, region: &Region) -> PageRuns<'_> {
         let pages = region.block_pages();
-        Runs::within(&self.blocks, Kind::Skipped, region.block(), pages)
+        PageRuns::within(&self.blocks, PageState::Skipped, region.block(), pages)
     }
 
     /// The runs of pages among `run` that were sent since they were last marked dirty.
-    pub fn taken_among(&self, run: Run) -> Runs<'_> {
-        Runs::within(&self.blocks, Kind::Taken, run.block, run.first..run.end())
+    pub fn taken_among(&self, run: PageRun) -> PageRuns<'_> {
+        PageRuns::within(
+            &self.blocks,
+            PageState::Taken,
+            run.block,
+            run.first..run.end(),
+        )
     }
 
     pub(crate) fn set_all(&self) {
         for (index, block) in self.blocks.iter().enumerate() {
-            let run = Run {
+            let run = PageRun {
                 block: index,
                 first: 0,
                 pages: block.pages(),
@@ -164,7 +171,7 @@ impl DirtyBitmap {
     }
 
     /// Marks pages dirty, and returns how many were not.
-    pub(crate) fn mark(&self, run: Run) -> u64 {
+    pub(crate) fn mark(&self, run: PageRun) -> u64 {
         self.blocks.get(run.block).map_or(0, |block| {
             block.taken.clear(run.first..run.end());
             block.dirty.set(run.first..run.end())

@@ -9,29 +9,29 @@ type Action = Box<dyn Fn() + Send>;
 
 /// Ends what is under way, at once and from any thread. Copies stand for the same order.
 #[derive(Clone, Default)]
-pub struct Cancel(Arc<Inner>);
+pub struct CancelToken(Arc<Inner>);
 
 #[derive(Default)]
 struct Inner {
     state: Mutex<State>,
-    given: Condvar,
+    cancelled: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    given: bool,
+    cancelled: bool,
     actions: Vec<Action>,
 }
 
-impl Cancel {
+impl CancelToken {
     /// Gives the order. Whatever was to happen on it has happened when this returns; once is enough.
     pub fn cancel(&self) {
         let actions = {
             let mut state = self.state();
-            state.given = true;
+            state.cancelled = true;
             std::mem::take(&mut state.actions)
         };
-        self.0.given.notify_all();
+        self.0.cancelled.notify_all();
         for action in actions {
             action();
         }
@@ -39,14 +39,14 @@ impl Cancel {
 
     /// Whether the order was given.
     pub fn is_cancelled(&self) -> bool {
-        self.state().given
+        self.state().cancelled
     }
 
     /// Does `action` when the order is given, in the thread that gives it; now, if it was given already. It must not wait
     /// for anything: to close a connection that another thread is blocked in is what it is for.
     pub fn on_cancel(&self, action: impl Fn() + Send + 'static) {
         let mut state = self.state();
-        if state.given {
+        if state.cancelled {
             drop(state);
             action();
         } else {
@@ -59,7 +59,7 @@ impl Cancel {
         let end = Instant::now().checked_add(duration);
         let mut state = self.state();
         loop {
-            if state.given {
+            if state.cancelled {
                 return true;
             }
             let rest = match end {
@@ -71,7 +71,7 @@ impl Cancel {
             }
             state = self
                 .0
-                .given
+                .cancelled
                 .wait_timeout(state, rest)
                 .map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state);
         }
@@ -82,7 +82,7 @@ impl Cancel {
     }
 }
 
-impl std::fmt::Debug for Cancel {
+impl std::fmt::Debug for CancelToken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("Cancel").field(&self.is_cancelled()).finish()
     }
@@ -95,8 +95,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_order_wakes_a_sleeper_and_does_what_was_to_be_done() {
-        let cancel = Cancel::default();
+    fn cancelling_wakes_a_sleeper_and_runs_the_actions() {
+        let cancel = CancelToken::default();
         let (sender, done) = channel();
         let late = sender.clone();
         cancel.on_cancel(move || sender.send("at once").unwrap());

@@ -57,7 +57,7 @@ impl PageHasher {
     /// # Errors
     ///
     /// The system has no random numbers yet.
-    pub fn random() -> io::Result<Self> {
+    pub fn with_random_seed() -> io::Result<Self> {
         let mut seed = [0; 8];
         let got = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())?;
         if got != seed.len() {
@@ -97,8 +97,8 @@ impl ContentDigest {
     /// Notes that the page `page` of the block with index `block`, whose hash was `old`, now has `new`.
     pub fn replace(&mut self, block: usize, page: u64, old: PageHash, new: PageHash) {
         if old != new {
-            let sum = self.0.wrapping_sub(at_its_place(block, page, old));
-            self.0 = sum.wrapping_add(at_its_place(block, page, new));
+            let sum = self.0.wrapping_sub(digest_term(block, page, old));
+            self.0 = sum.wrapping_add(digest_term(block, page, new));
         }
     }
 
@@ -119,7 +119,7 @@ impl ContentDigest {
 }
 
 /// What a page adds to the digest: the hash of its hash, its block and its number, each little endian.
-fn at_its_place(block: usize, page: u64, hash: PageHash) -> u128 {
+fn digest_term(block: usize, page: u64, hash: PageHash) -> u128 {
     if hash == PageHash::ZERO {
         return 0;
     }
@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn a_page_of_zeros_adds_nothing_and_any_other_byte_does() {
-        let hasher = PageHasher::random().unwrap();
+        let hasher = PageHasher::with_random_seed().unwrap();
         assert_eq!(hasher.hash(&page(0)), PageHash::ZERO);
         for at in [0, 1, 63, 64, 2048, SIZE - 1] {
             let mut page = page(0);

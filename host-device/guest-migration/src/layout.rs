@@ -14,7 +14,7 @@ use thiserror::Error;
 use crate::PAGE_SIZE;
 
 /// The longest name of a block, in bytes.
-pub const MAX_NAME: usize = 255;
+pub const RAM_BLOCK_NAME_MAX: usize = 255;
 
 /// Why something cannot be the layout of guest memory.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
@@ -53,7 +53,7 @@ pub enum LayoutError {
     },
     /// A region shows what is not there.
     #[error("the region at {start:#x} shows bytes from {offset:#x} on of block {block}, which has not so many, or does not exist")]
-    Beyond {
+    OutsideRamBlock {
         /// Guest physical address.
         start: u64,
         /// The index of the block.
@@ -62,8 +62,8 @@ pub enum LayoutError {
         offset: u64,
     },
     /// A block's name is empty or too long, or its length is 0 or not a multiple of [`PAGE_SIZE`].
-    #[error("a block needs a name of 1 to {MAX_NAME} bytes and a length of whole pages of {PAGE_SIZE} bytes; '{name}' has {length:#x} bytes")]
-    Block {
+    #[error("a block needs a name of 1 to {RAM_BLOCK_NAME_MAX} bytes and a length of whole pages of {PAGE_SIZE} bytes; '{name}' has {length:#x} bytes")]
+    RamBlock {
         /// Its name.
         name: String,
         /// Its bytes.
@@ -71,7 +71,7 @@ pub enum LayoutError {
     },
     /// Two blocks have the same name.
     #[error("there are two blocks with the name '{0}'")]
-    SameName(String),
+    DuplicateName(String),
     /// The bitmap of so large a block does not fit in memory.
     #[error("no memory for the dirty bitmap of block '{name}' of {length:#x} bytes")]
     TooLarge {
@@ -84,21 +84,25 @@ pub enum LayoutError {
 
 /// A memory file, of at least one page and of whole pages only.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Block {
+pub struct RamBlock {
     name: Box<str>,
     pages: u64,
 }
 
-impl Block {
+impl RamBlock {
     /// The block `name` of `length` bytes.
     ///
     /// # Errors
     ///
-    /// If the name is empty or longer than [`MAX_NAME`], or the length is 0 or not one of whole pages.
+    /// If the name is empty or longer than [`RAM_BLOCK_NAME_MAX`], or the length is 0 or not one of whole pages.
     pub fn new(name: &str, length: u64) -> Result<Self, LayoutError> {
-        if name.is_empty() || name.len() > MAX_NAME || length == 0 || length % PAGE_SIZE != 0 {
-            return Err(LayoutError::Block {
-                name: name.chars().take(MAX_NAME).collect(),
+        if name.is_empty()
+            || name.len() > RAM_BLOCK_NAME_MAX
+            || length == 0
+            || length % PAGE_SIZE != 0
+        {
+            return Err(LayoutError::RamBlock {
+                name: name.chars().take(RAM_BLOCK_NAME_MAX).collect(),
                 length,
             });
         }
@@ -160,7 +164,7 @@ impl Region {
 
     /// The same addresses, but showing the block with this index from the byte `offset` on.
     #[must_use]
-    pub const fn showing(mut self, block: usize, offset: u64) -> Self {
+    pub const fn backed_by(mut self, block: usize, offset: u64) -> Self {
         self.block = block;
         self.offset = offset;
         self
@@ -225,7 +229,7 @@ impl Region {
 /// The blocks of guest memory, and the regions that show them, by ascending address.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Layout {
-    blocks: Vec<Block>,
+    blocks: Vec<RamBlock>,
     regions: Vec<Region>,
 }
 
@@ -236,26 +240,26 @@ impl Layout {
     ///
     /// If two regions overlap, if one shows what no block has, or if two blocks have the same name.
     pub fn new(
-        blocks: impl IntoIterator<Item = Block>,
+        blocks: impl IntoIterator<Item = RamBlock>,
         regions: impl IntoIterator<Item = Region>,
     ) -> Result<Self, LayoutError> {
-        let blocks: Vec<Block> = blocks.into_iter().collect();
+        let blocks: Vec<RamBlock> = blocks.into_iter().collect();
         for (index, block) in blocks.iter().enumerate() {
             if blocks
                 .iter()
                 .skip(index + 1)
                 .any(|it| it.name == block.name)
             {
-                return Err(LayoutError::SameName(block.name().to_owned()));
+                return Err(LayoutError::DuplicateName(block.name().to_owned()));
             }
         }
         let mut regions: Vec<Region> = regions.into_iter().collect();
         regions.sort_unstable();
         for region in &regions {
             let end = region.offset.checked_add(region.length);
-            let length = blocks.get(region.block).map_or(0, Block::length);
+            let length = blocks.get(region.block).map_or(0, RamBlock::length);
             if region.offset % PAGE_SIZE != 0 || end.is_none_or(|end| end > length) {
-                return Err(LayoutError::Beyond {
+                return Err(LayoutError::OutsideRamBlock {
                     start: region.start,
                     block: region.block,
                     offset: region.offset,
@@ -280,17 +284,20 @@ impl Layout {
     /// # Errors
     ///
     /// As [`Layout::new`].
-    pub fn of_regions(regions: impl IntoIterator<Item = Region>) -> Result<Self, LayoutError> {
-        let (mut blocks, mut showing) = (Vec::new(), Vec::new());
+    pub fn from_regions(regions: impl IntoIterator<Item = Region>) -> Result<Self, LayoutError> {
+        let (mut blocks, mut backed) = (Vec::new(), Vec::new());
         for (index, region) in regions.into_iter().enumerate() {
-            blocks.push(Block::new(&format!("{:#x}", region.start), region.length)?);
-            showing.push(region.showing(index, 0));
+            blocks.push(RamBlock::new(
+                &format!("{:#x}", region.start),
+                region.length,
+            )?);
+            backed.push(region.backed_by(index, 0));
         }
-        Self::new(blocks, showing)
+        Self::new(blocks, backed)
     }
 
     /// The blocks, in the order of their indices.
-    pub fn blocks(&self) -> &[Block] {
+    pub fn blocks(&self) -> &[RamBlock] {
         &self.blocks
     }
 
@@ -301,11 +308,11 @@ impl Layout {
 
     /// The number of pages in all blocks together.
     pub fn pages(&self) -> u64 {
-        self.blocks.iter().map(Block::pages).sum()
+        self.blocks.iter().map(RamBlock::pages).sum()
     }
 
     /// The regions that share a byte with the guest physical addresses `bytes`.
-    pub(crate) fn over(&self, bytes: &Range<u64>) -> impl Iterator<Item = &Region> {
+    pub(crate) fn overlapping(&self, bytes: &Range<u64>) -> impl Iterator<Item = &Region> {
         let first = self
             .regions
             .partition_point(|region| region.end() <= bytes.start);
@@ -348,9 +355,9 @@ mod tests {
     #[test]
     fn regions_may_touch_but_not_overlap() {
         let region = |start, length| Region::new(start, length).unwrap();
-        assert!(Layout::of_regions([region(0x2000, 0x1000), region(0, 0x2000)]).is_ok());
+        assert!(Layout::from_regions([region(0x2000, 0x1000), region(0, 0x2000)]).is_ok());
         assert_eq!(
-            Layout::of_regions([region(0x1000, 0x1000), region(0, 0x2000)]),
+            Layout::from_regions([region(0x1000, 0x1000), region(0, 0x2000)]),
             Err(LayoutError::Overlap {
                 first: 0,
                 second: 0x1000
@@ -360,38 +367,38 @@ mod tests {
 
     #[test]
     fn a_region_shows_what_its_block_has() {
-        let block = || Block::new("ram", 0x4000).unwrap();
+        let block = || RamBlock::new("ram", 0x4000).unwrap();
         let region = Region::new(0x10_0000, 0x2000).unwrap();
-        assert!(Layout::new([block()], [region.showing(0, 0x2000)]).is_ok());
+        assert!(Layout::new([block()], [region.backed_by(0, 0x2000)]).is_ok());
         for wrong in [
-            region.showing(0, 0x3000),
-            region.showing(0, 0x1001),
-            region.showing(0, !0xfff),
-            region.showing(1, 0),
+            region.backed_by(0, 0x3000),
+            region.backed_by(0, 0x1001),
+            region.backed_by(0, !0xfff),
+            region.backed_by(1, 0),
         ] {
             assert!(matches!(
                 Layout::new([block()], [wrong]),
-                Err(LayoutError::Beyond { .. })
+                Err(LayoutError::OutsideRamBlock { .. })
             ));
         }
     }
 
     #[test]
     fn blocks_have_names_of_their_own() {
-        let block = |name| Block::new(name, 0x1000).unwrap();
+        let block = |name| RamBlock::new(name, 0x1000).unwrap();
         assert_eq!(
             Layout::new([block("a"), block("b"), block("a")], []),
-            Err(LayoutError::SameName("a".into()))
+            Err(LayoutError::DuplicateName("a".into()))
         );
         for (name, length) in [("", 0x1000), ("a", 0), ("a", 0x1001)] {
-            assert!(Block::new(name, length).is_err());
+            assert!(RamBlock::new(name, length).is_err());
         }
-        assert!(Block::new(&"a".repeat(MAX_NAME + 1), 0x1000).is_err());
+        assert!(RamBlock::new(&"a".repeat(RAM_BLOCK_NAME_MAX + 1), 0x1000).is_err());
     }
 
     #[test]
     fn r5_only_whole_pages_inside_are_within() {
-        let region = Region::new(0x1000, 0x4000).unwrap().showing(0, 0x7000);
+        let region = Region::new(0x1000, 0x4000).unwrap().backed_by(0, 0x7000);
         assert_eq!(region.pages_within(&(0..u64::MAX)), 7..11);
         assert_eq!(region.pages_within(&(0x1001..0x3fff)), 8..9);
         assert_eq!(region.pages_within(&(0x1001..0x1fff)), 8..8);

@@ -12,22 +12,22 @@
 //! - [`SyncPhase`] and [`HintWindow`] are the two states of a migration round, each owning the right to do
 //!   what only that state allows: bits are set in a `SyncPhase`, hints are taken in a `HintWindow`, and each
 //!   is consumed to make the other. A hint that comes too late has no value to be given to.
-//! - [`HintSource`] is who asks the guest for hints, [`track::DirtyTracker`] is who knows what the guest has written, and
-//!   [`machine::Machine`] is who can pause it.
+//! - [`HintSource`] is who asks the guest for hints, [`dirty_tracking::DirtyTracker`] is who knows what the guest has written, and
+//!   [`vm::Vm`] is who can pause it.
 //!
 //! ```
-//! use migration::{Layout, Region, SyncPhase, PAGE_SIZE};
+//! use guest_migration::{Layout, Region, SyncPhase, PAGE_SIZE};
 //!
-//! let layout = Layout::of_regions([Region::new(0x10_0000, 64 * PAGE_SIZE)?])?;
+//! let layout = Layout::from_regions([Region::new(0x10_0000, 64 * PAGE_SIZE)?])?;
 //! let sync = SyncPhase::new(&layout.into())?;
 //! sync.set_all();
 //!
-//! let window = sync.finish();
-//! let hinted = window.hint(0x10_0000, 16 * PAGE_SIZE)?;
+//! let hint_window = sync.finish();
+//! let hinted = hint_window.hint(0x10_0000, 16 * PAGE_SIZE)?;
 //! assert_eq!(hinted.cleared, 16);
-//! assert_eq!(window.bitmap().dirty_pages(), 48);
+//! assert_eq!(hint_window.bitmap().dirty_pages(), 48);
 //!
-//! let sync = window.close();
+//! let sync = hint_window.close();
 //! sync.mark_dirty(0x10_0000, 1)?;
 //! assert_eq!(sync.bitmap().dirty_pages(), 49);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -35,32 +35,32 @@
 
 #![forbid(unsafe_code)]
 
-mod bitmap;
-mod bits;
+mod atomic_bitmap;
 #[cfg(test)]
-mod bits_tests;
+mod atomic_bitmap_tests;
+mod bitmap;
 mod cancel;
 pub mod digest;
-mod hints;
+pub mod dirty_tracking;
+mod hint_source;
+mod hint_window;
 mod layout;
-pub mod machine;
-mod mappers;
 mod memory;
+mod page_runs;
 pub mod precopy;
-mod runs;
+mod processes;
 pub mod status;
 pub mod stream;
 mod sync;
-pub mod track;
-mod window;
+pub mod vm;
 
 pub use bitmap::DirtyBitmap;
-pub use cancel::Cancel;
-pub use hints::{HintSource, HintSourceError, Waited};
-pub use layout::{Block, Layout, LayoutError, Region, MAX_NAME};
+pub use cancel::CancelToken;
+pub use hint_source::{HintSource, HintSourceError, WaitOutcome};
+pub use hint_window::{HintError, HintWindow, Hinted, SyncPhase};
+pub use layout::{Layout, LayoutError, RamBlock, Region, RAM_BLOCK_NAME_MAX};
 pub use memory::{Memory, MemoryError};
-pub use runs::{Run, Runs};
-pub use window::{HintError, HintWindow, Hinted, SyncPhase};
+pub use page_runs::{PageRun, PageRuns};
 
 /// Bytes of guest memory that one bit stands for.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;

@@ -13,14 +13,14 @@ use rustix::fs::{seek, SeekFrom};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::{Block, Layout, Run, PAGE_SIZE};
+use crate::{Layout, PageRun, RamBlock, PAGE_SIZE};
 
 /// Why files cannot be the memory of a guest.
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// There must be one file for each block.
     #[error("there are {blocks} blocks of guest memory and {files} files")]
-    Count {
+    FileCount {
         /// Blocks.
         blocks: usize,
         /// Files.
@@ -30,7 +30,7 @@ pub enum MemoryError {
     #[error(
         "the file of block '{name}' has {length:#x} bytes, fewer than the {wanted:#x} of the block"
     )]
-    Short {
+    FileTooShort {
         /// The block.
         name: String,
         /// Bytes of the file.
@@ -64,7 +64,7 @@ impl Memory {
     pub fn new(layout: Arc<Layout>, files: Vec<File>) -> Result<Self, MemoryError> {
         let blocks = layout.blocks();
         if files.len() != blocks.len() {
-            return Err(MemoryError::Count {
+            return Err(MemoryError::FileCount {
                 blocks: blocks.len(),
                 files: files.len(),
             });
@@ -73,7 +73,7 @@ impl Memory {
             let name = block.name().to_owned();
             match file.metadata() {
                 Ok(it) if it.len() < block.length() => {
-                    return Err(MemoryError::Short {
+                    return Err(MemoryError::FileTooShort {
                         name,
                         length: it.len(),
                         wanted: block.length(),
@@ -95,7 +95,7 @@ impl Memory {
     }
 
     /// The blocks and their files.
-    pub fn blocks(&self) -> impl Iterator<Item = (&Block, &File)> {
+    pub fn blocks(&self) -> impl Iterator<Item = (&RamBlock, &File)> {
         self.layout.blocks().iter().zip(self.files.iter())
     }
 
@@ -109,7 +109,7 @@ impl Memory {
     /// # Errors
     ///
     /// If the run is not in the block, if the buffer is not as long as the run, or if the system refuses.
-    pub fn read(&self, run: Run, buffer: &mut [u8]) -> io::Result<()> {
+    pub fn read(&self, run: PageRun, buffer: &mut [u8]) -> io::Result<()> {
         let (file, _) = self.within(run.block, run.end())?;
         if u64::try_from(buffer.len()).ok() != Some(run.length()) {
             let text = "the buffer is not as long as the pages that are to be read";
@@ -124,7 +124,7 @@ impl Memory {
     /// # Errors
     ///
     /// If there is no such block, or the system refuses.
-    pub fn next_data(&self, block: usize, page: u64) -> io::Result<Option<Run>> {
+    pub fn next_data(&self, block: usize, page: u64) -> io::Result<Option<PageRun>> {
         let (file, pages) = self.within(block, page)?;
         if page >= pages {
             return Ok(None);
@@ -140,7 +140,7 @@ impl Memory {
         }
         let hole = seek(file, SeekFrom::Hole(data.saturating_mul(PAGE_SIZE)))?;
         let end = hole.div_ceil(PAGE_SIZE).min(pages);
-        Ok((end > data).then(|| Run {
+        Ok((end > data).then(|| PageRun {
             block,
             first: data,
             pages: end - data,
@@ -149,7 +149,7 @@ impl Memory {
 
     /// The file of a block that has at least `pages` pages, and how many it has.
     fn within(&self, block: usize, pages: u64) -> io::Result<(&File, u64)> {
-        let has = self.layout.blocks().get(block).map_or(0, Block::pages);
+        let has = self.layout.blocks().get(block).map_or(0, RamBlock::pages);
         match self.files.get(block) {
             Some(file) if pages <= has => Ok((file, has)),
             _ => Err(io::Error::new(
@@ -169,7 +169,7 @@ mod tests {
     fn memory(pages: u64) -> Memory {
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
         ftruncate(&file, pages * PAGE_SIZE).unwrap();
-        let block = Block::new("ram", pages * PAGE_SIZE).unwrap();
+        let block = RamBlock::new("ram", pages * PAGE_SIZE).unwrap();
         Memory::new(Layout::new([block], []).unwrap().into(), vec![file]).unwrap()
     }
 
@@ -181,7 +181,7 @@ mod tests {
         file.write_all_at(&[1; 8192], 3 * PAGE_SIZE).unwrap();
         file.write_all_at(&[2; 1], 15 * PAGE_SIZE).unwrap();
         let run = |first, pages| {
-            Some(Run {
+            Some(PageRun {
                 block: 0,
                 first,
                 pages,
@@ -201,7 +201,7 @@ mod tests {
     #[test]
     fn what_is_not_there_is_an_error() {
         let memory = memory(4);
-        let run = Run {
+        let run = PageRun {
             block: 0,
             first: 3,
             pages: 2,
@@ -211,7 +211,7 @@ mod tests {
         let layout = memory.layout().clone();
         assert!(matches!(
             Memory::new(layout, vec![]),
-            Err(MemoryError::Count { .. })
+            Err(MemoryError::FileCount { .. })
         ));
     }
 }

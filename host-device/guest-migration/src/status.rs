@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 /// How far a migration has come.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum State {
+pub enum MigrationStatus {
     /// There was none.
     #[default]
     None,
@@ -31,7 +31,7 @@ pub enum State {
     Cancelled,
 }
 
-impl State {
+impl MigrationStatus {
     /// The name that operators see.
     pub const fn name(self) -> &'static str {
         match self {
@@ -59,7 +59,7 @@ impl State {
 /// What became of memory.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", default)]
-pub struct Ram {
+pub struct RamStats {
     /// Bytes of guest memory.
     pub total: u64,
     /// Bytes of pages that are dirty.
@@ -91,7 +91,7 @@ pub struct Ram {
 /// One round: from the end of a sync to the end of the next.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", default)]
-pub struct Round {
+pub struct Iteration {
     /// Whether the guest was paused.
     pub paused: bool,
     /// Dirty pages at its start.
@@ -117,7 +117,7 @@ pub struct Round {
 /// How writes are tracked.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", default)]
-pub struct Tracking {
+pub struct TrackingInfo {
     /// `soft-dirty` or `content`.
     pub mode: String,
     /// Whether hints are used with it.
@@ -129,9 +129,9 @@ pub struct Tracking {
 /// A migration as an operator sees it.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", default)]
-pub struct Status {
+pub struct MigrationInfo {
     /// How far it has come.
-    pub status: State,
+    pub status: MigrationStatus,
     /// From the command to now, or to its end.
     pub total_time: u64,
     /// Until the first page.
@@ -143,12 +143,12 @@ pub struct Status {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_downtime: Option<u64>,
     /// Memory.
-    pub ram: Ram,
+    pub ram: RamStats,
     /// The rounds, the first ones first; after many, only the last.
-    pub rounds: Vec<Round>,
+    pub rounds: Vec<Iteration>,
     /// How writes are tracked.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub tracking: Option<Tracking>,
+    pub tracking: Option<TrackingInfo>,
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
@@ -160,16 +160,19 @@ mod tests {
 
     #[test]
     fn names_are_those_of_qemu() {
-        let status = Status {
-            status: State::PreSwitchover,
+        let status = MigrationInfo {
+            status: MigrationStatus::PreSwitchover,
             downtime: Some(3),
-            ..Status::default()
+            ..MigrationInfo::default()
         };
         let json = serde_json::to_value(&status).unwrap();
         assert_eq!(json["status"], "pre-switchover");
-        assert_eq!(json["status"], State::PreSwitchover.name());
+        assert_eq!(json["status"], MigrationStatus::PreSwitchover.name());
         assert_eq!(json["ram"]["dirty-sync-count"], 0);
         assert!(json.get("error-desc").is_none());
-        assert_eq!(serde_json::from_value::<Status>(json).unwrap(), status);
+        assert_eq!(
+            serde_json::from_value::<MigrationInfo>(json).unwrap(),
+            status
+        );
     }
 }

@@ -6,7 +6,9 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 
-use migration::{Block, HintError, HintWindow, Layout, Region, Run, SyncPhase, PAGE_SIZE};
+use guest_migration::{
+    HintError, HintWindow, Layout, PageRun, RamBlock, Region, SyncPhase, PAGE_SIZE,
+};
 use proptest::prelude::*;
 
 /// Page numbers below this are in play; everything above is outside.
@@ -26,7 +28,7 @@ fn layouts() -> impl Strategy<Value = Arc<Layout>> {
                 place
             })
             .collect();
-        let block = Block::new("ram", offset * PAGE_SIZE).unwrap();
+        let block = RamBlock::new("ram", offset * PAGE_SIZE).unwrap();
         let end = offset;
         if turned {
             for (place, (_, pages, _)) in places.iter_mut().zip(&pieces) {
@@ -38,7 +40,7 @@ fn layouts() -> impl Strategy<Value = Arc<Layout>> {
             at = start + pages;
             Region::new(start * PAGE_SIZE, pages * PAGE_SIZE)
                 .unwrap()
-                .showing(0, place * PAGE_SIZE)
+                .backed_by(0, place * PAGE_SIZE)
         });
         Arc::new(Layout::new([block], regions).unwrap())
     })
@@ -70,7 +72,7 @@ fn pages_of(layout: &Layout) -> BTreeSet<u64> {
 }
 
 /// Those of the block's pages `run` that a region shows, as numbers of guest pages.
-fn shown(layout: &Layout, run: Run) -> impl Iterator<Item = u64> + '_ {
+fn shown(layout: &Layout, run: PageRun) -> impl Iterator<Item = u64> + '_ {
     layout.regions().iter().flat_map(move |region| {
         let offset = region.offset() / PAGE_SIZE;
         (run.first..run.end())
@@ -160,7 +162,7 @@ proptest! {
 #[test]
 fn r11_the_first_page_of_a_hint_is_its_start_and_the_count_its_length() {
     // The bug of the first version: the start was computed from the length.
-    let layout = Layout::of_regions([Region::new(0, 1024 * PAGE_SIZE).unwrap()])
+    let layout = Layout::from_regions([Region::new(0, 1024 * PAGE_SIZE).unwrap()])
         .unwrap()
         .into();
     let sync = SyncPhase::new(&layout).unwrap();
@@ -179,7 +181,7 @@ fn r11_the_first_page_of_a_hint_is_its_start_and_the_count_its_length() {
 #[test]
 fn r5_a_hint_is_never_applied_elsewhere() {
     // A region that starts at an odd address, a hole, a second region.
-    let layout = Layout::of_regions([
+    let layout = Layout::from_regions([
         Region::new(0x3e_f000, 16 * PAGE_SIZE).unwrap(),
         Region::new(0x100_0000, 16 * PAGE_SIZE).unwrap(),
     ])
@@ -212,7 +214,7 @@ fn r5_a_hint_is_never_applied_elsewhere() {
 
 #[test]
 fn r6_closing_the_window_waits_for_hints_under_way() {
-    let layout = Layout::of_regions([Region::new(0, 4096 * PAGE_SIZE).unwrap()])
+    let layout = Layout::from_regions([Region::new(0, 4096 * PAGE_SIZE).unwrap()])
         .unwrap()
         .into();
     let sync = SyncPhase::new(&layout).unwrap();
@@ -250,7 +252,7 @@ fn r6_closing_the_window_waits_for_hints_under_way() {
 #[test]
 fn r12_hints_and_sending_at_once_count_each_page_once() {
     const PAGES: u64 = 100_000;
-    let layout = Layout::of_regions([
+    let layout = Layout::from_regions([
         Region::new(0, PAGES / 2 * PAGE_SIZE).unwrap(),
         Region::new(PAGES * PAGE_SIZE, PAGES / 2 * PAGE_SIZE).unwrap(),
     ])
@@ -278,7 +280,7 @@ fn r12_hints_and_sending_at_once_count_each_page_once() {
                     let bitmap = window.bitmap();
                     let mut sent = 0;
                     while let Some(run) = bitmap.dirty_runs().next() {
-                        sent += bitmap.take(run.pieces(5).next().unwrap());
+                        sent += bitmap.take(run.chunks(5).next().unwrap());
                         assert!(bitmap.dirty_pages() <= PAGES);
                     }
                     sent

@@ -15,7 +15,7 @@ use crate::json_lines::JsonLines;
 use crate::message::{Event, Message};
 
 /// How long a command, and the greeting, may take unless told otherwise.
-pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The most events that wait to be taken; of more, the oldest are dropped.
 const MAX_EVENTS: usize = 1 << 14;
@@ -28,17 +28,17 @@ pub struct Client {
     lines: JsonLines,
     events: VecDeque<Event>,
     last: u64,
-    limit: Duration,
+    timeout: Duration,
 }
 
 impl Client {
-    /// Connects to a socket and negotiates, with [`COMMAND_LIMIT`] for this and for each command.
+    /// Connects to a socket and negotiates, with [`COMMAND_TIMEOUT`] for this and for each command.
     ///
     /// # Errors
     ///
     /// If nobody listens there, or it is no QMP.
     pub fn connect(path: &Path) -> Result<Self, Error> {
-        Self::connect_within(path, COMMAND_LIMIT)
+        Self::connect_timeout(path, COMMAND_TIMEOUT)
     }
 
     /// As [`Client::connect`], with another limit.
@@ -46,13 +46,13 @@ impl Client {
     /// # Errors
     ///
     /// As [`Client::connect`].
-    pub fn connect_within(path: &Path, limit: Duration) -> Result<Self, Error> {
+    pub fn connect_timeout(path: &Path, timeout: Duration) -> Result<Self, Error> {
         let stream = UnixStream::connect(path).map_err(|source| Error::Connect {
             path: path.to_owned(),
             source,
         })?;
         let peer = format!("the QMP server at {}", path.display());
-        Self::negotiate(stream, &peer, limit)
+        Self::from_stream(stream, &peer, timeout)
     }
 
     /// Negotiates on a connected stream; `peer` names the other end in messages.
@@ -60,21 +60,21 @@ impl Client {
     /// # Errors
     ///
     /// If it is no QMP.
-    pub fn negotiate(stream: UnixStream, peer: &str, limit: Duration) -> Result<Self, Error> {
+    pub fn from_stream(stream: UnixStream, peer: &str, timeout: Duration) -> Result<Self, Error> {
         let mut client = Self {
             lines: JsonLines::new(stream, peer),
             events: VecDeque::new(),
             last: 0,
-            limit,
+            timeout,
         };
-        match client.lines.receive(limit)? {
+        match client.lines.receive(timeout)? {
             Some(Message::Greeting { .. }) => {}
             // The daemon does so when too many are connected.
             Some(Message::Error { error, .. }) => {
                 return Err(Error::Refused {
                     peer: peer.to_owned(),
                     command: "the connection".to_owned(),
-                    refusal: error,
+                    qmp_error: error,
                 })
             }
             Some(_) => {
@@ -85,7 +85,7 @@ impl Client {
             None => {
                 return Err(Error::NoGreeting {
                     peer: peer.to_owned(),
-                    limit,
+                    timeout,
                 })
             }
         }
@@ -109,14 +109,14 @@ impl Client {
         let number = Value::from(self.last);
         self.lines
             .send(&json!({ "execute": name, "arguments": arguments, "id": number }))?;
-        let deadline = Instant::now() + self.limit;
+        let deadline = Instant::now() + self.timeout;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let Some(message) = self.lines.receive(left)? else {
-                return Err(Error::Late {
+                return Err(Error::Timeout {
                     peer: self.peer().to_owned(),
                     command: name.to_owned(),
-                    limit: self.limit,
+                    timeout: self.timeout,
                 });
             };
             match message {
@@ -127,7 +127,7 @@ impl Client {
                     return Err(Error::Refused {
                         peer: self.peer().to_owned(),
                         command: name.to_owned(),
-                        refusal: error,
+                        qmp_error: error,
                     });
                 }
                 // The answer to a command that was given up.
@@ -143,10 +143,10 @@ impl Client {
     /// As [`Client::command`], or if the answer is of another shape.
     pub fn query<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, Error> {
         let value = self.command(name, json!({}))?;
-        T::deserialize(&value).map_err(|source| Error::Strange {
+        T::deserialize(&value).map_err(|source| Error::UnexpectedResponse {
             peer: self.peer().to_owned(),
             command: name.to_owned(),
-            answer: value.to_string(),
+            response: value.to_string(),
             source,
         })
     }
@@ -160,9 +160,9 @@ impl Client {
     pub fn wait_event(
         &mut self,
         wanted: impl Fn(&Event) -> bool,
-        limit: Duration,
+        timeout: Duration,
     ) -> Result<Option<Event>, Error> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + timeout;
         loop {
             while let Some(event) = self.events.pop_front() {
                 if wanted(&event) {
@@ -179,7 +179,7 @@ impl Client {
     }
 
     /// Forgets the events that have come.
-    pub fn forget_events(&mut self) {
+    pub fn clear_events(&mut self) {
         self.events.clear();
     }
 
@@ -225,14 +225,14 @@ mod tests {
                 };
             }
         });
-        let mut client = Client::negotiate(near, "the peer", LONG).unwrap();
-        client.limit = SHORT;
+        let mut client = Client::from_stream(near, "the peer", LONG).unwrap();
+        client.timeout = SHORT;
         let error = client.command("slow", json!({})).unwrap_err();
         assert_eq!(
             error.to_string(),
             "the peer did not answer slow within 20ms"
         );
-        client.limit = LONG;
+        client.timeout = LONG;
         let value: String = client.query("quick").unwrap();
         assert_eq!(value, "in time");
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use crate::json_lines::LineError;
-use crate::message::Refusal;
+use crate::message::QmpError;
 
 /// Why there is no answer.
 #[derive(Debug, Error)]
@@ -23,12 +23,12 @@ pub enum Error {
         source: io::Error,
     },
     /// Nothing was said within the limit. A monitor of QEMU serves one client at a time: another one may hold it.
-    #[error("{peer} did not greet within {limit:?}: is it a QMP socket, and is nobody else connected to it?")]
+    #[error("{peer} did not greet within {timeout:?}: is it a QMP socket, and is nobody else connected to it?")]
     NoGreeting {
         /// Who.
         peer: String,
         /// How long was waited.
-        limit: Duration,
+        timeout: Duration,
     },
     /// The first thing said was something else.
     #[error("{peer} did not begin with a QMP greeting")]
@@ -37,34 +37,34 @@ pub enum Error {
         peer: String,
     },
     /// The command was refused; the peer is ready for others.
-    #[error("{peer} refused {command}: {refusal}")]
+    #[error("{peer} refused {command}: {qmp_error}")]
     Refused {
         /// Who.
         peer: String,
         /// The command's name.
         command: String,
         /// In the peer's words.
-        refusal: Refusal,
+        qmp_error: QmpError,
     },
     /// No answer came within the limit. Should it still come, it is dropped.
-    #[error("{peer} did not answer {command} within {limit:?}")]
-    Late {
+    #[error("{peer} did not answer {command} within {timeout:?}")]
+    Timeout {
         /// Who.
         peer: String,
         /// The command's name.
         command: String,
         /// How long was waited.
-        limit: Duration,
+        timeout: Duration,
     },
     /// The answer is not of the type that was expected.
-    #[error("{peer} gave a strange answer to {command}: {answer}")]
-    Strange {
+    #[error("{peer} gave a strange answer to {command}: {response}")]
+    UnexpectedResponse {
         /// Who.
         peer: String,
         /// The command's name.
         command: String,
         /// What it said.
-        answer: String,
+        response: String,
         /// What is wrong with it.
         source: serde_json::Error,
     },
@@ -76,16 +76,16 @@ pub enum Error {
 impl Error {
     /// What the peer said, if it refused.
     #[must_use]
-    pub fn refusal(&self) -> Option<&Refusal> {
+    pub fn qmp_error(&self) -> Option<&QmpError> {
         match self {
-            Self::Refused { refusal, .. } => Some(refusal),
+            Self::Refused { qmp_error, .. } => Some(qmp_error),
             _ => None,
         }
     }
 
     /// Whether the connection can be used no more.
     #[must_use]
-    pub fn is_final(&self) -> bool {
+    pub fn is_fatal(&self) -> bool {
         matches!(
             self,
             Self::Line(_) | Self::Connect { .. } | Self::NoGreeting { .. } | Self::NotQmp { .. }

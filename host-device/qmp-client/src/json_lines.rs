@@ -10,12 +10,12 @@ use serde::de::DeserializeOwned;
 use serde::Serialize;
 use thiserror::Error;
 
-/// The longest line that is taken, in bytes, unless [`JsonLines::longest`] says otherwise. The daemon's longest answer,
+/// The longest line that is taken, in bytes, unless [`JsonLines::with_max_line`] says otherwise. The daemon's longest answer,
 /// 65536 ranges, has less than half of that.
 pub const MAX_LINE: usize = 8 << 20;
 
 /// How long a peer may take to make room for what is written to it.
-const WRITE_LIMIT: Duration = Duration::from_secs(30);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How much of a line that is no proper JSON is shown.
 const SHOWN: usize = 200;
@@ -72,7 +72,7 @@ pub enum LineError {
 pub struct JsonLines {
     stream: UnixStream,
     received: Vec<u8>,
-    longest: usize,
+    max_line: usize,
     peer: String,
 }
 
@@ -83,15 +83,15 @@ impl JsonLines {
         Self {
             stream,
             received: Vec::new(),
-            longest: MAX_LINE,
+            max_line: MAX_LINE,
             peer: peer.into(),
         }
     }
 
     /// Takes lines of up to so many bytes.
     #[must_use]
-    pub fn longest(mut self, bytes: usize) -> Self {
-        self.longest = bytes;
+    pub fn with_max_line(mut self, bytes: usize) -> Self {
+        self.max_line = bytes;
         self
     }
 
@@ -114,7 +114,7 @@ impl JsonLines {
         line.push(b'\n');
         let written = self
             .stream
-            .set_write_timeout(Some(WRITE_LIMIT))
+            .set_write_timeout(Some(WRITE_TIMEOUT))
             .and_then(|()| self.stream.write_all(&line));
         written.map_err(|source| self.failed("write to", source))
     }
@@ -126,9 +126,9 @@ impl JsonLines {
     /// If the other end is gone or sent something else.
     pub fn receive<T: DeserializeOwned>(
         &mut self,
-        limit: Duration,
+        timeout: Duration,
     ) -> Result<Option<T>, LineError> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + timeout;
         let mut scanned = 0;
         loop {
             let fresh = self.received.get(scanned..).unwrap_or_default();
@@ -138,10 +138,10 @@ impl JsonLines {
                 return self.parse(&line).map(Some);
             }
             scanned = self.received.len();
-            if scanned > self.longest {
+            if scanned > self.max_line {
                 return Err(LineError::TooLong {
                     peer: self.peer.clone(),
-                    limit: self.longest,
+                    limit: self.max_line,
                 });
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -152,12 +152,12 @@ impl JsonLines {
         }
     }
 
-    /// Reads once, for `limit` at most.
-    fn read(&mut self, limit: Duration) -> Result<(), LineError> {
+    /// Reads once, for `timeout` at most.
+    fn read(&mut self, timeout: Duration) -> Result<(), LineError> {
         let mut bytes = [0; 64 * 1024];
         let read = self
             .stream
-            .set_read_timeout(Some(limit))
+            .set_read_timeout(Some(timeout))
             .and_then(|()| self.stream.read(&mut bytes));
         match read {
             Ok(0) => Err(LineError::Closed {
@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn a_line_that_does_not_end_is_given_up() {
         let (lines, mut far) = ends();
-        let mut lines = lines.longest(1000);
+        let mut lines = lines.with_max_line(1000);
         far.write_all(&[b' '; 1001]).unwrap();
         let error = lines.receive::<u8>(LIMIT).unwrap_err();
         assert_eq!(

@@ -22,7 +22,7 @@ mod error;
 mod json_lines;
 mod message;
 
-pub use client::{Client, COMMAND_LIMIT};
+pub use client::{Client, COMMAND_TIMEOUT};
 pub use error::Error;
 pub use json_lines::{JsonLines, LineError, MAX_LINE};
-pub use message::{Event, Refusal};
+pub use message::{Event, QmpError};

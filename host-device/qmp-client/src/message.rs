@@ -9,7 +9,7 @@ use thiserror::Error;
 /// The peer's refusal of a command.
 #[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[error("{desc} ({class})")]
-pub struct Refusal {
+pub struct QmpError {
     /// The class of the error: `GenericError`, `CommandNotFound`, ...
     pub class: String,
     /// A sentence for people.
@@ -47,7 +47,7 @@ pub(crate) enum Message {
         id: Option<Value>,
     },
     Error {
-        error: Refusal,
+        error: QmpError,
         id: Option<Value>,
     },
     Greeting {

@@ -48,7 +48,7 @@ fn client(
 ) -> (Client, JoinHandle<Vec<Value>>) {
     let (stream, thread) = peer(GREETING, script);
     (
-        Client::negotiate(stream, "the peer", LIMIT).unwrap(),
+        Client::from_stream(stream, "the peer", LIMIT).unwrap(),
         thread,
     )
 }
@@ -96,12 +96,12 @@ fn a_refusal_is_told_in_the_peers_words_and_the_connection_lives() {
     });
     for (name, words) in [("no", "not today"), ("garbled", "parse error")] {
         let error = client.command(name, json!({})).unwrap_err();
-        assert_eq!(error.refusal().unwrap().desc, words);
+        assert_eq!(error.qmp_error().unwrap().desc, words);
         assert_eq!(
             error.to_string(),
             format!("the peer refused {name}: {words} (GenericError)")
         );
-        assert!(!error.is_final());
+        assert!(!error.is_fatal());
     }
     client.command("yes", json!({})).unwrap();
 }
@@ -133,11 +133,11 @@ fn peers_that_are_no_qmp_are_named() {
     ];
     for (greeting, words) in cases {
         let (stream, _thread) = peer(greeting, |_| Vec::new());
-        let error = Client::negotiate(stream, "the peer", LIMIT).unwrap_err();
+        let error = Client::from_stream(stream, "the peer", LIMIT).unwrap_err();
         assert_eq!(error.to_string(), words);
     }
     let (near, _far) = UnixStream::pair().unwrap();
-    let error = Client::negotiate(near, "the peer", Duration::from_millis(20)).unwrap_err();
+    let error = Client::from_stream(near, "the peer", Duration::from_millis(20)).unwrap_err();
     assert!(matches!(error, Error::NoGreeting { .. }), "{error}");
 }
 

@@ -8,7 +8,7 @@ use clap::Parser;
 use shared_abi::features::Features;
 use tracing::level_filters::LevelFilter;
 
-use crate::vring::Suppression;
+use crate::vring::NotificationSuppression;
 
 const EXAMPLES: &str = "\
 Features:
@@ -134,7 +134,7 @@ pub struct Args {
 
 impl Args {
     /// The features to offer.
-    pub fn offered(&self) -> Features {
+    pub fn offered_features(&self) -> Features {
         let FeatureList(listed) = self.features;
         [
             (
@@ -153,11 +153,11 @@ impl Args {
     }
 
     /// How drivers are asked to leave out notifications.
-    pub fn suppression(&self) -> Suppression {
+    pub fn suppression(&self) -> NotificationSuppression {
         match (self.every_notification, self.no_event_idx) {
-            (true, _) => Suppression::Never,
-            (false, true) => Suppression::Flag,
-            (false, false) => Suppression::EventIndex,
+            (true, _) => NotificationSuppression::Never,
+            (false, true) => NotificationSuppression::Flag,
+            (false, false) => NotificationSuppression::EventIdx,
         }
     }
 }
@@ -176,7 +176,7 @@ impl std::str::FromStr for FeatureList {
             .map(str::trim)
             .filter(|name| !name.is_empty())
             .try_fold(Features::NONE, |all, name| {
-                let feature = Features::by_name(name).filter(|feature| known.contains(*feature));
+                let feature = Features::from_name(name).filter(|feature| known.contains(*feature));
                 feature.map(|feature| all | feature).ok_or_else(|| {
                     let names: Vec<_> = known.names().collect();
                     format!(
@@ -195,11 +195,11 @@ mod tests {
 
     use super::*;
 
-    fn offered(arguments: &[&str]) -> Features {
+    fn offered_features(arguments: &[&str]) -> Features {
         let arguments = ["vhost-device-balloon", "--socket-path", "s"]
             .iter()
             .chain(arguments);
-        Args::try_parse_from(arguments).unwrap().offered()
+        Args::try_parse_from(arguments).unwrap().offered_features()
     }
 
     #[test]
@@ -209,17 +209,20 @@ mod tests {
 
     #[test]
     fn r10_new_features_are_off_unless_asked_for() {
-        assert_eq!(offered(&[]), Features::STATS_VQ);
-        assert_eq!(offered(&["--features", ""]), Features::NONE);
+        assert_eq!(offered_features(&[]), Features::STATS_VQ);
+        assert_eq!(offered_features(&["--features", ""]), Features::NONE);
         let both = Features::STATS_VQ | Features::FREE_PAGE_HINT;
-        assert_eq!(offered(&["--free-page-hint"]), both);
-        assert_eq!(offered(&["--features", "stats,free-page-hint"]), both);
+        assert_eq!(offered_features(&["--free-page-hint"]), both);
+        assert_eq!(
+            offered_features(&["--features", "stats,free-page-hint"]),
+            both
+        );
         assert!("stats,nonsense"
             .parse::<FeatureList>()
             .unwrap_err()
             .contains("nonsense"));
         let discarding = both | Features::KEEPS_HINTED_UNTIL_RETURNED;
-        assert_eq!(offered(&["--discard-hinted"]), discarding);
+        assert_eq!(offered_features(&["--discard-hinted"]), discarding);
         assert!("discard-hinted".parse::<FeatureList>().is_err());
     }
 }

@@ -22,19 +22,19 @@ use vmm_sys_util::event::{
 
 use crate::device::{Device, MAX_QUEUE_SIZE};
 use crate::lock;
-use crate::vring::{Suppression, Vring};
+use crate::vring::{NotificationSuppression, Vring};
 
 /// The event that stands for "go on with the queues whose turn was over". The crate reserves the numbers up to
 /// the number of queues.
-pub const RESUME_EVENT: u16 = Queue::MAX_COUNT as u16 + 1;
+pub const RESCHEDULE_EVENT: u16 = Queue::MAX_COUNT as u16 + 1;
 
 /// Passes what the crate tells on to the device. One for each connection.
 #[derive(Debug)]
 pub struct Backend {
     device: Arc<Mutex<Device>>,
     /// One bit for each queue that has more to do.
-    unfinished: AtomicU64,
-    resume: (EventConsumer, EventNotifier),
+    pending_queues: AtomicU64,
+    reschedule: (EventConsumer, EventNotifier),
     /// To be closed when a queue cannot be watched any more.
     front_end: UnixStream,
     failure: Mutex<Option<String>>,
@@ -51,17 +51,17 @@ impl Backend {
         let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
         Ok(Self {
             device,
-            unfinished: AtomicU64::new(0),
-            resume: new_event_consumer_and_notifier(flags)?,
+            pending_queues: AtomicU64::new(0),
+            reschedule: new_event_consumer_and_notifier(flags)?,
             front_end,
             failure: Mutex::default(),
             exit: new_event_consumer_and_notifier(flags)?,
         })
     }
 
-    /// The descriptor that [`RESUME_EVENT`] is to be registered for.
-    pub fn resume_fd(&self) -> RawFd {
-        self.resume.0.as_raw_fd()
+    /// The descriptor that [`RESCHEDULE_EVENT`] is to be registered for.
+    pub fn reschedule_fd(&self) -> RawFd {
+        self.reschedule.0.as_raw_fd()
     }
 
     /// Why the connection was closed from here, if it was.
@@ -80,9 +80,9 @@ impl Backend {
 
     fn handle(&self, index: usize, vrings: &[Vring]) {
         if lock(&self.device).handle_queue(index, vrings) {
-            self.unfinished.fetch_or(1 << index, Ordering::AcqRel);
+            self.pending_queues.fetch_or(1 << index, Ordering::AcqRel);
             // Fails only if it is pending 2^64 - 1 times.
-            let _ = self.resume.1.notify();
+            let _ = self.reschedule.1.notify();
         }
     }
 }
@@ -101,10 +101,10 @@ impl VhostUserBackend for Backend {
 
     fn features(&self) -> u64 {
         let device = lock(&self.device);
-        let event_index = device.suppression() == Suppression::EventIndex;
-        device.offered().bits()
+        let event_idx = device.suppression() == NotificationSuppression::EventIdx;
+        device.offered_features().bits()
             | 1 << VIRTIO_F_VERSION_1
-            | u64::from(event_index) << VIRTIO_RING_F_EVENT_IDX
+            | u64::from(event_idx) << VIRTIO_RING_F_EVENT_IDX
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
@@ -162,11 +162,11 @@ impl VhostUserBackend for Backend {
         vrings: &[Vring],
         _thread_id: usize,
     ) -> io::Result<()> {
-        if device_event == RESUME_EVENT {
-            let _ = self.resume.0.consume();
-            let unfinished = self.unfinished.swap(0, Ordering::AcqRel);
+        if device_event == RESCHEDULE_EVENT {
+            let _ = self.reschedule.0.consume();
+            let pending_queues = self.pending_queues.swap(0, Ordering::AcqRel);
             (0..Queue::MAX_COUNT)
-                .filter(|index| unfinished >> index & 1 == 1)
+                .filter(|index| pending_queues >> index & 1 == 1)
                 .for_each(|index| self.handle(index, vrings));
         } else {
             let index = usize::from(device_event);
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_that_cannot_be_watched_ends_the_connection_and_is_named() {
+    fn a_queue_with_an_unreadable_kick_ends_the_connection_and_is_named() {
         let device = Device::new(Default::default(), Arc::new(Events::default()));
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs

@@ -14,17 +14,17 @@ use crate::lock;
 /// Sends events to all who listen. Never waits for one of them: who does not read loses events.
 #[derive(Debug, Default)]
 pub struct Events {
-    listeners: Mutex<Listeners>,
+    subscribers: Mutex<Subscribers>,
 }
 
 #[derive(Debug, Default)]
-struct Listeners {
-    all: Vec<Listener>,
+struct Subscribers {
+    all: Vec<Subscriber>,
     next: u64,
 }
 
 #[derive(Debug)]
-struct Listener {
+struct Subscriber {
     number: u64,
     lines: SyncSender<String>,
     lost: u64,
@@ -33,31 +33,31 @@ struct Listener {
 /// Events come as long as this lives.
 #[derive(Debug)]
 #[must_use = "dropping it ends the events"]
-pub struct Listening {
+pub struct Subscription {
     events: Arc<Events>,
     number: u64,
 }
 
-impl Drop for Listening {
+impl Drop for Subscription {
     fn drop(&mut self) {
-        lock(&self.events.listeners)
+        lock(&self.events.subscribers)
             .all
-            .retain(|listener| listener.number != self.number);
+            .retain(|subscriber| subscriber.number != self.number);
     }
 }
 
 impl Events {
     /// Sends each event as a line of JSON to `lines` from now on.
-    pub fn listen(self: &Arc<Self>, lines: SyncSender<String>) -> Listening {
-        let mut listeners = lock(&self.listeners);
-        let number = listeners.next;
-        listeners.next += 1;
-        listeners.all.push(Listener {
+    pub fn subscribe(self: &Arc<Self>, lines: SyncSender<String>) -> Subscription {
+        let mut subscribers = lock(&self.subscribers);
+        let number = subscribers.next;
+        subscribers.next += 1;
+        subscribers.all.push(Subscriber {
             number,
             lines,
             lost: 0,
         });
-        Listening {
+        Subscription {
             events: self.clone(),
             number,
         }
@@ -66,8 +66,8 @@ impl Events {
     /// Sends the event `name` with `data` to everybody.
     pub fn emit(&self, name: &str, data: Value) {
         tracing::debug!("event {name} {data}");
-        let mut listeners = lock(&self.listeners);
-        if listeners.all.is_empty() {
+        let mut subscribers = lock(&self.subscribers);
+        if subscribers.all.is_empty() {
             return;
         }
         let now = SystemTime::now()
@@ -79,12 +79,12 @@ impl Events {
             "timestamp": { "seconds": now.as_secs(), "microseconds": now.subsec_micros() },
         })
         .to_string();
-        for listener in &mut listeners.all {
-            if let Err(TrySendError::Full(_)) = listener.lines.try_send(line.clone()) {
-                if listener.lost == 0 {
+        for subscriber in &mut subscribers.all {
+            if let Err(TrySendError::Full(_)) = subscriber.lines.try_send(line.clone()) {
+                if subscriber.lost == 0 {
                     warn!("an operator does not read its events: they are dropped");
                 }
-                listener.lost += 1;
+                subscriber.lost += 1;
             }
         }
     }

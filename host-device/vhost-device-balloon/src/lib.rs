@@ -30,6 +30,7 @@
 pub mod args;
 pub mod backend;
 pub mod device;
+pub mod event_count;
 pub mod events;
 pub mod memory;
 pub mod migrate;
@@ -37,7 +38,6 @@ pub mod qmp;
 pub mod relay;
 pub mod server;
 pub mod session;
-pub mod signal;
 pub mod socket;
 pub mod vring;
 

@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 use tracing::error;
 use vhost_device_balloon::args::Args;
-use vhost_device_balloon::server::{Options, Server};
+use vhost_device_balloon::server::{Server, ServerOptions};
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -32,17 +32,17 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<(), Box<dyn Error>> {
-    let options = Options {
-        features: args.offered(),
+    let options = ServerOptions {
+        features: args.offered_features(),
         suppression: args.suppression(),
         socket_path: args.socket_path,
         qmp_socket: args.qmp_socket,
         persistent: args.persistent,
         device_state: args.device_state,
     };
-    let server = Server::bind_stoppable(options, |stopper| {
+    let server = Server::bind_with_shutdown_handle(options, |shutdown_handle| {
         for signal in [SIGTERM, SIGINT] {
-            pipe::register(signal, stopper.stream()?)?;
+            pipe::register(signal, shutdown_handle.stream()?)?;
         }
         Ok(())
     })?;

@@ -12,8 +12,10 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use migration::track::Punched;
-use migration::{Block, Layout, LayoutError, Memory, MemoryError, Region, Run, PAGE_SIZE};
+use guest_migration::dirty_tracking::PunchedPages;
+use guest_migration::{
+    Layout, LayoutError, Memory, MemoryError, PageRun, RamBlock, Region, PAGE_SIZE,
+};
 use rustix::fs::{fallocate, fstat, fstatfs, seek, FallocateFlags, SeekFrom};
 use thiserror::Error;
 use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -49,7 +51,7 @@ pub enum ReleaseError {
 
 /// Why guest memory cannot be migrated, or its pages not be tracked.
 #[derive(Debug, Error)]
-pub enum LayoutFailure {
+pub enum RamLayoutError {
     /// It is not what a migration can work with.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -95,26 +97,26 @@ pub struct Allocated {
 #[derive(Clone, Debug, Default)]
 pub struct Ram {
     regions: Vec<RamRegion>,
-    notes: Option<HoleNotes>,
+    hole_recorder: Option<HoleRecorder>,
 }
 
 /// Where a migration wants to know of holes that are made in guest memory.
 #[derive(Clone, Debug)]
-pub struct HoleNotes {
+pub struct HoleRecorder {
     /// Guest memory as the migration knows it.
     pub layout: Arc<Layout>,
     /// The notes.
-    pub punched: Punched,
+    pub punched: PunchedPages,
 }
 
-impl HoleNotes {
+impl HoleRecorder {
     /// The guest physical addresses `range` become holes.
-    fn note(&self, range: &Range<u64>) {
+    fn record(&self, range: &Range<u64>) {
         self.pages(range).for_each(|run| self.punched.note(run));
     }
 
     /// The pages that share a byte with the guest physical addresses `range`.
-    fn pages<'a>(&'a self, range: &'a Range<u64>) -> impl Iterator<Item = Run> + 'a {
+    fn pages<'a>(&'a self, range: &'a Range<u64>) -> impl Iterator<Item = PageRun> + 'a {
         self.layout.regions().iter().filter_map(|region| {
             let start = range.start.max(region.start());
             let end = range.end.min(region.end());
@@ -126,7 +128,7 @@ impl HoleNotes {
                 return None;
             }
             let first = offset(start)? / PAGE_SIZE;
-            Some(Run {
+            Some(PageRun {
                 block: region.block(),
                 first,
                 pages: offset(end)?.div_ceil(PAGE_SIZE).checked_sub(first)?,
@@ -149,22 +151,22 @@ impl Ram {
         });
         Self {
             regions: regions.collect(),
-            notes: None,
+            hole_recorder: None,
         }
     }
 
     /// Notes from now on, or no more, which holes are made.
-    pub fn note_holes(&mut self, notes: Option<HoleNotes>) {
-        self.notes = notes;
+    pub fn set_hole_recorder(&mut self, hole_recorder: Option<HoleRecorder>) {
+        self.hole_recorder = hole_recorder;
     }
 
     /// Where holes are noted.
-    pub fn hole_notes(&self) -> Option<HoleNotes> {
-        self.notes.clone()
+    pub fn hole_recorder(&self) -> Option<HoleRecorder> {
+        self.hole_recorder.clone()
     }
 
     /// The number of bytes.
-    pub fn bytes(&self) -> u64 {
+    pub fn size(&self) -> u64 {
         self.regions.iter().map(|region| region.length).sum()
     }
 
@@ -174,8 +176,8 @@ impl Ram {
     /// # Errors
     ///
     /// If it is not made of whole pages, or a file cannot be examined.
-    pub fn layout(&self) -> Result<Layout, LayoutFailure> {
-        Ok(self.blocks()?.0)
+    pub fn layout(&self) -> Result<Layout, RamLayoutError> {
+        Ok(self.ram_blocks()?.0)
     }
 
     /// Guest memory as the migration side reads it.
@@ -183,14 +185,14 @@ impl Ram {
     /// # Errors
     ///
     /// If part of it has no file, and as [`Ram::layout`].
-    pub fn memory(&self) -> Result<Memory, LayoutFailure> {
-        let (layout, files) = self.blocks()?;
+    pub fn memory(&self) -> Result<Memory, RamLayoutError> {
+        let (layout, files) = self.ram_blocks()?;
         let files = files
             .into_iter()
             .map(|(start, file)| {
-                let file = file.ok_or(LayoutFailure::NoFile { start })?;
+                let file = file.ok_or(RamLayoutError::NoFile { start })?;
                 file.try_clone()
-                    .map_err(|source| LayoutFailure::Io { start, source })
+                    .map_err(|source| RamLayoutError::Io { start, source })
             })
             .collect::<Result<Vec<File>, _>>()?;
         Ok(Memory::new(Arc::new(layout), files)?)
@@ -198,13 +200,13 @@ impl Ram {
 
     /// The layout, and the file of each block with the guest physical address that it first shows at.
     #[allow(clippy::type_complexity)]
-    fn blocks(&self) -> Result<(Layout, Vec<(u64, Option<&File>)>), LayoutFailure> {
-        let (mut blocks, mut regions) = (Vec::new(), Vec::new());
+    fn ram_blocks(&self) -> Result<(Layout, Vec<(u64, Option<&File>)>), RamLayoutError> {
+        let (mut ram_blocks, mut regions) = (Vec::new(), Vec::new());
         let mut files: Vec<(u64, Option<&File>)> = Vec::new();
         let mut known: Vec<Option<(u64, u64)>> = Vec::new();
         for region in &self.regions {
             let start = region.start;
-            let io = |source: io::Error| LayoutFailure::Io { start, source };
+            let io = |source: io::Error| RamLayoutError::Io { start, source };
             let file = region.file.as_ref().map(FileOffset::file);
             let stat = file.map(fstat).transpose().map_err(|it| io(it.into()))?;
             let inode = stat.map(|stat| (stat.st_dev, stat.st_ino));
@@ -216,25 +218,25 @@ impl Ram {
                         let bytes = u64::try_from(stat.st_size).unwrap_or(0);
                         bytes / PAGE_SIZE * PAGE_SIZE
                     });
-                    blocks.push(Block::new(&format!("ram{}", blocks.len()), bytes)?);
+                    ram_blocks.push(RamBlock::new(&format!("ram{}", ram_blocks.len()), bytes)?);
                     files.push((start, file));
                     known.push(inode);
                     known.len() - 1
                 }
             };
             let offset = region.file.as_ref().map_or(0, FileOffset::start);
-            regions.push(Region::new(start, region.length)?.showing(index, offset));
+            regions.push(Region::new(start, region.length)?.backed_by(index, offset));
         }
-        Ok((Layout::new(blocks, regions)?, files))
+        Ok((Layout::new(ram_blocks, regions)?, files))
     }
 
     /// The number of regions.
-    pub fn regions_len(&self) -> usize {
+    pub fn num_regions(&self) -> usize {
         self.regions.len()
     }
 
     /// Whether `other` is the same parts of the same files, at the same addresses.
-    pub fn same_layout(&self, other: &Self) -> bool {
+    pub fn has_same_layout(&self, other: &Self) -> bool {
         let layout = |ram: &Self| -> Vec<_> {
             ram.regions
                 .iter()
@@ -245,7 +247,7 @@ impl Ram {
     }
 
     /// Whether a byte of the guest physical addresses `range` is guest memory.
-    pub fn touches(&self, range: &Range<u64>) -> bool {
+    pub fn overlaps(&self, range: &Range<u64>) -> bool {
         self.regions.iter().any(|region| {
             range.start < region.start.saturating_add(region.length) && range.end > region.start
         })
@@ -262,8 +264,8 @@ impl Ram {
     /// If part of the range is outside guest memory (the rest is released), or if the host refuses.
     pub fn release(&self, range: Range<u64>) -> Result<u64, ReleaseError> {
         let (mut released, mut inside) = (0, 0);
-        if let Some(notes) = &self.notes {
-            notes.note(&range);
+        if let Some(hole_recorder) = &self.hole_recorder {
+            hole_recorder.record(&range);
         }
         for region in &self.regions {
             let start = range.start.max(region.start);
@@ -298,8 +300,8 @@ impl Ram {
     /// If the host refuses. Some of the parts may read as zeros by then.
     pub fn discard(&self, range: Range<u64>) -> Result<Vec<Range<u64>>, ReleaseError> {
         let mut parts = Vec::new();
-        if let Some(notes) = &self.notes {
-            notes.note(&range);
+        if let Some(hole_recorder) = &self.hole_recorder {
+            hole_recorder.record(&range);
         }
         for region in &self.regions {
             let start = range.start.max(region.start);
@@ -497,16 +499,16 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_block_is_a_file_with_all_that_is_in_it() {
+    fn a_ram_block_is_a_whole_file() {
         // Two regions of one file in another order, with a gap between them that the guest does not see.
         let memory = guest(&[(0x1000, 0x4000, 0x6000), (0x8000, 0x4000, 0)]);
         let layout = Ram::new(&memory).memory().unwrap().layout().clone();
-        let blocks: Vec<_> = layout
+        let ram_blocks: Vec<_> = layout
             .blocks()
             .iter()
             .map(|it| (it.name(), it.length()))
             .collect();
-        assert_eq!(blocks, [("ram0", 0xa000)]);
+        assert_eq!(ram_blocks, [("ram0", 0xa000)]);
         let shown = |index: usize| {
             let region = layout.regions()[index];
             (region.start(), region.block(), region.offset())
@@ -515,15 +517,15 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn holes_are_noted_where_they_are_in_their_files() {
+    fn holes_are_recorded_at_their_file_offsets() {
         let memory = guest(&[(0x1000, 0x4000, 0x6000), (0x8000, 0x4000, 0)]);
         let layout = Ram::new(&memory).memory().unwrap().layout().clone();
-        let notes = HoleNotes {
-            punched: Punched::new(&layout).unwrap(),
+        let hole_recorder = HoleRecorder {
+            punched: PunchedPages::new(&layout).unwrap(),
             layout,
         };
         let pages = |range| {
-            notes
+            hole_recorder
                 .pages(&range)
                 .map(|run| (run.block, run.first, run.pages))
                 .collect::<Vec<_>>()

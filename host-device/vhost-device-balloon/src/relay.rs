@@ -81,11 +81,11 @@ impl ConfigNotifier {
 
 /// Who ended a connection.
 #[derive(Debug)]
-pub enum Closed {
+pub enum CloseReason {
     /// The front end closed its side.
     ByFrontEnd,
     /// This program did.
-    ByDevice,
+    ByBackend,
     /// A message could not be passed on.
     Failed(io::Error),
 }
@@ -93,7 +93,7 @@ pub enum Closed {
 /// The two threads that pass messages on, one each way.
 #[derive(Debug)]
 pub struct Relay {
-    to_device: JoinHandle<Closed>,
+    to_device: JoinHandle<CloseReason>,
     to_front_end: JoinHandle<()>,
 }
 
@@ -115,7 +115,7 @@ impl Relay {
             .spawn(move || {
                 let closed = match pass_requests(&front_end, &device, &notifier) {
                     Ok(closed) => closed,
-                    Err(error) => Closed::Failed(error),
+                    Err(error) => CloseReason::Failed(error),
                 };
                 // The ends may be closed already; that is what was wanted.
                 let _ = device.shutdown(Shutdown::Both);
@@ -138,11 +138,11 @@ impl Relay {
     }
 
     /// Waits for both threads, and says who ended the connection.
-    pub fn join(self) -> Closed {
+    pub fn join(self) -> CloseReason {
         let _ = self.to_front_end.join();
         self.to_device
             .join()
-            .unwrap_or_else(|_| Closed::Failed(io::Error::other("the relay panicked")))
+            .unwrap_or_else(|_| CloseReason::Failed(io::Error::other("the relay panicked")))
     }
 }
 
@@ -165,13 +165,13 @@ fn pass_requests(
     front_end: &UnixStream,
     device: &UnixStream,
     notifier: &ConfigNotifier,
-) -> io::Result<Closed> {
+) -> io::Result<CloseReason> {
     let mut message = [0; HEADER + MAX_PAYLOAD];
     loop {
         let mut fds = Vec::new();
         let (header, payload) = message.split_at_mut(HEADER);
         if !receive(front_end, header, &mut fds)? {
-            return Ok(Closed::ByFrontEnd);
+            return Ok(CloseReason::ByFrontEnd);
         }
         let mut words = header
             .chunks_exact(4)
@@ -201,7 +201,9 @@ fn pass_requests(
         }
         let length = HEADER + size;
         match send(device, message.get(..length).unwrap_or_default(), &fds) {
-            Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(Closed::ByDevice),
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+                return Ok(CloseReason::ByBackend)
+            }
             other => other?,
         }
     }

@@ -14,18 +14,18 @@ use shared_abi::features::Features;
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
-use crate::device::saved::{SavedState, SavedStateError};
+use crate::device::saved_state::{SavedState, SavedStateError};
 use crate::device::Device;
 use crate::events::Events;
-use crate::migrate::Migrations;
-use crate::qmp::{Operators, Target};
-use crate::session::{Ended, Session, SessionError};
-use crate::socket::{Listening, SocketError};
-use crate::vring::Suppression;
+use crate::migrate::MigrationManager;
+use crate::qmp::{CommandContext, QmpClients};
+use crate::session::{Session, SessionEnd, SessionError};
+use crate::socket::{SocketError, SocketListener};
+use crate::vring::NotificationSuppression;
 
 /// What to serve, and where.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct ServerOptions {
     /// Where the front end connects.
     pub socket_path: PathBuf,
     /// Where operators connect.
@@ -33,7 +33,7 @@ pub struct Options {
     /// What the device offers.
     pub features: Features,
     /// How drivers are asked to leave out notifications.
-    pub suppression: Suppression,
+    pub suppression: NotificationSuppression,
     /// Whether to wait for the next front end when one has gone.
     pub persistent: bool,
     /// The file with the saved state to go on from.
@@ -66,18 +66,18 @@ pub enum Exit {
     /// It was told to.
     Stopped,
     /// The front end has gone.
-    FrontEndGone(Ended),
+    FrontEndDisconnected(SessionEnd),
 }
 
 /// Ends a server, also from another thread.
 #[derive(Debug)]
-pub struct Stopper(UnixStream);
+pub struct ShutdownHandle(UnixStream);
 
-impl Stopper {
+impl ShutdownHandle {
     /// Ends the server.
     pub fn stop(&self) {
         // Fails if the server has ended, or if it was told so many times that it knows.
-        let _ = (&self.0).write(&[STOP]);
+        let _ = (&self.0).write(&[SHUTDOWN_REQUESTED]);
     }
 
     /// A stream that ends the server when anything but 0 or 1 is written to it.
@@ -90,40 +90,40 @@ impl Stopper {
     }
 }
 
-/// Not [`STOP`]: the session has ended.
+/// Not [`SHUTDOWN_REQUESTED`]: the session has ended.
 const SESSION_ENDED: u8 = 0;
-/// Not [`STOP`]: a migration has ended.
+/// Not [`SHUTDOWN_REQUESTED`]: a migration has ended.
 const MIGRATION_ENDED: u8 = 1;
-const STOP: u8 = 2;
+const SHUTDOWN_REQUESTED: u8 = 2;
 
 /// How long the program stays for its operators, so that they can ask how the migration of a guest ended that is gone.
-const LINGER: Duration = Duration::from_secs(30);
+const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often it looks then whether they have gone.
-const LOOK: Timespec = Timespec {
+const LINGER_POLL_INTERVAL: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 50_000_000,
 };
 
 /// The most connections that may be there without a word.
-const MAX_SILENT: usize = 8;
+const MAX_PENDING_CONNECTIONS: usize = 8;
 
 /// The program between its start and its end. Its sockets exist as long as it does.
 pub struct Server {
-    options: Options,
-    front_ends: Listening,
-    operators_socket: Option<Listening>,
-    operators: Operators,
+    options: ServerOptions,
+    front_end_listener: SocketListener,
+    qmp_listener: Option<SocketListener>,
+    qmp_clients: QmpClients,
     device: Arc<Mutex<Device>>,
-    migrations: Arc<Migrations>,
+    migration_manager: Arc<MigrationManager>,
     /// The front end has gone during a migration, which goes on.
-    gone: Option<Ended>,
+    session_end: Option<SessionEnd>,
     /// When the program ends at the latest, after that.
-    leaving: Option<Instant>,
+    exit_deadline: Option<Instant>,
     /// What other threads write to, and this one reads.
     wake: (UnixStream, UnixStream),
     session: Option<Session>,
     /// Connections that have not said anything yet.
-    silent: Vec<UnixStream>,
+    pending_connections: Vec<UnixStream>,
 }
 
 impl Server {
@@ -132,72 +132,76 @@ impl Server {
     /// # Errors
     ///
     /// If one is in use, the host refuses, or there is no going on from the saved state.
-    pub fn bind(options: Options) -> Result<Self, ServerError> {
-        Self::bind_stoppable(options, |_| Ok(()))
+    pub fn bind(options: ServerOptions) -> Result<Self, ServerError> {
+        Self::bind_with_shutdown_handle(options, |_| Ok(()))
     }
 
-    /// As [`Server::bind`], but before it listens hands the means to end it to `stoppable`: it can be told to end as soon as it is seen
+    /// As [`Server::bind`], but before it listens hands the means to end it to `on_handle`: it can be told to end as soon as it is seen
     /// to listen.
     ///
     /// # Errors
     ///
-    /// As [`Server::bind`], and if `stoppable` fails.
-    pub fn bind_stoppable(
-        options: Options,
-        stoppable: impl FnOnce(&Stopper) -> io::Result<()>,
+    /// As [`Server::bind`], and if `on_handle` fails.
+    pub fn bind_with_shutdown_handle(
+        options: ServerOptions,
+        on_handle: impl FnOnce(&ShutdownHandle) -> io::Result<()>,
     ) -> Result<Self, ServerError> {
         let wake = UnixStream::pair()?;
         wake.0.set_nonblocking(true)?;
         wake.1.set_nonblocking(true)?;
-        let stopper = Stopper(wake.1.try_clone()?);
-        stoppable(&stopper)?;
+        let shutdown_handle = ShutdownHandle(wake.1.try_clone()?);
+        on_handle(&shutdown_handle)?;
         let events = Arc::new(Events::default());
         let mut device =
             Device::new(options.features, events.clone()).with_suppression(options.suppression);
         if let Some(path) = &options.device_state {
-            device.resume(&SavedState::read(path)?)?;
+            device.restore(&SavedState::read(path)?)?;
         }
         let device = Arc::new(Mutex::new(device));
-        let front_ends = Listening::bind(&options.socket_path)?;
-        let operators_socket = options
+        let front_end_listener = SocketListener::bind(&options.socket_path)?;
+        let qmp_listener = options
             .qmp_socket
             .as_deref()
-            .map(Listening::bind)
+            .map(SocketListener::bind)
             .transpose()?;
         let waker = wake.1.try_clone()?;
-        let migrations = Arc::new(Migrations::new(device.clone(), events.clone(), move || {
-            let _ = (&waker).write(&[MIGRATION_ENDED]);
-        }));
-        let operators = Operators::new(Target {
+        let migration_manager = Arc::new(MigrationManager::new(
+            device.clone(),
+            events.clone(),
+            move || {
+                let _ = (&waker).write(&[MIGRATION_ENDED]);
+            },
+        ));
+        let qmp_clients = QmpClients::new(CommandContext {
             device: device.clone(),
-            migrations: migrations.clone(),
+            migration_manager: migration_manager.clone(),
             events,
-            quit: Box::new(move || stopper.stop()),
+            quit: Box::new(move || shutdown_handle.stop()),
         });
         info!(
             "listening at {} with {}",
-            front_ends.path().display(),
+            front_end_listener.path().display(),
             if options.features.is_empty() {
                 "no features".into()
             } else {
                 options.features.to_string()
             }
         );
-        if let Some(socket) = &operators_socket {
+        if let Some(socket) = &qmp_listener {
             info!("operators are welcome at {}", socket.path().display());
         }
         Ok(Self {
             options,
-            front_ends,
-            operators_socket,
-            operators,
+            front_end_listener,
+            qmp_listener,
+            qmp_clients,
             device,
-            migrations,
-            gone: None,
-            leaving: None,
+            migration_manager,
+            session_end: None,
+            exit_deadline: None,
             wake,
             session: None,
-            silent: Vec::new(),
+            pending_connections: Vec::new(),
         })
     }
 
@@ -206,8 +210,8 @@ impl Server {
     /// # Errors
     ///
     /// If the host has no descriptors left.
-    pub fn stopper(&self) -> io::Result<Stopper> {
-        Ok(Stopper(self.wake.1.try_clone()?))
+    pub fn shutdown_handle(&self) -> io::Result<ShutdownHandle> {
+        Ok(ShutdownHandle(self.wake.1.try_clone()?))
     }
 
     /// Serves until it is told to end, or the front end has gone. Both sockets are removed then.
@@ -218,12 +222,12 @@ impl Server {
     pub fn run(mut self) -> Result<Exit, ServerError> {
         let result = self.serve();
         // While there is a driver that can take its pages back.
-        self.migrations.shut_down();
+        self.migration_manager.shut_down();
         if let Some(session) = self.session.take() {
             session.close();
             session.join();
         }
-        self.operators.close();
+        self.qmp_clients.close();
         result
     }
 
@@ -248,21 +252,21 @@ impl Server {
                     }
                 }
             }
-            if let Some(exit) = self.leave()? {
+            if let Some(exit) = self.exit_after_migration()? {
                 return Ok(exit);
             }
-            if ready.front_ends {
-                while let Some(stream) = self.front_ends.accept() {
-                    self.front_end_came(stream);
+            if ready.front_end_listener {
+                while let Some(stream) = self.front_end_listener.accept() {
+                    self.add_pending_connection(stream);
                 }
             }
-            if ready.front_ends || ready.silent {
-                self.listen_to_the_silent()?;
+            if ready.front_end_listener || ready.pending_connections {
+                self.check_pending_connections()?;
             }
-            if ready.operators {
-                while let Some(stream) = self.operators_socket.as_ref().and_then(Listening::accept)
+            if ready.qmp_listener {
+                while let Some(stream) = self.qmp_listener.as_ref().and_then(SocketListener::accept)
                 {
-                    self.operators.serve(stream);
+                    self.qmp_clients.serve(stream);
                 }
             }
         }
@@ -272,42 +276,44 @@ impl Server {
     fn wait(&self) -> io::Result<Ready> {
         let mut fds = vec![
             PollFd::new(&self.wake.0, PollFlags::IN),
-            PollFd::new(&self.front_ends, PollFlags::IN),
+            PollFd::new(&self.front_end_listener, PollFlags::IN),
         ];
-        let operators = self.operators_socket.as_ref();
-        fds.extend(operators.map(|socket| PollFd::new(socket, PollFlags::IN)));
+        let qmp_listener = self.qmp_listener.as_ref();
+        fds.extend(qmp_listener.map(|socket| PollFd::new(socket, PollFlags::IN)));
         let others = fds.len();
         fds.extend(
-            self.silent
+            self.pending_connections
                 .iter()
                 .map(|stream| PollFd::new(stream, PollFlags::IN)),
         );
-        match poll(&mut fds, self.leaving.map(|_| &LOOK)) {
+        match poll(&mut fds, self.exit_deadline.map(|_| &LINGER_POLL_INTERVAL)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
         let mut happened = fds.iter().map(|fd| !fd.revents().is_empty());
         Ok(Ready {
             wake: happened.next().unwrap_or(false),
-            front_ends: happened.next().unwrap_or(false),
-            operators: others > 2 && happened.next().unwrap_or(false),
-            silent: happened.any(|happened| happened),
+            front_end_listener: happened.next().unwrap_or(false),
+            qmp_listener: others > 2 && happened.next().unwrap_or(false),
+            pending_connections: happened.any(|happened| happened),
         })
     }
 
     /// Somebody connected. It is the front end if nobody else is, and once it has said something: whoever only
     /// looks whether the socket is alive is none.
-    fn front_end_came(&mut self, stream: UnixStream) {
-        if self.is_taken() || self.silent.len() >= MAX_SILENT {
+    fn add_pending_connection(&mut self, stream: UnixStream) {
+        if self.is_busy() || self.pending_connections.len() >= MAX_PENDING_CONNECTIONS {
             self.refuse();
         } else {
-            self.silent.push(stream);
+            self.pending_connections.push(stream);
         }
     }
 
     /// Whether there is a guest already: one that is served, or one that has gone from here and is still being moved.
-    fn is_taken(&self) -> bool {
-        self.session.is_some() || self.leaving.is_some() || self.migrations.under_way()
+    fn is_busy(&self) -> bool {
+        self.session.is_some()
+            || self.exit_deadline.is_some()
+            || self.migration_manager.is_in_progress()
     }
 
     fn refuse(&self) {
@@ -326,13 +332,15 @@ impl Server {
     }
 
     /// The first of the silent connections that says something becomes the front end.
-    fn listen_to_the_silent(&mut self) -> Result<(), ServerError> {
-        for stream in std::mem::take(&mut self.silent) {
+    fn check_pending_connections(&mut self) -> Result<(), ServerError> {
+        for stream in std::mem::take(&mut self.pending_connections) {
             let mut byte = [0u8];
             let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
             match rustix::net::recv(&stream, &mut byte, flags) {
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => self.silent.push(stream),
-                Ok((_, 1..)) if !self.is_taken() => self.serve_front_end(stream)?,
+                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
+                    self.pending_connections.push(stream)
+                }
+                Ok((_, 1..)) if !self.is_busy() => self.serve_front_end(stream)?,
                 Ok((_, 1..)) => self.refuse(),
                 Ok(_) | Err(_) => debug!("somebody connected and said nothing"),
             }
@@ -356,7 +364,7 @@ impl Server {
             return Ok(None);
         };
         // Before the device tells it, and it may end: there are operators who want to know how.
-        let migrating = self.migrations.under_way();
+        let migrating = self.migration_manager.is_in_progress();
         let ended = session.join();
         if self.options.persistent {
             warn!("{}; waiting for the next front end", ended.reason);
@@ -364,43 +372,45 @@ impl Server {
         }
         if migrating {
             info!("{}; stays until the migration has ended", ended.reason);
-            self.gone = Some(ended);
+            self.session_end = Some(ended);
             return Ok(None);
         }
-        if ended.broken {
+        if ended.is_error {
             return Err(ServerError::FrontEnd(ended.reason));
         }
         info!("ends, because {}", ended.reason);
-        Ok(Some(Exit::FrontEndGone(ended)))
+        Ok(Some(Exit::FrontEndDisconnected(ended)))
     }
 }
 
 impl Server {
     /// Whether the program ends, after its front end has gone during a migration: once that is over, and the operators
     /// have heard of it.
-    fn leave(&mut self) -> Result<Option<Exit>, ServerError> {
-        let Some(ended) = self.gone.as_ref() else {
+    fn exit_after_migration(&mut self) -> Result<Option<Exit>, ServerError> {
+        let Some(ended) = self.session_end.as_ref() else {
             return Ok(None);
         };
-        if self.migrations.under_way() {
+        if self.migration_manager.is_in_progress() {
             return Ok(None);
         }
-        let limit = *self.leaving.get_or_insert_with(|| Instant::now() + LINGER);
-        if self.operators.count() > 0 && Instant::now() < limit {
+        let deadline = *self
+            .exit_deadline
+            .get_or_insert_with(|| Instant::now() + LINGER_TIMEOUT);
+        if self.qmp_clients.count() > 0 && Instant::now() < deadline {
             return Ok(None);
         }
-        if ended.broken {
+        if ended.is_error {
             return Err(ServerError::FrontEnd(ended.reason.clone()));
         }
         info!("ends, because {}, and the migration is over", ended.reason);
-        Ok(Some(Exit::FrontEndGone(ended.clone())))
+        Ok(Some(Exit::FrontEndDisconnected(ended.clone())))
     }
 }
 
 /// What has happened.
 struct Ready {
     wake: bool,
-    front_ends: bool,
-    operators: bool,
-    silent: bool,
+    front_end_listener: bool,
+    qmp_listener: bool,
+    pending_connections: bool,
 }

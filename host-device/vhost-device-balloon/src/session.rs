@@ -15,10 +15,10 @@ use vhost_user_backend::VhostUserDaemon;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-use crate::backend::{Backend, RESUME_EVENT};
+use crate::backend::{Backend, RESCHEDULE_EVENT};
 use crate::device::Device;
 use crate::lock;
-use crate::relay::{Closed, ConfigNotifier, Relay};
+use crate::relay::{CloseReason, ConfigNotifier, Relay};
 
 /// Why a front end cannot be served.
 #[derive(Debug, Error)]
@@ -33,11 +33,11 @@ pub enum SessionError {
 
 /// How a connection ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Ended {
+pub struct SessionEnd {
     /// For the log and for operators: a sentence without its full stop.
     pub reason: String,
     /// Whether the front end is to blame.
-    pub broken: bool,
+    pub is_error: bool,
 }
 
 /// A connection that is being served.
@@ -46,11 +46,11 @@ pub struct Session {
     front_end: UnixStream,
     device: Arc<Mutex<Device>>,
     closing: Arc<AtomicBool>,
-    thread: JoinHandle<Ended>,
+    thread: JoinHandle<SessionEnd>,
 }
 
 impl Session {
-    /// Serves `front_end` with `device`, in threads of its own, and calls `when_ended` after the last of them
+    /// Serves `front_end` with `device`, in threads of its own, and calls `on_end` after the last of them
     /// has done its work.
     ///
     /// # Errors
@@ -59,7 +59,7 @@ impl Session {
     pub fn start(
         front_end: UnixStream,
         device: Arc<Mutex<Device>>,
-        when_ended: impl FnOnce() + Send + 'static,
+        on_end: impl FnOnce() + Send + 'static,
     ) -> Result<Self, SessionError> {
         let backend = Arc::new(Backend::new(device.clone(), front_end.try_clone()?)?);
         let mut daemon = VhostUserDaemon::new(
@@ -70,16 +70,16 @@ impl Session {
         .map_err(SessionError::VhostUser)?;
         for handler in daemon.get_epoll_handlers() {
             handler.register_listener(
-                backend.resume_fd(),
+                backend.reschedule_fd(),
                 EventSet::IN,
-                u64::from(RESUME_EVENT),
+                u64::from(RESCHEDULE_EVENT),
             )?;
         }
 
         let (listener, inner) = private_connection()?;
         let notifier = Arc::new(ConfigNotifier::default());
         // Before the first message can arrive: the device drops what comes without a connection.
-        lock(&device).connected(notifier.clone());
+        lock(&device).front_end_connected(notifier.clone());
         let started = daemon
             .start(&mut Listener::from(listener))
             .map_err(SessionError::VhostUser)
@@ -87,7 +87,7 @@ impl Session {
         let relay = match started {
             Ok(relay) => relay,
             Err(error) => {
-                lock(&device).disconnected(&error.to_string());
+                lock(&device).front_end_disconnected(&error.to_string());
                 return Err(error);
             }
         };
@@ -98,22 +98,22 @@ impl Session {
             .name("front-end".into())
             .spawn(move || {
                 let served = daemon.wait();
-                let mut ended = how_it_ended(&relay.join(), served);
+                let mut ended = classify_end(&relay.join(), served);
                 if let Some(reason) = backend.failure() {
-                    ended = Ended {
+                    ended = SessionEnd {
                         reason,
-                        broken: true,
+                        is_error: true,
                     };
                 }
                 if stopped.load(Ordering::Acquire) {
-                    ended = Ended {
+                    ended = SessionEnd {
                         reason: "the device was stopped".into(),
-                        broken: false,
+                        is_error: false,
                     };
                 }
                 // Joins the thread that watches the queues.
                 drop(daemon);
-                when_ended();
+                on_end();
                 ended
             })?;
         Ok(Self {
@@ -135,33 +135,33 @@ impl Session {
     ///
     /// Not before: the device tells the operators, and one who then starts the next VMM must find whoever
     /// calls this ready for it.
-    pub fn join(self) -> Ended {
-        let ended = self.thread.join().unwrap_or_else(|_| Ended {
+    pub fn join(self) -> SessionEnd {
+        let ended = self.thread.join().unwrap_or_else(|_| SessionEnd {
             reason: "the thread that serves the front end panicked".into(),
-            broken: true,
+            is_error: true,
         });
-        lock(&self.device).disconnected(&ended.reason);
+        lock(&self.device).front_end_disconnected(&ended.reason);
         ended
     }
 }
 
-fn how_it_ended(closed: &Closed, served: vhost_user_backend::Result<()>) -> Ended {
+fn classify_end(closed: &CloseReason, served: vhost_user_backend::Result<()>) -> SessionEnd {
     match (closed, served) {
-        (Closed::ByFrontEnd, _) => Ended {
+        (CloseReason::ByFrontEnd, _) => SessionEnd {
             reason: "the front end closed the connection".into(),
-            broken: false,
+            is_error: false,
         },
-        (Closed::Failed(error), _) => Ended {
+        (CloseReason::Failed(error), _) => SessionEnd {
             reason: format!("the connection to the front end failed: {error}"),
-            broken: true,
+            is_error: true,
         },
-        (Closed::ByDevice, Ok(())) => Ended {
+        (CloseReason::ByBackend, Ok(())) => SessionEnd {
             reason: "the connection was closed".into(),
-            broken: false,
+            is_error: false,
         },
-        (Closed::ByDevice, Err(error)) => Ended {
+        (CloseReason::ByBackend, Err(error)) => SessionEnd {
             reason: format!("the front end does not speak vhost-user as it should: {error}"),
-            broken: true,
+            is_error: true,
         },
     }
 }

@@ -39,14 +39,14 @@ pub enum SocketError {
 
 /// A socket that listens at a path, and takes the path away when it is dropped.
 #[derive(Debug)]
-pub struct Listening {
+pub struct SocketListener {
     listener: UnixListener,
     path: PathBuf,
     /// Device and inode of the socket file: another process may have put its own there since.
     file: Option<(u64, u64)>,
 }
 
-impl Listening {
+impl SocketListener {
     /// Listens at `path`. A socket that a dead process left there is replaced.
     ///
     /// # Errors
@@ -90,13 +90,13 @@ impl Listening {
     }
 }
 
-impl AsFd for Listening {
+impl AsFd for SocketListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.listener.as_fd()
     }
 }
 
-impl Drop for Listening {
+impl Drop for SocketListener {
     fn drop(&mut self) {
         if self.file.is_some() && self.file == identity(&self.path) {
             if let Err(error) = fs::remove_file(&self.path) {
@@ -139,9 +139,9 @@ mod tests {
     fn r13_a_living_listener_keeps_its_path() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        let first = Listening::bind(&path).unwrap();
+        let first = SocketListener::bind(&path).unwrap();
         assert!(matches!(
-            Listening::bind(&path),
+            SocketListener::bind(&path),
             Err(SocketError::InUse { .. })
         ));
         drop(first);
@@ -154,8 +154,8 @@ mod tests {
         let path = directory.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        let listening = Listening::bind(&path).unwrap();
-        assert!(UnixStream::connect(listening.path()).is_ok());
+        let listener = SocketListener::bind(&path).unwrap();
+        assert!(UnixStream::connect(listener.path()).is_ok());
     }
 
     #[test]
@@ -164,7 +164,7 @@ mod tests {
         let path = directory.path().join("s");
         fs::write(&path, "precious").unwrap();
         assert!(matches!(
-            Listening::bind(&path),
+            SocketListener::bind(&path),
             Err(SocketError::NotASocket { .. })
         ));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
@@ -174,7 +174,7 @@ mod tests {
     fn r13_only_the_own_path_is_taken_away() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        let first = Listening::bind(&path).unwrap();
+        let first = SocketListener::bind(&path).unwrap();
         fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         drop(first);

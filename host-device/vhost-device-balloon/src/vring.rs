@@ -14,17 +14,17 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, Guest
 
 use crate::lock;
 
-type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
+type AtomicGuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`
 const NO_INTERRUPT: u16 = 1;
 
 /// How a driver may be asked to leave out notifications.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub enum Suppression {
+pub enum NotificationSuppression {
     /// By `VIRTIO_RING_F_EVENT_IDX`: it says after which buffer a notification is wanted.
     #[default]
-    EventIndex,
+    EventIdx,
     /// By the used ring's flag while the device looks at the queue anyway.
     Flag,
     /// Not at all.
@@ -33,7 +33,7 @@ pub enum Suppression {
 
 /// What a queue has counted since its front end connected.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Counts {
+pub struct NotificationCounts {
     /// Notifications that the driver made. One look at the queue may have answered many.
     pub notifications: u64,
     /// Interrupts that the driver was given.
@@ -53,14 +53,14 @@ struct Shared {
 #[derive(Clone)]
 pub struct Vring {
     inner: VringRwLock,
-    memory: Memory,
+    memory: AtomicGuestMemory,
     shared: Arc<Shared>,
 }
 
 impl Vring {
     /// What has been counted.
-    pub fn counts(&self) -> Counts {
-        Counts {
+    pub fn notification_counts(&self) -> NotificationCounts {
+        NotificationCounts {
             notifications: self.shared.notifications.load(Ordering::Relaxed),
             interrupts: self.shared.interrupts.load(Ordering::Relaxed),
         }
@@ -72,7 +72,7 @@ impl Vring {
     }
 
     /// Whether the driver says, by the available ring's flag, that it wants no interrupt.
-    fn is_silent(&self) -> bool {
+    fn is_interrupt_suppressed(&self) -> bool {
         let address = GuestAddress(self.inner.get_ref().get_queue().avail_ring());
         let flags: Result<u16, _> = self.memory.memory().read_obj(address);
         flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT != 0)
@@ -91,8 +91,8 @@ impl Vring {
     }
 }
 
-impl VringT<Memory> for Vring {
-    fn new(memory: Memory, max_queue_size: u16) -> Result<Self, QueueError> {
+impl VringT<AtomicGuestMemory> for Vring {
+    fn new(memory: AtomicGuestMemory, max_queue_size: u16) -> Result<Self, QueueError> {
         Ok(Self {
             inner: VringRwLock::new(memory.clone(), max_queue_size)?,
             memory,
@@ -100,11 +100,11 @@ impl VringT<Memory> for Vring {
         })
     }
 
-    fn get_ref(&self) -> <Self as VringStateGuard<'_, Memory>>::G {
+    fn get_ref(&self) -> <Self as VringStateGuard<'_, AtomicGuestMemory>>::G {
         self.inner.get_ref()
     }
 
-    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Memory>>::G {
+    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, AtomicGuestMemory>>::G {
         self.inner.get_mut()
     }
 
@@ -133,7 +133,7 @@ impl VringT<Memory> for Vring {
         let needed = self.inner.needs_notification()?;
         // The crate knows the event index, but not the flag that stands for it where there is none.
         let by_flag = !self.inner.get_ref().get_queue().event_idx_enabled();
-        Ok(needed && !(by_flag && self.is_silent()))
+        Ok(needed && !(by_flag && self.is_interrupt_suppressed()))
     }
 
     fn set_enabled(&self, enabled: bool) {
@@ -211,10 +211,10 @@ impl VringT<Memory> for Vring {
     }
 }
 
-impl<'a> VringStateGuard<'a, Memory> for Vring {
-    type G = <VringRwLock as VringStateGuard<'a, Memory>>::G;
+impl<'a> VringStateGuard<'a, AtomicGuestMemory> for Vring {
+    type G = <VringRwLock as VringStateGuard<'a, AtomicGuestMemory>>::G;
 }
 
-impl<'a> VringStateMutGuard<'a, Memory> for Vring {
-    type G = <VringRwLock as VringStateMutGuard<'a, Memory>>::G;
+impl<'a> VringStateMutGuard<'a, AtomicGuestMemory> for Vring {
+    type G = <VringRwLock as VringStateMutGuard<'a, AtomicGuestMemory>>::G;
 }

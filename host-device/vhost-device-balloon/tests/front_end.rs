@@ -7,53 +7,53 @@ mod common;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-use common::{Running, Vmm, HANG_LIMIT, LENGTH, START};
+use common::{TestServer, Vmm, HANG_TIMEOUT, LENGTH, START};
 use serde_json::json;
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
 use vhost_device_balloon::server::{Exit, ServerError};
-use vhost_device_balloon::vring::Suppression;
+use vhost_device_balloon::vring::NotificationSuppression;
 
 const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
 
 #[test]
-fn a_round_through_real_queues() {
-    let server = Running::start(HINT, false);
-    let mut operator = server.operator();
+fn a_hint_round_through_real_queues() {
+    let server = TestServer::start(HINT, false);
+    let mut qmp = server.qmp();
     let mut vmm = Vmm::connect(&server.socket());
     assert!(vmm.offered().contains(HINT));
-    operator.event("FRONTEND_CONNECTED", &json!({}));
-    let (_, why) = operator.fail("free-page-hint-start", &json!({}));
+    qmp.event("FRONTEND_CONNECTED", &json!({}));
+    let (_, why) = qmp.fail("free-page-hint-start", &json!({}));
     assert!(why.contains("driver is not running"), "{why}");
 
     vmm.start_driver(HINT);
-    operator.event(
+    qmp.event(
         "DRIVER_STARTED",
         &json!({ "features": ["stats", "free-page-hint"] }),
     );
-    let id = operator.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
+    let id = qmp.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
     vmm.config_change();
-    assert_eq!(vmm.command(), id);
+    assert_eq!(vmm.cmd_id(), id);
     vmm.send(Queue::FreePage, &id.to_le_bytes());
-    operator.event("FREE_PAGE_HINT", &json!({ "status": "started", "id": id }));
+    qmp.event("FREE_PAGE_HINT", &json!({ "status": "started", "id": id }));
     vmm.offer(Queue::FreePage, Vmm::FREE, 0x10_0000, true);
     vmm.send(Queue::FreePage, &[0; 4]);
-    operator.event("FREE_PAGE_HINT", &json!({ "status": "finished", "id": id }));
+    qmp.event("FREE_PAGE_HINT", &json!({ "status": "finished", "id": id }));
 
-    let state = operator.run("query-free-page-hint");
+    let state = qmp.run("query-free-page-hint");
     assert_eq!(state["status"], "finished");
     assert_eq!(state["pages-cleared"], 0x100);
     assert_eq!(
         state["pages-dirty"],
         state["pages-total"].as_u64().unwrap() - 0x100
     );
-    let ranges = operator.run("query-hinted-ranges");
+    let ranges = qmp.run("query-hinted-ranges");
     assert_eq!(ranges, json!([{ "start": Vmm::FREE, "length": 0x10_0000 }]));
-    operator.run("free-page-hint-done");
+    qmp.run("free-page-hint-done");
     vmm.config_change();
-    assert_eq!(vmm.command(), 1);
+    assert_eq!(vmm.cmd_id(), 1);
     drop(vmm);
-    let Exit::FrontEndGone(ended) = server.join().unwrap() else {
+    let Exit::FrontEndDisconnected(ended) = server.join().unwrap() else {
         panic!("the server ends with its front end");
     };
     assert_eq!(ended.reason, "the front end closed the connection");
@@ -61,22 +61,20 @@ fn a_round_through_real_queues() {
 
 #[test]
 fn inflate_through_real_queues() {
-    let server = Running::start(Features::NONE, false);
-    let mut operator = server.operator();
-    let (_, why) = operator.fail("balloon", &json!({ "value": 1 << 20 }));
+    let server = TestServer::start(Features::NONE, false);
+    let mut qmp = server.qmp();
+    let (_, why) = qmp.fail("balloon", &json!({ "value": 1 << 20 }));
     assert!(why.contains("no front end"), "{why}");
     // As user-mode Linux has it: a pipe for the device's messages.
     let mut vmm = Vmm::connect_with_pipe(&server.socket());
     vmm.start_driver(Features::NONE);
-    operator.event("DRIVER_STARTED", &json!({}));
-    assert_eq!(operator.run("query-balloon")["actual"], LENGTH);
+    qmp.event("DRIVER_STARTED", &json!({}));
+    assert_eq!(qmp.run("query-balloon")["actual"], LENGTH);
 
-    operator.execute("balloon", &json!({ "value": LENGTH - 0x2000 }));
+    qmp.execute("balloon", &json!({ "value": LENGTH - 0x2000 }));
     vmm.config_change();
     assert_eq!(vmm.config(8), [2, 0, 0, 0, 0, 0, 0, 0]);
-    let before = operator.run("query-guest-memory")["allocated"]
-        .as_u64()
-        .unwrap();
+    let before = qmp.run("query-guest-memory")["allocated"].as_u64().unwrap();
     let pfn = |address: u64| ((address >> 12) as u32).to_le_bytes();
     // The pages of the rings: they take space, and the next use of them takes it again.
     vmm.send(
@@ -84,14 +82,14 @@ fn inflate_through_real_queues() {
         &[pfn(START + 0x10_0000), pfn(Vmm::FREE)].concat(),
     );
     vmm.write_config(4, &2u32.to_le_bytes());
-    operator.event("BALLOON_CHANGE", &json!({ "actual": LENGTH - 0x2000 }));
-    let after = operator.run("query-guest-memory");
+    qmp.event("BALLOON_CHANGE", &json!({ "actual": LENGTH - 0x2000 }));
+    let after = qmp.run("query-guest-memory");
     assert_eq!(
         before + 0x1000 - after["allocated"].as_u64().unwrap(),
         0x1000
     );
     assert_eq!(after["regions"][0]["start"], START);
-    let status = operator.run("query-virtio-status");
+    let status = qmp.run("query-virtio-status");
     assert_eq!(status["pages-inflated"], 2);
     assert_eq!(status["queues"][0]["requests"], 1);
     server.stop();
@@ -99,64 +97,64 @@ fn inflate_through_real_queues() {
 
 #[test]
 fn r13_a_second_front_end_is_refused_and_the_first_goes_on() {
-    let server = Running::start(HINT, false);
-    let mut operator = server.operator();
+    let server = TestServer::start(HINT, false);
+    let mut qmp = server.qmp();
     let mut vmm = Vmm::connect(&server.socket());
-    operator.event("FRONTEND_CONNECTED", &json!({}));
+    qmp.event("FRONTEND_CONNECTED", &json!({}));
     let mut second = UnixStream::connect(server.socket()).unwrap();
-    second.set_read_timeout(Some(HANG_LIMIT)).unwrap();
+    second.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
     let mut nothing = [0; 1];
     let end = second.read(&mut nothing);
     assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
     vmm.start_driver(HINT);
-    operator.event("DRIVER_STARTED", &json!({}));
-    assert_eq!(operator.run("query-virtio-status")["status"], "running");
+    qmp.event("DRIVER_STARTED", &json!({}));
+    assert_eq!(qmp.run("query-virtio-status")["status"], "running");
     server.stop();
 }
 
 #[test]
-fn r13_who_only_looks_is_no_front_end() {
-    let server = Running::start(HINT, false);
-    let mut operator = server.operator();
+fn r13_a_silent_connection_is_no_front_end() {
+    let server = TestServer::start(HINT, false);
+    let mut qmp = server.qmp();
     for _ in 0..3 {
         drop(UnixStream::connect(server.socket()).unwrap());
     }
     // This one stays and says nothing, and is in nobody's way.
     let _silent = UnixStream::connect(server.socket()).unwrap();
     let vmm = Vmm::connect(&server.socket());
-    operator.event("FRONTEND_CONNECTED", &json!({}));
+    qmp.event("FRONTEND_CONNECTED", &json!({}));
     drop(vmm);
-    operator.event("FRONTEND_DISCONNECTED", &json!({}));
-    assert!(matches!(server.join(), Ok(Exit::FrontEndGone(_))));
+    qmp.event("FRONTEND_DISCONNECTED", &json!({}));
+    assert!(matches!(server.join(), Ok(Exit::FrontEndDisconnected(_))));
 }
 
 #[test]
 fn a_persistent_server_takes_the_next_front_end() {
-    let server = Running::start(HINT, true);
-    let mut operator = server.operator();
+    let server = TestServer::start(HINT, true);
+    let mut qmp = server.qmp();
     let mut ids = Vec::new();
     for _ in 0..3 {
         let mut vmm = Vmm::connect(&server.socket());
         vmm.start_driver(HINT);
-        operator.event("DRIVER_STARTED", &json!({}));
-        ids.push(operator.run("free-page-hint-start")["id"].as_u64().unwrap());
+        qmp.event("DRIVER_STARTED", &json!({}));
+        ids.push(qmp.run("free-page-hint-start")["id"].as_u64().unwrap());
         drop(vmm);
-        operator.event("FRONTEND_DISCONNECTED", &json!({}));
-        assert_eq!(operator.run("query-free-page-hint")["status"], "stopped");
-        assert_eq!(operator.run("query-virtio-status")["connected"], false);
+        qmp.event("FRONTEND_DISCONNECTED", &json!({}));
+        assert_eq!(qmp.run("query-free-page-hint")["status"], "stopped");
+        assert_eq!(qmp.run("query-virtio-status")["connected"], false);
     }
     assert!(ids.windows(2).all(|pair| pair[0] < pair[1]), "R8: {ids:?}");
     server.stop();
 }
 
 #[test]
-fn r16_an_operator_that_goes_leaves_the_round_to_others() {
-    let server = Running::start(HINT, false);
+fn r16_a_qmp_client_that_disconnects_leaves_the_hint_round_to_others() {
+    let server = TestServer::start(HINT, false);
     let mut vmm = Vmm::connect(&server.socket());
     vmm.start_driver(HINT);
-    let mut second = server.operator();
+    let mut second = server.qmp();
     second.until_running();
-    let mut first = server.operator();
+    let mut first = server.qmp();
     let id = first.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
     vmm.send(Queue::FreePage, &id.to_le_bytes());
     drop(first);
@@ -169,44 +167,44 @@ fn r16_an_operator_that_goes_leaves_the_round_to_others() {
     // The other one ends it, and the guest is told to take its pages back.
     second.run("free-page-hint-done");
     vmm.config_change();
-    assert_eq!(vmm.command(), 1);
+    assert_eq!(vmm.cmd_id(), 1);
     server.stop();
 }
 
 #[test]
-fn r16_a_driver_that_starts_anew_finds_no_round() {
-    let server = Running::start(HINT, false);
-    let mut operator = server.operator();
+fn r16_a_restarted_driver_finds_no_hint_round() {
+    let server = TestServer::start(HINT, false);
+    let mut qmp = server.qmp();
     let mut vmm = Vmm::connect(&server.socket());
     vmm.start_driver(HINT);
-    operator.event("DRIVER_STARTED", &json!({}));
-    let id = operator.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
+    qmp.event("DRIVER_STARTED", &json!({}));
+    let id = qmp.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
     vmm.send(Queue::FreePage, &id.to_le_bytes());
     vmm.stop_driver();
-    assert_eq!(operator.run("query-virtio-status")["status"], "no-driver");
+    assert_eq!(qmp.run("query-virtio-status")["status"], "no-driver");
     vmm.start_driver(HINT);
-    assert_eq!(vmm.command(), 0);
-    operator.event("FREE_PAGE_HINT", &json!({ "status": "stopped" }));
+    assert_eq!(vmm.cmd_id(), 0);
+    qmp.event("FREE_PAGE_HINT", &json!({ "status": "stopped" }));
     server.stop();
 }
 
 #[test]
 fn event_index_is_offered_unless_it_is_not_wanted() {
     for (suppression, offered) in [
-        (Suppression::EventIndex, true),
-        (Suppression::Flag, false),
-        (Suppression::Never, false),
+        (NotificationSuppression::EventIdx, true),
+        (NotificationSuppression::Flag, false),
+        (NotificationSuppression::Never, false),
     ] {
-        let server = Running::start_with(HINT, suppression, false);
-        let mut operator = server.operator();
+        let server = TestServer::start_with(HINT, suppression, false);
+        let mut qmp = server.qmp();
         let mut vmm = Vmm::connect(&server.socket());
-        assert_eq!(vmm.event_index, offered, "{suppression:?}");
+        assert_eq!(vmm.event_idx, offered, "{suppression:?}");
         vmm.start_driver(HINT);
-        operator.until_running();
+        qmp.until_running();
         for _ in 0..3 {
             vmm.send(Queue::Inflate, &[]);
         }
-        let queue = &operator.run("query-virtio-status")["queues"][0];
+        let queue = &qmp.run("query-virtio-status")["queues"][0];
         assert_eq!(
             (&queue["notifications"], &queue["interrupts"]),
             (&json!(3), &json!(3)),
@@ -219,7 +217,7 @@ fn event_index_is_offered_unless_it_is_not_wanted() {
 #[test]
 fn a_front_end_that_breaks_the_protocol_is_named() {
     for garbage in [&[0xff; 64][..], b"GET / HTTP/1.1\r\nHost: balloon\r\n\r\n"] {
-        let server = Running::start(HINT, false);
+        let server = TestServer::start(HINT, false);
         let mut stream = UnixStream::connect(server.socket()).unwrap();
         stream.write_all(garbage).unwrap();
         match server.join() {
@@ -231,12 +229,12 @@ fn a_front_end_that_breaks_the_protocol_is_named() {
 
 #[test]
 fn a_guest_without_statistics_is_an_error() {
-    let server = Running::start(HINT, false);
-    let mut operator = server.operator();
+    let server = TestServer::start(HINT, false);
+    let mut qmp = server.qmp();
     let mut vmm = Vmm::connect(&server.socket());
     vmm.start_driver(HINT);
-    operator.event("DRIVER_STARTED", &json!({}));
-    let (_, why) = operator.fail("query-guest-stats", &json!({}));
+    qmp.event("DRIVER_STARTED", &json!({}));
+    let (_, why) = qmp.fail("query-guest-stats", &json!({}));
     assert!(why.contains("no statistics"), "{why}");
     server.stop();
 }

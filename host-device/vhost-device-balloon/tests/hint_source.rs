@@ -10,33 +10,33 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Vmm, HANG_LIMIT};
-use migration::{Cancel, HintSource, HintWindow, SyncPhase, Waited};
+use common::{Vmm, HANG_TIMEOUT};
+use guest_migration::{CancelToken, HintSource, HintWindow, SyncPhase, WaitOutcome};
 use shared_abi::features::Features;
 use shared_abi::hinting::device::Phase;
 use shared_abi::queue::Queue;
 use vhost_device_balloon::device::hinting::HintingError;
-use vhost_device_balloon::device::lending::{ClaimError, Trouble};
+use vhost_device_balloon::device::migration_claim::{ClaimError, Invalidated};
 use vhost_device_balloon::device::Device;
 use vhost_device_balloon::events::Events;
-use vhost_device_balloon::migrate::hints::{Claim, DeviceHints};
+use vhost_device_balloon::migrate::hint_source::{ClaimGuard, DeviceHintSource};
 use vhost_device_balloon::session::Session;
 
 const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
 const DISCARD: Features = HINT.union(Features::KEEPS_HINTED_UNTIL_RETURNED);
 
 /// A device with a driver, claimed by a migration.
-struct Claimed {
+struct Fixture {
     device: Arc<Mutex<Device>>,
     session: Option<Session>,
     vmm: Option<Vmm>,
-    hints: Option<DeviceHints>,
-    cancel: Cancel,
+    hints: Option<DeviceHintSource>,
+    cancel: CancelToken,
     window: Option<HintWindow>,
-    troubles: Receiver<Trouble>,
+    invalidations: Receiver<Invalidated>,
 }
 
-impl Claimed {
+impl Fixture {
     fn new(offered: Features, accepted: Features) -> Self {
         let events = Arc::new(Events::default());
         let device = Arc::new(Mutex::new(Device::new(offered, events)));
@@ -51,25 +51,25 @@ impl Claimed {
         let mut vmm = Vmm::connect(&path);
         let session = serving.join().unwrap();
         vmm.start_driver(accepted);
-        let limit = Instant::now() + HANG_LIMIT;
-        while !device.lock().unwrap().virtio_status().running {
+        let limit = Instant::now() + HANG_TIMEOUT;
+        while !device.lock().unwrap().virtio_status().is_running {
             assert!(Instant::now() < limit, "no driver");
             thread::sleep(Duration::from_millis(1));
         }
-        let (sender, troubles) = channel();
-        let on_trouble = Box::new(move |trouble| sender.send(trouble).unwrap());
-        let (claim, claimed) = Claim::new(&device, on_trouble).unwrap();
+        let (sender, invalidations) = channel();
+        let on_invalidated = Box::new(move |invalidated| sender.send(invalidated).unwrap());
+        let (claim, claimed) = ClaimGuard::new(&device, on_invalidated).unwrap();
         let sync = SyncPhase::new(claimed.memory.layout()).unwrap();
         sync.set_all();
-        let cancel = Cancel::default();
+        let cancel = CancelToken::default();
         Self {
-            hints: Some(DeviceHints::new(claim, claimed.discards, &cancel)),
+            hints: Some(DeviceHintSource::new(claim, claimed.discards, &cancel)),
             device,
             session: Some(session),
             vmm: Some(vmm),
             cancel,
             window: Some(sync.finish()),
-            troubles,
+            invalidations,
         }
     }
 
@@ -77,7 +77,7 @@ impl Claimed {
         self.device.lock().unwrap()
     }
 
-    fn hints(&mut self) -> &mut DeviceHints {
+    fn hints(&mut self) -> &mut DeviceHintSource {
         self.hints.as_mut().unwrap()
     }
 
@@ -89,7 +89,7 @@ impl Claimed {
     fn open(&mut self) -> u32 {
         let window = self.window.take().unwrap();
         self.hints().open(window).unwrap();
-        self.vmm().command()
+        self.vmm().cmd_id()
     }
 
     /// Tries to, and returns why it does not open.
@@ -108,17 +108,17 @@ impl Claimed {
         dirty
     }
 
-    fn command(&mut self, id: u32) {
+    fn send_cmd_id(&mut self, id: u32) {
         self.vmm().send(Queue::FreePage, &id.to_le_bytes());
     }
 
-    fn block(&mut self, offset: u64, length: u32) {
+    fn hint(&mut self, offset: u64, length: u32) {
         self.vmm()
             .offer(Queue::FreePage, Vmm::FREE + offset, length, true);
     }
 }
 
-impl Drop for Claimed {
+impl Drop for Fixture {
     fn drop(&mut self) {
         self.vmm = None;
         if let Some(session) = self.session.take() {
@@ -129,100 +129,112 @@ impl Drop for Claimed {
 
 #[test]
 fn r6_hints_count_between_open_and_close_only() {
-    let mut it = Claimed::new(HINT, HINT);
+    let mut it = Fixture::new(HINT, HINT);
     assert!(!it.hints().discards());
     let all = it.window.as_ref().unwrap().bitmap().dirty_pages();
     // What comes before anybody asked belongs to nothing.
-    it.block(0, 0x1000);
+    it.hint(0, 0x1000);
     let first = it.open();
-    it.command(first);
-    it.block(0, 0x4000);
-    it.command(0);
+    it.send_cmd_id(first);
+    it.hint(0, 0x4000);
+    it.send_cmd_id(0);
     let cancel = it.cancel.clone();
-    assert_eq!(it.hints().wait(HANG_LIMIT, &cancel), Waited::Finished);
+    assert_eq!(
+        it.hints().wait(HANG_TIMEOUT, &cancel),
+        WaitOutcome::Finished
+    );
     // R14: hints that come after the wait count as well, until the window is closed.
     assert_eq!(it.close(), all - 4);
-    assert_eq!(it.vmm().command(), 0);
-    it.block(0x4000, 0x1000);
+    assert_eq!(it.vmm().cmd_id(), 0);
+    it.hint(0x4000, 0x1000);
 
     let second = it.open();
     assert_eq!(second, first + 1, "R8");
-    it.block(0x5000, 0x1000);
-    it.command(first);
-    it.block(0x6000, 0x1000);
-    it.command(second);
-    it.block(0x7000, 0x1000);
+    it.hint(0x5000, 0x1000);
+    it.send_cmd_id(first);
+    it.hint(0x6000, 0x1000);
+    it.send_cmd_id(second);
+    it.hint(0x7000, 0x1000);
     assert_eq!(it.close(), all - 5);
     it.hints().done();
-    assert_eq!(it.vmm().command(), 1);
+    assert_eq!(it.vmm().cmd_id(), 1);
     it.hints().done();
     assert!(it.hints().close().is_err());
 }
 
 #[test]
 fn r14_waiting_ends_at_its_limit_and_when_the_migration_is_given_up() {
-    let mut it = Claimed::new(HINT, HINT);
+    let mut it = Fixture::new(HINT, HINT);
     let id = it.open();
     let cancel = it.cancel.clone();
     let began = Instant::now();
     let limit = Duration::from_millis(50);
-    assert_eq!(it.hints().wait(limit, &cancel), Waited::TimedOut);
+    assert_eq!(it.hints().wait(limit, &cancel), WaitOutcome::TimedOut);
     assert!(began.elapsed() >= limit);
     // It has begun, and does not come to an end.
-    it.command(id);
-    assert_eq!(it.hints().wait(Duration::ZERO, &cancel), Waited::TimedOut);
+    it.send_cmd_id(id);
+    assert_eq!(
+        it.hints().wait(Duration::ZERO, &cancel),
+        WaitOutcome::TimedOut
+    );
     let canceller = thread::spawn({
         let cancel = cancel.clone();
         move || cancel.cancel()
     });
-    assert_eq!(it.hints().wait(Duration::MAX, &cancel), Waited::Cancelled);
+    assert_eq!(
+        it.hints().wait(Duration::MAX, &cancel),
+        WaitOutcome::Cancelled
+    );
     canceller.join().unwrap();
     it.close();
 }
 
 #[test]
 fn r16_the_window_is_not_lost_with_the_driver_or_the_front_end() {
-    let mut it = Claimed::new(HINT, HINT);
+    let mut it = Fixture::new(HINT, HINT);
     let all = it.window.as_ref().unwrap().bitmap().dirty_pages();
     let cancel = it.cancel.clone();
 
     // The driver is reset in the middle of a round, and starts anew.
     let first = it.open();
-    it.command(first);
-    it.block(0, 0x1000);
+    it.send_cmd_id(first);
+    it.hint(0, 0x1000);
     it.vmm().stop_driver();
     it.vmm().start_driver(HINT);
     it.vmm().send(Queue::Inflate, &[]);
-    let Waited::Lost(why) = it.hints().wait(HANG_LIMIT, &cancel) else {
+    let WaitOutcome::Lost(why) = it.hints().wait(HANG_TIMEOUT, &cancel) else {
         panic!("nobody will answer");
     };
     assert!(why.contains("started anew"), "{why}");
-    it.block(0x1000, 0x1000);
+    it.hint(0x1000, 0x1000);
     assert_eq!(it.close(), all - 1, "what came before counts");
 
     // The next window is for the new driver.
     let second = it.open();
     assert_ne!(first, second);
-    it.command(second);
-    it.block(0x2000, 0x1000);
+    it.send_cmd_id(second);
+    it.hint(0x2000, 0x1000);
     thread::scope(|scope| {
         let hints = it.hints.as_mut().unwrap();
         let waiter = scope.spawn(|| hints.wait(Duration::MAX, &cancel));
         it.vmm = None;
         it.session.take().unwrap().join();
-        assert!(matches!(waiter.join().unwrap(), Waited::Lost(_)));
+        assert!(matches!(waiter.join().unwrap(), WaitOutcome::Lost(_)));
     });
     assert_eq!(it.close(), all - 2);
-    assert!(matches!(it.troubles.recv(), Ok(Trouble::FrontEnd(_))));
+    assert!(matches!(
+        it.invalidations.recv(),
+        Ok(Invalidated::FrontEndDisconnected(_))
+    ));
     let why = it.does_not_open();
     assert!(why.contains("no front end"), "{why}");
     it.hints().done();
 }
 
 #[test]
-fn a_migration_has_hinting_for_itself_until_it_lets_go() {
-    let mut it = Claimed::new(HINT, HINT);
-    let refused = |it: &Claimed| {
+fn a_migration_has_exclusive_hinting_until_it_releases_the_claim() {
+    let mut it = Fixture::new(HINT, HINT);
+    let refused = |it: &Fixture| {
         let mut device = it.device();
         assert!(matches!(
             device.start_hinting(),
@@ -233,28 +245,34 @@ fn a_migration_has_hinting_for_itself_until_it_lets_go() {
             Err(HintingError::Migrating)
         ));
         let again = device.claim(Box::new(|_| {}));
-        assert!(matches!(again, Err(ClaimError::Claimed)));
+        assert!(matches!(again, Err(ClaimError::AlreadyClaimed)));
     };
     refused(&it);
     it.open();
     refused(&it);
     // R16: letting go with a window open is an end as well.
     it.hints = None;
-    assert_eq!(it.vmm().command(), 1);
+    assert_eq!(it.vmm().cmd_id(), 1);
     it.device().start_hinting().unwrap();
-    assert!(matches!(it.device().hinting().phase, Phase::Requested(_)));
+    assert!(matches!(
+        it.device().hinting_status().phase,
+        Phase::Requested(_)
+    ));
 }
 
 #[test]
-fn other_memory_is_trouble_and_no_hint_counts_for_it() {
-    let mut it = Claimed::new(HINT, HINT);
+fn changed_memory_invalidates_the_claim_and_no_hint_counts() {
+    let mut it = Fixture::new(HINT, HINT);
     // The same once more, as a front end sends it when the guest goes on after a pause.
     it.vmm().share_memory();
     it.open();
-    assert!(it.troubles.try_recv().is_err());
+    assert!(it.invalidations.try_recv().is_err());
     it.vmm().share_half_the_memory();
-    it.vmm().command();
-    assert!(matches!(it.troubles.recv(), Ok(Trouble::Memory(_))));
+    it.vmm().cmd_id();
+    assert!(matches!(
+        it.invalidations.recv(),
+        Ok(Invalidated::MemoryChanged(_))
+    ));
     it.close();
     let why = it.does_not_open();
     assert!(why.contains("not that any more"), "{why}");
@@ -262,12 +280,12 @@ fn other_memory_is_trouble_and_no_hint_counts_for_it() {
 
 #[test]
 fn r17_a_driver_that_does_not_keep_its_blocks_cannot_take_over() {
-    let mut it = Claimed::new(DISCARD, DISCARD);
+    let mut it = Fixture::new(DISCARD, DISCARD);
     assert!(it.hints().discards());
     let id = it.open();
-    it.command(id);
-    it.block(0, 0x1000);
-    assert_eq!(it.device().hinting().bytes_discarded, 0x1000);
+    it.send_cmd_id(id);
+    it.hint(0, 0x1000);
+    assert_eq!(it.device().hinting_status().bytes_discarded, 0x1000);
     it.close();
     it.vmm().stop_driver();
     it.vmm().start_driver(HINT);

@@ -12,10 +12,12 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use common::machine::Machine;
 use common::program::Program;
-use common::{Operator, Running, Vmm, HANG_LIMIT, LENGTH, START};
-use migration::stream::{Destination, Listener, Received, Receiver, ReceiverOptions, StreamError};
+use common::vmm_qmp::FakeVmmQmp;
+use common::{QmpClient, TestServer, Vmm, HANG_TIMEOUT, LENGTH, START};
+use guest_migration::stream::{
+    Destination, Listener, Received, Receiver, ReceiverOptions, StreamError,
+};
 use rustix::process::Signal;
 use serde_json::{json, Value};
 use shared_abi::features::Features;
@@ -41,13 +43,13 @@ impl Guest {
         let driver = thread::spawn(move || {
             let mut last = 0;
             while !stopped.load(Ordering::Acquire) {
-                let command = vmm.command();
-                if answers && command != last && command > 1 {
-                    vmm.send(Queue::FreePage, &command.to_le_bytes());
+                let cmd_id = vmm.cmd_id();
+                if answers && cmd_id != last && cmd_id > 1 {
+                    vmm.send(Queue::FreePage, &cmd_id.to_le_bytes());
                     vmm.offer(Queue::FreePage, Vmm::FREE, FREE_BYTES, true);
                     vmm.send(Queue::FreePage, &[0; 4]);
                 }
-                last = command;
+                last = cmd_id;
                 thread::sleep(Duration::from_millis(1));
             }
             vmm
@@ -62,16 +64,16 @@ impl Guest {
 }
 
 /// Everything that a migration needs.
-struct Place {
+struct Fixture {
     directory: tempfile::TempDir,
-    machine: Machine,
+    vmm_qmp: FakeVmmQmp,
 }
 
-impl Place {
+impl Fixture {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         Self {
-            machine: Machine::start(directory.path()),
+            vmm_qmp: FakeVmmQmp::start(directory.path()),
             directory,
         }
     }
@@ -87,46 +89,46 @@ impl Place {
     /// Receives one stream.
     fn receive(&self) -> JoinHandle<Result<Received, StreamError>> {
         let listener = Listener::bind(&self.uri().parse().unwrap()).unwrap();
-        let destination = Destination::single(self.memory_file());
+        let destination = Destination::with_file(self.memory_file());
         let receiver = Receiver::new(listener, destination, ReceiverOptions::default()).unwrap();
         thread::spawn(move || receiver.run())
     }
 
     fn arguments(&self) -> Value {
-        json!({ "uri": self.uri(), "vmm-qmp": self.machine.path })
+        json!({ "uri": self.uri(), "vmm-qmp": self.vmm_qmp.path })
     }
 
     /// Begins a migration.
-    fn migrate(&self, operator: &mut Operator) {
-        ok(operator, "migrate", &self.arguments());
+    fn migrate(&self, qmp: &mut QmpClient) {
+        ok(qmp, "migrate", &self.arguments());
     }
 }
 
-fn ok(operator: &mut Operator, command: &str, arguments: &Value) {
-    let answer = operator.execute(command, arguments);
+fn ok(qmp: &mut QmpClient, command: &str, arguments: &Value) {
+    let answer = qmp.execute(command, arguments);
     assert!(answer.get("return").is_some(), "{command}: {answer}");
 }
 
-fn set(operator: &mut Operator, parameters: &Value) {
-    ok(operator, "migrate-set-parameters", parameters);
+fn set(qmp: &mut QmpClient, parameters: &Value) {
+    ok(qmp, "migrate-set-parameters", parameters);
 }
 
-fn pause_before_switchover(operator: &mut Operator) {
+fn pause_before_switchover(qmp: &mut QmpClient) {
     let states = json!([{ "capability": "pause-before-switchover", "state": true }]);
     ok(
-        operator,
+        qmp,
         "migrate-set-capabilities",
         &json!({ "capabilities": states }),
     );
 }
 
-fn until(operator: &mut Operator, status: &str) -> Value {
-    operator.event("MIGRATION", &json!({ "status": status }));
-    operator.run("query-migrate")
+fn until(qmp: &mut QmpClient, status: &str) -> Value {
+    qmp.event("MIGRATION", &json!({ "status": status }));
+    qmp.run("query-migrate")
 }
 
 /// A VMM whose driver runs, with content in every page of its memory.
-fn filled(socket: &std::path::Path, accepted: Features, operator: &mut Operator) -> Vmm {
+fn filled(socket: &std::path::Path, accepted: Features, qmp: &mut QmpClient) -> Vmm {
     let mut vmm = Vmm::connect(socket);
     let pages = LENGTH >> 12;
     for page in 0..pages {
@@ -134,37 +136,37 @@ fn filled(socket: &std::path::Path, accepted: Features, operator: &mut Operator)
         vmm.write(START + (page << 12), &content);
     }
     vmm.start_driver(accepted);
-    operator.until_running();
+    qmp.until_running();
     vmm
 }
 
-fn server(offered: Features) -> (Running, Operator) {
-    let server = Running::start(offered, false);
-    let operator = server.operator();
-    (server, operator)
+fn server(offered: Features) -> (TestServer, QmpClient) {
+    let server = TestServer::start(offered, false);
+    let qmp = server.qmp();
+    (server, qmp)
 }
 
 #[test]
-fn memory_is_moved_and_what_was_hinted_is_not_sent() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+fn memory_is_migrated_and_hinted_pages_are_not_sent() {
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let guest = Guest::start(vmm, true);
     // The driver answers, however late.
-    set(&mut operator, &json!({ "free-page-hint-wait": 600_000 }));
-    let receiving = place.receive();
-    assert_eq!(operator.run("query-migrate")["status"], "none");
-    place.migrate(&mut operator);
+    set(&mut qmp, &json!({ "free-page-hint-wait": 600_000 }));
+    let receiving = fixture.receive();
+    assert_eq!(qmp.run("query-migrate")["status"], "none");
+    fixture.migrate(&mut qmp);
     let mut states = Vec::new();
     for state in ["setup", "active", "device", "completed"] {
-        operator.event("MIGRATION", &json!({ "status": state }));
+        qmp.event("MIGRATION", &json!({ "status": state }));
         states.push(state);
     }
-    operator.event("MIGRATION_PASS", &json!({ "pass": 1 }));
+    qmp.event("MIGRATION_PASS", &json!({ "pass": 1 }));
     let received = receiving.join().unwrap().unwrap();
     assert!(received.content_checked);
 
-    let status = operator.run("query-migrate");
+    let status = qmp.run("query-migrate");
     let free = u64::from(FREE_BYTES) >> 12;
     assert_eq!(status["status"], "completed", "{status}");
     assert_eq!(status["tracking"]["mode"], "content");
@@ -182,97 +184,95 @@ fn memory_is_moved_and_what_was_hinted_is_not_sent() {
     );
     assert!(status["downtime"].as_u64().is_some());
     assert!(status["rounds"].as_array().unwrap().len() >= 2);
-    assert_eq!(place.machine.orders(), ["stop"]);
+    assert_eq!(fixture.vmm_qmp.commands(), ["stop"]);
 
     let vmm = guest.end();
-    let there = fs::read(place.memory_file()).unwrap();
+    let there = fs::read(fixture.memory_file()).unwrap();
     assert!(there == vmm.bytes(), "the memory is the same");
-    assert!(!Destination::marker(&place.memory_file()).exists());
+    assert!(!Destination::marker(&fixture.memory_file()).exists());
 
     // The operator may want it back.
-    operator.run("cont");
-    assert_eq!(place.machine.orders(), ["stop", "cont"]);
-    let (_, why) = operator.fail("cont", &json!({}));
+    qmp.run("cont");
+    assert_eq!(fixture.vmm_qmp.commands(), ["stop", "cont"]);
+    let (_, why) = qmp.fail("cont", &json!({}));
     assert!(why.contains("no migration"), "{why}");
-    assert!(operator.run("free-page-hint-start")["id"]
-        .as_u64()
-        .is_some());
+    assert!(qmp.run("free-page-hint-start")["id"].as_u64().is_some());
     drop(vmm);
-    drop(operator);
-    assert!(matches!(server.join(), Ok(Exit::FrontEndGone(_))));
+    drop(qmp);
+    assert!(matches!(server.join(), Ok(Exit::FrontEndDisconnected(_))));
 }
 
 #[test]
 fn r17_hints_are_ignored_where_nothing_else_is_sound_and_it_says_so() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
     // As Linux's own driver: it hints, and does not keep its blocks.
-    let vmm = filled(&server.socket(), HINT, &mut operator);
+    let vmm = filled(&server.socket(), HINT, &mut qmp);
     let guest = Guest::start(vmm, true);
     set(
-        &mut operator,
+        &mut qmp,
         &json!({ "dirty-tracking": "content", "multifd-channels": 3, "multifd-compression": "zstd" }),
     );
-    let receiving = place.receive();
-    place.migrate(&mut operator);
-    let status = until(&mut operator, "completed");
+    let receiving = fixture.receive();
+    fixture.migrate(&mut qmp);
+    let status = until(&mut qmp, "completed");
     assert_eq!(status["tracking"]["free-page-hint"], false);
     let reason = status["tracking"]["reason"].as_str().unwrap();
     assert!(reason.contains("hints are ignored"), "{reason}");
     assert_eq!(status["ram"]["skipped"], 0);
     assert_eq!(receiving.join().unwrap().unwrap().channels, 3);
-    assert_eq!(operator.run("query-free-page-hint")["blocks"], 0);
+    assert_eq!(qmp.run("query-free-page-hint")["blocks"], 0);
     let vmm = guest.end();
-    assert!(fs::read(place.memory_file()).unwrap() == vmm.bytes());
+    assert!(fs::read(fixture.memory_file()).unwrap() == vmm.bytes());
     server.stop();
 }
 
 #[test]
 fn it_goes_without_hints_where_there_are_none() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), Features::STATS_VQ, &mut operator);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), Features::STATS_VQ, &mut qmp);
     let guest = Guest::start(vmm, false);
     set(
-        &mut operator,
+        &mut qmp,
         &json!({ "verify": true, "zero-page-detection": "none" }),
     );
-    for round in 0..2 {
-        let receiving = place.receive();
-        place.migrate(&mut operator);
-        let status = until(&mut operator, "completed");
+    for attempt in 0..2 {
+        let receiving = fixture.receive();
+        fixture.migrate(&mut qmp);
+        let status = until(&mut qmp, "completed");
         assert!(receiving.join().unwrap().unwrap().content_checked);
         assert_eq!(status["tracking"]["free-page-hint"], false, "{status}");
         assert_eq!(status["ram"]["missed"], 0, "{status}");
         // The VMM knows that its guest is paused; once that is told to go on, there can be another.
-        let vmm_knows = until_failed(&place, &mut operator);
-        assert!(vmm_knows.contains("does not run"), "{round}: {vmm_knows}");
-        place.machine.go_on();
-        fs::remove_file(place.memory_file()).unwrap();
+        let vmm_knows = until_failed(&fixture, &mut qmp);
+        assert!(vmm_knows.contains("does not run"), "{attempt}: {vmm_knows}");
+        fixture.vmm_qmp.cont();
+        fs::remove_file(fixture.memory_file()).unwrap();
     }
     let mut vmm = guest.end();
-    assert_eq!(vmm.command(), 0, "nobody was asked");
+    assert_eq!(vmm.cmd_id(), 0, "nobody was asked");
     server.stop();
 }
 
 /// Migrates, and returns why that fails.
-fn until_failed(place: &Place, operator: &mut Operator) -> String {
-    operator.events.clear();
-    place.migrate(operator);
-    let status = until(operator, "failed");
+fn until_failed(fixture: &Fixture, qmp: &mut QmpClient) -> String {
+    qmp.events.clear();
+    fixture.migrate(qmp);
+    let status = until(qmp, "failed");
     status["error-desc"].as_str().unwrap().to_owned()
 }
 
 #[test]
 fn r14_a_silent_guest_delays_it_by_the_limit_at_most() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let guest = Guest::start(vmm, false);
-    set(&mut operator, &json!({ "free-page-hint-wait": 100 }));
-    let receiving = place.receive();
-    place.migrate(&mut operator);
-    let status = until(&mut operator, "completed");
+    set(&mut qmp, &json!({ "free-page-hint-wait": 100 }));
+    let receiving = fixture.receive();
+    fixture.migrate(&mut qmp);
+    let status = until(&mut qmp, "completed");
     receiving.join().unwrap().unwrap();
     let waits = status["rounds"].as_array().unwrap().iter();
     let waited: u64 = waits.map(|it| it["hint-wait-us"].as_u64().unwrap()).sum();
@@ -280,238 +280,238 @@ fn r14_a_silent_guest_delays_it_by_the_limit_at_most() {
     assert!(waited >= 100_000, "{status}");
     assert_eq!(status["ram"]["skipped"], 0);
     let mut vmm = guest.end();
-    assert_eq!(vmm.command(), 1, "R16");
+    assert_eq!(vmm.cmd_id(), 1, "R16");
     server.stop();
 }
 
 #[test]
 fn r16_it_can_be_cancelled_at_any_point_and_the_guest_has_its_pages() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let guest = Guest::start(vmm, false);
-    let path = place.directory.path().join("ram");
+    let path = fixture.directory.path().join("ram");
 
     // Nobody accepts the stream.
     let deaf = UnixListener::bind(&path).unwrap();
-    place.migrate(&mut operator);
-    operator.event("MIGRATION", &json!({ "status": "setup" }));
-    operator.run("migrate_cancel");
-    let status = until(&mut operator, "cancelled");
+    fixture.migrate(&mut qmp);
+    qmp.event("MIGRATION", &json!({ "status": "setup" }));
+    qmp.run("migrate_cancel");
+    let status = until(&mut qmp, "cancelled");
     assert_eq!(status["status"], "cancelled");
     drop(deaf);
     fs::remove_file(&path).unwrap();
 
     // It waits for hints that do not come.
-    set(&mut operator, &json!({ "free-page-hint-wait": 600_000 }));
-    let receiving = place.receive();
-    place.migrate(&mut operator);
-    operator.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
-    operator.run("migrate-cancel");
-    until(&mut operator, "cancelled");
-    assert_eq!(operator.run("query-free-page-hint")["status"], "done");
+    set(&mut qmp, &json!({ "free-page-hint-wait": 600_000 }));
+    let receiving = fixture.receive();
+    fixture.migrate(&mut qmp);
+    qmp.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
+    qmp.run("migrate-cancel");
+    until(&mut qmp, "cancelled");
+    assert_eq!(qmp.run("query-free-page-hint")["status"], "done");
     assert!(receiving.join().unwrap().is_err());
-    assert!(Destination::marker(&place.memory_file()).exists());
+    assert!(Destination::marker(&fixture.memory_file()).exists());
 
     // It sends, so slowly that it cannot have sent all before it is told to stop.
     let slow = json!({ "free-page-hint-wait": 0, "max-bandwidth": 10_000 });
-    set(&mut operator, &slow);
-    let receiving = place.receive();
-    place.migrate(&mut operator);
-    operator.event("MIGRATION", &json!({ "status": "active" }));
-    let limit = Instant::now() + HANG_LIMIT;
-    while operator.run("query-migrate")["ram"]["transferred"] == 0 {
+    set(&mut qmp, &slow);
+    let receiving = fixture.receive();
+    fixture.migrate(&mut qmp);
+    qmp.event("MIGRATION", &json!({ "status": "active" }));
+    let limit = Instant::now() + HANG_TIMEOUT;
+    while qmp.run("query-migrate")["ram"]["transferred"] == 0 {
         assert!(Instant::now() < limit);
         thread::sleep(Duration::from_millis(2));
     }
-    operator.run("migrate-cancel");
-    until(&mut operator, "cancelled");
+    qmp.run("migrate-cancel");
+    until(&mut qmp, "cancelled");
     assert!(receiving.join().unwrap().is_err());
 
     // It waits to be continued.
-    set(&mut operator, &json!({ "max-bandwidth": 0 }));
-    pause_before_switchover(&mut operator);
-    let receiving = place.receive();
-    place.migrate(&mut operator);
-    until(&mut operator, "pre-switchover");
-    assert_eq!(operator.run("query-free-page-hint")["status"], "done");
-    operator.run("migrate-cancel");
-    until(&mut operator, "cancelled");
+    set(&mut qmp, &json!({ "max-bandwidth": 0 }));
+    pause_before_switchover(&mut qmp);
+    let receiving = fixture.receive();
+    fixture.migrate(&mut qmp);
+    until(&mut qmp, "pre-switchover");
+    assert_eq!(qmp.run("query-free-page-hint")["status"], "done");
+    qmp.run("migrate-cancel");
+    until(&mut qmp, "cancelled");
     assert!(receiving.join().unwrap().is_err());
 
     assert_eq!(
-        place.machine.orders(),
+        fixture.vmm_qmp.commands(),
         [""; 0],
         "the guest was never paused"
     );
     let mut vmm = guest.end();
-    assert_eq!(vmm.command(), 1);
+    assert_eq!(vmm.cmd_id(), 1);
     // Cancelling nothing is no error, as in QEMU.
-    operator.run("migrate_cancel");
+    qmp.run("migrate_cancel");
     server.stop();
 }
 
 #[test]
 fn what_does_not_go_together_is_refused_at_the_start() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let (_, why) = operator.fail("migrate", &place.arguments());
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let (_, why) = qmp.fail("migrate", &fixture.arguments());
     assert!(why.contains("no front end has shared"), "{why}");
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
-    let (_, why) = operator.fail("migrate", &json!({ "uri": "carrier-pigeon:home" }));
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
+    let (_, why) = qmp.fail("migrate", &json!({ "uri": "carrier-pigeon:home" }));
     assert!(
         why.contains("'carrier-pigeon:home' is not an address"),
         "{why}"
     );
-    let (_, why) = operator.fail("migrate", &json!({ "uri": place.uri(), "wings": 2 }));
+    let (_, why) = qmp.fail("migrate", &json!({ "uri": fixture.uri(), "wings": 2 }));
     assert!(why.contains("wings"), "{why}");
-    let (_, why) = operator.fail("migrate-set-parameters", &json!({ "max-rounds": 0 }));
+    let (_, why) = qmp.fail("migrate-set-parameters", &json!({ "max-rounds": 0 }));
     assert!(
         why.contains("'max-rounds' expects a whole number from 1"),
         "{why}"
     );
-    assert_eq!(operator.run("query-migrate-parameters")["max-rounds"], 10);
-    let (_, why) = operator.fail("migrate-continue", &json!({ "state": "pre-switchover" }));
+    assert_eq!(qmp.run("query-migrate-parameters")["max-rounds"], 10);
+    let (_, why) = qmp.fail("migrate-continue", &json!({ "state": "pre-switchover" }));
     assert!(why.contains("its state is none"), "{why}");
-    let (_, why) = operator.fail("migrate-continue", &json!({ "state": "device" }));
+    let (_, why) = qmp.fail("migrate-continue", &json!({ "state": "device" }));
     assert!(why.contains("not in 'device'"), "{why}");
-    assert_eq!(operator.run("query-migrate")["status"], "none");
+    assert_eq!(qmp.run("query-migrate")["status"], "none");
     drop(vmm);
-    drop(operator);
+    drop(qmp);
     assert!(server.join().is_ok());
 }
 
 #[test]
 fn r7_postcopy_is_refused_and_with_hints_for_their_sake() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let guest = Guest::start(vmm, true);
     let states = json!([{ "capability": "postcopy-ram", "state": true }]);
     let states = json!({ "capabilities": states });
-    ok(&mut operator, "migrate-set-capabilities", &states);
-    let all = operator.run("query-migrate-capabilities");
+    ok(&mut qmp, "migrate-set-capabilities", &states);
+    let all = qmp.run("query-migrate-capabilities");
     assert_eq!(
         all[0],
         json!({ "capability": "postcopy-ram", "state": true })
     );
-    let (_, why) = operator.fail("migrate", &place.arguments());
+    let (_, why) = qmp.fail("migrate", &fixture.arguments());
     assert!(
         why.contains("free-page-hint cannot be used with postcopy-ram"),
         "{why}"
     );
-    set(&mut operator, &json!({ "free-page-hint": false }));
-    let (_, why) = operator.fail("migrate", &place.arguments());
+    set(&mut qmp, &json!({ "free-page-hint": false }));
+    let (_, why) = qmp.fail("migrate", &fixture.arguments());
     assert!(why.contains("postcopy-ram is not supported"), "{why}");
-    assert_eq!(operator.run("query-migrate")["status"], "none");
-    assert_eq!(operator.run("query-free-page-hint")["status"], "stopped");
+    assert_eq!(qmp.run("query-migrate")["status"], "none");
+    assert_eq!(qmp.run("query-free-page-hint")["status"], "stopped");
     let _vmm = guest.end();
     server.stop();
 }
 
 #[test]
 fn one_migration_at_a_time_and_hinting_is_its_own() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let guest = Guest::start(vmm, true);
-    pause_before_switchover(&mut operator);
-    let receiving = place.receive();
+    pause_before_switchover(&mut qmp);
+    let receiving = fixture.receive();
     // A round of the operator's gives way.
-    operator.run("free-page-hint-start");
-    place.migrate(&mut operator);
-    until(&mut operator, "pre-switchover");
-    let (_, why) = operator.fail("migrate", &place.arguments());
+    qmp.run("free-page-hint-start");
+    fixture.migrate(&mut qmp);
+    until(&mut qmp, "pre-switchover");
+    let (_, why) = qmp.fail("migrate", &fixture.arguments());
     assert!(why.contains("under way (pre-switchover)"), "{why}");
     for command in ["start", "stop", "sync", "done"] {
-        let (_, why) = operator.fail(&format!("free-page-hint-{command}"), &json!({}));
+        let (_, why) = qmp.fail(&format!("free-page-hint-{command}"), &json!({}));
         assert!(why.contains("a migration is under way"), "{command}: {why}");
     }
     ok(
-        &mut operator,
+        &mut qmp,
         "migrate-continue",
         &json!({ "state": "pre-switchover" }),
     );
-    until(&mut operator, "completed");
+    until(&mut qmp, "completed");
     receiving.join().unwrap().unwrap();
     // Whoever asked for the pause has made it himself.
-    assert_eq!(place.machine.orders(), [""; 0]);
+    assert_eq!(fixture.vmm_qmp.commands(), [""; 0]);
     let vmm = guest.end();
-    assert!(fs::read(place.memory_file()).unwrap() == vmm.bytes());
-    operator.run("free-page-hint-start");
+    assert!(fs::read(fixture.memory_file()).unwrap() == vmm.bytes());
+    qmp.run("free-page-hint-start");
     server.stop();
 }
 
 #[test]
 fn a_front_end_that_goes_before_the_switchover_fails_the_migration() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let guest = Guest::start(vmm, false);
-    set(&mut operator, &json!({ "free-page-hint-wait": 600_000 }));
-    let receiving = place.receive();
-    place.migrate(&mut operator);
-    operator.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
+    set(&mut qmp, &json!({ "free-page-hint-wait": 600_000 }));
+    let receiving = fixture.receive();
+    fixture.migrate(&mut qmp);
+    qmp.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
     drop(guest.end());
-    let status = until(&mut operator, "failed");
+    let status = until(&mut qmp, "failed");
     let why = status["error-desc"].as_str().unwrap();
     assert!(why.contains("the front end closed the connection"), "{why}");
     assert_eq!(status["status"], "failed");
     assert!(receiving.join().unwrap().is_err());
-    drop(operator);
-    assert!(matches!(server.join(), Ok(Exit::FrontEndGone(_))));
+    drop(qmp);
+    assert!(matches!(server.join(), Ok(Exit::FrontEndDisconnected(_))));
 }
 
 #[test]
 fn a_balloon_that_is_unplugged_for_the_switchover_does_not_end_it() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let guest = Guest::start(vmm, true);
-    pause_before_switchover(&mut operator);
-    let receiving = place.receive();
-    place.migrate(&mut operator);
-    until(&mut operator, "pre-switchover");
+    pause_before_switchover(&mut qmp);
+    let receiving = fixture.receive();
+    fixture.migrate(&mut qmp);
+    until(&mut qmp, "pre-switchover");
     let vmm = guest.end();
     // The guest works on after the balloon is gone; then it is paused.
     let memory = vmm.unplug();
-    operator.event("FRONTEND_DISCONNECTED", &json!({}));
+    qmp.event("FRONTEND_DISCONNECTED", &json!({}));
     memory.write(Vmm::FREE + 0x1234, &[7; 0x2000]);
     // Another front end has to wait: the guest that is being moved has not ended.
     let mut other = std::os::unix::net::UnixStream::connect(server.socket()).unwrap();
-    other.set_read_timeout(Some(HANG_LIMIT)).unwrap();
+    other.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
     let end = std::io::Read::read(&mut other, &mut [0]);
     assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
     ok(
-        &mut operator,
+        &mut qmp,
         "migrate-continue",
         &json!({ "state": "pre-switchover" }),
     );
-    let status = until(&mut operator, "completed");
+    let status = until(&mut qmp, "completed");
     assert_eq!(status["status"], "completed");
     receiving.join().unwrap().unwrap();
-    assert!(fs::read(place.memory_file()).unwrap() == memory.bytes());
+    assert!(fs::read(fixture.memory_file()).unwrap() == memory.bytes());
     // It has stayed for who wants to know, and ends now.
-    drop(operator);
-    assert!(matches!(server.join(), Ok(Exit::FrontEndGone(_))));
+    drop(qmp);
+    assert!(matches!(server.join(), Ok(Exit::FrontEndDisconnected(_))));
 }
 
 #[test]
 fn memory_that_changes_under_it_fails_the_migration() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let guest = Guest::start(vmm, false);
-    set(&mut operator, &json!({ "free-page-hint-wait": 600_000 }));
-    let receiving = place.receive();
-    place.migrate(&mut operator);
-    operator.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
+    set(&mut qmp, &json!({ "free-page-hint-wait": 600_000 }));
+    let receiving = fixture.receive();
+    fixture.migrate(&mut qmp);
+    qmp.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
     let mut vmm = guest.end();
     vmm.share_memory();
-    vmm.command();
-    assert_eq!(operator.run("query-migrate")["status"], "active");
+    vmm.cmd_id();
+    assert_eq!(qmp.run("query-migrate")["status"], "active");
     vmm.share_half_the_memory();
-    let status = until(&mut operator, "failed");
+    let status = until(&mut qmp, "failed");
     let why = status["error-desc"].as_str().unwrap();
     assert!(why.contains("memory has changed"), "{why}");
     assert!(receiving.join().unwrap().is_err());
@@ -520,79 +520,79 @@ fn memory_that_changes_under_it_fails_the_migration() {
 
 #[test]
 fn r16_a_destination_that_goes_leaves_the_guest_unharmed() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let before = vmm.bytes();
     let guest = Guest::start(vmm, false);
     set(
-        &mut operator,
+        &mut qmp,
         &json!({ "free-page-hint-wait": 0, "max-bandwidth": 100_000 }),
     );
-    let cancel = migration::Cancel::default();
-    let listener = Listener::bind(&place.uri().parse().unwrap()).unwrap();
+    let cancel = guest_migration::CancelToken::default();
+    let listener = Listener::bind(&fixture.uri().parse().unwrap()).unwrap();
     let options = ReceiverOptions {
         cancel: cancel.clone(),
         ..ReceiverOptions::default()
     };
-    let destination = Destination::single(place.memory_file());
+    let destination = Destination::with_file(fixture.memory_file());
     let receiver = Receiver::new(listener, destination, options).unwrap();
     let receiving = thread::spawn(move || receiver.run());
-    place.migrate(&mut operator);
-    operator.event("MIGRATION", &json!({ "status": "active" }));
+    fixture.migrate(&mut qmp);
+    qmp.event("MIGRATION", &json!({ "status": "active" }));
     cancel.cancel();
     assert!(receiving.join().unwrap().is_err());
-    let status = until(&mut operator, "failed");
+    let status = until(&mut qmp, "failed");
     assert!(status["error-desc"].as_str().is_some(), "{status}");
     let mut vmm = guest.end();
-    assert_eq!(vmm.command(), 1);
+    assert_eq!(vmm.cmd_id(), 1);
     let (rings, after) = ((START + 0x20_0000) as usize, vmm.bytes());
     assert!(after[rings..] == before[rings..]);
-    assert_eq!(place.machine.orders(), [""; 0]);
+    assert_eq!(fixture.vmm_qmp.commands(), [""; 0]);
     server.stop();
 }
 
 #[test]
 fn a_vmm_that_does_not_answer_is_an_error_before_anything_is_sent() {
-    let place = Place::new();
-    let (server, mut operator) = server(DISCARD);
-    let vmm = filled(&server.socket(), DISCARD, &mut operator);
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let guest = Guest::start(vmm, true);
-    let nowhere = place.directory.path().join("nowhere");
-    let arguments = json!({ "uri": place.uri(), "vmm-qmp": nowhere });
-    ok(&mut operator, "migrate", &arguments);
-    let status = until(&mut operator, "failed");
+    let nowhere = fixture.directory.path().join("nowhere");
+    let arguments = json!({ "uri": fixture.uri(), "vmm-qmp": nowhere });
+    ok(&mut qmp, "migrate", &arguments);
+    let status = until(&mut qmp, "failed");
     let why = status["error-desc"].as_str().unwrap();
     assert!(why.contains("nowhere"), "{why}");
-    assert_eq!(operator.run("query-free-page-hint")["blocks"], 0);
+    assert_eq!(qmp.run("query-free-page-hint")["blocks"], 0);
     // Hinting is the operator's again.
-    operator.run("free-page-hint-start");
+    qmp.run("free-page-hint-start");
     let _vmm = guest.end();
     server.stop();
 }
 
 #[test]
 fn r16_a_daemon_that_is_told_to_end_gives_up_and_the_guest_has_its_pages() {
-    let place = Place::new();
+    let fixture = Fixture::new();
     let here = tempfile::tempdir().unwrap();
     let program = Program::start(here.path(), &["--discard-hinted"]).ready();
-    let mut operator = Operator::connect(&program.qmp);
-    let mut vmm = filled(&program.socket, DISCARD, &mut operator);
-    set(&mut operator, &json!({ "free-page-hint-wait": 600_000 }));
-    let receiving = place.receive();
-    place.migrate(&mut operator);
-    operator.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
+    let mut qmp = QmpClient::connect(&program.qmp);
+    let mut vmm = filled(&program.socket, DISCARD, &mut qmp);
+    set(&mut qmp, &json!({ "free-page-hint-wait": 600_000 }));
+    let receiving = fixture.receive();
+    fixture.migrate(&mut qmp);
+    qmp.event("FREE_PAGE_HINT", &json!({ "status": "requested" }));
     vmm.config_change();
-    assert!(vmm.command() > 1);
+    assert!(vmm.cmd_id() > 1);
     program.signal(Signal::TERM);
     vmm.config_change();
     // It stays for the driver to hear it, but not for long: a late driver finds the connection closed.
-    let heard = vmm.last_command();
+    let heard = vmm.last_cmd_id();
     assert!(heard.is_none_or(|command| command == 1), "{heard:?}");
-    operator.event("MIGRATION", &json!({ "status": "cancelled" }));
+    qmp.event("MIGRATION", &json!({ "status": "cancelled" }));
     assert!(receiving.join().unwrap().is_err());
     let (output, log) = program.finish();
     assert!(output.status.success(), "{log}");
-    assert_eq!(place.machine.orders(), [""; 0]);
+    assert_eq!(fixture.vmm_qmp.commands(), [""; 0]);
     assert!(here.path().read_dir().unwrap().next().is_none());
 }

@@ -4,28 +4,28 @@
 
 mod common;
 
-use common::{Operator, Running};
+use common::{QmpClient, TestServer};
 use serde_json::{json, Value};
 use shared_abi::features::Features;
 use vhost_device_balloon::server::Exit;
 
-fn start() -> Running {
-    Running::start(Features::STATS_VQ, false)
+fn start() -> TestServer {
+    TestServer::start(Features::STATS_VQ, false)
 }
 
 #[test]
 fn greeting_and_negotiation_come_first() {
     let server = start();
-    let mut operator = Operator::silent(&server.directory.path().join("qmp"));
-    let greeting = operator.read();
+    let mut qmp = QmpClient::connect_without_negotiation(&server.directory.path().join("qmp"));
+    let greeting = qmp.read();
     assert_eq!(greeting["QMP"]["capabilities"], json!([]));
-    let (class, why) = operator.fail("query-commands", &json!({}));
+    let (class, why) = qmp.fail("query-commands", &json!({}));
     assert_eq!(class, "CommandNotFound");
     assert!(why.contains("qmp_capabilities"), "{why}");
-    let (class, _) = operator.fail("qmp_capabilities", &json!({ "enable": ["oob"] }));
+    let (class, _) = qmp.fail("qmp_capabilities", &json!({ "enable": ["oob"] }));
     assert_eq!(class, "GenericError");
-    operator.run("qmp_capabilities");
-    let (class, _) = operator.fail("qmp_capabilities", &json!({}));
+    qmp.run("qmp_capabilities");
+    let (class, _) = qmp.fail("qmp_capabilities", &json!({}));
     assert_eq!(class, "CommandNotFound");
     server.stop();
 }
@@ -33,25 +33,24 @@ fn greeting_and_negotiation_come_first() {
 #[test]
 fn ids_come_back_and_objects_need_no_lines() {
     let server = start();
-    let mut operator = server.operator();
-    operator
-        .send(br#"{"execute":"query-version","id":{"n":[1]}}{"execute":"nonsense","id":2}{"exec"#);
-    let first = operator.answer();
+    let mut qmp = server.qmp();
+    qmp.send(br#"{"execute":"query-version","id":{"n":[1]}}{"execute":"nonsense","id":2}{"exec"#);
+    let first = qmp.answer();
     assert_eq!(first["id"], json!({ "n": [1] }));
     assert!(first.get("return").is_some());
-    let second = operator.answer();
+    let second = qmp.answer();
     assert_eq!(second["id"], 2);
     assert_eq!(second["error"]["class"], "CommandNotFound");
-    operator.send(b"ute\":\n\"query-version\" }");
-    assert!(operator.answer().get("return").is_some());
+    qmp.send(b"ute\":\n\"query-version\" }");
+    assert!(qmp.answer().get("return").is_some());
     server.stop();
 }
 
 #[test]
 fn every_listed_command_exists_and_refuses_arguments_that_it_does_not_know() {
     let server = start();
-    let mut operator = server.operator();
-    let commands = operator.run("query-commands");
+    let mut qmp = server.qmp();
+    let commands = qmp.run("query-commands");
     let names: Vec<&str> = commands
         .as_array()
         .unwrap()
@@ -62,7 +61,7 @@ fn every_listed_command_exists_and_refuses_arguments_that_it_does_not_know() {
         assert!(names.contains(&name), "{name}");
     }
     for name in names {
-        let (class, why) = operator.fail(name, &json!({ "no-such-argument": 1 }));
+        let (class, why) = qmp.fail(name, &json!({ "no-such-argument": 1 }));
         assert!(
             class == "GenericError" || name == "qmp_capabilities",
             "{name}: {class} {why}"
@@ -72,9 +71,9 @@ fn every_listed_command_exists_and_refuses_arguments_that_it_does_not_know() {
 }
 
 #[test]
-fn bad_input_is_answered_and_the_conversation_goes_on() {
+fn bad_input_is_answered_and_the_session_continues() {
     let server = start();
-    let mut operator = server.operator();
+    let mut qmp = server.qmp();
     for bad in [
         &b"hello\n"[..],
         b"[1]\n",
@@ -87,8 +86,8 @@ fn bad_input_is_answered_and_the_conversation_goes_on() {
         b"{execute}",
         b"{\"execute\":\"query-version\xff\"}",
     ] {
-        operator.send(bad);
-        let answer = operator.answer();
+        qmp.send(bad);
+        let answer = qmp.answer();
         assert_eq!(
             answer["error"]["class"],
             "GenericError",
@@ -96,19 +95,19 @@ fn bad_input_is_answered_and_the_conversation_goes_on() {
             bad.escape_ascii()
         );
     }
-    operator.run("query-version");
+    qmp.run("query-version");
     server.stop();
 }
 
 #[test]
-fn oversized_input_ends_the_conversation() {
+fn oversized_input_ends_the_session() {
     let server = start();
-    let mut operator = server.operator();
+    let mut qmp = server.qmp();
     let mut long = b"{\"execute\":\"".to_vec();
     long.resize(100_000, b'x');
     // The server may have ended the conversation before the last byte is out.
-    let _ = operator.try_send(&long);
-    let answer = operator.answer();
+    let _ = qmp.try_send(&long);
+    let answer = qmp.answer();
     assert!(
         answer["error"]["desc"]
             .as_str()
@@ -116,26 +115,26 @@ fn oversized_input_ends_the_conversation() {
             .contains("longer than"),
         "{answer}"
     );
-    assert_eq!(operator.read(), Value::Null);
+    assert_eq!(qmp.read(), Value::Null);
     // Others are not concerned.
-    server.operator().run("query-version");
+    server.qmp().run("query-version");
     server.stop();
 }
 
 #[test]
-fn several_operators_at_once_but_not_any_number() {
+fn several_qmp_clients_at_once_up_to_a_limit() {
     let server = start();
-    let mut operators: Vec<_> = (0..16).map(|_| server.operator()).collect();
-    let mut refused = Operator::silent(&server.directory.path().join("qmp"));
+    let mut qmp_clients: Vec<_> = (0..16).map(|_| server.qmp()).collect();
+    let mut refused = QmpClient::connect_without_negotiation(&server.directory.path().join("qmp"));
     assert_eq!(refused.read()["error"]["class"], "GenericError");
-    for operator in &mut operators {
-        operator.run("query-version");
+    for qmp in &mut qmp_clients {
+        qmp.run("query-version");
     }
-    operators.clear();
+    qmp_clients.clear();
     // A place is free as soon as one has gone.
     loop {
-        let mut operator = Operator::silent(&server.directory.path().join("qmp"));
-        if operator.read().get("QMP").is_some() {
+        let mut qmp = QmpClient::connect_without_negotiation(&server.directory.path().join("qmp"));
+        if qmp.read().get("QMP").is_some() {
             break;
         }
     }
@@ -145,8 +144,8 @@ fn several_operators_at_once_but_not_any_number() {
 #[test]
 fn quit_is_answered_and_ends_the_server() {
     let server = start();
-    let mut operator = server.operator();
-    operator.run("quit");
-    assert_eq!(operator.read(), Value::Null);
+    let mut qmp = server.qmp();
+    qmp.run("quit");
+    assert_eq!(qmp.read(), Value::Null);
     assert_eq!(server.join().unwrap(), Exit::Stopped);
 }

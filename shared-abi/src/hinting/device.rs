@@ -46,14 +46,14 @@ impl Phase {
 
 /// What the driver's queue speaks of at the moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Speaking {
+enum QueueRound {
     /// No round: none was started, or the last one was stopped.
-    OfNothing,
+    NotStarted,
     /// A round that this device issued.
-    Of(HintId),
+    Issued(HintId),
     /// A start with an id that this device does not wait for; what follows it, up to the STOP,
     /// belongs to no round.
-    OfUnknown,
+    Unknown,
 }
 
 /// The ids that the driver may still speak of, oldest and newest.
@@ -85,7 +85,7 @@ pub enum Event {
     /// The driver sent this command id on the free page queue.
     Command(CommandId),
     /// The driver sent a block of free pages on the free page queue.
-    Block,
+    FreeBlock,
     /// The driver reset the device, or is gone: its queues and what was on them are no more.
     Reset,
 }
@@ -104,7 +104,7 @@ pub enum Ignored {
     /// A STOP with no start before it.
     StopWithoutStart,
     /// A block of a round that is no longer wanted, or of no round.
-    StaleBlock,
+    StaleFreeBlock,
 }
 
 /// What the device shall do.
@@ -113,17 +113,17 @@ pub enum Action {
     /// Config space shows another command id: tell the driver.
     NotifyConfig,
     /// The driver has started this round.
-    RoundStarted(HintId),
+    HintRoundStarted(HintId),
     /// The block that came is a hint of this round.
-    UseBlock(HintId),
+    UseFreeBlock(HintId),
     /// The driver has ended this round by itself: there are no more free blocks.
-    RoundFinished(HintId),
+    HintRoundFinished(HintId),
     /// What came counts for nothing. Not an error as such: a round that was cut short leaves
     /// stale words on the queue.
     Ignore(Ignored),
     /// No id is free: the driver has not spoken of any of the last 2^31. No round was begun, and an
     /// earlier one was ended: tell the driver as for [`NotifyConfig`](Self::NotifyConfig).
-    RefuseExhausted,
+    IdsExhausted,
 }
 
 /// The device's state.
@@ -132,7 +132,7 @@ pub struct State {
     phase: Phase,
     next: HintId,
     outstanding: Option<Outstanding>,
-    speaking: Speaking,
+    queue_round: QueueRound,
 }
 
 impl Default for State {
@@ -149,7 +149,7 @@ impl State {
             phase: Phase::Stopped,
             next,
             outstanding: None,
-            speaking: Speaking::OfNothing,
+            queue_round: QueueRound::NotStarted,
         }
     }
 
@@ -194,11 +194,13 @@ impl State {
             Event::Command(CommandId::Hint(id)) => self.started(id),
             Event::Command(CommandId::Stop) => self.stopped(),
             Event::Command(command) => self.ignore(Ignored::UnknownCommand(command)),
-            Event::Block => match (self.phase, self.speaking) {
-                (Phase::Started(wanted), Speaking::Of(id)) if wanted.number() == id.number() => {
-                    (self, Some(Action::UseBlock(id)))
+            Event::FreeBlock => match (self.phase, self.queue_round) {
+                (Phase::Started(wanted), QueueRound::Issued(id))
+                    if wanted.number() == id.number() =>
+                {
+                    (self, Some(Action::UseFreeBlock(id)))
                 }
-                _ => self.ignore(Ignored::StaleBlock),
+                _ => self.ignore(Ignored::StaleFreeBlock),
             },
             Event::Reset => (Self::with_next_id(self.next), None),
         }
@@ -228,7 +230,7 @@ impl State {
         let oldest = match self.outstanding {
             Some(outstanding) if outstanding.oldest.number() == id.number() => {
                 self.phase = Phase::Stopped;
-                return (self, Some(Action::RefuseExhausted));
+                return (self, Some(Action::IdsExhausted));
             }
             Some(outstanding) => outstanding.oldest,
             None => id,
@@ -243,17 +245,17 @@ impl State {
         let newest = match self.outstanding {
             Some(outstanding) if outstanding.contains(id) => outstanding.newest,
             _ => {
-                self.speaking = Speaking::OfUnknown;
+                self.queue_round = QueueRound::Unknown;
                 return self.ignore(Ignored::UnknownCommand(CommandId::Hint(id)));
             }
         };
         // A driver goes through the ids in order, so it will not speak of an older one again.
         self.outstanding = Some(Outstanding { oldest: id, newest });
-        self.speaking = Speaking::Of(id);
+        self.queue_round = QueueRound::Issued(id);
         match self.phase {
             Phase::Requested(wanted) if wanted.number() == id.number() => {
                 self.phase = Phase::Started(id);
-                (self, Some(Action::RoundStarted(id)))
+                (self, Some(Action::HintRoundStarted(id)))
             }
             Phase::Started(wanted) if wanted.number() == id.number() => {
                 self.ignore(Ignored::RepeatedStart(id))
@@ -264,14 +266,14 @@ impl State {
 
     /// The driver has sent STOP: the end of the round that the queue speaks of, and of no other.
     const fn stopped(mut self) -> (Self, Option<Action>) {
-        let speaking = self.speaking;
-        self.speaking = Speaking::OfNothing;
-        let id = match speaking {
-            Speaking::Of(id) => id,
-            Speaking::OfUnknown => {
+        let queue_round = self.queue_round;
+        self.queue_round = QueueRound::NotStarted;
+        let id = match queue_round {
+            QueueRound::Issued(id) => id,
+            QueueRound::Unknown => {
                 return self.ignore(Ignored::UnknownCommand(CommandId::Stop));
             }
-            Speaking::OfNothing => return self.ignore(Ignored::StopWithoutStart),
+            QueueRound::NotStarted => return self.ignore(Ignored::StopWithoutStart),
         };
         self.outstanding = match self.outstanding {
             Some(outstanding) if outstanding.newest.number() != id.number() => Some(Outstanding {
@@ -283,7 +285,7 @@ impl State {
         match self.phase {
             Phase::Started(wanted) if wanted.number() == id.number() => {
                 self.phase = Phase::Finished(id);
-                (self, Some(Action::RoundFinished(id)))
+                (self, Some(Action::HintRoundFinished(id)))
             }
             _ => self.ignore(Ignored::StaleStop(id)),
         }
@@ -318,16 +320,16 @@ mod tests {
     fn a_whole_round() {
         let (state, actions) = run(
             State::default(),
-            &[Event::Start, start(A), Event::Block, STOP, Event::Done],
+            &[Event::Start, start(A), Event::FreeBlock, STOP, Event::Done],
         );
         assert_eq!(state.phase(), Phase::Done);
         assert_eq!(
             actions,
             [
                 Action::NotifyConfig,
-                Action::RoundStarted(A),
-                Action::UseBlock(A),
-                Action::RoundFinished(A),
+                Action::HintRoundStarted(A),
+                Action::UseFreeBlock(A),
+                Action::HintRoundFinished(A),
                 Action::NotifyConfig
             ]
         );
@@ -343,21 +345,21 @@ mod tests {
                 Event::Stop,
                 Event::Start,
                 // What the driver had already put on the queue for A:
-                Event::Block,
+                Event::FreeBlock,
                 STOP,
                 // And then its answer to B.
                 start(B),
-                Event::Block,
+                Event::FreeBlock,
             ],
         );
         assert_eq!(state.phase(), Phase::Started(B));
         assert_eq!(
             actions[4..],
             [
-                Action::Ignore(Ignored::StaleBlock),
+                Action::Ignore(Ignored::StaleFreeBlock),
                 Action::Ignore(Ignored::StaleStop(A)),
-                Action::RoundStarted(B),
-                Action::UseBlock(B)
+                Action::HintRoundStarted(B),
+                Action::UseFreeBlock(B)
             ]
         );
     }
@@ -371,17 +373,17 @@ mod tests {
                 Event::Start,
                 start(A),
                 Event::Command(CommandId::Reserved(77)),
-                Event::Block,
+                Event::FreeBlock,
                 start(foreign),
-                Event::Block,
+                Event::FreeBlock,
                 STOP,
-                Event::Block,
+                Event::FreeBlock,
             ],
         );
         assert_eq!(state.phase(), Phase::Started(A));
         let used = actions
             .iter()
-            .filter(|action| **action == Action::UseBlock(A))
+            .filter(|action| **action == Action::UseFreeBlock(A))
             .count();
         assert_eq!(used, 1);
     }
@@ -394,9 +396,9 @@ mod tests {
                 Event::Start,
                 start(A),
                 Event::SyncStarts,
-                Event::Block,
+                Event::FreeBlock,
                 Event::SyncEnds,
-                Event::Block,
+                Event::FreeBlock,
             ],
         );
         assert_eq!(state.phase(), Phase::Requested(B));
@@ -404,9 +406,9 @@ mod tests {
             actions[2..],
             [
                 Action::NotifyConfig,
-                Action::Ignore(Ignored::StaleBlock),
+                Action::Ignore(Ignored::StaleFreeBlock),
                 Action::NotifyConfig,
-                Action::Ignore(Ignored::StaleBlock)
+                Action::Ignore(Ignored::StaleFreeBlock)
             ]
         );
     }
@@ -430,10 +432,10 @@ mod tests {
             }),
             next: B,
             phase: Phase::Requested(A),
-            speaking: Speaking::Of(B),
+            queue_round: QueueRound::Issued(B),
         };
         let (refused, actions) = run(full, &[Event::Start]);
-        assert_eq!(actions, [Action::RefuseExhausted]);
+        assert_eq!(actions, [Action::IdsExhausted]);
         assert_eq!(refused.phase(), Phase::Stopped);
         // The STOP of B sets it free.
         let (issued, actions) = run(refused, &[STOP, Event::Start]);

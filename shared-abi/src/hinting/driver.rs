@@ -5,7 +5,7 @@
 //! The driver *offers* blocks of free pages while a round runs, and *holds* the offered blocks
 //! until the device says that it is done with them.
 
-use super::super::command::{CommandId, RoundId};
+use super::super::command::{CommandId, HintRoundId};
 
 /// Where the driver stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -14,9 +14,9 @@ pub enum State {
     #[default]
     Idle,
     /// The start of this round was sent and blocks are being offered.
-    Offering(RoundId),
+    Offering(HintRoundId),
     /// The stop of this round was sent; its blocks are held until the device is done.
-    Holding(RoundId),
+    AwaitingDone(HintRoundId),
 }
 
 /// What happens to the driver.
@@ -26,7 +26,7 @@ pub enum Event {
     ///
     /// To be fed only with what was read after a config change: QEMU's device shows STOP again as
     /// soon as it has seen the start of a round, without meaning the driver to stop.
-    Config(CommandId),
+    ConfigChanged(CommandId),
     /// There is no free block left that the driver may offer.
     Exhausted,
     /// The device was reset or is gone; nothing can be sent.
@@ -37,16 +37,16 @@ pub enum Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Send this id on the free page queue, and then offer free blocks.
-    SendStart(RoundId),
+    SendStart(HintRoundId),
     /// Offer the blocks that are still held from an earlier round again, before new ones.
     ///
     /// The new id may be the first of another migration, whose destination lacks those pages: DONE
     /// of the earlier one may have been overwritten in config space before the driver could read it.
-    OfferHeld,
+    ReofferHinted,
     /// Offer no more, and send STOP on the free page queue.
     SendStop,
     /// Give every held block back to the guest, as soon as its buffer has come back.
-    ReleaseHeld,
+    ReleaseHinted,
 }
 
 /// What the driver shall do, in this order: at most three things.
@@ -80,47 +80,50 @@ impl IntoIterator for Actions {
 
 impl State {
     /// The round whose blocks are being offered, if one runs.
-    pub const fn offering(self) -> Option<RoundId> {
+    pub const fn offering(self) -> Option<HintRoundId> {
         match self {
             Self::Offering(id) => Some(id),
-            Self::Idle | Self::Holding(_) => None,
+            Self::Idle | Self::AwaitingDone(_) => None,
         }
     }
 
     /// Takes an event; gives the next state and what to do.
     #[must_use]
     pub const fn step(self, event: Event) -> (Self, Actions) {
-        use Action::{OfferHeld, ReleaseHeld, SendStart, SendStop};
+        use Action::{ReleaseHinted, ReofferHinted, SendStart, SendStop};
 
         let command = match event {
-            Event::Reset => return (Self::Idle, Actions::one(ReleaseHeld)),
+            Event::Reset => return (Self::Idle, Actions::one(ReleaseHinted)),
             Event::Exhausted => {
                 return match self {
-                    Self::Offering(id) => (Self::Holding(id), Actions::one(SendStop)),
-                    Self::Idle | Self::Holding(_) => (self, Actions::NONE),
+                    Self::Offering(id) => (Self::AwaitingDone(id), Actions::one(SendStop)),
+                    Self::Idle | Self::AwaitingDone(_) => (self, Actions::NONE),
                 };
             }
-            Event::Config(command) => command,
+            Event::ConfigChanged(command) => command,
         };
-        match (self, command.round()) {
+        match (self, command.hint_round()) {
             // The round that runs, or that has ended, still stands in config space.
-            (Self::Offering(now) | Self::Holding(now), Some(id)) if now.number() == id.number() => {
+            (Self::Offering(now) | Self::AwaitingDone(now), Some(id))
+                if now.number() == id.number() =>
+            {
                 (self, Actions::NONE)
             }
             (Self::Idle, Some(id)) => (Self::Offering(id), Actions::one(SendStart(id))),
             (Self::Offering(_), Some(id)) => (
                 Self::Offering(id),
-                Actions::three(SendStop, SendStart(id), OfferHeld),
+                Actions::three(SendStop, SendStart(id), ReofferHinted),
             ),
-            (Self::Holding(_), Some(id)) => {
-                (Self::Offering(id), Actions::two(SendStart(id), OfferHeld))
-            }
+            (Self::AwaitingDone(_), Some(id)) => (
+                Self::Offering(id),
+                Actions::two(SendStart(id), ReofferHinted),
+            ),
             (Self::Offering(id), None) => match command {
-                CommandId::Done => (Self::Idle, Actions::two(SendStop, ReleaseHeld)),
-                _ => (Self::Holding(id), Actions::one(SendStop)),
+                CommandId::Done => (Self::Idle, Actions::two(SendStop, ReleaseHinted)),
+                _ => (Self::AwaitingDone(id), Actions::one(SendStop)),
             },
-            (Self::Idle | Self::Holding(_), None) => match command {
-                CommandId::Done => (Self::Idle, Actions::one(ReleaseHeld)),
+            (Self::Idle | Self::AwaitingDone(_), None) => match command {
+                CommandId::Done => (Self::Idle, Actions::one(ReleaseHinted)),
                 _ => (self, Actions::NONE),
             },
         }
@@ -147,41 +150,41 @@ mod tests {
         (state, all)
     }
 
-    fn round(command: CommandId) -> RoundId {
-        command.round().unwrap()
+    fn hint_round(command: CommandId) -> HintRoundId {
+        command.hint_round().unwrap()
     }
 
     #[test]
     fn a_whole_round() {
         let (state, actions) = run(&[
-            Event::Config(A),
+            Event::ConfigChanged(A),
             Event::Exhausted,
-            Event::Config(A),
-            Event::Config(CommandId::Stop),
-            Event::Config(CommandId::Done),
+            Event::ConfigChanged(A),
+            Event::ConfigChanged(CommandId::Stop),
+            Event::ConfigChanged(CommandId::Done),
         ]);
         assert_eq!(state, State::Idle);
         assert_eq!(
             actions,
             [
-                Action::SendStart(round(A)),
+                Action::SendStart(hint_round(A)),
                 Action::SendStop,
-                Action::ReleaseHeld
+                Action::ReleaseHinted
             ]
         );
     }
 
     #[test]
     fn r2_a_new_round_ends_the_old_one_before_it_starts() {
-        let (state, actions) = run(&[Event::Config(A), Event::Config(B)]);
-        assert_eq!(state, State::Offering(round(B)));
+        let (state, actions) = run(&[Event::ConfigChanged(A), Event::ConfigChanged(B)]);
+        assert_eq!(state, State::Offering(hint_round(B)));
         assert_eq!(
             actions,
             [
-                Action::SendStart(round(A)),
+                Action::SendStart(hint_round(A)),
                 Action::SendStop,
-                Action::SendStart(round(B)),
-                Action::OfferHeld
+                Action::SendStart(hint_round(B)),
+                Action::ReofferHinted
             ]
         );
     }
@@ -190,22 +193,25 @@ mod tests {
     #[test]
     fn a_device_that_counts_its_rounds_from_two_is_answered() {
         let two = CommandId::from_number(2);
-        let (state, actions) = run(&[Event::Config(two), Event::Exhausted]);
-        assert_eq!(state, State::Holding(round(two)));
-        assert_eq!(actions, [Action::SendStart(round(two)), Action::SendStop]);
+        let (state, actions) = run(&[Event::ConfigChanged(two), Event::Exhausted]);
+        assert_eq!(state, State::AwaitingDone(hint_round(two)));
+        assert_eq!(
+            actions,
+            [Action::SendStart(hint_round(two)), Action::SendStop]
+        );
     }
 
     #[test]
     fn r16_done_and_reset_release_in_every_state() {
         for state in [
             State::Idle,
-            State::Offering(round(A)),
-            State::Holding(round(A)),
+            State::Offering(hint_round(A)),
+            State::AwaitingDone(hint_round(A)),
         ] {
-            for event in [Event::Config(CommandId::Done), Event::Reset] {
+            for event in [Event::ConfigChanged(CommandId::Done), Event::Reset] {
                 let (next, actions) = state.step(event);
                 assert_eq!(next, State::Idle);
-                assert_eq!(actions.into_iter().last(), Some(Action::ReleaseHeld));
+                assert_eq!(actions.into_iter().last(), Some(Action::ReleaseHinted));
             }
         }
     }

@@ -8,7 +8,7 @@
 //! up by every sync, start, stop and reset, and every STOP the round that it was meant for: the truth
 //! that the machines have to guess right. Now and then a driver lies.
 
-use super::super::command::{CommandId, HintId, RoundId};
+use super::super::command::{CommandId, HintId, HintRoundId};
 use super::{device, driver};
 use proptest::prelude::*;
 use std::collections::VecDeque;
@@ -24,41 +24,41 @@ enum Step {
     DriverReadsConfig,
     DriverOffers,
     DriverExhausted,
-    DriverSpeaksOfAnIdThatWasNeverIssued,
-    DeviceTakes,
+    DriverSendsUnknownId,
+    DeviceReceives,
     DriverReset,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Message {
     Start(HintId),
-    Block { epoch: u64, round: HintId },
+    FreeBlock { epoch: u64, round: HintId },
     Stop { round: HintId },
 }
 
-fn hint_id(round: RoundId) -> HintId {
+fn hint_id(round: HintRoundId) -> HintId {
     HintId::new(round.number()).expect("R8: the device issued an id out of range")
 }
 
 #[derive(Default)]
-struct World {
+struct Model {
     device: device::State,
     driver: driver::State,
     config_changed: bool,
     queue: VecDeque<Message>,
     /// Blocks that the driver holds, and how many of them to offer again.
-    held: usize,
-    to_offer_again: usize,
+    hinted: usize,
+    to_reoffer: usize,
     /// Counted up whenever hints given so far become worthless.
     epoch: u64,
     /// Ids that were issued and that the driver may still speak of.
-    live: Vec<HintId>,
+    outstanding: Vec<HintId>,
     finished: Option<HintId>,
     used: usize,
 }
 
-impl World {
-    fn tell_device(&mut self, event: device::Event) -> Option<device::Action> {
+impl Model {
+    fn step_device(&mut self, event: device::Event) -> Option<device::Action> {
         let before = self.device.command();
         let (next, action) = self.device.step(event);
         self.device = next;
@@ -69,14 +69,14 @@ impl World {
             "the driver is told of a change, and of nothing else: {event:?}"
         );
         if let (CommandId::Hint(id), true) = (shown, shown != before) {
-            assert!(!self.live.contains(&id), "R8: {id:?} was reused");
-            self.live.push(id);
+            assert!(!self.outstanding.contains(&id), "R8: {id:?} was reused");
+            self.outstanding.push(id);
         }
         self.config_changed |= before != shown;
         action
     }
 
-    fn tell_driver(&mut self, event: driver::Event) {
+    fn step_driver(&mut self, event: driver::Event) {
         let before = self.driver;
         let (next, actions) = self.driver.step(event);
         self.driver = next;
@@ -85,14 +85,14 @@ impl World {
                 driver::Action::SendStart(id) => {
                     self.queue.push_back(Message::Start(hint_id(id)));
                 }
-                driver::Action::OfferHeld => self.to_offer_again = self.held,
+                driver::Action::ReofferHinted => self.to_reoffer = self.hinted,
                 driver::Action::SendStop => {
                     let round = hint_id(before.offering().expect("STOP without a round"));
                     self.queue.push_back(Message::Stop { round });
                 }
-                driver::Action::ReleaseHeld => {
-                    self.held = 0;
-                    self.to_offer_again = 0;
+                driver::Action::ReleaseHinted => {
+                    self.hinted = 0;
+                    self.to_reoffer = 0;
                 }
             }
         }
@@ -102,46 +102,51 @@ impl World {
         let Some(round) = self.driver.offering().map(hint_id) else {
             return;
         };
-        if self.to_offer_again > 0 {
-            self.to_offer_again -= 1;
+        if self.to_reoffer > 0 {
+            self.to_reoffer -= 1;
         } else {
-            self.held += 1;
+            self.hinted += 1;
         }
         let epoch = self.epoch;
-        self.queue.push_back(Message::Block { epoch, round });
+        self.queue.push_back(Message::FreeBlock { epoch, round });
     }
 
     /// A whole round, start to STOP, of an id that is far from all that were issued.
-    fn driver_lies(&mut self) {
+    fn driver_sends_unknown_id(&mut self) {
         let far = self.device.next_id().number() ^ 0x4000_0000;
         let round = HintId::new(far).unwrap();
         let epoch = self.epoch;
         self.queue.extend([
             Message::Start(round),
-            Message::Block { epoch, round },
+            Message::FreeBlock { epoch, round },
             Message::Stop { round },
         ]);
     }
 
-    fn device_takes(&mut self) {
+    fn device_receives(&mut self) {
         match self.queue.pop_front() {
             None => {}
             Some(Message::Start(id)) => {
-                let action = self.tell_device(device::Event::Command(CommandId::Hint(id)));
-                let started = action == Some(device::Action::RoundStarted(id));
-                assert!(!started || self.live.contains(&id), "{id:?} is not wanted");
-                self.forget_before(id);
+                let action = self.step_device(device::Event::Command(CommandId::Hint(id)));
+                let started = action == Some(device::Action::HintRoundStarted(id));
+                assert!(
+                    !started || self.outstanding.contains(&id),
+                    "{id:?} is not wanted"
+                );
+                self.retire_before(id);
             }
             Some(Message::Stop { round }) => {
-                let action = self.tell_device(device::Event::Command(CommandId::Stop));
-                if let Some(device::Action::RoundFinished(id)) = action {
+                let action = self.step_device(device::Event::Command(CommandId::Stop));
+                if let Some(device::Action::HintRoundFinished(id)) = action {
                     assert_eq!(id, round, "R2: the STOP of one round ended another");
                     self.finished = Some(id);
                 }
-                self.live.retain(|live| *live != round);
+                self.outstanding.retain(|outstanding| *outstanding != round);
             }
-            Some(Message::Block { epoch, round }) => {
-                if let Some(device::Action::UseBlock(id)) = self.tell_device(device::Event::Block) {
+            Some(Message::FreeBlock { epoch, round }) => {
+                if let Some(device::Action::UseFreeBlock(id)) =
+                    self.step_device(device::Event::FreeBlock)
+                {
                     assert_eq!(epoch, self.epoch, "R6: a hint from before a sync was used");
                     assert_eq!(round, id, "R2: a hint of another round was used");
                     self.used += 1;
@@ -151,9 +156,13 @@ impl World {
     }
 
     /// The driver has started `id`: it will not speak of older ones any more.
-    fn forget_before(&mut self, id: HintId) {
-        if let Some(at) = self.live.iter().position(|live| *live == id) {
-            self.live.drain(..at);
+    fn retire_before(&mut self, id: HintId) {
+        if let Some(at) = self
+            .outstanding
+            .iter()
+            .position(|outstanding| *outstanding == id)
+        {
+            self.outstanding.drain(..at);
         }
     }
 
@@ -163,41 +172,41 @@ impl World {
                 if self.device.phase() != device::Phase::Syncing {
                     self.epoch += 1;
                 }
-                self.tell_device(device::Event::Start);
+                self.step_device(device::Event::Start);
             }
             Step::Stop => {
                 self.epoch += 1;
-                self.tell_device(device::Event::Stop);
+                self.step_device(device::Event::Stop);
             }
             Step::Done => {
                 self.epoch += 1;
-                self.tell_device(device::Event::Done);
+                self.step_device(device::Event::Done);
             }
             Step::SyncStarts => {
                 self.epoch += 1;
-                self.tell_device(device::Event::SyncStarts);
+                self.step_device(device::Event::SyncStarts);
             }
             Step::SyncEnds => {
-                self.tell_device(device::Event::SyncEnds);
+                self.step_device(device::Event::SyncEnds);
             }
             Step::DriverReadsConfig => {
                 if core::mem::take(&mut self.config_changed) {
                     let command = self.device.command();
-                    self.tell_driver(driver::Event::Config(command));
+                    self.step_driver(driver::Event::ConfigChanged(command));
                 }
             }
             Step::DriverOffers => self.driver_offers(),
-            Step::DriverExhausted => self.tell_driver(driver::Event::Exhausted),
-            Step::DriverSpeaksOfAnIdThatWasNeverIssued => self.driver_lies(),
-            Step::DeviceTakes => self.device_takes(),
+            Step::DriverExhausted => self.step_driver(driver::Event::Exhausted),
+            Step::DriverSendsUnknownId => self.driver_sends_unknown_id(),
+            Step::DeviceReceives => self.device_receives(),
             Step::DriverReset => {
                 self.epoch += 1;
                 self.queue.clear();
-                self.live.clear();
-                self.tell_driver(driver::Event::Reset);
-                self.tell_device(device::Event::Reset);
+                self.outstanding.clear();
+                self.step_driver(driver::Event::Reset);
+                self.step_device(device::Event::Reset);
                 self.config_changed = false;
-                assert_eq!(self.held, 0, "R16: a reset returns everything");
+                assert_eq!(self.hinted, 0, "R16: a reset returns everything");
             }
         }
     }
@@ -206,7 +215,7 @@ impl World {
     fn settle(&mut self) {
         self.take(Step::DriverReadsConfig);
         while !self.queue.is_empty() {
-            self.take(Step::DeviceTakes);
+            self.take(Step::DeviceReceives);
         }
     }
 }
@@ -221,8 +230,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         5 => Just(Step::DriverReadsConfig),
         8 => Just(Step::DriverOffers),
         1 => Just(Step::DriverExhausted),
-        1 => Just(Step::DriverSpeaksOfAnIdThatWasNeverIssued),
-        10 => Just(Step::DeviceTakes),
+        1 => Just(Step::DriverSendsUnknownId),
+        10 => Just(Step::DeviceReceives),
         1 => Just(Step::DriverReset),
     ];
     prop::collection::vec(step, 0..120)
@@ -235,15 +244,15 @@ fn first_ids() -> impl Strategy<Value = HintId> {
     ]
 }
 
-fn run(first: HintId, steps: &[Step]) -> World {
-    let mut world = World {
+fn run(first: HintId, steps: &[Step]) -> Model {
+    let mut model = Model {
         device: device::State::with_next_id(first),
-        ..World::default()
+        ..Model::default()
     };
     for step in steps {
-        world.take(*step);
+        model.take(*step);
     }
-    world
+    model
 }
 
 proptest! {
@@ -258,15 +267,15 @@ proptest! {
 
     #[test]
     fn r16_done_returns_everything_in_any_interleaving(first in first_ids(), steps in steps()) {
-        let mut world = run(first, &steps);
-        world.take(Step::SyncEnds);
-        world.take(Step::Start);
-        world.settle();
-        world.take(Step::DriverOffers);
-        world.take(Step::Done);
-        world.settle();
-        prop_assert_eq!(world.held, 0);
-        prop_assert_eq!(world.driver, driver::State::Idle);
+        let mut model = run(first, &steps);
+        model.take(Step::SyncEnds);
+        model.take(Step::Start);
+        model.settle();
+        model.take(Step::DriverOffers);
+        model.take(Step::Done);
+        model.settle();
+        prop_assert_eq!(model.hinted, 0);
+        prop_assert_eq!(model.driver, driver::State::Idle);
     }
 
     /// The machines are not safe by doing nothing: whatever came before, a new round that is left
@@ -277,18 +286,18 @@ proptest! {
         steps in steps(),
         blocks in 1usize..20,
     ) {
-        let mut world = run(first, &steps);
-        world.take(Step::SyncEnds);
-        world.take(Step::Start);
-        world.settle();
-        let (used, again) = (world.used, world.to_offer_again);
+        let mut model = run(first, &steps);
+        model.take(Step::SyncEnds);
+        model.take(Step::Start);
+        model.settle();
+        let (used, again) = (model.used, model.to_reoffer);
         for _ in 0..again + blocks {
-            world.take(Step::DriverOffers);
+            model.take(Step::DriverOffers);
         }
-        world.take(Step::DriverExhausted);
-        world.settle();
-        prop_assert_eq!(world.used - used, again + blocks);
-        prop_assert_eq!(again + blocks, world.held);
-        prop_assert_eq!(world.finished, world.device.phase().id());
+        model.take(Step::DriverExhausted);
+        model.settle();
+        prop_assert_eq!(model.used - used, again + blocks);
+        prop_assert_eq!(again + blocks, model.hinted);
+        prop_assert_eq!(model.finished, model.device.phase().id());
     }
 }

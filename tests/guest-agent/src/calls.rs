@@ -11,7 +11,7 @@ use crate::ranges::RangeSet;
 /// Something that the host asks of the guest.
 pub trait Call: Into<AnyCall> {
     /// What the guest answers when it has done it.
-    type Answer: Serialize + DeserializeOwned;
+    type Reply: Serialize + DeserializeOwned;
 }
 
 macro_rules! calls {
@@ -22,7 +22,7 @@ macro_rules! calls {
             pub struct $name { $($($(#[$field_doc])* pub $field: $type,)*)? }
 
             impl Call for $name {
-                type Answer = $answer;
+                type Reply = $answer;
             }
 
             impl From<$name> for AnyCall {
@@ -45,10 +45,10 @@ macro_rules! calls {
 
 calls! {
     /// `/proc/meminfo`.
-    MemInfo -> Memory;
+    MemInfo -> MemInfoFields;
 
     /// `/proc/buddyinfo`: the free blocks of each zone.
-    BuddyInfo -> Vec<Zone>;
+    BuddyInfo -> Vec<BuddyInfoZone>;
 
     /// Waits until `MemFree` lies between two bounds. The kernel has no event for this: it is looked at every 10 ms.
     WaitMemFree {
@@ -57,8 +57,8 @@ calls! {
         /// At most so many bytes free.
         at_most: u64,
         /// How long to wait.
-        limit_ms: u64,
-    } -> Memory;
+        timeout_ms: u64,
+    } -> MemInfoFields;
 
     /// Waits until `MemFree` has moved by less than `tolerance` for so many looks, one each 10 ms. Looks and not time: a guest whose
     /// processors the host does not run for a while has not settled.
@@ -66,16 +66,16 @@ calls! {
         /// Bytes by which it may move.
         tolerance: u64,
         /// For how many looks it must stay so.
-        quiet_looks: u32,
+        stable_samples: u32,
         /// How long to wait at most.
-        limit_ms: u64,
-    } -> Memory;
+        timeout_ms: u64,
+    } -> MemInfoFields;
 
     /// Looks at `MemFree` again and again, without a pause, and says what the least was.
     LowestMemFree {
         /// For how long.
-        for_ms: u64,
-    } -> Lowest;
+        duration_ms: u64,
+    } -> MemFreeMinimum;
 
     /// The pages that are in free blocks (`/proc/kpageflags`), but for those on processors' own lists.
     FreePages -> RangeSet;
@@ -85,7 +85,7 @@ calls! {
 
     /// Drops what the kernel caches, merges free blocks, and adds up what each processor has counted, so that its use of memory can
     /// be compared with another moment's. A kernel without one of these controls does without it.
-    DropMemoryCaches -> ();
+    DropCachesAndCompact -> ();
 
     /// Starts a process that maps memory and fills every page of it with a pattern of its own.
     ///
@@ -132,16 +132,16 @@ calls! {
         workload: u32,
     } -> RangeSet;
 
-    /// Starts a process that uses memory as a busy guest does, until [`EndChurn`]: it maps pieces of memory, fills them
+    /// Starts a process that uses memory as a busy guest does, until [`StopChurn`]: it maps pieces of memory, fills them
     /// with patterns, compares them, and unmaps them, in an order that only the seed decides.
-    Churn {
+    ChurnMemory {
         /// How many bytes it has mapped at most.
         bytes: u64,
         /// The seed of the order and the patterns.
         seed: u64,
     } -> u32;
 
-    /// Starts a process that uses the page cache, until [`EndChurn`]: it writes files of the guest's tmpfs, overwrites parts of
+    /// Starts a process that uses the page cache, until [`StopChurn`]: it writes files of the guest's tmpfs, overwrites parts of
     /// them, compares them with what was written (by reading and through mappings), truncates and removes them.
     ChurnFiles {
         /// How many bytes of files there are at most.
@@ -150,7 +150,7 @@ calls! {
         seed: u64,
     } -> u32;
 
-    /// Starts a process that forks without end, until [`EndChurn`]: children compare what they share with it, write to
+    /// Starts a process that forks without end, until [`StopChurn`]: children compare what they share with it, write to
     /// their copies and end, while it writes to its own.
     ChurnForks {
         /// How many bytes it shares with its children.
@@ -160,30 +160,30 @@ calls! {
     } -> u32;
 
     /// What such a process has done so far. It goes on.
-    ChurnedSoFar {
-        /// As the answer to [`Churn`], [`ChurnFiles`] or [`ChurnForks`] said.
+    ChurnProgress {
+        /// As the answer to [`ChurnMemory`], [`ChurnFiles`] or [`ChurnForks`] said.
         workload: u32,
-    } -> Churned;
+    } -> ChurnStats;
 
     /// Ends such a process, which compares once more all that it has.
-    EndChurn {
-        /// As the answer to [`Churn`], [`ChurnFiles`] or [`ChurnForks`] said.
+    StopChurn {
+        /// As the answer to [`ChurnMemory`], [`ChurnFiles`] or [`ChurnForks`] said.
         workload: u32,
-    } -> Churned;
+    } -> ChurnStats;
 
     /// The balloon devices of the guest.
-    Balloons -> Vec<Balloon>;
+    ListBalloonDevices -> Vec<BalloonDevice>;
 
     /// Waits until the guest has so many balloon devices, each with a driver that is ready if that is asked for. The kernel tells of them by messages that need a program to
     /// collect them; so they are looked at every 5 ms instead.
-    WaitBalloons {
+    WaitBalloonDevices {
         /// How many.
         count: usize,
         /// Whether they must have drivers.
-        ready: bool,
+        driver_ok: bool,
         /// How long to wait.
-        limit_ms: u64,
-    } -> Vec<Balloon>;
+        timeout_ms: u64,
+    } -> Vec<BalloonDevice>;
 
     /// Loads a module of the initramfs.
     LoadModule {
@@ -203,17 +203,17 @@ calls! {
     Modules -> Vec<String>;
 
     /// The lines of the kernel log since the last call of this kind.
-    KernelLog -> Vec<KernelLine>;
+    KernelLog -> Vec<KernelLogRecord>;
 
     /// Waits for a line of the kernel log that holds a text, looking from the log's beginning.
     WaitKernelLog {
         /// The text.
-        holds: String,
+        substring: String,
         /// Only lines with a sequence number of at least this.
         from: u64,
         /// How long to wait.
-        limit_ms: u64,
-    } -> KernelLine;
+        timeout_ms: u64,
+    } -> KernelLogRecord;
 
     /// The results of the KUnit suites that have run, by suite, in KTAP. Empty if the kernel has no KUnit.
     KunitResults -> BTreeMap<String, String>;
@@ -240,36 +240,36 @@ calls! {
 
     /// As [`WriteFile`], while one allocation of the kernel's on behalf of this fails. Which allocations count is the
     /// kernel's fault injection to say (in debugfs); a kernel without it refuses.
-    WriteFileFaulted {
+    WriteFileFailNth {
         /// Its path.
         path: String,
         /// What to write, in one system call.
         text: String,
         /// The number of the allocation that fails, from 1.
         nth: u32,
-    } -> Faulted;
+    } -> FailNthResult;
 
     /// As [`LoadModule`], while one allocation of the kernel's on behalf of this fails.
-    LoadModuleFaulted {
+    LoadModuleFailNth {
         /// Its path in the guest.
         path: String,
         /// Its parameters, as `insmod` takes them.
         parameters: String,
         /// The number of the allocation that fails, from 1.
         nth: u32,
-    } -> Faulted;
+    } -> FailNthResult;
 
     /// Runs a program and waits for its end. Names of busybox applets are known.
     Run {
         /// The program and its arguments.
         argv: Vec<String>,
-    } -> Finished;
+    } -> CommandOutput;
 
     /// Connects a shell to the console and waits for its end.
     Shell -> ();
 
-    /// Loads a kernel, to be started by [`StartKernel`] without the machine being reset.
-    LoadKernel {
+    /// Loads a kernel, to be started by [`KexecExec`] without the machine being reset.
+    KexecLoad {
         /// Its path in the guest.
         kernel: String,
         /// The path of its initramfs in the guest.
@@ -279,7 +279,7 @@ calls! {
     } -> ();
 
     /// Starts the kernel that was loaded. The answer comes before; then there is a new guest, which says hello.
-    StartKernel -> ();
+    KexecExec -> ();
 
     /// Switches the guest off. The answer comes before.
     PowerOff -> ();
@@ -288,9 +288,9 @@ calls! {
 /// `/proc/meminfo`, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Memory(pub BTreeMap<String, u64>);
+pub struct MemInfoFields(pub BTreeMap<String, u64>);
 
-impl Memory {
+impl MemInfoFields {
     /// One field, or 0 if this kernel does not have it.
     #[must_use]
     pub fn field(&self, name: &str) -> u64 {
@@ -318,7 +318,7 @@ impl Memory {
 
 /// The lowest of some samples.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lowest {
+pub struct MemFreeMinimum {
     /// Bytes that were free at the worst moment.
     pub free: u64,
     /// How often it was looked.
@@ -327,20 +327,20 @@ pub struct Lowest {
 
 /// One zone's line of `/proc/buddyinfo`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Zone {
+pub struct BuddyInfoZone {
     /// The node's number.
     pub node: u32,
     /// The zone's name.
     pub name: String,
     /// How many blocks of each order (a block of order n is 2^n pages) are free.
-    pub blocks: Vec<u64>,
+    pub free_blocks: Vec<u64>,
 }
 
-impl Zone {
+impl BuddyInfoZone {
     /// Free bytes of this zone, in blocks of at least `order`.
     #[must_use]
-    pub fn free_from(&self, order: usize, page_size: u64) -> u64 {
-        let sized = self.blocks.iter().enumerate().skip(order);
+    pub fn free_bytes_from_order(&self, order: usize, page_size: u64) -> u64 {
+        let sized = self.free_blocks.iter().enumerate().skip(order);
         sized
             .map(|(order, count)| (count * page_size) << order)
             .sum()
@@ -371,7 +371,7 @@ pub struct Verified {
 
 /// What a process that used memory has done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Churned {
+pub struct ChurnStats {
     /// Pieces mapped, files written or children forked, and filled.
     pub pieces: u64,
     /// Bytes of these.
@@ -382,7 +382,7 @@ pub struct Churned {
     pub wrong: u64,
 }
 
-impl std::ops::AddAssign for Churned {
+impl std::ops::AddAssign for ChurnStats {
     fn add_assign(&mut self, other: Self) {
         self.pieces += other.pieces;
         self.bytes += other.bytes;
@@ -406,7 +406,7 @@ pub struct PagesByUse {
 
 /// A balloon device, as the guest's kernel knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Balloon {
+pub struct BalloonDevice {
     /// Its name: `virtio1`, ...
     pub name: String,
     /// The feature bits that it and its driver have agreed on; all zero without a driver.
@@ -414,12 +414,12 @@ pub struct Balloon {
     /// The name of its driver.
     pub driver: Option<String>,
     /// Whether the driver has said that it is ready (`DRIVER_OK`).
-    pub ready: bool,
+    pub driver_ok: bool,
 }
 
 /// A record of the kernel log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KernelLine {
+pub struct KernelLogRecord {
     /// The record's number.
     pub sequence: u64,
     /// Its level, 0 (emergency) to 7 (debug).
@@ -432,18 +432,18 @@ pub struct KernelLine {
 
 /// What became of a system call in which an allocation was to fail.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Faulted {
+pub struct FailNthResult {
     /// The error number that it returned, if it failed.
     pub error: Option<i32>,
     /// Whether there were so many allocations that one failed.
-    pub failed: bool,
+    pub injected: bool,
     /// How many allocations counted, the one that failed included.
     pub allocations: u32,
 }
 
 /// How a program ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Finished {
+pub struct CommandOutput {
     /// Its exit status; absent if a signal ended it.
     pub status: Option<i32>,
     /// Its standard output.

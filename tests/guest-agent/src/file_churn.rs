@@ -6,17 +6,17 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use guest_agent::calls::{ChurnFiles, Churned};
+use guest_agent::calls::{ChurnFiles, ChurnStats};
 use guest_agent::pattern::{self, PAGE};
 
-use crate::job::{Job, Random};
+use crate::job::{Job, Rng};
 
 /// Pages of a file: at least and at most.
 const PAGES_MIN: usize = 1;
 const PAGES_MAX: usize = 512;
 
 /// A file, and what must be in it.
-struct Kept {
+struct ChurnedFile {
     path: PathBuf,
     file: File,
     /// The seed of each page. It is kept here, in anonymous memory, so that a page of the file that was lost or exchanged
@@ -25,38 +25,38 @@ struct Kept {
 }
 
 /// The files that there are.
-pub struct Files {
+pub struct FileChurn {
     folder: PathBuf,
-    kept: Vec<Kept>,
+    churned: Vec<ChurnedFile>,
     pages: usize,
-    limit: usize,
+    max_pages: usize,
     last: u64,
-    random: Random,
+    random: Rng,
     page: Vec<u8>,
-    done: Churned,
+    stats: ChurnStats,
 }
 
-impl Files {
+impl FileChurn {
     /// None yet.
     pub fn new(churn: &ChurnFiles) -> Result<Self> {
         let folder = std::env::temp_dir().join(format!("churn-{}", std::process::id()));
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         Ok(Self {
             folder,
-            kept: Vec::new(),
+            churned: Vec::new(),
             pages: 0,
-            limit: usize::try_from(churn.bytes)? / PAGE,
+            max_pages: usize::try_from(churn.bytes)? / PAGE,
             last: 0,
-            random: Random(churn.seed),
+            random: Rng(churn.seed),
             page: vec![0; PAGE],
-            done: Churned::default(),
+            stats: ChurnStats::default(),
         })
     }
 
     fn write(&mut self) -> Result<()> {
         let pages = PAGES_MIN + self.random.below(PAGES_MAX - PAGES_MIN + 1);
-        if self.pages + pages > self.limit {
-            for _ in 0..=self.random.below(self.kept.len()) {
+        if self.pages + pages > self.max_pages {
+            for _ in 0..=self.random.below(self.churned.len()) {
                 self.remove()?;
             }
             return Ok(());
@@ -69,115 +69,121 @@ impl Files {
             .create_new(true)
             .open(&path)
             .with_context(|| format!("cannot make {}", path.display()))?;
-        let mut kept = Kept {
+        let mut churned = ChurnedFile {
             path,
             file,
             seeds: Vec::with_capacity(pages),
         };
         for number in 0..pages {
-            kept.seeds.push(self.random.next());
-            self.write_page(&kept, number)?;
+            churned.seeds.push(self.random.next());
+            self.write_page(&churned, number)?;
         }
         self.pages += pages;
-        self.done.pieces += 1;
-        self.kept.push(kept);
+        self.stats.pieces += 1;
+        self.churned.push(churned);
         Ok(())
     }
 
-    fn write_page(&mut self, kept: &Kept, number: usize) -> Result<()> {
-        let seed = kept.seeds.get(number).context("a page beyond the file")?;
+    fn write_page(&mut self, churned: &ChurnedFile, number: usize) -> Result<()> {
+        let seed = churned
+            .seeds
+            .get(number)
+            .context("a page beyond the file")?;
         pattern::write(&mut self.page, *seed, number as u64);
         let place = (number * PAGE) as u64;
-        kept.file
+        churned
+            .file
             .write_all_at(&self.page, place)
-            .with_context(|| format!("cannot write {}", kept.path.display()))?;
-        self.done.bytes += PAGE as u64;
+            .with_context(|| format!("cannot write {}", churned.path.display()))?;
+        self.stats.bytes += PAGE as u64;
         Ok(())
     }
 
-    fn compare(&mut self, kept: &Kept) -> Result<()> {
-        for (number, seed) in kept.seeds.iter().enumerate() {
-            kept.file
+    fn compare(&mut self, churned: &ChurnedFile) -> Result<()> {
+        for (number, seed) in churned.seeds.iter().enumerate() {
+            churned
+                .file
                 .read_exact_at(&mut self.page, (number * PAGE) as u64)
-                .with_context(|| format!("cannot read {}", kept.path.display()))?;
-            self.done.compared += 1;
+                .with_context(|| format!("cannot read {}", churned.path.display()))?;
+            self.stats.compared += 1;
             if !pattern::holds(&self.page, *seed, number as u64) {
-                self.done.wrong += 1;
+                self.stats.wrong += 1;
             }
         }
         Ok(())
     }
 
-    fn take(&mut self) -> Option<Kept> {
-        let index = self.random.below(self.kept.len());
-        (!self.kept.is_empty()).then(|| self.kept.swap_remove(index))
+    fn take(&mut self) -> Option<ChurnedFile> {
+        let index = self.random.below(self.churned.len());
+        (!self.churned.is_empty()).then(|| self.churned.swap_remove(index))
     }
 
     /// Writes some pages of a file anew, and cuts off its end now and then.
     fn change(&mut self) -> Result<()> {
-        let Some(mut kept) = self.take() else {
+        let Some(mut churned) = self.take() else {
             return Ok(());
         };
         for _ in 0..self.random.below(32) {
-            let number = self.random.below(kept.seeds.len());
+            let number = self.random.below(churned.seeds.len());
             let seed = self.random.next();
-            if let Some(place) = kept.seeds.get_mut(number) {
+            if let Some(place) = churned.seeds.get_mut(number) {
                 *place = seed;
-                self.write_page(&kept, number)?;
+                self.write_page(&churned, number)?;
             }
         }
         if self.random.below(4) == 0 {
-            let left = self.random.below(kept.seeds.len());
-            self.pages -= kept.seeds.len() - left;
-            kept.seeds.truncate(left);
-            kept.file
+            let left = self.random.below(churned.seeds.len());
+            self.pages -= churned.seeds.len() - left;
+            churned.seeds.truncate(left);
+            churned
+                .file
                 .set_len((left * PAGE) as u64)
-                .with_context(|| format!("cannot cut {}", kept.path.display()))?;
+                .with_context(|| format!("cannot cut {}", churned.path.display()))?;
         }
-        self.kept.push(kept);
+        self.churned.push(churned);
         Ok(())
     }
 
     /// Compares a file and removes it.
     fn remove(&mut self) -> Result<()> {
-        let Some(kept) = self.take() else {
+        let Some(churned) = self.take() else {
             return Ok(());
         };
-        self.compare(&kept)?;
-        self.pages -= kept.seeds.len();
-        fs::remove_file(&kept.path)
-            .with_context(|| format!("cannot remove {}", kept.path.display()))
+        self.compare(&churned)?;
+        self.pages -= churned.seeds.len();
+        fs::remove_file(&churned.path)
+            .with_context(|| format!("cannot remove {}", churned.path.display()))
     }
 
     /// Compares a file, and keeps it.
-    fn look(&mut self) -> Result<()> {
-        if let Some(kept) = self.take() {
-            self.compare(&kept)?;
-            self.kept.push(kept);
+    fn verify_one(&mut self) -> Result<()> {
+        if let Some(churned) = self.take() {
+            self.compare(&churned)?;
+            self.churned.push(churned);
         }
         Ok(())
     }
 }
 
-impl Job for Files {
+impl Job for FileChurn {
     fn step(&mut self) -> Result<()> {
         match self.random.below(4) {
             0 | 1 => self.write(),
             2 => self.change(),
-            _ => self.look(),
+            _ => self.verify_one(),
         }
     }
 
     fn finish(&mut self) -> Result<()> {
-        while !self.kept.is_empty() {
+        while !self.churned.is_empty() {
             self.remove()?;
         }
         fs::remove_dir(&self.folder)
             .with_context(|| format!("cannot remove {}", self.folder.display()))
     }
 
-    fn done(&self) -> &Churned {
-        &self.done
+    fn stats(&self) -> &ChurnStats {
+        &self.stats
     }
 }
 
@@ -191,25 +197,29 @@ mod tests {
             bytes: 8 << 20,
             seed: 3,
         };
-        let mut files = Files::new(&churn).unwrap();
+        let mut files = FileChurn::new(&churn).unwrap();
         for _ in 0..60 {
             files.step().unwrap();
-            assert!(files.pages <= files.limit);
-            let all: usize = files.kept.iter().map(|kept| kept.seeds.len()).sum();
+            assert!(files.pages <= files.max_pages);
+            let all: usize = files
+                .churned
+                .iter()
+                .map(|churned| churned.seeds.len())
+                .sum();
             assert_eq!(all, files.pages);
         }
         // One byte that nobody was to write.
-        let kept = files
-            .kept
+        let churned = files
+            .churned
             .iter()
-            .find(|kept| !kept.seeds.is_empty())
+            .find(|churned| !churned.seeds.is_empty())
             .unwrap();
         let mut byte = [0];
-        kept.file.read_exact_at(&mut byte, 77).unwrap();
-        kept.file.write_all_at(&[byte[0] ^ 1], 77).unwrap();
+        churned.file.read_exact_at(&mut byte, 77).unwrap();
+        churned.file.write_all_at(&[byte[0] ^ 1], 77).unwrap();
         files.finish().unwrap();
-        assert!(files.done.pieces > 5 && files.done.compared > 100);
-        assert_eq!(files.done.wrong, 1);
+        assert!(files.stats.pieces > 5 && files.stats.compared > 100);
+        assert_eq!(files.stats.wrong, 1);
         assert!(!files.folder.exists());
     }
 }

@@ -13,16 +13,16 @@ use guest_agent::calls::{
 };
 use nix::kmod::{delete_module, finit_module, DeleteModuleFlags, ModuleInitFlags};
 
-use crate::serve::Answer;
+use crate::serve::HandleCall;
 
-impl Answer for ReadFile {
-    fn answer(self) -> Result<String> {
+impl HandleCall for ReadFile {
+    fn handle(self) -> Result<String> {
         fs::read_to_string(&self.path).with_context(|| format!("cannot read {}", self.path))
     }
 }
 
-impl Answer for ListFolder {
-    fn answer(self) -> Result<Vec<String>> {
+impl HandleCall for ListFolder {
+    fn handle(self) -> Result<Vec<String>> {
         let entries = match fs::read_dir(&self.path) {
             Ok(entries) => entries,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
@@ -43,8 +43,8 @@ impl Answer for ListFolder {
     }
 }
 
-impl Answer for WriteFile {
-    fn answer(self) -> Result<()> {
+impl HandleCall for WriteFile {
+    fn handle(self) -> Result<()> {
         let open = || OpenOptions::new().write(true).open(&self.path);
         open()
             .and_then(|mut file| file.write_all(self.text.as_bytes()))
@@ -52,8 +52,8 @@ impl Answer for WriteFile {
     }
 }
 
-impl Answer for LoadModule {
-    fn answer(self) -> Result<()> {
+impl HandleCall for LoadModule {
+    fn handle(self) -> Result<()> {
         let file = File::open(&self.path).with_context(|| format!("cannot open {}", self.path))?;
         let parameters =
             CString::new(self.parameters).context("module parameters hold a NUL byte")?;
@@ -62,8 +62,8 @@ impl Answer for LoadModule {
     }
 }
 
-impl Answer for UnloadModule {
-    fn answer(self) -> Result<()> {
+impl HandleCall for UnloadModule {
+    fn handle(self) -> Result<()> {
         let name =
             CString::new(self.name.as_str()).context("the module's name holds a NUL byte")?;
         delete_module(&name, DeleteModuleFlags::O_NONBLOCK)
@@ -71,8 +71,8 @@ impl Answer for UnloadModule {
     }
 }
 
-impl Answer for Modules {
-    fn answer(self) -> Result<Vec<String>> {
+impl HandleCall for Modules {
+    fn handle(self) -> Result<Vec<String>> {
         let text = fs::read_to_string("/proc/modules").context("cannot read /proc/modules")?;
         Ok(text
             .lines()
@@ -82,8 +82,8 @@ impl Answer for Modules {
     }
 }
 
-impl Answer for KunitResults {
-    fn answer(self) -> Result<BTreeMap<String, String>> {
+impl HandleCall for KunitResults {
+    fn handle(self) -> Result<BTreeMap<String, String>> {
         let folder = Path::new("/sys/kernel/debug/kunit");
         let suites = match fs::read_dir(folder) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),

@@ -2,34 +2,34 @@
 //! Forks without end: pages that are shared until somebody writes to them, page tables and kernel stacks that come and go.
 
 use anyhow::{bail, Context, Result};
-use guest_agent::calls::{ChurnForks, Churned};
+use guest_agent::calls::{ChurnForks, ChurnStats};
 use guest_agent::pattern::{self, PAGE};
 use memmap2::MmapMut;
 use nix::sys::wait::{waitpid, WaitStatus};
 
-use crate::job::{Job, Random};
+use crate::job::{Job, Rng};
 use crate::sys;
 
 /// How many children there are at once, at most.
-const CHILDREN: usize = 4;
+const MAX_CHILDREN: usize = 4;
 /// A child writes to one page of so many, and so does its parent meanwhile.
-const WRITTEN: usize = 4;
+const WRITE_EVERY: usize = 4;
 
 /// Memory that is shared with children.
-pub struct Forks {
+pub struct ForkChurn {
     map: MmapMut,
     /// The seed of each page.
     seeds: Vec<u64>,
-    random: Random,
-    done: Churned,
+    random: Rng,
+    stats: ChurnStats,
 }
 
-impl Forks {
+impl ForkChurn {
     /// Fills it.
     pub fn new(churn: &ChurnForks) -> Result<Self> {
         let pages = usize::try_from(churn.bytes)? / PAGE;
         let mut map = MmapMut::map_anon(pages.max(1) * PAGE).context("cannot map memory")?;
-        let mut random = Random(churn.seed);
+        let mut random = Rng(churn.seed);
         let seeds = map
             .chunks_exact_mut(PAGE)
             .map(|page| {
@@ -42,7 +42,7 @@ impl Forks {
             map,
             seeds,
             random,
-            done: Churned::default(),
+            stats: ChurnStats::default(),
         })
     }
 
@@ -65,20 +65,20 @@ impl Forks {
 
     fn write(&mut self, turn: usize, salt: u64) {
         let pages = self.map.chunks_exact_mut(PAGE).zip(&mut self.seeds);
-        for (page, seed) in pages.skip(turn % WRITTEN).step_by(WRITTEN) {
+        for (page, seed) in pages.skip(turn % WRITE_EVERY).step_by(WRITE_EVERY) {
             *seed ^= salt;
             pattern::write(page, *seed, 0);
         }
     }
 }
 
-impl Job for Forks {
+impl Job for ForkChurn {
     fn step(&mut self) -> Result<()> {
-        let mut children = Vec::with_capacity(CHILDREN);
-        for turn in 0..=self.random.below(CHILDREN) {
+        let mut children = Vec::with_capacity(MAX_CHILDREN);
+        for turn in 0..=self.random.below(MAX_CHILDREN) {
             let salt = self.random.next();
             children.push(sys::fork(|| self.child(turn, salt)).context("cannot fork")?);
-            self.done.pieces += 1;
+            self.stats.pieces += 1;
             // While the child has the same pages.
             let salt = self.random.next();
             self.write(turn + 1, salt);
@@ -87,23 +87,23 @@ impl Job for Forks {
         for child in children {
             match waitpid(child, None).context("cannot wait for a child")? {
                 WaitStatus::Exited(_, 0) => {}
-                WaitStatus::Exited(_, 1) => self.done.wrong += 1,
+                WaitStatus::Exited(_, 1) => self.stats.wrong += 1,
                 other => bail!("a child ended by other means: {other:?}"),
             }
-            self.done.compared += 2 * pages as u64;
-            self.done.bytes += (pages / WRITTEN * PAGE) as u64;
+            self.stats.compared += 2 * pages as u64;
+            self.stats.bytes += (pages / WRITE_EVERY * PAGE) as u64;
         }
         self.finish()
     }
 
     fn finish(&mut self) -> Result<()> {
-        self.done.wrong += self.wrong() as u64;
-        self.done.compared += self.seeds.len() as u64;
+        self.stats.wrong += self.wrong() as u64;
+        self.stats.compared += self.seeds.len() as u64;
         Ok(())
     }
 
-    fn done(&self) -> &Churned {
-        &self.done
+    fn stats(&self) -> &ChurnStats {
+        &self.stats
     }
 }
 
@@ -118,17 +118,17 @@ mod tests {
 
     #[test]
     fn children_and_parent_each_keep_their_own() {
-        let mut forks = Forks::new(&CHURN).unwrap();
+        let mut forks = ForkChurn::new(&CHURN).unwrap();
         for _ in 0..5 {
             forks.step().unwrap();
         }
-        assert!(forks.done.pieces >= 5 && forks.done.compared > 5 * 256);
-        assert_eq!(forks.done.wrong, 0);
+        assert!(forks.stats.pieces >= 5 && forks.stats.compared > 5 * 256);
+        assert_eq!(forks.stats.wrong, 0);
     }
 
     #[test]
     fn a_child_sees_a_page_that_was_lost() {
-        let mut forks = Forks::new(&CHURN).unwrap();
+        let mut forks = ForkChurn::new(&CHURN).unwrap();
         forks.map[5 * PAGE..6 * PAGE].fill(0);
         assert!(!forks.child(0, 1));
         assert_eq!(forks.wrong(), 1);

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{anyhow, Result};
-use guest_agent::calls::Churned;
+use guest_agent::calls::ChurnStats;
 use guest_agent::pattern;
 
 /// Something that is done step by step, without end.
@@ -18,52 +18,52 @@ pub trait Job: Send + 'static {
     fn finish(&mut self) -> Result<()>;
 
     /// What was done so far.
-    fn done(&self) -> &Churned;
+    fn stats(&self) -> &ChurnStats;
 }
 
 /// A job in a thread of its own, so that this process can be told to end it.
-pub struct Running {
+pub struct JobThread {
     stop: Arc<AtomicBool>,
-    so_far: Arc<Mutex<Churned>>,
+    progress: Arc<Mutex<ChurnStats>>,
     thread: JoinHandle<Result<()>>,
 }
 
-impl Running {
+impl JobThread {
     /// Begins.
     pub fn start(mut job: impl Job) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let so_far = Arc::new(Mutex::new(Churned::default()));
-        let (seen, told) = (stop.clone(), so_far.clone());
+        let progress = Arc::new(Mutex::new(ChurnStats::default()));
+        let (seen, told) = (stop.clone(), progress.clone());
         let thread = thread::spawn(move || {
             while !seen.load(Ordering::Relaxed) {
                 job.step()?;
-                lock(&told).clone_from(job.done());
+                lock(&told).clone_from(job.stats());
             }
             job.finish()?;
-            lock(&told).clone_from(job.done());
+            lock(&told).clone_from(job.stats());
             Ok(())
         });
         Self {
             stop,
-            so_far,
+            progress,
             thread,
         }
     }
 
     /// What was done up to now, unless the job has failed: that only its end tells.
-    pub fn so_far(&self) -> Result<Churned> {
+    pub fn progress(&self) -> Result<ChurnStats> {
         if self.thread.is_finished() {
             return Err(anyhow!("the job has ended before it was told to"));
         }
-        Ok(lock(&self.so_far).clone())
+        Ok(lock(&self.progress).clone())
     }
 
     /// Ends it.
-    pub fn end(self) -> Result<Churned> {
+    pub fn end(self) -> Result<ChurnStats> {
         self.stop.store(true, Ordering::Relaxed);
         let joined = self.thread.join();
         joined.map_err(|_| anyhow!("the job's thread panicked"))??;
-        Ok(lock(&self.so_far).clone())
+        Ok(lock(&self.progress).clone())
     }
 }
 
@@ -72,9 +72,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// A sequence that looks random, and is the same for the same seed.
-pub struct Random(pub u64);
+pub struct Rng(pub u64);
 
-impl Random {
+impl Rng {
     /// The next number.
     pub fn next(&mut self) -> u64 {
         self.0 = pattern::next_random(self.0);

@@ -8,16 +8,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
-use guest_agent::calls::{KernelLine, WaitKernelLog};
+use guest_agent::calls::{KernelLogRecord, WaitKernelLog};
 use nix::fcntl::OFlag;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
-use crate::serve::Answer;
+use crate::serve::HandleCall;
 
 /// A reader of the log with its own place in it; a new one starts at the oldest record.
-pub struct KernelLog(File);
+pub struct KmsgReader(File);
 
-impl KernelLog {
+impl KmsgReader {
     /// Opens the log.
     pub fn open() -> Result<Self> {
         let options = || {
@@ -30,7 +30,7 @@ impl KernelLog {
     }
 
     /// The next record, if there is one. Records that were overwritten before they were read are passed over.
-    fn next(&mut self) -> Result<Option<KernelLine>> {
+    fn next(&mut self) -> Result<Option<KernelLogRecord>> {
         let mut record = [0; 8192];
         loop {
             match self.0.read(&mut record) {
@@ -50,12 +50,12 @@ impl KernelLog {
     }
 
     /// All records up to now.
-    pub fn rest(&mut self) -> Result<Vec<KernelLine>> {
+    pub fn rest(&mut self) -> Result<Vec<KernelLogRecord>> {
         std::iter::from_fn(|| self.next().transpose()).collect()
     }
 
-    fn wait(&self, limit: Duration) -> Result<()> {
-        let timeout = PollTimeout::try_from(limit).unwrap_or(PollTimeout::MAX);
+    fn wait(&self, timeout: Duration) -> Result<()> {
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
         poll(
             &mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)],
             timeout,
@@ -66,11 +66,11 @@ impl KernelLog {
 }
 
 /// `level,sequence,microseconds,flags;text`, then lines with a space in front that describe the device.
-fn parse(record: &str) -> Option<KernelLine> {
+fn parse(record: &str) -> Option<KernelLogRecord> {
     let (head, text) = record.split_once(';')?;
     let mut fields = head.split(',');
     let level = fields.next()?.parse::<u32>().ok()? & 7;
-    Some(KernelLine {
+    Some(KernelLogRecord {
         level: u8::try_from(level).ok()?,
         sequence: fields.next()?.parse().ok()?,
         time_us: fields.next()?.parse().ok()?,
@@ -78,13 +78,13 @@ fn parse(record: &str) -> Option<KernelLine> {
     })
 }
 
-impl Answer for WaitKernelLog {
-    fn answer(self) -> Result<KernelLine> {
-        let deadline = Instant::now() + Duration::from_millis(self.limit_ms);
-        let mut log = KernelLog::open()?;
+impl HandleCall for WaitKernelLog {
+    fn handle(self) -> Result<KernelLogRecord> {
+        let deadline = Instant::now() + Duration::from_millis(self.timeout_ms);
+        let mut log = KmsgReader::open()?;
         loop {
             while let Some(line) = log.next()? {
-                if line.sequence >= self.from && line.text.contains(&self.holds) {
+                if line.sequence >= self.from && line.text.contains(&self.substring) {
                     return Ok(line);
                 }
             }
@@ -92,8 +92,8 @@ impl Answer for WaitKernelLog {
             if left.is_zero() {
                 bail!(
                     "the kernel log had no line with {:?} within {} ms",
-                    self.holds,
-                    self.limit_ms
+                    self.substring,
+                    self.timeout_ms
                 );
             }
             log.wait(left)?;

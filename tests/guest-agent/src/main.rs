@@ -4,21 +4,21 @@
 //! Started as a guest's first process. It starts itself again, with the argument `worker`, for each workload.
 #![deny(unsafe_code)]
 
-mod balloons;
-mod churn;
-mod faults;
+mod balloon_devices;
+mod fault_injection;
 mod file_churn;
 mod files;
 mod fork_churn;
 mod job;
 mod kernel_log;
 mod memory;
+mod memory_churn;
 mod page_use;
 mod port;
 mod power;
 mod processes;
 mod serve;
-mod set_up;
+mod setup;
 #[allow(unsafe_code)]
 mod sys;
 mod worker;
@@ -44,13 +44,13 @@ fn main() -> ExitCode {
         );
         return ExitCode::FAILURE;
     }
-    if let Err(error) = set_up::mount_all().and_then(|()| {
-        set_up::load_early_modules()?;
-        set_up::keep_free_pages_together();
-        set_up::keep_processes_together()?;
+    if let Err(error) = setup::mount_all().and_then(|()| {
+        setup::load_early_modules()?;
+        setup::shorten_pcp_lists();
+        setup::pin_to_first_cpu()?;
         serve::serve(port::open()?)
     }) {
         eprintln!("agent: {error:#}");
     }
-    power::end(RebootMode::RB_POWER_OFF)
+    power::shut_down(RebootMode::RB_POWER_OFF)
 }

@@ -8,23 +8,23 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 use guest_agent::calls::{
-    BuddyInfo, DropMemoryCaches, Lowest, LowestMemFree, MemInfo, Memory, WaitMemFree,
-    WaitMemSettled, Zone,
+    BuddyInfo, BuddyInfoZone, DropCachesAndCompact, LowestMemFree, MemFreeMinimum, MemInfo,
+    MemInfoFields, WaitMemFree, WaitMemSettled,
 };
 
-use crate::serve::Answer;
+use crate::serve::HandleCall;
 
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-impl Answer for MemInfo {
-    fn answer(self) -> Result<Memory> {
+impl HandleCall for MemInfo {
+    fn handle(self) -> Result<MemInfoFields> {
         let text = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
         Ok(parse_meminfo(&text))
     }
 }
 
-impl Answer for BuddyInfo {
-    fn answer(self) -> Result<Vec<Zone>> {
+impl HandleCall for BuddyInfo {
+    fn handle(self) -> Result<Vec<BuddyInfoZone>> {
         let text = fs::read_to_string("/proc/buddyinfo").context("cannot read /proc/buddyinfo")?;
         text.lines()
             .map(|line| {
@@ -34,11 +34,11 @@ impl Answer for BuddyInfo {
     }
 }
 
-impl Answer for WaitMemFree {
-    fn answer(self) -> Result<Memory> {
-        let deadline = Instant::now() + Duration::from_millis(self.limit_ms);
+impl HandleCall for WaitMemFree {
+    fn handle(self) -> Result<MemInfoFields> {
+        let deadline = Instant::now() + Duration::from_millis(self.timeout_ms);
         loop {
-            let memory = MemInfo {}.answer()?;
+            let memory = MemInfo {}.handle()?;
             if (self.at_least..=self.at_most).contains(&memory.free()) {
                 return Ok(memory);
             }
@@ -48,55 +48,55 @@ impl Answer for WaitMemFree {
                     memory.free(),
                     self.at_least,
                     self.at_most,
-                    self.limit_ms
+                    self.timeout_ms
                 );
             }
-            sleep(LOOK_EVERY);
+            sleep(POLL_INTERVAL);
         }
     }
 }
 
-impl Answer for WaitMemSettled {
-    fn answer(self) -> Result<Memory> {
-        let deadline = Instant::now() + Duration::from_millis(self.limit_ms);
-        let (mut quiet, mut at) = (0, MemInfo {}.answer()?.free());
+impl HandleCall for WaitMemSettled {
+    fn handle(self) -> Result<MemInfoFields> {
+        let deadline = Instant::now() + Duration::from_millis(self.timeout_ms);
+        let (mut stable, mut at) = (0, MemInfo {}.handle()?.free());
         loop {
-            let memory = MemInfo {}.answer()?;
+            let memory = MemInfo {}.handle()?;
             if memory.free().abs_diff(at) >= self.tolerance {
-                (quiet, at) = (0, memory.free());
-            } else if quiet >= self.quiet_looks {
+                (stable, at) = (0, memory.free());
+            } else if stable >= self.stable_samples {
                 return Ok(memory);
             }
-            quiet += 1;
+            stable += 1;
             if Instant::now() > deadline {
                 bail!(
                     "MemFree, now {} bytes, was still moving after {} ms",
                     memory.free(),
-                    self.limit_ms
+                    self.timeout_ms
                 );
             }
-            sleep(LOOK_EVERY);
+            sleep(POLL_INTERVAL);
         }
     }
 }
 
-impl Answer for LowestMemFree {
-    fn answer(self) -> Result<Lowest> {
-        let deadline = Instant::now() + Duration::from_millis(self.for_ms);
-        let mut lowest = Lowest {
+impl HandleCall for LowestMemFree {
+    fn handle(self) -> Result<MemFreeMinimum> {
+        let deadline = Instant::now() + Duration::from_millis(self.duration_ms);
+        let mut lowest = MemFreeMinimum {
             free: u64::MAX,
             samples: 0,
         };
         while Instant::now() < deadline {
-            lowest.free = lowest.free.min(MemInfo {}.answer()?.free());
+            lowest.free = lowest.free.min(MemInfo {}.handle()?.free());
             lowest.samples += 1;
         }
         Ok(lowest)
     }
 }
 
-impl Answer for DropMemoryCaches {
-    fn answer(self) -> Result<()> {
+impl HandleCall for DropCachesAndCompact {
+    fn handle(self) -> Result<()> {
         // The first has the second not be logged each time; the last has each processor add what it has counted to the whole.
         for (control, value) in [
             ("drop_caches", "4"),
@@ -115,7 +115,7 @@ impl Answer for DropMemoryCaches {
     }
 }
 
-fn parse_meminfo(text: &str) -> Memory {
+fn parse_meminfo(text: &str) -> MemInfoFields {
     let field = |line: &str| {
         let (name, rest) = line.split_once(':')?;
         let mut words = rest.split_whitespace();
@@ -123,21 +123,21 @@ fn parse_meminfo(text: &str) -> Memory {
         let unit = if words.next() == Some("kB") { 1024 } else { 1 };
         Some((name.to_owned(), number.saturating_mul(unit)))
     };
-    Memory(text.lines().filter_map(field).collect())
+    MemInfoFields(text.lines().filter_map(field).collect())
 }
 
 /// `Node 0, zone      DMA      1      0 ...`
-fn parse_zone(line: &str) -> Option<Zone> {
+fn parse_zone(line: &str) -> Option<BuddyInfoZone> {
     let rest = line.strip_prefix("Node ")?;
     let (node, rest) = rest.split_once(',')?;
     let mut words = rest.split_whitespace();
     (words.next()? == "zone").then_some(())?;
     let name = words.next()?.to_owned();
-    let blocks = words.map(str::parse).collect::<Result<_, _>>().ok()?;
-    Some(Zone {
+    let free_blocks = words.map(str::parse).collect::<Result<_, _>>().ok()?;
+    Some(BuddyInfoZone {
         node: node.parse().ok()?,
         name,
-        blocks,
+        free_blocks,
     })
 }
 
@@ -162,8 +162,8 @@ mod tests {
     fn a_zone_counts_its_free_bytes() {
         let zone = parse_zone("Node 0, zone    DMA32      1      0      2").unwrap();
         assert_eq!((zone.node, zone.name.as_str()), (0, "DMA32"));
-        assert_eq!(zone.free_from(0, 4096), 9 * 4096);
-        assert_eq!(zone.free_from(1, 4096), 8 * 4096);
+        assert_eq!(zone.free_bytes_from_order(0, 4096), 9 * 4096);
+        assert_eq!(zone.free_bytes_from_order(1, 4096), 8 * 4096);
         assert_eq!(parse_zone("nonsense"), None);
     }
 }

@@ -8,11 +8,11 @@ use guest_agent::calls::{FreePages, PageUse, PagesByUse};
 use guest_agent::pattern::PAGE;
 use guest_agent::ranges::{PhysicalRange, RangeSet};
 
-use crate::serve::Answer;
+use crate::serve::HandleCall;
 
 /// The bits of an entry, by their numbers in the kernel's `kernel-page-flags.h`.
 mod flags {
-    pub const FREE: u64 = 1 << 10;
+    pub const BUDDY: u64 = 1 << 10;
     pub const OFFLINE: u64 = 1 << 23;
     /// `LOCKED`, `REFERENCED`, `UPTODATE`, `DIRTY`, `LRU`, `ACTIVE`, `SLAB`, `WRITEBACK`, `MMAP`, `ANON`, `SWAPCACHE`,
     /// `SWAPBACKED`, `HUGE`, `UNEVICTABLE`, `KSM`, `ZERO_PAGE`, `PGTABLE`, `RESERVED`, `MLOCKED`, `PRIVATE`: none of them
@@ -28,21 +28,21 @@ mod flags {
         | (1 << 35);
 }
 
-impl Answer for FreePages {
-    fn answer(self) -> Result<RangeSet> {
+impl HandleCall for FreePages {
+    fn handle(self) -> Result<RangeSet> {
         let all = read()?;
-        Ok(those(&all, |flags| flags & flags::FREE != 0))
+        Ok(pages_with_flags(&all, |flags| flags & flags::BUDDY != 0))
     }
 }
 
-impl Answer for PageUse {
-    fn answer(self) -> Result<PagesByUse> {
+impl HandleCall for PageUse {
+    fn handle(self) -> Result<PagesByUse> {
         let all = read()?;
         Ok(PagesByUse {
-            free: those(&all, |flags| flags & flags::FREE != 0),
-            ballooned: those(&all, |flags| flags & flags::OFFLINE != 0),
-            used: those(&all, |flags| {
-                flags & (flags::FREE | flags::OFFLINE) == 0 && flags & flags::USED != 0
+            free: pages_with_flags(&all, |flags| flags & flags::BUDDY != 0),
+            ballooned: pages_with_flags(&all, |flags| flags & flags::OFFLINE != 0),
+            used: pages_with_flags(&all, |flags| {
+                flags & (flags::BUDDY | flags::OFFLINE) == 0 && flags & flags::USED != 0
             }),
         })
     }
@@ -53,7 +53,7 @@ fn read() -> Result<Vec<u8>> {
     fs::read("/proc/kpageflags").context("cannot read /proc/kpageflags")
 }
 
-fn those(entries: &[u8], wanted: impl Fn(u64) -> bool) -> RangeSet {
+fn pages_with_flags(entries: &[u8], wanted: impl Fn(u64) -> bool) -> RangeSet {
     let entries = entries
         .chunks_exact(size_of::<u64>())
         .filter_map(|bytes| bytes.try_into().ok())
@@ -74,20 +74,20 @@ mod tests {
 
     #[test]
     fn neighbours_of_one_use_are_one_range() {
-        let entries: Vec<u8> = [0, flags::FREE, flags::FREE, 1 << 12, flags::FREE]
+        let entries: Vec<u8> = [0, flags::BUDDY, flags::BUDDY, 1 << 12, flags::BUDDY]
             .into_iter()
             .flat_map(u64::to_ne_bytes)
             .collect();
         let page = PAGE as u64;
         assert_eq!(
-            those(&entries, |flags| flags & flags::FREE != 0).ranges(),
+            pages_with_flags(&entries, |flags| flags & flags::BUDDY != 0).ranges(),
             [(1, 2), (4, 1)].map(|(first, pages)| PhysicalRange {
                 start: first * page,
                 length: pages * page
             })
         );
         assert_eq!(
-            those(&entries, |bits| bits & flags::USED != 0).bytes(),
+            pages_with_flags(&entries, |bits| bits & flags::USED != 0).bytes(),
             page
         );
     }

@@ -46,7 +46,7 @@ pub fn holds(bytes: &[u8], seed: u64, page: u64) -> bool {
 
 /// Whether `bytes` hold the pattern of some seed and page.
 #[must_use]
-pub fn is_some(bytes: &[u8]) -> bool {
+pub fn is_pattern(bytes: &[u8]) -> bool {
     let mut words = bytes
         .chunks_exact(8)
         .filter_map(|word| word.try_into().ok())
@@ -71,9 +71,9 @@ mod tests {
         assert!(holds(&page, 1, 2));
         assert!(!holds(&page, 1, 3));
         assert!(!holds(&page, 2, 2));
-        assert!(is_some(&page) && !is_some(&vec![0; PAGE]));
+        assert!(is_pattern(&page) && !is_pattern(&vec![0; PAGE]));
         page[PAGE - 1] ^= 1;
-        assert!(!is_some(&page));
+        assert!(!is_pattern(&page));
         assert!(!holds(&page, 1, 2));
     }
 }

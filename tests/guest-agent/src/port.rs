@@ -12,14 +12,14 @@ use guest_agent::protocol::{PORT_NAME, PORT_VARIABLE};
 use nix::sys::termios::{cfmakeraw, tcgetattr, tcsetattr, SetArg};
 
 /// How long the port may take to appear once the first process runs.
-const APPEARS_WITHIN: Duration = Duration::from_secs(600);
+const PORT_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Opens the port, waiting until the kernel has found it.
 pub fn open() -> Result<File> {
     if let Some(line) = std::env::var_os(PORT_VARIABLE) {
-        return open_line(Path::new(&line));
+        return open_serial(Path::new(&line));
     }
-    let path = find_virtio_port()?;
+    let path = wait_virtio_port()?;
     open_file(&path)
 }
 
@@ -32,7 +32,7 @@ fn open_file(path: &Path) -> Result<File> {
 }
 
 /// Neither echo nor line editing nor translation may touch the protocol.
-fn open_line(path: &Path) -> Result<File> {
+fn open_serial(path: &Path) -> Result<File> {
     let line = open_file(path)?;
     let mut settings =
         tcgetattr(&line).with_context(|| format!("{} is no serial line", path.display()))?;
@@ -41,10 +41,10 @@ fn open_line(path: &Path) -> Result<File> {
     Ok(line)
 }
 
-fn find_virtio_port() -> Result<PathBuf> {
-    let deadline = Instant::now() + APPEARS_WITHIN;
+fn wait_virtio_port() -> Result<PathBuf> {
+    let deadline = Instant::now() + PORT_TIMEOUT;
     loop {
-        if let Some(path) = look_for_virtio_port()? {
+        if let Some(path) = scan_virtio_ports()? {
             return Ok(path);
         }
         if Instant::now() > deadline {
@@ -54,7 +54,7 @@ fn find_virtio_port() -> Result<PathBuf> {
     }
 }
 
-fn look_for_virtio_port() -> io::Result<Option<PathBuf>> {
+fn scan_virtio_ports() -> io::Result<Option<PathBuf>> {
     let ports = match fs::read_dir("/sys/class/virtio-ports") {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         ports => ports?,

@@ -6,21 +6,21 @@ use std::fs::File;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use guest_agent::calls::LoadKernel;
+use guest_agent::calls::KexecLoad;
 use nix::sys::reboot::{reboot, RebootMode};
 
-use crate::serve::Answer;
+use crate::serve::HandleCall;
 use crate::sys::kexec_file_load;
 
 /// Ends the guest. Returns only if the kernel refuses, and then the kernel panics: its first process has ended.
-pub fn end(mode: RebootMode) -> ExitCode {
+pub fn shut_down(mode: RebootMode) -> ExitCode {
     let Err(error) = reboot(mode);
     eprintln!("agent: {mode:?} failed: {error}");
     ExitCode::FAILURE
 }
 
-impl Answer for LoadKernel {
-    fn answer(self) -> Result<()> {
+impl HandleCall for KexecLoad {
+    fn handle(self) -> Result<()> {
         let open = |path| File::open(path).with_context(|| format!("cannot open {path}"));
         let (kernel, initramfs) = (open(&self.kernel)?, open(&self.initramfs)?);
         let command_line = CString::new(self.command_line).context("a NUL byte")?;

@@ -6,14 +6,14 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
-use guest_agent::calls::{Finished, Run, Shell};
+use guest_agent::calls::{CommandOutput, Run, Shell};
 
-use crate::serve::Answer;
+use crate::serve::HandleCall;
 
 const BUSYBOX: &str = "/bin/busybox";
 
-impl Answer for Run {
-    fn answer(self) -> Result<Finished> {
+impl HandleCall for Run {
+    fn handle(self) -> Result<CommandOutput> {
         let (program, arguments) = self.argv.split_first().context("no program was named")?;
         let mut command = if program.contains('/') {
             Command::new(program)
@@ -24,7 +24,7 @@ impl Answer for Run {
         };
         let output = command.args(arguments).stdin(Stdio::null()).output();
         let output = output.with_context(|| format!("cannot run {program}"))?;
-        Ok(Finished {
+        Ok(CommandOutput {
             status: output.status.code(),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
@@ -32,8 +32,8 @@ impl Answer for Run {
     }
 }
 
-impl Answer for Shell {
-    fn answer(self) -> Result<()> {
+impl HandleCall for Shell {
+    fn handle(self) -> Result<()> {
         let installed = Command::new(BUSYBOX)
             .args(["--install", "-s", "/bin"])
             .status();

@@ -52,14 +52,14 @@ pub struct Response {
     pub id: u64,
     /// The outcome.
     #[serde(flatten)]
-    pub outcome: Outcome,
+    pub result: CallResult,
 }
 
 /// How a call ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
-    /// The call's own answer, as [`crate::calls::Call::Answer`] says.
+pub enum CallResult {
+    /// The call's own answer, as [`crate::calls::Call::Reply`] says.
     Done(Value),
     /// The call failed; a sentence for people.
     Failed(String),

@@ -82,7 +82,7 @@ impl RangeSet {
 
     /// The bytes that this set holds and the other does not.
     #[must_use]
-    pub fn without(&self, other: &Self) -> Self {
+    pub fn difference(&self, other: &Self) -> Self {
         let mut rest = Vec::new();
         let mut others = other.0.iter().peekable();
         for range in &self.0 {
@@ -162,9 +162,9 @@ mod tests {
     fn a_difference_holds_only_what_the_other_lacks() {
         let a = set(&[(0, 10), (20, 10), (40, 1)]);
         let b = set(&[(2, 2), (5, 20), (29, 20)]);
-        assert_eq!(a.without(&b), set(&[(0, 2), (4, 1), (25, 4)]));
-        assert_eq!(a.without(&set(&[])), a);
-        assert_eq!(a.without(&a), set(&[]));
+        assert_eq!(a.difference(&b), set(&[(0, 2), (4, 1), (25, 4)]));
+        assert_eq!(a.difference(&set(&[])), a);
+        assert_eq!(a.difference(&a), set(&[]));
     }
 
     #[test]

@@ -8,30 +8,30 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use guest_agent::calls::{AnyCall, Call};
-use guest_agent::protocol::{Hello, Outcome, Request, Response, VERSION};
+use guest_agent::protocol::{CallResult, Hello, Request, Response, VERSION};
 use nix::sys::reboot::RebootMode;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::kernel_log::KernelLog;
+use crate::kernel_log::KmsgReader;
 use crate::power;
-use crate::workloads::{Order, Workloads};
+use crate::workloads::{WorkerRequest, Workloads};
 
 /// A call that needs nothing of the agent's own state.
-pub trait Answer: Call {
+pub trait HandleCall: Call {
     /// Does what the call says.
-    fn answer(self) -> Result<Self::Answer>;
+    fn handle(self) -> Result<Self::Reply>;
 }
 
 struct Agent {
-    log: KernelLog,
+    log: KmsgReader,
     workloads: Workloads,
 }
 
 /// Says hello, then answers calls one after the other. Returns only on an error of the port.
 pub fn serve(mut port: File) -> Result<()> {
     let mut agent = Agent {
-        log: KernelLog::open()?,
+        log: KmsgReader::open()?,
         workloads: Workloads::default(),
     };
     send(&mut port, &hello()?)?;
@@ -55,22 +55,22 @@ pub fn serve(mut port: File) -> Result<()> {
         line.clear();
         let end = match request.call {
             AnyCall::PowerOff(_) => Some(RebootMode::RB_POWER_OFF),
-            AnyCall::StartKernel(_) => Some(RebootMode::RB_KEXEC),
+            AnyCall::KexecExec(_) => Some(RebootMode::RB_KEXEC),
             _ => None,
         };
-        let outcome = match agent.answer(request.call) {
-            Ok(value) => Outcome::Done(value),
-            Err(error) => Outcome::Failed(format!("{error:#}")),
+        let result = match agent.handle(request.call) {
+            Ok(value) => CallResult::Done(value),
+            Err(error) => CallResult::Failed(format!("{error:#}")),
         };
         send(
             &mut port,
             &Response {
                 id: request.id,
-                outcome,
+                result,
             },
         )?;
         if let Some(mode) = end {
-            power::end(mode);
+            power::shut_down(mode);
         }
     }
 }
@@ -93,8 +93,8 @@ fn send(port: &mut File, message: &impl Serialize) -> Result<()> {
     port.write_all(&line).context("cannot write to the port")
 }
 
-fn done<C: Answer>(call: C) -> Result<Value> {
-    encode(call.answer()?)
+fn reply<C: HandleCall>(call: C) -> Result<Value> {
+    encode(call.handle()?)
 }
 
 fn encode(answer: impl Serialize) -> Result<Value> {
@@ -102,31 +102,31 @@ fn encode(answer: impl Serialize) -> Result<Value> {
 }
 
 impl Agent {
-    fn answer(&mut self, call: AnyCall) -> Result<Value> {
+    fn handle(&mut self, call: AnyCall) -> Result<Value> {
         match call {
-            AnyCall::MemInfo(call) => done(call),
-            AnyCall::BuddyInfo(call) => done(call),
-            AnyCall::WaitMemFree(call) => done(call),
-            AnyCall::WaitMemSettled(call) => done(call),
-            AnyCall::LowestMemFree(call) => done(call),
-            AnyCall::FreePages(call) => done(call),
-            AnyCall::PageUse(call) => done(call),
-            AnyCall::DropMemoryCaches(call) => done(call),
-            AnyCall::Balloons(call) => done(call),
-            AnyCall::WaitBalloons(call) => done(call),
-            AnyCall::LoadKernel(call) => done(call),
-            AnyCall::LoadModule(call) => done(call),
-            AnyCall::UnloadModule(call) => done(call),
-            AnyCall::Modules(call) => done(call),
-            AnyCall::WaitKernelLog(call) => done(call),
-            AnyCall::KunitResults(call) => done(call),
-            AnyCall::ReadFile(call) => done(call),
-            AnyCall::ListFolder(call) => done(call),
-            AnyCall::WriteFile(call) => done(call),
-            AnyCall::WriteFileFaulted(call) => done(call),
-            AnyCall::LoadModuleFaulted(call) => done(call),
-            AnyCall::Run(call) => done(call),
-            AnyCall::Shell(call) => done(call),
+            AnyCall::MemInfo(call) => reply(call),
+            AnyCall::BuddyInfo(call) => reply(call),
+            AnyCall::WaitMemFree(call) => reply(call),
+            AnyCall::WaitMemSettled(call) => reply(call),
+            AnyCall::LowestMemFree(call) => reply(call),
+            AnyCall::FreePages(call) => reply(call),
+            AnyCall::PageUse(call) => reply(call),
+            AnyCall::DropCachesAndCompact(call) => reply(call),
+            AnyCall::ListBalloonDevices(call) => reply(call),
+            AnyCall::WaitBalloonDevices(call) => reply(call),
+            AnyCall::KexecLoad(call) => reply(call),
+            AnyCall::LoadModule(call) => reply(call),
+            AnyCall::UnloadModule(call) => reply(call),
+            AnyCall::Modules(call) => reply(call),
+            AnyCall::WaitKernelLog(call) => reply(call),
+            AnyCall::KunitResults(call) => reply(call),
+            AnyCall::ReadFile(call) => reply(call),
+            AnyCall::ListFolder(call) => reply(call),
+            AnyCall::WriteFile(call) => reply(call),
+            AnyCall::WriteFileFailNth(call) => reply(call),
+            AnyCall::LoadModuleFailNth(call) => reply(call),
+            AnyCall::Run(call) => reply(call),
+            AnyCall::Shell(call) => reply(call),
             AnyCall::KernelLog(_) => encode(self.log.rest()?),
             AnyCall::Fill(call) => encode(self.workloads.fill(&call)?),
             AnyCall::Release(call) => encode(self.workloads.release(call.workload)?),
@@ -136,12 +136,18 @@ impl Agent {
             AnyCall::Verify(call) => encode(self.workloads.verify(call.workload)?),
             AnyCall::KeptPages(call) => encode(self.workloads.kept_pages(call.workload)?),
             AnyCall::Free(call) => encode(self.workloads.free(call.workload)?),
-            AnyCall::Churn(call) => encode(self.workloads.churn(&Order::Churn(call))?),
-            AnyCall::ChurnFiles(call) => encode(self.workloads.churn(&Order::ChurnFiles(call))?),
-            AnyCall::ChurnForks(call) => encode(self.workloads.churn(&Order::ChurnForks(call))?),
-            AnyCall::ChurnedSoFar(call) => encode(self.workloads.churned_so_far(call.workload)?),
-            AnyCall::EndChurn(call) => encode(self.workloads.end_churn(call.workload)?),
-            AnyCall::PowerOff(_) | AnyCall::StartKernel(_) => encode(()),
+            AnyCall::ChurnMemory(call) => {
+                encode(self.workloads.churn(&WorkerRequest::ChurnMemory(call))?)
+            }
+            AnyCall::ChurnFiles(call) => {
+                encode(self.workloads.churn(&WorkerRequest::ChurnFiles(call))?)
+            }
+            AnyCall::ChurnForks(call) => {
+                encode(self.workloads.churn(&WorkerRequest::ChurnForks(call))?)
+            }
+            AnyCall::ChurnProgress(call) => encode(self.workloads.churn_progress(call.workload)?),
+            AnyCall::StopChurn(call) => encode(self.workloads.stop_churn(call.workload)?),
+            AnyCall::PowerOff(_) | AnyCall::KexecExec(_) => encode(()),
         }
     }
 }

@@ -32,7 +32,7 @@ pub fn kexec_file_load(kernel: &File, initramfs: &File, command_line: &CStr) -> 
 }
 
 /// Gives the pages of private anonymous memory back to the kernel. They hold zeroes afterwards.
-pub fn give_back(pages: &mut [u8]) -> io::Result<()> {
+pub fn madvise_dontneed(pages: &mut [u8]) -> io::Result<()> {
     // SAFETY: madvise(2) refuses a range that does not begin with a page. What it takes away is borrowed for writing, and zeroes, or
     // what a file holds, are as good as any other bytes.
     let result =

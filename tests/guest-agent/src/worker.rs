@@ -9,17 +9,17 @@ use std::os::unix::fs::FileExt;
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{Fill, Verified};
 use guest_agent::pattern::{self, PAGE};
-use guest_agent::protocol::Outcome;
+use guest_agent::protocol::CallResult;
 use guest_agent::ranges::{PhysicalRange, RangeSet};
 use memmap2::{Advice, MmapMut};
 use serde_json::Value;
 
-use crate::churn::Pieces;
-use crate::file_churn::Files;
-use crate::fork_churn::Forks;
-use crate::job::Running;
+use crate::file_churn::FileChurn;
+use crate::fork_churn::ForkChurn;
+use crate::job::JobThread;
+use crate::memory_churn::MemoryChurn;
 use crate::sys;
-use crate::workloads::Order;
+use crate::workloads::WorkerRequest;
 
 /// Obeys orders until standard input ends.
 pub fn run() -> Result<()> {
@@ -28,13 +28,13 @@ pub fn run() -> Result<()> {
         .context("cannot offer myself to the OOM killer")?;
     let mut state = State::default();
     for line in stdin().lines() {
-        let order: Order =
+        let request: WorkerRequest =
             serde_json::from_str(&line.context("cannot read an order")?).context("not an order")?;
-        let outcome = match obey(&mut state, order) {
-            Ok(value) => Outcome::Done(value),
-            Err(error) => Outcome::Failed(format!("{error:#}")),
+        let result = match handle(&mut state, request) {
+            Ok(value) => CallResult::Done(value),
+            Err(error) => CallResult::Failed(format!("{error:#}")),
         };
-        let mut line = serde_json::to_string(&outcome).context("cannot encode an answer")?;
+        let mut line = serde_json::to_string(&result).context("cannot encode an answer")?;
         line.push('\n');
         stdout()
             .write_all(line.as_bytes())
@@ -45,45 +45,45 @@ pub fn run() -> Result<()> {
 
 #[derive(Default)]
 struct State {
-    held: Option<Held>,
-    churn: Option<Running>,
+    memory: Option<FilledMemory>,
+    churn: Option<JobThread>,
 }
 
-fn obey(state: &mut State, order: Order) -> Result<Value> {
-    let held = &mut state.held;
-    let answer = match order {
-        Order::Fill(fill) => {
-            let new = Held::fill(&fill)?;
+fn handle(state: &mut State, request: WorkerRequest) -> Result<Value> {
+    let memory = &mut state.memory;
+    let answer = match request {
+        WorkerRequest::Fill(fill) => {
+            let new = FilledMemory::fill(&fill)?;
             let counts = (new.filled, new.kept_pages());
-            *held = Some(new);
+            *memory = Some(new);
             serde_json::to_value(counts)
         }
-        Order::Release => {
-            some(held)?.rest = None;
+        WorkerRequest::Release => {
+            filled_memory(memory)?.releasable = None;
             serde_json::to_value(())
         }
-        Order::ReleaseLowest(pages) => {
-            serde_json::to_value(some(held)?.release_lowest(usize::try_from(pages)?)?)
+        WorkerRequest::ReleaseLowest(pages) => {
+            serde_json::to_value(filled_memory(memory)?.release_lowest(usize::try_from(pages)?)?)
         }
-        Order::Verify => serde_json::to_value(some(held)?.verify()),
-        Order::KeptPages => serde_json::to_value(some(held)?.physical()?),
-        Order::Churn(churn) => {
-            state.churn = Some(Running::start(Pieces::new(&churn)?));
+        WorkerRequest::Verify => serde_json::to_value(filled_memory(memory)?.verify()),
+        WorkerRequest::KeptPages => serde_json::to_value(filled_memory(memory)?.physical_ranges()?),
+        WorkerRequest::ChurnMemory(churn) => {
+            state.churn = Some(JobThread::start(MemoryChurn::new(&churn)?));
             serde_json::to_value(())
         }
-        Order::ChurnFiles(churn) => {
-            state.churn = Some(Running::start(Files::new(&churn)?));
+        WorkerRequest::ChurnFiles(churn) => {
+            state.churn = Some(JobThread::start(FileChurn::new(&churn)?));
             serde_json::to_value(())
         }
-        Order::ChurnForks(churn) => {
-            state.churn = Some(Running::start(Forks::new(&churn)?));
+        WorkerRequest::ChurnForks(churn) => {
+            state.churn = Some(JobThread::start(ForkChurn::new(&churn)?));
             serde_json::to_value(())
         }
-        Order::ChurnedSoFar => {
+        WorkerRequest::ChurnProgress => {
             let running = state.churn.as_ref().context("nothing churns")?;
-            serde_json::to_value(running.so_far()?)
+            serde_json::to_value(running.progress()?)
         }
-        Order::EndChurn => {
+        WorkerRequest::StopChurn => {
             let running = state.churn.take().context("nothing churns")?;
             serde_json::to_value(running.end()?)
         }
@@ -91,30 +91,32 @@ fn obey(state: &mut State, order: Order) -> Result<Value> {
     answer.context("cannot encode an answer")
 }
 
-fn some(held: &mut Option<Held>) -> Result<&mut Held> {
-    held.as_mut().context("nothing was filled yet")
+fn filled_memory(memory: &mut Option<FilledMemory>) -> Result<&mut FilledMemory> {
+    memory.as_mut().context("nothing was filled yet")
 }
 
 /// Filled memory: two mappings, touched in turn, so that kept pages lie among others in physical memory.
-struct Held {
+struct FilledMemory {
     kept: Option<MmapMut>,
-    rest: Option<MmapMut>,
+    releasable: Option<MmapMut>,
     filled: u64,
     seed: u64,
 }
 
-impl Held {
+impl FilledMemory {
     fn fill(fill: &Fill) -> Result<Self> {
         let pages = usize::try_from(fill.bytes)? / PAGE;
         let every = usize::try_from(fill.keep_every)?;
         let kept_pages = pages.checked_div(every).unwrap_or(0);
         let mut kept = map(kept_pages, every > 1)?;
-        let mut rest = map(pages - kept_pages, every > 1)?;
+        let mut releasable = map(pages - kept_pages, every > 1)?;
         let mut kept_chunks = kept
             .iter_mut()
             .flat_map(|map| map.chunks_exact_mut(PAGE))
             .zip(0..);
-        let mut rest_chunks = rest.iter_mut().flat_map(|map| map.chunks_exact_mut(PAGE));
+        let mut rest_chunks = releasable
+            .iter_mut()
+            .flat_map(|map| map.chunks_exact_mut(PAGE));
         for page in 0..pages {
             let turn = every > 0 && page % every == every - 1;
             if turn {
@@ -127,7 +129,7 @@ impl Held {
         }
         Ok(Self {
             kept,
-            rest,
+            releasable,
             filled: u64::try_from(pages)?,
             seed: fill.seed,
         })
@@ -160,11 +162,11 @@ impl Held {
         found
     }
 
-    fn physical(&self) -> Result<RangeSet> {
+    fn physical_ranges(&self) -> Result<RangeSet> {
         let map = PageMap::open()?;
         let range_of = |bytes: &[u8]| {
             Ok(PhysicalRange {
-                start: map.frame_of(bytes)? * PAGE as u64,
+                start: map.pfn_of(bytes)? * PAGE as u64,
                 length: PAGE as u64,
             })
         };
@@ -173,10 +175,10 @@ impl Held {
 
     fn release_lowest(&mut self, pages: usize) -> Result<()> {
         let map = PageMap::open()?;
-        let rest = self.rest.as_mut().context("all is kept")?;
-        let mut places: Vec<(u64, &mut [u8])> = rest
+        let releasable = self.releasable.as_mut().context("all is kept")?;
+        let mut places: Vec<(u64, &mut [u8])> = releasable
             .chunks_exact_mut(PAGE)
-            .map(|bytes| Ok((map.frame_of(bytes)?, bytes)))
+            .map(|bytes| Ok((map.pfn_of(bytes)?, bytes)))
             .collect::<Result<_>>()?;
         ensure!(
             pages <= places.len(),
@@ -185,7 +187,7 @@ impl Held {
         );
         places.sort_unstable_by_key(|(frame, _)| *frame);
         for (_, bytes) in places.into_iter().take(pages) {
-            sys::give_back(bytes)?;
+            sys::madvise_dontneed(bytes)?;
         }
         Ok(())
     }
@@ -201,14 +203,14 @@ impl PageMap {
     }
 
     /// The frame of the page that begins where `bytes` begin.
-    fn frame_of(&self, bytes: &[u8]) -> Result<u64> {
+    fn pfn_of(&self, bytes: &[u8]) -> Result<u64> {
         const PRESENT: u64 = 1 << 63;
-        const FRAME: u64 = (1 << 55) - 1;
+        const PFN_MASK: u64 = (1 << 55) - 1;
         /// The kernel may migrate the page at any time, also repeatedly.
-        const LOOKS: u32 = 1000;
+        const MAX_READS: u32 = 1000;
         let place = u64::try_from(bytes.as_ptr().addr() / PAGE * size_of::<u64>())?;
         let mut entry = 0;
-        for _ in 0..LOOKS {
+        for _ in 0..MAX_READS {
             // An access waits for the end of a page migration.
             black_box(bytes.first().copied());
             let mut word = [0; size_of::<u64>()];
@@ -216,8 +218,8 @@ impl PageMap {
                 .read_exact_at(&mut word, place)
                 .context("cannot read my page map")?;
             entry = u64::from_le_bytes(word);
-            if entry & PRESENT != 0 && entry & FRAME != 0 {
-                return Ok(entry & FRAME);
+            if entry & PRESENT != 0 && entry & PFN_MASK != 0 {
+                return Ok(entry & PFN_MASK);
             }
         }
         bail!("a page has no frame: entry {entry:#x}")

@@ -9,8 +9,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{bail, Context, Result};
-use guest_agent::calls::{Churn, ChurnFiles, ChurnForks, Churned, Fill, Filled, Verified};
-use guest_agent::protocol::Outcome;
+use guest_agent::calls::{ChurnFiles, ChurnForks, ChurnMemory, ChurnStats, Fill, Filled, Verified};
+use guest_agent::protocol::CallResult;
 use guest_agent::ranges::RangeSet;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -18,9 +18,9 @@ use serde::{Deserialize, Serialize};
 /// The argument that makes this program a worker.
 pub const WORKER_ARGUMENT: &str = "worker";
 
-/// What a worker is told, one JSON value a line. Each is answered by an [`Outcome`].
+/// What a worker is told, one JSON value a line. Each is answered by an [`CallResult`].
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Order {
+pub enum WorkerRequest {
     /// Map and fill; answered by the number of pages filled and kept.
     Fill(Fill),
     /// Give back what is not kept.
@@ -32,15 +32,15 @@ pub enum Order {
     /// Say where it lies.
     KeptPages,
     /// Use memory in the background.
-    Churn(Churn),
+    ChurnMemory(ChurnMemory),
     /// Use files in the background.
     ChurnFiles(ChurnFiles),
     /// Fork in the background.
     ChurnForks(ChurnForks),
-    /// Say what was done so far; answered by a [`Churned`].
-    ChurnedSoFar,
-    /// End that, and say what was done; answered by a [`Churned`].
-    EndChurn,
+    /// Say what was done so far; answered by a [`ChurnStats`].
+    ChurnProgress,
+    /// End that, and say what was done; answered by a [`ChurnStats`].
+    StopChurn,
 }
 
 /// The workloads that run.
@@ -54,7 +54,7 @@ impl Workloads {
     /// Starts one.
     pub fn fill(&mut self, fill: &Fill) -> Result<Filled> {
         let mut worker = Worker::start()?;
-        let (pages, kept) = worker.order(&Order::Fill(fill.clone()))?;
+        let (pages, kept) = worker.request(&WorkerRequest::Fill(fill.clone()))?;
         Ok(Filled {
             workload: self.add(worker),
             pages,
@@ -63,20 +63,20 @@ impl Workloads {
     }
 
     /// Starts one that never stands still.
-    pub fn churn(&mut self, order: &Order) -> Result<u32> {
+    pub fn churn(&mut self, request: &WorkerRequest) -> Result<u32> {
         let mut worker = Worker::start()?;
-        worker.order::<()>(order)?;
+        worker.request::<()>(request)?;
         Ok(self.add(worker))
     }
 
     /// Asks one of these what it has done.
-    pub fn churned_so_far(&mut self, workload: u32) -> Result<Churned> {
-        self.find(workload)?.order(&Order::ChurnedSoFar)
+    pub fn churn_progress(&mut self, workload: u32) -> Result<ChurnStats> {
+        self.find(workload)?.request(&WorkerRequest::ChurnProgress)
     }
 
     /// Ends one of these.
-    pub fn end_churn(&mut self, workload: u32) -> Result<Churned> {
-        let churned = self.find(workload)?.order(&Order::EndChurn)?;
+    pub fn stop_churn(&mut self, workload: u32) -> Result<ChurnStats> {
+        let churned = self.find(workload)?.request(&WorkerRequest::StopChurn)?;
         self.free(workload)?;
         Ok(churned)
     }
@@ -89,22 +89,23 @@ impl Workloads {
 
     /// Has one give back what it does not keep.
     pub fn release(&mut self, workload: u32) -> Result<()> {
-        self.find(workload)?.order(&Order::Release)
+        self.find(workload)?.request(&WorkerRequest::Release)
     }
 
     /// Has one give back so many pages of what it does not keep.
     pub fn release_lowest(&mut self, workload: u32, pages: u64) -> Result<()> {
-        self.find(workload)?.order(&Order::ReleaseLowest(pages))
+        self.find(workload)?
+            .request(&WorkerRequest::ReleaseLowest(pages))
     }
 
     /// Has one compare what it keeps.
     pub fn verify(&mut self, workload: u32) -> Result<Verified> {
-        self.find(workload)?.order(&Order::Verify)
+        self.find(workload)?.request(&WorkerRequest::Verify)
     }
 
     /// Asks one where its pages lie.
     pub fn kept_pages(&mut self, workload: u32) -> Result<RangeSet> {
-        self.find(workload)?.order(&Order::KeptPages)
+        self.find(workload)?.request(&WorkerRequest::KeptPages)
     }
 
     /// Ends one.
@@ -124,7 +125,7 @@ impl Workloads {
 
 struct Worker {
     process: Child,
-    orders: ChildStdin,
+    requests: ChildStdin,
     answers: BufReader<ChildStdout>,
 }
 
@@ -136,7 +137,7 @@ impl Worker {
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot start a worker")?;
-        let orders = process
+        let requests = process
             .stdin
             .take()
             .context("the worker has no standard input")?;
@@ -146,30 +147,30 @@ impl Worker {
             .context("the worker has no standard output")?;
         Ok(Self {
             process,
-            orders,
+            requests,
             answers: BufReader::new(answers),
         })
     }
 
-    fn order<A: DeserializeOwned>(&mut self, order: &Order) -> Result<A> {
-        let mut line = serde_json::to_string(order).context("cannot encode an order")?;
+    fn request<A: DeserializeOwned>(&mut self, request: &WorkerRequest) -> Result<A> {
+        let mut line = serde_json::to_string(request).context("cannot encode an order")?;
         line.push('\n');
-        let sent = self.orders.write_all(line.as_bytes());
+        let sent = self.requests.write_all(line.as_bytes());
         let mut answer = String::new();
         if sent.is_err() || self.answers.read_line(&mut answer).unwrap_or(0) == 0 {
             let status = self.process.wait().context("cannot wait for a worker")?;
             bail!("the worker is gone ({status}); the kernel log says more if memory ran out");
         }
         match serde_json::from_str(&answer).context("the worker's answer is not one")? {
-            Outcome::Done(value) => {
+            CallResult::Done(value) => {
                 serde_json::from_value(value).context("the worker's answer is of another kind")
             }
-            Outcome::Failed(message) => bail!("{message}"),
+            CallResult::Failed(message) => bail!("{message}"),
         }
     }
 
     fn end(mut self) -> Result<()> {
-        drop(self.orders);
+        drop(self.requests);
         let status = self.process.wait().context("cannot wait for a worker")?;
         if !status.success() {
             bail!("the worker ended with {status}");

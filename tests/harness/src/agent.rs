@@ -7,21 +7,21 @@ use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{AnyCall, Call};
-use guest_agent::protocol::{Hello, Outcome, Request, Response, VERSION};
+use guest_agent::protocol::{CallResult, Hello, Request, Response, VERSION};
 use qmp_client::JsonLines;
 
-use crate::HANG_LIMIT;
+use crate::HANG_TIMEOUT;
 
 /// How long a call may take if it has no limit of its own: longer than what is waited for in the guest, which then says what that is.
-const CALL_LIMIT: Duration = Duration::from_secs(HANG_LIMIT.as_secs() + 60);
+const CALL_TIMEOUT: Duration = Duration::from_secs(HANG_TIMEOUT.as_secs() + 60);
 
 /// The longest answer: a whole kernel log, or a file.
 const MAX_LINE: usize = 256 << 20;
 
-fn receive_hello(lines: &mut JsonLines, limit: Duration) -> Result<Hello> {
-    let hello: Option<Hello> = lines.receive(limit)?;
+fn receive_hello(lines: &mut JsonLines, timeout: Duration) -> Result<Hello> {
+    let hello: Option<Hello> = lines.receive(timeout)?;
     let hello =
-        hello.with_context(|| format!("the guest's agent did not come up within {limit:?}"))?;
+        hello.with_context(|| format!("the guest's agent did not come up within {timeout:?}"))?;
     ensure!(
         hello.version == VERSION,
         "the guest's agent speaks version {}, not {VERSION}",
@@ -32,21 +32,21 @@ fn receive_hello(lines: &mut JsonLines, limit: Duration) -> Result<Hello> {
 
 /// A guest that is up.
 #[derive(Debug)]
-pub struct Agent {
+pub struct AgentClient {
     lines: JsonLines,
     hello: Hello,
     last: u64,
 }
 
-impl Agent {
+impl AgentClient {
     /// Waits until the guest is up.
     ///
     /// # Errors
     ///
     /// If it does not come up within the limit, or carries an agent of another version.
-    pub fn meet(stream: UnixStream, limit: Duration) -> Result<Self> {
+    pub fn connect(stream: UnixStream, timeout: Duration) -> Result<Self> {
         let mut lines = Self::lines(stream);
-        let hello = receive_hello(&mut lines, limit)?;
+        let hello = receive_hello(&mut lines, timeout)?;
         Ok(Self {
             lines,
             hello,
@@ -58,19 +58,19 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// As [`Agent::meet`].
-    pub fn meet_again(&mut self, limit: Duration) -> Result<()> {
-        self.hello = receive_hello(&mut self.lines, limit)?;
+    /// As [`AgentClient::connect`].
+    pub fn reconnect(&mut self, timeout: Duration) -> Result<()> {
+        self.hello = receive_hello(&mut self.lines, timeout)?;
         Ok(())
     }
 
     /// Goes on with a guest that has been moved, over the line that it has where it is now.
-    pub fn moved(&mut self, stream: UnixStream) {
+    pub fn switch_stream(&mut self, stream: UnixStream) {
         self.lines = Self::lines(stream);
     }
 
     fn lines(stream: UnixStream) -> JsonLines {
-        JsonLines::new(stream, "the guest's agent").longest(MAX_LINE)
+        JsonLines::new(stream, "the guest's agent").with_max_line(MAX_LINE)
     }
 
     /// What the guest said of itself.
@@ -83,44 +83,44 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// If the guest says that it failed, is gone, or is silent for longer than [`HANG_LIMIT`].
-    pub fn call<C: Call>(&mut self, call: C) -> Result<C::Answer> {
-        self.call_within(call, CALL_LIMIT)
+    /// If the guest says that it failed, is gone, or is silent for longer than [`HANG_TIMEOUT`].
+    pub fn call<C: Call>(&mut self, call: C) -> Result<C::Reply> {
+        self.call_within(call, CALL_TIMEOUT)
     }
 
-    /// As [`Agent::call`], with a limit of one's own; `Duration::MAX` for a shell.
+    /// As [`AgentClient::call`], with a limit of one's own; `Duration::MAX` for a shell.
     ///
     /// # Errors
     ///
-    /// As [`Agent::call`].
-    pub fn call_within<C: Call>(&mut self, call: C, limit: Duration) -> Result<C::Answer> {
-        let pending = self.begin(call)?;
-        let answer = self.finish(&pending, limit)?;
+    /// As [`AgentClient::call`].
+    pub fn call_within<C: Call>(&mut self, call: C, timeout: Duration) -> Result<C::Reply> {
+        let pending = self.start_call(call)?;
+        let answer = self.finish_call(&pending, timeout)?;
         answer.with_context(|| {
             format!(
-                "the guest did not answer {} within {limit:?}",
-                pending.shown
+                "the guest did not answer {} within {timeout:?}",
+                pending.description
             )
         })
     }
 
-    /// Asks the guest to do something, and leaves the answer to [`Agent::finish`]. What was asked before is not waited
+    /// Asks the guest to do something, and leaves the answer to [`AgentClient::finish_call`]. What was asked before is not waited
     /// for any more.
     ///
     /// # Errors
     ///
     /// If the guest is gone.
-    pub fn begin<C: Call>(&mut self, call: C) -> Result<Pending<C>> {
+    pub fn start_call<C: Call>(&mut self, call: C) -> Result<PendingCall<C>> {
         self.last += 1;
         let call: AnyCall = call.into();
-        let shown = format!("{call:?}");
+        let description = format!("{call:?}");
         self.lines.send(&Request {
             id: self.last,
             call,
         })?;
-        Ok(Pending {
+        Ok(PendingCall {
             id: self.last,
-            shown,
+            description,
             call: PhantomData,
         })
     }
@@ -130,28 +130,30 @@ impl Agent {
     /// # Errors
     ///
     /// If the guest says that it failed, or is gone.
-    pub fn finish<C: Call>(
+    pub fn finish_call<C: Call>(
         &mut self,
-        pending: &Pending<C>,
-        limit: Duration,
-    ) -> Result<Option<C::Answer>> {
-        let shown = &pending.shown;
+        pending: &PendingCall<C>,
+        timeout: Duration,
+    ) -> Result<Option<C::Reply>> {
+        let description = &pending.description;
         // A deadline is an instant, and there is none for ever.
-        let limit = limit.min(Duration::from_secs(365 * 24 * 3600));
+        let timeout = timeout.min(Duration::from_secs(365 * 24 * 3600));
         loop {
-            let response: Option<Response> =
-                self.lines.receive(limit).with_context(|| shown.clone())?;
+            let response: Option<Response> = self
+                .lines
+                .receive(timeout)
+                .with_context(|| description.clone())?;
             let Some(response) = response else {
                 return Ok(None);
             };
             if response.id != pending.id {
                 continue;
             }
-            return match response.outcome {
-                Outcome::Done(value) => serde_json::from_value(value)
+            return match response.result {
+                CallResult::Done(value) => serde_json::from_value(value)
                     .map(Some)
-                    .with_context(|| format!("a strange answer to {shown}")),
-                Outcome::Failed(message) => bail!("guest: {message}"),
+                    .with_context(|| format!("a strange answer to {description}")),
+                CallResult::Failed(message) => bail!("guest: {message}"),
             };
         }
     }
@@ -159,8 +161,8 @@ impl Agent {
 
 /// Something that was asked and not answered yet.
 #[derive(Debug)]
-pub struct Pending<C> {
+pub struct PendingCall<C> {
     id: u64,
-    shown: String,
+    description: String,
     call: PhantomData<fn() -> C>,
 }

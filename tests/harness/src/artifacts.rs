@@ -25,7 +25,7 @@ pub struct Artifacts {
     pub balloonctl: PathBuf,
     /// Programs that are run inside guests of QEMU.
     #[serde(default)]
-    pub inside: Option<Inside>,
+    pub nested: Option<NestedPrograms>,
     /// The stock kernel, for QEMU.
     pub stock: Option<Kernel>,
     /// The user-mode Linux kernel.
@@ -35,7 +35,7 @@ pub struct Artifacts {
     pub debug: Option<Kernel>,
     /// Debian's kernels of other series, for QEMU, by their series.
     #[serde(default)]
-    pub peers: BTreeMap<String, Kernel>,
+    pub series_kernels: BTreeMap<String, Kernel>,
 }
 
 /// A kernel and the balloon drivers built for it.
@@ -60,7 +60,7 @@ pub struct Kernel {
 
 /// Programs that are run inside a guest of QEMU, statically linked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Inside {
+pub struct NestedPrograms {
     /// The one that knows what to do there.
     pub program: PathBuf,
     /// `vhost-device-balloon`.

@@ -3,16 +3,16 @@
 
 use std::time::Instant;
 
-use crate::HANG_LIMIT;
+use crate::HANG_TIMEOUT;
 
-/// A loop ends after so many turns without progress, but not before [`HANG_LIMIT`] has passed.
-const TURNS: u32 = 100;
+/// A loop ends after so many turns without progress, but not before [`HANG_TIMEOUT`] has passed.
+const MIN_ATTEMPTS: u32 = 100;
 
 /// The turns of a loop since it last got further.
 #[derive(Debug)]
 pub struct Attempts {
     progress: u64,
-    turns: u32,
+    count: u32,
     since: Instant,
 }
 
@@ -20,7 +20,7 @@ impl Default for Attempts {
     fn default() -> Self {
         Self {
             progress: 0,
-            turns: 0,
+            count: 0,
             since: Instant::now(),
         }
     }
@@ -28,14 +28,14 @@ impl Default for Attempts {
 
 impl Attempts {
     /// Counts a turn. Returns whether there may be another, where the loop has come to `progress`.
-    pub fn may_go_on(&mut self, progress: u64) -> bool {
+    pub fn may_retry(&mut self, progress: u64) -> bool {
         if progress > self.progress {
             *self = Self {
                 progress,
                 ..Self::default()
             };
         }
-        self.turns += 1;
-        self.turns <= TURNS || self.since.elapsed() < HANG_LIMIT
+        self.count += 1;
+        self.count <= MIN_ATTEMPTS || self.since.elapsed() < HANG_TIMEOUT
     }
 }

@@ -5,19 +5,19 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
-use guest_agent::calls::{DropMemoryCaches, KernelLine, ReadFile, WriteFile};
+use guest_agent::calls::{DropCachesAndCompact, KernelLogRecord, ReadFile, WriteFile};
 
 use crate::guest::Guest;
-use crate::ktap::{Case, Outcome};
-use crate::{HANG_LIMIT, MIB};
+use crate::ktap::{Case, TestStatus};
+use crate::{HANG_TIMEOUT, MIB};
 
 /// By how much the kernel's use of memory may differ between two settled moments without anything being lost: its own data. Less
 /// than one block of the largest order.
-pub const USE_TOLERANCE: u64 = 3 * MIB;
+pub const MEMORY_TOLERANCE: u64 = 3 * MIB;
 
 /// A guest's memory at one moment, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settled {
+pub struct MemoryUsage {
     /// In the free lists.
     pub free: u64,
     /// Neither free, nor on a processor's own list of free pages, nor a process's. A balloon is among them.
@@ -28,10 +28,10 @@ pub struct Settled {
 }
 
 /// How often memory is looked at while it is awaited. Each look has the guest drop its caches.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What reports of the kernel's own checks hold.
-const REPORTS: [&str; 15] = [
+const BUG_PATTERNS: [&str; 15] = [
     "WARNING:",
     "BUG:",
     "BUG ",
@@ -50,7 +50,7 @@ const REPORTS: [&str; 15] = [
 ];
 
 /// What the kernel says when memory runs out; a trace is part of other things, too.
-const NO_MEMORY: [&str; 3] = ["Out of memory", "oom-kill", "Call Trace"];
+const OOM_PATTERNS: [&str; 3] = ["Out of memory", "oom-kill", "Call Trace"];
 
 /// What the kernel says of each counter that is negative when it adds up what each processor has counted.
 ///
@@ -59,7 +59,7 @@ const NEGATIVE_COUNTER: &str = "vmstat_refresh:";
 
 /// What a module that is not of the kernel's own tree brings about when it is loaded, and what an emulated kernel says of a host
 /// that had other things to do.
-const ALLOWED: [&str; 3] = [
+const ALLOWED_PATTERNS: [&str; 3] = [
     "taints kernel",
     "tainting kernel",
     "clocksource: Long readout interval",
@@ -68,29 +68,33 @@ const ALLOWED: [&str; 3] = [
 /// The lines that should not be there: reports of the kernel's own checks, and anything of the level of a warning or
 /// worse but the taint of a foreign module. [`Guest::check_log`] looks at negative counters.
 #[must_use]
-pub fn complaints(log: &[KernelLine]) -> Vec<&KernelLine> {
+pub fn kernel_warnings(log: &[KernelLogRecord]) -> Vec<&KernelLogRecord> {
     const WARNING: u8 = 4;
-    let bad = |line: &&KernelLine| {
-        !holds(line, &ALLOWED)
-            && !holds(line, &[NEGATIVE_COUNTER])
-            && (line.level <= WARNING || holds(line, &REPORTS) || holds(line, &NO_MEMORY))
+    let bad = |line: &&KernelLogRecord| {
+        !contains_any(line, &ALLOWED_PATTERNS)
+            && !contains_any(line, &[NEGATIVE_COUNTER])
+            && (line.level <= WARNING
+                || contains_any(line, &BUG_PATTERNS)
+                || contains_any(line, &OOM_PATTERNS))
     };
     log.iter().filter(bad).collect()
 }
 
 /// The lines that belong to reports of the kernel's own checks: these should not be there whatever a test has done.
 #[must_use]
-pub fn reports(log: &[KernelLine]) -> Vec<&KernelLine> {
-    log.iter().filter(|line| holds(line, &REPORTS)).collect()
-}
-
-fn negative_counters(log: &[KernelLine]) -> Vec<&KernelLine> {
+pub fn bug_reports(log: &[KernelLogRecord]) -> Vec<&KernelLogRecord> {
     log.iter()
-        .filter(|line| holds(line, &[NEGATIVE_COUNTER]))
+        .filter(|line| contains_any(line, &BUG_PATTERNS))
         .collect()
 }
 
-fn holds(line: &KernelLine, words: &[&str]) -> bool {
+fn negative_counters(log: &[KernelLogRecord]) -> Vec<&KernelLogRecord> {
+    log.iter()
+        .filter(|line| contains_any(line, &[NEGATIVE_COUNTER]))
+        .collect()
+}
+
+fn contains_any(line: &KernelLogRecord, words: &[&str]) -> bool {
     words.iter().any(|words| line.text.contains(words))
 }
 
@@ -100,8 +104,8 @@ impl Guest {
     /// # Errors
     ///
     /// If the guest's kernel does not have it.
-    pub fn vm_event(&mut self, name: &str) -> Result<u64> {
-        self.refresh_counters();
+    pub fn vmstat_counter(&mut self, name: &str) -> Result<u64> {
+        self.refresh_vmstat();
         let path = "/proc/vmstat".to_owned();
         let text = self.call(ReadFile { path })?;
         let value = text
@@ -114,7 +118,7 @@ impl Guest {
     }
 
     /// Adds up what each processor has counted. A kernel for one processor has nothing to add, and no file for it.
-    fn refresh_counters(&mut self) {
+    fn refresh_vmstat(&mut self) {
         let _ = self.call(WriteFile {
             path: "/proc/sys/vm/stat_refresh".to_owned(),
             text: "1".to_owned(),
@@ -127,13 +131,13 @@ impl Guest {
     ///
     /// With the complaints.
     pub fn check_log(&mut self) -> Result<()> {
-        let deadline = Instant::now() + HANG_LIMIT;
+        let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
             let log = self.kernel_log()?;
-            let complaints = complaints(&log);
+            let kernel_warnings = kernel_warnings(&log);
             ensure!(
-                complaints.is_empty(),
-                "the kernel complains: {complaints:#?}"
+                kernel_warnings.is_empty(),
+                "the kernel complains: {kernel_warnings:#?}"
             );
             let negative = negative_counters(&log);
             if negative.is_empty() {
@@ -143,8 +147,8 @@ impl Guest {
                 Instant::now() < deadline,
                 "counters stay negative: {negative:#?}"
             );
-            sleep(LOOK_EVERY);
-            self.refresh_counters();
+            sleep(POLL_INTERVAL);
+            self.refresh_vmstat();
         }
     }
 
@@ -152,33 +156,33 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// As [`crate::agent::Agent::call`].
-    pub fn settled(&mut self) -> Result<Settled> {
-        self.call(DropMemoryCaches {})?;
-        self.unsettled()
+    /// As [`crate::agent::AgentClient::call`].
+    pub fn settled_memory_usage(&mut self) -> Result<MemoryUsage> {
+        self.call(DropCachesAndCompact {})?;
+        self.memory_usage()
     }
 
-    /// As [`Guest::settled`], but leaves caches and free memory as they are.
+    /// As [`Guest::settled_memory_usage`], but leaves caches and free memory as they are.
     ///
     /// # Errors
     ///
     /// As [`Guest::zones`].
-    pub fn unsettled(&mut self) -> Result<Settled> {
+    pub fn memory_usage(&mut self) -> Result<MemoryUsage> {
         let zones = self.zones()?;
-        Ok(Settled {
+        Ok(MemoryUsage {
             free: zones.free() * zones.page_size(),
             used: zones.used_by_kernel() * zones.page_size(),
         })
     }
 
     /// Waits until the guest has its memory back: its kernel has no more in use than `before`, give or take
-    /// [`USE_TOLERANCE`].
+    /// [`MEMORY_TOLERANCE`].
     ///
     /// # Errors
     ///
-    /// If it has after [`HANG_LIMIT`].
-    pub fn check_memory(&mut self, before: Settled) -> Result<()> {
-        self.wait_memory(before, USE_TOLERANCE, Self::settled)
+    /// If it has after [`HANG_TIMEOUT`].
+    pub fn check_memory(&mut self, before: MemoryUsage) -> Result<()> {
+        self.wait_memory(before, MEMORY_TOLERANCE, Self::settled_memory_usage)
     }
 
     /// As [`Guest::check_memory`], but leaves free memory in the pieces that it is in.
@@ -186,8 +190,8 @@ impl Guest {
     /// # Errors
     ///
     /// As [`Guest::check_memory`].
-    pub fn check_memory_as_it_is(&mut self, before: Settled) -> Result<()> {
-        self.wait_memory(before, USE_TOLERANCE, Self::unsettled)
+    pub fn check_memory_uncompacted(&mut self, before: MemoryUsage) -> Result<()> {
+        self.wait_memory(before, MEMORY_TOLERANCE, Self::memory_usage)
     }
 
     /// As [`Guest::check_memory`], with another tolerance, in bytes.
@@ -195,19 +199,23 @@ impl Guest {
     /// # Errors
     ///
     /// As [`Guest::check_memory`].
-    pub fn check_memory_within(&mut self, before: Settled, tolerance: u64) -> Result<()> {
-        self.wait_memory(before, tolerance, Self::settled)
+    pub fn check_memory_with_tolerance(
+        &mut self,
+        before: MemoryUsage,
+        tolerance: u64,
+    ) -> Result<()> {
+        self.wait_memory(before, tolerance, Self::settled_memory_usage)
     }
 
     fn wait_memory(
         &mut self,
-        before: Settled,
+        before: MemoryUsage,
         tolerance: u64,
-        look: fn(&mut Self) -> Result<Settled>,
+        sample: fn(&mut Self) -> Result<MemoryUsage>,
     ) -> Result<()> {
-        let deadline = Instant::now() + HANG_LIMIT;
+        let deadline = Instant::now() + HANG_TIMEOUT;
         // Look before dropping caches: dropping is slow in an emulated guest.
-        let mut now = self.unsettled()?;
+        let mut now = self.memory_usage()?;
         while now.used > before.used + tolerance {
             if Instant::now() > deadline {
                 bail!(
@@ -216,8 +224,8 @@ impl Guest {
                     self.mem_info()?
                 );
             }
-            sleep(LOOK_EVERY);
-            now = look(self)?;
+            sleep(POLL_INTERVAL);
+            now = sample(self)?;
         }
         Ok(())
     }
@@ -227,7 +235,7 @@ impl Guest {
     /// # Errors
     ///
     /// As [`Guest::check_memory`] and [`Guest::check_log`].
-    pub fn check_whole(&mut self, before: Settled) -> Result<()> {
+    pub fn check_memory_and_log(&mut self, before: MemoryUsage) -> Result<()> {
         self.check_memory(before)?;
         self.check_log()
     }
@@ -236,9 +244,9 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// As [`Guest::check_whole`] and [`Guest::power_off`].
-    pub fn farewell(&mut self, before: Settled) -> Result<()> {
-        self.check_whole(before)?;
+    /// As [`Guest::check_memory_and_log`] and [`Guest::power_off`].
+    pub fn check_and_power_off(&mut self, before: MemoryUsage) -> Result<()> {
+        self.check_memory_and_log(before)?;
         self.power_off().map(drop)
     }
 }
@@ -251,7 +259,7 @@ impl Guest {
 pub fn all_passed(cases: &[Case]) -> Result<()> {
     let failed: Vec<_> = cases
         .iter()
-        .filter(|case| case.outcome == Outcome::Failed)
+        .filter(|case| case.status == TestStatus::Failed)
         .collect();
     ensure!(!cases.is_empty(), "no KUnit case ran");
     ensure!(
@@ -268,8 +276,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_taint_is_no_complaint_and_a_warning_is() {
-        let line = |level, text: &str| KernelLine {
+    fn a_taint_is_allowed_and_a_warning_is_not() {
+        let line = |level, text: &str| KernelLogRecord {
             sequence: 0,
             level,
             time_us: 0,
@@ -282,7 +290,7 @@ mod tests {
             line(6, "WARNING: CPU: 0 PID: 1"),
             line(4, "vmstat_refresh: nr_balloon_pages -5"),
         ];
-        let found: Vec<_> = complaints(&log)
+        let found: Vec<_> = kernel_warnings(&log)
             .into_iter()
             .map(|line| line.text.as_str())
             .collect();

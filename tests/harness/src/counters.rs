@@ -45,7 +45,7 @@ impl Guest {
     ///
     /// If there is not one device that it drives, or its file is not what it should be.
     pub fn counters(&mut self) -> Result<Counters> {
-        let devices = self.counted_devices()?;
+        let devices = self.devices_with_counters()?;
         ensure!(
             devices.len() == 1,
             "not one device with counters: {devices:?}"
@@ -59,8 +59,13 @@ impl Guest {
     /// # Errors
     ///
     /// If it is not by the limit.
-    pub fn wait_counter(&mut self, key: &str, at_least: u64, limit: Duration) -> Result<Counters> {
-        let deadline = Instant::now() + limit;
+    pub fn wait_counter(
+        &mut self,
+        key: &str,
+        at_least: u64,
+        timeout: Duration,
+    ) -> Result<Counters> {
+        let deadline = Instant::now() + timeout;
         loop {
             let now = self.counters()?;
             if now.get(key)? >= at_least {
@@ -68,7 +73,7 @@ impl Guest {
             }
             ensure!(
                 Instant::now() < deadline,
-                "{key} is not {at_least} after {limit:?}: {now:?}"
+                "{key} is not {at_least} after {timeout:?}: {now:?}"
             );
             sleep(Duration::from_millis(10));
         }
@@ -78,8 +83,8 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// As [`crate::agent::Agent::call`].
-    pub fn counted_devices(&mut self) -> Result<Vec<String>> {
+    /// As [`crate::agent::AgentClient::call`].
+    pub fn devices_with_counters(&mut self) -> Result<Vec<String>> {
         self.list_folder(FOLDER)
     }
 }

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use crate::process::{Process, Streams};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
-use crate::HANG_LIMIT;
+use crate::HANG_TIMEOUT;
 
 /// A daemon that listens.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub struct Daemon {
     process: Process,
     qmp: Qmp,
     socket: PathBuf,
-    control: PathBuf,
+    qmp_socket: PathBuf,
 }
 
 /// Some of what `query-virtio-status` says.
@@ -52,7 +52,7 @@ pub struct VirtioStatus {
 impl VirtioStatus {
     /// Whether both sides have this feature.
     #[must_use]
-    pub fn accepted(&self, feature: &str) -> bool {
+    pub fn has_feature(&self, feature: &str) -> bool {
         self.negotiated_features.iter().any(|name| name == feature)
     }
 }
@@ -105,7 +105,7 @@ impl Daemon {
         features: &[&str],
         options: &[&str],
     ) -> Result<Self> {
-        let (socket, control) = (
+        let (socket, qmp_socket) = (
             scratch.path("balloon.sock"),
             scratch.path("balloon-qmp.sock"),
         );
@@ -114,18 +114,18 @@ impl Daemon {
             .arg("--socket-path")
             .arg(&socket)
             .arg("--qmp-socket")
-            .arg(&control)
+            .arg(&qmp_socket)
             .arg("--features")
             .arg(features.join(","))
             .args(options);
         let mut process = Process::start("vhost-device-balloon", command, Streams::Collected)?;
-        let qmp = wait_listening(&mut process, &socket, &control);
-        let qmp = qmp.with_context(|| process.diary())?;
+        let qmp = wait_listening(&mut process, &socket, &qmp_socket);
+        let qmp = qmp.with_context(|| process.diagnostics())?;
         Ok(Self {
             process,
             qmp,
             socket,
-            control,
+            qmp_socket,
         })
     }
 
@@ -137,8 +137,8 @@ impl Daemon {
 
     /// The socket for operators.
     #[must_use]
-    pub fn control(&self) -> &Path {
-        &self.control
+    pub fn qmp_socket(&self) -> &Path {
+        &self.qmp_socket
     }
 
     /// The operator's connection.
@@ -152,7 +152,7 @@ impl Daemon {
     ///
     /// If the daemon is no more.
     pub fn connect(&self) -> Result<Qmp> {
-        Qmp::connect(&self.control)
+        Qmp::connect(&self.qmp_socket)
     }
 
     /// The process.
@@ -175,10 +175,10 @@ impl Daemon {
     ///
     /// If there is none in time.
     pub fn wait_driver(&mut self) -> Result<()> {
-        let deadline = Instant::now() + HANG_LIMIT;
+        let deadline = Instant::now() + HANG_TIMEOUT;
         while self.virtio_status()?.status != "running" {
             if Instant::now() > deadline {
-                bail!("the device had no driver within {HANG_LIMIT:?}");
+                bail!("the device had no driver within {HANG_TIMEOUT:?}");
             }
             sleep(Duration::from_millis(1));
         }
@@ -215,7 +215,7 @@ impl Daemon {
     /// If it does not end.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         self.process.signal(Signal::SIGTERM)?;
-        self.process.wait(HANG_LIMIT)
+        self.process.wait(HANG_TIMEOUT)
     }
 
     /// Waits until the daemon has ended by itself.
@@ -224,32 +224,32 @@ impl Daemon {
     ///
     /// If it does not.
     pub fn wait(&mut self) -> Result<ExitStatus> {
-        self.process.wait(HANG_LIMIT)
+        self.process.wait(HANG_TIMEOUT)
     }
 
     /// The names of sockets that the daemon has left.
     #[must_use]
-    pub fn leftovers(&self) -> Vec<&Path> {
-        [self.socket.as_path(), self.control.as_path()]
+    pub fn leftover_sockets(&self) -> Vec<&Path> {
+        [self.socket.as_path(), self.qmp_socket.as_path()]
             .into_iter()
             .filter(|path| path.exists())
             .collect()
     }
 }
 
-fn wait_listening(process: &mut Process, socket: &Path, control: &Path) -> Result<Qmp> {
-    let deadline = Instant::now() + HANG_LIMIT;
+fn wait_listening(process: &mut Process, socket: &Path, qmp_socket: &Path) -> Result<Qmp> {
+    let deadline = Instant::now() + HANG_TIMEOUT;
     loop {
         if let Some(status) = process.status()? {
             bail!("the daemon ended ({status}) before it listened");
         }
         if socket.exists() {
-            if let Ok(qmp) = Qmp::connect(control) {
+            if let Ok(qmp) = Qmp::connect(qmp_socket) {
                 return Ok(qmp);
             }
         }
         if Instant::now() > deadline {
-            bail!("the daemon did not listen within {HANG_LIMIT:?}");
+            bail!("the daemon did not listen within {HANG_TIMEOUT:?}");
         }
         sleep(Duration::from_millis(5));
     }

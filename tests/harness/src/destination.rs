@@ -8,9 +8,9 @@ use anyhow::{ensure, Context, Result};
 use tempfile::TempDir;
 
 use crate::host::memory_folder;
-use crate::image::Image;
+use crate::memory_image::MemoryImage;
 use crate::process::{Process, Streams};
-use crate::HANG_LIMIT;
+use crate::HANG_TIMEOUT;
 
 /// A receiver, and a folder in memory for what it receives. Both go with this value.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ impl Destination {
     ///
     /// If it does not listen in time; the error holds what it said.
     pub fn start(balloonctl: &Path, memory: u64) -> Result<Self> {
-        Self::start_blocks(balloonctl, memory, 1)
+        Self::start_with_ram_blocks(balloonctl, memory, 1)
     }
 
     /// As [`Destination::start`], of a guest whose memory lies in so many files.
@@ -35,7 +35,11 @@ impl Destination {
     /// # Errors
     ///
     /// As [`Destination::start`].
-    pub fn start_blocks(balloonctl: &Path, memory: u64, blocks: usize) -> Result<Self> {
+    pub fn start_with_ram_blocks(
+        balloonctl: &Path,
+        memory: u64,
+        ram_blocks: usize,
+    ) -> Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("vballoon-there-")
             .tempdir_in(memory_folder(memory))
@@ -46,19 +50,22 @@ impl Destination {
             .arg("--listen")
             .arg(uri(&folder.path().join(SOCKET)));
         let file = folder.path().join(MEMORY);
-        if blocks == 1 {
+        if ram_blocks == 1 {
             command.arg("--memory-file").arg(file);
         } else {
-            for block in 0..blocks {
-                let named = format!("ram{block}={}-{block}", file.display());
+            for ram_block in 0..ram_blocks {
+                let named = format!("ram{ram_block}={}-{ram_block}", file.display());
                 command.args(["--memory-file", &named]);
             }
         }
         let mut process = Process::start("balloonctl receive", command, Streams::Collected)?;
         // Not when the socket is there: it is before anybody listens.
         let listens = |line: &str| line.starts_with("listening at");
-        if let Err(error) = process.output().wait_for("listening", listens, HANG_LIMIT) {
-            return Err(error.context(process.diary()));
+        if let Err(error) = process
+            .output()
+            .wait_for("listening", listens, HANG_TIMEOUT)
+        {
+            return Err(error.context(process.diagnostics()));
         }
         Ok(Self { process, folder })
     }
@@ -86,11 +93,11 @@ impl Destination {
     ///
     /// If it has not, or leaves its mark though it has; the error holds what it said.
     pub fn wait(&mut self) -> Result<()> {
-        let status = self.process.wait(HANG_LIMIT)?;
+        let status = self.process.wait(HANG_TIMEOUT)?;
         ensure!(
             status.success(),
             "the receiver failed\n{}",
-            self.process.diary()
+            self.process.diagnostics()
         );
         ensure!(!self.is_incomplete(), "a whole memory is marked incomplete");
         Ok(())
@@ -102,7 +109,7 @@ impl Destination {
     ///
     /// If it has not, or if what it has written does not bear its mark.
     pub fn wait_failure(&mut self) -> Result<String> {
-        let status = self.process.wait(HANG_LIMIT)?;
+        let status = self.process.wait(HANG_TIMEOUT)?;
         let text = self.process.output().text();
         ensure!(!status.success(), "the receiver is content: {text}");
         ensure!(
@@ -132,8 +139,8 @@ impl Destination {
     /// # Errors
     ///
     /// If there is none.
-    pub fn image(&self) -> Result<Image> {
-        Image::open(&self.memory_file())
+    pub fn memory_image(&self) -> Result<MemoryImage> {
+        MemoryImage::open(&self.memory_file())
     }
 }
 

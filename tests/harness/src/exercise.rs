@@ -10,11 +10,11 @@ use serde::Deserialize;
 use serde_json::{json, Map, Value};
 use shared_abi::features::Features;
 
-use crate::check::{Settled, USE_TOLERANCE};
+use crate::check::{MemoryUsage, MEMORY_TOLERANCE};
 use crate::guest::{Driver, Guest};
-use crate::qmp::Refusal;
+use crate::qmp::QmpError;
 use crate::vmm::qemu::BALLOON_ID;
-use crate::{HANG_LIMIT, MIB};
+use crate::{HANG_TIMEOUT, MIB};
 
 /// How much goes into the balloon and comes out again.
 const RESIZE_BY: u64 = 24 * MIB;
@@ -24,11 +24,11 @@ const PAGE: u64 = 4096;
 /// The most that a process fills to keep some of it.
 const MOST_FILLED: u64 = 128 * MIB;
 /// What the kernel may be reporting at one time, in 32 blocks of the largest order: that is neither in the free lists nor hinted.
-pub(crate) const REPORTED_AT_ONCE: u64 = 32 * 4 * MIB;
+pub(crate) const REPORTING_CAPACITY_BYTES: u64 = 32 * 4 * MIB;
 
 /// Requests on the queues that pages go over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Requests {
+struct RequestCounts {
     inflate: u64,
     deflate: u64,
 }
@@ -53,7 +53,7 @@ impl Guest {
     /// If anything of this fails.
     pub fn exercise(&mut self) -> Result<Features> {
         let features = self.features()?;
-        let before = self.settled_beside_reports(features)?;
+        let before = self.settled_memory_usage_without_reports(features)?;
         self.resize().context("inflating and deflating")?;
         self.try_statistics(features.contains(Features::STATS_VQ))
             .context("statistics")?;
@@ -73,17 +73,17 @@ impl Guest {
     /// # Errors
     ///
     /// If anything of this fails.
-    pub fn exercise_whole(&mut self) -> Result<Features> {
+    pub fn exercise_fully(&mut self) -> Result<Features> {
         let driver = self.driver()?;
         let features = self.features()?;
-        let before = self.settled_beside_reports(features)?;
-        let whole = self.balloon()?.balloon_actual()?;
+        let before = self.settled_memory_usage_without_reports(features)?;
+        let whole = self.balloon_qmp()?.balloon_actual()?;
         let earlier = match driver {
-            Driver::Ours => self.requests_of_earlier_drivers()?,
-            Driver::C => Requests::default(),
+            Driver::Ours => self.requests_before_load()?,
+            Driver::C => RequestCounts::default(),
         };
         let half = before.free / 2 / MIB * MIB;
-        self.inflate_with_another_target_on_the_way(whole, half)
+        self.inflate_with_retarget(whole, half)
             .context("inflating")?;
         if driver == Driver::Ours {
             let counters = self.counters()?;
@@ -99,12 +99,12 @@ impl Guest {
             .context("reporting")?;
         let hints = features.contains(Features::FREE_PAGE_HINT);
         if self.daemon.is_some() && hints {
-            self.hint_around_kept_pages(driver, features)
+            self.check_kept_pages_not_hinted(driver, features)
                 .context("hinting")?;
         }
-        self.balloon()?.balloon(whole)?;
-        self.balloon()?
-            .wait_balloon_while_it_moves(whole, HANG_LIMIT)
+        self.balloon_qmp()?.set_balloon(whole)?;
+        self.balloon_qmp()?
+            .wait_balloon_with_progress(whole, HANG_TIMEOUT)
             .context("deflating")?;
         self.check_memory(before).context("once deflated")?;
         if self.daemon.is_none() {
@@ -113,21 +113,21 @@ impl Guest {
             self.check_memory(before).context("once hinted")?;
         }
         if driver == Driver::Ours {
-            self.check_counts(earlier).context("counters")?;
+            self.check_counters(earlier).context("counters")?;
         }
         Ok(features)
     }
 
-    /// As [`Guest::settled`], but returns the lowest use of several samples if free page reporting is negotiated: pages in a report count
+    /// As [`Guest::settled_memory_usage`], but returns the lowest use of several samples if free page reporting is negotiated: pages in a report count
     /// as used. Differences within the tolerance are ignored.
-    fn settled_beside_reports(&mut self, features: Features) -> Result<Settled> {
-        const LOOKS: u32 = 8;
-        let mut least = self.settled()?;
+    fn settled_memory_usage_without_reports(&mut self, features: Features) -> Result<MemoryUsage> {
+        const SAMPLES: u32 = 8;
+        let mut least = self.settled_memory_usage()?;
         if features.contains(Features::REPORTING) {
-            for _ in 0..LOOKS {
+            for _ in 0..SAMPLES {
                 sleep(Duration::from_millis(20));
-                let now = self.unsettled()?;
-                if now.used + USE_TOLERANCE < least.used {
+                let now = self.memory_usage()?;
+                if now.used + MEMORY_TOLERANCE < least.used {
                     least = now;
                 }
             }
@@ -143,32 +143,32 @@ impl Guest {
     pub fn driver(&mut self) -> Result<Driver> {
         let balloon = self.balloon_device()?;
         let names = [Driver::Ours, Driver::C].into_iter();
-        let mut of = names.filter(|driver| balloon.driver.as_deref() == Some(driver.module()));
+        let mut of = names.filter(|driver| balloon.driver.as_deref() == Some(driver.module_name()));
         of.next()
             .with_context(|| format!("{balloon:?} has neither driver"))
     }
 
-    fn inflate_with_another_target_on_the_way(&mut self, whole: u64, by: u64) -> Result<()> {
-        let balloon = self.balloon()?;
-        balloon.balloon(whole - by)?;
+    fn inflate_with_retarget(&mut self, whole: u64, by: u64) -> Result<()> {
+        let balloon = self.balloon_qmp()?;
+        balloon.set_balloon(whole - by)?;
         // Wherever the driver is by now, from here on it goes elsewhere.
-        balloon.wait_balloon_below(whole, HANG_LIMIT)?;
+        balloon.wait_balloon_below(whole, HANG_TIMEOUT)?;
         for target in [whole - by / 2, whole - by] {
-            balloon.balloon(target)?;
-            balloon.wait_balloon_while_it_moves(target, HANG_LIMIT)?;
+            balloon.set_balloon(target)?;
+            balloon.wait_balloon_with_progress(target, HANG_TIMEOUT)?;
         }
         Ok(())
     }
 
     /// A round that is held while one page in some is kept in a part of the memory: none of these is hinted, nor is what a round
     /// must leave alone, and they keep their contents.
-    fn hint_around_kept_pages(&mut self, driver: Driver, features: Features) -> Result<()> {
+    fn check_kept_pages_not_hinted(&mut self, driver: Driver, features: Features) -> Result<()> {
         // The smallest blocks that the drivers hint.
         let order = match driver {
             Driver::Ours => 4,
             Driver::C => 10,
         };
-        let bytes = (self.settled()?.free / 4).min(MOST_FILLED);
+        let bytes = (self.settled_memory_usage()?.free / 4).min(MOST_FILLED);
         let filled = self.call(Fill {
             bytes,
             keep_every: 64,
@@ -176,18 +176,18 @@ impl Guest {
         })?;
         let workload = filled.workload;
         self.call(Release { workload })?;
-        let settled = self.settled()?;
+        let settled_memory_usage = self.settled_memory_usage()?;
         let counted = match driver {
             Driver::Ours => Some(self.counters()?),
             Driver::C => None,
         };
         let before = self.zones()?;
-        let round = self.hint_all()?;
+        let hint_round = self.hint_all()?;
 
         let hinted = self.daemon()?.qmp().hinted_ranges()?;
         ensure!(
-            hinted.bytes() == round.pages_cleared * PAGE && hinted.bytes() == round.bytes,
-            "{} bytes of clear bits, {round:?}",
+            hinted.bytes() == hint_round.pages_cleared * PAGE && hinted.bytes() == hint_round.bytes,
+            "{} bytes of clear bits, {hint_round:?}",
             hinted.bytes()
         );
         let kept = self.call(KeptPages { workload })?;
@@ -196,30 +196,30 @@ impl Guest {
             wrong.ranges().is_empty() && kept.bytes() > 0,
             "kept pages were hinted: {wrong:x?}"
         );
-        let elsewhere = if features.contains(Features::REPORTING) {
-            REPORTED_AT_ONCE
+        let reported = if features.contains(Features::REPORTING) {
+            REPORTING_CAPACITY_BYTES
         } else {
             0
         };
         let used = before.used_by_kernel() * PAGE;
-        let returned = match &counted {
+        let reclaimed_before = match &counted {
             Some(counted) => Some(counted.get("returned_pages")?),
             None => None,
         };
-        let held = self
-            .check_taken(used, hinted.bytes(), returned, elsewhere)
-            .with_context(|| format!("{round:?}, before {before:?}"))?;
+        let zones_while_hinted = self
+            .wait_hinted_memory_use(used, hinted.bytes(), reclaimed_before, reported)
+            .with_context(|| format!("{hint_round:?}, before {before:?}"))?;
         ensure!(
-            held.free_cma() * PAGE + OWN_USE >= before.free_cma() * PAGE,
+            zones_while_hinted.free_cma() * PAGE + OWN_USE >= before.free_cma() * PAGE,
             "of {} pages that were free for contiguous allocations {} are left",
             before.free_cma(),
-            held.free_cma()
+            zones_while_hinted.free_cma()
         );
-        let mut able = before.free_for_the_kernel_from(order);
+        let mut hintable = before.free_for_kernel_from_order(order);
         if let Some(counted) = counted {
             // The driver counts a hint round after it has sent STOP.
-            let rounds = counted.get("rounds_finished")? + 1;
-            let now = self.wait_counter("rounds_finished", rounds, HANG_LIMIT)?;
+            let hint_rounds = counted.get("rounds_finished")? + 1;
+            let now = self.wait_counter("rounds_finished", hint_rounds, HANG_TIMEOUT)?;
             let more = |key| Ok::<_, anyhow::Error>(now.get(key)? - counted.get(key)?);
             let sums = (
                 more("rounds_started")?,
@@ -228,41 +228,41 @@ impl Guest {
                 more("hinted_bytes")?,
             );
             ensure!(
-                sums == (1, 1, round.blocks, round.bytes),
-                "counted {sums:?} of {round:?}"
+                sums == (1, 1, hint_round.blocks, hint_round.bytes),
+                "counted {sums:?} of {hint_round:?}"
             );
             let reserve = now.get("hint_reserve_pages")?;
             ensure!(
-                held.free_for_the_kernel() + OWN_USE / PAGE >= reserve,
-                "the reserve is {reserve} pages, and {} are free that hinting can use: {held:?}",
-                held.free_for_the_kernel()
+                zones_while_hinted.free_for_kernel() + OWN_USE / PAGE >= reserve,
+                "the reserve is {reserve} pages, and {} are free that hinting can use: {zones_while_hinted:?}",
+                zones_while_hinted.free_for_kernel()
             );
-            for (zone, before) in held.zones.iter().zip(&before.zones) {
+            for (zone, before) in zones_while_hinted.zones.iter().zip(&before.zones) {
                 ensure!(
                     zone.free + OWN_USE / PAGE >= zone.low.min(before.free),
                     "a zone was emptied: {zone:?}, {before:?}"
                 );
             }
-            able = able.saturating_sub(reserve);
+            hintable = hintable.saturating_sub(reserve);
         }
-        able = able.saturating_sub(elsewhere / PAGE);
+        hintable = hintable.saturating_sub(reported / PAGE);
         ensure!(
-            hinted.bytes() >= able * PAGE / 2 && hinted.bytes() > 0,
+            hinted.bytes() >= hintable * PAGE / 2 && hinted.bytes() > 0,
             "{} bytes were hinted, and {} could have been: {before:?}",
             hinted.bytes(),
-            able * PAGE
+            hintable * PAGE
         );
 
         self.daemon()?.qmp().hint_done()?;
-        self.check_memory_as_it_is(settled)?;
+        self.check_memory_uncompacted(settled_memory_usage)?;
         let found = self.call(Verify { workload })?;
         ensure!(found.wrong == 0 && found.pages == filled.kept, "{found:?}");
         self.call(Free { workload })
     }
 
     /// Whether what our driver has counted since it was loaded is what the device has, with an empty balloon.
-    fn check_counts(&mut self, earlier: Requests) -> Result<()> {
-        let deadline = Instant::now() + HANG_LIMIT;
+    fn check_counters(&mut self, earlier: RequestCounts) -> Result<()> {
+        let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
             let counters = self.counters()?;
             let empty = [
@@ -279,7 +279,7 @@ impl Guest {
                 return Ok(());
             }
             ensure!(
-                self.requests_of_earlier_drivers()? == earlier,
+                self.requests_before_load()? == earlier,
                 "{counters:?}, {earlier:?}"
             );
             let status = self.daemon()?.virtio_status()?;
@@ -297,10 +297,10 @@ impl Guest {
 
     /// What the device has taken of requests on the inflate and deflate queues and our driver, whose balloon rests, has not
     /// counted: before a reset there were others.
-    fn requests_of_earlier_drivers(&mut self) -> Result<Requests> {
+    fn requests_before_load(&mut self) -> Result<RequestCounts> {
         let counters = self.counters()?;
         let Some(daemon) = &mut self.daemon else {
-            return Ok(Requests::default());
+            return Ok(RequestCounts::default());
         };
         let status = daemon.virtio_status()?;
         let earlier = |queue: &str, key: &str| {
@@ -311,18 +311,18 @@ impl Guest {
             let earlier = taken.checked_sub(sent);
             earlier.with_context(|| format!("{key}: {counters:?}, {status:?}"))
         };
-        Ok(Requests {
+        Ok(RequestCounts {
             inflate: earlier("inflate", "inflate_requests")?,
             deflate: earlier("deflate", "deflate_requests")?,
         })
     }
 
     fn resize(&mut self) -> Result<()> {
-        let balloon = self.balloon()?;
+        let balloon = self.balloon_qmp()?;
         let whole = balloon.balloon_actual()?;
         for target in [whole - RESIZE_BY, whole] {
-            balloon.balloon(target)?;
-            balloon.wait_balloon(target, HANG_LIMIT)?;
+            balloon.set_balloon(target)?;
+            balloon.wait_balloon(target, HANG_TIMEOUT)?;
         }
         Ok(())
     }
@@ -338,18 +338,18 @@ impl Guest {
         if !agreed {
             return match self.statistics() {
                 Ok(statistics) => bail!("there are statistics: {statistics:?}"),
-                Err(error) => refused(&error),
+                Err(error) => check_refused(&error),
             };
         }
         // The device answers with what it has, if anything, while the guest takes its time.
-        let deadline = Instant::now() + HANG_LIMIT;
+        let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
             let statistics = self.statistics();
             let total = statistics.as_ref().ok().and_then(|statistics| {
                 let total = statistics.get("stat-total-memory")?;
                 total.as_u64()
             });
-            if self.is_total(total).is_ok() {
+            if self.check_total(total).is_ok() {
                 return Ok(());
             }
             ensure!(Instant::now() < deadline, "{statistics:?}");
@@ -358,7 +358,7 @@ impl Guest {
     }
 
     /// Whether a statistic says how much memory the guest's kernel manages just now.
-    fn is_total(&mut self, total: Option<u64>) -> Result<()> {
+    fn check_total(&mut self, total: Option<u64>) -> Result<()> {
         let now = self.mem_info()?.total();
         ensure!(
             total.is_some_and(|total| total.abs_diff(now) < MIB),
@@ -391,7 +391,7 @@ impl Guest {
         let updated = |answer: &Value| answer.get("last-update").and_then(Value::as_u64);
         let interval = "guest-stats-polling-interval";
         monitor.command("qom-set", set(interval, INTERVAL_SECONDS))?;
-        let deadline = Instant::now() + HANG_LIMIT;
+        let deadline = Instant::now() + HANG_TIMEOUT;
         let before = updated(&monitor.command("qom-get", get.clone())?);
         loop {
             let answer = monitor.command("qom-get", get.clone())?;
@@ -399,25 +399,25 @@ impl Guest {
                 let total = answer.pointer("/stats/stat-total-memory");
                 let total = total.and_then(Value::as_u64);
                 monitor.command("qom-set", set(interval, 0))?;
-                return self.is_total(total).with_context(|| answer.to_string());
+                return self.check_total(total).with_context(|| answer.to_string());
             }
             ensure!(Instant::now() < deadline, "no new statistics: {answer}");
             sleep(Duration::from_millis(20));
         }
     }
 
-    fn try_hinting(&mut self, agreed: bool, before: Settled) -> Result<()> {
+    fn try_hinting(&mut self, agreed: bool, before: MemoryUsage) -> Result<()> {
         match (self.daemon.is_some(), agreed) {
-            (true, true) => self.whole_round_in_the_end(before),
+            (true, true) => self.retry_full_hint_round(before),
             (true, false) => match self.daemon()?.qmp().hint_start() {
                 Ok(id) => bail!("the round {id:#x} was not refused"),
-                Err(error) => refused(&error),
+                Err(error) => check_refused(&error),
             },
             (false, true) => {
                 self.start_qemu_migration()?;
                 let migration = self.finish_qemu_migration()?;
                 let all = migration.total;
-                ensure!(migration.spared() > all / 4, "{migration:?}");
+                ensure!(migration.skipped() > all / 4, "{migration:?}");
                 Ok(())
             }
             // A migration without hints shows nothing.
@@ -430,11 +430,11 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// If there is none by [`HANG_LIMIT`].
-    pub fn whole_round_in_the_end(&mut self, before: Settled) -> Result<()> {
-        let deadline = Instant::now() + HANG_LIMIT;
+    /// If there is none by [`HANG_TIMEOUT`].
+    pub fn retry_full_hint_round(&mut self, before: MemoryUsage) -> Result<()> {
+        let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
-            match self.whole_round() {
+            match self.full_hint_round() {
                 Ok(_) => return Ok(()),
                 Err(error) if Instant::now() > deadline => return Err(error),
                 // The next hint round needs the free blocks of this one.
@@ -449,7 +449,7 @@ impl Guest {
 
     /// Waits until the kernel has reported pages.
     fn try_reporting(&mut self, agreed: bool) -> Result<()> {
-        let deadline = Instant::now() + HANG_LIMIT;
+        let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
             let pages = match (self.driver()?, &mut self.daemon) {
                 (Driver::Ours, _) => self.counters()?.get("reported_pages")?,
@@ -479,7 +479,7 @@ impl Guest {
     /// # Errors
     ///
     /// If it does not have this control.
-    pub fn hurry_reporting(&mut self) -> Result<()> {
+    pub fn set_short_reporting_delay(&mut self) -> Result<()> {
         self.call(WriteFile {
             path: "/sys/module/page_reporting/parameters/page_reporting_delay_ms".into(),
             text: "20".into(),
@@ -488,8 +488,8 @@ impl Guest {
 }
 
 /// Whether an error is the device's refusal.
-fn refused(error: &anyhow::Error) -> Result<()> {
-    match error.downcast_ref::<Refusal>() {
+fn check_refused(error: &anyhow::Error) -> Result<()> {
+    match error.downcast_ref::<QmpError>() {
         Some(_) => Ok(()),
         None => bail!("not refused: {error:#}"),
     }

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{
-    Call, Fill, Free, KernelLine, KernelLog, ListFolder, LoadModule, MemInfo, Memory, Modules,
-    PowerOff, Release, UnloadModule, WaitKernelLog,
+    Call, Fill, Free, KernelLog, KernelLogRecord, ListFolder, LoadModule, MemInfo, MemInfoFields,
+    Modules, PowerOff, Release, UnloadModule, WaitKernelLog,
 };
 
-use crate::agent::Agent;
+use crate::agent::AgentClient;
 use crate::artifacts::{Artifacts, Kernel};
-use crate::check::Settled;
+use crate::check::MemoryUsage;
 use crate::daemon::Daemon;
 use crate::host;
 use crate::initramfs;
@@ -24,8 +24,8 @@ use crate::process::{Process, Streams};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::vmm::hardware::Hardware;
-use crate::vmm::{qemu, uml, Attachment, Machine, Started, Vmm};
-use crate::{HANG_LIMIT, MIB};
+use crate::vmm::{qemu, uml, Attachment, StartedVmm, VmConfig, Vmm};
+use crate::{HANG_TIMEOUT, MIB};
 
 /// A balloon device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +55,7 @@ impl Driver {
     /// still. Ours has a lock around it. A test that cannot do without the other has `c_driver` in its name.
     #[must_use]
     pub fn each() -> &'static [Self] {
-        if Vmm::only_debug() {
+        if Vmm::is_debug_only() {
             &[Self::Ours]
         } else {
             &[Self::Ours, Self::C]
@@ -64,7 +64,7 @@ impl Driver {
 
     /// The module's name, as `/proc/modules` has it.
     #[must_use]
-    pub fn module(self) -> &'static str {
+    pub fn module_name(self) -> &'static str {
         match self {
             Self::Ours => "virtio_balloon_rs",
             Self::C => "virtio_balloon",
@@ -79,18 +79,18 @@ pub struct Builder<'a> {
     vmm: Vmm,
     device: Device,
     memory: u64,
-    exactly: bool,
+    exact_memory: bool,
     features: Vec<&'a str>,
     device_options: Vec<&'a str>,
     properties: Vec<&'a str>,
     hardware: Hardware,
     series: Option<&'a str>,
-    foreign: Option<&'a Path>,
-    slot: bool,
-    next_kernel: bool,
-    sleeps: bool,
+    external_device: Option<&'a Path>,
+    hotplug_slot: bool,
+    kexec_kernel: bool,
+    suspendable: bool,
     kernel_arguments: &'a str,
-    operators: bool,
+    qmp_socket: bool,
     memory_file: Option<&'a Path>,
     files: Vec<(&'a str, &'a Path)>,
     console: Streams,
@@ -106,18 +106,18 @@ impl<'a> Builder<'a> {
             vmm,
             device: Device::Ours,
             memory: 512 * MIB,
-            exactly: false,
+            exact_memory: false,
             features,
             device_options: Vec::new(),
             properties: Vec::new(),
             hardware: Hardware::default(),
             series: None,
-            foreign: None,
-            slot: false,
-            next_kernel: false,
-            sleeps: false,
+            external_device: None,
+            hotplug_slot: false,
+            kexec_kernel: false,
+            suspendable: false,
             kernel_arguments: "",
-            operators: false,
+            qmp_socket: false,
             memory_file: None,
             files: Vec::new(),
             console: Streams::Collected,
@@ -141,8 +141,8 @@ impl<'a> Builder<'a> {
     /// No more memory than that, on the debug kernel either. What a process of user-mode Linux fills page by page may take a
     /// mapping on the host for each page, and of these there are 65530.
     #[must_use]
-    pub fn exactly(mut self) -> Self {
-        self.exactly = true;
+    pub fn exact_memory(mut self) -> Self {
+        self.exact_memory = true;
         self
     }
 
@@ -183,29 +183,29 @@ impl<'a> Builder<'a> {
 
     /// Another vhost-user device instead, which listens on `socket`.
     #[must_use]
-    pub fn foreign(mut self, socket: &'a Path) -> Self {
-        self.foreign = Some(socket);
+    pub fn external_device(mut self, socket: &'a Path) -> Self {
+        self.external_device = Some(socket);
         self
     }
 
     /// Puts the device into a slot from which it can be pulled. QEMU only.
     #[must_use]
-    pub fn slot(mut self) -> Self {
-        self.slot = true;
+    pub fn hotplug_slot(mut self) -> Self {
+        self.hotplug_slot = true;
         self
     }
 
-    /// Prepares the guest for [`Guest::sleep_and_wake`]. QEMU only.
+    /// Prepares the guest for [`Guest::suspend_and_resume`]. QEMU only.
     #[must_use]
-    pub fn sleeps(mut self) -> Self {
-        self.sleeps = true;
+    pub fn suspendable(mut self) -> Self {
+        self.suspendable = true;
         self
     }
 
     /// Gives the guest a kernel and an initramfs that it can be told to start: the same as it has itself.
     #[must_use]
-    pub fn next_kernel(mut self) -> Self {
-        self.next_kernel = true;
+    pub fn kexec_kernel(mut self) -> Self {
+        self.kexec_kernel = true;
         self
     }
 
@@ -216,10 +216,10 @@ impl<'a> Builder<'a> {
         self
     }
 
-    /// Has the VMM listen for operators ([`Guest::operators_socket`]). QEMU only.
+    /// Has the VMM listen for operators ([`Guest::vmm_qmp_socket`]). QEMU only.
     #[must_use]
-    pub fn operators(mut self) -> Self {
-        self.operators = true;
+    pub fn qmp_socket(mut self) -> Self {
+        self.qmp_socket = true;
         self
     }
 
@@ -245,27 +245,27 @@ impl<'a> Builder<'a> {
     }
 
     /// Starts the guest, loads `driver` once all free memory but `spare` bytes has been in use (see
-    /// [`Guest::fill_and_free`]), and returns the guest with what [`Guest::settled`] says then.
+    /// [`Guest::fill_and_free`]), and returns the guest with what [`Guest::settled_memory_usage`] says then.
     ///
     /// # Errors
     ///
     /// As [`Builder::boot`] and [`Guest::load`].
-    pub fn boot_used(self, spare: u64, driver: Driver) -> Result<(Guest, Settled)> {
+    pub fn boot_filled(self, spare: u64, driver: Driver) -> Result<(Guest, MemoryUsage)> {
         const SEED: u64 = 10;
         /// The maximum memory use of a driver itself.
         const OF_DRIVER: u64 = 8 * MIB;
-        let reports = self.features.contains(&"free-page-reporting");
+        let with_reporting = self.features.contains(&"free-page-reporting");
         let mut guest = self.boot()?;
         guest.fill_and_free(spare, SEED)?;
-        let without = if reports {
-            Some(guest.settled()?)
+        let without = if with_reporting {
+            Some(guest.settled_memory_usage()?)
         } else {
             None
         };
         guest.load(driver)?;
-        let deadline = Instant::now() + HANG_LIMIT;
+        let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
-            let before = guest.settled()?;
+            let before = guest.settled_memory_usage()?;
             // Pages in a report count as used.
             if without.is_none_or(|without| before.used <= without.used + OF_DRIVER) {
                 return Ok((guest, before));
@@ -289,7 +289,7 @@ impl<'a> Builder<'a> {
             started,
             scratch,
         } = self.start(false)?;
-        Guest::meet(self, daemon, started, scratch)
+        Guest::from_started(self, daemon, started, scratch)
     }
 
     /// Starts a machine without a balloon that waits for a guest from elsewhere. QEMU only.
@@ -297,19 +297,19 @@ impl<'a> Builder<'a> {
     /// # Errors
     ///
     /// If a part is missing, or the VMM does not come up.
-    pub fn wait_for_guest(mut self) -> Result<Waiting> {
+    pub fn start_incoming(mut self) -> Result<IncomingVm> {
         self.device = Device::None;
         let Prepared {
             started, scratch, ..
         } = self.start(true)?;
-        let Started {
+        let StartedVmm {
             process: mut vmm,
             agent,
             monitor,
         } = started;
         let monitor = monitor.context("the VMM has no monitor")?;
-        let monitor = Qmp::new(monitor).with_context(|| vmm.diary())?;
-        Ok(Waiting {
+        let monitor = Qmp::new(monitor).with_context(|| vmm.diagnostics())?;
+        Ok(IncomingVm {
             vmm,
             agent,
             monitor,
@@ -319,7 +319,7 @@ impl<'a> Builder<'a> {
 
     fn start(&mut self, incoming: bool) -> Result<Prepared> {
         let vmm = self.vmm.resolve()?;
-        if !self.exactly {
+        if !self.exact_memory {
             self.memory += vmm.overhead();
         }
         let kernel = kernel(self.artifacts, vmm, self.series)?;
@@ -338,13 +338,13 @@ impl<'a> Builder<'a> {
         let early = early.iter().zip(&kernel.early);
         let mut more: Vec<(&str, &Path)> = self.files.clone();
         more.extend(early.map(|(inside, path)| (inside.as_str(), path.as_path())));
-        if self.next_kernel {
+        if self.kexec_kernel {
             initramfs::write(&next_initramfs, agent, &busybox, &modules, &[])?;
-            more.push((initramfs::NEXT_KERNEL, &kernel.image));
-            more.push((initramfs::NEXT_INITRAMFS, &next_initramfs));
+            more.push((initramfs::KEXEC_KERNEL, &kernel.image));
+            more.push((initramfs::KEXEC_INITRAMFS, &next_initramfs));
         }
         initramfs::write(&initramfs, agent, &busybox, &modules, &more)?;
-        let (daemon, device) = match (self.foreign, self.device) {
+        let (daemon, device) = match (self.external_device, self.device) {
             (Some(socket), _) => (None, Attachment::VhostUser(socket.to_owned())),
             (None, Device::None) => (None, Attachment::None),
             (None, Device::QemuOwn) => {
@@ -358,19 +358,19 @@ impl<'a> Builder<'a> {
                 (Some(daemon), Attachment::VhostUser(socket))
             }
         };
-        let machine = Machine {
+        let config = VmConfig {
             memory: self.memory,
             initramfs,
             device,
             properties: qemu::properties(&self.properties),
             hardware: self.hardware.clone(),
-            slot: self.slot,
-            sleeps: self.sleeps,
-            kernel_arguments: self.series.map_or("", arguments_of).to_owned()
+            hotplug_slot: self.hotplug_slot,
+            suspendable: self.suspendable,
+            kernel_arguments: self.series.map_or("", series_arguments).to_owned()
                 + self.kernel_arguments,
             memory_file: self.memory_file.map(Path::to_owned),
             incoming,
-            operators: self.operators.then(|| scratch.path(OPERATORS)),
+            qmp_socket: self.qmp_socket.then(|| scratch.path(VMM_QMP_SOCKET)),
             console: self.console,
         };
         let started = match vmm {
@@ -378,13 +378,13 @@ impl<'a> Builder<'a> {
                 /// With less, an unpacked kernel leaves no room for the initramfs.
                 const ROOM: u64 = 192 * MIB;
                 // As it wakes from sleep the machine is reset, and then QEMU writes an unpacked kernel over the one that slept.
-                let starts_unpacked = self.memory >= ROOM && !self.sleeps;
+                let starts_unpacked = self.memory >= ROOM && !self.suspendable;
                 let unpacked = kernel.unpacked.as_ref().filter(|_| starts_unpacked);
                 let image = unpacked.unwrap_or(&kernel.image);
-                qemu::start(&self.artifacts.rootfs, image, &machine)?
+                qemu::start(&self.artifacts.rootfs, image, &config)?
             }
-            Vmm::Uml => uml::start(&kernel.image, &uml::USUAL_ARGUMENTS, &machine)?,
-            Vmm::Debug => uml::start(&kernel.image, &uml::DEBUG_ARGUMENTS, &machine)?,
+            Vmm::Uml => uml::start(&kernel.image, &uml::USUAL_ARGUMENTS, &config)?,
+            Vmm::Debug => uml::start(&kernel.image, &uml::DEBUG_ARGUMENTS, &config)?,
         };
         Ok(Prepared {
             daemon,
@@ -397,21 +397,21 @@ impl<'a> Builder<'a> {
 /// What a guest is made of, before it is up.
 struct Prepared {
     // Dropped in this order: the VMM before the daemon, both before their folder.
-    started: Started,
+    started: StartedVmm,
     daemon: Option<Daemon>,
     scratch: Scratch,
 }
 
 /// A machine that waits for a guest from elsewhere.
 #[derive(Debug)]
-pub struct Waiting {
+pub struct IncomingVm {
     vmm: Process,
     agent: UnixStream,
     monitor: Qmp,
     scratch: Scratch,
 }
 
-impl Waiting {
+impl IncomingVm {
     /// Its folder.
     #[must_use]
     pub fn scratch(&self) -> &Scratch {
@@ -420,14 +420,14 @@ impl Waiting {
 
     /// Where its VMM listens for operators, if it was built so.
     #[must_use]
-    pub fn operators_socket(&self) -> PathBuf {
-        self.scratch.path(OPERATORS)
+    pub fn vmm_qmp_socket(&self) -> PathBuf {
+        self.scratch.path(VMM_QMP_SOCKET)
     }
 }
 
 /// What a guest that was moved has left behind.
 #[derive(Debug)]
-pub struct Left {
+pub struct SourceVm {
     // Dropped in this order: the VMM before the daemon, both before their folder.
     /// The VMM.
     pub vmm: Process,
@@ -439,14 +439,14 @@ pub struct Left {
 }
 
 /// The name of the socket at which a VMM listens for operators.
-const OPERATORS: &str = "vmm-qmp.sock";
+const VMM_QMP_SOCKET: &str = "vmm-qmp.sock";
 /// The parameter of our driver for the host timeout.
 const HOST_TIMEOUT: &str = "host_timeout_ms";
 /// The parameters that set the default host timeout, for a device that does not answer.
-pub const DEFAULT_TIMEOUT: &str = "host_timeout_ms=2000";
+pub const DEFAULT_HOST_TIMEOUT: &str = "host_timeout_ms=2000";
 
 /// What the kernel of a series needs on its command line.
-fn arguments_of(series: &str) -> &'static str {
+fn series_arguments(series: &str) -> &'static str {
     match series {
         // Its watchdog of clocks, once it is late, runs again at once, and takes a few microseconds of a busy host for a clock
         // that is wrong. Later series wait.
@@ -457,8 +457,8 @@ fn arguments_of(series: &str) -> &'static str {
 
 fn kernel<'a>(artifacts: &'a Artifacts, vmm: Vmm, series: Option<&str>) -> Result<&'a Kernel> {
     if let Some(series) = series {
-        let peer = artifacts.peers.get(series);
-        return peer.with_context(|| format!("no kernel of series {series} was set up"));
+        let series_kernel = artifacts.series_kernels.get(series);
+        return series_kernel.with_context(|| format!("no kernel of series {series} was set up"));
     }
     match vmm {
         Vmm::Qemu => artifacts
@@ -482,33 +482,33 @@ fn kernel<'a>(artifacts: &'a Artifacts, vmm: Vmm, series: Option<&str>) -> Resul
 pub struct Guest {
     // Dropped in this order: the VMM before the daemon, both before their folder.
     pub(crate) vmm: Process,
-    pub(crate) agent: Agent,
+    pub(crate) agent: AgentClient,
     pub(crate) monitor: Option<Qmp>,
     pub(crate) daemon: Option<Daemon>,
     pub(crate) scratch: Scratch,
-    kind: Vmm,
+    vmm_kind: Vmm,
     memory: u64,
     pub(crate) daemon_program: PathBuf,
-    watched: bool,
-    foreign: bool,
+    is_debug_kernel: bool,
+    external_device: bool,
     ended: bool,
-    pub(crate) log: Vec<KernelLine>,
+    pub(crate) log: Vec<KernelLogRecord>,
 }
 
 impl Guest {
     /// Waits until what was started is up.
-    fn meet(
+    fn from_started(
         builder: Builder<'_>,
         mut daemon: Option<Daemon>,
-        started: Started,
+        started: StartedVmm,
         scratch: Scratch,
     ) -> Result<Self> {
-        let Started {
+        let StartedVmm {
             process: mut vmm,
             agent,
             monitor,
         } = started;
-        let met = Agent::meet(agent, HANG_LIMIT)
+        let met = AgentClient::connect(agent, HANG_TIMEOUT)
             .and_then(|agent| Ok((agent, monitor.map(Qmp::new).transpose()?)));
         match met {
             Ok((agent, monitor)) => {
@@ -518,11 +518,11 @@ impl Guest {
                     monitor,
                     daemon,
                     scratch,
-                    kind: builder.vmm,
+                    vmm_kind: builder.vmm,
                     memory: builder.memory,
                     daemon_program: builder.artifacts.daemon.clone(),
-                    watched: matches!(builder.vmm.resolve(), Ok(Vmm::Debug)),
-                    foreign: builder.foreign.is_some(),
+                    is_debug_kernel: matches!(builder.vmm.resolve(), Ok(Vmm::Debug)),
+                    external_device: builder.external_device.is_some(),
                     ended: false,
                     log: Vec::new(),
                 };
@@ -533,11 +533,11 @@ impl Guest {
             Err(error) => {
                 let daemon = daemon
                     .as_mut()
-                    .map(|daemon| daemon.process().diary())
+                    .map(|daemon| daemon.process().diagnostics())
                     .unwrap_or_default();
                 Err(error.context(format!(
                     "the guest did not come up\n{}{daemon}",
-                    vmm.diary()
+                    vmm.diagnostics()
                 )))
             }
         }
@@ -545,9 +545,9 @@ impl Guest {
 
     /// Goes on with the guest where it has been moved to, and where `daemon` is its device. Returns what is left of where it
     /// was.
-    pub fn moved(&mut self, to: Waiting, daemon: Daemon) -> Left {
-        self.agent.moved(to.agent);
-        Left {
+    pub fn switch_to(&mut self, to: IncomingVm, daemon: Daemon) -> SourceVm {
+        self.agent.switch_stream(to.agent);
+        SourceVm {
             vmm: replace(&mut self.vmm, to.vmm),
             monitor: self.monitor.replace(to.monitor),
             daemon: self.daemon.replace(daemon),
@@ -563,8 +563,8 @@ impl Guest {
 
     /// What runs it.
     #[must_use]
-    pub fn kind(&self) -> Vmm {
-        self.kind
+    pub fn vmm_kind(&self) -> Vmm {
+        self.vmm_kind
     }
 
     /// The VMM's process.
@@ -573,7 +573,7 @@ impl Guest {
     }
 
     /// The program in the guest.
-    pub fn agent(&mut self) -> &mut Agent {
+    pub fn agent(&mut self) -> &mut AgentClient {
         &mut self.agent
     }
 
@@ -581,8 +581,8 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// As [`Agent::call`].
-    pub fn call<C: Call>(&mut self, call: C) -> Result<C::Answer> {
+    /// As [`AgentClient::call`].
+    pub fn call<C: Call>(&mut self, call: C) -> Result<C::Reply> {
         self.agent.call(call)
     }
 
@@ -606,10 +606,10 @@ impl Guest {
         self.monitor.as_mut().context("the VMM has no monitor")
     }
 
-    /// Where a VMM that was built with [`Builder::operators`] listens for them.
+    /// Where a VMM that was built with [`Builder::qmp_socket`] listens for them.
     #[must_use]
-    pub fn operators_socket(&self) -> Option<PathBuf> {
-        let socket = self.scratch.path(OPERATORS);
+    pub fn vmm_qmp_socket(&self) -> Option<PathBuf> {
+        let socket = self.scratch.path(VMM_QMP_SOCKET);
         socket.exists().then_some(socket)
     }
 
@@ -618,7 +618,7 @@ impl Guest {
     /// # Errors
     ///
     /// If the guest has no device.
-    pub fn balloon(&mut self) -> Result<&mut Qmp> {
+    pub fn balloon_qmp(&mut self) -> Result<&mut Qmp> {
         match (&mut self.daemon, &mut self.monitor) {
             (Some(daemon), _) => Ok(daemon.qmp()),
             (None, Some(monitor)) => Ok(monitor),
@@ -631,7 +631,7 @@ impl Guest {
     /// # Errors
     ///
     /// If the VMM is no more.
-    pub fn memory_in_use(&self) -> Result<u64> {
+    pub fn host_memory_in_use(&self) -> Result<u64> {
         host::guest_memory_in_use(self.vmm.id())
     }
 
@@ -640,17 +640,17 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// If it occupies more for all of `limit`, or the VMM is no more.
-    pub fn wait_memory_in_use(&self, at_most: u64, limit: Duration) -> Result<u64> {
-        let deadline = Instant::now() + limit;
+    /// If it occupies more for all of `timeout`, or the VMM is no more.
+    pub fn wait_host_memory_in_use(&self, at_most: u64, timeout: Duration) -> Result<u64> {
+        let deadline = Instant::now() + timeout;
         loop {
-            let now = self.memory_in_use()?;
+            let now = self.host_memory_in_use()?;
             if now <= at_most {
                 return Ok(now);
             }
             ensure!(
                 Instant::now() < deadline,
-                "the guest's memory occupies {now} bytes, and not {at_most}, after {limit:?}"
+                "the guest's memory occupies {now} bytes, and not {at_most}, after {timeout:?}"
             );
             sleep(Duration::from_millis(10));
         }
@@ -665,16 +665,16 @@ impl Guest {
     ///
     /// If the guest refuses.
     pub fn load_with(&mut self, driver: Driver, parameters: &str) -> Result<()> {
-        let path = initramfs::module_path(&format!("{}.ko", driver.module()));
-        let parameters = if driver == Driver::C || self.foreign || parameters.contains(HOST_TIMEOUT)
-        {
-            parameters.to_owned()
-        } else {
-            format!(
-                "{HOST_TIMEOUT}={} {parameters}",
-                HANG_LIMIT.as_millis() / 10
-            )
-        };
+        let path = initramfs::module_path(&format!("{}.ko", driver.module_name()));
+        let parameters =
+            if driver == Driver::C || self.external_device || parameters.contains(HOST_TIMEOUT) {
+                parameters.to_owned()
+            } else {
+                format!(
+                    "{HOST_TIMEOUT}={} {parameters}",
+                    HANG_TIMEOUT.as_millis() / 10
+                )
+            };
         self.call(LoadModule { path, parameters })?;
         // The device hears of it a little later than the driver is done.
         match &mut self.daemon {
@@ -699,7 +699,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// As [`Agent::call`].
+    /// As [`AgentClient::call`].
     pub fn list_folder(&mut self, path: &str) -> Result<Vec<String>> {
         self.call(ListFolder {
             path: path.to_owned(),
@@ -722,13 +722,13 @@ impl Guest {
     /// If the guest refuses.
     pub fn unload(&mut self, driver: Driver) -> Result<()> {
         self.call(UnloadModule {
-            name: driver.module().to_owned(),
+            name: driver.module_name().to_owned(),
         })?;
         let loaded = self.call(Modules {})?;
         ensure!(
-            !loaded.iter().any(|name| name == driver.module()),
+            !loaded.iter().any(|name| name == driver.module_name()),
             "{} is still there",
-            driver.module()
+            driver.module_name()
         );
         Ok(())
     }
@@ -740,17 +740,17 @@ impl Guest {
     /// # Errors
     ///
     /// If it has not by the limit.
-    pub fn wait_new_drivers_balloon(&mut self, target: u64, limit: Duration) -> Result<()> {
+    pub fn wait_balloon_after_reload(&mut self, target: u64, timeout: Duration) -> Result<()> {
         let pages = (self.memory() - target) / self.agent().hello().page_size;
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + timeout;
         loop {
-            let now = self.vm_event("nr_balloon_pages")?;
+            let now = self.vmstat_counter("nr_balloon_pages")?;
             if now == pages {
-                return self.balloon()?.wait_balloon(target, limit);
+                return self.balloon_qmp()?.wait_balloon(target, timeout);
             }
             ensure!(
                 Instant::now() < deadline,
-                "the balloon has {now} of {pages} pages after {limit:?}"
+                "the balloon has {now} of {pages} pages after {timeout:?}"
             );
             sleep(Duration::from_millis(20));
         }
@@ -760,8 +760,8 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// As [`Agent::call`].
-    pub fn mem_info(&mut self) -> Result<Memory> {
+    /// As [`AgentClient::call`].
+    pub fn mem_info(&mut self) -> Result<MemInfoFields> {
         self.call(MemInfo {})
     }
 
@@ -769,7 +769,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// As [`Agent::call`].
+    /// As [`AgentClient::call`].
     pub fn fill_and_free(&mut self, spare: u64, seed: u64) -> Result<u64> {
         let bytes = self.mem_info()?.free().saturating_sub(spare);
         let filled = self.call(Fill {
@@ -790,8 +790,8 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// As [`Agent::call`].
-    pub fn kernel_log(&mut self) -> Result<Vec<KernelLine>> {
+    /// As [`AgentClient::call`].
+    pub fn kernel_log(&mut self) -> Result<Vec<KernelLogRecord>> {
         let lines = self.call(KernelLog {})?;
         self.log.extend_from_slice(&lines);
         Ok(lines)
@@ -802,12 +802,16 @@ impl Guest {
     /// # Errors
     ///
     /// If there is none by the limit.
-    pub fn wait_kernel_log(&mut self, holds: &str, limit: Duration) -> Result<KernelLine> {
-        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+    pub fn wait_kernel_log(
+        &mut self,
+        substring: &str,
+        timeout: Duration,
+    ) -> Result<KernelLogRecord> {
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
         self.call(WaitKernelLog {
-            holds: holds.to_owned(),
+            substring: substring.to_owned(),
             from: self.log.last().map_or(0, |line| line.sequence + 1),
-            limit_ms,
+            timeout_ms,
         })
     }
 
@@ -817,11 +821,11 @@ impl Guest {
     ///
     /// If the VMM does not end, or the debug kernel has something to report.
     pub fn power_off(&mut self) -> Result<ExitStatus> {
-        if self.watched && !self.has_lost_its_device()? {
-            self.check_watched()?;
+        if self.is_debug_kernel && !self.has_lost_its_device()? {
+            self.check_debug_kernel()?;
         }
         self.call(PowerOff {})?;
-        let status = self.vmm.wait(HANG_LIMIT)?;
+        let status = self.vmm.wait(HANG_TIMEOUT)?;
         self.ended = true;
         Ok(status)
     }
@@ -855,10 +859,10 @@ impl Guest {
 
     /// What all processes of the guest said.
     #[must_use]
-    pub fn diary(&mut self) -> String {
-        let mut text = self.vmm.diary();
+    pub fn diagnostics(&mut self) -> String {
+        let mut text = self.vmm.diagnostics();
         if let Some(daemon) = &mut self.daemon {
-            text.push_str(&daemon.process().diary());
+            text.push_str(&daemon.process().diagnostics());
         }
         text
     }
@@ -885,6 +889,6 @@ impl Drop for Guest {
             let seconds = Duration::from_micros(line.time_us).as_secs_f64();
             eprintln!("<{}>[{seconds:12.6}] {}", line.level, line.text);
         }
-        eprintln!("{}", self.diary());
+        eprintln!("{}", self.diagnostics());
     }
 }

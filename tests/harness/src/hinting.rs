@@ -12,17 +12,17 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 use shared_abi::features::Features;
 
-use crate::check::USE_TOLERANCE;
-use crate::exercise::REPORTED_AT_ONCE;
+use crate::check::MEMORY_TOLERANCE;
+use crate::exercise::REPORTING_CAPACITY_BYTES;
 use crate::guest::Guest;
 use crate::qmp::Qmp;
 use crate::zones::Zones;
-use crate::{HANG_LIMIT, HANG_LIMIT_MS, MIB};
+use crate::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
 
 /// What `query-free-page-hint` says.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Status {
+pub struct HintStatus {
     /// `stopped`, `requested`, `started`, `finished` or `done`.
     pub status: String,
     /// The command id of the current round.
@@ -92,7 +92,7 @@ impl Qmp {
     /// # Errors
     ///
     /// If it is refused.
-    pub fn hint_status(&mut self) -> Result<Status> {
+    pub fn hint_status(&mut self) -> Result<HintStatus> {
         self.query("query-free-page-hint")
     }
 
@@ -109,8 +109,8 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// If it has not by [`HANG_LIMIT`].
-    pub fn wait_hint_status(&mut self, status: &str) -> Result<Status> {
+    /// If it has not by [`HANG_TIMEOUT`].
+    pub fn wait_hint_status(&mut self, status: &str) -> Result<HintStatus> {
         self.wait_hint(status, |now| now.status == status)
     }
 
@@ -118,16 +118,20 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// If it does not by [`HANG_LIMIT`].
-    pub fn wait_hint(&mut self, what: &str, wanted: impl Fn(&Status) -> bool) -> Result<Status> {
-        let deadline = Instant::now() + HANG_LIMIT;
+    /// If it does not by [`HANG_TIMEOUT`].
+    pub fn wait_hint(
+        &mut self,
+        what: &str,
+        wanted: impl Fn(&HintStatus) -> bool,
+    ) -> Result<HintStatus> {
+        let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
             let now = self.hint_status()?;
             if wanted(&now) {
                 return Ok(now);
             }
             if Instant::now() > deadline {
-                bail!("the round did not come to {what:?} within {HANG_LIMIT:?}: {now:?}");
+                bail!("the round did not come to {what:?} within {HANG_TIMEOUT:?}: {now:?}");
             }
             // Changes of status are events; blocks that come one after the other are not.
             self.wait_event(
@@ -145,52 +149,52 @@ impl Guest {
     /// # Errors
     ///
     /// If it is refused, or does not finish.
-    pub fn hint_all(&mut self) -> Result<Status> {
+    pub fn hint_all(&mut self) -> Result<HintStatus> {
         let balloon = self.daemon()?.qmp();
         balloon.hint_start()?;
         balloon.wait_hint_status("finished")
     }
 
-    /// Waits until the kernel's memory use exceeds `before` by `hinted` bytes, and returns the zones. The tolerance is `elsewhere` plus
-    /// [`USE_TOLERANCE`].
+    /// Waits until the kernel's memory use exceeds `before` by `hinted` bytes, and returns the zones. The tolerance is `reported` plus
+    /// [`MEMORY_TOLERANCE`].
     ///
-    /// The shrinker may reclaim hinted blocks meanwhile. Our driver counts these pages: `returned` is its count before the hint round.
+    /// The shrinker may reclaim hinted blocks meanwhile. Our driver counts these pages: `reclaimed_before` is its count before the hint round.
     /// The C driver does not count them (`None`): half of `hinted` is enough.
     ///
     /// # Errors
     ///
-    /// If it does not by [`HANG_LIMIT`].
-    pub fn check_taken(
+    /// If it does not by [`HANG_TIMEOUT`].
+    pub fn wait_hinted_memory_use(
         &mut self,
         before: u64,
         hinted: u64,
-        returned: Option<u64>,
-        elsewhere: u64,
+        reclaimed_before: Option<u64>,
+        reported: u64,
     ) -> Result<Zones> {
-        let tolerance = elsewhere + USE_TOLERANCE;
-        let deadline = Instant::now() + HANG_LIMIT;
+        let tolerance = reported + MEMORY_TOLERANCE;
+        let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
-            let held = self.zones()?;
-            let used = held.used_by_kernel() * held.page_size();
-            let taken = used.saturating_sub(before);
+            let zones_while_hinted = self.zones()?;
+            let used = zones_while_hinted.used_by_kernel() * zones_while_hinted.page_size();
+            let hinted_use = used.saturating_sub(before);
             // Read after the zones. Pages that are reclaimed in between cause another iteration.
-            let back = match returned {
+            let back = match reclaimed_before {
                 Some(earlier) => {
                     let now = self.counters()?.get("returned_pages")?;
-                    Some((now - earlier) * held.page_size())
+                    Some((now - earlier) * zones_while_hinted.page_size())
                 }
                 None => None,
             };
-            let is_right = match back {
-                Some(back) => (taken + back).abs_diff(hinted) < tolerance,
-                None => taken < hinted + tolerance && taken + elsewhere >= hinted / 2,
+            let is_expected = match back {
+                Some(back) => (hinted_use + back).abs_diff(hinted) < tolerance,
+                None => hinted_use < hinted + tolerance && hinted_use + reported >= hinted / 2,
             };
-            if is_right {
-                return Ok(held);
+            if is_expected {
+                return Ok(zones_while_hinted);
             }
             ensure!(
                 Instant::now() < deadline,
-                "{hinted} bytes were hinted, and the kernel uses {taken} more than {before}; {back:?} went back: {held:?}"
+                "{hinted} bytes were hinted, and the kernel uses {hinted_use} more than {before}; {back:?} went back: {zones_while_hinted:?}"
             );
             sleep(Duration::from_millis(20));
         }
@@ -201,36 +205,36 @@ impl Guest {
     /// # Errors
     ///
     /// If it is none.
-    pub fn whole_round(&mut self) -> Result<Status> {
-        let before = self.settled()?;
-        let round = self.hint_all()?;
+    pub fn full_hint_round(&mut self) -> Result<HintStatus> {
+        let before = self.settled_memory_usage()?;
+        let hint_round = self.hint_all()?;
         ensure!(
-            round.bytes >= before.free / 10 * 9,
-            "{} bytes were hinted of {before:?} that were free: {round:?}",
-            round.bytes
+            hint_round.bytes >= before.free / 10 * 9,
+            "{} bytes were hinted of {before:?} that were free: {hint_round:?}",
+            hint_round.bytes
         );
         self.daemon()?.qmp().hint_done()?;
         self.check_memory(before)?;
-        Ok(round)
+        Ok(hint_round)
     }
 }
 
 /// What a migration of QEMU's own spared.
 #[derive(Clone, Copy, Debug)]
-pub struct Migration {
+pub struct QemuMigration {
     /// Bytes of memory that it had to consider.
     pub total: u64,
     /// Bytes that it took up, as pages with contents or as zero pages; a page that was taken up twice counts twice.
-    pub taken: u64,
+    pub processed: u64,
     /// Bytes on the wire.
     pub transferred: u64,
 }
 
-impl Migration {
+impl QemuMigration {
     /// Bytes that it never took up: at least so many were hinted.
     #[must_use]
-    pub fn spared(&self) -> u64 {
-        self.total.saturating_sub(self.taken)
+    pub fn skipped(&self) -> u64 {
+        self.total.saturating_sub(self.processed)
     }
 }
 
@@ -246,10 +250,10 @@ impl Guest {
         let mut free = self.mem_info()?.free();
         if self.features()?.contains(Features::REPORTING) {
             // Pages in a report are free again later.
-            free += REPORTED_AT_ONCE;
+            free += REPORTING_CAPACITY_BYTES;
         }
         // Only our driver counts its rounds.
-        let rounds = if self.counted_devices()?.is_empty() {
+        let hint_rounds = if self.devices_with_counters()?.is_empty() {
             None
         } else {
             Some(self.counters()?.get("rounds_finished")?)
@@ -260,20 +264,20 @@ impl Guest {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         monitor.command("migrate-set-capabilities", events)?;
         monitor.command("migrate", json!({ "uri": "exec:cat >/dev/null" }))?;
-        if let Some(rounds) = rounds {
-            self.wait_counter("rounds_finished", rounds + 1, HANG_LIMIT)?;
+        if let Some(hint_rounds) = hint_rounds {
+            self.wait_counter("rounds_finished", hint_rounds + 1, HANG_TIMEOUT)?;
             return Ok(());
         }
         self.call(WaitMemFree {
             at_least: 0,
             at_most: free / 10,
-            limit_ms: HANG_LIMIT_MS,
+            timeout_ms: HANG_TIMEOUT_MS,
         })
         .context("the driver did not take its free memory to hint it")?;
         self.call(WaitMemSettled {
             tolerance: MIB,
-            quiet_looks: 30,
-            limit_ms: HANG_LIMIT_MS,
+            stable_samples: 30,
+            timeout_ms: HANG_TIMEOUT_MS,
         })?;
         Ok(())
     }
@@ -283,7 +287,7 @@ impl Guest {
     /// # Errors
     ///
     /// If it fails.
-    pub fn finish_qemu_migration(&mut self) -> Result<Migration> {
+    pub fn finish_qemu_migration(&mut self) -> Result<QemuMigration> {
         #[derive(Deserialize)]
         struct Answer {
             status: String,
@@ -307,7 +311,7 @@ impl Guest {
             "migrate-set-parameters",
             json!({ "max-bandwidth": 1024 * MIB }),
         )?;
-        let deadline = Instant::now() + HANG_LIMIT;
+        let deadline = Instant::now() + HANG_TIMEOUT;
         let ram = loop {
             let answer: Answer = monitor.query("query-migrate")?;
             match answer.status.as_str() {
@@ -315,7 +319,7 @@ impl Guest {
                 "failed" | "cancelled" => bail!("the migration {}", answer.status),
                 status => ensure!(
                     Instant::now() < deadline,
-                    "the migration is still {status} after {HANG_LIMIT:?}"
+                    "the migration is still {status} after {HANG_TIMEOUT:?}"
                 ),
             }
             monitor.wait_event(
@@ -336,10 +340,10 @@ impl Guest {
             monitor.wait_event(|_| true, Duration::from_millis(20))?;
         }
         monitor.command("cont", json!({}))?;
-        let taken = (ram.normal + ram.duplicate) * ram.page_size;
-        Ok(Migration {
+        let processed = (ram.normal + ram.duplicate) * ram.page_size;
+        Ok(QemuMigration {
             total: ram.total,
-            taken,
+            processed,
             transferred: ram.transferred,
         })
     }
@@ -364,27 +368,27 @@ impl Guest {
     /// # Errors
     ///
     /// If the work or a round fails.
-    pub fn during_rounds<T>(
+    pub fn with_hint_rounds<T>(
         &mut self,
         hold: Duration,
         work: impl FnOnce(&mut Self, &AtomicU64) -> Result<T>,
     ) -> Result<(T, u64)> {
-        let mut operator = self.daemon()?.connect()?;
-        let (over, count) = (AtomicBool::new(false), AtomicU64::new(0));
+        let mut client = self.daemon()?.connect()?;
+        let (stop, count) = (AtomicBool::new(false), AtomicU64::new(0));
         thread::scope(|scope| {
-            let rounds = scope.spawn(|| -> Result<()> {
-                while !over.load(Ordering::Relaxed) {
-                    operator.hint_start()?;
-                    operator.wait_hint_status("finished")?;
+            let hint_rounds = scope.spawn(|| -> Result<()> {
+                while !stop.load(Ordering::Relaxed) {
+                    client.hint_start()?;
+                    client.wait_hint_status("finished")?;
                     thread::sleep(hold);
-                    operator.hint_done()?;
+                    client.hint_done()?;
                     count.fetch_add(1, Ordering::Relaxed);
                 }
                 Ok(())
             });
             let done = work(self, &count);
-            over.store(true, Ordering::Relaxed);
-            rounds
+            stop.store(true, Ordering::Relaxed);
+            hint_rounds
                 .join()
                 .map_err(|_| anyhow!("the rounds panicked"))??;
             Ok((done?, count.load(Ordering::Relaxed)))

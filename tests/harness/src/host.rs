@@ -18,13 +18,13 @@ pub enum Accelerator {
 }
 
 impl Accelerator {
-    /// The environment variable (`kvm` or `tcg`) that overrides [`Accelerator::choose`].
+    /// The environment variable (`kvm` or `tcg`) that overrides [`Accelerator::detect`].
     pub const VARIABLE: &'static str = "VIRTIO_BALLOON_RS_ACCEL";
 
     /// KVM if the processor says that it can virtualise and `/dev/kvm` opens. The device alone proves nothing: it may be
     /// there on a machine that cannot run an ordinary kernel.
     #[must_use]
-    pub fn choose() -> Self {
+    pub fn detect() -> Self {
         match std::env::var(Self::VARIABLE).as_deref() {
             Ok("kvm") => return Self::Kvm,
             Ok("tcg") => return Self::Tcg,
@@ -53,7 +53,7 @@ impl Accelerator {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Activity {
     /// How often its threads went to sleep of their own will, hence were woken.
-    pub sleeps: u64,
+    pub voluntary_switches: u64,
     /// Processor time, in clock ticks.
     pub ticks: u64,
 }
@@ -70,10 +70,10 @@ pub fn activity(process: u32) -> Result<Activity> {
     for task in tasks {
         let task = task?.path();
         let status = fs::read_to_string(task.join("status"))?;
-        let sleeps = status
+        let voluntary_switches = status
             .lines()
             .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        total.sleeps += sleeps
+        total.voluntary_switches += voluntary_switches
             .and_then(|number| number.trim().parse::<u64>().ok())
             .context("no count of switches")?;
         let stat = fs::read_to_string(task.join("stat"))?;

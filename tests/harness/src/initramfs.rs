@@ -25,12 +25,12 @@ pub fn early_path(number: usize) -> String {
 }
 
 /// Where a kernel lies in the guest that it may be told to start.
-pub const NEXT_KERNEL: &str = "/next/kernel";
+pub const KEXEC_KERNEL: &str = "/next/kernel";
 /// Where that kernel's initramfs lies.
-pub const NEXT_INITRAMFS: &str = "/next/initramfs";
+pub const KEXEC_INITRAMFS: &str = "/next/initramfs";
 
 /// Where what is run inside a guest of QEMU lies.
-pub const INSIDE: &str = "/inside";
+pub const NESTED_DIR: &str = "/nested";
 
 /// Writes an initramfs to `target`, with `more` files: where they lie in the guest, and on the host.
 ///
@@ -47,7 +47,7 @@ pub fn write(
     let file = File::create(target).with_context(|| format!("cannot make {}", target.display()))?;
     let mut archive = BufWriter::new(file);
     let own = [
-        "bin", "dev", "inside", "modules", "early", "next", "proc", "sys", "tmp", "usr", "usr/bin",
+        "bin", "dev", "nested", "modules", "early", "next", "proc", "sys", "tmp", "usr", "usr/bin",
     ];
     for folder in own {
         archive = add(archive, Builder::new(folder).mode(FOLDER), &[])?;

@@ -11,14 +11,14 @@ pub struct Case {
     /// Suite and case, joined by a dot.
     pub name: String,
     /// What happened.
-    pub outcome: Outcome,
+    pub status: TestStatus,
     /// The lines that the case wrote before its result.
     pub diagnostics: Vec<String>,
 }
 
 /// How a case ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum TestStatus {
     /// `ok`.
     Passed,
     /// `ok ... # SKIP`.
@@ -31,12 +31,12 @@ impl Case {
     /// The line that tells `cargo xtask test` of this.
     #[must_use]
     pub fn line(&self) -> String {
-        let outcome = match self.outcome {
-            Outcome::Passed => "ok",
-            Outcome::Skipped => "ignored",
-            Outcome::Failed => FAILED,
+        let status = match self.status {
+            TestStatus::Passed => "ok",
+            TestStatus::Skipped => "ignored",
+            TestStatus::Failed => FAILED,
         };
-        format!("{LINE}{}{SEPARATOR}{outcome}", self.name)
+        format!("{LINE}{}{SEPARATOR}{status}", self.name)
     }
 }
 
@@ -47,9 +47,9 @@ const FAILED: &str = "FAILED";
 /// The case that a line of [`Case::line`] is about, and whether it failed; none for what is no such line, or a case that was
 /// skipped.
 #[must_use]
-pub fn shown(line: &str) -> Option<(&str, bool)> {
-    let (name, outcome) = line.strip_prefix(LINE)?.split_once(SEPARATOR)?;
-    match outcome {
+pub fn parse_case_line(line: &str) -> Option<(&str, bool)> {
+    let (name, status) = line.strip_prefix(LINE)?.split_once(SEPARATOR)?;
+    match status {
         "ok" => Some((name, false)),
         FAILED => Some((name, true)),
         _ => None,
@@ -65,7 +65,7 @@ pub fn parse(suite: &str, text: &str) -> Vec<Case> {
     for line in text.lines() {
         let trimmed = line.trim_start();
         match result(trimmed) {
-            Some((outcome, name)) => {
+            Some((status, name)) => {
                 let name = if name == suite {
                     name.to_owned()
                 } else {
@@ -73,7 +73,7 @@ pub fn parse(suite: &str, text: &str) -> Vec<Case> {
                 };
                 cases.push(Case {
                     name,
-                    outcome,
+                    status,
                     diagnostics: std::mem::take(&mut diagnostics),
                 });
             }
@@ -85,7 +85,7 @@ pub fn parse(suite: &str, text: &str) -> Vec<Case> {
 }
 
 /// `ok 1 name # SKIP why`, `not ok 2 - name`.
-fn result(line: &str) -> Option<(Outcome, &str)> {
+fn result(line: &str) -> Option<(TestStatus, &str)> {
     let (failed, rest) = match line.strip_prefix("not ok ") {
         Some(rest) => (true, rest),
         None => (false, line.strip_prefix("ok ")?),
@@ -94,12 +94,12 @@ fn result(line: &str) -> Option<(Outcome, &str)> {
     number.parse::<u32>().ok()?;
     let rest = rest.strip_prefix("- ").unwrap_or(rest);
     let (name, directive) = rest.split_once(" # ").unwrap_or((rest, ""));
-    let outcome = match (failed, directive.starts_with("SKIP")) {
-        (true, _) => Outcome::Failed,
-        (false, true) => Outcome::Skipped,
-        (false, false) => Outcome::Passed,
+    let status = match (failed, directive.starts_with("SKIP")) {
+        (true, _) => TestStatus::Failed,
+        (false, true) => TestStatus::Skipped,
+        (false, false) => TestStatus::Passed,
     };
-    Some((outcome, name.trim()))
+    Some((status, name.trim()))
 }
 
 fn boilerplate(line: &str) -> bool {
@@ -142,17 +142,17 @@ not ok 1 ring
 ";
 
     #[test]
-    fn each_case_has_its_outcome_and_its_last_words() {
+    fn each_case_has_its_status_and_diagnostics() {
         let cases = parse("ring", RESULTS);
         let outcomes: Vec<_> = cases
             .iter()
-            .map(|case| (case.name.as_str(), case.outcome))
+            .map(|case| (case.name.as_str(), case.status))
             .collect();
         let expected = [
-            ("ring.keeps_order", Outcome::Passed),
-            ("ring.returns_each_once", Outcome::Failed),
-            ("ring.wraps", Outcome::Skipped),
-            ("ring", Outcome::Failed),
+            ("ring.keeps_order", TestStatus::Passed),
+            ("ring.returns_each_once", TestStatus::Failed),
+            ("ring.wraps", TestStatus::Skipped),
+            ("ring", TestStatus::Failed),
         ];
         assert_eq!(outcomes, expected);
         let failed = cases
@@ -161,7 +161,10 @@ not ok 1 ring
             .unwrap();
         assert_eq!(failed.diagnostics.len(), 2);
         let lines: Vec<String> = cases.iter().map(Case::line).collect();
-        let shown: Vec<_> = lines.iter().filter_map(|line| shown(line)).collect();
+        let shown: Vec<_> = lines
+            .iter()
+            .filter_map(|line| parse_case_line(line))
+            .collect();
         let expected = [
             ("ring.keeps_order", false),
             ("ring.returns_each_once", true),

@@ -59,10 +59,13 @@ impl Lines {
         self.lock().lines.join("\n")
     }
 
-    /// Waits until all readers have reached the end of their streams, or until `limit`.
-    pub fn wait_end(&self, limit: Duration) {
+    /// Waits until all readers have reached the end of their streams, or until `timeout`.
+    pub fn wait_end(&self, timeout: Duration) {
         let reads = |collected: &mut Collected| collected.readers > 0;
-        let waited = self.0.changed.wait_timeout_while(self.lock(), limit, reads);
+        let waited = self
+            .0
+            .changed
+            .wait_timeout_while(self.lock(), timeout, reads);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
@@ -75,9 +78,9 @@ impl Lines {
         &self,
         what: &str,
         wanted: impl Fn(&str) -> bool,
-        limit: Duration,
+        timeout: Duration,
     ) -> Result<String> {
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + timeout;
         let mut collected = self.lock();
         let mut seen = 0;
         loop {
@@ -91,7 +94,7 @@ impl Lines {
                 bail!("the output ended without {what}");
             }
             if left.is_zero() {
-                bail!("the output had no {what} within {limit:?}");
+                bail!("the output had no {what} within {timeout:?}");
             }
             let waited = self.0.changed.wait_timeout(collected, left);
             (collected, _) = waited.unwrap_or_else(PoisonError::into_inner);
@@ -102,7 +105,7 @@ impl Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::HANG_LIMIT;
+    use crate::HANG_TIMEOUT;
 
     #[test]
     fn a_line_is_found_whether_it_came_before_or_comes_later() {
@@ -112,21 +115,21 @@ mod tests {
         std::io::Write::write_all(&mut writer, b"one\ntwo").unwrap();
         assert_eq!(
             lines
-                .wait_for("one", |line| line == "one", HANG_LIMIT)
+                .wait_for("one", |line| line == "one", HANG_TIMEOUT)
                 .unwrap(),
             "one"
         );
         drop(writer);
-        lines.wait_end(HANG_LIMIT);
+        lines.wait_end(HANG_TIMEOUT);
         assert_eq!(lines.text(), "one\ntwo");
         assert_eq!(
             lines
-                .wait_for("two", |line| line == "two", HANG_LIMIT)
+                .wait_for("two", |line| line == "two", HANG_TIMEOUT)
                 .unwrap(),
             "two"
         );
         let error = lines
-            .wait_for("a third line", |line| line == "three", HANG_LIMIT)
+            .wait_for("a third line", |line| line == "three", HANG_TIMEOUT)
             .unwrap_err();
         assert_eq!(error.to_string(), "the output ended without a third line");
     }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A matrix of machines: each row of [`table::rows`] is one way in which a machine differs, each cell a driver and a device
-//! on it, and what is done in each cell is the same ([`Guest::exercise_whole`]) but where the difference is something that
-//! happens on the way ([`stories`]).
+//! on it, and what is done in each cell is the same ([`Guest::exercise_fully`]) but where the difference is something that
+//! happens on the way ([`scenarios`]).
 //!
-//! [`Guest::exercise_whole`]: crate::guest::Guest::exercise_whole
+//! [`Guest::exercise_fully`]: crate::guest::Guest::exercise_whole
 
-pub mod stories;
+pub mod scenarios;
 pub mod table;
 
 use std::fs;
@@ -22,7 +22,7 @@ use crate::guest::{Device, Driver};
 use crate::vmm::hardware::Hardware;
 use crate::vmm::Vmm;
 use crate::MIB;
-use stories::Story;
+use scenarios::Scenario;
 
 /// The environment variable that names the cells to be run: [`ALL`], or a text that their names hold. Unset, the usual ones.
 pub const CELLS_VARIABLE: &str = "VIRTIO_BALLOON_RS_MATRIX";
@@ -97,7 +97,7 @@ pub struct Entry {
     /// The driver and the device.
     pub pair: Pair,
     /// Whether it is one of the usual ones, which `make test` runs.
-    pub usual: bool,
+    pub is_default: bool,
     /// What is known of it.
     pub expected: Expected,
 }
@@ -122,7 +122,7 @@ pub struct Row {
     /// What our device offers.
     pub features: &'static [&'static str],
     /// What is done.
-    pub story: Story,
+    pub scenario: Scenario,
     /// Its cells.
     pub entries: Vec<Entry>,
 }
@@ -157,7 +157,7 @@ pub enum Verdict {
 
 /// A cell that is done with.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Outcome {
+pub struct CellResult {
     /// The name of its row.
     pub row: String,
     /// Its column.
@@ -171,7 +171,7 @@ pub struct Outcome {
 /// Why a cell cannot be run on this host: an error that is none.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct NotHere(pub String);
+pub struct HostUnsupported(pub String);
 
 /// The cells that `which` names, as [`CELLS_VARIABLE`] does.
 ///
@@ -188,7 +188,7 @@ pub fn cells(which: Option<&str>) -> Result<Vec<Cell>> {
     });
     let chosen: Vec<Cell> = all
         .filter(|cell| match which {
-            None => cell.entry.usual,
+            None => cell.entry.is_default,
             Some(ALL) => true,
             Some(text) => cell.name().contains(text),
         })
@@ -207,7 +207,7 @@ pub fn cells(which: Option<&str>) -> Result<Vec<Cell>> {
 /// # Errors
 ///
 /// If there are no such cells, or the results cannot be written.
-pub fn run(artifacts: &Artifacts) -> Result<Vec<Outcome>> {
+pub fn run(artifacts: &Artifacts) -> Result<Vec<CellResult>> {
     let which = std::env::var(CELLS_VARIABLE).ok();
     let results = std::env::var_os(RESULTS_VARIABLE).map(PathBuf::from);
     let cells = cells(which.as_deref())?;
@@ -257,19 +257,19 @@ pub fn run(artifacts: &Artifacts) -> Result<Vec<Outcome>> {
         .unwrap_or_else(PoisonError::into_inner))
 }
 
-fn run_one(artifacts: &Artifacts, cell: &Cell) -> Outcome {
+fn run_one(artifacts: &Artifacts, cell: &Cell) -> CellResult {
     let start = Instant::now();
     let verdict = match cell.entry.expected {
         Expected::CannotRun(reason) => Verdict::NotRun(reason.to_owned()),
-        Expected::Works => match stories::tell(artifacts, cell) {
+        Expected::Works => match scenarios::run_scenario(artifacts, cell) {
             Ok(()) => Verdict::Passed,
-            Err(error) => match error.downcast_ref::<NotHere>() {
-                Some(NotHere(reason)) => Verdict::NotRun(reason.clone()),
+            Err(error) => match error.downcast_ref::<HostUnsupported>() {
+                Some(HostUnsupported(reason)) => Verdict::NotRun(reason.clone()),
                 None => Verdict::Failed(format!("{error:#}")),
             },
         },
     };
-    Outcome {
+    CellResult {
         row: cell.row.name.to_owned(),
         pair: cell.entry.pair,
         verdict,
@@ -293,7 +293,7 @@ impl Row {
             hardware: Hardware::default(),
             properties: &[],
             features: &["stats", "free-page-hint", "free-page-reporting"],
-            story: Story::Exercise,
+            scenario: Scenario::Exercise,
             entries: Vec::new(),
         }
     }
@@ -333,15 +333,15 @@ impl Row {
         self
     }
 
-    fn story(mut self, story: Story) -> Self {
-        self.story = story;
+    fn scenario(mut self, scenario: Scenario) -> Self {
+        self.scenario = scenario;
         self
     }
 
-    fn entry(mut self, pair: Pair, usual: bool, expected: Expected) -> Self {
+    fn entry(mut self, pair: Pair, is_default: bool, expected: Expected) -> Self {
         self.entries.push(Entry {
             pair,
-            usual,
+            is_default,
             expected,
         });
         self
@@ -355,12 +355,12 @@ impl Row {
     }
 
     /// A cell that is run each time.
-    fn usually(self, pair: Pair) -> Self {
+    fn by_default(self, pair: Pair) -> Self {
         self.entry(pair, true, Expected::Works)
     }
 
     /// A cell that cannot be run.
-    fn cannot(self, pair: Pair, reason: &'static str) -> Self {
+    fn not_runnable(self, pair: Pair, reason: &'static str) -> Self {
         self.entry(pair, false, Expected::CannotRun(reason))
     }
 }

@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 use anyhow::{ensure, Context, Result};
 use guest_agent::calls::PageUse;
 use guest_agent::ranges::RangeSet;
-pub use migration::status::{State, Status};
+pub use guest_migration::status::{MigrationInfo, MigrationStatus};
 use serde::Deserialize;
 use serde_json::{json, Value};
 
 use crate::destination::Destination;
 use crate::guest::Guest;
 use crate::host::guest_memory_file;
-use crate::image::{Image, Marks};
+use crate::memory_image::{MemoryImage, PageHashes};
 use crate::qmp::Qmp;
-use crate::HANG_LIMIT;
+use crate::HANG_TIMEOUT;
 
 /// Commands to our daemon.
 impl Qmp {
@@ -39,7 +39,7 @@ impl Qmp {
     /// # Errors
     ///
     /// If they are refused.
-    pub fn migrate_parameters(&mut self, parameters: Value) -> Result<()> {
+    pub fn migrate_set_parameters(&mut self, parameters: Value) -> Result<()> {
         self.command("migrate-set-parameters", parameters).map(drop)
     }
 
@@ -57,7 +57,7 @@ impl Qmp {
     /// # Errors
     ///
     /// If it is refused.
-    pub fn migration(&mut self) -> Result<Status> {
+    pub fn query_migrate(&mut self) -> Result<MigrationInfo> {
         self.query("query-migrate")
     }
 
@@ -69,12 +69,12 @@ impl Qmp {
     pub fn wait_migration(
         &mut self,
         what: &str,
-        wanted: impl Fn(&Status) -> bool,
-        limit: Duration,
-    ) -> Result<Status> {
-        let deadline = Instant::now() + limit;
+        wanted: impl Fn(&MigrationInfo) -> bool,
+        timeout: Duration,
+    ) -> Result<MigrationInfo> {
+        let deadline = Instant::now() + timeout;
         loop {
-            let now = self.migration()?;
+            let now = self.query_migrate()?;
             if wanted(&now) {
                 return Ok(now);
             }
@@ -84,7 +84,7 @@ impl Qmp {
             );
             ensure!(
                 Instant::now() < deadline,
-                "the migration did not come to {what:?} within {limit:?}: {now:?}"
+                "the migration did not come to {what:?} within {timeout:?}: {now:?}"
             );
             // Changes of state are events; pages that are sent are not.
             self.wait_event(|event| event.name == "MIGRATION", Duration::from_millis(5))?;
@@ -95,21 +95,21 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// If it has none by [`HANG_LIMIT`].
-    pub fn wait_migration_end(&mut self) -> Result<Status> {
-        self.wait_migration("its end", |now| now.status.is_over(), HANG_LIMIT)
+    /// If it has none by [`HANG_TIMEOUT`].
+    pub fn wait_migration_end(&mut self) -> Result<MigrationInfo> {
+        self.wait_migration("its end", |now| now.status.is_over(), HANG_TIMEOUT)
     }
 }
 
 /// What both sides of a migration hold while the source is paused.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct MemoryComparison {
     /// Pages of the source's memory that are no holes.
-    pub data: u64,
+    pub data_pages: u64,
     /// What differs at the destination.
     pub different: RangeSet,
     /// What that was like at the source.
-    before: Marks,
+    before: PageHashes,
 }
 
 /// Migrations by our daemon.
@@ -119,18 +119,18 @@ impl Guest {
     /// # Errors
     ///
     /// If the VMM is no more.
-    pub fn image(&self) -> Result<Image> {
-        Image::open(&guest_memory_file(self.vmm.id())?)
+    pub fn memory_image(&self) -> Result<MemoryImage> {
+        MemoryImage::open(&guest_memory_file(self.vmm.id())?)
     }
 
     /// Begins to move the guest's memory to `uri`. It will be paused by its VMM if that listens for operators
-    /// ([`crate::guest::Builder::operators`]), else by stopping its processes.
+    /// ([`crate::guest::Builder::qmp_socket`]), else by stopping its processes.
     ///
     /// # Errors
     ///
     /// If it is refused.
     pub fn start_migration(&mut self, uri: &str) -> Result<()> {
-        let vmm = self.operators_socket();
+        let vmm = self.vmm_qmp_socket();
         self.daemon()?.qmp().migrate(uri, vmm.as_deref())
     }
 
@@ -139,7 +139,7 @@ impl Guest {
     /// # Errors
     ///
     /// If either side fails.
-    pub fn migrate_to(&mut self, destination: &mut Destination) -> Result<Status> {
+    pub fn migrate_to(&mut self, destination: &mut Destination) -> Result<MigrationInfo> {
         self.start_migration(&destination.uri())?;
         self.finish_migration(destination)
     }
@@ -149,10 +149,10 @@ impl Guest {
     /// # Errors
     ///
     /// If either side fails.
-    pub fn finish_migration(&mut self, destination: &mut Destination) -> Result<Status> {
+    pub fn finish_migration(&mut self, destination: &mut Destination) -> Result<MigrationInfo> {
         let status = self.daemon()?.qmp().wait_migration_end()?;
         ensure!(
-            status.status == State::Completed,
+            status.status == MigrationStatus::Completed,
             "the migration did not succeed: {status:#?}"
         );
         destination.wait().context("at the destination")?;
@@ -164,12 +164,12 @@ impl Guest {
     /// # Errors
     ///
     /// If either side's memory cannot be read.
-    pub fn outcome(&self, destination: &Destination) -> Result<Outcome> {
-        let (source, destination) = (self.image()?, destination.image()?);
+    pub fn compare_memory(&self, destination: &Destination) -> Result<MemoryComparison> {
+        let (source, destination) = (self.memory_image()?, destination.memory_image()?);
         let different = source.differences(&destination)?;
-        Ok(Outcome {
-            data: source.data()?.bytes() / 4096,
-            before: source.marks(&different)?,
+        Ok(MemoryComparison {
+            data_pages: source.data()?.bytes() / 4096,
+            before: source.page_hashes(&different)?,
             different,
         })
     }
@@ -180,9 +180,9 @@ impl Guest {
     /// # Errors
     ///
     /// If its memory cannot be written.
-    pub fn adopt(&self, outcome: &Outcome, destination: &Destination) -> Result<()> {
-        self.image()?
-            .copy_from(&destination.image()?, &outcome.different)
+    pub fn adopt(&self, comparison: &MemoryComparison, destination: &Destination) -> Result<()> {
+        self.memory_image()?
+            .copy_from(&destination.memory_image()?, &comparison.different)
     }
 
     /// Checks that the guest, which goes on with its own memory, has no use for what the destination lacks.
@@ -193,10 +193,10 @@ impl Guest {
     /// # Errors
     ///
     /// If the guest uses a page that differs.
-    pub fn check_different_are_free(&mut self, outcome: &Outcome) -> Result<()> {
+    pub fn check_different_pages_are_free(&mut self, comparison: &MemoryComparison) -> Result<()> {
         // As they lie: compaction would move what is in use, and its old places would be free.
         let now = self.call(PageUse {})?;
-        let same = outcome.before.unchanged(&self.image()?)?;
+        let same = comparison.before.unchanged(&self.memory_image()?)?;
         let used = same.intersection(&now.used);
         ensure!(
             used.ranges().is_empty(),

@@ -18,10 +18,10 @@ use nix::unistd::Pid;
 use crate::lines::Lines;
 use crate::pinned_cpu::PinnedCpu;
 pub use crate::sys::die_with_parent;
-use crate::HANG_LIMIT;
+use crate::HANG_TIMEOUT;
 
 /// How often a process is looked at while its end is awaited.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// What becomes of a process's standard streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,14 +133,14 @@ impl Process {
             .child
             .try_wait()
             .with_context(|| format!("cannot ask after {}", self.name))?;
-        self.output.wait_end(HANG_LIMIT);
+        self.output.wait_end(HANG_TIMEOUT);
         Ok(self.ended)
     }
 
     /// Returns whether the process has exited. Does not reap it.
     fn has_ended(&self) -> Result<bool> {
-        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        let status = waitid(Id::Pid(self.pid()?), look);
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        let status = waitid(Id::Pid(self.pid()?), flags);
         let status = status.with_context(|| format!("cannot ask after {}", self.name))?;
         Ok(status != WaitStatus::StillAlive)
     }
@@ -150,16 +150,16 @@ impl Process {
     /// # Errors
     ///
     /// If it still runs when the limit is over.
-    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
-        let deadline = Instant::now() + limit;
+    pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + timeout;
         loop {
             if let Some(status) = self.status()? {
                 return Ok(status);
             }
             if Instant::now() > deadline {
-                bail!("{} did not end within {limit:?}", self.name);
+                bail!("{} did not end within {timeout:?}", self.name);
             }
-            sleep(LOOK_EVERY);
+            sleep(POLL_INTERVAL);
         }
     }
 
@@ -190,8 +190,8 @@ impl Process {
     pub fn stop(&self) -> Result<()> {
         self.signal(Signal::SIGSTOP)?;
         // Whether it has ended is left for others to learn.
-        let look = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
-        match waitid(Id::Pid(self.pid()?), look) {
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
+        match waitid(Id::Pid(self.pid()?), flags) {
             Ok(WaitStatus::Stopped(..)) => Ok(()),
             other => bail!("{} was to stand still: {other:?}", self.name),
         }
@@ -222,7 +222,7 @@ impl Process {
         } else {
             kill(pid, Signal::SIGKILL)
         };
-        self.wait(HANG_LIMIT)
+        self.wait(HANG_TIMEOUT)
     }
 
     fn pid(&self) -> Result<Pid> {
@@ -233,7 +233,7 @@ impl Process {
 
     /// Everything that helps to understand a failure.
     #[must_use]
-    pub fn diary(&mut self) -> String {
+    pub fn diagnostics(&mut self) -> String {
         let state = match self.status() {
             Ok(None) => "running".to_owned(),
             Ok(Some(status)) => status
@@ -309,7 +309,7 @@ mod tests {
         let mut command = Command::new("sh");
         command.args(["-c", "sleep 1000 & echo one; echo two >&2"]);
         let mut process = Process::start("sh", command, Streams::Collected).unwrap();
-        process.wait(HANG_LIMIT).unwrap();
+        process.wait(HANG_TIMEOUT).unwrap();
         let text = process.output().text();
         assert!(text.contains("one") && text.contains("two"), "{text}");
     }

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 use qmp_client::{Client, Error};
-pub use qmp_client::{Event, Refusal};
+pub use qmp_client::{Event, QmpError};
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
 use serde_json::{json, Value};
 
-use crate::HANG_LIMIT;
+use crate::HANG_TIMEOUT;
 
 /// A connection on which commands may be given.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl Qmp {
     ///
     /// If nobody listens there, or it is no QMP.
     pub fn connect(path: &Path) -> Result<Self> {
-        Ok(Self(Client::connect_within(path, HANG_LIMIT)?))
+        Ok(Self(Client::connect_timeout(path, HANG_TIMEOUT)?))
     }
 
     /// Negotiates on a connected stream.
@@ -34,7 +34,7 @@ impl Qmp {
     ///
     /// If it is no QMP.
     pub fn new(stream: UnixStream) -> Result<Self> {
-        let client = Client::negotiate(stream, "the QMP server", HANG_LIMIT)?;
+        let client = Client::from_stream(stream, "the QMP server", HANG_TIMEOUT)?;
         Ok(Self(client))
     }
 
@@ -42,11 +42,11 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// A [`Refusal`] if the peer refuses it (to be found with `downcast_ref`), else what went wrong on the way.
+    /// A [`QmpError`] if the peer refuses it (to be found with `downcast_ref`), else what went wrong on the way.
     pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
         match self.0.command(name, arguments) {
-            Err(Error::Refused { refusal, .. }) => {
-                Err(refusal).with_context(|| format!("{name} was refused"))
+            Err(Error::Refused { qmp_error, .. }) => {
+                Err(qmp_error).with_context(|| format!("{name} was refused"))
             }
             other => other.with_context(|| format!("the command {name}")),
         }
@@ -72,14 +72,14 @@ impl Qmp {
     pub fn wait_event(
         &mut self,
         wanted: impl Fn(&Event) -> bool,
-        limit: Duration,
+        timeout: Duration,
     ) -> Result<Option<Event>> {
-        Ok(self.0.wait_event(wanted, limit)?)
+        Ok(self.0.wait_event(wanted, timeout)?)
     }
 
     /// Forgets the events that have come.
-    pub fn forget_events(&mut self) {
-        self.0.forget_events();
+    pub fn clear_events(&mut self) {
+        self.0.clear_events();
     }
 
     /// Sets the memory that the guest should have, as QEMU's `balloon` does.
@@ -87,7 +87,7 @@ impl Qmp {
     /// # Errors
     ///
     /// If it is refused.
-    pub fn balloon(&mut self, guest_bytes: u64) -> Result<()> {
+    pub fn set_balloon(&mut self, guest_bytes: u64) -> Result<()> {
         self.command("balloon", json!({ "value": guest_bytes }))
             .map(drop)
     }
@@ -109,9 +109,9 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// If it has less for longer than [`HANG_LIMIT`].
+    /// If it has less for longer than [`HANG_TIMEOUT`].
     pub fn wait_balloon_at_least(&mut self, guest_bytes: u64) -> Result<u64> {
-        let deadline = Instant::now() + HANG_LIMIT;
+        let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
             let actual = self.balloon_actual()?;
             if actual >= guest_bytes {
@@ -132,11 +132,11 @@ impl Qmp {
     /// # Errors
     ///
     /// If it has not by the limit.
-    pub fn wait_balloon_below(&mut self, guest_bytes: u64, limit: Duration) -> Result<()> {
-        let deadline = Instant::now() + limit;
+    pub fn wait_balloon_below(&mut self, guest_bytes: u64, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
         while self.balloon_actual()? >= guest_bytes {
             if Instant::now() > deadline {
-                bail!("the guest still has {guest_bytes} bytes of memory after {limit:?}");
+                bail!("the guest still has {guest_bytes} bytes of memory after {timeout:?}");
             }
             self.wait_event(
                 |event| event.name == "BALLOON_CHANGE",
@@ -150,8 +150,12 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// If it has not changed for all of `limit`.
-    pub fn wait_balloon_while_it_moves(&mut self, guest_bytes: u64, limit: Duration) -> Result<()> {
+    /// If it has not changed for all of `timeout`.
+    pub fn wait_balloon_with_progress(
+        &mut self,
+        guest_bytes: u64,
+        timeout: Duration,
+    ) -> Result<()> {
         let (mut since, mut last) = (Instant::now(), None);
         loop {
             let actual = self.balloon_actual()?;
@@ -160,9 +164,9 @@ impl Qmp {
             }
             if last != Some(actual) {
                 (since, last) = (Instant::now(), Some(actual));
-            } else if since.elapsed() > limit {
+            } else if since.elapsed() > timeout {
                 bail!(
-                    "the guest has had {actual} bytes of memory for {limit:?}, and not {guest_bytes}"
+                    "the guest has had {actual} bytes of memory for {timeout:?}, and not {guest_bytes}"
                 );
             }
             self.wait_event(
@@ -172,20 +176,22 @@ impl Qmp {
         }
     }
 
-    /// Waits until the guest has as much memory as `balloon` asked for.
+    /// Waits until the guest has as much memory as `set_balloon` asked for.
     ///
     /// # Errors
     ///
     /// If it has not by the limit.
-    pub fn wait_balloon(&mut self, guest_bytes: u64, limit: Duration) -> Result<()> {
-        let deadline = Instant::now() + limit;
+    pub fn wait_balloon(&mut self, guest_bytes: u64, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
         loop {
             let actual = self.balloon_actual()?;
             if actual == guest_bytes {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!("the guest has {actual} bytes of memory, not {guest_bytes}, after {limit:?}");
+                bail!(
+                    "the guest has {actual} bytes of memory, not {guest_bytes}, after {timeout:?}"
+                );
             }
             // QEMU tells of a change once a second at most; so look again sooner.
             self.wait_event(

@@ -26,7 +26,7 @@ impl Scratch {
     /// If it cannot be made.
     pub fn new() -> Result<Self> {
         let parent = std::env::temp_dir();
-        sweep(&parent);
+        remove_stale(&parent);
         let prefix = format!("{PREFIX}{}-", std::process::id());
         let folder = tempfile::Builder::new().prefix(&prefix).tempdir_in(&parent);
         folder
@@ -57,7 +57,7 @@ impl Scratch {
 }
 
 /// Removes the folders of processes that are no more. Whatever cannot be removed belongs to someone else.
-fn sweep(parent: &Path) {
+fn remove_stale(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let owner = name

@@ -6,14 +6,16 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Context, Result};
-use guest_agent::calls::{Churn, ChurnFiles, ChurnForks, Churned, ChurnedSoFar, EndChurn};
+use guest_agent::calls::{
+    ChurnFiles, ChurnForks, ChurnMemory, ChurnProgress, ChurnStats, StopChurn,
+};
 
 use crate::guest::Guest;
 use crate::MIB;
 
 /// How much each process has at most, in bytes.
 #[derive(Clone, Copy, Debug)]
-pub struct Load {
+pub struct StressLoad {
     /// How many processes map memory.
     pub processes: u64,
     /// What each of these has.
@@ -24,10 +26,10 @@ pub struct Load {
     pub forks: u64,
 }
 
-impl Load {
+impl StressLoad {
     /// A load of about `bytes`, of which the processes that map memory have three quarters.
     #[must_use]
-    pub fn of(bytes: u64) -> Self {
+    pub fn new(bytes: u64) -> Self {
         const PROCESSES: u64 = 3;
         const FORKS: u64 = 2 * MIB;
         Self {
@@ -52,11 +54,11 @@ impl Stress {
     /// # Errors
     ///
     /// If the guest refuses.
-    pub fn start(guest: &mut Guest, load: Load, seed: u64) -> Result<Self> {
+    pub fn start(guest: &mut Guest, load: StressLoad, seed: u64) -> Result<Self> {
         let mut workloads = Vec::new();
         for process in 0..load.processes {
             let (bytes, seed) = (load.each, seed.wrapping_add(process));
-            workloads.push(guest.call(Churn { bytes, seed })?);
+            workloads.push(guest.call(ChurnMemory { bytes, seed })?);
         }
         let (bytes, file_seed) = (load.files, seed.rotate_left(20));
         workloads.push(guest.call(ChurnFiles {
@@ -76,10 +78,10 @@ impl Stress {
     /// # Errors
     ///
     /// If one of them is no more.
-    pub fn so_far(&self, guest: &mut Guest) -> Result<Vec<Churned>> {
+    pub fn progress(&self, guest: &mut Guest) -> Result<Vec<ChurnStats>> {
         self.workloads
             .iter()
-            .map(|&workload| guest.call(ChurnedSoFar { workload }))
+            .map(|&workload| guest.call(ChurnProgress { workload }))
             .collect()
     }
 
@@ -88,11 +90,11 @@ impl Stress {
     /// # Errors
     ///
     /// If one is no more, finds a wrong page, or does not get so far by the limit.
-    pub fn wait_compared(&self, guest: &mut Guest, pages: u64, limit: Duration) -> Result<()> {
-        let deadline = Instant::now() + limit;
-        let before = self.so_far(guest)?;
+    pub fn wait_compared(&self, guest: &mut Guest, pages: u64, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let before = self.progress(guest)?;
         loop {
-            let now = self.so_far(guest)?;
+            let now = self.progress(guest)?;
             ensure!(
                 now.iter().all(|one| one.wrong == 0),
                 "there are wrong pages: {now:?}"
@@ -103,7 +105,7 @@ impl Stress {
             }
             ensure!(
                 Instant::now() < deadline,
-                "not every workload has compared {pages} pages in {limit:?}: {before:?} {now:?}"
+                "not every workload has compared {pages} pages in {timeout:?}: {before:?} {now:?}"
             );
             sleep(Duration::from_millis(20));
         }
@@ -114,11 +116,11 @@ impl Stress {
     /// # Errors
     ///
     /// If one of them is no more. The others are ended all the same.
-    pub fn end(self, guest: &mut Guest) -> Result<Churned> {
-        let mut all = Churned::default();
+    pub fn end(self, guest: &mut Guest) -> Result<ChurnStats> {
+        let mut all = ChurnStats::default();
         let mut failed = None;
         for workload in self.workloads {
-            match guest.call(EndChurn { workload }) {
+            match guest.call(StopChurn { workload }) {
                 Ok(one) => all += one,
                 Err(error) => failed = failed.or(Some(error)),
             }
@@ -134,7 +136,7 @@ impl Stress {
     /// # Errors
     ///
     /// As [`Stress::end`], and then.
-    pub fn end_whole(self, guest: &mut Guest) -> Result<Churned> {
+    pub fn end_and_verify(self, guest: &mut Guest) -> Result<ChurnStats> {
         let all = self.end(guest)?;
         ensure!(
             all.wrong == 0 && all.compared > 0,

@@ -35,7 +35,7 @@ impl Vmm {
     /// The VMMs that a test is to go through one after the other: both, unless [`Vmm::DEBUG_VARIABLE`] is set.
     #[must_use]
     pub fn each() -> &'static [Self] {
-        if Self::only_debug() {
+        if Self::is_debug_only() {
             &[Self::Uml]
         } else {
             &[Self::Uml, Self::Qemu]
@@ -62,7 +62,7 @@ impl Vmm {
 
     /// Whether [`Vmm::DEBUG_VARIABLE`] is set.
     #[must_use]
-    pub fn only_debug() -> bool {
+    pub fn is_debug_only() -> bool {
         std::env::var_os(Self::DEBUG_VARIABLE).is_some()
     }
 
@@ -73,8 +73,8 @@ impl Vmm {
     /// If it cannot be had, because [`Vmm::DEBUG_VARIABLE`] is set.
     pub(crate) fn resolve(self) -> Result<Self> {
         match self {
-            Self::Uml if Self::only_debug() => Ok(Self::Debug),
-            Self::Qemu if Self::only_debug() => bail!(
+            Self::Uml if Self::is_debug_only() => Ok(Self::Debug),
+            Self::Qemu if Self::is_debug_only() => bail!(
                 "with {} there is no QEMU: a test of a guest in it has `qemu` in its name, and one of several VMMs asks \
                  `Vmm::each`",
                 Self::DEBUG_VARIABLE
@@ -86,7 +86,7 @@ impl Vmm {
 
 /// What a guest is to have, whatever runs it.
 #[derive(Clone, Debug)]
-pub struct Machine {
+pub struct VmConfig {
     /// Bytes of memory.
     pub memory: u64,
     /// Its initramfs.
@@ -98,10 +98,10 @@ pub struct Machine {
     /// In what it differs from the usual machine. QEMU only.
     pub hardware: hardware::Hardware,
     /// Whether the balloon is, or later will be, in a slot that it can be pulled from.
-    pub slot: bool,
+    pub hotplug_slot: bool,
     /// Whether it is going to sleep. Linux 7.3's console driver loses its way to the host then: when it wakes it asks
     /// whether the host listens before it has queued a buffer for the answer. So the agent has a serial line instead.
-    pub sleeps: bool,
+    pub suspendable: bool,
     /// More words for the kernel's command line.
     pub kernel_arguments: String,
     /// A file for its memory, which others can open by its name. QEMU only.
@@ -109,7 +109,7 @@ pub struct Machine {
     /// Whether it starts empty, and waits for a guest that comes from elsewhere. QEMU only.
     pub incoming: bool,
     /// Where its VMM is to listen for operators besides the test.
-    pub operators: Option<PathBuf>,
+    pub qmp_socket: Option<PathBuf>,
     /// What becomes of its console.
     pub console: Streams,
 }
@@ -127,7 +127,7 @@ pub enum Attachment {
 
 /// A guest that has been started.
 #[derive(Debug)]
-pub struct Started {
+pub struct StartedVmm {
     /// The VMM.
     pub process: Process,
     /// The agent's line.
@@ -137,7 +137,7 @@ pub struct Started {
 }
 
 /// A pair of connected sockets, the second one for a child.
-fn line() -> Result<(UnixStream, OwnedFd)> {
+fn socket_pair() -> Result<(UnixStream, OwnedFd)> {
     let (near, far) = UnixStream::pair().context("cannot make a pair of sockets")?;
     Ok((near, far.into()))
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{ensure, Context, Result};
-use guest_agent::calls::{BuddyInfo, ReadFile, Zone as Blocks};
+use guest_agent::calls::{BuddyInfo, BuddyInfoZone, ReadFile};
 
 use crate::guest::Guest;
 
@@ -28,7 +28,7 @@ pub struct ZoneInfo {
     /// Pages that the allocator has, free or not.
     pub managed: u64,
     /// Pages on the processors' own lists of free pages: they are not among the free ones.
-    pub on_processors: u64,
+    pub pcp_pages: u64,
     /// What is kept from allocations that could have come from a higher zone, by that zone.
     pub lowmem_reserve: Vec<u64>,
     /// What of it is kept from the kernel's ordinary allocations.
@@ -38,20 +38,20 @@ pub struct ZoneInfo {
 impl ZoneInfo {
     /// Whether hinting takes blocks of it: the kernel uses it for itself.
     #[must_use]
-    pub fn is_usable(&self) -> bool {
+    pub fn is_hintable(&self) -> bool {
         ["DMA", "DMA32", "Normal"].contains(&self.name.as_str())
     }
 
     /// What hinting leaves of the zone in any case: half-way between the minimum and the low watermark, beyond what is kept
     /// from the kernel's ordinary allocations.
     #[must_use]
-    pub fn floor(&self) -> u64 {
+    pub fn hint_floor(&self) -> u64 {
         (self.min + self.low) / 2 + self.kernel_reserve
     }
 
     /// Free pages that the kernel can use for itself.
     #[must_use]
-    pub fn free_for_the_kernel(&self) -> u64 {
+    pub fn free_for_kernel(&self) -> u64 {
         self.free.saturating_sub(self.free_cma)
     }
 }
@@ -62,7 +62,7 @@ pub struct Zones {
     /// The zones.
     pub zones: Vec<ZoneInfo>,
     anonymous: u64,
-    blocks: Vec<Blocks>,
+    buddy_info: Vec<BuddyInfoZone>,
     page_size: u64,
 }
 
@@ -76,15 +76,15 @@ impl Zones {
     /// Pages that are neither free nor a process's own.
     #[must_use]
     pub fn used_by_kernel(&self) -> u64 {
-        let taken = |zone: &ZoneInfo| zone.managed.saturating_sub(zone.free + zone.on_processors);
+        let taken = |zone: &ZoneInfo| zone.managed.saturating_sub(zone.free + zone.pcp_pages);
         let taken: u64 = self.zones.iter().map(taken).sum();
         taken.saturating_sub(self.anonymous)
     }
 
     /// Pages on the processors' own lists of free pages.
     #[must_use]
-    pub fn on_processors(&self) -> u64 {
-        self.zones.iter().map(|zone| zone.on_processors).sum()
+    pub fn pcp_pages(&self) -> u64 {
+        self.zones.iter().map(|zone| zone.pcp_pages).sum()
     }
 
     /// Free pages.
@@ -100,22 +100,26 @@ impl Zones {
     }
 
     fn usable(&self) -> impl Iterator<Item = &ZoneInfo> {
-        self.zones.iter().filter(|zone| zone.is_usable())
+        self.zones.iter().filter(|zone| zone.is_hintable())
     }
 
     /// Free pages that the kernel can use for itself.
     #[must_use]
-    pub fn free_for_the_kernel(&self) -> u64 {
-        self.usable().map(ZoneInfo::free_for_the_kernel).sum()
+    pub fn free_for_kernel(&self) -> u64 {
+        self.usable().map(ZoneInfo::free_for_kernel).sum()
     }
 
-    /// As [`Zones::free_for_the_kernel`], of those in blocks of at least `order`.
+    /// As [`Zones::free_for_kernel`], of those in blocks of at least `order`.
     #[must_use]
-    pub fn free_for_the_kernel_from(&self, order: usize) -> u64 {
+    pub fn free_for_kernel_from_order(&self, order: usize) -> u64 {
         let of = |zone: &ZoneInfo| {
-            let same = |blocks: &&Blocks| blocks.node == zone.node && blocks.name == zone.name;
-            let blocks = self.blocks.iter().find(same);
-            let free = blocks.map_or(0, |blocks| blocks.free_from(order, self.page_size));
+            let same = |buddy_info: &&BuddyInfoZone| {
+                buddy_info.node == zone.node && buddy_info.name == zone.name
+            };
+            let buddy_info = self.buddy_info.iter().find(same);
+            let free = buddy_info.map_or(0, |buddy_info| {
+                buddy_info.free_bytes_from_order(order, self.page_size)
+            });
             (free / self.page_size).saturating_sub(zone.free_cma)
         };
         self.usable().map(of).sum()
@@ -137,7 +141,7 @@ impl Guest {
         Ok(Zones {
             zones,
             anonymous,
-            blocks: self.call(BuddyInfo {})?,
+            buddy_info: self.call(BuddyInfo {})?,
             page_size,
         })
     }
@@ -147,7 +151,7 @@ impl Guest {
     /// # Errors
     ///
     /// If it is not what it should be.
-    pub fn vm_events(&mut self) -> Result<BTreeMap<String, u64>> {
+    pub fn vmstat_counters(&mut self) -> Result<BTreeMap<String, u64>> {
         let text = self.call(ReadFile {
             path: "/proc/vmstat".to_owned(),
         })?;
@@ -176,7 +180,7 @@ fn parse(text: &str) -> Result<(Vec<ZoneInfo>, u64)> {
                 low: 0,
                 high: 0,
                 managed: 0,
-                on_processors: 0,
+                pcp_pages: 0,
                 lowmem_reserve: Vec::new(),
                 kernel_reserve: 0,
             });
@@ -195,7 +199,7 @@ fn parse(text: &str) -> Result<(Vec<ZoneInfo>, u64)> {
             ["high", number] => zone.high = number.parse()?,
             // The node's, told with its first zone.
             ["nr_anon_pages", number] => anonymous += number.parse::<u64>()?,
-            ["count:", number] => zone.on_processors += number.parse::<u64>()?,
+            ["count:", number] => zone.pcp_pages += number.parse::<u64>()?,
             ["managed", number] => zone.managed = number.parse()?,
             ["protection:", ..] => {
                 let (_, list) = line
@@ -239,11 +243,8 @@ mod tests {
         assert_eq!((zone.node, zone.name.as_str(), zone.free), (0, "DMA", 3));
         assert_eq!((zone.min, zone.low, zone.high), (1, 2, 4));
         assert_eq!(zone.lowmem_reserve, [0, 20, 30]);
-        assert_eq!(
-            (zone.managed, zone.on_processors, zone.free_cma),
-            (10, 5, 0)
-        );
-        assert!(zone.is_usable());
-        assert_eq!((zone.kernel_reserve, zone.floor()), (20, 21));
+        assert_eq!((zone.managed, zone.pcp_pages, zone.free_cma), (10, 5, 0));
+        assert!(zone.is_hintable());
+        assert_eq!((zone.kernel_reserve, zone.hint_floor()), (20, 21));
     }
 }

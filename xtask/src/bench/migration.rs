@@ -2,10 +2,12 @@
 //! Our migration beside QEMU's own.
 
 use anyhow::Result;
-use tests::artifacts::Artifacts;
-use tests::guest::Driver;
-use tests::moves::{Cost, Guise, Moved, Mover, BANDWIDTH};
-use tests::MIB;
+use harness::artifacts::Artifacts;
+use harness::guest::Driver;
+use harness::migration_cost::{
+    GuestWorkload, MigrationBench, MigrationCost, MigrationEngine, BANDWIDTH,
+};
+use harness::MIB;
 
 use crate::progress::say;
 
@@ -26,23 +28,31 @@ pub fn table(artifacts: &Artifacts) -> Result<()> {
         "  {:<10}{:<9}{:<8}{:<8}{:>10}{:>9}{:>9}{:>11}{:>8}  tracking",
         "guest", "moved by", "driver", "hints", "MiB sent", "skipped", "time", "downtime", "rounds"
     );
-    let guises = [Guise::Idle, Guise::Stressed];
-    let hinted = |guise| (guise, true);
-    let both = guises.map(|guise| [(guise, false), (guise, true)]).concat();
+    let workloads = [GuestWorkload::Idle, GuestWorkload::Stressed];
+    let hinted = |workload| (workload, true);
+    let both = workloads
+        .map(|workload| [(workload, false), (workload, true)])
+        .concat();
     let (mut plain, mut hints, mut qemu) = (u64::MAX, u64::MAX, u64::MAX);
-    for (mover, driver, cases) in [
-        (Mover::QemuOwn, Driver::C, both.clone()),
-        (Mover::QemuOwn, Driver::Ours, guises.map(hinted).to_vec()),
-        (Mover::Ours, Driver::Ours, both),
+    for (engine, driver, cases) in [
+        (MigrationEngine::QemuOwn, Driver::C, both.clone()),
+        (
+            MigrationEngine::QemuOwn,
+            Driver::Ours,
+            workloads.map(hinted).to_vec(),
+        ),
+        (MigrationEngine::Ours, Driver::Ours, both),
     ] {
-        let mut guest = Moved::boot(artifacts, mover, driver, MEMORY)?;
-        for (guise, with_hints) in cases {
-            let cost = guest.cost(guise, with_hints)?;
-            row(mover, driver, guise, with_hints, &cost);
-            match (guise, mover, with_hints) {
-                (Guise::Idle, Mover::QemuOwn, true) => qemu = qemu.min(cost.bytes),
-                (Guise::Idle, Mover::Ours, true) => hints = cost.bytes,
-                (Guise::Idle, Mover::Ours, false) => plain = cost.bytes,
+        let mut guest = MigrationBench::boot(artifacts, engine, driver, MEMORY)?;
+        for (workload, with_hints) in cases {
+            let cost = guest.measure(workload, with_hints)?;
+            row(engine, driver, workload, with_hints, &cost);
+            match (workload, engine, with_hints) {
+                (GuestWorkload::Idle, MigrationEngine::QemuOwn, true) => {
+                    qemu = qemu.min(cost.bytes)
+                }
+                (GuestWorkload::Idle, MigrationEngine::Ours, true) => hints = cost.bytes,
+                (GuestWorkload::Idle, MigrationEngine::Ours, false) => plain = cost.bytes,
                 _ => {}
             }
         }
@@ -64,16 +74,22 @@ fn say_whether(what: &str, holds: bool) {
     println!("  {what}: {}", if holds { "yes" } else { "NO" });
 }
 
-fn row(mover: Mover, driver: Driver, guise: Guise, hints: bool, cost: &Cost) {
+fn row(
+    engine: MigrationEngine,
+    driver: Driver,
+    workload: GuestWorkload,
+    hints: bool,
+    cost: &MigrationCost,
+) {
     println!(
         "  {:<10}{:<9}{:<8}{:<8}{:>10.1}{:>9}{:>9}{:>11}{:>8}  {}",
-        match guise {
-            Guise::Idle => "idle",
-            Guise::Stressed => "stressed",
+        match workload {
+            GuestWorkload::Idle => "idle",
+            GuestWorkload::Stressed => "stressed",
         },
-        match mover {
-            Mover::Ours => "us",
-            Mover::QemuOwn => "QEMU",
+        match engine {
+            MigrationEngine::Ours => "us",
+            MigrationEngine::QemuOwn => "QEMU",
         },
         match driver {
             Driver::Ours => "ours",
@@ -84,7 +100,7 @@ fn row(mover: Mover, driver: Driver, guise: Guise, hints: bool, cost: &Cost) {
         cost.skipped,
         format!("{:.1?}", cost.time),
         format!("{} ms", cost.downtime.as_millis()),
-        cost.rounds,
+        cost.dirty_syncs,
         cost.tracking
     );
 }

@@ -2,11 +2,11 @@
 //! The last part of the demonstration: the running guest's memory is moved twice, without hints and with.
 
 use anyhow::{ensure, Context, Result};
+use harness::artifacts::Artifacts;
+use harness::destination::Destination;
+use harness::guest::Guest;
+use harness::migration::MigrationInfo;
 use serde_json::json;
-use tests::artifacts::Artifacts;
-use tests::destination::Destination;
-use tests::guest::Guest;
-use tests::migration::Status;
 
 use super::{mib, use_memory};
 use crate::progress::say;
@@ -15,25 +15,34 @@ use crate::progress::say;
 const WIRE_AT_MOST: u64 = 60;
 
 /// One way of moving the guest.
-pub struct Moved {
-    status: Status,
+pub struct MigrationOutcome {
+    status: MigrationInfo,
     /// Pages that are not the same at the destination.
     different: u64,
 }
 
 /// Moves the guest's memory without hints, and then with.
-pub fn both_ways(guest: &mut Guest, artifacts: &Artifacts, memory: u64) -> Result<[Moved; 2]> {
+pub fn with_and_without_hints(
+    guest: &mut Guest,
+    artifacts: &Artifacts,
+    memory: u64,
+) -> Result<[MigrationOutcome; 2]> {
     Ok([
-        moved(guest, artifacts, memory, false)?,
-        moved(guest, artifacts, memory, true)?,
+        migrate(guest, artifacts, memory, false)?,
+        migrate(guest, artifacts, memory, true)?,
     ])
 }
 
-fn moved(guest: &mut Guest, artifacts: &Artifacts, memory: u64, hints: bool) -> Result<Moved> {
+fn migrate(
+    guest: &mut Guest,
+    artifacts: &Artifacts,
+    memory: u64,
+    hints: bool,
+) -> Result<MigrationOutcome> {
     use_memory(guest)?;
-    let before = guest.settled()?;
+    let before = guest.settled_memory_usage()?;
     let parameters = json!({ "free-page-hint": hints });
-    guest.daemon()?.qmp().migrate_parameters(parameters)?;
+    guest.daemon()?.qmp().migrate_set_parameters(parameters)?;
     let mut destination = Destination::start(&artifacts.balloonctl, memory)?;
     let how = if hints { "with" } else { "without" };
     say(format_args!(
@@ -41,7 +50,8 @@ fn moved(guest: &mut Guest, artifacts: &Artifacts, memory: u64, hints: bool) -> 
         mib(before.free)
     ));
     let status = guest.migrate_to(&mut destination)?;
-    let different = guest.outcome(&destination)?.different.bytes() / status.ram.page_size.max(1);
+    let different =
+        guest.compare_memory(&destination)?.different.bytes() / status.ram.page_size.max(1);
     let tracking = status.tracking.clone().unwrap_or_default();
     ensure!(
         tracking.free_page_hint == hints,
@@ -65,13 +75,13 @@ fn moved(guest: &mut Guest, artifacts: &Artifacts, memory: u64, hints: bool) -> 
         mib(status.ram.transferred),
         mib(before.free)
     ));
-    Ok(Moved { status, different })
+    Ok(MigrationOutcome { status, different })
 }
 
 /// Prints both side by side.
-pub fn print([without, with]: &[Moved; 2]) {
+pub fn print([without, with]: &[MigrationOutcome; 2]) {
     let pages = |pages: u64| format!("{pages} pages");
-    let row = |name: &str, figure: &dyn Fn(&Moved) -> String| {
+    let row = |name: &str, figure: &dyn Fn(&MigrationOutcome) -> String| {
         println!("  {name:<28} {:>16} {:>16}", figure(without), figure(with));
     };
     println!(
@@ -95,7 +105,7 @@ pub fn print([without, with]: &[Moved; 2]) {
 }
 
 /// Whether hints have helped as they should.
-pub fn judge([without, with]: &[Moved; 2]) -> Result<()> {
+pub fn check_thresholds([without, with]: &[MigrationOutcome; 2]) -> Result<()> {
     let (without, with) = (without.status.ram.transferred, with.status.ram.transferred);
     ensure!(
         with * 100 <= without * WIRE_AT_MOST,

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use clap::Args;
-use tests::calls::{Fill, Free};
-use tests::check::Settled;
-use tests::guest::{Builder, Driver, Guest};
-use tests::host::Accelerator;
-use tests::vmm::Vmm;
-use tests::MIB;
+use harness::calls::{Fill, Free};
+use harness::check::MemoryUsage;
+use harness::guest::{Builder, Driver, Guest};
+use harness::host::Accelerator;
+use harness::vmm::Vmm;
+use harness::MIB;
 
 use crate::build::{self, Profile};
 use crate::progress::say;
@@ -51,9 +51,9 @@ struct Figures {
 
 /// Does what `demo` says.
 pub fn command(options: &Options) -> Result<()> {
-    let set_up = setup::ensure(&[Kernel::Stock])?;
-    let artifacts = build::artifacts(&set_up, &[Kernel::Stock], Profile::Release)?;
-    let how = match Accelerator::choose() {
+    let build_env = setup::ensure(&[Kernel::Stock])?;
+    let artifacts = build::artifacts(&build_env, &[Kernel::Stock], Profile::Release)?;
+    let how = match Accelerator::detect() {
         Accelerator::Kvm => "with KVM",
         Accelerator::Tcg => "emulated, since this machine cannot virtualise",
     };
@@ -72,13 +72,13 @@ pub fn command(options: &Options) -> Result<()> {
         start.elapsed().as_secs_f64()
     ));
     let figures = show(&mut guest)?;
-    let moved = migration::both_ways(&mut guest, &artifacts, options.memory * MIB)?;
+    let outcomes = migration::with_and_without_hints(&mut guest, &artifacts, options.memory * MIB)?;
     guest.power_off()?;
     say("guest: off");
     print(&figures);
-    migration::print(&moved);
-    judge(&figures)?;
-    migration::judge(&moved)
+    migration::print(&outcomes);
+    check_thresholds(&figures)?;
+    migration::check_thresholds(&outcomes)
 }
 
 fn show(guest: &mut Guest) -> Result<Figures> {
@@ -92,13 +92,13 @@ fn show(guest: &mut Guest) -> Result<Figures> {
         "guest: virtio_balloon_rs.ko is loaded; it and the device agreed on {accepted}"
     ));
     let mut figures = Figures {
-        guest_memory: guest.balloon()?.balloon_actual()?,
+        guest_memory: guest.balloon_qmp()?.balloon_actual()?,
         ..Figures::default()
     };
     use_memory(guest)?;
-    let before = guest.settled()?;
+    let before = guest.settled_memory_usage()?;
     figures.free = before.free;
-    let (free, in_use) = (mib(figures.free), mib(guest.memory_in_use()?));
+    let (free, in_use) = (mib(figures.free), mib(guest.host_memory_in_use()?));
     say(format_args!(
         "guest: {free} are free again; host: {in_use} are in use, for it cannot know"
     ));
@@ -122,20 +122,21 @@ fn use_memory(guest: &mut Guest) -> Result<()> {
     })
 }
 
-fn hint(guest: &mut Guest, before: Settled, figures: &mut Figures) -> Result<()> {
+fn hint(guest: &mut Guest, before: MemoryUsage, figures: &mut Figures) -> Result<()> {
     let qmp = guest.daemon()?.qmp();
     let id = qmp.hint_start()?;
     say(format_args!(
         "host: a hint round begins, command id {id:#x}"
     ));
-    let round = qmp.wait_hint_status("finished")?;
-    (figures.hint_blocks, figures.hint_bytes) = (round.blocks, round.bytes);
-    (figures.pages_cleared, figures.pages_total) = (round.pages_cleared, round.pages_total);
-    figures.hint_duration = Duration::from_micros(round.duration_us);
-    let (bytes, took) = (mib(round.bytes), figures.hint_duration);
+    let hint_round = qmp.wait_hint_status("finished")?;
+    (figures.hint_blocks, figures.hint_bytes) = (hint_round.blocks, hint_round.bytes);
+    (figures.pages_cleared, figures.pages_total) =
+        (hint_round.pages_cleared, hint_round.pages_total);
+    figures.hint_duration = Duration::from_micros(hint_round.duration_us);
+    let (bytes, took) = (mib(hint_round.bytes), figures.hint_duration);
     say(format_args!(
         "host: the guest has hinted {bytes} in {} blocks, in {took:.1?}",
-        round.blocks
+        hint_round.blocks
     ));
     say(format_args!(
         "guest: it holds them, with {} free",
@@ -146,15 +147,15 @@ fn hint(guest: &mut Guest, before: Settled, figures: &mut Figures) -> Result<()>
     say(format_args!(
         "guest: the round is done, {} are free; host: {} are in use, for hinted pages were discarded",
         mib(guest.mem_info()?.free()),
-        mib(guest.memory_in_use()?)
+        mib(guest.host_memory_in_use()?)
     ));
     Ok(())
 }
 
 fn balloon(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
     use_memory(guest)?;
-    let before = guest.settled()?;
-    figures.host_before = guest.memory_in_use()?;
+    let before = guest.settled_memory_usage()?;
+    figures.host_before = guest.host_memory_in_use()?;
     // All that is free but what a guest needs to go on.
     figures.asked = before.free.saturating_sub(4 * SPARE) / MIB * MIB;
     let target = figures.guest_memory - figures.asked;
@@ -162,21 +163,21 @@ fn balloon(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
         "host: the balloon shall take {}",
         mib(figures.asked)
     ));
-    guest.balloon()?.balloon(target)?;
-    guest.balloon()?.wait_balloon(target, BALLOON_LIMIT)?;
-    figures.taken = figures.guest_memory - guest.balloon()?.balloon_actual()?;
-    figures.host_inflated = guest.memory_in_use()?;
+    guest.balloon_qmp()?.set_balloon(target)?;
+    guest.balloon_qmp()?.wait_balloon(target, BALLOON_LIMIT)?;
+    figures.taken = figures.guest_memory - guest.balloon_qmp()?.balloon_actual()?;
+    figures.host_inflated = guest.host_memory_in_use()?;
     let in_use = mib(figures.host_inflated);
     say(format_args!(
         "host: it has taken {}; {in_use} are in use",
         mib(figures.taken)
     ));
-    guest.balloon()?.balloon(figures.guest_memory)?;
+    guest.balloon_qmp()?.set_balloon(figures.guest_memory)?;
     guest
-        .balloon()?
+        .balloon_qmp()?
         .wait_balloon(figures.guest_memory, BALLOON_LIMIT)?;
     guest.check_memory(before)?;
-    figures.host_after = guest.memory_in_use()?;
+    figures.host_after = guest.host_memory_in_use()?;
     let free = mib(guest.mem_info()?.free());
     say(format_args!(
         "guest: the balloon is empty, {free} are free; host: {} are in use",
@@ -219,7 +220,7 @@ fn print(figures: &Figures) {
     println!();
 }
 
-fn judge(figures: &Figures) -> Result<()> {
+fn check_thresholds(figures: &Figures) -> Result<()> {
     let mut short = Vec::new();
     if figures.hint_bytes * 100 < figures.free * HINTED_AT_LEAST {
         short.push(format!(

@@ -11,7 +11,7 @@ use std::process::Command;
 
 use anyhow::{ensure, Context, Result};
 
-use crate::place;
+use crate::paths;
 use crate::run;
 use renames::Renames;
 use tokens::{Kind, Token};
@@ -42,7 +42,7 @@ pub struct Options {
 ///
 /// If one differs, with the first difference of each.
 pub fn command(options: &Options) -> Result<()> {
-    let repository = place::repository()?;
+    let repository = paths::repository()?;
     let renames = match &options.renames {
         Some(path) => {
             let text = fs::read_to_string(path)

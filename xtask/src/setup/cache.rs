@@ -32,15 +32,15 @@ pub struct Step<'a> {
     /// The folder's name, and the step's in messages.
     pub name: &'a str,
     /// What it is, for the person who waits.
-    pub about: &'a str,
+    pub description: &'a str,
     /// The stamps of what it is made from.
-    pub from: &'a [&'a Made],
+    pub inputs: &'a [&'a CacheEntry],
     /// All that decides what comes out: scripts, names, versions.
     pub recipe: &'a [&'a str],
 }
 
 /// A folder that is whole.
-pub struct Made {
+pub struct CacheEntry {
     /// Where it lies.
     pub path: PathBuf,
     stamp: String,
@@ -63,7 +63,7 @@ impl Cache {
         };
         let lock = lock.with_context(|| format!("cannot lock {}", path.display()))?;
         let cache = Self { root, _lock: lock };
-        cache.sweep()?;
+        cache.remove_leftovers()?;
         Ok(cache)
     }
 
@@ -77,30 +77,30 @@ impl Cache {
         &self,
         step: &Step<'_>,
         make: impl FnOnce(&Path, &Path) -> Result<()>,
-    ) -> Result<Made> {
-        let made = Made {
+    ) -> Result<CacheEntry> {
+        let entry = CacheEntry {
             path: self.root.join(step.name),
             stamp: stamp(step),
         };
-        if made.is_whole() {
-            return Ok(made);
+        if entry.is_whole() {
+            return Ok(entry);
         }
-        say(format_args!("{}: {}", step.name, step.about));
+        say(format_args!("{}: {}", step.name, step.description));
         let start = Instant::now();
         let building = self.root.join(format!("{BUILDING}{}", step.name));
         fs::create_dir(&building).with_context(|| format!("cannot make {}", building.display()))?;
         make(&building, &self.log(step.name))
             .with_context(|| format!("set-up of {}", step.name))?;
-        fs::write(building.join(STAMP), &made.stamp).context("cannot write a stamp")?;
+        fs::write(building.join(STAMP), &entry.stamp).context("cannot write a stamp")?;
         let outdated = self.root.join(format!("{OUTDATED}{}", step.name));
-        match fs::rename(&made.path, &outdated) {
+        match fs::rename(&entry.path, &outdated) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 return Err(error)
-                    .with_context(|| format!("cannot move {} away", made.path.display()));
+                    .with_context(|| format!("cannot move {} away", entry.path.display()));
             }
             _ => {}
         }
-        fs::rename(&building, &made.path)
+        fs::rename(&building, &entry.path)
             .with_context(|| format!("cannot rename {}", building.display()))?;
         remove(&outdated)?;
         say(format_args!(
@@ -108,7 +108,7 @@ impl Cache {
             step.name,
             start.elapsed().as_secs()
         ));
-        Ok(made)
+        Ok(entry)
     }
 
     /// Removes everything but the lock, which is held.
@@ -122,7 +122,7 @@ impl Cache {
         Ok(())
     }
 
-    fn sweep(&self) -> Result<()> {
+    fn remove_leftovers(&self) -> Result<()> {
         for entry in fs::read_dir(&self.root).context("cannot list the cache")? {
             let entry = entry?;
             let name = entry.file_name();
@@ -135,7 +135,7 @@ impl Cache {
     }
 }
 
-impl Made {
+impl CacheEntry {
     fn is_whole(&self) -> bool {
         fs::read_to_string(self.path.join(STAMP)).is_ok_and(|stamp| stamp == self.stamp)
     }
@@ -144,9 +144,9 @@ impl Made {
 fn stamp(step: &Step<'_>) -> String {
     let mut hash = Sha256::new();
     for part in step
-        .from
+        .inputs
         .iter()
-        .map(|made| made.stamp.as_str())
+        .map(|entry| entry.stamp.as_str())
         .chain(step.recipe.iter().copied())
     {
         hash.update(part.len().to_le_bytes());

@@ -2,7 +2,7 @@
 //! What builds and guests need, made once and kept.
 
 mod cache;
-pub mod peers;
+pub mod kernel_series;
 mod rootfs;
 mod tools;
 
@@ -12,11 +12,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 
-use crate::place;
+use crate::paths;
 use crate::progress::say;
 use crate::run;
 use crate::sandbox::Sandbox;
-use cache::{Cache, Made, Step};
+use cache::{Cache, CacheEntry, Step};
 
 const STOCK: &str = include_str!("../../scripts/stock.sh");
 const UML: &str = include_str!("../../scripts/uml.sh");
@@ -58,7 +58,7 @@ impl Kernel {
     }
 
     /// Where its build tree is seen in the sandbox.
-    pub fn inside(self) -> &'static str {
+    pub fn sandbox_path(self) -> &'static str {
         match self {
             Self::Stock => "/src/stock",
             Self::Uml | Self::Debug => "/src/uml",
@@ -79,7 +79,7 @@ pub struct Options {
 
 /// Where things were set up.
 #[derive(Clone)]
-pub struct SetUp {
+pub struct BuildEnv {
     /// The Debian root file system.
     pub rootfs: PathBuf,
     /// The kernel's source.
@@ -92,7 +92,7 @@ pub struct SetUp {
     pub debug: Option<PathBuf>,
 }
 
-impl SetUp {
+impl BuildEnv {
     /// The build tree of a kernel.
     pub fn tree(&self, kernel: Kernel) -> Result<&PathBuf> {
         let tree = match kernel {
@@ -106,14 +106,14 @@ impl SetUp {
 
     /// The root file system with the kernel's source in its place.
     pub fn sandbox(&self) -> Sandbox {
-        Sandbox::new(&self.rootfs).readable(&self.source, "/src/linux")
+        Sandbox::new(&self.rootfs).bind_ro(&self.source, "/src/linux")
     }
 }
 
 /// Does what `setup` says.
 pub fn command(options: &Options) -> Result<()> {
     if options.remove {
-        let root = place::cache()?;
+        let root = paths::cache()?;
         Cache::open(root.clone())?.clear()?;
         return fs::remove_dir_all(&root)
             .with_context(|| format!("cannot remove {}", root.display()));
@@ -121,23 +121,23 @@ pub fn command(options: &Options) -> Result<()> {
     let kernels = options
         .kernel
         .map_or_else(|| Kernel::ALL.to_vec(), |kernel| vec![kernel]);
-    let set_up = ensure(&kernels)?;
-    let release = fs::read_to_string(set_up.rootfs.join("kernel/release"))
+    let build_env = ensure(&kernels)?;
+    let release = fs::read_to_string(build_env.rootfs.join("kernel/release"))
         .context("the stock kernel has no release")?;
     say(format_args!(
         "set up in {}, stock kernel {}",
-        place::cache()?.display(),
+        paths::cache()?.display(),
         release.trim()
     ));
     Ok(())
 }
 
 /// Makes what is missing for these kernels.
-pub fn ensure(kernels: &[Kernel]) -> Result<SetUp> {
-    let cache = Cache::open(place::cache()?)?;
+pub fn ensure(kernels: &[Kernel]) -> Result<BuildEnv> {
+    let cache = Cache::open(paths::cache()?)?;
     let rootfs = rootfs::make(&cache, &tools::find(&cache)?)?;
     let source = unpack_source(&cache, "source", &rootfs, None)?;
-    let mut set_up = SetUp {
+    let mut build_env = BuildEnv {
         rootfs: rootfs.path.clone(),
         source: source.path.clone(),
         stock: None,
@@ -145,48 +145,53 @@ pub fn ensure(kernels: &[Kernel]) -> Result<SetUp> {
         debug: None,
     };
     if kernels.contains(&Kernel::Stock) {
-        set_up.stock = Some(make_stock(&cache, &rootfs, &source)?.path);
+        build_env.stock = Some(make_stock(&cache, &rootfs, &source)?.path);
     }
     if kernels.contains(&Kernel::Uml) {
-        set_up.uml = Some(make_uml(&cache, &rootfs, &source, Kernel::Uml)?.path);
+        build_env.uml = Some(make_uml(&cache, &rootfs, &source, Kernel::Uml)?.path);
     }
     if kernels.contains(&Kernel::Debug) {
-        set_up.debug = Some(make_uml(&cache, &rootfs, &source, Kernel::Debug)?.path);
+        build_env.debug = Some(make_uml(&cache, &rootfs, &source, Kernel::Debug)?.path);
     }
-    Ok(set_up)
+    Ok(build_env)
 }
 
 /// The source of the kernel whose parts are in `rootfs`, or of that in `kernel`.
-fn unpack_source(cache: &Cache, name: &str, rootfs: &Made, kernel: Option<&Made>) -> Result<Made> {
+fn unpack_source(
+    cache: &Cache,
+    name: &str,
+    rootfs: &CacheEntry,
+    kernel: Option<&CacheEntry>,
+) -> Result<CacheEntry> {
     const UNPACK: &str = "tar -C /src/linux --strip-components=1 -xf /kernel/linux-source.tar.xz";
     let step = Step {
         name,
-        about: "the kernel's source, unpacked",
-        from: &[kernel.unwrap_or(rootfs)],
+        description: "the kernel's source, unpacked",
+        inputs: &[kernel.unwrap_or(rootfs)],
         recipe: &[UNPACK],
     };
     cache.ensure(&step, |folder, log| {
-        let mut sandbox = Sandbox::new(&rootfs.path).writable(folder, "/src/linux");
+        let mut sandbox = Sandbox::new(&rootfs.path).bind_rw(folder, "/src/linux");
         if let Some(kernel) = kernel {
-            sandbox = sandbox.readable(&kernel.path, "/kernel");
+            sandbox = sandbox.bind_ro(&kernel.path, "/kernel");
         }
-        run::logged("unpacking", &mut sandbox.command(UNPACK), log)
+        run::to_log_file("unpacking", &mut sandbox.command(UNPACK), log)
     })
 }
 
-fn make_stock(cache: &Cache, rootfs: &Made, source: &Made) -> Result<Made> {
+fn make_stock(cache: &Cache, rootfs: &CacheEntry, source: &CacheEntry) -> Result<CacheEntry> {
     let step = Step {
         name: "stock",
-        about: "the Rust metadata of the stock kernel, rebuilt from its source",
-        from: &[rootfs, source],
+        description: "the Rust metadata of the stock kernel, rebuilt from its source",
+        inputs: &[rootfs, source],
         recipe: &[STOCK, ENTER],
     };
     cache.ensure(&step, |folder, log| {
-        let sandbox = Sandbox::new(&rootfs.path).readable(&source.path, "/src/linux");
-        run::logged(
+        let sandbox = Sandbox::new(&rootfs.path).bind_ro(&source.path, "/src/linux");
+        run::to_log_file(
             "make",
             &mut sandbox
-                .writable(folder, Kernel::Stock.inside())
+                .bind_rw(folder, Kernel::Stock.sandbox_path())
                 .command(STOCK),
             log,
         )
@@ -194,10 +199,15 @@ fn make_stock(cache: &Cache, rootfs: &Made, source: &Made) -> Result<Made> {
 }
 
 /// `kernel` is one of those that are user-mode Linux.
-fn make_uml(cache: &Cache, rootfs: &Made, source: &Made, kernel: Kernel) -> Result<Made> {
-    let (about, before, more) = if kernel == Kernel::Debug {
-        let about = "user-mode Linux that watches locks, objects and memory";
-        (about, DEBUG, DEBUG_CONFIGURATION)
+fn make_uml(
+    cache: &Cache,
+    rootfs: &CacheEntry,
+    source: &CacheEntry,
+    kernel: Kernel,
+) -> Result<CacheEntry> {
+    let (description, before, more) = if kernel == Kernel::Debug {
+        let description = "user-mode Linux that watches locks, objects and memory";
+        (description, DEBUG, DEBUG_CONFIGURATION)
     } else {
         ("user-mode Linux with KUnit", "", "")
     };
@@ -205,17 +215,19 @@ fn make_uml(cache: &Cache, rootfs: &Made, source: &Made, kernel: Kernel) -> Resu
     let configuration = format!("{UML_CONFIGURATION}{more}");
     let step = Step {
         name: kernel.name(),
-        about,
-        from: &[rootfs, source],
+        description,
+        inputs: &[rootfs, source],
         recipe: &[&script, &configuration, ENTER],
     };
     cache.ensure(&step, |folder, log| {
         fs::write(folder.join("fragment"), &configuration)
             .context("cannot write the configuration")?;
-        let sandbox = Sandbox::new(&rootfs.path).readable(&source.path, "/src/linux");
-        run::logged(
+        let sandbox = Sandbox::new(&rootfs.path).bind_ro(&source.path, "/src/linux");
+        run::to_log_file(
             "make",
-            &mut sandbox.writable(folder, kernel.inside()).command(&script),
+            &mut sandbox
+                .bind_rw(folder, kernel.sandbox_path())
+                .command(&script),
             log,
         )
     })

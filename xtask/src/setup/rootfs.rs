@@ -8,10 +8,10 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use nix::unistd::geteuid;
 
-use super::cache::{Cache, Made, Step};
+use super::cache::{Cache, CacheEntry, Step};
 use super::tools::Tools;
 use crate::run;
-use crate::sandbox::namespace;
+use crate::sandbox::unshare;
 
 /// The suite of everything but the kernel and QEMU, which come from its backports.
 const SUITE: &str = "trixie";
@@ -27,13 +27,14 @@ const KERNEL_PACKAGES: &str = include_str!("../../scripts/kernel-packages.sh");
 const MOUNT_POINTS: [&str; 6] = ["src/linux", "src/stock", "src/uml", "repo", "out", "proc"];
 
 /// Makes it.
-pub fn make(cache: &Cache, tools: &Tools) -> Result<Made> {
+pub fn make(cache: &Cache, tools: &Tools) -> Result<CacheEntry> {
     let preferences =
         format!("Package: src:qemu src:seabios qemu-*\nPin: release n={SUITE}-backports\nPin-Priority: 900\n");
     let step = Step {
         name: "rootfs",
-        about: "Debian with compilers, QEMU and the stock kernel's packages (0.6 GB to download)",
-        from: &[],
+        description:
+            "Debian with compilers, QEMU and the stock kernel's packages (0.6 GB to download)",
+        inputs: &[],
         recipe: &[
             SUITE,
             MIRROR,
@@ -52,7 +53,7 @@ pub fn make(cache: &Cache, tools: &Tools) -> Result<Made> {
         fs::write(aside.join("kernel-packages.sh"), KERNEL_PACKAGES)
             .context("cannot write a script")?;
         let made = if geteuid().is_root() {
-            run::logged("mmdebstrap", &mut as_root(tools, &aside, folder), log)
+            run::to_log_file("mmdebstrap", &mut as_root(tools, &aside, folder), log)
         } else {
             as_user(tools, &aside, folder, log)
         };
@@ -67,7 +68,7 @@ pub fn make(cache: &Cache, tools: &Tools) -> Result<Made> {
 
 /// Its mounts and processes live in namespaces of their own and end with it.
 fn as_root(tools: &Tools, aside: &Path, target: &Path) -> Command {
-    let mut command = namespace(&[
+    let mut command = unshare(&[
         "--mount",
         "--pid",
         "--fork",
@@ -91,14 +92,14 @@ fn as_user(tools: &Tools, aside: &Path, target: &Path, log: &Path) -> Result<()>
     let mut command = Command::new(&tools.mmdebstrap);
     command.arg("--mode=unshare").arg("--format=tar");
     arguments(&mut command, tools, aside, &archive);
-    run::logged("mmdebstrap", &mut command, log)?;
+    run::to_log_file("mmdebstrap", &mut command, log)?;
     let mut unpack = Command::new("tar");
     unpack
         .args(["--exclude=./dev/*", "--no-same-owner", "-xf"])
         .arg(&archive)
         .arg("-C")
         .arg(target);
-    run::logged("unpacking", &mut unpack, log)
+    run::to_log_file("unpacking", &mut unpack, log)
 }
 
 fn arguments(command: &mut Command, tools: &Tools, aside: &Path, target: &Path) {

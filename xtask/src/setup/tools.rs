@@ -29,7 +29,7 @@ pub fn find(cache: &Cache) -> Result<Tools> {
     check_host()?;
     let host_keys = Path::new("/").join(KEYS);
     let mut packages = Vec::new();
-    if !run::there(PROGRAM) {
+    if !run::is_available(PROGRAM) {
         packages.push(PROGRAM);
     }
     if !host_keys.exists() {
@@ -42,25 +42,25 @@ pub fn find(cache: &Cache) -> Result<Tools> {
     if packages.is_empty() {
         return Ok(tools);
     }
-    let about = format!(
+    let description = format!(
         "{} from this system's package archive",
         packages.join(" and ")
     );
     let step = Step {
         name: "tools",
-        about: &about,
-        from: &[],
+        description: &description,
+        inputs: &[],
         recipe: &packages,
     };
-    let made = cache.ensure(&step, |folder, log| fetch(&packages, folder, log))?;
+    let entry = cache.ensure(&step, |folder, log| fetch(&packages, folder, log))?;
     if packages.contains(&PROGRAM) {
-        tools.mmdebstrap = made.path.join("usr/bin").join(PROGRAM);
-        if !run::there(&tools.mmdebstrap.to_string_lossy()) {
+        tools.mmdebstrap = entry.path.join("usr/bin").join(PROGRAM);
+        if !run::is_available(&tools.mmdebstrap.to_string_lossy()) {
             bail!("mmdebstrap does not start; it needs Perl: apt-get install perl");
         }
     }
     if packages.contains(&KEYS_PACKAGE) {
-        tools.keys = made.path.join(KEYS);
+        tools.keys = entry.path.join(KEYS);
     }
     Ok(tools)
 }
@@ -73,7 +73,7 @@ fn check_host() -> Result<()> {
         ("perl", "perl"),
         ("unshare", "util-linux"),
     ] {
-        if !run::there(program) {
+        if !run::is_available(program) {
             bail!("{program} is missing. On Debian and its like: apt-get install {package}");
         }
     }
@@ -112,20 +112,20 @@ fn fetch(packages: &[&str], folder: &Path, log: &Path) -> Result<()> {
         command.args(arguments).current_dir(&downloads);
         command
     };
-    run::logged(
+    run::to_log_file(
         "apt-get update (lists of our own)",
         &mut apt(&["update", "--error-on=any"]),
         log,
     )
     .or_else(|_| {
-        run::logged(
+        run::to_log_file(
             "apt-get update (lists of our own)",
             &mut apt(&["update"]),
             log,
         )
     })?;
     let download = [&["download"], packages].concat();
-    run::logged("apt-get download", &mut apt(&download), log)?;
+    run::to_log_file("apt-get download", &mut apt(&download), log)?;
     for package in fs::read_dir(&downloads).context("cannot list the downloads")? {
         let mut unpack = Command::new("dpkg-deb");
         unpack.arg("-x").arg(package?.path()).arg(folder);

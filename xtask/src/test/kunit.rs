@@ -3,12 +3,12 @@
 
 use anyhow::{ensure, Result};
 
-use crate::place;
+use crate::paths;
 use crate::sources;
 
 /// The names of all of them, suite and case joined by a dot.
 pub fn cases() -> Result<Vec<String>> {
-    let sources = sources::read_all(&place::repository()?)?;
+    let sources = sources::read_all(&paths::repository()?)?;
     let module = sources
         .iter()
         .filter(|source| source.name.starts_with("guest-driver/"));

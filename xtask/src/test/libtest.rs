@@ -3,7 +3,7 @@
 
 use std::mem::take;
 
-use ::tests::ktap;
+use ::harness::ktap;
 
 /// What test programs have said.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub struct Results {
 
 /// Reads line by line.
 #[derive(Debug, Default)]
-pub struct Reader {
+pub struct OutputParser {
     results: Results,
     /// What cargo said last of what it runs, until it is shown.
     heading: Option<String>,
@@ -45,16 +45,16 @@ enum State {
     Nothing,
 }
 
-impl Reader {
+impl OutputParser {
     /// Takes a line, and returns what to show of it and of those before.
-    pub fn take(&mut self, line: &str) -> Vec<String> {
+    pub fn push_line(&mut self, line: &str) -> Vec<String> {
         if let Some(name) = program(line) {
             self.close();
             name.clone_into(&mut self.name);
             self.heading = Some(line.to_owned());
             return Vec::new();
         }
-        if let Some(result) = ktap::shown(line) {
+        if let Some(result) = ktap::parse_case_line(line) {
             match result {
                 (name, true) => self.results.cases_failed.push(name.to_owned()),
                 (_, false) => self.results.cases_passed += 1,
@@ -118,7 +118,7 @@ impl Reader {
     }
 
     /// What was read, at the end.
-    pub fn end(mut self) -> Results {
+    pub fn finish(mut self) -> Results {
         self.close();
         self.results
     }
@@ -162,7 +162,7 @@ fn count(counts: &str, what: &str) -> u64 {
 }
 
 /// The names in what a test program lists: `a::name: test`.
-pub fn listed(text: &str) -> Vec<String> {
+pub fn parse_list(text: &str) -> Vec<String> {
     let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
     names.map(str::to_owned).collect()
 }
@@ -172,9 +172,12 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> (Results, Vec<String>) {
-        let mut reader = Reader::default();
-        let shown = text.lines().flat_map(|line| reader.take(line)).collect();
-        (reader.end(), shown)
+        let mut parser = OutputParser::default();
+        let shown = text
+            .lines()
+            .flat_map(|line| parser.push_line(line))
+            .collect();
+        (parser.finish(), shown)
     }
 
     const TEXT: &str = "   Compiling a v0.1.0
@@ -246,6 +249,6 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
 
     #[test]
     fn only_tests_are_listed() {
-        assert_eq!(listed("a::b: test\nc: bench\n\n1 test"), ["a::b"]);
+        assert_eq!(parse_list("a::b: test\nc: bench\n\n1 test"), ["a::b"]);
     }
 }

@@ -2,8 +2,8 @@
 //! Runs the tests of all layers, and sums up.
 
 mod kunit;
+mod layers;
 mod libtest;
-mod passes;
 mod summary;
 
 use std::fs;
@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{ensure, Result};
 use clap::{Args, ValueEnum};
-use tests::process::{Process, Signal, Streams};
+use harness::process::{Process, Signal, Streams};
 
 use crate::matrix;
 use crate::progress::say;
-use passes::{Layer, Selection};
-use summary::{Outcome, Run};
+use layers::{Layer, Selection};
+use summary::{LayerOutcome, TestRun};
 
 /// The options of `test`.
 #[derive(Args)]
@@ -30,7 +30,7 @@ pub struct Options {
     guests: bool,
     /// Only the tests of guests, and only with this kernel.
     #[arg(long)]
-    kernels: Option<Kernels>,
+    kernels: Option<KernelSet>,
     /// Only cells of the matrix of machines: `all`, or those whose names hold this text.
     #[arg(long, value_name = "CELLS")]
     matrix: Option<String>,
@@ -50,7 +50,7 @@ pub struct Options {
 
 /// The tests of guests are run twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Kernels {
+enum KernelSet {
     /// With the stock kernel in QEMU, and with user-mode Linux.
     Usual,
     /// With the debug kernel wherever they want user-mode Linux; those of QEMU and of the C driver are left out.
@@ -105,25 +105,27 @@ fn layers(options: &Options) -> Vec<Layer> {
         Some(kernels) => of(kernels).to_vec(),
         None => {
             let crates = (!options.guests).then_some(Layer::Crates);
-            let guests = [Kernels::Usual, Kernels::Debug].into_iter().flat_map(of);
+            let guests = [KernelSet::Usual, KernelSet::Debug]
+                .into_iter()
+                .flat_map(of);
             crates.into_iter().chain(guests).collect()
         }
     }
 }
 
 /// Runs each layer, whatever becomes of the ones before.
-fn run(layers: &[Layer], selection: &Selection, beside: Option<&str>) -> Result<Run> {
-    let mut beside = beside.map(Beside::start).transpose()?;
+fn run(layers: &[Layer], selection: &Selection, load_command: Option<&str>) -> Result<TestRun> {
+    let mut background_load = load_command.map(BackgroundLoad::start).transpose()?;
     let start = Instant::now();
-    let mut run = Run::default();
+    let mut run = TestRun::default();
     for &layer in layers {
         let begun = Instant::now();
-        let outcome = passes::run(layer, selection)
-            .unwrap_or_else(|error| Outcome::broken(layer, format!("{error:#}")));
+        let outcome = layers::run(layer, selection)
+            .unwrap_or_else(|error| LayerOutcome::from_error(layer, format!("{error:#}")));
         run.add(layer, outcome, begun.elapsed());
     }
-    if let Some(beside) = &mut beside {
-        beside.is_there()?;
+    if let Some(background_load) = &mut background_load {
+        background_load.ensure_running()?;
     }
     run.time = start.elapsed();
     run.load = load_average();
@@ -138,9 +140,9 @@ fn load_average() -> String {
 }
 
 /// What keeps the machine busy. It ends with this value.
-struct Beside(Process);
+struct BackgroundLoad(Process);
 
-impl Beside {
+impl BackgroundLoad {
     fn start(script: &str) -> Result<Self> {
         let mut command = Command::new("sh");
         command.args(["-c", script]);
@@ -148,18 +150,18 @@ impl Beside {
     }
 
     /// Fails if it has ended before the tests have: what they show is not what was asked for.
-    fn is_there(&mut self) -> Result<()> {
+    fn ensure_running(&mut self) -> Result<()> {
         let ended = self.0.status()?;
         ensure!(
             ended.is_none(),
             "the load ended before the tests\n{}",
-            self.0.diary()
+            self.0.diagnostics()
         );
         Ok(())
     }
 }
 
-impl Drop for Beside {
+impl Drop for BackgroundLoad {
     fn drop(&mut self) {
         // It may have processes of its own to end. Those that are gone need no signal; what does not go is killed.
         let _ = self.0.signal_group(Signal::SIGTERM);

@@ -5,13 +5,13 @@ use std::fmt::{self, Display, Formatter};
 use std::process::ExitStatus;
 use std::time::Duration;
 
+use super::layers::Layer;
 use super::libtest::Results;
-use super::passes::Layer;
-use super::Kernels;
+use super::KernelSet;
 
 /// What came of one layer.
 #[derive(Debug, Default)]
-pub struct Outcome {
+pub struct LayerOutcome {
     passed: u64,
     ignored: u64,
     failed: Vec<Failure>,
@@ -25,9 +25,9 @@ struct Failure {
     repeat: String,
 }
 
-impl Outcome {
+impl LayerOutcome {
     /// What test programs said, and how the command that ran them ended.
-    pub fn of(layer: Layer, results: Results, status: ExitStatus) -> Self {
+    pub fn from_results(layer: Layer, results: Results, status: ExitStatus) -> Self {
         let (passed, mut failed) = match layer {
             Layer::Crates | Layer::Guests(_) => (results.passed, results.failed),
             // The one test that has the kernel run them counts only if it failed for another reason.
@@ -41,7 +41,7 @@ impl Outcome {
             return Self {
                 passed,
                 ignored: results.ignored,
-                failed: Self::broken(layer, failure).failed,
+                failed: Self::from_error(layer, failure).failed,
             };
         }
         failed.sort();
@@ -57,7 +57,7 @@ impl Outcome {
     }
 
     /// A layer whose tests could not be run.
-    pub fn broken(layer: Layer, why: String) -> Self {
+    pub fn from_error(layer: Layer, why: String) -> Self {
         Self {
             failed: vec![Failure {
                 name: why,
@@ -90,8 +90,8 @@ fn repeat(layer: Layer, test: Option<&str>) -> String {
         Layer::Kunit(kernels) | Layer::Guests(kernels) => kernels,
     };
     let kernels = match kernels {
-        Kernels::Usual => "usual",
-        Kernels::Debug => "debug",
+        KernelSet::Usual => "usual",
+        KernelSet::Debug => "debug",
     };
     let name = name.map(|name| format!(" {name}")).unwrap_or_default();
     format!("cargo xtask test --kernels {kernels}{name}")
@@ -99,17 +99,17 @@ fn repeat(layer: Layer, test: Option<&str>) -> String {
 
 /// One run of all layers.
 #[derive(Debug, Default)]
-pub struct Run {
-    layers: Vec<(Layer, Outcome, Duration)>,
+pub struct TestRun {
+    layers: Vec<(Layer, LayerOutcome, Duration)>,
     /// How long it took.
     pub time: Duration,
     /// The load of the machine at its end.
     pub load: String,
 }
 
-impl Run {
+impl TestRun {
     /// Adds a layer's outcome.
-    pub fn add(&mut self, layer: Layer, outcome: Outcome, time: Duration) {
+    pub fn add(&mut self, layer: Layer, outcome: LayerOutcome, time: Duration) {
         self.layers.push((layer, outcome, time));
     }
 
@@ -152,10 +152,10 @@ impl Run {
 }
 
 /// A table of the layers, the failures, and last a line with the sums.
-impl Display for Run {
+impl Display for TestRun {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         for (layer, outcome, time) in &self.layers {
-            let Outcome {
+            let LayerOutcome {
                 passed,
                 ignored,
                 failed,
@@ -175,7 +175,7 @@ impl Display for Run {
 }
 
 /// Several runs: a line for each, all failures, and last a line with the sums.
-pub struct Table<'a>(pub &'a [Run]);
+pub struct Table<'a>(pub &'a [TestRun]);
 
 impl Display for Table<'_> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
@@ -195,8 +195,8 @@ impl Display for Table<'_> {
                 run.failures(f)?;
             }
         }
-        let passed: u64 = self.0.iter().map(Run::passed).sum();
-        let failed: usize = self.0.iter().map(Run::failed).sum();
+        let passed: u64 = self.0.iter().map(TestRun::passed).sum();
+        let failed: usize = self.0.iter().map(TestRun::failed).sum();
         write!(f, "{passed} passed, {failed} failed")
     }
 }
@@ -217,23 +217,23 @@ mod tests {
     #[test]
     fn each_failure_has_its_command_and_the_last_line_has_the_sums() {
         let (good, bad) = (ExitStatus::from_raw(0), ExitStatus::from_raw(101 << 8));
-        let mut run = Run::default();
-        let crates = Outcome::of(
+        let mut run = TestRun::default();
+        let crates = LayerOutcome::from_results(
             Layer::Crates,
             results(5, &["a::b", "src/lib.rs - c (line 3)"]),
             bad,
         );
         run.add(Layer::Crates, crates, Duration::from_secs(3));
-        let usual = Layer::Guests(Kernels::Usual);
+        let usual = Layer::Guests(KernelSet::Usual);
         run.add(
             usual,
-            Outcome::of(usual, results(7, &[]), good),
+            LayerOutcome::from_results(usual, results(7, &[]), good),
             Duration::from_secs(60),
         );
-        let debug = Layer::Guests(Kernels::Debug);
+        let debug = Layer::Guests(KernelSet::Debug);
         run.add(
             debug,
-            Outcome::of(debug, results(1, &["c::d"]), bad),
+            LayerOutcome::from_results(debug, results(1, &["c::d"]), bad),
             Duration::from_secs(60),
         );
         let text = run.to_string();
@@ -249,8 +249,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_built_has_failed() {
-        let layer = Layer::Guests(Kernels::Usual);
-        let outcome = Outcome::of(layer, Results::default(), ExitStatus::from_raw(101 << 8));
+        let layer = Layer::Guests(KernelSet::Usual);
+        let outcome =
+            LayerOutcome::from_results(layer, Results::default(), ExitStatus::from_raw(101 << 8));
         assert_eq!(outcome.failed.len(), 1);
         assert_eq!(outcome.failed[0].repeat, "cargo xtask test --kernels usual");
     }
@@ -262,8 +263,8 @@ mod tests {
             cases_failed: vec!["suite.case".to_owned()],
             ..results(0, &["kunit::all"])
         };
-        let layer = Layer::Kunit(Kernels::Usual);
-        let outcome = Outcome::of(layer, results, ExitStatus::from_raw(101 << 8));
+        let layer = Layer::Kunit(KernelSet::Usual);
+        let outcome = LayerOutcome::from_results(layer, results, ExitStatus::from_raw(101 << 8));
         assert_eq!((outcome.passed, outcome.failed.len()), (4, 1));
         assert_eq!(outcome.failed[0].name, "suite.case");
     }

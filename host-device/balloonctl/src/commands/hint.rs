@@ -6,12 +6,12 @@ use qmp_client::Client;
 use serde_json::{json, Value};
 
 use crate::args::Hint;
-use crate::failure::Failure;
+use crate::error::CommandError;
 use crate::output::Output;
 use crate::size;
 
 /// Gives the command.
-pub fn run(daemon: &mut Client, what: Hint, output: &mut Output) -> Result<(), Failure> {
+pub fn run(daemon: &mut Client, what: Hint, output: &mut Output) -> Result<(), CommandError> {
     let command = match what {
         Hint::Start => "free-page-hint-start",
         Hint::Stop => "free-page-hint-stop",
@@ -27,7 +27,7 @@ pub fn run(daemon: &mut Client, what: Hint, output: &mut Output) -> Result<(), F
         Hint::Done => "the guest is told to take its hinted pages back".into(),
         Hint::Status => line(&answer),
     };
-    output.result(&answer, &text)
+    output.print_result(&answer, &text)
 }
 
 fn id(answer: &Value) -> String {
@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_round_is_told_in_a_line() {
+    fn a_hint_round_is_shown_in_one_line() {
         assert_eq!(
             line(&json!({ "status": "stopped", "blocks": 0 })),
             "stopped"

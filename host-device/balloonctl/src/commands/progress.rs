@@ -4,18 +4,18 @@
 
 use std::time::Duration;
 
-use migration::status::{State, Status};
-use migration::PAGE_SIZE;
+use guest_migration::status::{MigrationInfo, MigrationStatus};
+use guest_migration::PAGE_SIZE;
 use qmp_client::Client;
 use serde_json::json;
 
-use crate::failure::Failure;
+use crate::error::CommandError;
 use crate::interrupt::Interrupts;
 use crate::output::{fields, table, Output};
 use crate::size;
 
 /// How often it is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Shows the daemon's migration until it is over, or in a state that is `wanted`, and returns how it stands then. The
 /// first interrupt cancels it; at the second one it is left alone.
@@ -23,20 +23,20 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// # Errors
 ///
 /// If the daemon is gone, or at the second interrupt.
-pub fn watch(
+pub fn wait_for_migration(
     daemon: &mut Client,
-    wanted: Option<State>,
+    wanted: Option<MigrationStatus>,
     interrupts: &Interrupts,
     output: &mut Output,
-) -> Result<Status, Failure> {
+) -> Result<MigrationInfo, CommandError> {
     let mut cancelled = false;
     loop {
-        let status: Status = daemon.query("query-migrate")?;
+        let status: MigrationInfo = daemon.query("query-migrate")?;
         if status.status.is_over() || Some(status.status) == wanted {
-            output.end_progress();
+            output.clear_progress();
             return Ok(status);
         }
-        output.progress(&line(&status));
+        output.show_progress(&line(&status));
         match interrupts.count() {
             0 => {}
             1 if cancelled => {}
@@ -44,19 +44,19 @@ pub fn watch(
                 cancelled = true;
                 output.say("cancelling; Ctrl-C again leaves without waiting");
                 match daemon.command("migrate-cancel", json!({})) {
-                    Err(error) if error.is_final() => return Err(error.into()),
+                    Err(error) if error.is_fatal() => return Err(error.into()),
                     // It may have ended just now, and then there is nothing to cancel.
                     _ => {}
                 }
             }
             _ => {
-                return Err(Failure::Cancelled(
+                return Err(CommandError::Cancelled(
                     "left while the migration was being cancelled: balloonctl status shows how it ends"
                         .into(),
                 ));
             }
         }
-        daemon.wait_event(|event| event.name == "MIGRATION", LOOK_EVERY)?;
+        daemon.wait_event(|event| event.name == "MIGRATION", POLL_INTERVAL)?;
     }
 }
 
@@ -65,18 +65,18 @@ pub fn watch(
 /// # Errors
 ///
 /// If it has not completed.
-pub fn verdict(status: &Status) -> Result<(), Failure> {
+pub fn outcome(status: &MigrationInfo) -> Result<(), CommandError> {
     let why = status.error_desc.as_deref();
     let why = why.unwrap_or("the daemon does not say why");
     match status.status {
-        State::Completed => Ok(()),
-        State::Cancelled => Err(Failure::Cancelled(
+        MigrationStatus::Completed => Ok(()),
+        MigrationStatus::Cancelled => Err(CommandError::Cancelled(
             "the migration was cancelled; the guest runs on".into(),
         )),
-        State::Failed => Err(Failure::Failed(format!(
+        MigrationStatus::Failed => Err(CommandError::Failed(format!(
             "the migration failed, and the guest runs on: {why}"
         ))),
-        other => Err(Failure::Failed(format!(
+        other => Err(CommandError::Failed(format!(
             "the migration is {}: {why}",
             other.name()
         ))),
@@ -85,7 +85,7 @@ pub fn verdict(status: &Status) -> Result<(), Failure> {
 
 /// A migration in a line.
 #[must_use]
-pub fn line(status: &Status) -> String {
+pub fn line(status: &MigrationInfo) -> String {
     let ram = &status.ram;
     let mut parts = vec![status.status.name().to_owned()];
     if ram.dirty_sync_count > 0 || ram.transferred > 0 {
@@ -106,7 +106,7 @@ pub fn line(status: &Status) -> String {
 
 /// A migration that is over, in tables.
 #[must_use]
-pub fn report(status: &Status) -> String {
+pub fn report(status: &MigrationInfo) -> String {
     let ram = &status.ram;
     let pages = |count: u64| {
         let bytes = count.saturating_mul(PAGE_SIZE);
@@ -139,12 +139,12 @@ pub fn report(status: &Status) -> String {
     let mut text = fields(&lines);
     if !status.rounds.is_empty() {
         text.push('\n');
-        text.push_str(&rounds(status));
+        text.push_str(&iteration_table(status));
     }
     text
 }
 
-fn rounds(status: &Status) -> String {
+fn iteration_table(status: &MigrationInfo) -> String {
     let head = [
         "round",
         "dirty",
@@ -159,19 +159,19 @@ fn rounds(status: &Status) -> String {
     ];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     let ms = |us: u64| format!("{:.1}", Duration::from_micros(us).as_secs_f64() * 1000.0);
-    for (round, number) in status.rounds.iter().zip(1u64..) {
-        let paused = if round.paused { " paused" } else { "" };
+    for (iteration, number) in status.rounds.iter().zip(1u64..) {
+        let paused = if iteration.paused { " paused" } else { "" };
         rows.push(vec![
             format!("{number}{paused}"),
-            round.dirty.to_string(),
-            round.hinted.to_string(),
-            round.normal.to_string(),
-            round.duplicate.to_string(),
-            size::show(round.transferred),
-            ms(round.hint_wait_us),
-            ms(round.send_us),
-            ms(round.sync_us),
-            ms(round.stopped_us),
+            iteration.dirty.to_string(),
+            iteration.hinted.to_string(),
+            iteration.normal.to_string(),
+            iteration.duplicate.to_string(),
+            size::show(iteration.transferred),
+            ms(iteration.hint_wait_us),
+            ms(iteration.send_us),
+            ms(iteration.sync_us),
+            ms(iteration.stopped_us),
         ]);
     }
     table(&rows)
@@ -179,32 +179,32 @@ fn rounds(status: &Status) -> String {
 
 #[cfg(test)]
 mod tests {
-    use migration::status::{Ram, Round};
+    use guest_migration::status::{Iteration, RamStats};
 
     use super::*;
 
-    fn status() -> Status {
-        let round = |dirty, paused| Round {
+    fn status() -> MigrationInfo {
+        let iteration = |dirty, paused| Iteration {
             dirty,
             paused,
             normal: dirty,
             transferred: dirty * PAGE_SIZE,
             send_us: 1500,
-            ..Round::default()
+            ..Iteration::default()
         };
-        Status {
-            status: State::Completed,
+        MigrationInfo {
+            status: MigrationStatus::Completed,
             downtime: Some(12),
-            ram: Ram {
+            ram: RamStats {
                 transferred: 411 << 20,
                 remaining: 1 << 20,
                 skipped: 2048,
                 dirty_sync_count: 2,
                 mbps: 812.3,
-                ..Ram::default()
+                ..RamStats::default()
             },
-            rounds: vec![round(1000, false), round(7, true)],
-            ..Status::default()
+            rounds: vec![iteration(1000, false), iteration(7, true)],
+            ..MigrationInfo::default()
         }
     }
 
@@ -214,15 +214,15 @@ mod tests {
             line(&status()),
             "completed, round 2, 411 MiB sent, 1.00 MiB left, 8.00 MiB skipped, 812 Mbit/s"
         );
-        let begun = Status {
-            status: State::Setup,
-            ..Status::default()
+        let begun = MigrationInfo {
+            status: MigrationStatus::Setup,
+            ..MigrationInfo::default()
         };
         assert_eq!(line(&begun), "setup");
     }
 
     #[test]
-    fn the_table_has_a_row_a_round() {
+    fn the_table_has_a_row_for_each_iteration() {
         let text = report(&status());
         assert!(
             text.contains("pages skipped by hints  2048 (8.00 MiB)"),
@@ -237,15 +237,20 @@ mod tests {
     #[test]
     fn each_end_has_its_exit_status() {
         let end = |state, why: Option<&str>| {
-            verdict(&Status {
+            outcome(&MigrationInfo {
                 status: state,
                 error_desc: why.map(str::to_owned),
-                ..Status::default()
+                ..MigrationInfo::default()
             })
         };
-        end(State::Completed, None).unwrap();
-        assert_eq!(end(State::Cancelled, None).unwrap_err().exit_status(), 4);
-        let failed = end(State::Failed, Some("the receiver has gone")).unwrap_err();
+        end(MigrationStatus::Completed, None).unwrap();
+        assert_eq!(
+            end(MigrationStatus::Cancelled, None)
+                .unwrap_err()
+                .exit_status(),
+            4
+        );
+        let failed = end(MigrationStatus::Failed, Some("the receiver has gone")).unwrap_err();
         assert_eq!(failed.exit_status(), 1);
         assert!(failed.to_string().ends_with("the receiver has gone"));
     }

@@ -6,31 +6,35 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use migration::stream::{
-    Address, Destination, Listener, Phase, Progress, Received, Receiver, ReceiverOptions,
-    StreamError,
+use guest_migration::stream::{
+    Address, Destination, Listener, ReceivePhase, ReceiveProgress, Received, Receiver,
+    ReceiverOptions, StreamError,
 };
-use migration::{Cancel, PAGE_SIZE};
+use guest_migration::{CancelToken, PAGE_SIZE};
 use serde_json::{json, Value};
 
 use crate::args::Receive;
-use crate::failure::Failure;
+use crate::error::CommandError;
 use crate::interrupt::Interrupts;
 use crate::output::{fields, Output};
 use crate::size;
 
 /// How often it is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Receives, and shows how it goes. An interrupt ends it.
-pub fn run(options: &Receive, interrupts: &Interrupts, output: &mut Output) -> Result<(), Failure> {
+pub fn run(
+    options: &Receive,
+    interrupts: &Interrupts,
+    output: &mut Output,
+) -> Result<(), CommandError> {
     let address: Address = options
         .listen
         .parse()
-        .map_err(|error| Failure::Usage(format!("--listen {}: {error}", options.listen)))?;
+        .map_err(|error| CommandError::Usage(format!("--listen {}: {error}", options.listen)))?;
     let destination = destination(&options.memory_file)?;
-    let cancel = Cancel::default();
-    let failed = |error: StreamError| Failure::Failed(error.to_string());
+    let cancel = CancelToken::default();
+    let failed = |error: StreamError| CommandError::Failed(error.to_string());
     let listener = Listener::bind(&address).map_err(failed)?;
     let receiver_options = ReceiverOptions {
         cancel: cancel.clone(),
@@ -44,65 +48,65 @@ pub fn run(options: &Receive, interrupts: &Interrupts, output: &mut Output) -> R
         if interrupts.count() > 0 {
             cancel.cancel();
         }
-        if progress.phase() != Phase::Waiting {
-            output.progress(&line(&progress));
+        if progress.phase() != ReceivePhase::Waiting {
+            output.show_progress(&line(&progress));
         }
-        thread::sleep(LOOK_EVERY);
+        thread::sleep(POLL_INTERVAL);
     }
     let received = receiving
         .join()
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
     match received {
-        Ok(received) => output.result(&value(&received), &report(&received)),
+        Ok(received) => output.print_result(&value(&received), &report(&received)),
         Err(error) => Err(incomplete(options, &error)),
     }
 }
 
 /// Where blocks go: `PATH` for the only one, or `NAME=PATH` for each.
-fn destination(files: &[String]) -> Result<Destination, Failure> {
+fn destination(files: &[String]) -> Result<Destination, CommandError> {
     if let [file] = files {
         if !file.contains('=') {
-            return Ok(Destination::single(file));
+            return Ok(Destination::with_file(file));
         }
     }
     let mut destination = Destination::new();
     for file in files {
         let (name, path) = file.split_once('=').ok_or_else(|| {
-            Failure::Usage(format!(
+            CommandError::Usage(format!(
                 "--memory-file {file}: with several files each needs its block's name, as in ram0={file}"
             ))
         })?;
-        destination = destination.block(name, path);
+        destination = destination.with_ram_block(name, path);
     }
     Ok(destination)
 }
 
-fn incomplete(options: &Receive, error: &StreamError) -> Failure {
+fn incomplete(options: &Receive, error: &StreamError) -> CommandError {
     let paths = options.memory_file.iter().map(|file| {
         let (_, path) = file.split_once('=').unwrap_or(("", file));
         Destination::marker(Path::new(path)).display().to_string()
     });
     let markers: Vec<String> = paths.collect();
-    let story = format!(
+    let message = format!(
         "{error}; memory is incomplete, as {} says",
         markers.join(", ")
     );
     match error {
-        StreamError::Cancelled => Failure::Cancelled(story),
-        _ => Failure::Incomplete(story),
+        StreamError::Cancelled => CommandError::Cancelled(message),
+        _ => CommandError::Incomplete(message),
     }
 }
 
-fn line(progress: &Progress) -> String {
+fn line(progress: &ReceiveProgress) -> String {
     let doing = match progress.phase() {
-        Phase::Waiting => "waiting",
-        Phase::Receiving => "receiving",
-        Phase::Checking => "checking",
-        Phase::Ended => "ended",
+        ReceivePhase::Waiting => "waiting",
+        ReceivePhase::Receiving => "receiving",
+        ReceivePhase::Checking => "checking",
+        ReceivePhase::Ended => "ended",
     };
     format!(
         "{doing}, round {}, {} received, {} pages with content, {} zeros, of {}",
-        progress.rounds().saturating_add(1),
+        progress.iterations().saturating_add(1),
         size::show(progress.bytes()),
         progress.pages(),
         progress.zeros(),
@@ -120,7 +124,7 @@ fn value(received: &Received) -> Value {
         "transferred": received.bytes,
         "normal": received.pages,
         "duplicate": received.zeros,
-        "rounds": received.rounds,
+        "rounds": received.iterations,
         "channels": received.channels,
         "content-checked": received.content_checked,
         "blocks": blocks,
@@ -137,7 +141,7 @@ fn report(received: &Received) -> String {
         ("received", size::show(received.bytes)),
         ("pages with content", pages(received.pages)),
         ("pages as zeros", pages(received.zeros)),
-        ("rounds", received.rounds.to_string()),
+        ("rounds", received.iterations.to_string()),
         ("channels", received.channels.to_string()),
         (
             "compared with the sender's digest",
@@ -171,8 +175,8 @@ mod tests {
         for right in [&["/a"][..], &["ram=/a"], &["x=/a", "y=/b"]] {
             files(right).unwrap();
         }
-        let failure = files(&["x=/a", "/b"]).unwrap_err();
-        assert_eq!(failure.exit_status(), 2);
-        assert!(failure.to_string().contains("/b"), "{failure}");
+        let error = files(&["x=/a", "/b"]).unwrap_err();
+        assert_eq!(error.exit_status(), 2);
+        assert!(error.to_string().contains("/b"), "{error}");
     }
 }

@@ -2,13 +2,13 @@
 
 //! `status`: all that the daemon says of the balloon.
 
-use migration::status::{State, Status};
+use guest_migration::status::{MigrationInfo, MigrationStatus};
 use qmp_client::{Client, Error};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 
 use super::{hint, progress};
-use crate::failure::Failure;
+use crate::error::CommandError;
 use crate::output::{fields, Output};
 use crate::size;
 
@@ -32,11 +32,11 @@ enum Answer {
 
 impl Answer {
     /// Asks; only a connection that is lost is an error.
-    fn get(daemon: &mut Client, command: &str) -> Result<Self, Failure> {
+    fn get(daemon: &mut Client, command: &str) -> Result<Self, CommandError> {
         match daemon.command(command, json!({})) {
             Ok(value) => Ok(Self::Given(value)),
-            Err(Error::Refused { refusal, .. }) => Ok(Self::Refused {
-                unavailable: refusal.desc,
+            Err(Error::Refused { qmp_error, .. }) => Ok(Self::Refused {
+                unavailable: qmp_error.desc,
             }),
             Err(error) => Err(error.into()),
         }
@@ -52,7 +52,7 @@ impl Answer {
 }
 
 /// Shows it.
-pub fn run(daemon: &mut Client, output: &mut Output) -> Result<(), Failure> {
+pub fn run(daemon: &mut Client, output: &mut Output) -> Result<(), CommandError> {
     let overview = Overview {
         balloon: Answer::get(daemon, "query-balloon")?,
         virtio: Answer::get(daemon, "query-virtio-status")?,
@@ -60,7 +60,7 @@ pub fn run(daemon: &mut Client, output: &mut Output) -> Result<(), Failure> {
         hinting: Answer::get(daemon, "query-free-page-hint")?,
         migration: Answer::get(daemon, "query-migrate")?,
     };
-    output.result(&overview, &describe(&overview))
+    output.print_result(&overview, &describe(&overview))
 }
 
 fn describe(overview: &Overview) -> String {
@@ -109,8 +109,8 @@ fn memory(memory: &Value) -> String {
 }
 
 fn migration(migration: &Value) -> String {
-    match Status::deserialize(migration) {
-        Ok(status) if status.status == State::None => "none".to_owned(),
+    match MigrationInfo::deserialize(migration) {
+        Ok(status) if status.status == MigrationStatus::None => "none".to_owned(),
         Ok(status) => progress::line(&status),
         Err(_) => text(migration, "status").to_owned(),
     }

@@ -9,12 +9,12 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::args::Target;
-use crate::failure::Failure;
+use crate::error::CommandError;
 use crate::output::Output;
 use crate::size;
 
 /// How often it is looked at; changes come as events too.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 #[derive(Deserialize)]
 struct Balloon {
@@ -22,28 +22,31 @@ struct Balloon {
 }
 
 /// Sets it, and waits if asked to.
-pub fn run(daemon: &mut Client, options: &Target, output: &mut Output) -> Result<(), Failure> {
+pub fn run(daemon: &mut Client, options: &Target, output: &mut Output) -> Result<(), CommandError> {
     let wanted = options.memory;
     daemon.command("balloon", json!({ "value": wanted }))?;
     let mut actual = daemon.query::<Balloon>("query-balloon")?.actual;
     if let Some(seconds) = options.wait {
-        let (begun, limit) = (Instant::now(), Duration::from_secs(seconds));
+        let (begun, timeout) = (Instant::now(), Duration::from_secs(seconds));
         // The balloon holds whole pages.
-        while actual.abs_diff(wanted) >= migration::PAGE_SIZE {
+        while actual.abs_diff(wanted) >= guest_migration::PAGE_SIZE {
             let (has, shall) = (size::show(actual), size::show(wanted));
-            let left = limit.saturating_sub(begun.elapsed());
+            let left = timeout.saturating_sub(begun.elapsed());
             if left.is_zero() {
-                return Err(Failure::TimedOut(format!(
+                return Err(CommandError::TimedOut(format!(
                     "the guest has {has} after {seconds} s, and not {shall}; the target stays"
                 )));
             }
-            output.progress(&format!("the guest has {has}, and shall have {shall}"));
-            daemon.wait_event(|event| event.name == "BALLOON_CHANGE", left.min(LOOK_EVERY))?;
+            output.show_progress(&format!("the guest has {has}, and shall have {shall}"));
+            daemon.wait_event(
+                |event| event.name == "BALLOON_CHANGE",
+                left.min(POLL_INTERVAL),
+            )?;
             actual = daemon.query::<Balloon>("query-balloon")?.actual;
         }
     }
     let (has, shall) = (size::show(actual), size::show(wanted));
-    output.result(
+    output.print_result(
         &json!({ "target": wanted, "actual": actual }),
         &format!("target {shall}, the guest has {has}"),
     )

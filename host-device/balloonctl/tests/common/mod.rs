@@ -11,20 +11,20 @@ use std::thread;
 use std::time::Duration;
 
 use balloonctl::args::{Args, Command, MigrateVm};
-use balloonctl::migrate_vm::{Order, Side, World};
+use balloonctl::migrate_vm::{Connections, Peer, QmpCommand};
 use clap::Parser;
 use qmp_client::Client;
 use serde_json::{json, Value};
 
 /// What goes wrong.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Trouble {
+pub enum Fault {
     /// The first such command of that side is refused.
-    Refuse(Side, &'static str),
+    Refuse(Peer, &'static str),
     /// The side hangs up at the first such command, which it does not do.
-    HangUp(Side, &'static str),
+    HangUp(Peer, &'static str),
     /// The side does the command, and hangs up before it answers.
-    HangUpAfter(Side, &'static str),
+    HangUpAfter(Peer, &'static str),
     /// The guest says that it keeps the balloon.
     Keeps,
     /// The guest does not say anything when it is asked for the balloon.
@@ -32,9 +32,9 @@ pub enum Trouble {
     /// Sending memory fails, the first or the last of it.
     Memory(&'static str),
     /// QEMU's own migration fails, here or there.
-    VmState(Side),
+    VmState(Peer),
     /// The user presses Ctrl-C when this side gets this command.
-    Interrupt(Side, &'static str),
+    Interrupt(Peer, &'static str),
 }
 
 /// A QEMU.
@@ -55,8 +55,8 @@ pub struct State {
     pub memory: &'static str,
     pub waits: bool,
     /// Every command that changes something.
-    pub journal: Vec<(Side, String, Value)>,
-    pub trouble: Option<Trouble>,
+    pub journal: Vec<(Peer, String, Value)>,
+    pub fault: Option<Fault>,
     pub interrupts: balloonctl::interrupt::Interrupts,
     /// Whether the destination's memory is shared, as it has to be.
     pub destination_share: bool,
@@ -67,7 +67,7 @@ pub struct State {
 /// The three, and what the command line says of them.
 pub struct Fake {
     pub state: Arc<Mutex<State>>,
-    pub world: World,
+    pub connections: Connections,
     pub options: MigrateVm,
     pub folder: tempfile::TempDir,
 }
@@ -75,7 +75,7 @@ pub struct Fake {
 pub const SOURCE_SOCKET: &str = "/run/b1";
 
 /// Starts all, with `more` on the command line.
-pub fn fake(trouble: Option<Trouble>, more: &[&str]) -> Fake {
+pub fn fake(fault: Option<Fault>, more: &[&str]) -> Fake {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("b2");
     std::fs::write(&socket, "").unwrap();
@@ -92,20 +92,20 @@ pub fn fake(trouble: Option<Trouble>, more: &[&str]) -> Fake {
             ..Qemu::default()
         },
         memory: "none",
-        trouble,
+        fault,
         destination_share: true,
         ..State::default()
     };
     let state = Arc::new(Mutex::new(state));
-    let world = World {
-        source: serve(Side::Source, &state),
-        destination: serve(Side::Destination, &state),
-        daemon: serve(Side::Daemon, &state),
+    let connections = Connections {
+        source: serve(Peer::Source, &state),
+        destination: serve(Peer::Destination, &state),
+        daemon: serve(Peer::Daemon, &state),
     };
     let options = options(&socket, more);
     Fake {
         state,
-        world,
+        connections,
         options,
         folder,
     }
@@ -145,25 +145,25 @@ impl Fake {
 
 impl State {
     /// The commands of the journal, as a plan has them.
-    pub fn orders(&self) -> Vec<(Side, Order)> {
-        let orders = self.journal.iter().map(|(side, name, arguments)| {
-            let order = Order {
+    pub fn commands(&self) -> Vec<(Peer, QmpCommand)> {
+        let commands = self.journal.iter().map(|(peer, name, arguments)| {
+            let command = QmpCommand {
                 execute: name.clone(),
                 arguments: arguments.clone(),
             };
-            (*side, order)
+            (*peer, command)
         });
-        orders.collect()
+        commands.collect()
     }
 
     /// How often a side was given a command.
-    pub fn count(&self, side: Side, name: &str) -> usize {
-        let same = |entry: &&(Side, String, Value)| entry.0 == side && entry.1 == name;
+    pub fn count(&self, peer: Peer, name: &str) -> usize {
+        let same = |entry: &&(Peer, String, Value)| entry.0 == peer && entry.1 == name;
         self.journal.iter().filter(same).count()
     }
 }
 
-fn serve(side: Side, state: &Arc<Mutex<State>>) -> Client {
+fn serve(peer: Peer, state: &Arc<Mutex<State>>) -> Client {
     let (near, far) = UnixStream::pair().unwrap();
     let state = state.clone();
     thread::spawn(move || {
@@ -173,7 +173,7 @@ fn serve(side: Side, state: &Arc<Mutex<State>>) -> Client {
             let Ok(line) = line else { break };
             let command: Value = serde_json::from_str(&line).unwrap();
             let name = command["execute"].as_str().unwrap();
-            let (answer, events) = answer(&state, side, name, &command["arguments"]);
+            let (answer, events) = answer(&state, peer, name, &command["arguments"]);
             let mut answer = match answer {
                 Answer::Given(value) => json!({ "return": value }),
                 Answer::Refused(why) => {
@@ -188,8 +188,8 @@ fn serve(side: Side, state: &Arc<Mutex<State>>) -> Client {
             }
         }
     });
-    let peer = format!("the {}", side.name());
-    Client::negotiate(near, &peer, Duration::from_secs(600)).unwrap()
+    let peer = format!("the {}", peer.name());
+    Client::from_stream(near, &peer, Duration::from_secs(600)).unwrap()
 }
 
 enum Answer {
@@ -198,37 +198,37 @@ enum Answer {
     HangUp,
 }
 
-fn answer(state: &Mutex<State>, side: Side, name: &str, arguments: &Value) -> (Answer, Vec<Value>) {
+fn answer(state: &Mutex<State>, peer: Peer, name: &str, arguments: &Value) -> (Answer, Vec<Value>) {
     let mut state = state.lock().unwrap();
     let query = name.starts_with("query-") || name.starts_with("qom-");
     if !query && name != "qmp_capabilities" && name != "device-list-properties"
         || name == "query-device-state"
     {
-        let entry = (side, name.to_owned(), arguments.clone());
+        let entry = (peer, name.to_owned(), arguments.clone());
         state.journal.push(entry);
     }
-    match state.trouble.clone() {
-        Some(Trouble::Refuse(whom, what)) if (whom, what) == (side, name) => {
-            state.trouble = None;
+    match state.fault.clone() {
+        Some(Fault::Refuse(whom, what)) if (whom, what) == (peer, name) => {
+            state.fault = None;
             return (Answer::Refused("I will not".into()), Vec::new());
         }
-        Some(Trouble::HangUp(whom, what)) if (whom, what) == (side, name) => {
+        Some(Fault::HangUp(whom, what)) if (whom, what) == (peer, name) => {
             return (Answer::HangUp, Vec::new());
         }
-        Some(Trouble::Interrupt(whom, what)) if (whom, what) == (side, name) => {
-            state.trouble = None;
+        Some(Fault::Interrupt(whom, what)) if (whom, what) == (peer, name) => {
+            state.fault = None;
             state.interrupts.add();
         }
         _ => {}
     }
     let mut events = Vec::new();
-    let given = match side {
-        Side::Daemon => daemon(&mut state, name, arguments),
-        _ => qemu(&mut state, side, name, arguments, &mut events),
+    let given = match peer {
+        Peer::Daemon => daemon(&mut state, name, arguments),
+        _ => qemu(&mut state, peer, name, arguments, &mut events),
     };
-    if state.trouble.as_ref().is_some_and(|trouble| {
-        matches!(trouble, Trouble::HangUpAfter(whom, what) if (*whom, *what) == (side, name))
-    }) {
+    if state.fault.as_ref().is_some_and(
+        |fault| matches!(fault, Fault::HangUpAfter(whom, what) if (*whom, *what) == (peer, name)),
+    ) {
         return (Answer::HangUp, Vec::new());
     }
     match given {
@@ -238,14 +238,8 @@ fn answer(state: &Mutex<State>, side: Side, name: &str, arguments: &Value) -> (A
 }
 
 fn daemon(state: &mut State, name: &str, arguments: &Value) -> Result<Value, String> {
-    let ends_badly = |at: &str| {
-        state.trouble
-            == Some(Trouble::Memory(if at == "first" {
-                "first"
-            } else {
-                "last"
-            }))
-    };
+    let ends_badly =
+        |at: &str| state.fault == Some(Fault::Memory(if at == "first" { "first" } else { "last" }));
     match name {
         "migrate" => state.memory = "active",
         "migrate-continue" if state.memory == "pre-switchover" => {
@@ -288,14 +282,14 @@ fn daemon(state: &mut State, name: &str, arguments: &Value) -> Result<Value, Str
 
 fn qemu(
     state: &mut State,
-    side: Side,
+    peer: Peer,
     name: &str,
     arguments: &Value,
     events: &mut Vec<Value>,
 ) -> Result<Value, String> {
-    let trouble = state.trouble.clone();
-    let share = side == Side::Source || state.destination_share;
-    let source = side == Side::Source;
+    let fault = state.fault.clone();
+    let share = peer == Peer::Source || state.destination_share;
+    let source = peer == Peer::Source;
     let (memory, busy) = (state.memory, state.busy);
     let here = if source {
         &mut state.source
@@ -334,7 +328,7 @@ fn qemu(
         "query-migrate" => {
             let now = here.vm_state;
             here.vm_state = match now {
-                "active" if trouble == Some(Trouble::VmState(side)) => "failed",
+                "active" if fault == Some(Fault::VmState(peer)) => "failed",
                 "active" => "completed",
                 now => now,
             };
@@ -366,10 +360,10 @@ fn qemu(
         "migrate_cancel" => here.vm_state = "cancelled",
         "stop" => here.status = "paused",
         "cont" => here.status = "running",
-        "device_del" => match trouble {
-            Some(Trouble::Keeps) => events
+        "device_del" => match fault {
+            Some(Fault::Keeps) => events
                 .push(json!({ "event": "DEVICE_UNPLUG_GUEST_ERROR", "data": { "device": id } })),
-            Some(Trouble::Silent) => {}
+            Some(Fault::Silent) => {}
             _ => {
                 here.devices.remove(&id);
                 let path = format!("/machine/peripheral/{id}/virtio-backend");

@@ -7,14 +7,16 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use crate::digest::PageHasher;
-use crate::machine::{Machine, MachineError};
-use crate::status::{Round, State};
-use crate::track::{DirtyTracker, SentTable, Stage, Synced};
-use crate::{Cancel, DirtyBitmap, HintSource, HintWindow, Memory, SyncPhase, Waited, PAGE_SIZE};
+use crate::dirty_tracking::{DirtyTracker, SentTable, Stage, SyncStats};
+use crate::status::{Iteration, MigrationStatus};
+use crate::vm::{Vm, VmError};
+use crate::{
+    CancelToken, DirtyBitmap, HintSource, HintWindow, Memory, SyncPhase, WaitOutcome, PAGE_SIZE,
+};
 
-use super::pace::{self, Pace};
 use super::progress::Progress;
-use super::send::Sender;
+use super::rate_limiter::{self, RateLimiter};
+use super::send::PageSender;
 use super::sink::{Sink, SinkError};
 use super::{Parameters, Parts, PrecopyError};
 
@@ -23,11 +25,11 @@ pub struct Precopy {
     parameters: Parameters,
     tracker: Box<dyn DirtyTracker>,
     /// Before the hints: when both are dropped, a guest that was paused runs on, and then hears that the round is done.
-    machine: Paused,
+    vm: PauseGuard,
     hints: Hints,
-    sender: Sender,
+    sender: PageSender,
     progress: Progress,
-    cancel: Cancel,
+    cancel: CancelToken,
     /// Bytes a second, as last measured.
     bandwidth: Option<u64>,
 }
@@ -47,13 +49,14 @@ impl Precopy {
         parts: Parts,
         connect: impl FnOnce(&Memory, Option<&PageHasher>) -> Result<Box<dyn Sink>, SinkError>,
         progress: &Progress,
-        cancel: &Cancel,
-    ) -> Result<Option<Box<dyn Machine>>, PrecopyError> {
-        let result = Self::set_up(parameters, parts, connect, progress, cancel).and_then(Self::go);
+        cancel: &CancelToken,
+    ) -> Result<Option<Box<dyn Vm>>, PrecopyError> {
+        let result = Self::setup(parameters, parts, connect, progress, cancel)
+            .and_then(Self::run_iterations);
         match result {
-            Ok(machine) => {
-                progress.enter(State::Completed);
-                Ok(machine)
+            Ok(vm) => {
+                progress.set_status(MigrationStatus::Completed);
+                Ok(vm)
             }
             Err(error) => {
                 // Whatever failed after the order was given failed because of it.
@@ -68,19 +71,19 @@ impl Precopy {
         }
     }
 
-    fn set_up(
+    fn setup(
         parameters: Parameters,
         parts: Parts,
         connect: impl FnOnce(&Memory, Option<&PageHasher>) -> Result<Box<dyn Sink>, SinkError>,
         progress: &Progress,
-        cancel: &Cancel,
+        cancel: &CancelToken,
     ) -> Result<Self, PrecopyError> {
         let Parts {
             memory,
             tracker,
             sent,
             hints,
-            machine,
+            vm,
         } = parts;
         // Dropped on whichever way out: the guest gets back what it has hinted (R16).
         let hints = Hints::new(hints);
@@ -90,8 +93,8 @@ impl Precopy {
                 None => PrecopyError::Postcopy,
             });
         }
-        if machine.is_none() && !parameters.pause_before_switchover {
-            return Err(PrecopyError::NoMachine);
+        if vm.is_none() && !parameters.pause_before_switchover {
+            return Err(PrecopyError::NoVm);
         }
         let discards = hints.source.as_ref().is_none_or(|it| it.discards());
         if tracker.hints_need_discard() && !discards {
@@ -103,38 +106,38 @@ impl Precopy {
         let sink = connect(&memory, table.map(SentTable::hasher)).map_err(PrecopyError::Sink)?;
         let detect = parameters.zero_page_detection;
         Ok(Self {
-            sender: Sender::new(memory, sink, sent, detect)?,
+            sender: PageSender::new(memory, sink, sent, detect)?,
             parameters,
             tracker,
             hints,
-            machine: Paused::not_yet(machine),
+            vm: PauseGuard::new(vm),
             progress: progress.clone(),
             cancel: cancel.clone(),
             bandwidth: None,
         })
     }
 
-    fn go(mut self) -> Result<Option<Box<dyn Machine>>, PrecopyError> {
+    fn run_iterations(mut self) -> Result<Option<Box<dyn Vm>>, PrecopyError> {
         let layout = self.sender.memory().layout().clone();
         let mut phase = SyncPhase::new(&layout)?;
         // In this order: what is written from here on shows at the first sync.
-        self.tracker.begin()?;
+        self.tracker.start()?;
         phase.set_all();
-        self.progress.enter(State::Active);
-        let mut rounds = 0;
+        self.progress.set_status(MigrationStatus::Active);
+        let mut iterations = 0;
         loop {
-            phase = self.live_round(phase)?;
-            rounds += 1;
-            if self.fits(phase.bitmap()) {
+            phase = self.live_iteration(phase)?;
+            iterations += 1;
+            if self.fits_downtime(phase.bitmap()) {
                 break;
             }
-            if rounds >= self.parameters.max_rounds {
-                info!("{rounds} rounds are over: what is left is sent with the guest paused");
+            if iterations >= self.parameters.max_rounds {
+                info!("{iterations} rounds are over: what is left is sent with the guest paused");
                 break;
             }
         }
         self.pause()?;
-        self.last_round(&phase)?;
+        self.final_iteration(&phase)?;
         let table = self.sender.sent_table().or(self.tracker.sent_table());
         let digest = table.map(SentTable::digest);
         self.sender
@@ -145,46 +148,46 @@ impl Precopy {
             return Err(PrecopyError::Cancelled);
         }
         self.hints.done();
-        Ok(self.machine.stays())
+        Ok(self.vm.keep_paused())
     }
 
     /// From the end of a sync to the end of the next, with the guest running.
-    fn live_round(&mut self, phase: SyncPhase) -> Result<SyncPhase, PrecopyError> {
-        let mut round = Round {
+    fn live_iteration(&mut self, phase: SyncPhase) -> Result<SyncPhase, PrecopyError> {
+        let mut iteration = Iteration {
             dirty: phase.bitmap().dirty_pages(),
-            ..Round::default()
+            ..Iteration::default()
         };
         let bitmap = phase.bitmap().clone();
         let (before, bytes) = (self.sender.counts(), self.sender.bytes());
         self.hints.open(phase.finish());
-        round.hint_wait_us = micros(self.wait_for_hints(&bitmap)?);
+        iteration.hint_wait_us = micros(self.wait_for_hints(&bitmap)?);
         let begun = Instant::now();
         self.send(&bitmap, self.parameters.max_bandwidth)?;
-        self.end_round()?;
+        self.end_iteration()?;
         let took = begun.elapsed();
-        round.send_us = micros(took);
+        iteration.send_us = micros(took);
         let phase = self.hints.close()?.close();
         let counts = self.sender.counts();
-        round.normal = counts.normal - before.normal;
-        round.duplicate = counts.duplicate - before.duplicate;
-        round.transferred = self.sender.bytes().saturating_sub(bytes);
-        let gone = round.normal + round.duplicate + bitmap.dirty_pages();
-        round.hinted = round.dirty.saturating_sub(gone);
-        if round.normal > 0 {
-            self.bandwidth = pace::rate(round.transferred, took).or(self.bandwidth);
+        iteration.normal = counts.normal - before.normal;
+        iteration.duplicate = counts.duplicate - before.duplicate;
+        iteration.transferred = self.sender.bytes().saturating_sub(bytes);
+        let gone = iteration.normal + iteration.duplicate + bitmap.dirty_pages();
+        iteration.hinted = iteration.dirty.saturating_sub(gone);
+        if iteration.normal > 0 {
+            self.bandwidth = rate_limiter::rate(iteration.transferred, took).or(self.bandwidth);
         }
         let (synced, duration) = self.sync(&phase, Stage::Live)?;
-        round.sync_us = micros(duration);
-        round.stopped_us = micros(synced.stopped);
-        let rate = pace::rate(synced.marked, begun.elapsed()).unwrap_or(0);
+        iteration.sync_us = micros(duration);
+        iteration.stopped_us = micros(synced.stop_time);
+        let rate = rate_limiter::rate(synced.marked, begun.elapsed()).unwrap_or(0);
         let expected = self.expected_downtime(&bitmap).saturating_add(duration);
         self.progress.update(|status| {
-            status.ram.hinted += round.hinted;
+            status.ram.hinted += iteration.hinted;
             status.ram.dirty_pages_rate = rate;
             status.expected_downtime = u64::try_from(expected.as_millis()).ok();
         });
-        self.show(&bitmap);
-        self.progress.round(round, true);
+        self.update_progress(&bitmap);
+        self.progress.add_iteration(iteration, true);
         Ok(phase)
     }
 
@@ -195,16 +198,16 @@ impl Precopy {
     fn wait_for_hints(&mut self, bitmap: &DirtyBitmap) -> Result<Duration, PrecopyError> {
         let begun = Instant::now();
         let left = self.parameters.hint_wait;
-        let limit = match self.bandwidth {
+        let timeout = match self.bandwidth {
             Some(_) => left.min(self.expected_downtime(bitmap)),
             None => left,
         };
-        match self.hints.wait(limit, &self.cancel) {
-            Waited::Cancelled => return Err(PrecopyError::Cancelled),
-            Waited::TimedOut if limit < left => {}
-            Waited::TimedOut => info!("the guest has not given all hints in time: the rest of them come while pages are sent, or not at all"),
-            Waited::Lost(why) => info!("there are no more hints: {why}"),
-            Waited::Finished => {}
+        match self.hints.wait(timeout, &self.cancel) {
+            WaitOutcome::Cancelled => return Err(PrecopyError::Cancelled),
+            WaitOutcome::TimedOut if timeout < left => {}
+            WaitOutcome::TimedOut => info!("the guest has not given all hints in time: the rest of them come while pages are sent, or not at all"),
+            WaitOutcome::Lost(why) => info!("there are no more hints: {why}"),
+            WaitOutcome::Finished => {}
         }
         let waited = begun.elapsed();
         self.parameters.hint_wait = left.saturating_sub(waited);
@@ -219,41 +222,41 @@ impl Precopy {
         if self.parameters.pause_before_switchover {
             // Whoever is to pause the guest may want to take the balloon from it first: it gets its pages back.
             self.hints.done();
-            self.progress.enter(State::PreSwitchover);
-            if !self.progress.wait_to_go_on(&self.cancel) {
+            self.progress.set_status(MigrationStatus::PreSwitchover);
+            if !self.progress.wait_for_continue(&self.cancel) {
                 return Err(PrecopyError::Cancelled);
             }
         }
-        self.progress.enter(State::Device);
+        self.progress.set_status(MigrationStatus::Device);
         if !self.parameters.pause_before_switchover {
-            self.machine.pause()?;
+            self.vm.pause()?;
         }
         Ok(())
     }
 
     /// What is left, with the guest paused.
-    fn last_round(&mut self, phase: &SyncPhase) -> Result<(), PrecopyError> {
+    fn final_iteration(&mut self, phase: &SyncPhase) -> Result<(), PrecopyError> {
         let bitmap = phase.bitmap().clone();
         let (before, bytes) = (self.sender.counts(), self.sender.bytes());
         let (synced, duration) = self.sync(phase, Stage::Paused)?;
-        let mut round = Round {
+        let mut iteration = Iteration {
             paused: true,
             dirty: bitmap.dirty_pages(),
             sync_us: micros(duration),
-            stopped_us: micros(synced.stopped),
-            ..Round::default()
+            stopped_us: micros(synced.stop_time),
+            ..Iteration::default()
         };
         let begun = Instant::now();
         self.send(&bitmap, 0)?;
         self.verify(phase)?;
-        self.end_round()?;
-        round.send_us = micros(begun.elapsed());
+        self.end_iteration()?;
+        iteration.send_us = micros(begun.elapsed());
         let counts = self.sender.counts();
-        round.normal = counts.normal - before.normal;
-        round.duplicate = counts.duplicate - before.duplicate;
-        round.transferred = self.sender.bytes().saturating_sub(bytes);
-        self.show(&bitmap);
-        self.progress.round(round, true);
+        iteration.normal = counts.normal - before.normal;
+        iteration.duplicate = counts.duplicate - before.duplicate;
+        iteration.transferred = self.sender.bytes().saturating_sub(bytes);
+        self.update_progress(&bitmap);
+        self.progress.add_iteration(iteration, true);
         Ok(())
     }
 
@@ -267,7 +270,7 @@ impl Precopy {
             );
             self.progress.update(|status| status.ram.missed += missed);
             // A round of its own: a page is sent once in each.
-            self.end_round()?;
+            self.end_iteration()?;
             self.send(phase.bitmap(), 0)?;
         }
         Ok(())
@@ -277,7 +280,7 @@ impl Precopy {
         &mut self,
         phase: &SyncPhase,
         stage: Stage,
-    ) -> Result<(Synced, Duration), PrecopyError> {
+    ) -> Result<(SyncStats, Duration), PrecopyError> {
         if self.cancel.is_cancelled() {
             return Err(PrecopyError::Cancelled);
         }
@@ -287,33 +290,36 @@ impl Precopy {
     }
 
     fn send(&mut self, bitmap: &DirtyBitmap, max_bandwidth: u64) -> Result<(), PrecopyError> {
-        let mut pace = Pace::new(max_bandwidth);
+        let mut rate_limiter = RateLimiter::new(max_bandwidth);
         let progress = &self.progress;
         let mut shown: Option<Instant> = None;
         self.sender.send(
             bitmap,
             &mut *self.tracker,
-            &mut pace,
+            &mut rate_limiter,
             &self.cancel,
             |sender| {
                 if shown.is_none_or(|it| it.elapsed() >= Duration::from_millis(20)) {
                     shown = Some(Instant::now());
-                    show(progress, sender, bitmap);
+                    update_progress(progress, sender, bitmap);
                 }
             },
         )
     }
 
-    fn end_round(&mut self) -> Result<(), PrecopyError> {
-        self.sender.sink().end_round().map_err(PrecopyError::Sink)
+    fn end_iteration(&mut self) -> Result<(), PrecopyError> {
+        self.sender
+            .sink()
+            .end_iteration()
+            .map_err(PrecopyError::Sink)
     }
 
-    fn show(&self, bitmap: &DirtyBitmap) {
-        show(&self.progress, &self.sender, bitmap);
+    fn update_progress(&self, bitmap: &DirtyBitmap) {
+        update_progress(&self.progress, &self.sender, bitmap);
     }
 
     /// Whether what is dirty can be sent in the downtime that is allowed.
-    fn fits(&self, bitmap: &DirtyBitmap) -> bool {
+    fn fits_downtime(&self, bitmap: &DirtyBitmap) -> bool {
         self.expected_downtime(bitmap) <= self.parameters.downtime_limit
     }
 
@@ -321,11 +327,11 @@ impl Precopy {
         let bytes = bitmap.dirty_pages().saturating_mul(PAGE_SIZE);
         // Before anything was sent there is nothing to measure by: a slow network is assumed.
         const GIGABIT: u64 = 125_000_000;
-        pace::due(bytes, self.bandwidth.unwrap_or(GIGABIT))
+        rate_limiter::transfer_time(bytes, self.bandwidth.unwrap_or(GIGABIT))
     }
 }
 
-fn show(progress: &Progress, sender: &Sender, bitmap: &DirtyBitmap) {
+fn update_progress(progress: &Progress, sender: &PageSender, bitmap: &DirtyBitmap) {
     let counts = sender.counts();
     progress.update(|status| {
         let ram = &mut status.ram;
@@ -346,53 +352,55 @@ fn micros(duration: Duration) -> u64 {
 #[derive(Default)]
 struct Hints {
     source: Option<Box<dyn HintSource>>,
-    window: Window,
+    window: WindowState,
 }
 
 #[derive(Default)]
-enum Window {
+enum WindowState {
     /// Nobody has it: a sync is under way.
     #[default]
     Closed,
     /// The source has it.
-    Lent,
+    AtSource,
     /// There are no hints: it is kept here.
-    Kept(HintWindow),
+    Local(HintWindow),
 }
 
 impl Hints {
     fn new(source: Option<Box<dyn HintSource>>) -> Self {
         Self {
             source,
-            window: Window::Closed,
+            window: WindowState::Closed,
         }
     }
 
     fn open(&mut self, window: HintWindow) {
         let Some(source) = &mut self.source else {
-            self.window = Window::Kept(window);
+            self.window = WindowState::Local(window);
             return;
         };
         self.window = match source.open(window) {
-            Ok(()) => Window::Lent,
+            Ok(()) => WindowState::AtSource,
             Err((window, why)) => {
                 info!("this round goes without hints: {why}");
-                Window::Kept(window)
+                WindowState::Local(window)
             }
         };
     }
 
-    fn wait(&mut self, limit: Duration, cancel: &Cancel) -> Waited {
+    fn wait(&mut self, timeout: Duration, cancel: &CancelToken) -> WaitOutcome {
         match (&mut self.source, &self.window) {
-            (Some(source), Window::Lent) if !limit.is_zero() => source.wait(limit, cancel),
-            _ => Waited::Finished,
+            (Some(source), WindowState::AtSource) if !timeout.is_zero() => {
+                source.wait(timeout, cancel)
+            }
+            _ => WaitOutcome::Finished,
         }
     }
 
     fn close(&mut self) -> Result<HintWindow, PrecopyError> {
         match (std::mem::take(&mut self.window), &mut self.source) {
-            (Window::Kept(window), _) => Ok(window),
-            (Window::Lent, Some(source)) => source
+            (WindowState::Local(window), _) => Ok(window),
+            (WindowState::AtSource, Some(source)) => source
                 .close()
                 .map_err(|error| PrecopyError::Hints(error.to_string())),
             _ => Err(PrecopyError::Hints("there was no round".into())),
@@ -403,7 +411,7 @@ impl Hints {
         if let Some(source) = &mut self.source {
             source.done();
         }
-        self.window = Window::Closed;
+        self.window = WindowState::Closed;
     }
 }
 
@@ -414,41 +422,38 @@ impl Drop for Hints {
 }
 
 /// A machine that goes on if it is dropped while it is paused, whatever happened.
-struct Paused {
-    machine: Option<Box<dyn Machine>>,
+struct PauseGuard {
+    vm: Option<Box<dyn Vm>>,
     paused: bool,
 }
 
-impl Paused {
-    fn not_yet(machine: Option<Box<dyn Machine>>) -> Self {
-        Self {
-            machine,
-            paused: false,
-        }
+impl PauseGuard {
+    fn new(vm: Option<Box<dyn Vm>>) -> Self {
+        Self { vm, paused: false }
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
-        if let Some(machine) = &mut self.machine {
+    fn pause(&mut self) -> Result<(), VmError> {
+        if let Some(vm) = &mut self.vm {
             // Also if it fails half-way.
             self.paused = true;
-            machine.pause()?;
+            vm.pause()?;
         }
         Ok(())
     }
 
-    fn stays(&mut self) -> Option<Box<dyn Machine>> {
+    fn keep_paused(&mut self) -> Option<Box<dyn Vm>> {
         self.paused = false;
-        self.machine.take()
+        self.vm.take()
     }
 }
 
-impl Drop for Paused {
+impl Drop for PauseGuard {
     fn drop(&mut self) {
-        if let (true, Some(machine)) = (self.paused, &mut self.machine) {
-            if let Err(error) = machine.resume() {
+        if let (true, Some(vm)) = (self.paused, &mut self.vm) {
+            if let Err(error) = vm.resume() {
                 warn!(
                     "the machine was paused and does not go on ({}): {error}",
-                    machine.describe()
+                    vm.describe()
                 );
             }
         }

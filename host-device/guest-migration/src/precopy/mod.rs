@@ -8,15 +8,15 @@
 //!  │  send what is dirty; hints come meanwhile, too
 //!  └─ hints dead (R6), sync ◄── again while what is left takes longer than the downtime allows
 //!     [pre-switchover: DONE; wait to be told]
-//!     pause the machine, last sync, send the rest, check, end; DONE
+//!     pause the vm, last sync, send the rest, check, end; DONE
 //! ```
 //!
 //! However it ends, the guest gets its hinted pages back (R16); and unless all of its memory is at the destination, it runs
 //! on. What it can rely on is in the types: hints are taken by a [`HintWindow`](crate::HintWindow), which a sync consumes.
 
 mod engine;
-mod pace;
 mod progress;
+mod rate_limiter;
 mod send;
 mod sink;
 #[cfg(test)]
@@ -26,12 +26,12 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::machine::{Machine, MachineError};
-use crate::track::{DirtyTracker, SentTable, TrackError};
+use crate::dirty_tracking::{DirtyTracker, SentTable, TrackingError};
+use crate::vm::{Vm, VmError};
 use crate::{HintSource, LayoutError, Memory};
 
 pub use engine::Precopy;
-pub use progress::{Notice, Progress};
+pub use progress::{Progress, ProgressEvent};
 pub use sink::{Sink, SinkError};
 
 /// How a migration is to go. The names are those of QEMU's `migrate-set-parameters` where it has one.
@@ -80,7 +80,7 @@ pub struct Parts {
     /// Who asks for hints, if they are to be used. They must be sound with the tracker.
     pub hints: Option<Box<dyn HintSource>>,
     /// Who pauses the guest. Nobody, with `pause-before-switchover`.
-    pub machine: Option<Box<dyn Machine>>,
+    pub vm: Option<Box<dyn Vm>>,
 }
 
 /// Why a migration failed. The guest runs on, and has its pages back.
@@ -97,16 +97,16 @@ pub enum PrecopyError {
     Postcopy,
     /// There is nobody to pause the machine.
     #[error("nobody can pause the machine: name its QMP socket or its process, or use pause-before-switchover")]
-    NoMachine,
+    NoVm,
     /// Hints would not be sound.
     #[error("dirty tracking by {0} may use hints only if hinted pages are discarded: start the device with --discard-hinted, and use a driver that accepts it")]
     UnsoundHints(&'static str),
     /// See [`LayoutError`].
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// See [`TrackError`].
+    /// See [`TrackingError`].
     #[error(transparent)]
-    Track(#[from] TrackError),
+    Tracking(#[from] TrackingError),
     /// The destination cannot be reached, or refuses, or is gone.
     #[error("{0}")]
     Sink(SinkError),
@@ -125,5 +125,5 @@ pub enum PrecopyError {
     Hints(String),
     /// The machine was not paused.
     #[error("the machine cannot be paused: {0}")]
-    Machine(#[from] MachineError),
+    Vm(#[from] VmError),
 }

@@ -2,21 +2,21 @@
 
 //! Sending what is dirty.
 
-use crate::bits::Bits;
+use crate::atomic_bitmap::AtomicBitmap;
 use crate::digest::is_zero;
-use crate::track::{DirtyTracker, SentTable};
-use crate::{Cancel, DirtyBitmap, Layout, LayoutError, Memory, Run, SyncPhase, PAGE_SIZE};
+use crate::dirty_tracking::{DirtyTracker, SentTable};
+use crate::{CancelToken, DirtyBitmap, Layout, LayoutError, Memory, PageRun, SyncPhase, PAGE_SIZE};
 
-use super::pace::Pace;
+use super::rate_limiter::RateLimiter;
 use super::sink::Sink;
 use super::PrecopyError;
 
 /// The most pages that are read and sent at once.
-const PIECE: u64 = 256;
+const CHUNK_PAGES: u64 = 256;
 
 /// What was sent.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(super) struct Counts {
+pub(super) struct SentCounts {
     /// Pages with their content.
     pub(super) normal: u64,
     /// Pages as zeros.
@@ -26,18 +26,18 @@ pub(super) struct Counts {
 }
 
 /// Takes dirty pages and sends them.
-pub(super) struct Sender {
+pub(super) struct PageSender {
     memory: Memory,
     sink: Box<dyn Sink>,
     sent: Option<SentTable>,
     /// Pages that were sent at least once, by block.
-    ever: Vec<Bits>,
+    sent_before: Vec<AtomicBitmap>,
     zero_page_detection: bool,
     buffer: Vec<u8>,
-    counts: Counts,
+    counts: SentCounts,
 }
 
-impl Sender {
+impl PageSender {
     pub(super) fn new(
         memory: Memory,
         sink: Box<dyn Sink>,
@@ -45,13 +45,13 @@ impl Sender {
         zero_page_detection: bool,
     ) -> Result<Self, LayoutError> {
         Ok(Self {
-            ever: bits_of(memory.layout())?,
+            sent_before: page_bitmaps(memory.layout())?,
             memory,
             sink,
             sent,
             zero_page_detection,
             buffer: Vec::new(),
-            counts: Counts::default(),
+            counts: SentCounts::default(),
         })
     }
 
@@ -64,7 +64,7 @@ impl Sender {
     }
 
     /// All that was sent so far.
-    pub(super) fn counts(&self) -> Counts {
+    pub(super) fn counts(&self) -> SentCounts {
         self.counts
     }
 
@@ -91,21 +91,21 @@ impl Sender {
         Ok(marked)
     }
 
-    /// Sends every page that is dirty, each once, and calls `after` now and then.
+    /// Sends every page that is dirty, each once, and calls `on_progress` now and then.
     ///
     /// A page that becomes clean before its turn is left out: somebody has hinted it.
     pub(super) fn send(
         &mut self,
         bitmap: &DirtyBitmap,
         tracker: &mut dyn DirtyTracker,
-        pace: &mut Pace,
-        cancel: &Cancel,
-        mut after: impl FnMut(&Self),
+        rate_limiter: &mut RateLimiter,
+        cancel: &CancelToken,
+        mut on_progress: impl FnMut(&Self),
     ) -> Result<(), PrecopyError> {
         let (mut block, mut page) = (0, 0);
         // Where the file has data; looked up once for each stretch of it. A page that is written after the look is written
         // after the last sync, and shows at the next.
-        let mut data: Option<Run> = None;
+        let mut data: Option<PageRun> = None;
         while let Some(run) = bitmap.next_dirty(block, page, u64::MAX) {
             if cancel.is_cancelled() {
                 return Err(PrecopyError::Cancelled);
@@ -117,7 +117,7 @@ impl Sender {
                     found
                         .map_err(|source| read_error(run, source))?
                         // Nothing but holes up to the end of the block.
-                        .unwrap_or(Run {
+                        .unwrap_or(PageRun {
                             block: run.block,
                             first: pages.map_or(u64::MAX, |it| it.pages()),
                             pages: 1,
@@ -127,7 +127,7 @@ impl Sender {
             let start = data.map_or(0, |it| it.first);
             let before = self.bytes();
             let run = if run.first < start {
-                let hole = Run {
+                let hole = PageRun {
                     pages: run.pages.min(start - run.first),
                     ..run
                 };
@@ -137,18 +137,18 @@ impl Sender {
                 hole
             } else {
                 let end = data.map_or(u64::MAX, |it| it.end());
-                let piece = Run {
-                    pages: run.pages.min(PIECE).min(end - run.first),
+                let chunk = PageRun {
+                    pages: run.pages.min(CHUNK_PAGES).min(end - run.first),
                     ..run
                 };
-                if bitmap.take(piece) > 0 {
-                    self.data(piece, tracker)?;
+                if bitmap.take(chunk) > 0 {
+                    self.send_data(chunk, tracker)?;
                 }
-                piece
+                chunk
             };
             (block, page) = (run.block, run.end());
-            after(self);
-            let wait = pace.after(self.bytes().saturating_sub(before));
+            on_progress(self);
+            let wait = rate_limiter.delay_after(self.bytes().saturating_sub(before));
             if !wait.is_zero() && cancel.sleep(wait) {
                 return Err(PrecopyError::Cancelled);
             }
@@ -156,26 +156,30 @@ impl Sender {
         Ok(())
     }
 
-    fn data(&mut self, run: Run, tracker: &mut dyn DirtyTracker) -> Result<(), PrecopyError> {
+    fn send_data(
+        &mut self,
+        run: PageRun,
+        tracker: &mut dyn DirtyTracker,
+    ) -> Result<(), PrecopyError> {
         let copies = tracker.wants_bytes() || self.sent.is_some() || self.zero_page_detection;
         if !copies {
             self.sink
                 .pages_from(run, &self.memory)
                 .map_err(PrecopyError::Sink)?;
-            tracker.sent(run, &[]);
+            tracker.record_sent(run, &[]);
             self.count(run, false);
             return Ok(());
         }
         let mut buffer = std::mem::take(&mut self.buffer);
-        let result = self.copied(run, &mut buffer, tracker);
+        let result = self.send_copied(run, &mut buffer, tracker);
         self.buffer = buffer;
         result
     }
 
     /// Sends pages through the buffer: these bytes and no others are what the destination has, and what the tracker is told.
-    fn copied(
+    fn send_copied(
         &mut self,
-        run: Run,
+        run: PageRun,
         buffer: &mut Vec<u8>,
         tracker: &mut dyn DirtyTracker,
     ) -> Result<(), PrecopyError> {
@@ -192,7 +196,7 @@ impl Sender {
             let mut pages = rest.chunks(page_size).map(is_zero);
             let zero = pages.next().unwrap_or(true);
             let more = pages.take_while(|it| *it == zero).count();
-            let some = Run {
+            let some = PageRun {
                 block: run.block,
                 first: at,
                 pages: 1 + more as u64,
@@ -204,9 +208,9 @@ impl Sender {
                 self.zeros(some, tracker)?;
             } else {
                 self.sink.pages(some, bytes).map_err(PrecopyError::Sink)?;
-                tracker.sent(some, bytes);
+                tracker.record_sent(some, bytes);
                 if let Some(table) = &mut self.sent {
-                    table.sent(some, bytes);
+                    table.record_sent(some, bytes);
                 }
                 self.count(some, false);
             }
@@ -216,19 +220,19 @@ impl Sender {
         Ok(())
     }
 
-    fn zeros(&mut self, run: Run, tracker: &mut dyn DirtyTracker) -> Result<(), PrecopyError> {
+    fn zeros(&mut self, run: PageRun, tracker: &mut dyn DirtyTracker) -> Result<(), PrecopyError> {
         self.sink.zeros(run).map_err(PrecopyError::Sink)?;
-        tracker.sent_zeros(run);
+        tracker.record_sent_zeros(run);
         if let Some(table) = &mut self.sent {
-            table.sent_zeros(run);
+            table.record_sent_zeros(run);
         }
         self.count(run, true);
         Ok(())
     }
 
-    fn count(&mut self, run: Run, zeros: bool) {
+    fn count(&mut self, run: PageRun, zeros: bool) {
         let new = self
-            .ever
+            .sent_before
             .get(run.block)
             .map_or(0, |bits| bits.set(run.first..run.end()));
         let counts = &mut self.counts;
@@ -241,11 +245,11 @@ impl Sender {
     }
 }
 
-fn bits_of(layout: &Layout) -> Result<Vec<Bits>, LayoutError> {
+fn page_bitmaps(layout: &Layout) -> Result<Vec<AtomicBitmap>, LayoutError> {
     let blocks = layout.blocks().iter();
     blocks
         .map(|block| {
-            Bits::new(block.pages()).ok_or_else(|| LayoutError::TooLarge {
+            AtomicBitmap::new(block.pages()).ok_or_else(|| LayoutError::TooLarge {
                 name: block.name().to_owned(),
                 length: block.length(),
             })
@@ -253,7 +257,7 @@ fn bits_of(layout: &Layout) -> Result<Vec<Bits>, LayoutError> {
         .collect()
 }
 
-fn read_error(run: Run, source: std::io::Error) -> PrecopyError {
+fn read_error(run: PageRun, source: std::io::Error) -> PrecopyError {
     PrecopyError::Read {
         block: run.block,
         offset: run.offset(),

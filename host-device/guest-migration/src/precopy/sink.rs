@@ -3,7 +3,7 @@
 //! Where pages go to.
 
 use crate::digest::ContentDigest;
-use crate::{Memory, Run};
+use crate::{Memory, PageRun};
 
 /// Why pages do not get there.
 pub type SinkError = Box<dyn std::error::Error + Send + Sync>;
@@ -17,28 +17,28 @@ pub trait Sink: Send {
     /// # Errors
     ///
     /// If the destination cannot be told.
-    fn zeros(&mut self, run: Run) -> Result<(), SinkError>;
+    fn zeros(&mut self, run: PageRun) -> Result<(), SinkError>;
 
     /// The pages `run` hold these `bytes`.
     ///
     /// # Errors
     ///
     /// If the destination cannot be told.
-    fn pages(&mut self, run: Run, bytes: &[u8]) -> Result<(), SinkError>;
+    fn pages(&mut self, run: PageRun, bytes: &[u8]) -> Result<(), SinkError>;
 
     /// The pages `run` hold what they hold in `memory` at some moment before this returns, or later.
     ///
     /// # Errors
     ///
     /// If the destination cannot be told.
-    fn pages_from(&mut self, run: Run, memory: &Memory) -> Result<(), SinkError>;
+    fn pages_from(&mut self, run: PageRun, memory: &Memory) -> Result<(), SinkError>;
 
     /// The round is over.
     ///
     /// # Errors
     ///
     /// If the destination cannot be told.
-    fn end_round(&mut self) -> Result<(), SinkError>;
+    fn end_iteration(&mut self) -> Result<(), SinkError>;
 
     /// All of memory is sent, with this `digest` if it is known. Returns once the destination has said that it has all, if it
     /// can say something.

@@ -10,12 +10,12 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::digest::ContentDigest;
-use crate::machine::{Machine, MachineError};
-use crate::status::{State, Status};
-use crate::track::{driven, Content, Writes};
+use crate::dirty_tracking::{mock_tracker, ContentTracker, MockWrites};
+use crate::status::{MigrationInfo, MigrationStatus};
+use crate::vm::{Vm, VmError};
 use crate::{
-    Block, Cancel, DirtyBitmap, HintSource, HintSourceError, HintWindow, Layout, Region, Run,
-    Waited, PAGE_SIZE,
+    CancelToken, DirtyBitmap, HintSource, HintSourceError, HintWindow, Layout, PageRun, RamBlock,
+    Region, WaitOutcome, PAGE_SIZE,
 };
 
 const PAGES: u64 = 64;
@@ -23,14 +23,14 @@ const PAGE: usize = PAGE_SIZE as usize;
 
 /// What the parts of a migration have done, in order, and what they are to do.
 #[derive(Default)]
-struct World {
+struct TestState {
     log: Vec<String>,
     there: Vec<u8>,
     /// What happens when the destination is called for the n-th time.
     at: Vec<(usize, Act)>,
     calls: usize,
     /// What the guest hints in each of its rounds.
-    hints: Vec<Vec<Run>>,
+    hints: Vec<Vec<PageRun>>,
     discards: bool,
     /// The round from which on the guest says nothing; the first is 1.
     silent_from: Option<usize>,
@@ -58,42 +58,42 @@ enum Report {
 
 #[derive(Clone)]
 struct Test {
-    world: Arc<Mutex<World>>,
+    state: Arc<Mutex<TestState>>,
     memory: Memory,
-    writes: Option<Writes>,
-    cancel: Cancel,
+    writes: Option<MockWrites>,
+    cancel: CancelToken,
 }
 
 impl Test {
     fn new() -> Self {
         let file = tempfile::tempfile().unwrap();
         file.set_len(PAGES * PAGE_SIZE).unwrap();
-        let block = Block::new("ram", PAGES * PAGE_SIZE).unwrap();
+        let block = RamBlock::new("ram", PAGES * PAGE_SIZE).unwrap();
         let region = Region::new(0, PAGES * PAGE_SIZE).unwrap();
         let layout = Layout::new([block], [region]).unwrap();
-        let world = World {
+        let state = TestState {
             there: vec![0xff; PAGES as usize],
-            ..World::default()
+            ..TestState::default()
         };
         Self {
-            world: Arc::new(Mutex::new(world)),
+            state: Arc::new(Mutex::new(state)),
             memory: Memory::new(layout.into(), vec![file]).unwrap(),
             writes: None,
-            cancel: Cancel::default(),
+            cancel: CancelToken::default(),
         }
     }
 
-    fn set(&self, change: impl FnOnce(&mut World)) -> &Self {
-        change(&mut self.world.lock().unwrap());
+    fn set(&self, change: impl FnOnce(&mut TestState)) -> &Self {
+        change(&mut self.state.lock().unwrap());
         self
     }
 
     fn log(&self, what: impl Into<String>) {
-        self.set(|world| world.log.push(what.into()));
+        self.set(|state| state.log.push(what.into()));
     }
 
     fn logged(&self) -> Vec<String> {
-        self.world.lock().unwrap().log.clone()
+        self.state.lock().unwrap().log.clone()
     }
 
     fn count(&self, what: &str) -> usize {
@@ -104,7 +104,7 @@ impl Test {
         let file = self.memory.file(0).unwrap();
         file.write_all_at(&[value; PAGE], page * PAGE_SIZE).unwrap();
         if let (Report::Yes, Some(writes)) = (report, &self.writes) {
-            writes.wrote(run(page, 1));
+            writes.record_write(run(page, 1));
         }
     }
 
@@ -115,7 +115,7 @@ impl Test {
     }
 
     fn there(&self) -> Vec<u8> {
-        self.world.lock().unwrap().there.clone()
+        self.state.lock().unwrap().there.clone()
     }
 
     /// Moves, with a tracker that is told of writes, or with one that compares.
@@ -123,11 +123,11 @@ impl Test {
         &mut self,
         parameters: Parameters,
         compare: bool,
-    ) -> (Result<bool, PrecopyError>, Status) {
+    ) -> (Result<bool, PrecopyError>, MigrationInfo) {
         let tracker: Box<dyn DirtyTracker> = if compare {
-            Box::new(Content::new(self.memory.clone()).unwrap())
+            Box::new(ContentTracker::new(self.memory.clone()).unwrap())
         } else {
-            let (tracker, writes) = driven();
+            let (tracker, writes) = mock_tracker();
             self.writes = Some(writes);
             Box::new(tracker)
         };
@@ -135,24 +135,28 @@ impl Test {
             memory: self.memory.clone(),
             tracker,
             sent: None,
-            hints: Some(Box::new(Guest {
+            hints: Some(Box::new(TestHintSource {
                 test: self.clone(),
                 window: None,
-                round: 0,
+                hint_round: 0,
             })),
-            machine: Some(Box::new(Vm(self.clone()))),
+            vm: Some(Box::new(TestVm(self.clone()))),
         };
         self.run(parameters, parts)
     }
 
-    fn run(&self, parameters: Parameters, parts: Parts) -> (Result<bool, PrecopyError>, Status) {
+    fn run(
+        &self,
+        parameters: Parameters,
+        parts: Parts,
+    ) -> (Result<bool, PrecopyError>, MigrationInfo) {
         let listener = self.clone();
-        let progress = Progress::new(move |notice| {
-            if let Notice::State(state) = notice {
+        let progress = Progress::new(move |event| {
+            if let ProgressEvent::State(state) = event {
                 listener.log(format!("state {}", state.name()));
             }
         });
-        let destination = Destination(self.clone());
+        let destination = TestSink(self.clone());
         let result = Precopy::run(
             parameters,
             parts,
@@ -160,30 +164,30 @@ impl Test {
             &progress,
             &self.cancel,
         );
-        (result.map(|machine| machine.is_some()), progress.status())
+        (result.map(|vm| vm.is_some()), progress.status())
     }
 }
 
-fn run(first: u64, pages: u64) -> Run {
-    Run {
+fn run(first: u64, pages: u64) -> PageRun {
+    PageRun {
         block: 0,
         first,
         pages,
     }
 }
 
-struct Destination(Test);
+struct TestSink(Test);
 
-impl Destination {
+impl TestSink {
     fn called(&self) -> Result<(), SinkError> {
         let acts: Vec<Act> = {
-            let mut world = self.0.world.lock().unwrap();
-            world.calls += 1;
-            let calls = world.calls;
-            let now = world.at.iter().filter(|(at, _)| *at == calls);
+            let mut state = self.0.state.lock().unwrap();
+            state.calls += 1;
+            let calls = state.calls;
+            let now = state.at.iter().filter(|(at, _)| *at == calls);
             now.map(|(_, act)| act.clone()).collect()
         };
-        let paused = self.0.world.lock().unwrap().paused;
+        let paused = self.0.state.lock().unwrap().paused;
         for act in acts {
             match act {
                 Act::Write(..) if paused => {}
@@ -195,36 +199,36 @@ impl Destination {
         Ok(())
     }
 
-    fn put(&self, run: Run, value: impl Fn(usize) -> u8) {
+    fn put(&self, run: PageRun, value: impl Fn(usize) -> u8) {
         let first = run.first as usize;
-        self.0.set(|world| {
+        self.0.set(|state| {
             for page in 0..run.pages as usize {
-                world.there[first + page] = value(page);
+                state.there[first + page] = value(page);
             }
         });
     }
 }
 
-impl Sink for Destination {
-    fn zeros(&mut self, run: Run) -> Result<(), SinkError> {
+impl Sink for TestSink {
+    fn zeros(&mut self, run: PageRun) -> Result<(), SinkError> {
         self.put(run, |_| 0);
         self.called()
     }
 
-    fn pages(&mut self, run: Run, bytes: &[u8]) -> Result<(), SinkError> {
+    fn pages(&mut self, run: PageRun, bytes: &[u8]) -> Result<(), SinkError> {
         assert_eq!(bytes.len() as u64, run.length());
         self.put(run, |page| bytes[page * PAGE]);
         self.called()
     }
 
-    fn pages_from(&mut self, run: Run, memory: &Memory) -> Result<(), SinkError> {
+    fn pages_from(&mut self, run: PageRun, memory: &Memory) -> Result<(), SinkError> {
         let mut bytes = vec![0; run.length() as usize];
         memory.read(run, &mut bytes)?;
         self.put(run, |page| bytes[page * PAGE]);
         self.called()
     }
 
-    fn end_round(&mut self) -> Result<(), SinkError> {
+    fn end_iteration(&mut self) -> Result<(), SinkError> {
         self.0.log("end of round");
         self.called()
     }
@@ -236,53 +240,57 @@ impl Sink for Destination {
     }
 
     fn bytes(&self) -> u64 {
-        self.0.world.lock().unwrap().calls as u64 * PAGE_SIZE
+        self.0.state.lock().unwrap().calls as u64 * PAGE_SIZE
     }
 }
 
-struct Vm(Test);
+struct TestVm(Test);
 
-impl Machine for Vm {
+impl Vm for TestVm {
     fn describe(&self) -> String {
         "a machine in a test".into()
     }
 
-    fn pause(&mut self) -> Result<(), MachineError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         self.0.log("pause");
-        self.0.set(|world| world.paused = true);
-        if self.0.world.lock().unwrap().pause_fails {
-            return Err(MachineError("it does not want to".into()));
+        self.0.set(|state| state.paused = true);
+        if self.0.state.lock().unwrap().pause_fails {
+            return Err(VmError("it does not want to".into()));
         }
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<(), MachineError> {
+    fn resume(&mut self) -> Result<(), VmError> {
         self.0.log("resume");
-        self.0.set(|world| world.paused = false);
+        self.0.set(|state| state.paused = false);
         Ok(())
     }
 }
 
-struct Guest {
+struct TestHintSource {
     test: Test,
     window: Option<HintWindow>,
-    round: usize,
+    hint_round: usize,
 }
 
-impl HintSource for Guest {
+impl HintSource for TestHintSource {
     fn discards(&self) -> bool {
-        self.test.world.lock().unwrap().discards
+        self.test.state.lock().unwrap().discards
     }
 
     fn open(&mut self, window: HintWindow) -> Result<(), (HintWindow, HintSourceError)> {
         self.test.log("open");
         let bitmap = window.bitmap().clone();
-        self.test.set(|world| world.bitmap = Some(bitmap));
+        self.test.set(|state| state.bitmap = Some(bitmap));
         let hints = {
-            let world = self.test.world.lock().unwrap();
-            world.hints.get(self.round).cloned().unwrap_or_default()
+            let state = self.test.state.lock().unwrap();
+            state
+                .hints
+                .get(self.hint_round)
+                .cloned()
+                .unwrap_or_default()
         };
-        self.round += 1;
+        self.hint_round += 1;
         for hint in hints {
             let _ = window.hint(hint.offset(), hint.length()).unwrap();
             if self.discards() {
@@ -295,22 +303,22 @@ impl HintSource for Guest {
         Ok(())
     }
 
-    fn wait(&mut self, limit: Duration, cancel: &Cancel) -> Waited {
-        let silent_from = self.test.world.lock().unwrap().silent_from;
-        if silent_from.is_none_or(|from| self.round < from) {
-            return Waited::Finished;
+    fn wait(&mut self, timeout: Duration, cancel: &CancelToken) -> WaitOutcome {
+        let silent_from = self.test.state.lock().unwrap().silent_from;
+        if silent_from.is_none_or(|from| self.hint_round < from) {
+            return WaitOutcome::Finished;
         }
-        self.test.set(|world| world.waited += limit);
-        if cancel.sleep(limit) {
-            Waited::Cancelled
+        self.test.set(|state| state.waited += timeout);
+        if cancel.sleep(timeout) {
+            WaitOutcome::Cancelled
         } else {
-            Waited::TimedOut
+            WaitOutcome::TimedOut
         }
     }
 
     fn close(&mut self) -> Result<HintWindow, HintSourceError> {
         self.test.log("close");
-        if self.test.world.lock().unwrap().lose_window {
+        if self.test.state.lock().unwrap().lose_window {
             return Err(HintSourceError("the front end has gone".into()));
         }
         Ok(self.window.take().unwrap())
@@ -333,7 +341,7 @@ fn filled() -> Test {
 #[test]
 fn all_of_memory_arrives_but_what_was_hinted() {
     let mut test = filled();
-    test.set(|world| world.hints = vec![vec![run(3, 5)]]);
+    test.set(|state| state.hints = vec![vec![run(3, 5)]]);
     let (result, status) = test.migrate(Parameters::default(), false);
     assert!(result.unwrap(), "the machine comes back, paused");
     let (here, there) = (test.here(), test.there());
@@ -345,7 +353,7 @@ fn all_of_memory_arrives_but_what_was_hinted() {
             "{page}"
         );
     }
-    assert_eq!(status.status, State::Completed);
+    assert_eq!(status.status, MigrationStatus::Completed);
     assert_eq!((status.ram.skipped, status.ram.hinted), (5, 5));
     assert_eq!(status.ram.normal, PAGES / 2 - 5);
     assert_eq!(status.ram.duplicate, PAGES / 2);
@@ -375,10 +383,10 @@ fn all_of_memory_arrives_but_what_was_hinted() {
 fn what_is_written_while_memory_is_sent_is_sent_again() {
     for compare in [false, true] {
         let mut test = filled();
-        test.set(|world| {
-            world.discards = true;
+        test.set(|state| {
+            state.discards = true;
             // In the first round, and between the end of the second and the pause.
-            world.at = vec![
+            state.at = vec![
                 (1, Act::Write(2, 77, Report::Yes)),
                 (1, Act::Write(60, 78, Report::Yes)),
                 (2, Act::Write(3, 79, Report::Yes)),
@@ -394,7 +402,7 @@ fn what_is_written_while_memory_is_sent_is_sent_again() {
 }
 
 #[test]
-fn rounds_go_on_while_too_much_is_dirty_and_come_to_an_end() {
+fn iterations_continue_while_too_much_is_dirty_and_end_at_the_limit() {
     let mut test = filled();
     let parameters = Parameters {
         downtime_limit: Duration::ZERO,
@@ -403,7 +411,7 @@ fn rounds_go_on_while_too_much_is_dirty_and_come_to_an_end() {
     };
     // Each call writes the first page again.
     let acts = (1..100).map(|at| (at, Act::Write(0, at as u8, Report::Yes)));
-    test.set(|world| world.at = acts.collect());
+    test.set(|state| state.at = acts.collect());
     let (result, status) = test.migrate(parameters, false);
     result.unwrap();
     assert_eq!(status.rounds.iter().filter(|it| !it.paused).count(), 4);
@@ -417,14 +425,14 @@ fn r16_the_guest_gets_its_pages_back_and_runs_on_wherever_it_fails() {
     let calls = {
         let mut test = filled();
         test.migrate(Parameters::default(), false).0.unwrap();
-        let calls = test.world.lock().unwrap().calls;
+        let calls = test.state.lock().unwrap().calls;
         calls
     };
     assert!(calls > 3);
     for act in [Act::Fail, Act::Cancel] {
         for at in 1..=calls {
             let mut test = filled();
-            test.set(|world| world.at = vec![(at, act.clone())]);
+            test.set(|state| state.at = vec![(at, act.clone())]);
             let (result, status) = test.migrate(Parameters::default(), false);
             let error = result.unwrap_err();
             assert_eq!(test.count("resume"), test.count("pause"), "{act:?} {at}");
@@ -447,10 +455,10 @@ fn r16_the_guest_gets_its_pages_back_and_runs_on_wherever_it_fails() {
 
 #[test]
 fn r16_also_if_the_machine_the_tracker_or_the_device_fails() {
-    type Change = fn(&mut World);
+    type Change = fn(&mut TestState);
     let fails: [(&str, Change); 2] = [
-        ("it does not want to", |world| world.pause_fails = true),
-        ("the front end has gone", |world| world.lose_window = true),
+        ("it does not want to", |state| state.pause_fails = true),
+        ("the front end has gone", |state| state.lose_window = true),
     ];
     for (words, fail) in fails {
         let mut test = filled();
@@ -463,14 +471,14 @@ fn r16_also_if_the_machine_the_tracker_or_the_device_fails() {
         assert!(test.count("done") > 0);
     }
     let test = filled();
-    let (tracker, writes) = driven();
+    let (tracker, writes) = mock_tracker();
     writes.fail("no more soft-dirty bits");
     let parts = Parts {
         memory: test.memory.clone(),
         tracker: Box::new(tracker),
         sent: None,
         hints: None,
-        machine: Some(Box::new(Vm(test.clone()))),
+        vm: Some(Box::new(TestVm(test.clone()))),
     };
     let (result, _) = test.run(Parameters::default(), parts);
     let text = result.unwrap_err().to_string();
@@ -479,29 +487,29 @@ fn r16_also_if_the_machine_the_tracker_or_the_device_fails() {
 }
 
 #[test]
-fn r14_a_silent_guest_delays_by_the_limit_at_most_all_rounds_together() {
+fn r14_a_silent_guest_delays_all_iterations_together_by_the_limit_at_most() {
     let mut test = filled();
-    let limit = Duration::from_millis(30);
+    let timeout = Duration::from_millis(30);
     let parameters = Parameters {
-        hint_wait: limit,
+        hint_wait: timeout,
         downtime_limit: Duration::ZERO,
         max_rounds: 5,
         ..Parameters::default()
     };
     let acts = (1..100).map(|at| (at, Act::Write(0, at as u8, Report::Yes)));
-    test.set(|world| {
-        world.silent_from = Some(1);
-        world.at = acts.collect();
+    test.set(|state| {
+        state.silent_from = Some(1);
+        state.at = acts.collect();
     });
     let (result, status) = test.migrate(parameters, false);
     result.unwrap();
     assert_eq!(test.count("open"), 5);
-    assert_eq!(test.world.lock().unwrap().waited, limit);
+    assert_eq!(test.state.lock().unwrap().waited, timeout);
     assert!(status.rounds[0].hint_wait_us >= 30_000);
 }
 
 #[test]
-fn later_rounds_wait_no_longer_than_they_would_send() {
+fn later_iterations_wait_no_longer_than_they_would_send() {
     let mut test = filled();
     let parameters = Parameters {
         hint_wait: Duration::from_secs(600),
@@ -510,21 +518,21 @@ fn later_rounds_wait_no_longer_than_they_would_send() {
         ..Parameters::default()
     };
     let acts = (1..100).map(|at| (at, Act::Write(0, at as u8, Report::Yes)));
-    test.set(|world| {
-        world.silent_from = Some(2);
-        world.at = acts.collect();
+    test.set(|state| {
+        state.silent_from = Some(2);
+        state.at = acts.collect();
     });
     let (result, status) = test.migrate(parameters, false);
     result.unwrap();
     assert_eq!(status.rounds.len(), 5);
     // A page, at the speed of a loop in memory.
-    assert!(test.world.lock().unwrap().waited < Duration::from_secs(60));
+    assert!(test.state.lock().unwrap().waited < Duration::from_secs(60));
 }
 
 #[test]
 fn waiting_for_hints_ends_when_it_is_told_to() {
     let mut test = filled();
-    test.set(|world| world.silent_from = Some(1));
+    test.set(|state| state.silent_from = Some(1));
     let cancel = test.cancel.clone();
     let parameters = Parameters {
         hint_wait: Duration::from_secs(600),
@@ -548,9 +556,9 @@ fn r7_post_copy_is_refused_at_the_start() {
     };
     let (result, status) = test.migrate(parameters, false);
     assert!(matches!(result, Err(PrecopyError::PostcopyWithHints)));
-    assert_eq!(status.status, State::Failed);
+    assert_eq!(status.status, MigrationStatus::Failed);
     assert_eq!(test.count("open") + test.count("pause"), 0);
-    assert_eq!(test.world.lock().unwrap().calls, 0);
+    assert_eq!(test.state.lock().unwrap().calls, 0);
 }
 
 #[test]
@@ -564,25 +572,25 @@ fn r17_hints_that_discard_nothing_are_refused_with_comparison() {
 #[test]
 fn before_switchover_hinted_pages_are_back_and_others_pause() {
     let mut test = filled();
-    test.set(|world| world.hints = vec![vec![run(3, 5)]]);
-    let (tracker, writes) = driven();
+    test.set(|state| state.hints = vec![vec![run(3, 5)]]);
+    let (tracker, writes) = mock_tracker();
     test.writes = Some(writes);
     let parts = Parts {
         memory: test.memory.clone(),
         tracker: Box::new(tracker),
         sent: None,
-        hints: Some(Box::new(Guest {
+        hints: Some(Box::new(TestHintSource {
             test: test.clone(),
             window: None,
-            round: 0,
+            hint_round: 0,
         })),
-        machine: None,
+        vm: None,
     };
     let (sender, states) = std::sync::mpsc::channel();
-    let progress = Progress::new(move |notice| sender.send(notice).unwrap());
+    let progress = Progress::new(move |event| sender.send(event).unwrap());
     std::thread::scope(|scope| {
         let migration = scope.spawn(|| {
-            let destination = Destination(test.clone());
+            let destination = TestSink(test.clone());
             let parameters = Parameters {
                 pause_before_switchover: true,
                 ..Parameters::default()
@@ -592,34 +600,34 @@ fn before_switchover_hinted_pages_are_back_and_others_pause() {
             };
             Precopy::run(parameters, parts, connect, &progress, &test.cancel)
         });
-        let waits = Notice::State(State::PreSwitchover);
+        let waits = ProgressEvent::State(MigrationStatus::PreSwitchover);
         while states.recv().unwrap() != waits {}
         assert_eq!(test.count("done"), 1);
         assert_eq!(test.count("finish"), 0);
         // The guest still runs, and uses what it has got back.
         test.write(4, 99, Report::Yes);
-        assert!(progress.go_on());
-        assert!(!progress.go_on(), "once is enough");
+        assert!(progress.continue_migration());
+        assert!(!progress.continue_migration(), "once is enough");
         assert!(migration.join().unwrap().unwrap().is_none());
     });
     assert_eq!(test.there()[4], 99);
-    assert_eq!(progress.status().status, State::Completed);
+    assert_eq!(progress.status().status, MigrationStatus::Completed);
     assert_eq!(test.count("pause"), 0);
 }
 
 #[test]
 fn a_check_at_the_end_finds_what_tracking_has_missed() {
     let test = filled();
-    let (tracker, _) = driven();
+    let (tracker, _) = mock_tracker();
     let parts = Parts {
         memory: test.memory.clone(),
         tracker: Box::new(tracker),
         sent: Some(SentTable::new(test.memory.layout()).unwrap()),
         hints: None,
-        machine: Some(Box::new(Vm(test.clone()))),
+        vm: Some(Box::new(TestVm(test.clone()))),
     };
     // After it was sent, and nobody is told.
-    test.set(|world| world.at = vec![(1, Act::Write(0, 99, Report::No))]);
+    test.set(|state| state.at = vec![(1, Act::Write(0, 99, Report::No))]);
     let (result, status) = test.run(Parameters::default(), parts);
     result.unwrap();
     assert_eq!(status.ram.missed, 1);
@@ -627,7 +635,7 @@ fn a_check_at_the_end_finds_what_tracking_has_missed() {
 }
 
 #[test]
-fn without_a_look_for_zeros_only_holes_are_zeros_and_the_tracker_hears_of_all() {
+fn without_zero_page_detection_only_holes_are_zeros_and_the_tracker_is_told_of_all() {
     let mut test = filled();
     // A page of zeros that is no hole.
     test.write(40, 0, Report::No);
@@ -640,7 +648,11 @@ fn without_a_look_for_zeros_only_holes_are_zeros_and_the_tracker_hears_of_all() 
     assert_eq!(test.here(), test.there());
     assert_eq!(status.ram.normal, PAGES / 2 + 1);
     assert_eq!(status.ram.duplicate, PAGES / 2 - 1);
-    let told = test.writes.as_ref().map(Writes::sent).unwrap_or_default();
+    let told = test
+        .writes
+        .as_ref()
+        .map(MockWrites::sent)
+        .unwrap_or_default();
     assert_eq!(told.iter().map(|it| it.pages).sum::<u64>(), PAGES);
 }
 
@@ -665,7 +677,7 @@ fn acts() -> impl Strategy<Value = Vec<(usize, Act)>> {
     prop::collection::vec(act, 0..40)
 }
 
-fn hints() -> impl Strategy<Value = Vec<Vec<Run>>> {
+fn hints() -> impl Strategy<Value = Vec<Vec<PageRun>>> {
     let hint = (0..PAGES - 8, 1..8u64).prop_map(|(first, pages)| run(first, pages));
     prop::collection::vec(prop::collection::vec(hint, 0..5), 0..4)
 }
@@ -679,11 +691,11 @@ proptest! {
         acts in acts(), hints in hints(), compare: bool, rounds in 1..5u32,
     ) {
         let mut test = filled();
-        test.set(|world| {
-            world.discards = compare;
-            world.there = vec![0; PAGES as usize];
-            world.at = acts;
-            world.hints = hints;
+        test.set(|state| {
+            state.discards = compare;
+            state.there = vec![0; PAGES as usize];
+            state.at = acts;
+            state.hints = hints;
         });
         let parameters = Parameters {
             downtime_limit: Duration::ZERO,
@@ -693,8 +705,8 @@ proptest! {
         let (result, status) = test.migrate(parameters, compare);
         result.unwrap();
         let (here, there) = (test.here(), test.there());
-        let bitmap = test.world.lock().unwrap().bitmap.clone().unwrap();
-        let skipped: Vec<Run> = bitmap.skipped_runs().collect();
+        let bitmap = test.state.lock().unwrap().bitmap.clone().unwrap();
+        let skipped: Vec<PageRun> = bitmap.skipped_runs().collect();
         prop_assert_eq!(skipped.iter().map(|it| it.pages).sum::<u64>(), status.ram.skipped);
         for page in 0..PAGES {
             let same = here[page as usize] == there[page as usize];

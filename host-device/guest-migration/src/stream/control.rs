@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::net::Shutdown;
 
 use super::StreamError;
-use crate::Cancel;
+use crate::CancelToken;
 
 /// The state of one stream. Whoever finds something wrong ends it for all threads: the first reason counts.
 #[derive(Debug)]
@@ -31,12 +31,12 @@ struct State {
     sockets: Vec<Arc<OwnedFd>>,
     /// How many channels wait at the end of the round that is under way, and how many rounds have ended.
     waiting: u16,
-    rounds: u64,
+    iterations: u64,
 }
 
 impl Control {
     /// The control of a stream that `cancel` ends.
-    pub fn new(cancel: &Cancel) -> Result<Arc<Self>, StreamError> {
+    pub fn new(cancel: &CancelToken) -> Result<Arc<Self>, StreamError> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let event = eventfd(0, flags).map_err(|error| StreamError::System {
             doing: "cannot make an event file descriptor",
@@ -79,7 +79,7 @@ impl Control {
     }
 
     /// Has `socket` shut down when somebody cancels.
-    pub fn watch(&self, socket: &Arc<OwnedFd>) {
+    pub fn register_socket(&self, socket: &Arc<OwnedFd>) {
         let mut state = self.state();
         if matches!(state.reason, Some(StreamError::Cancelled)) {
             let _ = rustix::net::shutdown(socket, Shutdown::Both);
@@ -101,7 +101,7 @@ impl Control {
         }
     }
 
-    /// Waits until one of `events` is there on `fd`, at most for `limit`: `None` if it was not.
+    /// Waits until one of `events` is there on `fd`, at most for `timeout`: `None` if it was not.
     ///
     /// # Errors
     ///
@@ -110,9 +110,9 @@ impl Control {
         &self,
         fd: BorrowedFd<'_>,
         events: PollFlags,
-        limit: Option<Duration>,
+        timeout: Option<Duration>,
     ) -> Result<Option<PollFlags>, StreamError> {
-        let end = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
             let rest = end.map(|end| end.saturating_duration_since(Instant::now()));
             let timeout = rest.and_then(|rest| Timespec::try_from(rest).ok());
@@ -156,17 +156,17 @@ impl Control {
     /// # Errors
     ///
     /// Why the stream was stopped, if it was.
-    pub fn meet(&self, channels: u16) -> Result<u64, StreamError> {
+    pub fn wait_at_barrier(&self, channels: u16) -> Result<u64, StreamError> {
         let mut state = self.state();
         state.waiting += 1;
         if state.waiting >= channels {
             state.waiting = 0;
-            state.rounds += 1;
+            state.iterations += 1;
             self.changed.notify_all();
-            return Ok(state.rounds);
+            return Ok(state.iterations);
         }
-        let round = state.rounds;
-        while state.rounds == round {
+        let iteration = state.iterations;
+        while state.iterations == iteration {
             if let Some(reason) = &state.reason {
                 return Err(reason.clone());
             }
@@ -175,7 +175,7 @@ impl Control {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        Ok(state.rounds)
+        Ok(state.iterations)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -10,12 +10,12 @@ use zstd::bulk::Decompressor;
 
 use super::error::Fault;
 use super::format::{
-    bytes_of, payload_check, BlockName, Counts, Final, Head, Header, Kind, FLAG_UNSEEN, FLAG_ZSTD,
-    HEAD, HEADER_START, RECORD_PAGES,
+    page_bytes, payload_checksum, Final, RamBlockEntry, RecordHeader, RecordKind, StreamCounts,
+    StreamHeader, FLAG_NO_CHECKSUM, FLAG_ZSTD, HEADER_START, RECORD_HEADER_SIZE, RECORD_PAGES,
 };
-use super::wire::Wire;
+use super::transport::Transport;
 use super::StreamError;
-use crate::{Run, PAGE_SIZE};
+use crate::{PageRun, PAGE_SIZE};
 
 /// Small records are read together, up to this many bytes.
 const BUFFER: usize = 64 << 10;
@@ -23,22 +23,22 @@ const BUFFER: usize = 64 << 10;
 const PAYLOAD: usize = (RECORD_PAGES * PAGE_SIZE) as usize;
 
 /// Where bytes come from.
-pub(super) trait Source {
-    /// Reads at least a byte; 0 is the end. Waits for `limit` at most, if there is one.
+pub(super) trait ByteSource {
+    /// Reads at least a byte; 0 is the end. Waits for `timeout` at most, if there is one.
     fn read(
         &mut self,
         slices: &mut [IoSliceMut<'_>],
-        limit: Option<Duration>,
+        timeout: Option<Duration>,
     ) -> Result<usize, StreamError>;
 }
 
-impl Source for Wire {
+impl ByteSource for Transport {
     fn read(
         &mut self,
         slices: &mut [IoSliceMut<'_>],
-        limit: Option<Duration>,
+        timeout: Option<Duration>,
     ) -> Result<usize, StreamError> {
-        Wire::read(self, slices, limit)
+        Transport::read(self, slices, timeout)
     }
 }
 
@@ -46,11 +46,11 @@ impl Source for Wire {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Record<'a> {
     /// Pages of this content.
-    Pages(Run, &'a [u8]),
+    Pages(PageRun, &'a [u8]),
     /// Pages of zeros.
-    Zeros(Run),
+    Zeros(PageRun),
     /// A round has ended; its number.
-    Round(u64),
+    IterationEnd(u64),
     /// All has been said; with the check value that the channel had before.
     Final(Final, u64),
 }
@@ -60,7 +60,7 @@ pub(super) struct Decoder<S> {
     source: S,
     channel: u16,
     /// How long the other side may be silent inside a record.
-    limit: Duration,
+    timeout: Duration,
     buffer: Box<[u8]>,
     /// The part of the buffer that was read and not used.
     start: usize,
@@ -71,29 +71,29 @@ pub(super) struct Decoder<S> {
     /// What it was before the last head.
     chain_before: u64,
     sequence: u64,
-    round: u64,
-    counts: Counts,
+    iteration: u64,
+    counts: StreamCounts,
     payload: Vec<u8>,
     unpacked: Vec<u8>,
     decompressor: Option<Decompressor<'static>>,
-    blocks: Arc<[BlockName]>,
+    blocks: Arc<[RamBlockEntry]>,
 }
 
 /// Where a payload is.
-enum Place {
+enum PayloadLocation {
     /// In the buffer, which has these bytes still unused in front of the next record.
     Buffer(std::ops::Range<usize>),
     /// By itself, so many bytes.
     Own(usize),
 }
 
-impl<S: Source> Decoder<S> {
+impl<S: ByteSource> Decoder<S> {
     /// Reads what `source` begins with.
-    pub fn start(source: S, limit: Duration) -> Self {
+    pub fn new(source: S, timeout: Duration) -> Self {
         Self {
             source,
             channel: 0,
-            limit,
+            timeout,
             buffer: vec![0; BUFFER].into_boxed_slice(),
             start: 0,
             end: 0,
@@ -101,8 +101,8 @@ impl<S: Source> Decoder<S> {
             chain: 0,
             chain_before: 0,
             sequence: 0,
-            round: 0,
-            counts: Counts::default(),
+            iteration: 0,
+            counts: StreamCounts::default(),
             payload: Vec::new(),
             unpacked: Vec::new(),
             decompressor: None,
@@ -130,14 +130,14 @@ impl<S: Source> Decoder<S> {
     }
 
     /// Reads the header.
-    pub fn header(&mut self) -> Result<Header, StreamError> {
-        let ended = Fault::EndedInHeader;
-        let limit = Some(self.limit);
+    pub fn header(&mut self) -> Result<StreamHeader, StreamError> {
+        let ended = Fault::TruncatedHeader;
+        let timeout = Some(self.timeout);
         let mut bytes = Vec::new();
-        self.take(0, HEADER_START, limit, &mut bytes, &ended)?;
-        let length = Header::length(&bytes).map_err(|fault| self.fault(0, fault))?;
-        self.take(0, length - HEADER_START, limit, &mut bytes, &ended)?;
-        let (header, chain) = Header::decode(&bytes).map_err(|fault| self.fault(0, fault))?;
+        self.take(0, HEADER_START, timeout, &mut bytes, &ended)?;
+        let length = StreamHeader::length(&bytes).map_err(|fault| self.fault(0, fault))?;
+        self.take(0, length - HEADER_START, timeout, &mut bytes, &ended)?;
+        let (header, chain) = StreamHeader::decode(&bytes).map_err(|fault| self.fault(0, fault))?;
         self.chain = chain;
         self.channel = header.channel;
         self.blocks = header.blocks.clone().into();
@@ -154,16 +154,16 @@ impl<S: Source> Decoder<S> {
             offset: at,
             fault,
         };
-        let run = Run {
+        let run = PageRun {
             block: usize::from(head.block),
             first: head.first,
             pages: head.pages,
         };
         match head.kind {
-            Kind::Pages | Kind::Zeros => {
+            RecordKind::Pages | RecordKind::Zeros => {
                 let has = match self.blocks.get(run.block) {
                     Some(block) => block.pages,
-                    None => return Err(fault(Fault::Block(head.block))),
+                    None => return Err(fault(Fault::RamBlock(head.block))),
                 };
                 if head
                     .first
@@ -177,30 +177,32 @@ impl<S: Source> Decoder<S> {
                     }));
                 }
             }
-            Kind::Round | Kind::Final => {}
+            RecordKind::IterationEnd | RecordKind::Final => {}
         }
         match head.kind {
-            Kind::Pages => {
+            RecordKind::Pages => {
                 let length = usize::try_from(head.length).unwrap_or(usize::MAX);
-                let place = self.payload(length, at)?;
-                self.counts.add(Counts {
+                let location = self.payload(length, at)?;
+                self.counts.add(StreamCounts {
                     pages: head.pages,
                     zeros: 0,
                     payload: u64::from(head.length),
                 });
-                let payload = match &place {
-                    Place::Buffer(range) => self.buffer.get(range.clone()),
-                    Place::Own(length) => self.payload.get(..*length),
+                let payload = match &location {
+                    PayloadLocation::Buffer(range) => self.buffer.get(range.clone()),
+                    PayloadLocation::Own(length) => self.payload.get(..*length),
                 }
                 .unwrap_or_default();
-                if head.flags & FLAG_UNSEEN == 0 && payload_check(payload) != head.payload {
-                    return Err(fault(Fault::Payload));
+                if head.flags & FLAG_NO_CHECKSUM == 0
+                    && payload_checksum(payload) != head.payload_checksum
+                {
+                    return Err(fault(Fault::PayloadChecksum));
                 }
                 if head.flags & FLAG_ZSTD == 0 {
                     return Ok(Record::Pages(run, payload));
                 }
-                let raw = usize::try_from(bytes_of(head.pages)).unwrap_or(0);
-                unpack(&mut self.decompressor, payload, &mut self.unpacked, raw).map_err(
+                let raw = usize::try_from(page_bytes(head.pages)).unwrap_or(0);
+                decompress(&mut self.decompressor, payload, &mut self.unpacked, raw).map_err(
                     |why| {
                         fault(Fault::Compressed {
                             pages: head.pages,
@@ -210,55 +212,55 @@ impl<S: Source> Decoder<S> {
                 )?;
                 Ok(Record::Pages(run, &self.unpacked))
             }
-            Kind::Zeros => {
+            RecordKind::Zeros => {
                 self.counts.zeros = self.counts.zeros.saturating_add(head.pages);
                 Ok(Record::Zeros(run))
             }
-            Kind::Round => {
-                let expected = self.round.saturating_add(1);
+            RecordKind::IterationEnd => {
+                let expected = self.iteration.saturating_add(1);
                 if head.first != expected {
-                    return Err(fault(Fault::Round(head.first, expected)));
+                    return Err(fault(Fault::IterationEnd(head.first, expected)));
                 }
-                self.round = expected;
-                Ok(Record::Round(expected))
+                self.iteration = expected;
+                Ok(Record::IterationEnd(expected))
             }
-            Kind::Final => self.last(head, at),
+            RecordKind::Final => self.last(head, at),
         }
     }
 
     /// That nothing follows, as far as one can see without waiting.
-    pub fn nothing_follows(&mut self) -> Result<(), StreamError> {
+    pub fn expect_end(&mut self) -> Result<(), StreamError> {
         if self.start < self.end {
-            return Err(self.fault(self.offset, Fault::Trailing));
+            return Err(self.fault(self.offset, Fault::TrailingData));
         }
-        let (offset, limit) = (self.offset, Some(Duration::ZERO));
+        let (offset, timeout) = (self.offset, Some(Duration::ZERO));
         match self
             .source
-            .read(&mut [IoSliceMut::new(&mut self.buffer)], limit)
+            .read(&mut [IoSliceMut::new(&mut self.buffer)], timeout)
         {
             Ok(0) | Err(StreamError::Stalled { .. } | StreamError::Closed { .. }) => Ok(()),
-            Ok(_) => Err(self.fault(offset, Fault::Trailing)),
+            Ok(_) => Err(self.fault(offset, Fault::TrailingData)),
             Err(error) => Err(error),
         }
     }
 
-    fn last(&mut self, head: Head, at: u64) -> Result<Record<'_>, StreamError> {
+    fn last(&mut self, head: RecordHeader, at: u64) -> Result<Record<'_>, StreamError> {
         let mut bytes = Vec::new();
         let length = usize::try_from(head.length).unwrap_or(0);
         self.take(
             at,
             length,
-            Some(self.limit),
+            Some(self.timeout),
             &mut bytes,
-            &Fault::EndedInside,
+            &Fault::TruncatedRecord,
         )?;
-        if payload_check(&bytes) != head.payload {
-            return Err(self.fault(at, Fault::Payload));
+        if payload_checksum(&bytes) != head.payload_checksum {
+            return Err(self.fault(at, Fault::PayloadChecksum));
         }
         let last = Final::decode(&bytes).map_err(|fault| self.fault(at, fault))?;
         let (said, seen) = (last.counts, self.counts);
         for (what, said, seen) in [
-            ("rounds", head.first, self.round),
+            ("rounds", head.first, self.iteration),
             ("pages", said.pages, seen.pages),
             ("zero pages", said.zeros, seen.zeros),
             ("bytes of pages", said.payload, seen.payload),
@@ -270,35 +272,35 @@ impl<S: Source> Decoder<S> {
         Ok(Record::Final(last, self.chain_before))
     }
 
-    fn head(&mut self) -> Result<Head, StreamError> {
+    fn head(&mut self) -> Result<RecordHeader, StreamError> {
         let at = self.offset;
         if self.start == self.end && self.fill(None)? == 0 {
-            return Err(self.fault(at, Fault::Ended));
+            return Err(self.fault(at, Fault::MissingFinalRecord));
         }
-        while self.end - self.start < HEAD {
-            if self.fill(Some(self.limit))? == 0 {
-                return Err(self.fault(at, Fault::EndedInside));
+        while self.end - self.start < RECORD_HEADER_SIZE {
+            if self.fill(Some(self.timeout))? == 0 {
+                return Err(self.fault(at, Fault::TruncatedRecord));
             }
         }
         let bytes = self.buffer.get(self.start..self.end);
-        let Some(bytes) = bytes.and_then(|bytes| bytes.first_chunk::<HEAD>()) else {
-            return Err(self.fault(at, Fault::EndedInside));
+        let Some(bytes) = bytes.and_then(|bytes| bytes.first_chunk::<RECORD_HEADER_SIZE>()) else {
+            return Err(self.fault(at, Fault::TruncatedRecord));
         };
         self.chain_before = self.chain;
-        let head = Head::decode(bytes, &mut self.chain, self.sequence)
+        let head = RecordHeader::decode(bytes, &mut self.chain, self.sequence)
             .map_err(|fault| self.fault(at, fault))?;
         self.sequence = self.sequence.saturating_add(1);
-        self.used(HEAD);
+        self.consume(RECORD_HEADER_SIZE);
         Ok(head)
     }
 
     /// Reads `length` bytes that follow the head at `at`.
-    fn payload(&mut self, length: usize, at: u64) -> Result<Place, StreamError> {
+    fn payload(&mut self, length: usize, at: u64) -> Result<PayloadLocation, StreamError> {
         let have = self.end - self.start;
         if have >= length {
             let range = self.start..self.start + length;
-            self.used(length);
-            return Ok(Place::Buffer(range));
+            self.consume(length);
+            return Ok(PayloadLocation::Buffer(range));
         }
         if self.payload.is_empty() {
             self.payload.resize(PAYLOAD, 0);
@@ -311,22 +313,22 @@ impl<S: Source> Decoder<S> {
             to.copy_from_slice(from);
             filled = have;
         }
-        self.used(have);
+        self.consume(have);
         (self.start, self.end) = (0, 0);
         while filled < length {
             let rest = self.payload.get_mut(filled..length).unwrap_or_default();
             let missing = rest.len();
             // What follows the payload comes along, as far as it is there.
             let mut slices = [IoSliceMut::new(rest), IoSliceMut::new(&mut self.buffer)];
-            let count = self.source.read(&mut slices, Some(self.limit))?;
+            let count = self.source.read(&mut slices, Some(self.timeout))?;
             if count == 0 {
-                return Err(self.fault(at, Fault::EndedInside));
+                return Err(self.fault(at, Fault::TruncatedRecord));
             }
             filled += count.min(missing);
             self.end = count.saturating_sub(missing);
         }
         self.offset += (length - have) as u64;
-        Ok(Place::Own(length))
+        Ok(PayloadLocation::Own(length))
     }
 
     /// Appends the next `length` bytes of what begins at `at`.
@@ -334,41 +336,41 @@ impl<S: Source> Decoder<S> {
         &mut self,
         at: u64,
         length: usize,
-        limit: Option<Duration>,
+        timeout: Option<Duration>,
         to: &mut Vec<u8>,
         ended: &Fault,
     ) -> Result<(), StreamError> {
         let wanted = to.len().saturating_add(length);
         while to.len() < wanted {
-            if self.start == self.end && self.fill(limit)? == 0 {
+            if self.start == self.end && self.fill(timeout)? == 0 {
                 return Err(self.fault(at, ended.clone()));
             }
             let count = (wanted - to.len()).min(self.end - self.start);
             let bytes = self.buffer.get(self.start..self.start + count);
             to.extend_from_slice(bytes.unwrap_or_default());
-            self.used(count);
+            self.consume(count);
         }
         Ok(())
     }
 
-    fn used(&mut self, count: usize) {
+    fn consume(&mut self, count: usize) {
         self.start += count;
         self.offset += count as u64;
     }
 
     /// Reads more into the buffer, which must not be full.
-    fn fill(&mut self, limit: Option<Duration>) -> Result<usize, StreamError> {
+    fn fill(&mut self, timeout: Option<Duration>) -> Result<usize, StreamError> {
         self.buffer.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         let free = self.buffer.get_mut(self.end..).unwrap_or_default();
-        let count = self.source.read(&mut [IoSliceMut::new(free)], limit)?;
+        let count = self.source.read(&mut [IoSliceMut::new(free)], timeout)?;
         self.end += count;
         Ok(count)
     }
 }
 
 /// Unpacks into exactly `raw` bytes: what would be more or less is refused, and takes no more memory.
-fn unpack(
+fn decompress(
     decompressor: &mut Option<Decompressor<'static>>,
     packed: &[u8],
     unpacked: &mut Vec<u8>,

@@ -13,17 +13,17 @@ use rustix::fs::{fallocate, flock, seek, FallocateFlags, FlockOperation, SeekFro
 use rustix::io::Errno;
 
 use super::error::DestinationError;
-use super::format::BlockName;
+use super::format::RamBlockEntry;
 use crate::digest::{is_zero, ContentDigest, PageHasher};
-use crate::{Run, PAGE_SIZE};
+use crate::{PageRun, PAGE_SIZE};
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages that are hashed between two looks at the clock.
-const CHECK_PAGES: usize = 64;
+const DIGEST_BUFFER_PAGES: usize = 64;
 /// Pages that one thread hashes before it takes others: 64 MiB.
-const PART_PAGES: u64 = 16384;
+const DIGEST_CHUNK_PAGES: u64 = 16384;
 /// The most threads that hash.
-const CHECKERS: usize = 4;
+const DIGEST_THREADS_MAX: usize = 4;
 
 /// Memory files for the blocks of a stream.
 ///
@@ -41,13 +41,13 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// No file yet: see [`block`](Self::block).
+    /// No file yet: see [`with_ram_block`](Self::with_ram_block).
     pub fn new() -> Self {
         Self::default()
     }
 
     /// One file, for a stream that has one block, whatever its name is.
-    pub fn single(path: impl Into<PathBuf>) -> Self {
+    pub fn with_file(path: impl Into<PathBuf>) -> Self {
         Self {
             only: Some(path.into()),
             named: Vec::new(),
@@ -56,7 +56,7 @@ impl Destination {
 
     /// The file for the block `name`.
     #[must_use]
-    pub fn block(mut self, name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
+    pub fn with_ram_block(mut self, name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
         self.named.push((name.into(), path.into()));
         self
     }
@@ -74,25 +74,25 @@ impl Destination {
     }
 
     /// Marks all files as incomplete. Nothing is written into them yet.
-    pub(super) fn mark(self) -> Result<Marked, DestinationError> {
+    pub(super) fn mark_incomplete(self) -> Result<IncompleteFiles, DestinationError> {
         if self.paths().next().is_none() {
             return Err(DestinationError::NoFile);
         }
         for (index, (name, _)) in self.named.iter().enumerate() {
             if self.named.iter().skip(index + 1).any(|it| it.0 == *name) {
-                return Err(DestinationError::Twice(name.clone()));
+                return Err(DestinationError::DuplicateFile(name.clone()));
             }
         }
-        let markers = self.paths().map(|path| Marker::set(path));
+        let markers = self.paths().map(|path| IncompleteMarker::create(path));
         let markers = markers.collect::<Result<_, _>>()?;
-        Ok(Marked {
+        Ok(IncompleteFiles {
             destination: self,
             markers,
         })
     }
 
     /// The file for each block, in the order of the blocks.
-    fn assign(&self, blocks: &[BlockName]) -> Result<Vec<PathBuf>, DestinationError> {
+    fn assign(&self, blocks: &[RamBlockEntry]) -> Result<Vec<PathBuf>, DestinationError> {
         if let Some(path) = &self.only {
             if blocks.len() == 1 && self.named.is_empty() {
                 return Ok(vec![path.clone()]);
@@ -105,19 +105,19 @@ impl Destination {
         }
         let unused = |(name, _): &&(String, PathBuf)| blocks.iter().all(|it| it.name != *name);
         if let Some((name, _)) = self.named.iter().find(unused) {
-            return Err(DestinationError::Unused(name.clone()));
+            return Err(DestinationError::UnusedFile(name.clone()));
         }
         blocks
             .iter()
             .map(|block| {
                 let named = self.named.iter().find(|(name, _)| *name == block.name);
                 let names: Vec<_> = self.named.iter().map(|(name, _)| name.as_str()).collect();
-                named
-                    .map(|(_, path)| path.clone())
-                    .ok_or_else(|| DestinationError::Unknown {
+                named.map(|(_, path)| path.clone()).ok_or_else(|| {
+                    DestinationError::NoFileForBlock {
                         block: block.name.clone(),
                         given: names.join(", "),
-                    })
+                    }
+                })
             })
             .collect()
     }
@@ -125,14 +125,14 @@ impl Destination {
 
 /// Files that are marked as incomplete, and hold nothing yet of the stream.
 #[derive(Debug)]
-pub(super) struct Marked {
+pub(super) struct IncompleteFiles {
     destination: Destination,
-    markers: Vec<Marker>,
+    markers: Vec<IncompleteMarker>,
 }
 
-impl Marked {
+impl IncompleteFiles {
     /// Opens a file for each of the blocks, and makes it empty and as long as the block.
-    pub fn open(&self, blocks: &[BlockName]) -> Result<Opened, DestinationError> {
+    pub fn open(&self, blocks: &[RamBlockEntry]) -> Result<OpenFiles, DestinationError> {
         let paths = self.destination.assign(blocks)?;
         // All are looked at before one is changed.
         let files = blocks
@@ -143,7 +143,7 @@ impl Marked {
         let parts = blocks.iter().zip(paths).zip(files);
         let slots = parts
             .map(|((block, path), file)| {
-                let slot = Slot {
+                let slot = RamBlockFile {
                     file,
                     path,
                     pages: block.pages,
@@ -151,24 +151,24 @@ impl Marked {
                 slot.clear().map(|()| slot)
             })
             .collect::<Result<_, _>>()?;
-        Ok(Opened { slots })
+        Ok(OpenFiles { slots })
     }
 
     /// Takes the marks away: the files are complete.
     pub fn complete(&self) -> Result<(), DestinationError> {
-        self.markers.iter().try_for_each(Marker::remove)
+        self.markers.iter().try_for_each(IncompleteMarker::remove)
     }
 
     /// Puts the marks there again, if they were taken away, and says in them why the files are not complete.
-    pub fn failed(&self, why: &str) {
+    pub fn write_failure(&self, why: &str) {
         for marker in &self.markers {
             // There is nobody to tell but the one who is told of the first error.
-            let _ = marker.say(why);
+            let _ = marker.write_reason(why);
         }
     }
 }
 
-fn open(block: &BlockName, path: &Path) -> Result<File, DestinationError> {
+fn open(block: &RamBlockEntry, path: &Path) -> Result<File, DestinationError> {
     let error = |doing| {
         move |source| DestinationError::Io {
             path: path.to_owned(),
@@ -187,11 +187,11 @@ fn open(block: &BlockName, path: &Path) -> Result<File, DestinationError> {
         .map_err(error("cannot open the memory file"))?;
     let metadata = file.metadata().map_err(error("cannot examine it"))?;
     if !metadata.is_file() {
-        return Err(DestinationError::Kind(path.to_owned()));
+        return Err(DestinationError::NotRegularFile(path.to_owned()));
     }
     let wanted = block.pages.saturating_mul(PAGE_SIZE);
     if metadata.len() != 0 && metadata.len() != wanted {
-        return Err(DestinationError::Size {
+        return Err(DestinationError::SizeMismatch {
             path: path.to_owned(),
             block: block.name.clone(),
             has: metadata.len(),
@@ -203,13 +203,13 @@ fn open(block: &BlockName, path: &Path) -> Result<File, DestinationError> {
 
 /// The file of one block.
 #[derive(Debug)]
-struct Slot {
+struct RamBlockFile {
     file: File,
     path: PathBuf,
     pages: u64,
 }
 
-impl Slot {
+impl RamBlockFile {
     fn error(&self, doing: &'static str) -> impl Fn(io::Error) -> DestinationError + '_ {
         move |source| DestinationError::Io {
             path: self.path.clone(),
@@ -290,11 +290,11 @@ impl Slot {
 
 /// Files that pages are written into, from several threads.
 #[derive(Debug)]
-pub(super) struct Opened {
-    slots: Vec<Slot>,
+pub(super) struct OpenFiles {
+    slots: Vec<RamBlockFile>,
 }
 
-impl Opened {
+impl OpenFiles {
     /// Writes whole pages into a block from page `first` on.
     pub fn write(&self, block: usize, first: u64, bytes: &[u8]) -> Result<(), DestinationError> {
         self.slot(block)?.write(first, bytes)
@@ -305,7 +305,7 @@ impl Opened {
         self.slot(block)?.zero(first, pages)
     }
 
-    fn slot(&self, block: usize) -> Result<&Slot, DestinationError> {
+    fn slot(&self, block: usize) -> Result<&RamBlockFile, DestinationError> {
         self.slots.get(block).ok_or(DestinationError::NoFile)
     }
 
@@ -320,25 +320,27 @@ impl Opened {
         hasher: &PageHasher,
         mut tick: impl FnMut() -> Result<(), E>,
     ) -> Result<ContentDigest, E> {
-        let parts: Vec<Part> = self.parts().collect();
+        let parts: Vec<DigestChunk> = self.parts().collect();
         let next = AtomicUsize::new(0);
         let stopped = AtomicBool::new(false);
-        let helpers =
-            std::thread::available_parallelism().map_or(1, |it| it.get().min(CHECKERS)) - 1;
+        let helpers = std::thread::available_parallelism()
+            .map_or(1, |it| it.get().min(DIGEST_THREADS_MAX))
+            - 1;
         // Takes parts until there are none, or somebody has found a reason to stop.
-        let work = |go_on: &mut dyn FnMut() -> bool| -> Result<ContentDigest, DestinationError> {
-            let mut digest = ContentDigest::new();
-            let mut buffer = vec![0; CHECK_PAGES * PAGE];
-            let mut go_on = || go_on() && !stopped.load(Ordering::Relaxed);
-            while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let done = part.digest(hasher, &mut buffer, &mut digest, &mut go_on);
-                if !matches!(done, Ok(true)) {
-                    stopped.store(true, Ordering::Relaxed);
-                    return done.map(|_| digest);
+        let work =
+            |keep_going: &mut dyn FnMut() -> bool| -> Result<ContentDigest, DestinationError> {
+                let mut digest = ContentDigest::new();
+                let mut buffer = vec![0; DIGEST_BUFFER_PAGES * PAGE];
+                let mut keep_going = || keep_going() && !stopped.load(Ordering::Relaxed);
+                while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let done = part.digest(hasher, &mut buffer, &mut digest, &mut keep_going);
+                    if !matches!(done, Ok(true)) {
+                        stopped.store(true, Ordering::Relaxed);
+                        return done.map(|_| digest);
+                    }
                 }
-            }
-            Ok(digest)
-        };
+                Ok(digest)
+            };
         let mut reason = Ok(());
         let digests = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..helpers)
@@ -349,7 +351,7 @@ impl Opened {
                 reason.is_ok()
             })];
             for thread in threads {
-                digests.push(thread.join().unwrap_or(Err(DestinationError::Check)));
+                digests.push(thread.join().unwrap_or(Err(DestinationError::DigestFailed)));
             }
             digests
         });
@@ -361,32 +363,34 @@ impl Opened {
         Ok(whole)
     }
 
-    fn parts(&self) -> impl Iterator<Item = Part<'_>> {
+    fn parts(&self) -> impl Iterator<Item = DigestChunk<'_>> {
         self.slots.iter().enumerate().flat_map(|(block, slot)| {
-            let whole = Run {
+            let whole = PageRun {
                 block,
                 first: 0,
                 pages: slot.pages,
             };
-            whole.pieces(PART_PAGES).map(move |run| Part { slot, run })
+            whole
+                .chunks(DIGEST_CHUNK_PAGES)
+                .map(move |run| DigestChunk { slot, run })
         })
     }
 }
 
 /// Some pages of a file, which one thread looks at.
-struct Part<'a> {
-    slot: &'a Slot,
-    run: Run,
+struct DigestChunk<'a> {
+    slot: &'a RamBlockFile,
+    run: PageRun,
 }
 
-impl Part<'_> {
-    /// Adds the pages' parts to a digest. `false` if `go_on` said that it is to be given up.
+impl DigestChunk<'_> {
+    /// Adds the pages' parts to a digest. `false` if `keep_going` said that it is to be given up.
     fn digest(
         &self,
         hasher: &PageHasher,
         buffer: &mut [u8],
         digest: &mut ContentDigest,
-        go_on: &mut dyn FnMut() -> bool,
+        keep_going: &mut dyn FnMut() -> bool,
     ) -> Result<bool, DestinationError> {
         let end = self.run.end().saturating_mul(PAGE_SIZE);
         let mut at = self.run.offset();
@@ -409,7 +413,7 @@ impl Part<'_> {
                 digest.add(self.run.block, page, hasher.hash(bytes));
             }
             at = at.saturating_add(count);
-            if !go_on() {
+            if !keep_going() {
                 return Ok(false);
             }
         }
@@ -419,13 +423,13 @@ impl Part<'_> {
 
 /// `PATH.incomplete`, locked for this receiver.
 #[derive(Debug)]
-struct Marker {
+struct IncompleteMarker {
     path: PathBuf,
     file: File,
 }
 
-impl Marker {
-    fn set(memory: &Path) -> Result<Self, DestinationError> {
+impl IncompleteMarker {
+    fn create(memory: &Path) -> Result<Self, DestinationError> {
         let path = Destination::marker(memory);
         let error = |doing| {
             let path = path.clone();
@@ -449,7 +453,7 @@ impl Marker {
         }
         let marker = Self { path, file };
         marker
-            .say("the migration into it is under way")
+            .write_reason("the migration into it is under way")
             .map_err(|source| DestinationError::Io {
                 path: marker.path.clone(),
                 doing: "cannot write to it",
@@ -458,7 +462,7 @@ impl Marker {
         Ok(marker)
     }
 
-    fn say(&self, why: &str) -> io::Result<()> {
+    fn write_reason(&self, why: &str) -> io::Result<()> {
         let mut file = if self.path.exists() {
             self.file.try_clone()?
         } else {

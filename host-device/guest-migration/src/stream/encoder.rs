@@ -9,11 +9,12 @@ use std::sync::Arc;
 use zstd::bulk::Compressor;
 
 use super::format::{
-    bytes_of, payload_check, Counts, Final, Head, Kind, Totals, FLAG_UNSEEN, FLAG_ZSTD, HEAD,
+    page_bytes, payload_checksum, Final, RecordHeader, RecordKind, StreamCounts, Totals,
+    FLAG_NO_CHECKSUM, FLAG_ZSTD, RECORD_HEADER_SIZE,
 };
-use super::wire::Wire;
+use super::transport::Transport;
 use super::{Compression, StreamError};
-use crate::{Memory, Run, PAGE_SIZE};
+use crate::{Memory, PageRun, PAGE_SIZE};
 
 /// Small things are gathered up to this many bytes before they are written.
 const GATHER: usize = 256 << 10;
@@ -24,11 +25,11 @@ const UNCOPIED_PAGES: u64 = 16;
 
 /// Makes records and writes them. A run given to it fits into one record.
 pub(super) struct Encoder {
-    wire: Wire,
+    transport: Transport,
     chain: u64,
     sequence: u64,
-    round: u64,
-    counts: Counts,
+    iteration: u64,
+    counts: StreamCounts,
     gathered: Vec<u8>,
     compressor: Option<Compressor<'static>>,
     /// Pages that were read, compressed pages.
@@ -41,7 +42,7 @@ pub(super) struct Encoder {
 impl Encoder {
     /// Goes on after a header whose check value is `chain`, and which is on the wire already.
     pub fn new(
-        wire: Wire,
+        transport: Transport,
         chain: u64,
         compression: Compression,
         total: &Arc<AtomicU64>,
@@ -57,11 +58,11 @@ impl Encoder {
             }
         };
         Ok(Self {
-            wire,
+            transport,
             chain,
             sequence: 0,
-            round: 0,
-            counts: Counts::default(),
+            iteration: 0,
+            counts: StreamCounts::default(),
             gathered: Vec::with_capacity(GATHER),
             compressor,
             pages: Vec::new(),
@@ -71,7 +72,7 @@ impl Encoder {
     }
 
     /// What was sent so far.
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> StreamCounts {
         self.counts
     }
 
@@ -81,34 +82,32 @@ impl Encoder {
     }
 
     /// The transport, when nothing more is to be sent.
-    pub fn into_wire(self) -> Wire {
-        self.wire
+    pub fn into_transport(self) -> Transport {
+        self.transport
     }
 
     /// Pages whose bytes are here.
-    pub fn pages(&mut self, run: Run, bytes: &[u8]) -> Result<(), StreamError> {
+    pub fn pages(&mut self, run: PageRun, bytes: &[u8]) -> Result<(), StreamError> {
         let mut packed = std::mem::take(&mut self.packed);
         let payload = self.compress(bytes, &mut packed);
         let (flags, payload) = match payload {
             Some(packed) => (FLAG_ZSTD, packed),
             None => (0, bytes),
         };
-        let done = self.seen_pages(run, flags, payload);
+        let done = self.checksummed_pages(run, flags, payload);
         self.packed = packed;
         done
     }
 
     /// Pages that are in a file: as they lie there, without a copy if there are enough of them.
-    pub fn pages_from(&mut self, run: Run, memory: &Memory) -> Result<(), StreamError> {
+    pub fn pages_from(&mut self, run: PageRun, memory: &Memory) -> Result<(), StreamError> {
         let failed = |error: std::io::Error| StreamError::Memory {
             block: run.block,
             first: run.first,
             pages: run.pages,
             source: Arc::new(error),
         };
-        let file = memory
-            .file(run.block)
-            .ok_or_else(|| out_of_layout(run, 0))?;
+        let file = memory.file(run.block).ok_or_else(|| invalid_run(run, 0))?;
         if self.compressor.is_some() || run.pages < UNCOPIED_PAGES {
             let mut bytes = std::mem::take(&mut self.pages);
             bytes.resize(length(run), 0);
@@ -119,33 +118,35 @@ impl Encoder {
             self.pages = bytes;
             return done;
         }
-        let bytes = bytes_of(run.pages);
-        let head = self.head(Kind::Pages, FLAG_UNSEEN, run, bytes, 0)?;
+        let bytes = page_bytes(run.pages);
+        let head = self.head(RecordKind::Pages, FLAG_NO_CHECKSUM, run, bytes, 0)?;
         self.gathered.extend(head);
         self.count_pages(run.pages, bytes);
         self.flush()?;
-        let before = self.wire.offset();
-        let done = self.wire.write_file(file, bytes_of(run.first), bytes);
+        let before = self.transport.offset();
+        let done = self
+            .transport
+            .write_file(file, page_bytes(run.first), bytes);
         self.note(before);
         done?.map_err(failed)
     }
 
     /// Pages of zeros.
-    pub fn zeros(&mut self, run: Run) -> Result<(), StreamError> {
-        let head = self.head(Kind::Zeros, 0, run, 0, 0)?;
+    pub fn zeros(&mut self, run: PageRun) -> Result<(), StreamError> {
+        let head = self.head(RecordKind::Zeros, 0, run, 0, 0)?;
         self.counts.zeros = self.counts.zeros.saturating_add(run.pages);
         self.gather(&head)
     }
 
     /// The end of a round. All that was given is on the wire then.
-    pub fn end_round(&mut self) -> Result<(), StreamError> {
-        self.round += 1;
-        let round = Run {
+    pub fn end_iteration(&mut self) -> Result<(), StreamError> {
+        self.iteration += 1;
+        let iteration = PageRun {
             block: 0,
-            first: self.round,
+            first: self.iteration,
             pages: 0,
         };
-        let head = self.head(Kind::Round, 0, round, 0, 0)?;
+        let head = self.head(RecordKind::IterationEnd, 0, iteration, 0, 0)?;
         self.gather(&head)?;
         self.flush()
     }
@@ -157,13 +158,19 @@ impl Encoder {
             totals,
         }
         .encode();
-        let rounds = Run {
+        let iterations = PageRun {
             block: 0,
-            first: self.round,
+            first: self.iteration,
             pages: 0,
         };
-        let check = payload_check(&payload);
-        let head = self.head(Kind::Final, 0, rounds, payload.len() as u64, check)?;
+        let check = payload_checksum(&payload);
+        let head = self.head(
+            RecordKind::Final,
+            0,
+            iterations,
+            payload.len() as u64,
+            check,
+        )?;
         self.gather(&head)?;
         self.gather(&payload)?;
         self.flush()
@@ -185,9 +192,20 @@ impl Encoder {
         packed.get(..length).filter(|packed| !packed.is_empty())
     }
 
-    fn seen_pages(&mut self, run: Run, flags: u8, payload: &[u8]) -> Result<(), StreamError> {
+    fn checksummed_pages(
+        &mut self,
+        run: PageRun,
+        flags: u8,
+        payload: &[u8],
+    ) -> Result<(), StreamError> {
         let bytes = payload.len() as u64;
-        let head = self.head(Kind::Pages, flags, run, bytes, payload_check(payload))?;
+        let head = self.head(
+            RecordKind::Pages,
+            flags,
+            run,
+            bytes,
+            payload_checksum(payload),
+        )?;
         self.count_pages(run.pages, bytes);
         if payload.len() < LARGE {
             self.gather(&head)?;
@@ -199,7 +217,7 @@ impl Encoder {
     }
 
     fn count_pages(&mut self, pages: u64, payload: u64) {
-        self.counts.add(Counts {
+        self.counts.add(StreamCounts {
             pages,
             zeros: 0,
             payload,
@@ -208,16 +226,16 @@ impl Encoder {
 
     fn head(
         &mut self,
-        kind: Kind,
+        kind: RecordKind,
         flags: u8,
-        run: Run,
+        run: PageRun,
         length: u64,
-        payload: u64,
-    ) -> Result<[u8; HEAD], StreamError> {
+        payload_checksum: u64,
+    ) -> Result<[u8; RECORD_HEADER_SIZE], StreamError> {
         let (Ok(block), Ok(length)) = (u16::try_from(run.block), u32::try_from(length)) else {
-            return Err(out_of_layout(run, 0));
+            return Err(invalid_run(run, 0));
         };
-        let head = Head {
+        let head = RecordHeader {
             kind,
             flags,
             block,
@@ -225,7 +243,7 @@ impl Encoder {
             sequence: self.sequence,
             first: run.first,
             pages: run.pages,
-            payload,
+            payload_checksum,
         };
         self.sequence += 1;
         Ok(head.encode(&mut self.chain))
@@ -241,28 +259,28 @@ impl Encoder {
     }
 
     fn write_with(&mut self, payload: &[u8]) -> Result<(), StreamError> {
-        let before = self.wire.offset();
+        let before = self.transport.offset();
         let mut slices = [IoSlice::new(&self.gathered), IoSlice::new(payload)];
-        let done = self.wire.write(&mut slices);
+        let done = self.transport.write(&mut slices);
         self.gathered.clear();
         self.note(before);
         done
     }
 
     fn note(&self, before: u64) {
-        let count = self.wire.offset().saturating_sub(before);
+        let count = self.transport.offset().saturating_sub(before);
         self.total.fetch_add(count, Ordering::Relaxed);
     }
 }
 
 /// The bytes of a run that fits into a record.
-fn length(run: Run) -> usize {
+fn length(run: PageRun) -> usize {
     usize::try_from(run.pages.saturating_mul(PAGE_SIZE)).unwrap_or(0)
 }
 
 /// That the caller's run is none.
-pub(super) fn out_of_layout(run: Run, bytes: usize) -> StreamError {
-    StreamError::Run {
+pub(super) fn invalid_run(run: PageRun, bytes: usize) -> StreamError {
+    StreamError::InvalidRun {
         block: run.block,
         first: run.first,
         pages: run.pages,

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::format::{VERSION, WORDS_MAX};
+use super::format::{MESSAGE_MAX, VERSION};
 use super::Address;
 use crate::PAGE_SIZE;
 
@@ -36,14 +36,14 @@ pub enum StreamError {
         source: Arc<io::Error>,
     },
     /// Nobody, or too few, came within the time that they have.
-    #[error("{there} of {wanted} channels were connected within {limit:?}")]
-    Missing {
+    #[error("{there} of {wanted} channels were connected within {timeout:?}")]
+    MissingChannels {
         /// Channels that were there.
         there: usize,
         /// Channels that were announced.
         wanted: usize,
         /// The time they had.
-        limit: Duration,
+        timeout: Duration,
     },
     /// The options do not go together, or exceed what the format has room for.
     #[error("{0}")]
@@ -77,7 +77,7 @@ pub enum StreamError {
         offset: u64,
     },
     /// The other side is connected and silent.
-    #[error("channel {channel}, byte {offset}: {doing}: nothing went on for {limit:?}")]
+    #[error("channel {channel}, byte {offset}: {doing}: nothing went on for {timeout:?}")]
     Stalled {
         /// The channel.
         channel: u16,
@@ -86,14 +86,14 @@ pub enum StreamError {
         /// What was waited for.
         doing: &'static str,
         /// How long it was waited for.
-        limit: Duration,
+        timeout: Duration,
     },
     /// The receiver does not take the stream. Its words.
     #[error("the receiver refuses the stream: {0}")]
     Refused(String),
     /// The receiver took the stream and gave up later. Its words.
     #[error("the receiver has given up: {0}")]
-    GaveUp(String),
+    ReceiverFailed(String),
     /// The receiver said what it must not say there.
     #[error("channel {channel}: the receiver's answer makes no sense: {fault}")]
     Answer {
@@ -129,7 +129,7 @@ pub enum StreamError {
     },
     /// The caller gave pages that the layout has not, or bytes that are not theirs.
     #[error("{pages} pages from page {first} of block {block} on, given with {bytes} bytes, are not pages of the layout")]
-    Run {
+    InvalidRun {
         /// Index of the block.
         block: usize,
         /// The first page.
@@ -141,7 +141,7 @@ pub enum StreamError {
     },
     /// What is in the memory files is not what the sender has.
     #[error("the memory files' digest is {here:032x}, the sender's {there:032x}: some page is not as it was sent")]
-    Content {
+    ContentMismatch {
         /// The digest of the files.
         here: u128,
         /// The digest that the sender gave.
@@ -160,7 +160,7 @@ pub enum Fault {
     #[error("the header says that it has {0} bytes, which no header has")]
     HeaderLength(u32),
     #[error("the header is damaged: its check value does not fit")]
-    HeaderCheck,
+    HeaderChecksum,
     #[error("the header has bytes that belong to nothing")]
     HeaderContent,
     #[error("pages of {0} bytes; this receiver knows pages of {PAGE_SIZE} bytes only")]
@@ -170,33 +170,33 @@ pub enum Fault {
     #[error("it is channel {channel} of {channels}, which cannot be")]
     Channels { channel: u16, channels: u16 },
     #[error("the header has {0} blocks, which is none or too many")]
-    BlockCount(u32),
+    RamBlockCount(u32),
     #[error("the name of block {0} is empty, too long, not UTF-8, or taken")]
-    BlockName(u32),
+    RamBlockName(u32),
     #[error("block {block} has {pages} pages, which is none or too many")]
-    BlockPages { block: u32, pages: u64 },
+    RamBlockPages { block: u32, pages: u64 },
     #[error("the sender waits for answers, which cannot be given here")]
     OneWay,
     #[error("its header is not that of the other channels' migration")]
     OtherMigration,
     #[error("there was a channel {0} already")]
-    ChannelTwice(u16),
+    DuplicateChannel(u16),
     #[error("the stream ends before its header does")]
-    EndedInHeader,
+    TruncatedHeader,
     #[error("the stream ends without its final record")]
-    Ended,
+    MissingFinalRecord,
     #[error("the stream ends inside a record")]
-    EndedInside,
+    TruncatedRecord,
     #[error("the record is damaged, or out of its place: its check value does not fit")]
-    HeadCheck,
+    RecordChecksum,
     #[error("the record has the number {0}, expected was {1}")]
     Sequence(u64, u64),
     #[error("there is no record of kind {0}")]
-    Kind(u8),
+    RecordKind(u8),
     #[error("a record of kind {kind} has the flags {flags:#x}")]
     Flags { kind: u8, flags: u8 },
     #[error("the record is for block {0}, which does not exist")]
-    Block(u16),
+    RamBlock(u16),
     #[error("the record is for {pages} pages from page {first} on, the block has {has}")]
     Outside { first: u64, pages: u64, has: u64 },
     #[error("the record has {0} pages, which is none or too many")]
@@ -206,11 +206,11 @@ pub enum Fault {
     #[error("a field is not zero that must be")]
     Reserved,
     #[error("the pages' check value does not fit: they were changed on the way")]
-    Payload,
+    PayloadChecksum,
     #[error("the compressed pages cannot be unpacked into {pages} pages: {why}")]
     Compressed { pages: u64, why: String },
     #[error("round {0} ends, expected was the end of round {1}")]
-    Round(u64, u64),
+    IterationEnd(u64, u64),
     #[error("the final record says {said} {what}, there were {seen}")]
     Count {
         what: &'static str,
@@ -218,17 +218,17 @@ pub enum Fault {
         seen: u64,
     },
     #[error("the final records of the channels differ")]
-    Finals,
+    FinalRecordsDiffer,
     #[error("the digest of the stream in the final record does not fit")]
     StreamDigest,
     #[error("something follows the final record")]
-    Trailing,
+    TrailingData,
     #[error("it is not an answer, or damaged")]
     AnswerFormat,
     #[error("an answer of kind {0} was not asked for")]
     AnswerKind(u8),
-    #[error("its words have {0} bytes, more than {WORDS_MAX}")]
-    AnswerWords(u16),
+    #[error("its words have {0} bytes, more than {MESSAGE_MAX}")]
+    AnswerMessage(u16),
 }
 
 /// Why the memory files cannot take a stream.
@@ -238,26 +238,26 @@ pub enum DestinationError {
     #[error("no memory file was given")]
     NoFile,
     #[error("two memory files were given for block '{0}'")]
-    Twice(String),
+    DuplicateFile(String),
     #[error("the stream has block '{block}', for which no memory file was given (given: {given})")]
-    Unknown { block: String, given: String },
+    NoFileForBlock { block: String, given: String },
     #[error("the stream has {blocks} blocks ({names}), and only one memory file was given: give each as NAME=PATH")]
     NeedNames { blocks: usize, names: String },
     #[error("a memory file was given for block '{0}', which the stream has not")]
-    Unused(String),
+    UnusedFile(String),
     #[error("{} has {has} bytes, block '{block}' of the stream {wanted}: give a file of that size, or none that exists", path.display())]
-    Size {
+    SizeMismatch {
         path: PathBuf,
         block: String,
         has: u64,
         wanted: u64,
     },
     #[error("{} is not a regular file: memory is received into files only", .0.display())]
-    Kind(PathBuf),
+    NotRegularFile(PathBuf),
     #[error("another receiver is at work on {}", .0.display())]
     Busy(PathBuf),
     #[error("the memory files could not be compared with the sender's memory")]
-    Check,
+    DigestFailed,
     #[error("{}: {doing}: {source}", path.display())]
     Io {
         path: PathBuf,

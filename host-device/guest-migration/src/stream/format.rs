@@ -14,7 +14,7 @@ pub const CHANNELS_MAX: u16 = 64;
 /// The most pages that one record carries.
 pub const RECORD_PAGES: u64 = 256;
 /// The most bytes of a receiver's words.
-pub const WORDS_MAX: u16 = 1024;
+pub const MESSAGE_MAX: u16 = 1024;
 
 pub(super) const MAGIC: [u8; 8] = *b"\x8dPAGES\r\n";
 /// Bytes of a header up to its length, which are read first.
@@ -24,10 +24,10 @@ const NAME_MAX: usize = 255;
 const BLOCKS_MAX: usize = 256;
 /// 16 TiB.
 const BLOCK_PAGES_MAX: u64 = 1 << 32;
-const CHECK: usize = 8;
-const HEADER_MAX: usize = HEADER_FIXED + BLOCKS_MAX * (10 + NAME_MAX) + CHECK;
-pub(super) const HEAD: usize = 48;
-pub(super) const FINAL: usize = 96;
+const CHECKSUM_SIZE: usize = 8;
+const HEADER_MAX: usize = HEADER_FIXED + BLOCKS_MAX * (10 + NAME_MAX) + CHECKSUM_SIZE;
+pub(super) const RECORD_HEADER_SIZE: usize = 48;
+pub(super) const FINAL_SIZE: usize = 96;
 pub(super) const ANSWER_FIXED: usize = 8;
 const ANSWER_MAGIC: [u8; 4] = *b"\x8dANS";
 
@@ -35,7 +35,7 @@ const ANSWER_MAGIC: [u8; 4] = *b"\x8dANS";
 const HEADER_ANSWERS: u32 = 1;
 
 /// The bytes of a record's raw payload. No record that is within bounds overflows.
-pub(super) const fn bytes_of(pages: u64) -> u64 {
+pub(super) const fn page_bytes(pages: u64) -> u64 {
     pages.saturating_mul(PAGE_SIZE)
 }
 
@@ -76,27 +76,27 @@ impl<'a> Fields<'a> {
 
 /// A block as the header names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct BlockName {
+pub(super) struct RamBlockEntry {
     pub name: String,
     pub pages: u64,
 }
 
 /// What each channel begins with.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct StreamHeader {
     pub answers: bool,
     pub id: [u8; 16],
     pub channel: u16,
     pub channels: u16,
     pub seed: u64,
-    pub blocks: Vec<BlockName>,
+    pub blocks: Vec<RamBlockEntry>,
 }
 
-impl Header {
+impl StreamHeader {
     /// The bytes, and the check value that the chain of records begins with. `None` if the format has no room for it.
     pub fn encode(&self) -> Option<(Vec<u8>, u64)> {
         let names: usize = self.blocks.iter().map(|block| 10 + block.name.len()).sum();
-        let length = HEADER_FIXED + names + CHECK;
+        let length = HEADER_FIXED + names + CHECKSUM_SIZE;
         let mut bytes = Vec::with_capacity(length);
         bytes.extend(MAGIC);
         bytes.extend(VERSION.to_le_bytes());
@@ -128,7 +128,7 @@ impl Header {
         let (Some(magic), Some(version), Some(length)) =
             (fields.array::<8>(), fields.u32(), fields.u32())
         else {
-            return Err(Fault::EndedInHeader);
+            return Err(Fault::TruncatedHeader);
         };
         if magic != MAGIC {
             return Err(Fault::Magic(magic));
@@ -137,7 +137,7 @@ impl Header {
             return Err(Fault::Version(version));
         }
         match usize::try_from(length) {
-            Ok(bytes) if (HEADER_FIXED + CHECK..=HEADER_MAX).contains(&bytes) => Ok(bytes),
+            Ok(bytes) if (HEADER_FIXED + CHECKSUM_SIZE..=HEADER_MAX).contains(&bytes) => Ok(bytes),
             _ => Err(Fault::HeaderLength(length)),
         }
     }
@@ -146,16 +146,16 @@ impl Header {
     pub fn decode(bytes: &[u8]) -> Result<(Self, u64), Fault> {
         let length = Self::length(bytes)?;
         if bytes.len() != length {
-            return Err(Fault::EndedInHeader);
+            return Err(Fault::TruncatedHeader);
         }
         let (body, check) = bytes
-            .split_at_checked(length - CHECK)
-            .ok_or(Fault::EndedInHeader)?;
-        let check = Fields(check).u64().ok_or(Fault::EndedInHeader)?;
+            .split_at_checked(length - CHECKSUM_SIZE)
+            .ok_or(Fault::TruncatedHeader)?;
+        let check = Fields(check).u64().ok_or(Fault::TruncatedHeader)?;
         if xxh3_64(body) != check {
-            return Err(Fault::HeaderCheck);
+            return Err(Fault::HeaderChecksum);
         }
-        let mut fields = Fields(body.get(HEADER_START..).ok_or(Fault::EndedInHeader)?);
+        let mut fields = Fields(body.get(HEADER_START..).ok_or(Fault::TruncatedHeader)?);
         Self::fields(&mut fields)
             .unwrap_or(Err(Fault::HeaderContent))
             .map(|header| (header, check))
@@ -182,24 +182,24 @@ impl Header {
             return Some(Err(Fault::Reserved));
         }
         if !(1..=BLOCKS_MAX).contains(&(count as usize)) {
-            return Some(Err(Fault::BlockCount(count)));
+            return Some(Err(Fault::RamBlockCount(count)));
         }
-        let mut blocks: Vec<BlockName> = Vec::new();
+        let mut blocks: Vec<RamBlockEntry> = Vec::new();
         for block in 0..count {
             let pages = fields.u64()?;
             let length = usize::from(fields.u16()?);
             let name = String::from_utf8(fields.bytes(length)?.to_vec());
             if !(1..=BLOCK_PAGES_MAX).contains(&pages) {
-                return Some(Err(Fault::BlockPages { block, pages }));
+                return Some(Err(Fault::RamBlockPages { block, pages }));
             }
             match name {
                 Ok(name)
                     if (1..=NAME_MAX).contains(&length)
                         && blocks.iter().all(|other| other.name != name) =>
                 {
-                    blocks.push(BlockName { name, pages });
+                    blocks.push(RamBlockEntry { name, pages });
                 }
-                _ => return Some(Err(Fault::BlockName(block))),
+                _ => return Some(Err(Fault::RamBlockName(block))),
             }
         }
         if !fields.0.is_empty() {
@@ -218,28 +218,28 @@ impl Header {
 
 /// What a record is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum RecordKind {
     Pages,
     Zeros,
-    Round,
+    IterationEnd,
     Final,
 }
 
-impl Kind {
+impl RecordKind {
     const fn number(self) -> u8 {
         match self {
             Self::Pages => 1,
             Self::Zeros => 2,
-            Self::Round => 3,
+            Self::IterationEnd => 3,
             Self::Final => 4,
         }
     }
 
-    const fn of(number: u8) -> Option<Self> {
+    const fn from_number(number: u8) -> Option<Self> {
         match number {
             1 => Some(Self::Pages),
             2 => Some(Self::Zeros),
-            3 => Some(Self::Round),
+            3 => Some(Self::IterationEnd),
             4 => Some(Self::Final),
             _ => None,
         }
@@ -249,12 +249,12 @@ impl Kind {
 /// The payload is compressed.
 pub(super) const FLAG_ZSTD: u8 = 1;
 /// The payload has no check value: the sender has not seen it.
-pub(super) const FLAG_UNSEEN: u8 = 2;
+pub(super) const FLAG_NO_CHECKSUM: u8 = 2;
 
 /// The head of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Head {
-    pub kind: Kind,
+pub(super) struct RecordHeader {
+    pub kind: RecordKind,
     pub flags: u8,
     pub block: u16,
     /// Bytes that follow the head.
@@ -264,13 +264,13 @@ pub(super) struct Head {
     pub first: u64,
     pub pages: u64,
     /// Check value of the payload, or 0.
-    pub payload: u64,
+    pub payload_checksum: u64,
 }
 
-impl Head {
+impl RecordHeader {
     /// The bytes after a record, or header, whose check value was `chain`, which becomes this one's.
-    pub fn encode(&self, chain: &mut u64) -> [u8; HEAD] {
-        let mut bytes = [0; HEAD];
+    pub fn encode(&self, chain: &mut u64) -> [u8; RECORD_HEADER_SIZE] {
+        let mut bytes = [0; RECORD_HEADER_SIZE];
         let words = [
             u64::from(self.kind.number())
                 | u64::from(self.flags) << 8
@@ -279,12 +279,12 @@ impl Head {
             self.sequence,
             self.first,
             self.pages,
-            self.payload,
+            self.payload_checksum,
         ];
         for (slot, word) in bytes.chunks_exact_mut(8).zip(words) {
             slot.copy_from_slice(&word.to_le_bytes());
         }
-        if let Some((body, check)) = bytes.split_last_chunk_mut::<CHECK>() {
+        if let Some((body, check)) = bytes.split_last_chunk_mut::<CHECKSUM_SIZE>() {
             *chain = xxh3_64_with_seed(body, *chain);
             *check = chain.to_le_bytes();
         }
@@ -293,16 +293,20 @@ impl Head {
 
     /// The head in these bytes after a record or header whose check value was `chain`, which becomes this one's. It must
     /// have the number `sequence`.
-    pub fn decode(bytes: &[u8; HEAD], chain: &mut u64, sequence: u64) -> Result<Self, Fault> {
-        let Some((body, check)) = bytes.split_last_chunk::<CHECK>() else {
-            return Err(Fault::HeadCheck);
+    pub fn decode(
+        bytes: &[u8; RECORD_HEADER_SIZE],
+        chain: &mut u64,
+        sequence: u64,
+    ) -> Result<Self, Fault> {
+        let Some((body, check)) = bytes.split_last_chunk::<CHECKSUM_SIZE>() else {
+            return Err(Fault::RecordChecksum);
         };
         let expected = xxh3_64_with_seed(body, *chain);
         if u64::from_le_bytes(*check) != expected {
-            return Err(Fault::HeadCheck);
+            return Err(Fault::RecordChecksum);
         }
         *chain = expected;
-        let head = Self::fields(&mut Fields(body)).unwrap_or(Err(Fault::HeadCheck))?;
+        let head = Self::fields(&mut Fields(body)).unwrap_or(Err(Fault::RecordChecksum))?;
         if head.sequence != sequence {
             return Err(Fault::Sequence(head.sequence, sequence));
         }
@@ -312,8 +316,8 @@ impl Head {
     /// `None` if the bytes end too early.
     fn fields(fields: &mut Fields<'_>) -> Option<Result<Self, Fault>> {
         let number = fields.u8()?;
-        let Some(kind) = Kind::of(number) else {
-            return Some(Err(Fault::Kind(number)));
+        let Some(kind) = RecordKind::from_number(number) else {
+            return Some(Err(Fault::RecordKind(number)));
         };
         Some(Ok(Self {
             kind,
@@ -323,7 +327,7 @@ impl Head {
             sequence: fields.u64()?,
             first: fields.u64()?,
             pages: fields.u64()?,
-            payload: fields.u64()?,
+            payload_checksum: fields.u64()?,
         }))
     }
 
@@ -331,7 +335,9 @@ impl Head {
     fn check(&self) -> Result<(), Fault> {
         let flags = match self.kind {
             // What is compressed was seen.
-            Kind::Pages if self.flags != FLAG_ZSTD | FLAG_UNSEEN => FLAG_ZSTD | FLAG_UNSEEN,
+            RecordKind::Pages if self.flags != FLAG_ZSTD | FLAG_NO_CHECKSUM => {
+                FLAG_ZSTD | FLAG_NO_CHECKSUM
+            }
             _ => 0,
         };
         if self.flags & !flags != 0 {
@@ -346,11 +352,11 @@ impl Head {
             pages: self.pages,
         });
         match self.kind {
-            Kind::Pages => {
+            RecordKind::Pages => {
                 if !(1..=RECORD_PAGES).contains(&self.pages) {
                     return Err(Fault::Pages(self.pages));
                 }
-                let raw = bytes_of(self.pages);
+                let raw = page_bytes(self.pages);
                 let fits = match self.flags & FLAG_ZSTD {
                     0 => length == raw,
                     _ => (1..raw).contains(&length),
@@ -358,31 +364,31 @@ impl Head {
                 if !fits {
                     return wrong_length;
                 }
-                if self.flags & FLAG_UNSEEN != 0 && self.payload != 0 {
+                if self.flags & FLAG_NO_CHECKSUM != 0 && self.payload_checksum != 0 {
                     return Err(Fault::Reserved);
                 }
             }
-            Kind::Zeros => {
+            RecordKind::Zeros => {
                 if self.pages == 0 {
                     return Err(Fault::Pages(0));
                 }
                 if length != 0 {
                     return wrong_length;
                 }
-                if self.payload != 0 {
+                if self.payload_checksum != 0 {
                     return Err(Fault::Reserved);
                 }
             }
-            Kind::Round => {
+            RecordKind::IterationEnd => {
                 if length != 0 {
                     return wrong_length;
                 }
-                if self.pages != 0 || self.payload != 0 || self.block != 0 {
+                if self.pages != 0 || self.payload_checksum != 0 || self.block != 0 {
                     return Err(Fault::Reserved);
                 }
             }
-            Kind::Final => {
-                if length != FINAL as u64 {
+            RecordKind::Final => {
+                if length != FINAL_SIZE as u64 {
                     return wrong_length;
                 }
                 if self.pages != 0 || self.block != 0 {
@@ -395,13 +401,13 @@ impl Head {
 }
 
 /// The check value of a payload that the sender has seen.
-pub(super) fn payload_check(payload: &[u8]) -> u64 {
+pub(super) fn payload_checksum(payload: &[u8]) -> u64 {
     xxh3_64(payload)
 }
 
 /// What was sent, on one channel or on all.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Counts {
+pub(super) struct StreamCounts {
     /// Pages with content.
     pub pages: u64,
     /// Pages of zeros.
@@ -410,7 +416,7 @@ pub(super) struct Counts {
     pub payload: u64,
 }
 
-impl Counts {
+impl StreamCounts {
     pub fn add(&mut self, other: Self) {
         self.pages = self.pages.saturating_add(other.pages);
         self.zeros = self.zeros.saturating_add(other.zeros);
@@ -421,7 +427,7 @@ impl Counts {
 /// What the final record says of all channels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Totals {
-    pub counts: Counts,
+    pub counts: StreamCounts,
     /// The digest of the memory's content, if the sender has one.
     pub content: Option<u128>,
     /// [`stream_digest`] of all channels.
@@ -432,13 +438,13 @@ pub(super) struct Totals {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Final {
     /// Of this channel.
-    pub counts: Counts,
+    pub counts: StreamCounts,
     pub totals: Totals,
 }
 
 impl Final {
-    pub fn encode(&self) -> [u8; FINAL] {
-        let mut bytes = [0; FINAL];
+    pub fn encode(&self) -> [u8; FINAL_SIZE] {
+        let mut bytes = [0; FINAL_SIZE];
         let content = self.totals.content;
         let counts = [self.counts, self.totals.counts];
         let words = counts
@@ -461,7 +467,7 @@ impl Final {
     /// `None` if the bytes end too early, or a field that must be zero is not.
     fn fields(fields: &mut Fields<'_>) -> Option<Self> {
         let mut counts = || {
-            Some(Counts {
+            Some(StreamCounts {
                 pages: fields.u64()?,
                 zeros: fields.u64()?,
                 payload: fields.u64()?,
@@ -526,7 +532,7 @@ impl Answer {
         };
         let mut bytes = ANSWER_MAGIC.to_vec();
         bytes.extend([self.number(), 0]);
-        // No longer than `WORDS_MAX`.
+        // No longer than `MESSAGE_MAX`.
         bytes.extend((words.len() as u16).to_le_bytes());
         bytes.extend(words.bytes());
         bytes.extend(xxh3_64(&bytes).to_le_bytes());
@@ -541,14 +547,14 @@ impl Answer {
         }
         fields.u16();
         match fields.u16() {
-            Some(words) if words <= WORDS_MAX => Ok(usize::from(words) + CHECK),
-            words => Err(Fault::AnswerWords(words.unwrap_or(0))),
+            Some(words) if words <= MESSAGE_MAX => Ok(usize::from(words) + CHECKSUM_SIZE),
+            words => Err(Fault::AnswerMessage(words.unwrap_or(0))),
         }
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, Fault> {
         let parts = bytes
-            .split_last_chunk::<CHECK>()
+            .split_last_chunk::<CHECKSUM_SIZE>()
             .and_then(|(body, check)| Some((body, check, body.split_at_checked(ANSWER_FIXED)?)));
         let Some((body, check, (fixed, words))) = parts else {
             return Err(Fault::AnswerFormat);
@@ -568,9 +574,9 @@ impl Answer {
     }
 }
 
-/// At most [`WORDS_MAX`] bytes of a text, whole characters.
+/// At most [`MESSAGE_MAX`] bytes of a text, whole characters.
 fn shortened(text: &str) -> &str {
-    let mut end = text.len().min(usize::from(WORDS_MAX));
+    let mut end = text.len().min(usize::from(MESSAGE_MAX));
     while !text.is_char_boundary(end) {
         end -= 1;
     }

@@ -7,21 +7,21 @@
 //!
 //! ```
 //! use std::sync::Arc;
-//! use migration::stream::{Destination, Listener, Options, Receiver, ReceiverOptions, Writer};
-//! use migration::{Block, Layout, Run, PAGE_SIZE};
+//! use guest_migration::stream::{Destination, Listener, WriterOptions, Receiver, ReceiverOptions, Writer};
+//! use guest_migration::{RamBlock, Layout, PageRun, PAGE_SIZE};
 //!
 //! # let dir = tempfile::tempdir()?;
 //! let address = format!("unix:{}", dir.path().join("socket").display()).parse()?;
 //! let file = dir.path().join("memory");
 //! let listener = Listener::bind(&address)?;
-//! let receiver = Receiver::new(listener, Destination::single(&file), ReceiverOptions::default())?;
+//! let receiver = Receiver::new(listener, Destination::with_file(&file), ReceiverOptions::default())?;
 //! let receiving = std::thread::spawn(move || receiver.run());
 //!
-//! let layout = Layout::new([Block::new("ram", 64 * PAGE_SIZE)?], [])?;
-//! let mut writer = Writer::start(address, &layout, Options::default())?;
-//! let run = Run { block: 0, first: 3, pages: 1 };
+//! let layout = Layout::new([RamBlock::new("ram", 64 * PAGE_SIZE)?], [])?;
+//! let mut writer = Writer::start(address, &layout, WriterOptions::default())?;
+//! let run = PageRun { block: 0, first: 3, pages: 1 };
 //! writer.pages(run, &[7; PAGE_SIZE as usize])?;
-//! writer.end_round()?;
+//! writer.end_iteration()?;
 //! assert!(writer.finish(None)?.confirmed);
 //!
 //! assert_eq!(receiving.join().unwrap()?.pages, 1);
@@ -34,22 +34,22 @@ mod control;
 mod decoder;
 mod destination;
 mod encoder;
+mod endpoint;
 mod error;
 mod format;
-mod progress;
+mod receive_progress;
 mod receiver;
 #[cfg(test)]
 mod tests;
 mod transport;
-mod wire;
 mod workers;
 mod writer;
 
 pub use address::{Address, AddressError};
 pub use destination::Destination;
+pub use endpoint::Listener;
 pub use error::{DestinationError, Fault, StreamError};
-pub use format::{CHANNELS_MAX, RECORD_PAGES, VERSION, WORDS_MAX};
-pub use progress::{Phase, Progress};
+pub use format::{CHANNELS_MAX, MESSAGE_MAX, RECORD_PAGES, VERSION};
+pub use receive_progress::{ReceivePhase, ReceiveProgress};
 pub use receiver::{receive, Received, Receiver, ReceiverOptions};
-pub use transport::Listener;
-pub use writer::{Compression, Options, Receipt, Target, Writer};
+pub use writer::{Compression, Receipt, Target, Writer, WriterOptions};

@@ -8,18 +8,18 @@ use std::time::{Duration, Instant};
 
 use super::control::Control;
 use super::decoder::{Decoder, Record};
-use super::destination::{Destination, Marked, Opened};
+use super::destination::{Destination, IncompleteFiles, OpenFiles};
+use super::endpoint::Listener;
 use super::error::Fault;
-use super::format::{stream_digest, Answer, Counts, Final, Header, CHANNELS_MAX};
-use super::progress::{Phase, Progress};
-use super::transport::Listener;
-use super::wire::Wire;
+use super::format::{stream_digest, Answer, Final, StreamCounts, StreamHeader, CHANNELS_MAX};
+use super::receive_progress::{ReceivePhase, ReceiveProgress};
+use super::transport::Transport;
 use super::{Address, StreamError};
 use crate::digest::PageHasher;
-use crate::Cancel;
+use crate::CancelToken;
 
 /// How often a sender that waits for the verdict is told to wait on.
-const STILL_WORKING: Duration = Duration::from_secs(1);
+const WORKING_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a sender has to hear why its stream was given up.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -27,20 +27,20 @@ const LINGER: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone)]
 pub struct ReceiverOptions {
     /// How long to wait for a sender's first channel; `None` is for ever.
-    pub wait: Option<Duration>,
+    pub accept_timeout: Option<Duration>,
     /// How long the sender may take for its other channels and its headers, and inside a record. Between records it may
     /// be silent for as long as it likes: a connection that dies meanwhile is noticed.
-    pub limit: Duration,
+    pub timeout: Duration,
     /// Ends it from another thread.
-    pub cancel: Cancel,
+    pub cancel: CancelToken,
 }
 
 impl Default for ReceiverOptions {
     fn default() -> Self {
         Self {
-            wait: None,
-            limit: Duration::from_secs(30),
-            cancel: Cancel::default(),
+            accept_timeout: None,
+            timeout: Duration::from_secs(30),
+            cancel: CancelToken::default(),
         }
     }
 }
@@ -55,7 +55,7 @@ pub struct Received {
     /// Pages of zeros, each as often as they came.
     pub zeros: u64,
     /// Rounds that were ended.
-    pub rounds: u64,
+    pub iterations: u64,
     /// Channels.
     pub channels: u16,
     /// The blocks' names, numbers of pages and files.
@@ -72,10 +72,10 @@ pub struct Receiver {
     address: Address,
     /// Until all channels are there: whoever comes later is refused by the system, at once.
     listener: Option<Listener>,
-    marked: Marked,
+    marked: IncompleteFiles,
     options: ReceiverOptions,
     control: Arc<Control>,
-    progress: Progress,
+    progress: ReceiveProgress,
 }
 
 /// Receives one stream that comes to `address` into `destination`, and waits for it as long as it takes.
@@ -103,15 +103,15 @@ impl Receiver {
         Ok(Self {
             address: listener.address().clone(),
             listener: Some(listener),
-            marked: destination.mark()?,
+            marked: destination.mark_incomplete()?,
             options,
             control,
-            progress: Progress::default(),
+            progress: ReceiveProgress::default(),
         })
     }
 
     /// How far it has come, readable from other threads.
-    pub fn progress(&self) -> Progress {
+    pub fn progress(&self) -> ReceiveProgress {
         self.progress.clone()
     }
 
@@ -128,10 +128,10 @@ impl Receiver {
     pub fn run(mut self) -> Result<Received, StreamError> {
         let mut channels = Vec::new();
         let done = self.receive(&mut channels);
-        self.progress.set_phase(Phase::Ended);
+        self.progress.set_phase(ReceivePhase::Ended);
         if let Err(error) = &done {
-            self.marked.failed(&error.to_string());
-            hang_up(&mut channels, error);
+            self.marked.write_failure(&error.to_string());
+            report_failure(&mut channels, error);
         }
         done
     }
@@ -140,9 +140,9 @@ impl Receiver {
         let opened = self
             .accept(channels)
             .map_err(|error| self.control.stop(error))?;
-        self.progress.set_phase(Phase::Receiving);
-        let finals = self.take_in(channels, &opened)?;
-        self.progress.set_phase(Phase::Checking);
+        self.progress.set_phase(ReceivePhase::Receiving);
+        let finals = self.receive_records(channels, &opened)?;
+        self.progress.set_phase(ReceivePhase::Checking);
         let (counts, checked) = self
             .check(channels, &finals, &opened)
             .map_err(|error| self.control.stop(error))?;
@@ -153,7 +153,7 @@ impl Receiver {
             bytes: channels.iter().map(|it| it.decoder.offset()).sum(),
             pages: counts.pages,
             zeros: counts.zeros,
-            rounds: finals.first().map_or(0, |last| last.rounds),
+            iterations: finals.first().map_or(0, |last| last.iterations),
             channels: u16::try_from(channels.len()).unwrap_or(CHANNELS_MAX),
             blocks: blocks
                 .map(|(block, path)| (block.name.clone(), block.pages, path))
@@ -169,34 +169,34 @@ impl Receiver {
     }
 
     /// Takes all channels and their headers, opens the files, and accepts the stream.
-    fn accept(&mut self, channels: &mut Vec<Channel>) -> Result<Opened, StreamError> {
+    fn accept(&mut self, channels: &mut Vec<Channel>) -> Result<OpenFiles, StreamError> {
         let Some(mut listener) = self.listener.take() else {
             return Err(StreamError::Cancelled);
         };
         let mut wanted = 1;
-        let mut limit = self.options.wait;
+        let mut timeout = self.options.accept_timeout;
         let mut end = None;
         while channels.len() < usize::from(wanted) {
-            let accepted = listener.accept(&self.control, limit)?;
+            let accepted = listener.accept(&self.control, timeout)?;
             let Some(fd) = accepted else {
-                return Err(StreamError::Missing {
+                return Err(StreamError::MissingChannels {
                     there: channels.len(),
                     wanted: usize::from(wanted),
-                    limit: limit.unwrap_or_default(),
+                    timeout: timeout.unwrap_or_default(),
                 });
             };
             let now = Instant::now();
-            let wire = Wire::new(fd, &self.control, 0, self.options.limit)?;
-            channels.push(Channel::new(wire, self.options.limit));
-            let many = listener.many();
+            let transport = Transport::new(fd, &self.control, 0, self.options.timeout)?;
+            channels.push(Channel::new(transport, self.options.timeout));
+            let accepts_many = listener.accepts_many();
             let (newest, others) = match channels.split_last_mut() {
                 Some(split) => split,
                 None => continue,
             };
-            newest.greet(others, many)?;
+            newest.read_header(others, accepts_many)?;
             wanted = newest.header.channels;
-            let end = *end.get_or_insert(now.checked_add(self.options.limit));
-            limit = end.map(|end| end.saturating_duration_since(Instant::now()));
+            let end = *end.get_or_insert(now.checked_add(self.options.timeout));
+            timeout = end.map(|end| end.saturating_duration_since(Instant::now()));
         }
         drop(listener);
         channels.sort_by_key(|channel| channel.header.channel);
@@ -217,13 +217,13 @@ impl Receiver {
     }
 
     /// Takes in all records of all channels, each in its thread.
-    fn take_in(
+    fn receive_records(
         &self,
         channels: &mut [Channel],
-        opened: &Opened,
-    ) -> Result<Vec<Ended>, StreamError> {
+        opened: &OpenFiles,
+    ) -> Result<Vec<ChannelResult>, StreamError> {
         let count = u16::try_from(channels.len()).unwrap_or(CHANNELS_MAX);
-        let inward = Inward {
+        let inward = ReceiveContext {
             control: &self.control,
             progress: &self.progress,
             opened,
@@ -257,18 +257,18 @@ impl Receiver {
     fn check(
         &self,
         channels: &mut [Channel],
-        finals: &[Ended],
-        opened: &Opened,
-    ) -> Result<(Counts, bool), StreamError> {
+        finals: &[ChannelResult],
+        opened: &OpenFiles,
+    ) -> Result<(StreamCounts, bool), StreamError> {
         let (Some(channel), Some(first)) = (channels.first_mut(), finals.first()) else {
             return Err(StreamError::Cancelled);
         };
         let fault = |fault| channel.decoder.fault(first.offset, fault);
         let totals = first.last.totals;
         if finals.iter().any(|it| it.last.totals != totals) {
-            return Err(fault(Fault::Finals));
+            return Err(fault(Fault::FinalRecordsDiffer));
         }
-        let mut seen = Counts::default();
+        let mut seen = StreamCounts::default();
         for ended in finals {
             seen.add(ended.last.counts);
         }
@@ -289,13 +289,13 @@ impl Receiver {
             return Ok((seen, false));
         };
         let hasher = PageHasher::new(channel.header.seed);
-        let (answers, wire) = (channel.header.answers, channel.decoder.source());
+        let (answers, transport) = (channel.header.answers, channel.decoder.source());
         let mut said = Instant::now();
         let here = opened.digest(&hasher, || {
             self.control.check()?;
-            if answers && said.elapsed() >= STILL_WORKING {
+            if answers && said.elapsed() >= WORKING_INTERVAL {
                 said = Instant::now();
-                wire.answer(&Answer::Working)?;
+                transport.answer(&Answer::Working)?;
             }
             Ok::<(), StreamError>(())
         })?;
@@ -303,23 +303,23 @@ impl Receiver {
         if here == there {
             Ok((seen, true))
         } else {
-            Err(StreamError::Content { here, there })
+            Err(StreamError::ContentMismatch { here, there })
         }
     }
 }
 
 /// One channel of a stream.
 struct Channel {
-    decoder: Decoder<Wire>,
-    header: Header,
+    decoder: Decoder<Transport>,
+    header: StreamHeader,
     accepted: bool,
 }
 
 impl Channel {
-    fn new(wire: Wire, limit: Duration) -> Self {
+    fn new(transport: Transport, timeout: Duration) -> Self {
         Self {
-            decoder: Decoder::start(wire, limit),
-            header: Header {
+            decoder: Decoder::new(transport, timeout),
+            header: StreamHeader {
                 // Until the header has come, a sender that can be answered is told what is wrong.
                 answers: true,
                 id: [0; 16],
@@ -333,17 +333,17 @@ impl Channel {
     }
 
     /// Reads the header, and compares it with those of the channels before.
-    fn greet(&mut self, others: &[Self], many: bool) -> Result<(), StreamError> {
+    fn read_header(&mut self, others: &[Self], accepts_many: bool) -> Result<(), StreamError> {
         let header = self.decoder.header()?;
         let fault = |fault| Err(self.decoder.fault(0, fault));
-        if !many && header.channels > 1 {
+        if !accepts_many && header.channels > 1 {
             return fault(Fault::Channels {
                 channel: header.channel,
                 channels: header.channels,
             });
         }
         if let Some(first) = others.first() {
-            let same = Header {
+            let same = StreamHeader {
                 channel: first.header.channel,
                 ..header.clone()
             };
@@ -352,11 +352,11 @@ impl Channel {
             }
         }
         if others.iter().any(|it| it.header.channel == header.channel) {
-            return fault(Fault::ChannelTwice(header.channel));
+            return fault(Fault::DuplicateChannel(header.channel));
         }
-        let wire = self.decoder.source();
-        wire.set_channel(header.channel);
-        if header.answers && !wire.two_way() {
+        let transport = self.decoder.source();
+        transport.set_channel(header.channel);
+        if header.answers && !transport.is_two_way() {
             return Err(self.decoder.fault(0, Fault::OneWay));
         }
         self.header = header;
@@ -365,28 +365,28 @@ impl Channel {
 }
 
 /// How a channel ended.
-struct Ended {
+struct ChannelResult {
     last: Final,
     /// Its check value before the final record, and where that is.
     chain: u64,
     offset: u64,
-    rounds: u64,
+    iterations: u64,
 }
 
 /// What the threads of the channels share.
-struct Inward<'a> {
+struct ReceiveContext<'a> {
     control: &'a Control,
-    progress: &'a Progress,
-    opened: &'a Opened,
+    progress: &'a ReceiveProgress,
+    opened: &'a OpenFiles,
     channels: u16,
 }
 
-impl Inward<'_> {
+impl ReceiveContext<'_> {
     /// Takes in the records of a channel.
-    fn run(&self, channel: &mut Channel) -> Result<Ended, StreamError> {
+    fn run(&self, channel: &mut Channel) -> Result<ChannelResult, StreamError> {
         let decoder = &mut channel.decoder;
         let mut before = 0;
-        let mut rounds = 0;
+        let mut iterations = 0;
         let (last, chain, offset) = loop {
             self.control.check()?;
             let at = decoder.offset();
@@ -399,11 +399,11 @@ impl Inward<'_> {
                     self.opened.zero(run.block, run.first, run.pages)?;
                     (0, run.pages)
                 }
-                Record::Round(round) => {
+                Record::IterationEnd(iteration) => {
                     // What is sent again in the next round must not be overtaken by another channel's of this one.
-                    self.control.meet(self.channels)?;
-                    self.progress.set_rounds(round);
-                    rounds = round;
+                    self.control.wait_at_barrier(self.channels)?;
+                    self.progress.set_iterations(iteration);
+                    iterations = iteration;
                     (0, 0)
                 }
                 Record::Final(last, chain) => break (last, chain, at),
@@ -412,25 +412,25 @@ impl Inward<'_> {
             before = decoder.offset();
         };
         self.progress.add(decoder.offset() - before, 0, 0);
-        decoder.nothing_follows()?;
-        Ok(Ended {
+        decoder.expect_end()?;
+        Ok(ChannelResult {
             last,
             chain,
             offset,
-            rounds,
+            iterations,
         })
     }
 }
 
 /// Tells the senders that can hear it why their stream has ended.
-fn hang_up(channels: &mut [Channel], error: &StreamError) {
+fn report_failure(channels: &mut [Channel], error: &StreamError) {
     for channel in channels.iter_mut().filter(|it| it.header.answers) {
         let words = error.to_string();
         let answer = match channel.accepted {
             true => Answer::Failed(words),
             false => Answer::Refused(words),
         };
-        channel.decoder.source().say_why(&answer);
+        channel.decoder.source().send_and_shut_down(&answer);
     }
     if let Some(end) = Instant::now().checked_add(LINGER) {
         for channel in channels.iter_mut().filter(|it| it.header.answers) {

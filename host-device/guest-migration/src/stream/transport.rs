@@ -1,347 +1,345 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How the channels of a stream come to be: connecting, listening, opening.
+//! One end of one channel: bytes out of it and into it, without ever waiting deafly.
 
-use std::fs::{self, File, OpenOptions};
-use std::io;
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::PollFlags;
-use rustix::io::Errno;
-use rustix::net::{
-    accept_with, connect, socket_with, sockopt, AddressFamily, SocketAddrUnix, SocketFlags,
-    SocketType,
-};
-use rustix::process::{getpid, pidfd_getfd, pidfd_open, PidfdFlags, PidfdGetfdFlags};
+use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, sendfile, FileType, OFlags};
+use rustix::io::{readv, writev, Errno};
+use rustix::net::{sockopt, Shutdown, SocketType};
 
 use super::control::Control;
-use super::{Address, StreamError};
+use super::error::Fault;
+use super::format::{Answer, ANSWER_FIXED};
+use super::StreamError;
 
-/// How long it takes to notice that a TCP peer's host is gone: a probe after this much silence, ...
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
-/// ... then this often, ...
-const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(5);
-/// ... and so many that may go unanswered.
-const KEEP_ALIVE_PROBES: u32 = 3;
-/// What is asked of the system for the buffer of a socket or a pipe. It may give less.
-const BUFFER: usize = 1 << 20;
-/// How long a full queue of a listening socket is left alone.
-const RETRY: Duration = Duration::from_millis(20);
+/// How long words of a receiver that has given up may take to arrive.
+const RECEIVER_ERROR_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Connects `channels` channels to `address`, or opens it for writing.
-pub(super) fn connect_to(
-    address: &Address,
-    channels: u16,
-    control: &Control,
-    limit: Duration,
-) -> Result<Vec<OwnedFd>, StreamError> {
-    if channels > 1 && matches!(address, Address::File(_) | Address::Fd(_)) {
-        return Err(StreamError::Options(format!(
-            "several channels need an address that can be connected to more than once; {address} cannot"
-        )));
-    }
-    (0..channels)
-        .map(|_| match connect_once(address, control, limit) {
-            Ok(Ok(fd)) => Ok(fd),
-            Ok(Err(error)) => Err(StreamError::Connect {
-                address: address.clone(),
-                source: Arc::new(error),
-            }),
-            Err(stopped) => Err(stopped),
-        })
-        .collect()
+/// What the transport of a channel is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TransportKind {
+    /// Both ways.
+    Socket,
+    /// One way.
+    Pipe,
+    /// One way, never waits.
+    File,
 }
 
-/// The outer error is a stop of the stream.
-fn connect_once(
-    address: &Address,
-    control: &Control,
-    limit: Duration,
-) -> Result<io::Result<OwnedFd>, StreamError> {
-    Ok(match address {
-        Address::Unix(path) => {
-            let target = match SocketAddrUnix::new(path) {
-                Ok(target) => target,
-                Err(error) => return Ok(Err(error.into())),
-            };
-            connect_socket(AddressFamily::UNIX, &target, control, limit)?
-        }
-        Address::Tcp(host, port) => {
-            let found = match (host.as_str(), *port).to_socket_addrs() {
-                Ok(found) => found,
-                Err(error) => return Ok(Err(error)),
-            };
-            let mut last = Err(io::Error::other("the name has no address"));
-            for target in found {
-                let family = match target {
-                    SocketAddr::V4(_) => AddressFamily::INET,
-                    SocketAddr::V6(_) => AddressFamily::INET6,
-                };
-                last = connect_socket(family, &target, control, limit)?;
-                if last.is_ok() {
-                    break;
-                }
-            }
-            last
-        }
-        Address::File(path) => OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            // It holds all that the guest has in memory.
-            .mode(0o600)
-            .open(path)
-            .map(OwnedFd::from),
-        Address::Fd(number) => of_this_process(*number),
-    })
-}
-
-fn connect_socket(
-    family: AddressFamily,
-    target: &impl rustix::net::addr::SocketAddrArg,
-    control: &Control,
-    limit: Duration,
-) -> Result<io::Result<OwnedFd>, StreamError> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let fd = match socket_with(family, SocketType::STREAM, flags, None) {
-        Ok(fd) => fd,
-        Err(error) => return Ok(Err(error.into())),
-    };
-    let end = Instant::now().checked_add(limit);
-    loop {
-        match connect(&fd, target) {
-            Ok(()) => break,
-            // A Unix socket whose queue is full.
-            Err(Errno::AGAIN) if end.is_some_and(|end| Instant::now() < end) => {
-                control.sleep(RETRY)?;
-            }
-            Err(Errno::AGAIN) => return Ok(Err(io::ErrorKind::TimedOut.into())),
-            Err(Errno::INPROGRESS | Errno::INTR) => {
-                let ready = control.wait(fd.as_fd(), PollFlags::OUT, Some(limit))?;
-                if ready.is_none() {
-                    return Ok(Err(io::ErrorKind::TimedOut.into()));
-                }
-                match sockopt::socket_error(&fd) {
-                    Ok(Ok(())) => break,
-                    Ok(Err(error)) | Err(error) => return Ok(Err(error.into())),
-                }
-            }
-            Err(error) => return Ok(Err(error.into())),
-        }
-    }
-    tune(&fd);
-    Ok(Ok(fd))
-}
-
-/// What makes a transport quicker and its end noticed. All of it may be refused.
-fn tune(fd: &OwnedFd) {
-    let _ = sockopt::set_socket_send_buffer_size(fd, BUFFER);
-    let family = sockopt::socket_domain(fd);
-    if family == Ok(AddressFamily::INET) || family == Ok(AddressFamily::INET6) {
-        // Records are gathered here, not in the kernel.
-        let _ = sockopt::set_tcp_nodelay(fd, true);
-        let _ = sockopt::set_socket_keepalive(fd, true);
-        let _ = sockopt::set_tcp_keepidle(fd, KEEP_ALIVE);
-        let _ = sockopt::set_tcp_keepintvl(fd, KEEP_ALIVE_EVERY);
-        let _ = sockopt::set_tcp_keepcnt(fd, KEEP_ALIVE_PROBES);
-    }
-}
-
-/// Another file descriptor for what is open under `number` in this process.
-fn of_this_process(number: i32) -> io::Result<OwnedFd> {
-    // The descriptor's owner is not known here, so it is asked for by number, as of another process.
-    let process = pidfd_open(getpid(), PidfdFlags::empty())?;
-    let fd = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
-    tune(&fd);
-    let _ = rustix::pipe::fcntl_setpipe_size(&fd, BUFFER);
-    Ok(fd)
-}
-
-/// What receives: a socket that listens, or something that is open already.
+/// One end of one channel.
 #[derive(Debug)]
-pub struct Listener {
-    address: Address,
-    state: State,
+pub(super) struct Transport {
+    fd: Arc<OwnedFd>,
+    kind: TransportKind,
+    control: Arc<Control>,
+    channel: u16,
+    /// How long the other side may do nothing while it is waited for.
+    timeout: Duration,
+    /// Bytes that have gone through.
+    offset: u64,
+    /// This is the side that answers: what comes from the other is no answer.
+    answers: bool,
+    /// The file of guest memory cannot be sent from without a copy.
+    must_copy: bool,
 }
 
-#[derive(Debug)]
-enum State {
-    /// Connections come out of this.
-    Listening {
+impl Transport {
+    /// The transport behind `fd`, which becomes non-blocking.
+    pub fn new(
         fd: OwnedFd,
-        /// Kept, because it removes itself.
-        _file: Option<SocketFile>,
-    },
-    /// This is the one channel.
-    Open(OwnedFd),
-}
+        control: &Arc<Control>,
+        channel: u16,
+        timeout: Duration,
+    ) -> Result<Self, StreamError> {
+        let kind = Self::kind_of(&fd).map_err(|error| StreamError::System {
+            doing: "cannot use a file descriptor as a transport",
+            source: Arc::new(error),
+        })?;
+        let fd = Arc::new(fd);
+        if kind == TransportKind::Socket {
+            control.register_socket(&fd);
+        }
+        Ok(Self {
+            fd,
+            kind,
+            control: Arc::clone(control),
+            channel,
+            timeout,
+            offset: 0,
+            answers: false,
+            must_copy: false,
+        })
+    }
 
-impl Listener {
-    /// Listens at `address`, or opens it for reading. A port of 0 takes one that is free.
-    ///
-    /// A Unix socket that a dead process left at the path is replaced; the path is removed when this is dropped.
+    fn kind_of(fd: &OwnedFd) -> io::Result<TransportKind> {
+        let kind = match FileType::from_raw_mode(fstat(fd)?.st_mode) {
+            FileType::Socket if sockopt::socket_type(fd)? == SocketType::STREAM => {
+                TransportKind::Socket
+            }
+            FileType::Fifo => TransportKind::Pipe,
+            FileType::RegularFile | FileType::CharacterDevice => return Ok(TransportKind::File),
+            _ => return Err(io::Error::other("no stream socket, pipe or file")),
+        };
+        fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?;
+        Ok(kind)
+    }
+
+    /// Whether answers can come back.
+    pub fn is_two_way(&self) -> bool {
+        self.kind == TransportKind::Socket
+    }
+
+    /// The index of the channel.
+    pub fn channel(&self) -> u16 {
+        self.channel
+    }
+
+    /// The channel turned out to have this index.
+    pub fn set_channel(&mut self, channel: u16) {
+        self.channel = channel;
+    }
+
+    /// Bytes that have gone through.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Writes everything.
+    pub fn write(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), StreamError> {
+        IoSlice::advance_slices(&mut slices, 0);
+        while !slices.is_empty() {
+            self.control.check()?;
+            match writev(&self.fd, slices) {
+                Ok(0) => return Err(self.closed()),
+                Ok(count) => {
+                    self.offset += count as u64;
+                    IoSlice::advance_slices(&mut slices, count);
+                }
+                Err(error) => self.not_written("writing", error)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes `length` bytes of `file` from `from` on, without a copy where the system can do it.
     ///
     /// # Errors
     ///
-    /// [`StreamError::Listen`].
-    pub fn bind(address: &Address) -> Result<Self, StreamError> {
-        Self::open(address).map_err(|error| StreamError::Listen {
-            address: address.clone(),
-            source: Arc::new(error),
-        })
-    }
-
-    fn open(address: &Address) -> io::Result<Self> {
-        let mut bound = address.clone();
-        let state = match address {
-            Address::Unix(path) => {
-                let (fd, file) = SocketFile::bind(path)?;
-                State::Listening {
-                    fd,
-                    _file: Some(file),
-                }
-            }
-            Address::Tcp(host, port) => {
-                let listener = TcpListener::bind((host.as_str(), *port))?;
-                bound = Address::Tcp(host.clone(), listener.local_addr()?.port());
-                State::Listening {
-                    fd: listener.into(),
-                    _file: None,
-                }
-            }
-            Address::File(path) => State::Open(File::open(path)?.into()),
-            Address::Fd(number) => {
-                let fd = of_this_process(*number)?;
-                if sockopt::socket_acceptconn(&fd) == Ok(true) {
-                    State::Listening { fd, _file: None }
-                } else {
-                    State::Open(fd)
-                }
-            }
-        };
-        if let State::Listening { fd, .. } = &state {
-            rustix::io::ioctl_fionbio(fd, true)?;
-        }
-        Ok(Self {
-            address: bound,
-            state,
-        })
-    }
-
-    /// A channel that is connected already: its descriptor.
-    pub fn connected(fd: OwnedFd) -> Self {
-        use std::os::fd::AsRawFd;
-        Self {
-            address: Address::Fd(fd.as_raw_fd()),
-            state: State::Open(fd),
-        }
-    }
-
-    /// Where it listens: with the port that it got.
-    pub fn address(&self) -> &Address {
-        &self.address
-    }
-
-    /// The next channel: `None` if none came within `limit`, or none can come.
-    pub(super) fn accept(
+    /// In `Ok`, that the file could not be read.
+    pub fn write_file(
         &mut self,
-        control: &Control,
-        limit: Option<Duration>,
-    ) -> Result<Option<OwnedFd>, StreamError> {
-        let error = |error: Errno| StreamError::Listen {
-            address: self.address.clone(),
-            source: Arc::new(error.into()),
-        };
-        let fd = match &self.state {
-            State::Open(fd) => {
-                let fd = fd.try_clone().map_err(|source| StreamError::Listen {
-                    address: self.address.clone(),
-                    source: Arc::new(source),
-                })?;
-                return Ok(Some(fd));
+        file: &File,
+        from: u64,
+        length: u64,
+    ) -> Result<io::Result<()>, StreamError> {
+        let end = from.saturating_add(length);
+        let mut at = from;
+        while at < end && !self.must_copy {
+            self.control.check()?;
+            let count = usize::try_from(end - at).unwrap_or(usize::MAX);
+            match sendfile(&self.fd, file, Some(&mut at), count) {
+                Ok(0) => return Ok(Err(io::ErrorKind::UnexpectedEof.into())),
+                Ok(count) => self.offset += count as u64,
+                Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => self.must_copy = true,
+                Err(Errno::IO) => return Ok(Err(Errno::IO.into())),
+                Err(error) => self.not_written("sending from a file", error)?,
             }
-            State::Listening { fd, .. } => fd,
-        };
-        let end = limit.and_then(|limit| Instant::now().checked_add(limit));
+        }
+        if at < end {
+            let mut bytes = vec![0; usize::try_from(end - at).unwrap_or(0)];
+            if let Err(error) = std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, at) {
+                return Ok(Err(error));
+            }
+            self.write(&mut [IoSlice::new(&bytes)])?;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Reads what is there, at least a byte; 0 is the end. Waits for `timeout` at most.
+    pub fn read(
+        &mut self,
+        slices: &mut [IoSliceMut<'_>],
+        timeout: Option<Duration>,
+    ) -> Result<usize, StreamError> {
         loop {
-            match accept_with(fd, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                Ok(connection) => {
-                    tune(&connection);
-                    return Ok(Some(connection));
+            self.control.check()?;
+            match readv(&self.fd, slices) {
+                Ok(count) => {
+                    self.offset += count as u64;
+                    return Ok(count);
                 }
+                Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    let rest = end.map(|end| end.saturating_duration_since(Instant::now()));
-                    if control.wait(fd.as_fd(), PollFlags::IN, rest)?.is_none() {
-                        return Ok(None);
+                    let ready = self.control.wait(self.fd.as_fd(), PollFlags::IN, timeout)?;
+                    if ready.is_none() {
+                        return Err(self.stalled("reading", timeout.unwrap_or_default()));
                     }
                 }
-                // Of one who came and went: no reason to stop listening.
-                Err(Errno::INTR | Errno::CONNABORTED | Errno::PROTO) => {}
-                Err(other) => return Err(error(other)),
+                Err(Errno::CONNRESET) => return Err(self.stop_reason_or(self.closed())),
+                Err(error) => return Err(self.stop_reason_or(self.failed("reading", error))),
             }
         }
     }
 
-    /// Whether more than one channel can come.
-    pub(super) fn many(&self) -> bool {
-        matches!(self.state, State::Listening { .. })
+    /// Gives the other side an answer.
+    pub fn answer(&mut self, answer: &Answer) -> Result<(), StreamError> {
+        // What goes back does not count as a byte of the stream.
+        let offset = self.offset;
+        self.answers = true;
+        let done = self.write(&mut [IoSlice::new(&answer.encode())]);
+        self.offset = offset;
+        done
     }
-}
 
-/// The file of a listening Unix socket, removed when dropped, unless it is another's by then.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    identity: Option<(u64, u64)>,
-}
+    /// Tells the other side, if it can hear, why the stream ends, and hangs up. Works on a stopped stream as well.
+    pub fn send_and_shut_down(&self, answer: &Answer) {
+        if self.kind == TransportKind::Socket {
+            // Best effort: the buffer of an idle direction has room for it, and whoever is gone hears nothing.
+            let _ = rustix::io::write(&self.fd, &answer.encode());
+            let _ = rustix::net::shutdown(&self.fd, Shutdown::Write);
+        }
+    }
 
-impl SocketFile {
-    fn bind(path: &Path) -> io::Result<(OwnedFd, Self)> {
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                Self::remove_stale(path)?;
-                UnixListener::bind(path)?
+    /// Reads and forgets what comes until the other side hangs up, at most until `end`. A connection that is closed
+    /// with bytes unread takes with it, on TCP, what was said last.
+    pub fn drain(&self, end: std::time::Instant) {
+        let mut buffer = [0; 16384];
+        while self.kind == TransportKind::Socket && std::time::Instant::now() < end {
+            match rustix::io::read(&self.fd, &mut buffer) {
+                Ok(0) => return,
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    let rest = end.saturating_duration_since(std::time::Instant::now());
+                    let mut fds = [rustix::event::PollFd::new(&self.fd, PollFlags::IN)];
+                    let timeout = rest.try_into().ok();
+                    let _ = rustix::event::poll(&mut fds, timeout.as_ref());
+                }
+                Err(_) => return,
             }
-            other => other?,
-        };
-        let file = Self {
-            path: path.to_owned(),
-            identity: Self::identity(path),
-        };
-        Ok((listener.into(), file))
-    }
-
-    fn remove_stale(path: &Path) -> io::Result<()> {
-        if !fs::symlink_metadata(path)?.file_type().is_socket() {
-            return Err(io::Error::other(
-                "there is something that is not a socket: remove it, or choose another path",
-            ));
-        }
-        match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
-            _ => Err(io::Error::other(
-                "another process listens there: end it, or choose another path",
-            )),
         }
     }
 
-    fn identity(path: &Path) -> Option<(u64, u64)> {
-        let metadata = fs::symlink_metadata(path).ok()?;
-        Some((metadata.dev(), metadata.ino()))
+    /// Waits for an answer. What a receiver says that refuses or has given up is an error.
+    pub fn next_answer(&mut self, timeout: Duration) -> Result<Answer, StreamError> {
+        let offset = self.offset;
+        let answer = self.read_answer(timeout);
+        self.offset = offset;
+        match answer? {
+            Answer::Refused(words) => Err(StreamError::Refused(words)),
+            Answer::Failed(words) => Err(StreamError::ReceiverFailed(words)),
+            answer => Ok(answer),
+        }
     }
-}
 
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if self.identity.is_some() && self.identity == Self::identity(&self.path) {
-            // If it cannot be removed, the next who listens replaces it.
-            let _ = fs::remove_file(&self.path);
+    fn read_answer(&mut self, timeout: Duration) -> Result<Answer, StreamError> {
+        let channel = self.channel;
+        let fault = |fault: Fault| StreamError::Answer { channel, fault };
+        let mut fixed = [0; ANSWER_FIXED];
+        self.read_exact(&mut fixed, timeout)?;
+        let rest = Answer::rest(&fixed).map_err(fault)?;
+        let mut bytes = fixed.to_vec();
+        bytes.resize(ANSWER_FIXED + rest, 0);
+        if let Some(rest) = bytes.get_mut(ANSWER_FIXED..) {
+            self.read_exact(rest, timeout)?;
+        }
+        Answer::decode(&bytes).map_err(fault)
+    }
+
+    fn read_exact(&mut self, mut bytes: &mut [u8], timeout: Duration) -> Result<(), StreamError> {
+        while !bytes.is_empty() {
+            let count = self.read(&mut [IoSliceMut::new(bytes)], Some(timeout))?;
+            if count == 0 {
+                return Err(self.closed());
+            }
+            bytes = bytes.get_mut(count..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Says something if a write did not go through: an error, or nothing if it is to be tried again.
+    fn not_written(&mut self, doing: &'static str, error: Errno) -> Result<(), StreamError> {
+        match error {
+            Errno::INTR => Ok(()),
+            Errno::AGAIN => {
+                let events = match self.kind {
+                    // The other side has nothing to say now, unless it gives up.
+                    TransportKind::Socket if !self.answers => PollFlags::OUT | PollFlags::IN,
+                    _ => PollFlags::OUT,
+                };
+                match self
+                    .control
+                    .wait(self.fd.as_fd(), events, Some(self.timeout))?
+                {
+                    None => Err(self.stalled(doing, self.timeout)),
+                    Some(ready) if ready.contains(PollFlags::IN) => {
+                        Err(self.receiver_error_or(self.closed()))
+                    }
+                    Some(_) => Ok(()),
+                }
+            }
+            Errno::PIPE | Errno::CONNRESET => {
+                let closed = self.closed();
+                Err(self.receiver_error_or(closed))
+            }
+            error => {
+                let failed = self.failed(doing, error);
+                Err(self.receiver_error_or(failed))
+            }
+        }
+    }
+
+    /// What the receiver said before it went, or else `error`.
+    fn receiver_error_or(&mut self, error: StreamError) -> StreamError {
+        let error = self.stop_reason_or(error);
+        let hears = self.kind == TransportKind::Socket && !self.answers;
+        if !hears || matches!(error, StreamError::Cancelled) {
+            return error;
+        }
+        match self.next_answer(RECEIVER_ERROR_TIMEOUT) {
+            Err(words @ (StreamError::ReceiverFailed(_) | StreamError::Refused(_))) => words,
+            Err(cancelled @ StreamError::Cancelled) => cancelled,
+            Err(_) => error,
+            Ok(answer) => StreamError::Answer {
+                channel: self.channel,
+                fault: Fault::AnswerKind(answer.number()),
+            },
+        }
+    }
+
+    /// Why the stream was stopped, or else `error`: a socket that was shut down on purpose fails in many ways.
+    fn stop_reason_or(&self, error: StreamError) -> StreamError {
+        self.control.check().err().unwrap_or(error)
+    }
+
+    /// That the other side is gone.
+    pub fn closed(&self) -> StreamError {
+        StreamError::Closed {
+            channel: self.channel,
+            offset: self.offset,
+        }
+    }
+
+    fn stalled(&self, doing: &'static str, timeout: Duration) -> StreamError {
+        StreamError::Stalled {
+            channel: self.channel,
+            offset: self.offset,
+            doing,
+            timeout,
+        }
+    }
+
+    fn failed(&self, doing: &'static str, error: Errno) -> StreamError {
+        StreamError::Transport {
+            channel: self.channel,
+            offset: self.offset,
+            doing,
+            source: Arc::new(error.into()),
         }
     }
 }

@@ -10,17 +10,17 @@ use super::control::Control;
 use super::encoder::Encoder;
 use super::writer::channel_of;
 use super::StreamError;
-use crate::{Memory, Run};
+use crate::{Memory, PageRun};
 
 /// Jobs that wait for one channel. Each is a record of at most 1 MiB.
 const QUEUE: usize = 4;
 
 enum Job {
-    Pages(Run, Vec<u8>),
-    PagesFrom(Run, Memory),
-    Zeros(Run),
+    Pages(PageRun, Vec<u8>),
+    PagesFrom(PageRun, Memory),
+    Zeros(PageRun),
     /// Tell when the round's end is on the wire.
-    EndRound(SyncSender<()>),
+    EndIteration(SyncSender<()>),
 }
 
 /// The threads, and the ways to them.
@@ -61,26 +61,26 @@ impl Workers {
         Ok(workers)
     }
 
-    pub fn pages(&self, run: Run, bytes: &[u8]) -> Result<(), StreamError> {
+    pub fn pages(&self, run: PageRun, bytes: &[u8]) -> Result<(), StreamError> {
         let mut buffer = lock(&self.spare).pop().unwrap_or_default();
         buffer.clear();
         buffer.extend_from_slice(bytes);
-        self.give(run, Job::Pages(run, buffer))
+        self.dispatch(run, Job::Pages(run, buffer))
     }
 
-    pub fn pages_from(&self, run: Run, memory: &Memory) -> Result<(), StreamError> {
-        self.give(run, Job::PagesFrom(run, memory.clone()))
+    pub fn pages_from(&self, run: PageRun, memory: &Memory) -> Result<(), StreamError> {
+        self.dispatch(run, Job::PagesFrom(run, memory.clone()))
     }
 
-    pub fn zeros(&self, run: Run) -> Result<(), StreamError> {
-        self.give(run, Job::Zeros(run))
+    pub fn zeros(&self, run: PageRun) -> Result<(), StreamError> {
+        self.dispatch(run, Job::Zeros(run))
     }
 
     /// Returns when each channel has written the end of the round.
-    pub fn end_round(&self) -> Result<(), StreamError> {
+    pub fn end_iteration(&self) -> Result<(), StreamError> {
         let (done, all) = sync_channel(self.queues.len());
         for queue in &self.queues {
-            self.queue(queue, Job::EndRound(done.clone()))?;
+            self.queue(queue, Job::EndIteration(done.clone()))?;
         }
         drop(done);
         for _ in &self.queues {
@@ -100,7 +100,7 @@ impl Workers {
         Ok(encoders)
     }
 
-    fn give(&self, run: Run, job: Job) -> Result<(), StreamError> {
+    fn dispatch(&self, run: PageRun, job: Job) -> Result<(), StreamError> {
         match self.queues.get(channel_of(run, self.queues.len())) {
             Some(queue) => self.queue(queue, job),
             None => Err(self.reason()),
@@ -168,8 +168,8 @@ impl Worker {
                 }
                 Job::PagesFrom(run, memory) => self.encoder.pages_from(run, &memory)?,
                 Job::Zeros(run) => self.encoder.zeros(run)?,
-                Job::EndRound(done) => {
-                    self.encoder.end_round()?;
+                Job::EndIteration(done) => {
+                    self.encoder.end_iteration()?;
                     // Nobody waits any more if the stream has failed elsewhere.
                     let _ = done.send(());
                 }

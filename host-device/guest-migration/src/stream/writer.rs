@@ -9,13 +9,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::control::Control;
-use super::encoder::{out_of_layout, Encoder};
-use super::format::{stream_digest, Answer, BlockName, Header, Totals, CHANNELS_MAX, RECORD_PAGES};
-use super::transport::connect_to;
-use super::wire::Wire;
+use super::encoder::{invalid_run, Encoder};
+use super::endpoint::connect_to;
+use super::format::{
+    stream_digest, Answer, RamBlockEntry, StreamHeader, Totals, CHANNELS_MAX, RECORD_PAGES,
+};
+use super::transport::Transport;
 use super::workers::Workers;
 use super::{Address, StreamError};
-use crate::{Cancel, Layout, Memory, Run};
+use crate::{CancelToken, Layout, Memory, PageRun};
 
 /// Where a stream goes.
 #[derive(Debug)]
@@ -44,7 +46,7 @@ pub enum Compression {
 
 /// How a stream is sent.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct WriterOptions {
     /// Connections, over which pages are spread by as many threads.
     pub channels: u16,
     /// How pages are packed. What does not become smaller goes as it is.
@@ -52,19 +54,19 @@ pub struct Options {
     /// The seed of the content digest that [`Writer::finish`] is given, if it is given one.
     pub seed: u64,
     /// How long the other side may take to be reached, to accept, to take more, and to answer.
-    pub limit: Duration,
+    pub timeout: Duration,
     /// Ends the stream from another thread, also while it is being started.
-    pub cancel: Cancel,
+    pub cancel: CancelToken,
 }
 
-impl Default for Options {
+impl Default for WriterOptions {
     fn default() -> Self {
         Self {
             channels: 1,
             compression: Compression::None,
             seed: 0,
-            limit: Duration::from_secs(60),
-            cancel: Cancel::default(),
+            timeout: Duration::from_secs(60),
+            cancel: CancelToken::default(),
         }
     }
 }
@@ -79,7 +81,7 @@ pub struct Receipt {
     /// Pages of zeros, each as often as it was sent.
     pub zeros: u64,
     /// Rounds that were ended.
-    pub rounds: u64,
+    pub iterations: u64,
     /// The receiver has said that all is there and right. On a one-way transport nobody says so.
     pub confirmed: bool,
 }
@@ -91,11 +93,11 @@ pub struct Receipt {
 pub struct Writer {
     channels: Channels,
     control: Arc<Control>,
-    cancel: Cancel,
+    cancel: CancelToken,
     blocks: Vec<u64>,
     bytes: Arc<AtomicU64>,
-    rounds: u64,
-    limit: Duration,
+    iterations: u64,
+    timeout: Duration,
     /// All was sent and, if somebody could say so, has arrived.
     done: bool,
 }
@@ -111,7 +113,7 @@ impl std::fmt::Debug for Writer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Writer")
             .field("bytes", &self.bytes())
-            .field("rounds", &self.rounds)
+            .field("rounds", &self.iterations)
             .finish_non_exhaustive()
     }
 }
@@ -126,7 +128,7 @@ impl Writer {
     pub fn start(
         target: impl Into<Target>,
         layout: &Layout,
-        options: Options,
+        options: WriterOptions,
     ) -> Result<Self, StreamError> {
         let control = Control::new(&options.cancel)?;
         Self::start_on(&control, target.into(), layout, options).map_err(|error| {
@@ -140,43 +142,43 @@ impl Writer {
         control: &Arc<Control>,
         target: Target,
         layout: &Layout,
-        options: Options,
+        options: WriterOptions,
     ) -> Result<Self, StreamError> {
-        let Options {
+        let WriterOptions {
             channels,
             compression,
             seed,
-            limit,
+            timeout,
             cancel,
         } = options;
         let fds = match target {
             Target::Connected(fds) => fds,
             Target::Address(address) => {
                 check_channels(usize::from(channels))?;
-                connect_to(&address, channels, control, limit)?
+                connect_to(&address, channels, control, timeout)?
             }
         };
         let channels = check_channels(fds.len())?;
         let wires = fds.into_iter().zip(0..channels);
-        let mut wires: Vec<Wire> = wires
-            .map(|(fd, channel)| Wire::new(fd, control, channel, limit))
+        let mut wires: Vec<Transport> = wires
+            .map(|(fd, channel)| Transport::new(fd, control, channel, timeout))
             .collect::<Result<_, _>>()?;
-        let two_way = wires.iter().all(Wire::two_way);
-        if !two_way && channels > 1 {
+        let is_two_way = wires.iter().all(Transport::is_two_way);
+        if !is_two_way && channels > 1 {
             return Err(StreamError::Options(
                 "several channels need stream sockets".into(),
             ));
         }
         let bytes = Arc::new(AtomicU64::new(0));
-        let chains = send_headers(&mut wires, layout, two_way, seed)?;
-        if two_way {
-            for wire in &mut wires {
-                expect(wire, &Answer::Accepted, limit)?;
+        let chains = send_headers(&mut wires, layout, is_two_way, seed)?;
+        if is_two_way {
+            for transport in &mut wires {
+                expect(transport, &Answer::Accepted, timeout)?;
             }
         }
-        let encoders = wires.into_iter().zip(chains).map(|(wire, chain)| {
-            bytes.fetch_add(wire.offset(), Ordering::Relaxed);
-            Encoder::new(wire, chain, compression, &bytes)
+        let encoders = wires.into_iter().zip(chains).map(|(transport, chain)| {
+            bytes.fetch_add(transport.offset(), Ordering::Relaxed);
+            Encoder::new(transport, chain, compression, &bytes)
         });
         let mut encoders: Vec<Encoder> = encoders.collect::<Result<_, _>>()?;
         let channels = match (encoders.pop(), encoders.is_empty()) {
@@ -192,8 +194,8 @@ impl Writer {
             cancel,
             blocks: layout.blocks().iter().map(|it| it.pages()).collect(),
             bytes,
-            rounds: 0,
-            limit,
+            iterations: 0,
+            timeout,
             done: false,
         })
     }
@@ -203,7 +205,7 @@ impl Writer {
     /// # Errors
     ///
     /// As all that follow: the first failure of any channel, again and again; or a run that is not in the layout.
-    pub fn zeros(&mut self, run: Run) -> Result<(), StreamError> {
+    pub fn zeros(&mut self, run: PageRun) -> Result<(), StreamError> {
         self.check(run, None)?;
         match &mut self.channels {
             Channels::One(encoder) => encoder.zeros(run),
@@ -218,22 +220,22 @@ impl Writer {
     /// # Errors
     ///
     /// As [`zeros`](Self::zeros).
-    pub fn pages(&mut self, run: Run, bytes: &[u8]) -> Result<(), StreamError> {
+    pub fn pages(&mut self, run: PageRun, bytes: &[u8]) -> Result<(), StreamError> {
         self.check(run, Some(bytes))?;
         let mut rest = bytes;
-        let mut take = |part: Run| {
+        let mut take = |part: PageRun| {
             let length = usize::try_from(part.length()).unwrap_or(usize::MAX);
             let (head, tail) = rest.split_at_checked(length)?;
             rest = tail;
             Some(head)
         };
         match &mut self.channels {
-            Channels::One(encoder) => run.pieces(RECORD_PAGES).try_for_each(|part| {
-                let bytes = take(part).ok_or_else(|| out_of_layout(part, 0))?;
+            Channels::One(encoder) => run.chunks(RECORD_PAGES).try_for_each(|part| {
+                let bytes = take(part).ok_or_else(|| invalid_run(part, 0))?;
                 encoder.pages(part, bytes)
             }),
             Channels::Many(workers) => stripes(run).try_for_each(|part| {
-                let bytes = take(part).ok_or_else(|| out_of_layout(part, 0))?;
+                let bytes = take(part).ok_or_else(|| invalid_run(part, 0))?;
                 workers.pages(part, bytes)
             }),
             Channels::Finished => Err(StreamError::Cancelled),
@@ -250,11 +252,11 @@ impl Writer {
     /// # Errors
     ///
     /// As [`zeros`](Self::zeros), or that the file cannot be read.
-    pub fn pages_from(&mut self, run: Run, memory: &Memory) -> Result<(), StreamError> {
+    pub fn pages_from(&mut self, run: PageRun, memory: &Memory) -> Result<(), StreamError> {
         self.check(run, None)?;
         match &mut self.channels {
             Channels::One(encoder) => run
-                .pieces(RECORD_PAGES)
+                .chunks(RECORD_PAGES)
                 .try_for_each(|part| encoder.pages_from(part, memory)),
             Channels::Many(workers) => {
                 stripes(run).try_for_each(|part| workers.pages_from(part, memory))
@@ -270,15 +272,15 @@ impl Writer {
     /// # Errors
     ///
     /// As [`zeros`](Self::zeros).
-    pub fn end_round(&mut self) -> Result<(), StreamError> {
+    pub fn end_iteration(&mut self) -> Result<(), StreamError> {
         self.control.check()?;
         match &mut self.channels {
-            Channels::One(encoder) => encoder.end_round(),
-            Channels::Many(workers) => workers.end_round(),
+            Channels::One(encoder) => encoder.end_iteration(),
+            Channels::Many(workers) => workers.end_iteration(),
             Channels::Finished => Err(StreamError::Cancelled),
         }
         .map_err(|error| self.control.stop(error))?;
-        self.rounds += 1;
+        self.iterations += 1;
         Ok(())
     }
 
@@ -289,7 +291,7 @@ impl Writer {
     ///
     /// # Errors
     ///
-    /// As [`zeros`](Self::zeros); or the receiver found something wrong ([`StreamError::GaveUp`], with its words), or
+    /// As [`zeros`](Self::zeros); or the receiver found something wrong ([`StreamError::ReceiverFailed`], with its words), or
     /// says nothing within the limit. The destination must be taken as incomplete then.
     pub fn finish(mut self, content: Option<u128>) -> Result<Receipt, StreamError> {
         self.control.check()?;
@@ -320,13 +322,13 @@ impl Writer {
         for encoder in &mut encoders {
             encoder.finish(totals)?;
         }
-        let mut wires = encoders.into_iter().map(Encoder::into_wire);
+        let mut wires = encoders.into_iter().map(Encoder::into_transport);
         let mut confirmed = false;
         // The others stay open until the verdict.
-        if let Some(mut wire) = wires.next() {
-            let _others: Vec<Wire> = wires.collect();
-            if wire.two_way() {
-                expect(&mut wire, &Answer::Complete, self.limit)?;
+        if let Some(mut transport) = wires.next() {
+            let _others: Vec<Transport> = wires.collect();
+            if transport.is_two_way() {
+                expect(&mut transport, &Answer::Complete, self.timeout)?;
                 confirmed = true;
             }
         }
@@ -334,7 +336,7 @@ impl Writer {
             bytes: self.bytes(),
             pages: totals.counts.pages,
             zeros: totals.counts.zeros,
-            rounds: self.rounds,
+            iterations: self.iterations,
             confirmed,
         })
     }
@@ -360,17 +362,17 @@ impl Writer {
     }
 
     /// Rounds that were ended.
-    pub fn rounds(&self) -> u64 {
-        self.rounds
+    pub fn iterations(&self) -> u64 {
+        self.iterations
     }
 
     /// Ends the stream from another thread: the connections are shut down at once, and every call fails with
     /// [`StreamError::Cancelled`]. It is the one that came with the options.
-    pub fn canceller(&self) -> Cancel {
+    pub fn cancel_token(&self) -> CancelToken {
         self.cancel.clone()
     }
 
-    fn check(&self, run: Run, bytes: Option<&[u8]>) -> Result<(), StreamError> {
+    fn check(&self, run: PageRun, bytes: Option<&[u8]>) -> Result<(), StreamError> {
         self.control.check()?;
         let end = run.first.checked_add(run.pages);
         let has = self.blocks.get(run.block).copied().unwrap_or(0);
@@ -379,7 +381,7 @@ impl Writer {
         if inside && length == run.length() {
             Ok(())
         } else {
-            Err(out_of_layout(run, bytes.map_or(0, <[u8]>::len)))
+            Err(invalid_run(run, bytes.map_or(0, <[u8]>::len)))
         }
     }
 }
@@ -405,7 +407,7 @@ fn check_channels(count: usize) -> Result<u16, StreamError> {
 
 /// Writes the header of each channel, and returns what their chains of check values begin with.
 fn send_headers(
-    wires: &mut [Wire],
+    wires: &mut [Transport],
     layout: &Layout,
     answers: bool,
     seed: u64,
@@ -417,11 +419,11 @@ fn send_headers(
             source: Arc::new(error.into()),
         }
     })?;
-    let blocks = layout.blocks().iter().map(|block| BlockName {
+    let blocks = layout.blocks().iter().map(|block| RamBlockEntry {
         name: block.name().to_owned(),
         pages: block.pages(),
     });
-    let mut header = Header {
+    let mut header = StreamHeader {
         answers,
         id,
         channel: 0,
@@ -430,27 +432,31 @@ fn send_headers(
         blocks: blocks.collect(),
     };
     let mut chains = Vec::new();
-    for wire in wires {
-        header.channel = wire.channel();
+    for transport in wires {
+        header.channel = transport.channel();
         let (bytes, chain) = header.encode().ok_or_else(|| {
             StreamError::Options("the format has no room for so many or such large blocks".into())
         })?;
-        wire.write(&mut [IoSlice::new(&bytes)])?;
+        transport.write(&mut [IoSlice::new(&bytes)])?;
         chains.push(chain);
     }
     Ok(chains)
 }
 
 /// Waits for this answer.
-fn expect(wire: &mut Wire, expected: &Answer, limit: Duration) -> Result<(), StreamError> {
+fn expect(
+    transport: &mut Transport,
+    expected: &Answer,
+    timeout: Duration,
+) -> Result<(), StreamError> {
     loop {
-        let answer = wire.next_answer(limit)?;
+        let answer = transport.next_answer(timeout)?;
         if answer == *expected {
             return Ok(());
         }
         if answer != Answer::Working {
             return Err(StreamError::Answer {
-                channel: wire.channel(),
+                channel: transport.channel(),
                 fault: super::Fault::AnswerKind(answer.number()),
             });
         }
@@ -458,7 +464,7 @@ fn expect(wire: &mut Wire, expected: &Answer, limit: Duration) -> Result<(), Str
 }
 
 /// The run in parts that do not cross a multiple of a record's pages: all of a part goes over one channel.
-fn stripes(run: Run) -> impl Iterator<Item = Run> {
+fn stripes(run: PageRun) -> impl Iterator<Item = PageRun> {
     let end = run.end();
     std::iter::successors(Some(run.first), move |at| {
         (at / RECORD_PAGES + 1).checked_mul(RECORD_PAGES)
@@ -466,7 +472,7 @@ fn stripes(run: Run) -> impl Iterator<Item = Run> {
     .take_while(move |at| *at < end)
     .map(move |first| {
         let next = (first / RECORD_PAGES + 1).saturating_mul(RECORD_PAGES);
-        Run {
+        PageRun {
             block: run.block,
             first,
             pages: next.min(end) - first,
@@ -475,7 +481,7 @@ fn stripes(run: Run) -> impl Iterator<Item = Run> {
 }
 
 /// Which of `channels` channels the pages of a [stripe](stripes) take.
-pub(super) fn channel_of(run: Run, channels: usize) -> usize {
+pub(super) fn channel_of(run: PageRun, channels: usize) -> usize {
     let stripe = (run.first / RECORD_PAGES).wrapping_add(run.block as u64);
     usize::try_from(stripe % channels.max(1) as u64).unwrap_or(0)
 }

@@ -3,23 +3,23 @@
 //! Free page hinting: rounds, and what the driver's blocks do to the dirty bitmap.
 //!
 //! The protocol is [`shared_abi::hinting::device`]; the bitmap and the time in which hints count are
-//! [`migration`]. This file joins the two: a block that the protocol accepts becomes a call of
+//! [`guest_migration`]. This file joins the two: a block that the protocol accepts becomes a call of
 //! [`HintWindow::hint`], and there is a window exactly while a round is wanted.
 //!
 //! A hint spares *sending* a page (R17). It changes the page only if the driver has accepted
 //! [`KEEPS_HINTED_UNTIL_RETURNED`](shared_abi::features::Features::KEEPS_HINTED_UNTIL_RETURNED): any other driver
-//! may have given a block to somebody else before the device gets to see the hint. See [`Hinting::block_came`].
+//! may have given a block to somebody else before the device gets to see the hint. See [`Hinting::handle_free_block`].
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration::{DirtyBitmap, HintError, HintWindow, Hinted, SyncPhase};
+use guest_migration::{DirtyBitmap, HintError, HintWindow, Hinted, SyncPhase};
 use shared_abi::command::{CommandId, HintId};
 use shared_abi::hinting::device::{Action, Event, Ignored, Phase, State};
 use thiserror::Error;
 
 use super::request::{RequestError, Segment};
-use crate::memory::{LayoutFailure, Ram};
+use crate::memory::{Ram, RamLayoutError};
 
 /// The most bytes that one request discards: what is given back takes time for each page, and the device is locked
 /// meanwhile. Linux hints 4 MiB in a request.
@@ -44,7 +44,7 @@ pub enum HintingError {
     NoDriver,
     /// The front end's memory does not fit a bitmap.
     #[error("guest memory cannot be tracked: {0}")]
-    Memory(#[from] LayoutFailure),
+    Memory(#[from] RamLayoutError),
     /// The driver has answered none of the ids that were issued.
     #[error("no command id is free: the driver has not answered any of the last 2^31")]
     IdsExhausted,
@@ -53,25 +53,25 @@ pub enum HintingError {
     Migrating,
     /// The memory has changed under a migration.
     #[error("the guest's memory is not that any more which is being migrated")]
-    OtherMemory,
+    MemoryChanged,
     /// A sync without a round.
     #[error("no round of hinting is under way: start one with free-page-hint-start")]
-    NoRound,
+    NoHintRound,
 }
 
 /// The right to change the dirty bitmap, in the form that the state of the round allows.
 #[derive(Debug)]
-enum Right {
+enum BitmapAccess {
     /// A round is wanted: hints clear bits.
     Hint(HintWindow),
     /// No round is wanted: the bitmap stands as it is.
     Sync(SyncPhase),
     /// A migration has hinting. The window is here while it is open, and waits to be taken back after its round has
     /// ended, for whatever reason.
-    Lent(Option<HintWindow>),
+    Claimed(Option<HintWindow>),
 }
 
-impl Right {
+impl BitmapAccess {
     fn bitmap(&self) -> Option<&DirtyBitmap> {
         match self {
             Self::Sync(sync) => Some(sync.bitmap()),
@@ -82,7 +82,7 @@ impl Right {
     fn window(&self) -> Option<&HintWindow> {
         match self {
             Self::Hint(window) => Some(window),
-            Self::Lent(window) => window.as_ref(),
+            Self::Claimed(window) => window.as_ref(),
             Self::Sync(_) => None,
         }
     }
@@ -104,7 +104,7 @@ impl Right {
 
 /// What one round has brought.
 #[derive(Clone, Copy, Debug)]
-struct Round {
+struct HintRound {
     id: HintId,
     requested: Instant,
     /// From the request to the driver's STOP, or to the operator's end if that came first.
@@ -114,7 +114,7 @@ struct Round {
     cleared: u64,
 }
 
-impl Round {
+impl HintRound {
     fn new(id: HintId) -> Self {
         Self {
             id,
@@ -162,7 +162,7 @@ pub struct HintingStatus {
 /// What changed, for the caller to pass on.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[must_use]
-pub struct Changes {
+pub struct HintingChanges {
     /// Config space shows another command id.
     pub config: bool,
     /// The phase is another one.
@@ -173,8 +173,8 @@ pub struct Changes {
 #[derive(Debug, Default)]
 pub struct Hinting {
     state: State,
-    right: Option<Right>,
-    round: Option<Round>,
+    bitmap_access: Option<BitmapAccess>,
+    hint_round: Option<HintRound>,
     bytes_discarded: u64,
     ignored_blocks: u64,
     stale_commands: u64,
@@ -183,7 +183,7 @@ pub struct Hinting {
 impl Hinting {
     /// Hinting that goes on after another device's: the next round gets the id `next`, and with `over` the driver is
     /// shown that no earlier one is of use any more.
-    pub fn resumed(next: HintId, over: bool) -> Self {
+    pub fn from_saved_state(next: HintId, over: bool) -> Self {
         let mut hinting = Self {
             state: State::with_next_id(next),
             ..Self::default()
@@ -200,7 +200,7 @@ impl Hinting {
     }
 
     /// The command id for config space.
-    pub fn command(&self) -> CommandId {
+    pub fn cmd_id(&self) -> CommandId {
         self.state.command()
     }
 
@@ -216,18 +216,20 @@ impl Hinting {
 
     /// The state as an operator sees it.
     pub fn status(&self) -> HintingStatus {
-        let bitmap = self.right.as_ref().and_then(Right::bitmap);
-        let round = self.round.as_ref();
+        let bitmap = self.bitmap_access.as_ref().and_then(BitmapAccess::bitmap);
+        let hint_round = self.hint_round.as_ref();
         HintingStatus {
             phase: self.phase(),
-            id: round.map(|round| round.id),
-            blocks: round.map_or(0, |round| round.blocks),
-            bytes: round.map_or(0, |round| round.bytes),
-            pages_cleared: round.map_or(0, |round| round.cleared),
+            id: hint_round.map(|hint_round| hint_round.id),
+            blocks: hint_round.map_or(0, |hint_round| hint_round.blocks),
+            bytes: hint_round.map_or(0, |hint_round| hint_round.bytes),
+            pages_cleared: hint_round.map_or(0, |hint_round| hint_round.cleared),
             pages_total: bitmap.map_or(0, DirtyBitmap::pages),
             pages_dirty: bitmap.map_or(0, DirtyBitmap::dirty_pages),
-            duration: round.map_or(Duration::ZERO, |round| {
-                round.duration.unwrap_or_else(|| round.requested.elapsed())
+            duration: hint_round.map_or(Duration::ZERO, |hint_round| {
+                hint_round
+                    .duration
+                    .unwrap_or_else(|| hint_round.requested.elapsed())
             }),
             bytes_discarded: self.bytes_discarded,
             ignored_blocks: self.ignored_blocks,
@@ -237,8 +239,8 @@ impl Hinting {
 
     /// The runs of pages that hints have spared, as (guest physical address, bytes): at most `limit` of those
     /// that end after the address `from`.
-    pub fn skipped_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
-        let bitmap = self.right.as_ref().and_then(Right::bitmap);
+    pub fn hinted_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
+        let bitmap = self.bitmap_access.as_ref().and_then(BitmapAccess::bitmap);
         bitmap.map_or_else(Vec::new, |bitmap| {
             let regions = bitmap.layout().regions().iter();
             regions
@@ -260,11 +262,11 @@ impl Hinting {
     /// # Errors
     ///
     /// If the memory cannot be tracked, or no id is free. A round that was under way has ended then.
-    pub fn start(&mut self, ram: &Ram) -> Result<Changes, HintingError> {
-        let sync = SyncPhase::new(&Arc::new(ram.layout()?)).map_err(LayoutFailure::from)?;
+    pub fn start(&mut self, ram: &Ram) -> Result<HintingChanges, HintingError> {
+        let sync = SyncPhase::new(&Arc::new(ram.layout()?)).map_err(RamLayoutError::from)?;
         sync.set_all();
-        self.right = Some(Right::Sync(sync));
-        self.issue(Event::Start)
+        self.bitmap_access = Some(BitmapAccess::Sync(sync));
+        self.start_hint_round(Event::Start)
     }
 
     /// A dirty sync: the window closes, the id dies, and a new window opens under a new id. What earlier hints
@@ -273,58 +275,58 @@ impl Hinting {
     /// # Errors
     ///
     /// If no round is under way, or no id is free.
-    pub fn sync(&mut self) -> Result<Changes, HintingError> {
+    pub fn sync(&mut self) -> Result<HintingChanges, HintingError> {
         if self.phase().id().is_none() {
-            return Err(HintingError::NoRound);
+            return Err(HintingError::NoHintRound);
         }
-        let closed = self.operator(Event::SyncStarts);
-        let opened = self.issue(Event::SyncEnds)?;
-        Ok(Changes {
+        let closed = self.end_hint_round(Event::SyncStarts);
+        let opened = self.start_hint_round(Event::SyncEnds)?;
+        Ok(HintingChanges {
             config: closed.config || opened.config,
             phase: true,
         })
     }
 
     /// Hints are of no use now. The driver keeps its blocks.
-    pub fn stop(&mut self) -> Changes {
-        self.operator(Event::Stop)
+    pub fn stop(&mut self) -> HintingChanges {
+        self.end_hint_round(Event::Stop)
     }
 
     /// Hinted blocks are of no more use: the driver takes them back.
-    pub fn done(&mut self) -> Changes {
-        self.operator(Event::Done)
+    pub fn done(&mut self) -> HintingChanges {
+        self.end_hint_round(Event::Done)
     }
 
     /// The driver is gone, and with it what it held.
-    pub fn reset(&mut self) -> Changes {
-        self.operator(Event::Reset)
+    pub fn reset(&mut self) -> HintingChanges {
+        self.end_hint_round(Event::Reset)
     }
 
     /// The memory is another one: the bitmap means nothing any more.
-    pub fn forget_memory(&mut self) -> Changes {
+    pub fn handle_memory_change(&mut self) -> HintingChanges {
         let changes = self.stop();
         // A migration's window is the migration's to take back.
-        if !matches!(self.right, Some(Right::Lent(_))) {
-            self.right = None;
+        if !matches!(self.bitmap_access, Some(BitmapAccess::Claimed(_))) {
+            self.bitmap_access = None;
         }
         changes
     }
 
     /// Lends hinting to a migration. A round that is under way ends.
-    pub fn lend(&mut self) -> Changes {
+    pub fn claim(&mut self) -> HintingChanges {
         let changes = self.stop();
-        self.right = Some(Right::Lent(None));
+        self.bitmap_access = Some(BitmapAccess::Claimed(None));
         changes
     }
 
     /// Takes hinting back from a migration.
-    pub fn take_back(&mut self) {
-        self.right = None;
+    pub fn release_claim(&mut self) {
+        self.bitmap_access = None;
     }
 
     /// Whether the driver was ever asked for hints.
-    pub fn has_asked(&self) -> bool {
-        self.round.is_some()
+    pub fn has_requested_hints(&self) -> bool {
+        self.hint_round.is_some()
     }
 
     /// Asks for hints under a new id, which count in `window`.
@@ -332,14 +334,17 @@ impl Hinting {
     /// # Errors
     ///
     /// If no id is free. The window comes back.
-    pub fn open(&mut self, window: HintWindow) -> Result<Changes, (HintWindow, HintingError)> {
+    pub fn open_window(
+        &mut self,
+        window: HintWindow,
+    ) -> Result<HintingChanges, (HintWindow, HintingError)> {
         let event = match self.phase() {
             Phase::Syncing => Event::SyncEnds,
             _ => Event::Start,
         };
-        match self.issue(event) {
+        match self.start_hint_round(event) {
             Ok(changes) => {
-                self.right = Some(Right::Lent(Some(window)));
+                self.bitmap_access = Some(BitmapAccess::Claimed(Some(window)));
                 Ok(changes)
             }
             Err(error) => Err((window, error)),
@@ -347,25 +352,27 @@ impl Hinting {
     }
 
     /// A dirty sync of the migration begins: the id dies, and its window, if one was open, goes back.
-    pub fn close(&mut self) -> (Option<HintWindow>, Changes) {
-        let changes = self.operator(Event::SyncStarts);
-        match &mut self.right {
-            Some(Right::Lent(window)) => (window.take(), changes),
+    pub fn close_window(&mut self) -> (Option<HintWindow>, HintingChanges) {
+        let changes = self.end_hint_round(Event::SyncStarts);
+        match &mut self.bitmap_access {
+            Some(BitmapAccess::Claimed(window)) => (window.take(), changes),
             _ => (None, changes),
         }
     }
 
     /// The driver sent a command id.
-    pub fn command_came(&mut self, command: CommandId) -> Changes {
+    pub fn handle_cmd_id(&mut self, cmd_id: CommandId) -> HintingChanges {
         let before = self.phase();
-        let action = self.step(Event::Command(command));
+        let action = self.step(Event::Command(cmd_id));
         if let Some(Action::Ignore(_)) = action {
             self.stale_commands = self.stale_commands.saturating_add(1);
         }
-        if let (Some(Action::RoundFinished(_)), Some(round)) = (action, self.round.as_mut()) {
-            round.end();
+        if let (Some(Action::HintRoundFinished(_)), Some(hint_round)) =
+            (action, self.hint_round.as_mut())
+        {
+            hint_round.end();
         }
-        Changes {
+        HintingChanges {
             config: false,
             phase: before != self.phase(),
         }
@@ -387,14 +394,14 @@ impl Hinting {
     /// # Errors
     ///
     /// Names the first segment that is not in guest memory or cannot be discarded. The others count.
-    pub fn block_came(
+    pub fn handle_free_block(
         &mut self,
         segments: &[Segment],
         discard: Option<&Ram>,
     ) -> Result<(), RequestError> {
-        let action = self.step(Event::Block);
-        let window = self.right.as_ref().and_then(Right::window);
-        let (Some(Action::UseBlock(_)), Some(window)) = (action, window) else {
+        let action = self.step(Event::FreeBlock);
+        let window = self.bitmap_access.as_ref().and_then(BitmapAccess::window);
+        let (Some(Action::UseFreeBlock(_)), Some(window)) = (action, window) else {
             self.ignored_blocks = self.ignored_blocks.saturating_add(1);
             return Ok(());
         };
@@ -413,21 +420,21 @@ impl Hinting {
             match hinted {
                 Ok(hinted) => {
                     if discard.is_some() {
-                        let bytes = hinted.pages * migration::PAGE_SIZE;
+                        let bytes = hinted.pages * guest_migration::PAGE_SIZE;
                         self.bytes_discarded = self.bytes_discarded.saturating_add(bytes);
                     }
-                    if let Some(round) = &mut self.round {
-                        round.bytes = round
+                    if let Some(hint_round) = &mut self.hint_round {
+                        hint_round.bytes = hint_round
                             .bytes
-                            .saturating_add(hinted.pages * migration::PAGE_SIZE);
-                        round.cleared = round.cleared.saturating_add(hinted.cleared);
+                            .saturating_add(hinted.pages * guest_migration::PAGE_SIZE);
+                        hint_round.cleared = hint_round.cleared.saturating_add(hinted.cleared);
                     }
                 }
                 Err(error) => result = result.and(Err(error)),
             }
         }
-        match (&result, &mut self.round) {
-            (Ok(()), Some(round)) => round.blocks = round.blocks.saturating_add(1),
+        match (&result, &mut self.hint_round) {
+            (Ok(()), Some(hint_round)) => hint_round.blocks = hint_round.blocks.saturating_add(1),
             _ => self.ignored_blocks = self.ignored_blocks.saturating_add(1),
         }
         result
@@ -443,31 +450,31 @@ impl Hinting {
     }
 
     /// Takes an event that brings no new id.
-    fn operator(&mut self, event: Event) -> Changes {
-        let (phase, command) = (self.phase(), self.command());
+    fn end_hint_round(&mut self, event: Event) -> HintingChanges {
+        let (phase, cmd_id) = (self.phase(), self.cmd_id());
         self.step(event);
-        if let Some(round) = &mut self.round {
-            round.end();
+        if let Some(hint_round) = &mut self.hint_round {
+            hint_round.end();
         }
-        self.right = self.right.take().map(Right::close);
-        Changes {
-            config: command != self.command(),
+        self.bitmap_access = self.bitmap_access.take().map(BitmapAccess::close);
+        HintingChanges {
+            config: cmd_id != self.cmd_id(),
             phase: phase != self.phase(),
         }
     }
 
     /// Takes an event that brings a new id, and opens the window for it.
-    fn issue(&mut self, event: Event) -> Result<Changes, HintingError> {
-        let command = self.command();
+    fn start_hint_round(&mut self, event: Event) -> Result<HintingChanges, HintingError> {
+        let cmd_id = self.cmd_id();
         let action = self.step(event);
-        self.right = self.right.take().map(Right::close);
+        self.bitmap_access = self.bitmap_access.take().map(BitmapAccess::close);
         match (action, self.phase().id()) {
-            (Some(Action::RefuseExhausted), _) | (_, None) => Err(HintingError::IdsExhausted),
+            (Some(Action::IdsExhausted), _) | (_, None) => Err(HintingError::IdsExhausted),
             (_, Some(id)) => {
-                self.right = self.right.take().map(Right::open);
-                self.round = Some(Round::new(id));
-                Ok(Changes {
-                    config: command != self.command(),
+                self.bitmap_access = self.bitmap_access.take().map(BitmapAccess::open);
+                self.hint_round = Some(HintRound::new(id));
+                Ok(HintingChanges {
+                    config: cmd_id != self.cmd_id(),
                     phase: true,
                 })
             }
@@ -488,7 +495,7 @@ fn hint_and_discard(
     let end = start
         .checked_add(length)
         .ok_or(HintError::Wraps { start, length })?;
-    if length > 0 && !ram.touches(&(start..end)) {
+    if length > 0 && !ram.overlaps(&(start..end)) {
         return Err(HintError::Outside { start, length }.into());
     }
     let mut all = Hinted {
@@ -501,7 +508,7 @@ fn hint_and_discard(
         all.cleared += hinted.cleared;
         all.ignored_bytes = all
             .ignored_bytes
-            .saturating_sub(hinted.pages * migration::PAGE_SIZE);
+            .saturating_sub(hinted.pages * guest_migration::PAGE_SIZE);
     }
     Ok(all)
 }

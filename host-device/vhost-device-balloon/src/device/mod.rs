@@ -6,14 +6,14 @@
 //! behind one mutex; locks are taken in the order device, queue. Everything that is done under them is
 //! bounded, whatever the guest sends.
 
-pub mod complaints;
+mod control;
+pub mod guest_errors;
 pub mod hinting;
-pub mod lending;
-mod operator;
-pub mod pages;
+pub mod migration_claim;
+pub mod pfn;
 mod queues;
 pub mod request;
-pub mod saved;
+pub mod saved_state;
 pub mod stats;
 #[cfg(test)]
 mod tests;
@@ -24,24 +24,24 @@ use std::time::SystemTime;
 
 use serde_json::json;
 use shared_abi::command::CommandId;
-use shared_abi::config::{self, Config};
+use shared_abi::config::{self, ConfigSpace};
 use shared_abi::features::Features;
 use shared_abi::hinting::device::Phase;
 use shared_abi::queue::Queue;
-use shared_abi::stats::Tag;
+use shared_abi::stats::StatTag;
 use tracing::{debug, info, warn};
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
+use crate::event_count::EventCount;
 use crate::events::Events;
 use crate::memory::Ram;
 use crate::relay::ConfigNotifier;
-use crate::signal::Signal;
-use crate::vring::{Suppression, Vring};
-use complaints::Complaints;
-use hinting::{Changes, Hinting};
-use lending::{Claim, Trouble};
+use crate::vring::{NotificationSuppression, Vring};
+use guest_errors::GuestErrors;
+use hinting::{Hinting, HintingChanges};
+use migration_claim::{Invalidated, MigrationClaim};
 use stats::Stats;
 
 /// The longest queue that is offered.
@@ -84,15 +84,15 @@ pub struct QueueStatus {
 #[derive(Clone, Debug)]
 pub struct VirtioStatus {
     /// Whether a front end is connected.
-    pub connected: bool,
+    pub is_connected: bool,
     /// Whether the guest's driver can use the queues.
-    pub running: bool,
+    pub is_running: bool,
     /// What the device offers.
-    pub offered: Features,
+    pub offered_features: Features,
     /// What the driver accepted; nothing before it did.
-    pub negotiated: Option<Features>,
+    pub negotiated_features: Option<Features>,
     /// What the guest fills its free pages with, if it says so.
-    pub poison: Option<u32>,
+    pub poison_val: Option<u32>,
     /// The queues that exist.
     pub queues: Vec<QueueStatus>,
     /// How often configuration space was read since the front end connected.
@@ -121,7 +121,7 @@ pub struct VirtioStatus {
 #[derive(Clone, Debug, Default)]
 pub struct StatsReport {
     /// The values that the guest gave.
-    pub values: Vec<(Tag, u64)>,
+    pub values: Vec<(StatTag, u64)>,
     /// When.
     pub updated: Option<SystemTime>,
     /// Changes with every update.
@@ -130,11 +130,11 @@ pub struct StatsReport {
 
 /// Counters of one queue.
 #[derive(Clone, Copy, Debug, Default)]
-struct Counters {
+struct QueueCounters {
     wakeups: u64,
     requests: u64,
-    /// The queue's place in the available ring when it was last looked at: see [`Device::notice_new_driver`].
-    seen: Option<u16>,
+    /// The queue's place in the available ring when it was last looked at: see [`Device::detect_driver_restart`].
+    last_avail_idx: Option<u16>,
 }
 
 /// What is there only while a front end is.
@@ -143,25 +143,25 @@ struct Connection {
     notifier: Arc<ConfigNotifier>,
     memory: Option<GuestMemoryAtomic<GuestMemoryMmap>>,
     vrings: Vec<Vring>,
-    counters: [Counters; Queue::MAX_COUNT],
+    counters: [QueueCounters; Queue::MAX_COUNT],
     config_reads: u64,
     config_writes: u64,
     config_changes: Cell<u64>,
     /// The configuration has changed while the queues were stopped, and the driver was not told.
-    untold: Cell<bool>,
+    config_change_pending: Cell<bool>,
     /// The driver was told of a change, and has not read the command id since.
-    unread: Cell<bool>,
+    cmd_id_unread: Cell<bool>,
     /// The driver has accepted features, and no queue was used since.
-    starting: bool,
+    driver_starting: bool,
     /// The log says why hinted memory is not discarded.
-    discarding_explained: bool,
+    discard_warning_logged: bool,
 }
 
 impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Device")
-            .field("offered", &self.offered)
-            .field("negotiated", &self.negotiated)
+            .field("offered", &self.offered_features)
+            .field("negotiated", &self.negotiated_features)
             .field("config", &self.config)
             .field("hinting", &self.hinting)
             .finish_non_exhaustive()
@@ -170,17 +170,17 @@ impl std::fmt::Debug for Device {
 
 /// A memory balloon.
 pub struct Device {
-    offered: Features,
-    suppression: Suppression,
-    negotiated: Option<Features>,
-    config: Config,
+    offered_features: Features,
+    suppression: NotificationSuppression,
+    negotiated_features: Option<Features>,
+    config: ConfigSpace,
     ram: Ram,
     hinting: Hinting,
     /// There while a migration has hinting.
-    claim: Option<Claim>,
-    signal: Arc<Signal>,
+    claim: Option<MigrationClaim>,
+    hinting_events: Arc<EventCount>,
     stats: Stats,
-    complaints: Complaints,
+    guest_errors: GuestErrors,
     events: Arc<Events>,
     connection: Option<Connection>,
     pages_inflated: u64,
@@ -192,19 +192,19 @@ pub struct Device {
 }
 
 impl Device {
-    /// A balloon that offers `offered`, with no front end.
-    pub fn new(offered: Features, events: Arc<Events>) -> Self {
+    /// A balloon that offers `offered_features`, with no front end.
+    pub fn new(offered_features: Features, events: Arc<Events>) -> Self {
         Self {
-            offered,
-            suppression: Suppression::default(),
-            negotiated: None,
-            config: Config::default(),
+            offered_features,
+            suppression: NotificationSuppression::default(),
+            negotiated_features: None,
+            config: ConfigSpace::default(),
             ram: Ram::default(),
             hinting: Hinting::default(),
             claim: None,
-            signal: Arc::default(),
+            hinting_events: Arc::default(),
             stats: Stats::default(),
-            complaints: Complaints::default(),
+            guest_errors: GuestErrors::default(),
             events,
             connection: None,
             pages_inflated: 0,
@@ -216,26 +216,26 @@ impl Device {
     }
 
     /// What the device offers.
-    pub fn offered(&self) -> Features {
-        self.offered
+    pub fn offered_features(&self) -> Features {
+        self.offered_features
     }
 
     /// Asks drivers to leave out notifications in another way.
     #[must_use]
-    pub fn with_suppression(mut self, suppression: Suppression) -> Self {
+    pub fn with_suppression(mut self, suppression: NotificationSuppression) -> Self {
         self.suppression = suppression;
         self
     }
 
     /// How drivers are asked to leave out notifications.
-    pub fn suppression(&self) -> Suppression {
+    pub fn suppression(&self) -> NotificationSuppression {
         self.suppression
     }
 
     // The front end's side.
 
     /// A front end has connected; `notifier` is the way to tell it of configuration changes.
-    pub fn connected(&mut self, notifier: Arc<ConfigNotifier>) {
+    pub fn front_end_connected(&mut self, notifier: Arc<ConfigNotifier>) {
         self.connection = Some(Connection {
             notifier,
             ..Connection::default()
@@ -244,7 +244,7 @@ impl Device {
     }
 
     /// The front end has gone, for this `reason`. With it go the driver, its queues and its memory.
-    pub fn disconnected(&mut self, reason: &str) {
+    pub fn front_end_disconnected(&mut self, reason: &str) {
         if let Some(id) = self.hinting.phase().id() {
             let status = self.hinting.status();
             warn!(
@@ -255,17 +255,17 @@ impl Device {
         }
         let changes = self.hinting.reset();
         self.emit_phase(changes);
-        let changes = self.hinting.forget_memory();
+        let changes = self.hinting.handle_memory_change();
         self.emit_phase(changes);
         self.connection = None;
-        self.negotiated = None;
+        self.negotiated_features = None;
         self.ram = Ram::default();
         self.stats.reset();
-        self.config = Config {
+        self.config = ConfigSpace {
             num_pages: self.config.num_pages,
-            ..Config::default()
+            ..ConfigSpace::default()
         };
-        self.tell_trouble(Trouble::FrontEnd(reason.into()));
+        self.invalidate_claim(Invalidated::FrontEndDisconnected(reason.into()));
         self.events
             .emit("FRONTEND_DISCONNECTED", json!({ "reason": reason }));
     }
@@ -273,11 +273,11 @@ impl Device {
     /// The front end shares this memory.
     pub fn set_memory(&mut self, memory: GuestMemoryAtomic<GuestMemoryMmap>) {
         let mut ram = Ram::new(&memory.memory());
-        if !self.ram.same_layout(&ram) {
+        if !self.ram.has_same_layout(&ram) {
             info!(
                 "guest memory: {} MiB in {} regions",
-                ram.bytes() >> 20,
-                ram.regions_len()
+                ram.size() >> 20,
+                ram.num_regions()
             );
             if let Some(id) = self.hinting.phase().id() {
                 warn!(
@@ -285,12 +285,12 @@ impl Device {
                     id.number()
                 );
             }
-            let changes = self.hinting.forget_memory();
-            self.pass_on(changes);
+            let changes = self.hinting.handle_memory_change();
+            self.publish_changes(changes);
             let text = "the front end has changed the layout of guest memory, or its files";
-            self.tell_trouble(Trouble::Memory(text.into()));
+            self.invalidate_claim(Invalidated::MemoryChanged(text.into()));
         } else {
-            ram.note_holes(self.ram.hole_notes());
+            ram.set_hole_recorder(self.ram.hole_recorder());
         }
         self.ram = ram;
         if let Some(connection) = &mut self.connection {
@@ -300,21 +300,24 @@ impl Device {
 
     /// The driver has accepted these features.
     pub fn set_features(&mut self, bits: u64) {
-        let features = Features::from_bits(bits) & self.offered;
+        let features = Features::from_bits(bits) & self.offered_features;
         info!("the driver accepted: {features}");
-        if self.negotiated.is_some_and(|before| before != features) {
-            self.new_driver();
+        if self
+            .negotiated_features
+            .is_some_and(|before| before != features)
+        {
+            self.reset_driver_state();
         }
-        self.negotiated = Some(features);
+        self.negotiated_features = Some(features);
         if let Some(connection) = &mut self.connection {
-            connection.starting = true;
+            connection.driver_starting = true;
         }
     }
 
     /// The front end resets the device.
     pub fn reset(&mut self) {
-        self.new_driver();
-        self.negotiated = None;
+        self.reset_driver_state();
+        self.negotiated_features = None;
     }
 
     /// Bytes of configuration space. The space is as long as the features say (R10): the accepted ones, or
@@ -323,16 +326,19 @@ impl Device {
     /// A front end that asks for more, as QEMU's generic device does with its fixed size, gets zeros there.
     /// Beyond the longest layout there is nothing: an empty answer.
     pub fn read_config(&mut self, offset: u32, size: u32) -> Vec<u8> {
-        self.notice_new_driver();
-        let command = config::FREE_PAGE_HINT_CMD_ID as u64;
+        self.detect_driver_restart();
+        let cmd_id_offset = config::FREE_PAGE_HINT_CMD_ID as u64;
         let end = u64::from(offset) + u64::from(size);
         if let Some(connection) = &mut self.connection {
             connection.config_reads += 1;
-            if u64::from(offset) <= command && command < end && connection.unread.take() {
-                self.signal.give();
+            if u64::from(offset) <= cmd_id_offset
+                && cmd_id_offset < end
+                && connection.cmd_id_unread.take()
+            {
+                self.hinting_events.notify_all();
             }
         }
-        self.config.free_page_hint_cmd_id = self.hinting.command().number();
+        self.config.free_page_hint_cmd_id = self.hinting.cmd_id().number();
         let mut bytes = self.config.to_bytes();
         if let Some(absent) = bytes.get_mut(self.config_size()..) {
             absent.fill(0);
@@ -348,7 +354,7 @@ impl Device {
 
     /// The front end writes configuration space: the driver's fields of it count, as far as they exist.
     pub fn write_config(&mut self, offset: u32, data: &[u8]) {
-        self.notice_new_driver();
+        self.detect_driver_restart();
         if let Some(connection) = &mut self.connection {
             connection.config_writes += 1;
         }
@@ -373,7 +379,7 @@ impl Device {
     }
 
     fn config_size(&self) -> usize {
-        config::size_for(self.negotiated.unwrap_or(self.offered))
+        config::size_for(self.negotiated_features.unwrap_or(self.offered_features))
     }
 
     /// The queue `index` wants attention. Returns whether it needs more of it than one turn.
@@ -383,25 +389,26 @@ impl Device {
                 connection.vrings = vrings.to_vec();
             }
         }
-        self.notice_new_driver();
-        self.notice_start();
-        self.tell_late();
-        let features = self.negotiated.unwrap_or_default();
-        let (Some(queue), Some(vring)) = (Queue::at(index, features), vrings.get(index)) else {
+        self.detect_driver_restart();
+        self.handle_driver_start();
+        self.send_pending_config_change();
+        let features = self.negotiated_features.unwrap_or_default();
+        let (Some(queue), Some(vring)) = (Queue::from_index(index, features), vrings.get(index))
+        else {
             debug!("queue {index} was kicked, and does not exist with these features");
             return false;
         };
-        self.count(index, |counters| counters.wakeups += 1);
+        self.update_counters(index, |counters| counters.wakeups += 1);
         let Some(memory) = self.connection.as_ref().and_then(|it| it.memory.clone()) else {
             return false;
         };
         let more = self.drain(queue, index, vring, &memory);
-        let place = vring.get_ref().get_queue().next_avail();
-        self.count(index, |counters| counters.seen = Some(place));
+        let avail_idx = vring.get_ref().get_queue().next_avail();
+        self.update_counters(index, |counters| counters.last_avail_idx = Some(avail_idx));
         more
     }
 
-    fn count(&mut self, index: usize, change: impl FnOnce(&mut Counters)) {
+    fn update_counters(&mut self, index: usize, change: impl FnOnce(&mut QueueCounters)) {
         if let Some(counters) = self
             .connection
             .as_mut()
@@ -412,12 +419,12 @@ impl Device {
     }
 
     /// Whether the driver's queues can be used: it is there, and the guest is not paused.
-    fn running(&self) -> bool {
+    fn is_running(&self) -> bool {
         let inflate = self
             .connection
             .as_ref()
             .and_then(|connection| connection.vrings.first());
-        self.negotiated.is_some()
+        self.negotiated_features.is_some()
             && inflate.is_some_and(|vring| {
                 let vring = vring.get_ref();
                 vring.is_enabled() && vring.get_queue().ready()
@@ -429,36 +436,40 @@ impl Device {
     /// The front end does not say: a reset of the device, and a guest that was paused and goes on, are both
     /// queues that stop and start again. But after a reset the queues start from the beginning, and after a
     /// pause they go on where they were.
-    fn notice_new_driver(&mut self) {
+    fn detect_driver_restart(&mut self) {
         let Some(connection) = &mut self.connection else {
             return;
         };
-        let mut moved = false;
+        let mut restarted = false;
         for (counters, vring) in connection.counters.iter_mut().zip(&connection.vrings) {
-            let place = vring.get_ref().get_queue().next_avail();
-            moved |= counters.seen.is_some_and(|seen| seen != place);
-            counters.seen = counters.seen.map(|_| place);
+            let avail_idx = vring.get_ref().get_queue().next_avail();
+            restarted |= counters
+                .last_avail_idx
+                .is_some_and(|last_avail_idx| last_avail_idx != avail_idx);
+            counters.last_avail_idx = counters.last_avail_idx.map(|_| avail_idx);
         }
-        if moved {
+        if restarted {
             info!("the guest's driver was started anew");
-            self.new_driver();
+            self.reset_driver_state();
         }
     }
 
     /// Whether the memory of hinted blocks is given back to the host (R17).
     pub fn discards_hinted(&self) -> bool {
-        self.negotiated
+        self.negotiated_features
             .is_some_and(|features| features.contains(Features::KEEPS_HINTED_UNTIL_RETURNED))
     }
 
     /// Says why nothing is discarded, if that was wanted: once for each connection.
-    fn explain_discarding(&mut self) {
-        let wanted = self.offered.contains(Features::KEEPS_HINTED_UNTIL_RETURNED);
+    fn warn_discard_not_negotiated(&mut self) {
+        let wanted = self
+            .offered_features
+            .contains(Features::KEEPS_HINTED_UNTIL_RETURNED);
         let refused = wanted && !self.discards_hinted();
         let Some(connection) = &mut self.connection else {
             return;
         };
-        if refused && !std::mem::replace(&mut connection.discarding_explained, true) {
+        if refused && !std::mem::replace(&mut connection.discard_warning_logged, true) {
             warn!(
                 "hinted memory is not discarded: the guest's driver has not promised to keep a hinted block until \
                  its buffer is returned (it did not accept the private feature bit {}), so the block may be in \
@@ -469,25 +480,29 @@ impl Device {
     }
 
     /// Notices the first use of a queue after the driver has accepted its features.
-    fn notice_start(&mut self) {
+    fn handle_driver_start(&mut self) {
         let Some(connection) = &mut self.connection else {
             return;
         };
-        if !std::mem::take(&mut connection.starting) {
+        if !std::mem::take(&mut connection.driver_starting) {
             return;
         }
-        self.explain_discarding();
-        let features: Vec<_> = self.negotiated.unwrap_or_default().names().collect();
+        self.warn_discard_not_negotiated();
+        let features: Vec<_> = self
+            .negotiated_features
+            .unwrap_or_default()
+            .names()
+            .collect();
         self.events
             .emit("DRIVER_STARTED", json!({ "features": features }));
-        if self.hinting.command() != CommandId::Stop {
+        if self.hinting.cmd_id() != CommandId::Stop {
             // It missed the notice of a command that came while it was not there.
-            self.notify();
+            self.notify_config_change();
         }
     }
 
     /// A driver starts from nothing: what the last one held and promised is no more.
-    fn new_driver(&mut self) {
+    fn reset_driver_state(&mut self) {
         if let Some(id) = self.hinting.phase().id() {
             warn!(
                 "hinting round {:#x} ends: the guest's driver has gone",
@@ -495,7 +510,7 @@ impl Device {
             );
         }
         let changes = self.hinting.reset();
-        self.pass_on(changes);
+        self.publish_changes(changes);
         self.stats.reset();
         self.config.poison_val = 0;
     }
@@ -503,7 +518,7 @@ impl Device {
     // What the outside is told.
 
     /// Whether there were queues, and they are stopped: the driver has gone, or the guest is paused.
-    fn stopped(&self) -> bool {
+    fn are_queues_stopped(&self) -> bool {
         let vrings = self.connection.iter().flat_map(|it| &it.vrings);
         vrings
             .take(1)
@@ -511,39 +526,42 @@ impl Device {
     }
 
     /// Tells the driver of a change that it could not be told of when it happened.
-    fn tell_late(&self) {
-        let untold = self.connection.as_ref().map(|it| it.untold.take());
-        if untold == Some(true) {
-            self.notify();
+    fn send_pending_config_change(&self) {
+        let config_change_pending = self
+            .connection
+            .as_ref()
+            .map(|it| it.config_change_pending.take());
+        if config_change_pending == Some(true) {
+            self.notify_config_change();
         }
     }
 
     /// Tells the driver that its configuration has changed; later, if it is not there to hear it. QEMU 11.1 crashes
     /// when it starts the queues of a generic vhost-user device that has told it of a change while they were stopped.
-    fn notify(&self) {
+    fn notify_config_change(&self) {
         if let Some(connection) = &self.connection {
-            if self.stopped() {
-                connection.untold.set(true);
+            if self.are_queues_stopped() {
+                connection.config_change_pending.set(true);
                 return;
             }
             connection.notifier.notify();
-            connection.unread.set(true);
+            connection.cmd_id_unread.set(true);
             connection
                 .config_changes
                 .set(connection.config_changes.get() + 1);
         }
     }
 
-    fn pass_on(&self, changes: Changes) {
+    fn publish_changes(&self, changes: HintingChanges) {
         if changes.config {
-            self.notify();
+            self.notify_config_change();
         }
         self.emit_phase(changes);
     }
 
-    fn emit_phase(&self, changes: Changes) {
+    fn emit_phase(&self, changes: HintingChanges) {
         if changes.phase {
-            self.signal.give();
+            self.hinting_events.notify_all();
             let mut data = json!({ "status": phase_name(self.hinting.phase()) });
             if let (Some(id), Some(data)) = (self.hinting.phase().id(), data.as_object_mut()) {
                 data.insert("id".into(), id.number().into());

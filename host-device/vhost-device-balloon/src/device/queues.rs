@@ -11,38 +11,38 @@ use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::request::{MemoryGuard, Request, RequestError};
-use super::{pages, stats, Device};
-use crate::vring::{Suppression, Vring};
+use super::{pfn, stats, Device};
+use crate::vring::{NotificationSuppression, Vring};
 
 /// Roughly how many ranges of memory are handled before other queues, and operators, get their turn.
-const TURN: usize = 1 << 14;
+const DRAIN_BUDGET: usize = 1 << 14;
 
 /// How many bytes of memory take as long to give back as a range takes by itself, roughly.
-const PER_RANGE: u64 = 1 << 16;
+const BYTES_PER_WORK_UNIT: u64 = 1 << 16;
 
 /// How a look at a queue ended.
-enum Pass {
+enum DrainOutcome {
     /// There was nothing more to take; `taken` says whether there was anything at all.
     Empty { taken: bool },
     /// The turn is over, and there may be more.
-    TurnOver,
+    BudgetExhausted,
     /// The ring cannot be read. The driver's next notification is another try.
     Broken,
 }
 
 /// One queue's turn.
-struct Turn<'a> {
+struct QueueContext<'a> {
     queue: Queue,
     index: usize,
     vring: &'a Vring,
     memory: MemoryGuard,
-    /// What is left of [`TURN`].
+    /// What is left of [`DRAIN_BUDGET`].
     budget: usize,
     /// Whether a buffer was returned.
     returned: bool,
 }
 
-impl Turn<'_> {
+impl QueueContext<'_> {
     fn spend(&mut self, work: usize) {
         self.budget = self.budget.saturating_sub(work);
     }
@@ -60,27 +60,27 @@ impl Device {
         vring: &Vring,
         memory: &GuestMemoryAtomic<GuestMemoryMmap>,
     ) -> bool {
-        let mut turn = Turn {
+        let mut context = QueueContext {
             queue,
             index,
             vring,
             memory: memory.memory(),
-            budget: TURN,
+            budget: DRAIN_BUDGET,
             returned: false,
         };
         let more = loop {
             // The driver need not notify while the queue is being looked at anyway. Where these words cannot
             // be written, the ring cannot be read either, and that is reported.
-            if self.suppression != Suppression::Never {
+            if self.suppression != NotificationSuppression::Never {
                 let _ = vring.disable_notification();
             }
-            match self.pass(&mut turn) {
-                Pass::TurnOver => break true,
-                Pass::Broken => {
+            match self.drain_available(&mut context) {
+                DrainOutcome::BudgetExhausted => break true,
+                DrainOutcome::Broken => {
                     let _ = vring.enable_notification();
                     break false;
                 }
-                Pass::Empty { taken } => {
+                DrainOutcome::Empty { taken } => {
                     // Something may have come before notifications were on again. If nothing could be taken,
                     // what is there cannot be taken at all.
                     if !vring.enable_notification().unwrap_or(false) || !taken {
@@ -89,7 +89,7 @@ impl Device {
                 }
             }
         };
-        if turn.returned && vring.needs_notification().unwrap_or(true) {
+        if context.returned && vring.needs_notification().unwrap_or(true) {
             if let Err(error) = vring.signal_used_queue() {
                 tracing::debug!("{} queue: the driver was not told: {error}", queue.name());
             }
@@ -97,83 +97,91 @@ impl Device {
         more
     }
 
-    fn pass(&mut self, turn: &mut Turn<'_>) -> Pass {
+    fn drain_available(&mut self, context: &mut QueueContext<'_>) -> DrainOutcome {
         let mut taken = false;
-        while turn.budget > 0 {
-            turn.spend(1);
-            let chain = match next_chain(turn.vring, &turn.memory) {
+        while context.budget > 0 {
+            context.spend(1);
+            let chain = match next_chain(context.vring, &context.memory) {
                 Ok(Some(chain)) => chain,
-                Ok(None) => return Pass::Empty { taken },
+                Ok(None) => return DrainOutcome::Empty { taken },
                 Err(error @ RequestError::NoSuchDescriptor { .. }) => {
                     // There is no buffer that could be returned.
-                    self.complaints.add(turn.queue, &error);
+                    self.guest_errors.record(context.queue, &error);
                     taken = true;
                     continue;
                 }
                 Err(error) => {
-                    self.complaints.add(turn.queue, &error);
-                    return Pass::Broken;
+                    self.guest_errors.record(context.queue, &error);
+                    return DrainOutcome::Broken;
                 }
             };
             taken = true;
-            self.count(turn.index, |counters| counters.requests += 1);
+            self.update_counters(context.index, |counters| counters.requests += 1);
             let head = chain.head_index();
-            let give_back = self.serve(turn, chain).unwrap_or_else(|error| {
-                self.complaints.add(turn.queue, &error);
+            let give_back = self.process_chain(context, chain).unwrap_or_else(|error| {
+                self.guest_errors.record(context.queue, &error);
                 Some(head)
             });
             let Some(head) = give_back else {
                 continue;
             };
             // The device writes to no buffer: a length of 0 is the truth for both directions.
-            match turn.vring.add_used(head, 0) {
-                Ok(()) => turn.returned = true,
+            match context.vring.add_used(head, 0) {
+                Ok(()) => context.returned = true,
                 Err(source) => {
                     let error = RequestError::Return { head, source };
-                    self.complaints.add(turn.queue, &error);
+                    self.guest_errors.record(context.queue, &error);
                 }
             }
         }
-        Pass::TurnOver
+        DrainOutcome::BudgetExhausted
     }
 
     /// Does what a chain asks for. Returns the buffer that is to go back, if one is: usually this one.
-    fn serve(
+    fn process_chain(
         &mut self,
-        turn: &mut Turn<'_>,
+        context: &mut QueueContext<'_>,
         chain: DescriptorChain<MemoryGuard>,
     ) -> Result<Option<u16>, RequestError> {
         let head = chain.head_index();
         let request = Request::parse(chain)?;
-        match turn.queue {
-            Queue::Inflate => self.inflate(turn, &request)?,
-            Queue::Deflate => self.deflate(turn, &request)?,
-            Queue::Stats => return self.take_stats(turn, &request, head),
-            Queue::FreePage => self.free_page(turn, &request)?,
-            Queue::Reporting => self.reported(turn, &request)?,
+        match context.queue {
+            Queue::Inflate => self.handle_inflate(context, &request)?,
+            Queue::Deflate => self.handle_deflate(context, &request)?,
+            Queue::Stats => return self.handle_stats(context, &request, head),
+            Queue::FreePage => self.handle_free_page(context, &request)?,
+            Queue::Reporting => self.handle_report(context, &request)?,
         }
         Ok(Some(head))
     }
 
     /// Reads the page numbers of a request into the buffer, and returns how many there are.
-    fn read_pfns(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<u64, RequestError> {
+    fn read_pfns(
+        &mut self,
+        context: &mut QueueContext<'_>,
+        request: &Request,
+    ) -> Result<u64, RequestError> {
         request.read(
-            &turn.memory,
+            &context.memory,
             &mut self.buffer,
-            pages::PFN_BYTES,
-            pages::PFN_BYTES * pages::MAX_PFNS,
+            pfn::PFN_BYTES,
+            pfn::PFN_BYTES * pfn::MAX_PFNS,
             "an array of at most 65536 page numbers of 4 bytes",
         )?;
-        turn.spend(self.buffer.len() >> PFN_SHIFT);
-        Ok((self.buffer.len() / pages::PFN_BYTES) as u64)
+        context.spend(self.buffer.len() >> PFN_SHIFT);
+        Ok((self.buffer.len() / pfn::PFN_BYTES) as u64)
     }
 
     /// Pages go into the balloon: their memory goes back to the host.
-    fn inflate(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<(), RequestError> {
-        let count = self.read_pfns(turn, request)?;
+    fn handle_inflate(
+        &mut self,
+        context: &mut QueueContext<'_>,
+        request: &Request,
+    ) -> Result<(), RequestError> {
+        let count = self.read_pfns(context, request)?;
         self.pages_inflated = self.pages_inflated.saturating_add(count);
-        let ranges = pages::ranges(&self.buffer);
-        turn.spend(ranges.len());
+        let ranges = pfn::ranges(&self.buffer);
+        context.spend(ranges.len());
         let mut result = Ok(());
         for range in ranges {
             match self.ram.release(range) {
@@ -185,31 +193,35 @@ impl Device {
     }
 
     /// Pages come out of the balloon. The host gives memory again when the guest writes to it.
-    fn deflate(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<(), RequestError> {
-        let count = self.read_pfns(turn, request)?;
+    fn handle_deflate(
+        &mut self,
+        context: &mut QueueContext<'_>,
+        request: &Request,
+    ) -> Result<(), RequestError> {
+        let count = self.read_pfns(context, request)?;
         self.pages_deflated = self.pages_deflated.saturating_add(count);
         Ok(())
     }
 
     /// Statistics come, and their buffer stays. Returns the buffer that stayed until now.
-    fn take_stats(
+    fn handle_stats(
         &mut self,
-        turn: &Turn<'_>,
+        context: &QueueContext<'_>,
         request: &Request,
         head: u16,
     ) -> Result<Option<u16>, RequestError> {
         let expected = "a list of at most 64 statistics of 10 bytes";
         request.read(
-            &turn.memory,
+            &context.memory,
             &mut self.buffer,
             shared_abi::stats::Stat::SIZE,
             stats::MAX_BYTES,
             expected,
         )?;
-        let before = self.stats.take(&self.buffer, head);
+        let before = self.stats.update(&self.buffer, head);
         if before.is_some() {
-            self.complaints
-                .add(Queue::Stats, &RequestError::SecondStatsBuffer);
+            self.guest_errors
+                .record(Queue::Stats, &RequestError::SecondStatsBuffer);
         }
         Ok(before)
     }
@@ -221,43 +233,51 @@ impl Device {
     /// treat the content of all hinted pages as uninitialized memory" and, if it takes a page back before
     /// DONE, initialises it. Linux fills pages with its pattern when it frees them, which is after the hint,
     /// and the write makes them dirty again. (Reported pages are another matter: see
-    /// [`reported`](Self::reported).)
+    /// [`handle_report`](Self::handle_report).)
     ///
     /// For the same reason a hinted page may be discarded here and read as zeros, whatever `poison_val` is, once the
     /// driver has promised to keep it until its buffer is returned (R17): uninitialised memory has no content that
     /// a device could spoil. Without that promise nothing is discarded, because the page may be in use again.
-    fn free_page(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<(), RequestError> {
+    fn handle_free_page(
+        &mut self,
+        context: &mut QueueContext<'_>,
+        request: &Request,
+    ) -> Result<(), RequestError> {
         if request.starts_writable() {
             let segments = request.writable()?;
-            turn.spend(segments.len());
+            context.spend(segments.len());
             let before = self.hinting.bytes_discarded();
             let discard = self.discards_hinted().then_some(&self.ram);
-            let result = self.hinting.block_came(segments, discard);
+            let result = self.hinting.handle_free_block(segments, discard);
             let discarded = self.hinting.bytes_discarded().saturating_sub(before);
-            turn.spend(usize::try_from(discarded / PER_RANGE).unwrap_or(usize::MAX));
+            context.spend(usize::try_from(discarded / BYTES_PER_WORK_UNIT).unwrap_or(usize::MAX));
             return result;
         }
         let expected = "a command id of 4 bytes";
-        request.read(&turn.memory, &mut self.buffer, 4, 4, expected)?;
+        request.read(&context.memory, &mut self.buffer, 4, 4, expected)?;
         // Nothing at all is no command id either.
         if let Some(Ok(bytes)) = self.buffer.get(..4).map(<[u8; 4]>::try_from) {
-            let command = CommandId::from_number(u32::from_le_bytes(bytes));
-            let changes = self.hinting.command_came(command);
-            self.pass_on(changes);
+            let cmd_id = CommandId::from_number(u32::from_le_bytes(bytes));
+            let changes = self.hinting.handle_cmd_id(cmd_id);
+            self.publish_changes(changes);
         }
         Ok(())
     }
 
     /// Blocks that the guest reports as free by itself: their memory goes back to the host, and the guest may
     /// use it again as soon as the buffer is returned.
-    fn reported(&mut self, turn: &mut Turn<'_>, request: &Request) -> Result<(), RequestError> {
+    fn handle_report(
+        &mut self,
+        context: &mut QueueContext<'_>,
+        request: &Request,
+    ) -> Result<(), RequestError> {
         let segments = request.writable()?;
-        if self.poison().is_some_and(|value| value != 0) {
+        if self.poison_val().is_some_and(|value| value != 0) {
             // "MUST NOT modify the content of a reported page to a value other than poison_val", and a hole
             // reads as zeros.
             return Ok(());
         }
-        turn.spend(segments.len());
+        context.spend(segments.len());
         let mut result = Ok(());
         for segment in segments {
             let end = segment.address.saturating_add(u64::from(segment.length));
@@ -270,8 +290,8 @@ impl Device {
     }
 
     /// What the guest fills its free pages with, if it says so.
-    pub(super) fn poison(&self) -> Option<u32> {
-        self.negotiated
+    pub(super) fn poison_val(&self) -> Option<u32> {
+        self.negotiated_features
             .is_some_and(|features| features.contains(Features::PAGE_POISON))
             .then_some(self.config.poison_val)
     }

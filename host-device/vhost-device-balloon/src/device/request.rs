@@ -84,7 +84,7 @@ pub enum RequestError {
     },
     /// A hint was refused.
     #[error(transparent)]
-    Hint(#[from] migration::HintError),
+    Hint(#[from] guest_migration::HintError),
     /// Memory could not be given back.
     #[error(transparent)]
     Release(#[from] ReleaseError),

@@ -6,7 +6,7 @@
 
 use std::time::SystemTime;
 
-use shared_abi::stats::{Stat, Tag};
+use shared_abi::stats::{Stat, StatTag};
 
 /// The most bytes of statistics that are read: more than all tags take.
 pub const MAX_BYTES: usize = Stat::SIZE * 64;
@@ -14,17 +14,17 @@ pub const MAX_BYTES: usize = Stat::SIZE * 64;
 /// The last statistics, and the buffer that they came in.
 #[derive(Debug, Default)]
 pub struct Stats {
-    values: Vec<(Tag, u64)>,
+    values: Vec<(StatTag, u64)>,
     updated: Option<SystemTime>,
     generation: u64,
     /// Index of the descriptor chain that the device keeps.
-    held: Option<u16>,
+    buffer_head: Option<u16>,
 }
 
 impl Stats {
     /// Takes the statistics in `bytes` and the buffer that they came in, and returns the buffer that was kept
     /// until now, if one was.
-    pub fn take(&mut self, bytes: &[u8], head: u16) -> Option<u16> {
+    pub fn update(&mut self, bytes: &[u8], head: u16) -> Option<u16> {
         self.values.clear();
         for chunk in bytes.chunks_exact(Stat::SIZE) {
             let Ok(chunk) = chunk.try_into() else {
@@ -32,28 +32,28 @@ impl Stats {
             };
             let stat = Stat::from_bytes(chunk);
             // A tag that is newer than this code is left out.
-            if let Some(tag) = Tag::from_number(stat.tag) {
+            if let Some(tag) = StatTag::from_number(stat.tag) {
                 self.values.retain(|(known, _)| *known != tag);
                 self.values.push((tag, stat.value));
             }
         }
         self.updated = Some(SystemTime::now());
         self.generation = self.generation.wrapping_add(1);
-        self.held.replace(head)
+        self.buffer_head.replace(head)
     }
 
     /// The buffer to return in order to ask for new statistics.
-    pub fn release(&mut self) -> Option<u16> {
-        self.held.take()
+    pub fn take_buffer(&mut self) -> Option<u16> {
+        self.buffer_head.take()
     }
 
     /// The driver is gone, and its buffer with it. The values stay, with their age.
     pub fn reset(&mut self) {
-        self.held = None;
+        self.buffer_head = None;
     }
 
     /// The last values.
-    pub fn values(&self) -> &[(Tag, u64)] {
+    pub fn values(&self) -> &[(StatTag, u64)] {
         &self.values
     }
 
@@ -79,13 +79,13 @@ mod tests {
             .into_iter()
             .flat_map(|(tag, value)| Stat { tag, value }.to_bytes())
             .collect();
-        assert_eq!(stats.take(&bytes, 3), None);
+        assert_eq!(stats.update(&bytes, 3), None);
         assert_eq!(
             stats.values(),
-            [(Tag::FreeMemory, 200), (Tag::TotalMemory, 300)]
+            [(StatTag::FreeMemory, 200), (StatTag::TotalMemory, 300)]
         );
-        assert_eq!(stats.take(&[], 4), Some(3));
-        assert_eq!(stats.release(), Some(4));
-        assert_eq!(stats.release(), None);
+        assert_eq!(stats.update(&[], 4), Some(3));
+        assert_eq!(stats.take_buffer(), Some(4));
+        assert_eq!(stats.take_buffer(), None);
     }
 }

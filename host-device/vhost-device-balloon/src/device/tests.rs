@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::hinting::HintingError;
 use super::*;
-use crate::events::Listening;
+use crate::events::Subscription;
 use crate::memory::tests::guest;
 
 /// Where the guest's memory starts: at an odd place, as with user-mode Linux.
@@ -52,7 +52,7 @@ struct Guest {
     /// The front end's end of the channel for configuration changes.
     changes: UnixStream,
     events: Receiver<String>,
-    _listening: Listening,
+    _subscription: Subscription,
 }
 
 impl Guest {
@@ -62,12 +62,12 @@ impl Guest {
 
     fn with_device(mut device: Device, accepted: Features) -> Self {
         let (lines, received) = sync_channel(1000);
-        let listening = device.events.listen(lines);
+        let subscription = device.events.subscribe(lines);
         let notifier = Arc::new(ConfigNotifier::default());
         let (changes, channel) = UnixStream::pair().unwrap();
         changes.set_nonblocking(true).unwrap();
         notifier.connect(channel.into()).unwrap();
-        device.connected(notifier);
+        device.front_end_connected(notifier);
 
         let memory = guest(&[
             (START, LENGTH, START),
@@ -86,7 +86,7 @@ impl Guest {
             features: Features::NONE,
             changes,
             events: received,
-            _listening: listening,
+            _subscription: subscription,
         };
         guest.start_driver(accepted);
         guest
@@ -211,17 +211,17 @@ impl Guest {
         self.send_bytes(queue, &bytes);
     }
 
-    fn command(&mut self, number: u32) {
+    fn send_cmd_id(&mut self, number: u32) {
         self.send_bytes(Queue::FreePage, &number.to_le_bytes());
     }
 
-    fn block(&mut self, address: u64, length: u32) {
+    fn hint(&mut self, address: u64, length: u32) {
         self.send(Queue::FreePage, &[(address, length, true)]);
     }
 
-    fn config(&mut self) -> Config {
+    fn config(&mut self) -> ConfigSpace {
         let bytes = self.device.read_config(0, 16);
-        Config::from_bytes(bytes.try_into().unwrap())
+        ConfigSpace::from_bytes(bytes.try_into().unwrap())
     }
 
     /// How many configuration change messages have come since the last call.
@@ -235,9 +235,9 @@ impl Guest {
         length / 12
     }
 
-    fn start_round(&mut self) -> HintId {
+    fn start_hint_round(&mut self) -> HintId {
         let id = self.device.start_hinting().unwrap();
-        self.command(id.number());
+        self.send_cmd_id(id.number());
         id
     }
 
@@ -303,7 +303,10 @@ fn inflate_gives_memory_back_to_the_host() {
     );
 
     guest.device.write_config(4, &4u32.to_le_bytes());
-    assert_eq!(guest.device.balloon(), Ok(LENGTH + SECOND_LENGTH - 0x4000));
+    assert_eq!(
+        guest.device.actual_size(),
+        Ok(LENGTH + SECOND_LENGTH - 0x4000)
+    );
     let events: Vec<_> = guest.events.try_iter().collect();
     assert!(
         events.iter().any(|line| line.contains("BALLOON_CHANGE")),
@@ -332,20 +335,20 @@ fn inflating_what_is_not_guest_memory_is_an_error_that_names_it() {
 }
 
 #[test]
-fn a_whole_round_clears_what_was_hinted() {
+fn a_whole_hint_round_clears_the_hinted_pages() {
     let mut guest = Guest::new(ALL, ALL);
     let id = guest.device.start_hinting().unwrap();
     assert_eq!(guest.config_changes(), 1);
     assert_eq!(guest.config().free_page_hint_cmd_id, id.number());
-    assert_eq!(guest.device.hinting().phase, Phase::Requested(id));
+    assert_eq!(guest.device.hinting_status().phase, Phase::Requested(id));
 
-    guest.command(id.number());
-    assert_eq!(guest.device.hinting().phase, Phase::Started(id));
-    guest.block(FREE, 0x10_0000);
-    guest.block(SECOND, 0x8000);
-    guest.command(0);
+    guest.send_cmd_id(id.number());
+    assert_eq!(guest.device.hinting_status().phase, Phase::Started(id));
+    guest.hint(FREE, 0x10_0000);
+    guest.hint(SECOND, 0x8000);
+    guest.send_cmd_id(0);
 
-    let status = guest.device.hinting();
+    let status = guest.device.hinting_status();
     // The whole file, also what the guest does not see of it.
     let total = (START + LENGTH + SECOND_LENGTH) >> 12;
     assert_eq!(status.phase, Phase::Finished(id));
@@ -368,7 +371,7 @@ fn a_whole_round_clears_what_was_hinted() {
         [(SECOND, 0x8000)]
     );
     // The time stands still once the driver has stopped.
-    assert_eq!(guest.device.hinting().duration, status.duration);
+    assert_eq!(guest.device.hinting_status().duration, status.duration);
 
     guest.device.finish_hinting();
     assert_eq!(guest.config().free_page_hint_cmd_id, 1);
@@ -377,7 +380,7 @@ fn a_whole_round_clears_what_was_hinted() {
 }
 
 #[test]
-fn r1_an_empty_queue_ends_the_turn() {
+fn r1_an_empty_queue_ends_the_drain() {
     let mut guest = Guest::new(ALL, ALL);
     for queue in Queue::ALL {
         let (_, index) = guest.queue(queue);
@@ -413,7 +416,7 @@ fn events(mut fd: &File) -> u64 {
 }
 
 #[test]
-fn each_notification_counts_also_those_that_one_look_answers() {
+fn each_notification_counts_even_if_one_drain_handles_several() {
     let mut guest = Guest::new(ALL, ALL);
     let (mut kick, _call) = event_fds(&mut guest, Queue::Inflate);
     for _ in 0..3 {
@@ -488,17 +491,17 @@ fn accesses_to_configuration_space_are_counted() {
 }
 
 #[test]
-fn r2_a_stale_stop_does_not_end_the_round() {
+fn r2_a_stale_stop_does_not_end_the_hint_round() {
     let mut guest = Guest::new(ALL, ALL);
-    let first = guest.start_round();
+    let first = guest.start_hint_round();
     let second = guest.device.start_hinting().unwrap();
     // What the driver had on the queue for the first round, then its answer to the second.
-    guest.block(FREE, 0x1000);
-    guest.command(0);
-    guest.command(second.number());
-    guest.command(17);
-    guest.block(FREE, 0x4000);
-    let status = guest.device.hinting();
+    guest.hint(FREE, 0x1000);
+    guest.send_cmd_id(0);
+    guest.send_cmd_id(second.number());
+    guest.send_cmd_id(17);
+    guest.hint(FREE, 0x4000);
+    let status = guest.device.hinting_status();
     assert_ne!(first, second);
     assert_eq!(status.phase, Phase::Started(second));
     assert_eq!((status.blocks, status.pages_cleared), (1, 4));
@@ -510,10 +513,10 @@ fn r3_hints_count_with_page_poison_whatever_its_value() {
     for poison in [0u32, 0xaaaa_aaaa] {
         let mut guest = Guest::new(ALL, ALL);
         guest.device.write_config(12, &poison.to_le_bytes());
-        guest.start_round();
-        guest.block(FREE, 0x2000);
+        guest.start_hint_round();
+        guest.hint(FREE, 0x2000);
         assert_eq!(
-            guest.device.hinting().pages_cleared,
+            guest.device.hinting_status().pages_cleared,
             2,
             "poison {poison:#x}"
         );
@@ -546,16 +549,16 @@ fn r3_reported_pages_are_released_only_where_zeros_are_expected() {
 #[test]
 fn r5_hints_outside_memory_are_refused_and_counted() {
     let mut guest = Guest::new(ALL, ALL);
-    guest.start_round();
-    guest.block(0x1000, 0x1000);
-    guest.block(u64::MAX - 0xfff, 0x2000);
+    guest.start_hint_round();
+    guest.hint(0x1000, 0x1000);
+    guest.hint(u64::MAX - 0xfff, 0x2000);
     assert_eq!(guest.errors(), 2);
     assert!(guest
         .last_error()
         .starts_with("free-page queue: the range at 0xfffffffffffff000"));
     // Over the end of a region: only what is inside, and no neighbour.
-    guest.block(START + LENGTH - 0x1000, 0x10_0000);
-    let status = guest.device.hinting();
+    guest.hint(START + LENGTH - 0x1000, 0x10_0000);
+    let status = guest.device.hinting_status();
     assert_eq!(status.pages_cleared, 1);
     assert_eq!(
         guest.device.hinted_ranges(0, usize::MAX),
@@ -567,17 +570,17 @@ fn r5_hints_outside_memory_are_refused_and_counted() {
 #[test]
 fn r6_a_sync_kills_the_old_id_and_asks_again() {
     let mut guest = Guest::new(ALL, ALL);
-    let first = guest.start_round();
-    guest.block(FREE, 0x1000);
+    let first = guest.start_hint_round();
+    guest.hint(FREE, 0x1000);
     let second = guest.device.sync_hinting().unwrap();
     assert_eq!(second, first.successor());
     // Blocks that were on their way do not count, and neither does the old id.
-    guest.block(FREE + 0x1000, 0x1000);
-    guest.command(first.number());
-    guest.block(FREE + 0x1000, 0x1000);
+    guest.hint(FREE + 0x1000, 0x1000);
+    guest.send_cmd_id(first.number());
+    guest.hint(FREE + 0x1000, 0x1000);
     assert_eq!(guest.device.hinted_ranges(0, usize::MAX), [(FREE, 0x1000)]);
-    guest.command(second.number());
-    guest.block(FREE + 0x1000, 0x1000);
+    guest.send_cmd_id(second.number());
+    guest.hint(FREE + 0x1000, 0x1000);
     // What was spared before stays spared: no page was written in between.
     assert_eq!(guest.device.hinted_ranges(0, usize::MAX), [(FREE, 0x2000)]);
 }
@@ -586,27 +589,27 @@ fn r6_a_sync_kills_the_old_id_and_asks_again() {
 fn r6_no_hint_counts_after_stop_or_done() {
     for end in [Device::stop_hinting, Device::finish_hinting] {
         let mut guest = Guest::new(ALL, ALL);
-        guest.start_round();
+        guest.start_hint_round();
         end(&mut guest.device);
-        guest.block(FREE, 0x1000);
-        let status = guest.device.hinting();
+        guest.hint(FREE, 0x1000);
+        let status = guest.device.hinting_status();
         assert_eq!((status.pages_cleared, status.ignored_blocks), (0, 1));
         assert!(matches!(
             guest.device.sync_hinting(),
-            Err(HintingError::NoRound)
+            Err(HintingError::NoHintRound)
         ));
     }
 }
 
 #[test]
-fn r8_each_round_has_its_own_id_in_the_range() {
+fn r8_each_hint_round_has_its_own_id_in_the_range() {
     let mut guest = Guest::new(ALL, ALL);
     let mut ids = Vec::new();
     for _ in 0..20 {
         ids.push(guest.device.start_hinting().unwrap().number());
     }
     // Also across a driver that starts anew.
-    guest.command(ids[19]);
+    guest.send_cmd_id(ids[19]);
     guest.start_driver(ALL);
     ids.push(guest.device.start_hinting().unwrap().number());
     assert!(ids.iter().all(|id| *id >= 0x8000_0000));
@@ -616,16 +619,16 @@ fn r8_each_round_has_its_own_id_in_the_range() {
 }
 
 #[test]
-fn r16_a_new_driver_finds_no_round() {
+fn r16_a_new_driver_finds_no_hint_round() {
     let mut guest = Guest::new(ALL, ALL);
-    guest.start_round();
-    guest.block(FREE, 0x1000);
+    guest.start_hint_round();
+    guest.hint(FREE, 0x1000);
     guest.start_driver(ALL);
-    assert_eq!(guest.device.hinting().phase, Phase::Stopped);
+    assert_eq!(guest.device.hinting_status().phase, Phase::Stopped);
     assert_eq!(guest.config().free_page_hint_cmd_id, 0);
     // What it sends belongs to no round.
-    guest.block(FREE, 0x1000);
-    assert_eq!(guest.device.hinting().ignored_blocks, 1);
+    guest.hint(FREE, 0x1000);
+    assert_eq!(guest.device.hinting_status().ignored_blocks, 1);
 }
 
 #[test]
@@ -637,18 +640,18 @@ fn r16_done_is_shown_in_every_phase() {
             guest.device.start_hinting().unwrap();
         },
         |guest| {
-            guest.start_round();
+            guest.start_hint_round();
         },
         |guest| {
-            guest.start_round();
-            guest.command(0);
+            guest.start_hint_round();
+            guest.send_cmd_id(0);
         },
     ];
     for phase in reach {
         phase(&mut guest);
         guest.device.finish_hinting();
         assert_eq!(guest.config().free_page_hint_cmd_id, 1);
-        guest.command(0);
+        guest.send_cmd_id(0);
     }
 }
 
@@ -656,12 +659,12 @@ fn r16_done_is_shown_in_every_phase() {
 fn r17_a_hint_changes_no_page() {
     let mut guest = Guest::new(ALL, ALL);
     let before = guest.device.ram().allocated().unwrap();
-    guest.start_round();
-    guest.block(FREE, 0x10_0000);
-    guest.block(SECOND, SECOND_LENGTH as u32);
-    guest.command(0);
+    guest.start_hint_round();
+    guest.hint(FREE, 0x10_0000);
+    guest.hint(SECOND, SECOND_LENGTH as u32);
+    guest.send_cmd_id(0);
     guest.device.finish_hinting();
-    assert_eq!(guest.device.hinting().pages_cleared, 0x200);
+    assert_eq!(guest.device.hinting_status().pages_cleared, 0x200);
     assert_eq!(guest.device.ram().allocated().unwrap(), before);
     for (start, length) in [(FREE, 0x10_0000), (SECOND, SECOND_LENGTH)] {
         let mut bytes = vec![0; length as usize];
@@ -683,15 +686,15 @@ fn r9_the_saved_state_goes_on_in_a_fresh_device() {
     guest.device.set_target(LENGTH).unwrap();
     guest.device.write_config(4, &7u32.to_le_bytes());
     guest.device.write_config(12, &0xaaaa_aaaau32.to_le_bytes());
-    let used: Vec<_> = (0..3).map(|_| guest.start_round()).collect();
+    let used: Vec<_> = (0..3).map(|_| guest.start_hint_round()).collect();
     let before = guest.config();
     // As an operator sees it, and as a file has it.
     let text = serde_json::to_string(&guest.device.saved_state()).unwrap();
-    let saved: saved::SavedState = serde_json::from_str(&text).unwrap();
+    let saved: saved_state::SavedState = serde_json::from_str(&text).unwrap();
     assert_eq!(saved, guest.device.saved_state());
 
     let mut device = Device::new(ALL, Arc::default());
-    device.resume(&saved).unwrap();
+    device.restore(&saved).unwrap();
     assert_eq!(device.saved_state().clone(), {
         let value = serde_json::to_value(&saved).unwrap();
         let mut value = value.as_object().unwrap().clone();
@@ -699,9 +702,9 @@ fn r9_the_saved_state_goes_on_in_a_fresh_device() {
         serde_json::from_value(value.into()).unwrap()
     });
     // The driver that goes on: the same features, and nothing written again.
-    device.connected(Arc::default());
+    device.front_end_connected(Arc::default());
     device.set_features(ALL.bits());
-    let config = Config::from_bytes(device.read_config(0, 16).try_into().unwrap());
+    let config = ConfigSpace::from_bytes(device.read_config(0, 16).try_into().unwrap());
     assert_eq!(
         (config.num_pages, config.actual, config.poison_val),
         (before.num_pages, 7, 0xaaaa_aaaa)
@@ -731,10 +734,10 @@ fn r9_a_state_that_cannot_be_is_refused_and_changes_nothing() {
     ] {
         let mut state = good.clone();
         state[key] = value;
-        let state: saved::SavedState = serde_json::from_value(state).unwrap();
+        let state: saved_state::SavedState = serde_json::from_value(state).unwrap();
         let mut device = Device::new(ALL, Arc::default());
         let before = device.saved_state();
-        let error = device.resume(&state).unwrap_err().to_string();
+        let error = device.restore(&state).unwrap_err().to_string();
         assert!(error.contains(word), "{error}");
         assert_eq!(device.saved_state(), before);
     }
@@ -750,21 +753,21 @@ fn r17_a_hint_discards_for_a_driver_that_keeps_the_block() {
         guest.device.write_config(12, &poison.to_le_bytes());
         let before = guest.device.ram().allocated().unwrap().total;
         // Not before the round is current, nor after it.
-        guest.block(FREE, 0x1000);
-        guest.start_round();
+        guest.hint(FREE, 0x1000);
+        guest.start_hint_round();
         // The page at each end is covered in part only.
-        guest.block(FREE + 0x800, 0x4000);
+        guest.hint(FREE + 0x800, 0x4000);
         guest.send(
             Queue::FreePage,
             &[(SECOND, 0x2000, true), (SECOND + 0x4000, 0x1000, true)],
         );
         guest.device.sync_hinting().unwrap();
-        guest.block(FREE + 0x8000, 0x1000);
-        guest.command(0);
+        guest.hint(FREE + 0x8000, 0x1000);
+        guest.send_cmd_id(0);
         guest.device.finish_hinting();
-        guest.block(FREE + 0x9000, 0x1000);
+        guest.hint(FREE + 0x9000, 0x1000);
 
-        let status = guest.device.hinting();
+        let status = guest.device.hinting_status();
         assert_eq!(status.bytes_discarded, 0x6000);
         assert_eq!(status.pages_total - status.pages_dirty, 6);
         assert_eq!(
@@ -801,9 +804,9 @@ fn r17_nothing_is_discarded_without_the_drivers_promise() {
         let mut guest = Guest::new(offered, accepted & offered);
         assert!(!guest.device.discards_hinted());
         let before = guest.device.ram().allocated().unwrap();
-        guest.start_round();
-        guest.block(FREE, 0x10_0000);
-        let status = guest.device.hinting();
+        guest.start_hint_round();
+        guest.hint(FREE, 0x10_0000);
+        let status = guest.device.hinting_status();
         assert_eq!((status.pages_cleared, status.bytes_discarded), (0x100, 0));
         assert_eq!(guest.device.ram().allocated().unwrap(), before);
         assert_eq!(guest.byte(FREE), 0x5a);
@@ -813,15 +816,15 @@ fn r17_nothing_is_discarded_without_the_drivers_promise() {
 #[test]
 fn r17_what_is_discarded_is_what_is_struck_out() {
     let mut guest = Guest::new(DISCARD, DISCARD);
-    guest.start_round();
+    guest.start_hint_round();
     // Outside, around the end of the addresses, and over the end of a region: R5 as ever.
-    guest.block(0x1000, 0x1000);
-    guest.block(u64::MAX - 0xfff, 0x2000);
+    guest.hint(0x1000, 0x1000);
+    guest.hint(u64::MAX - 0xfff, 0x2000);
     assert_eq!(guest.errors(), 2);
     assert!(guest
         .last_error()
         .starts_with("free-page queue: the range at 0xfffffffffffff000"));
-    guest.block(START + LENGTH - 0x1000, 0x10_0000);
+    guest.hint(START + LENGTH - 0x1000, 0x10_0000);
     assert_eq!(
         guest.device.hinted_ranges(0, usize::MAX),
         [(START + LENGTH - 0x1000, 0x1000)]
@@ -843,10 +846,10 @@ fn r17_what_is_discarded_is_what_is_struck_out() {
 }
 
 #[test]
-fn a_paused_guest_goes_on_with_its_round() {
+fn a_paused_guest_continues_its_hint_round() {
     let mut guest = Guest::new(ALL, ALL);
-    let id = guest.start_round();
-    guest.block(FREE, 0x1000);
+    let id = guest.start_hint_round();
+    guest.hint(FREE, 0x1000);
     // What a front end does around a pause: queues stop, features come again, queues go on where they were.
     for vring in &guest.vrings {
         vring.set_queue_ready(false);
@@ -859,24 +862,24 @@ fn a_paused_guest_goes_on_with_its_round() {
     for vring in &guest.vrings {
         vring.set_queue_ready(true);
     }
-    guest.block(FREE + 0x1000, 0x1000);
-    assert_eq!(guest.device.hinting().phase, Phase::Started(id));
-    assert_eq!(guest.device.hinting().blocks, 2);
+    guest.hint(FREE + 0x1000, 0x1000);
+    assert_eq!(guest.device.hinting_status().phase, Phase::Started(id));
+    assert_eq!(guest.device.hinting_status().blocks, 2);
 }
 
 #[test]
-fn another_memory_layout_ends_the_round() {
+fn another_memory_layout_ends_the_hint_round() {
     let mut guest = Guest::new(ALL, ALL);
-    guest.start_round();
+    guest.start_hint_round();
     guest.device.set_memory(guest.memory.clone());
     assert!(
-        matches!(guest.device.hinting().phase, Phase::Started(_)),
+        matches!(guest.device.hinting_status().phase, Phase::Started(_)),
         "the same layout ends nothing"
     );
     let other = crate::memory::tests::guest(&[(0, 0x10_0000, 0)]);
     guest.device.set_memory(GuestMemoryAtomic::new(other));
-    assert_eq!(guest.device.hinting().phase, Phase::Stopped);
-    assert_eq!(guest.device.hinting().pages_total, 0);
+    assert_eq!(guest.device.hinting_status().phase, Phase::Stopped);
+    assert_eq!(guest.device.hinting_status().pages_total, 0);
 }
 
 #[test]
@@ -911,9 +914,9 @@ fn r10_config_space_is_as_long_as_the_accepted_features_say() {
 fn r10_queues_are_where_the_accepted_features_put_them() {
     let mut guest = Guest::new(ALL, Features::FREE_PAGE_HINT);
     assert_eq!(Queue::FreePage.index(guest.features), Some(2));
-    guest.start_round();
-    guest.block(FREE, 0x1000);
-    assert_eq!(guest.device.hinting().blocks, 1);
+    guest.start_hint_round();
+    guest.hint(FREE, 0x1000);
+    assert_eq!(guest.device.hinting_status().blocks, 1);
     assert!(!guest.kick_index(3), "there is no queue 3");
     let names: Vec<_> = guest
         .device
@@ -932,7 +935,7 @@ fn hinting_needs_a_driver_that_accepted_it() {
         device.start_hinting(),
         Err(HintingError::NoFrontEnd)
     ));
-    device.connected(Arc::default());
+    device.front_end_connected(Arc::default());
     assert!(matches!(
         device.start_hinting(),
         Err(HintingError::NoDriver)
@@ -948,7 +951,7 @@ fn hinting_needs_a_driver_that_accepted_it() {
         Err(HintingError::NotNegotiated)
     ));
     let mut guest = Guest::new(ALL, ALL);
-    guest.device.disconnected("it was told to");
+    guest.device.front_end_disconnected("it was told to");
     assert!(matches!(
         guest.device.start_hinting(),
         Err(HintingError::NoFrontEnd)
@@ -975,18 +978,18 @@ fn statistics_come_when_they_are_asked_for() {
         0,
         "the device keeps the buffer"
     );
-    assert_eq!(guest.device.stats().values, [(Tag::FreeMemory, 100)]);
+    assert_eq!(guest.device.stats().values, [(StatTag::FreeMemory, 100)]);
 
-    assert!(guest.device.ask_for_stats());
+    assert!(guest.device.request_stats());
     assert_eq!(guest.returned(Queue::Stats), 1);
     assert!(
-        !guest.device.ask_for_stats(),
+        !guest.device.request_stats(),
         "there is no buffer to ask with"
     );
     write(&stat(200));
     guest.add(Queue::Stats, &[(Guest::SCRATCH, 10, false)]);
     guest.kick(Queue::Stats);
-    assert_eq!(guest.device.stats().values, [(Tag::FreeMemory, 200)]);
+    assert_eq!(guest.device.stats().values, [(StatTag::FreeMemory, 200)]);
     assert_eq!(guest.errors(), 0);
 
     // A second buffer sends the first one back.
@@ -994,13 +997,13 @@ fn statistics_come_when_they_are_asked_for() {
     assert_eq!(guest.errors(), 1);
     // And a driver that starts anew owes nothing to the one before it.
     guest.start_driver(ALL);
-    assert!(!guest.device.ask_for_stats());
+    assert!(!guest.device.request_stats());
 }
 
 #[test]
 fn hostile_chains_are_counted_and_come_back() {
     let mut guest = Guest::new(ALL, ALL);
-    guest.start_round();
+    guest.start_hint_round();
     let mut errors = 0;
     for queue in Queue::ALL {
         let base = guest.queue(queue).0.base;
@@ -1052,7 +1055,7 @@ fn hostile_chains_are_counted_and_come_back() {
 }
 
 #[test]
-fn a_broken_ring_stops_the_turn() {
+fn a_broken_ring_ends_the_drain() {
     let mut guest = Guest::new(ALL, ALL);
     let (driver, index) = guest.queue(Queue::Inflate);
     let base = driver.base;
@@ -1081,7 +1084,7 @@ fn a_broken_ring_stops_the_turn() {
 }
 
 #[test]
-fn a_large_request_leaves_the_rest_for_another_turn() {
+fn a_large_request_exhausts_the_drain_budget() {
     let mut guest = Guest::new(ALL, ALL);
     // Every second page number: nothing can be merged. Most lie outside memory, which is as much work.
     let bytes: Vec<u8> = (0..40_000u32)
@@ -1121,7 +1124,7 @@ proptest! {
         keeps in any::<bool>(),
         poison in any::<u32>(),
         table in prop::collection::vec(descriptor(), SIZE as usize),
-        rounds in prop::collection::vec((0usize..5, 0..SIZE + 1, any::<Option<u16>>()), 1..30),
+        steps in prop::collection::vec((0usize..5, 0..SIZE + 1, any::<Option<u16>>()), 1..30),
     ) {
         let mut accepted = Features::from_bits(accepted) & ALL;
         if keeps {
@@ -1136,8 +1139,8 @@ proptest! {
                 guest.write_descriptor(base, at as u16, *address, *length, *flags, *next);
             }
         }
-        for (index, head, added) in rounds {
-            let Some(queue) = Queue::at(index, accepted) else { continue };
+        for (index, head, added) in steps {
+            let Some(queue) = Queue::from_index(index, accepted) else { continue };
             guest.offer(queue, head);
             if let Some(added) = added {
                 // A ring index out of nowhere. The rings may be in what was released, too.
@@ -1150,7 +1153,7 @@ proptest! {
                 }
             }
         }
-        let status = guest.device.hinting();
+        let status = guest.device.hinting_status();
         let clean: u64 = guest.device.hinted_ranges(0, usize::MAX).iter().map(|(_, length)| length >> 12).sum();
         prop_assert_eq!(status.pages_total - status.pages_dirty, clean);
         prop_assert_eq!(guest.config().num_pages, 0);

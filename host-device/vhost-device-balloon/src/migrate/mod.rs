@@ -2,46 +2,46 @@
 
 //! Migrations of the guest whose balloon this is: one at a time, in a thread of its own.
 //!
-//! The rounds are those of [`migration::precopy`]. Here is what they need of this program: the guest's memory and its
-//! hints ([`hints`]), what operators have set ([`parameters`]), and the choice of everything else ([`parts`]).
+//! The rounds are those of [`guest_migration::precopy`]. Here is what they need of this program: the guest's memory and its
+//! hints ([`hint_source`]), what operators have set ([`parameters`]), and the choice of everything else ([`setup`]).
 //!
 //! Locks are taken in the order migrations, device, progress. The device tells of trouble under its own lock, and may
 //! only touch what comes after it.
 
-pub mod hints;
+pub mod hint_source;
 pub mod parameters;
-mod parts;
+mod setup;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use migration::machine::{Machine, MachineError};
-use migration::precopy::{Notice, Precopy, PrecopyError, Progress};
-use migration::status::{State, Status};
-use migration::stream::{Address, AddressError};
-use migration::Cancel;
+use guest_migration::precopy::{Precopy, PrecopyError, Progress, ProgressEvent};
+use guest_migration::status::{MigrationInfo, MigrationStatus};
+use guest_migration::stream::{Address, AddressError};
+use guest_migration::vm::{Vm, VmError};
+use guest_migration::CancelToken;
 use serde_json::json;
 use thiserror::Error;
 use tracing::{info, warn};
 
-use crate::device::lending::{ClaimError, Trouble};
+use crate::device::migration_claim::{ClaimError, Invalidated};
 use crate::device::Device;
 use crate::events::Events;
 use crate::lock;
-use hints::Claim;
-use parameters::{Capabilities, Parameters};
+use hint_source::ClaimGuard;
+use parameters::{MigrationCapabilities, MigrationParameters};
 
 /// How long the end of the program waits for a driver to hear that it gets its pages back.
-const HEARING: Duration = Duration::from_millis(500);
+const CMD_ID_READ_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Why a migration was not begun, or not told what it was to be told.
 #[derive(Debug, Error)]
 pub enum MigrateError {
     /// One is under way.
     #[error("a migration is under way ({}): one at a time; wait for its end, or give it up with migrate-cancel", .0.name())]
-    UnderWay(State),
+    InProgress(MigrationStatus),
     /// There is no such place.
     #[error(transparent)]
     Address(#[from] AddressError),
@@ -56,7 +56,7 @@ pub enum MigrateError {
     Thread(std::io::Error),
     /// `migrate-continue` for a state in which nothing waits.
     #[error("a migration waits to be continued in the state pre-switchover only, not in '{0}'")]
-    NoSuchWait(String),
+    NotAWaitState(String),
     /// The guest's processes are stopped since the last one.
     #[error("the guest is at the destination of the last migration, and its processes are stopped here: let it go on with 'cont' first, if it is to be migrated once more")]
     Paused,
@@ -65,15 +65,15 @@ pub enum MigrateError {
     NotPaused,
     /// The guest does not go on.
     #[error("the guest does not go on: {0}")]
-    Machine(#[from] MachineError),
+    Vm(#[from] VmError),
     /// `migrate-continue` while nothing waits.
     #[error("no migration waits in the state pre-switchover: its state is {}", .0.name())]
-    DoesNotWait(State),
+    NotWaiting(MigrationStatus),
 }
 
 /// Where to, and who pauses the guest.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Request {
+pub struct MigrateRequest {
     /// The address of the destination, as QEMU writes it.
     pub uri: String,
     /// The VMM's QMP socket. Without it the processes that map guest memory are stopped.
@@ -81,42 +81,42 @@ pub struct Request {
 }
 
 /// The migrations of a device.
-pub struct Migrations {
+pub struct MigrationManager {
     device: Arc<Mutex<Device>>,
     events: Arc<Events>,
     /// Called after the end of each.
-    when_over: Arc<dyn Fn() + Send + Sync>,
+    on_end: Arc<dyn Fn() + Send + Sync>,
     state: Mutex<Shared>,
 }
 
 #[derive(Default)]
 struct Shared {
-    parameters: Parameters,
-    capabilities: Capabilities,
+    parameters: MigrationParameters,
+    capabilities: MigrationCapabilities,
     /// The one that is under way, or was the last.
-    current: Option<Current>,
+    current: Option<CurrentMigration>,
 }
 
 /// A migration.
-struct Current {
+struct CurrentMigration {
     progress: Progress,
-    cancel: Cancel,
-    failure: Failure,
+    cancel: CancelToken,
+    failure: FailureReason,
     thread: Option<JoinHandle<()>>,
-    machine: Kept,
+    vm: PausedVm,
     /// Whether the guest is paused by its VMM's own command, and not by stopping processes.
     by_vmm: bool,
 }
 
 /// The machine that a completed migration has left paused.
-type Kept = Arc<Mutex<Option<Box<dyn Machine>>>>;
+type PausedVm = Arc<Mutex<Option<Box<dyn Vm>>>>;
 
 /// Why a migration was ended from here, if it was. What looks cancelled has failed then.
-type Failure = Arc<OnceLock<String>>;
+type FailureReason = Arc<OnceLock<String>>;
 
-impl Current {
-    fn status(&self) -> Status {
-        shown(self.progress.status(), &self.failure)
+impl CurrentMigration {
+    fn status(&self) -> MigrationInfo {
+        effective_status(self.progress.status(), &self.failure)
     }
 
     fn is_over(&self) -> bool {
@@ -124,33 +124,36 @@ impl Current {
     }
 }
 
-impl Migrations {
-    /// None yet. `when_over` is called after the end of each, in its thread.
+impl MigrationManager {
+    /// None yet. `on_end` is called after the end of each, in its thread.
     pub fn new(
         device: Arc<Mutex<Device>>,
         events: Arc<Events>,
-        when_over: impl Fn() + Send + Sync + 'static,
+        on_end: impl Fn() + Send + Sync + 'static,
     ) -> Self {
         Self {
             device,
             events,
-            when_over: Arc::new(when_over),
+            on_end: Arc::new(on_end),
             state: Mutex::default(),
         }
     }
 
     /// How the next migration is to go.
-    pub fn parameters(&self) -> Parameters {
+    pub fn parameters(&self) -> MigrationParameters {
         lock(&self.state).parameters.clone()
     }
 
     /// How the next migration is to go.
-    pub fn capabilities(&self) -> Capabilities {
+    pub fn capabilities(&self) -> MigrationCapabilities {
         lock(&self.state).capabilities
     }
 
     /// Changes how the next migration is to go. One that is under way goes on as it began.
-    pub fn set<T>(&self, change: impl FnOnce(&mut Parameters, &mut Capabilities) -> T) -> T {
+    pub fn set<T>(
+        &self,
+        change: impl FnOnce(&mut MigrationParameters, &mut MigrationCapabilities) -> T,
+    ) -> T {
         let mut state = lock(&self.state);
         let Shared {
             parameters,
@@ -166,17 +169,17 @@ impl Migrations {
     /// # Errors
     ///
     /// If one is under way, if what was asked for does not go together, or if there is nothing that can be migrated.
-    pub fn start(&self, request: Request) -> Result<(), MigrateError> {
+    pub fn start(&self, request: MigrateRequest) -> Result<(), MigrateError> {
         let mut state = lock(&self.state);
         if let Some(current) = &mut state.current {
             if !current.is_over() {
-                return Err(MigrateError::UnderWay(current.status().status));
+                return Err(MigrateError::InProgress(current.status().status));
             }
             // It has nothing left to wait for.
             current.thread.take().map(JoinHandle::join);
             // Stopped processes would go on if their machine was dropped. A VMM may have been told by others to go on,
             // and says by itself if it was not.
-            if !current.by_vmm && lock(&current.machine).is_some() {
+            if !current.by_vmm && lock(&current.vm).is_some() {
                 return Err(MigrateError::Paused);
             }
         }
@@ -190,39 +193,39 @@ impl Migrations {
                 },
             ));
         }
-        let (cancel, failure) = (Cancel::default(), Failure::default());
-        let machine = Kept::default();
+        let (cancel, failure) = (CancelToken::default(), FailureReason::default());
+        let vm = PausedVm::default();
         let progress = self.progress(&failure);
-        let on_trouble = on_trouble(progress.clone(), cancel.clone(), failure.clone());
-        let (claim, claimed) = Claim::new(&self.device, on_trouble)?;
+        let on_invalidated = on_invalidated(progress.clone(), cancel.clone(), failure.clone());
+        let (claim, claimed) = ClaimGuard::new(&self.device, on_invalidated)?;
         info!("migration to {address}");
         let job = Job {
-            order: parts::Order {
+            config: setup::MigrationConfig {
                 address,
                 vmm_qmp: request.vmm_qmp,
                 parameters: state.parameters.clone(),
                 capabilities: state.capabilities,
             },
-            found: parts::Found {
+            claimed_device: setup::ClaimedDevice {
                 claim,
                 claimed,
                 device: self.device.clone(),
             },
             progress: progress.clone(),
             cancel: cancel.clone(),
-            machine: machine.clone(),
-            when_over: self.when_over.clone(),
+            vm: vm.clone(),
+            on_end: self.on_end.clone(),
         };
-        self.emit(State::Setup);
+        self.emit(MigrationStatus::Setup);
         let thread = thread::Builder::new()
             .name("migration".into())
             .spawn(move || job.run())
             .map_err(MigrateError::Thread)?;
-        state.current = Some(Current {
+        state.current = Some(CurrentMigration {
             progress,
             cancel,
             failure,
-            machine,
+            vm,
             by_vmm,
             thread: Some(thread),
         });
@@ -230,34 +233,34 @@ impl Migrations {
     }
 
     /// What tells operators how it goes.
-    fn progress(&self, failure: &Failure) -> Progress {
+    fn progress(&self, failure: &FailureReason) -> Progress {
         let (events, failure) = (self.events.clone(), failure.clone());
-        Progress::new(move |notice| match notice {
-            Notice::State(state) => {
-                let status = Status {
+        Progress::new(move |event| match event {
+            ProgressEvent::State(state) => {
+                let status = MigrationInfo {
                     status: state,
-                    ..Status::default()
+                    ..MigrationInfo::default()
                 };
-                emit(&events, shown(status, &failure).status);
+                emit(&events, effective_status(status, &failure).status);
             }
-            Notice::Pass(pass) => events.emit("MIGRATION_PASS", json!({ "pass": pass })),
+            ProgressEvent::Pass(pass) => events.emit("MIGRATION_PASS", json!({ "pass": pass })),
         })
     }
 
-    fn emit(&self, state: State) {
+    fn emit(&self, state: MigrationStatus) {
         emit(&self.events, state);
     }
 
     /// Gives up the migration that is under way, if one is. The guest runs on, and has its pages back.
     pub fn cancel(&self) {
-        let order = match &lock(&self.state).current {
+        let active = match &lock(&self.state).current {
             Some(current) if !current.is_over() => {
                 Some((current.progress.clone(), current.cancel.clone()))
             }
             _ => None,
         };
-        if let Some((progress, cancel)) = order {
-            progress.cancelling();
+        if let Some((progress, cancel)) = active {
+            progress.set_cancelling();
             cancel.cancel();
         }
     }
@@ -267,18 +270,18 @@ impl Migrations {
     /// # Errors
     ///
     /// If none waits there.
-    pub fn go_on(&self, waits_in: &str) -> Result<(), MigrateError> {
-        if waits_in != State::PreSwitchover.name() {
+    pub fn continue_migration(&self, waits_in: &str) -> Result<(), MigrateError> {
+        if waits_in != MigrationStatus::PreSwitchover.name() {
             let name = waits_in.chars().take(64).collect();
-            return Err(MigrateError::NoSuchWait(name));
+            return Err(MigrateError::NotAWaitState(name));
         }
         let state = lock(&self.state);
         match &state.current {
-            Some(current) if current.progress.go_on() => Ok(()),
-            current => Err(MigrateError::DoesNotWait(
+            Some(current) if current.progress.continue_migration() => Ok(()),
+            current => Err(MigrateError::NotWaiting(
                 current
                     .as_ref()
-                    .map_or(State::None, |it| it.status().status),
+                    .map_or(MigrationStatus::None, |it| it.status().status),
             )),
         }
     }
@@ -289,32 +292,32 @@ impl Migrations {
     ///
     /// If none has, or the guest does not go on.
     pub fn resume(&self) -> Result<(), MigrateError> {
-        let kept = lock(&self.state).current.as_mut().map(|current| {
+        let paused_vm = lock(&self.state).current.as_mut().map(|current| {
             if current.is_over() {
                 // It may be about to hand the machine over.
                 current.thread.take().map(JoinHandle::join);
             }
-            current.machine.clone()
+            current.vm.clone()
         });
         // Not under the lock of everything: it takes as long as the VMM takes to answer.
-        let kept = kept.ok_or(MigrateError::NotPaused)?;
-        let mut machine = lock(&kept);
-        machine.as_mut().ok_or(MigrateError::NotPaused)?.resume()?;
-        *machine = None;
+        let paused_vm = paused_vm.ok_or(MigrateError::NotPaused)?;
+        let mut vm = lock(&paused_vm);
+        vm.as_mut().ok_or(MigrateError::NotPaused)?.resume()?;
+        *vm = None;
         Ok(())
     }
 
     /// How the migration stands that is under way, or how the last one ended.
-    pub fn status(&self) -> Status {
+    pub fn status(&self) -> MigrationInfo {
         let state = lock(&self.state);
         state
             .current
             .as_ref()
-            .map_or_else(Status::default, Current::status)
+            .map_or_else(MigrationInfo::default, CurrentMigration::status)
     }
 
     /// Whether a migration is under way.
-    pub fn under_way(&self) -> bool {
+    pub fn is_in_progress(&self) -> bool {
         let state = lock(&self.state);
         state.current.as_ref().is_some_and(|it| !it.is_over())
     }
@@ -322,7 +325,7 @@ impl Migrations {
     /// Gives up the migration that is under way, and waits until it has: the guest runs then, and has been told to take
     /// its pages back.
     pub fn shut_down(&self) {
-        let given_up = self.under_way();
+        let given_up = self.is_in_progress();
         self.cancel();
         let thread = lock(&self.state)
             .current
@@ -330,35 +333,35 @@ impl Migrations {
             .and_then(|current| current.thread.take());
         thread.map(JoinHandle::join);
         if given_up {
-            self.let_the_driver_hear();
+            self.wait_for_cmd_id_read();
         }
-        let kept = lock(&self.state)
+        let paused_vm = lock(&self.state)
             .current
             .as_ref()
-            .map(|current| current.machine.clone());
+            .map(|current| current.vm.clone());
         // A guest that is at the destination must not go on here as well, and dropping its machine might let it.
-        if let Some(machine) = kept.and_then(|kept| lock(&kept).take()) {
+        if let Some(vm) = paused_vm.and_then(|paused_vm| lock(&paused_vm).take()) {
             info!(
                 "the guest was migrated, and is left as it is ({})",
-                machine.describe()
+                vm.describe()
             );
-            std::mem::forget(machine);
+            std::mem::forget(vm);
         }
     }
 }
 
-impl Migrations {
+impl MigrationManager {
     /// Waits until the driver has read what it was told last, for a moment at most: with the connection goes the
     /// configuration space that it reads it from.
-    fn let_the_driver_hear(&self) {
-        let limit = Instant::now() + HEARING;
-        let signal = lock(&self.device).signal();
+    fn wait_for_cmd_id_read(&self) {
+        let deadline = Instant::now() + CMD_ID_READ_TIMEOUT;
+        let hinting_events = lock(&self.device).hinting_events();
         loop {
-            let seen = signal.changes();
-            if lock(&self.device).is_heard() {
+            let seen = hinting_events.generation();
+            if lock(&self.device).is_cmd_id_read() {
                 break;
             }
-            if !signal.wait(seen, Some(limit)) {
+            if !hinting_events.wait(seen, Some(deadline)) {
                 info!("the guest's driver has not looked in time whether it gets its pages back");
                 return;
             }
@@ -370,23 +373,23 @@ impl Migrations {
 
 /// What a thread does for a migration.
 struct Job {
-    order: parts::Order,
-    found: parts::Found,
+    config: setup::MigrationConfig,
+    claimed_device: setup::ClaimedDevice,
     progress: Progress,
-    cancel: Cancel,
-    machine: Kept,
-    when_over: Arc<dyn Fn() + Send + Sync>,
+    cancel: CancelToken,
+    vm: PausedVm,
+    on_end: Arc<dyn Fn() + Send + Sync>,
 }
 
 impl Job {
     fn run(self) {
         let Self {
-            order,
-            found,
+            config,
+            claimed_device,
             progress,
             cancel,
-            machine: kept,
-            when_over,
+            vm: paused_vm,
+            on_end,
         } = self;
         // Also after a panic, which has given everything back on its way.
         let _over = OnDrop(|| {
@@ -394,16 +397,16 @@ impl Job {
                 let text = "the thread of the migration has panicked";
                 progress.fail(&PrecopyError::Sink(text.into()));
             }
-            when_over();
+            on_end();
         });
-        let parameters = order.parameters.precopy(order.capabilities);
-        match order.choose(found, &progress, &cancel) {
-            Ok((parts, way)) => {
-                let connect = way.connector(&cancel);
+        let parameters = config.parameters.to_precopy(config.capabilities);
+        match config.prepare(claimed_device, &progress, &cancel) {
+            Ok((parts, stream_config)) => {
+                let connect = stream_config.connector(&cancel);
                 match Precopy::run(parameters, parts, connect, &progress, &cancel) {
                     // It stays paused: the guest is at the destination now.
-                    Ok(machine) => {
-                        *lock(&kept) = machine;
+                    Ok(vm) => {
+                        *lock(&paused_vm) = vm;
                         info!("migration: completed");
                     }
                     Err(error) => warn!("migration: {error}"),
@@ -428,19 +431,19 @@ impl<F: FnMut()> Drop for OnDrop<F> {
     }
 }
 
-fn emit(events: &Events, state: State) {
+fn emit(events: &Events, state: MigrationStatus) {
     events.emit("MIGRATION", json!({ "status": state.name() }));
 }
 
 /// A status as operators see it: what was ended for a reason has failed, though its rounds only know that it was ended.
-fn shown(mut status: Status, failure: &Failure) -> Status {
+fn effective_status(mut status: MigrationInfo, failure: &FailureReason) -> MigrationInfo {
     if let Some(why) = failure.get() {
         match status.status {
-            State::Cancelled => {
-                status.status = State::Failed;
+            MigrationStatus::Cancelled => {
+                status.status = MigrationStatus::Failed;
                 status.error_desc = Some(why.clone());
             }
-            State::Cancelling => status.error_desc = Some(why.clone()),
+            MigrationStatus::Cancelling => status.error_desc = Some(why.clone()),
             _ => {}
         }
     }
@@ -448,17 +451,28 @@ fn shown(mut status: Status, failure: &Failure) -> Status {
 }
 
 /// What the device tells, and what becomes of the migration then.
-fn on_trouble(progress: Progress, cancel: Cancel, failure: Failure) -> Box<dyn Fn(Trouble) + Send> {
-    Box::new(move |trouble| {
+fn on_invalidated(
+    progress: Progress,
+    cancel: CancelToken,
+    failure: FailureReason,
+) -> Box<dyn Fn(Invalidated) + Send> {
+    Box::new(move |invalidated| {
         let state = progress.status().status;
-        let why = match trouble {
+        let why = match invalidated {
             // The balloon is unplugged then; the memory files are still here.
-            Trouble::FrontEnd(why) if matches!(state, State::PreSwitchover | State::Device) => {
+            Invalidated::FrontEndDisconnected(why)
+                if matches!(
+                    state,
+                    MigrationStatus::PreSwitchover | MigrationStatus::Device
+                ) =>
+            {
                 info!("{why}; the migration goes on ({})", state.name());
                 return;
             }
-            Trouble::FrontEnd(why) => format!("the migration has lost its guest: {why}"),
-            Trouble::Memory(why) => format!("the guest's memory has changed: {why}"),
+            Invalidated::FrontEndDisconnected(why) => {
+                format!("the migration has lost its guest: {why}")
+            }
+            Invalidated::MemoryChanged(why) => format!("the guest's memory has changed: {why}"),
         };
         if !state.is_over() {
             // The first reason counts.

@@ -4,8 +4,8 @@
 
 use std::time::Duration;
 
-use migration::precopy;
-use migration::stream::CHANNELS_MAX;
+use guest_migration::precopy;
+use guest_migration::stream::CHANNELS_MAX;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use thiserror::Error;
@@ -43,7 +43,7 @@ pub enum ParameterError {
         choices: &'static [&'static str],
     },
     /// There is no capability of this name.
-    #[error("there is no capability '{name}'; there are {}", Capabilities::NAMES.join(", "))]
+    #[error("there is no capability '{name}'; there are {}", MigrationCapabilities::NAMES.join(", "))]
     Capability {
         /// The name.
         name: String,
@@ -77,7 +77,7 @@ pub enum Compression {
 /// Where pages of zeros are looked for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum ZeroPages {
+pub enum ZeroPageDetection {
     /// Only holes of the memory files are sent as zeros.
     None,
     /// Pages are read to see whether they are zero.
@@ -87,7 +87,7 @@ pub enum ZeroPages {
 /// How the guest's writes are noticed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Tracking {
+pub enum DirtyTracking {
     /// Soft-dirty where the kernel has it, else by content.
     Auto,
     /// By the soft-dirty bits of every process that maps guest memory.
@@ -99,7 +99,7 @@ pub enum Tracking {
 /// What `query-migrate-parameters` shows and `migrate-set-parameters` sets.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Parameters {
+pub struct MigrationParameters {
     /// Bytes a second over the wire while the guest runs; 0 for as many as there can be.
     pub max_bandwidth: u64,
     /// The guest is paused once what is left can be sent in so many milliseconds.
@@ -111,7 +111,7 @@ pub struct Parameters {
     /// How hard zstd tries.
     pub multifd_zstd_level: u8,
     /// Where pages of zeros are looked for.
-    pub zero_page_detection: ZeroPages,
+    pub zero_page_detection: ZeroPageDetection,
     /// The guest is paused after so many rounds, however much is left.
     pub max_rounds: u32,
     /// Whether the guest is asked for its free pages, where that is sound.
@@ -119,12 +119,12 @@ pub struct Parameters {
     /// How long a migration waits for the guest's hints, in all its rounds together, in milliseconds (R14).
     pub free_page_hint_wait: u64,
     /// How the guest's writes are noticed.
-    pub dirty_tracking: Tracking,
+    pub dirty_tracking: DirtyTracking,
     /// Whether each page is compared with what was sent of it, with the guest paused.
     pub verify: bool,
 }
 
-impl Default for Parameters {
+impl Default for MigrationParameters {
     fn default() -> Self {
         Self {
             max_bandwidth: 0,
@@ -132,17 +132,17 @@ impl Default for Parameters {
             multifd_channels: 1,
             multifd_compression: Compression::None,
             multifd_zstd_level: 1,
-            zero_page_detection: ZeroPages::Multifd,
+            zero_page_detection: ZeroPageDetection::Multifd,
             max_rounds: 10,
             free_page_hint: true,
             free_page_hint_wait: 2000,
-            dirty_tracking: Tracking::Auto,
+            dirty_tracking: DirtyTracking::Auto,
             verify: false,
         }
     }
 }
 
-impl Parameters {
+impl MigrationParameters {
     /// Sets those that `values` names; all of them or none.
     ///
     /// # Errors
@@ -197,7 +197,7 @@ impl Parameters {
                     "zero-page-detection",
                     value,
                     &["none", "multifd"],
-                    &[ZeroPages::None, ZeroPages::Multifd],
+                    &[ZeroPageDetection::None, ZeroPageDetection::Multifd],
                 )?;
             }
             "max-rounds" => {
@@ -212,7 +212,11 @@ impl Parameters {
                     "dirty-tracking",
                     value,
                     &["auto", "soft-dirty", "content"],
-                    &[Tracking::Auto, Tracking::SoftDirty, Tracking::Content],
+                    &[
+                        DirtyTracking::Auto,
+                        DirtyTracking::SoftDirty,
+                        DirtyTracking::Content,
+                    ],
                 )?;
             }
             "verify" => self.verify = switch("verify", value)?,
@@ -225,13 +229,13 @@ impl Parameters {
     }
 
     /// What the rounds need of them.
-    pub fn precopy(&self, capabilities: Capabilities) -> precopy::Parameters {
+    pub fn to_precopy(&self, capabilities: MigrationCapabilities) -> precopy::Parameters {
         precopy::Parameters {
             max_bandwidth: self.max_bandwidth,
             downtime_limit: Duration::from_millis(self.downtime_limit),
             max_rounds: self.max_rounds,
             hint_wait: Duration::from_millis(self.free_page_hint_wait),
-            zero_page_detection: self.zero_page_detection == ZeroPages::Multifd,
+            zero_page_detection: self.zero_page_detection == ZeroPageDetection::Multifd,
             postcopy: capabilities.postcopy_ram,
             pause_before_switchover: capabilities.pause_before_switchover,
         }
@@ -278,14 +282,14 @@ fn choice<T: Copy>(
 
 /// What `query-migrate-capabilities` shows and `migrate-set-capabilities` sets.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Capabilities {
+pub struct MigrationCapabilities {
     /// To go on at the destination before all pages are there. Not to be had here, and with hints never (R7).
     pub postcopy_ram: bool,
     /// To wait, before the guest is paused, for `migrate-continue`.
     pub pause_before_switchover: bool,
 }
 
-impl Capabilities {
+impl MigrationCapabilities {
     const NAMES: [&'static str; 2] = ["postcopy-ram", "pause-before-switchover"];
 
     /// Each with its name.
@@ -328,21 +332,21 @@ mod tests {
 
     use super::*;
 
-    fn set(parameters: &mut Parameters, values: Value) -> Result<(), String> {
+    fn set(parameters: &mut MigrationParameters, values: Value) -> Result<(), String> {
         let values = values.as_object().unwrap();
         parameters.set(values).map_err(|error| error.to_string())
     }
 
     #[test]
     fn every_parameter_can_be_set_to_what_it_shows() {
-        let mut parameters = Parameters::default();
+        let mut parameters = MigrationParameters::default();
         let shown = serde_json::to_value(&parameters).unwrap();
         let names: Vec<_> = shown.as_object().unwrap().keys().cloned().collect();
         let mut known = NAMES.to_vec();
         known.sort_unstable();
         assert_eq!(names, known);
         set(&mut parameters, shown).unwrap();
-        assert_eq!(parameters, Parameters::default());
+        assert_eq!(parameters, MigrationParameters::default());
         let other = json!({
             "max-bandwidth": 1, "downtime-limit": 2, "multifd-channels": 3, "multifd-compression": "zstd",
             "multifd-zstd-level": 4, "zero-page-detection": "none", "max-rounds": 5, "free-page-hint": false,
@@ -385,17 +389,17 @@ mod tests {
                 "no parameter 'wings'; there are max-bandwidth, ",
             ),
         ] {
-            let mut parameters = Parameters::default();
+            let mut parameters = MigrationParameters::default();
             let values = json!({ "verify": true, name: value, "zz": 0 });
             let error = set(&mut parameters, values).unwrap_err();
             assert!(error.contains(word), "{error}");
-            assert_eq!(parameters, Parameters::default());
+            assert_eq!(parameters, MigrationParameters::default());
         }
     }
 
     #[test]
     fn capabilities_are_switched_by_name() {
-        let mut capabilities = Capabilities::default();
+        let mut capabilities = MigrationCapabilities::default();
         capabilities
             .set([("pause-before-switchover", true)])
             .unwrap();

@@ -12,16 +12,16 @@ use serde_json::{json, Map, Value};
 use shared_abi::features::Features;
 use thiserror::Error;
 
-use super::{migrate, Target};
+use super::{migration_commands, CommandContext};
 use crate::device::hinting::HintingError;
-use crate::device::saved::SavedStateError;
+use crate::device::saved_state::SavedStateError;
 use crate::device::{phase_name, BalloonError, Device, StatsReport};
 use crate::lock;
 use crate::migrate::parameters::ParameterError;
 use crate::migrate::MigrateError;
 
 /// How long `query-guest-stats` waits for the guest.
-const STATS_LIMIT: Duration = Duration::from_secs(1);
+const STATS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a command was not done.
 #[derive(Debug, Error)]
@@ -34,7 +34,7 @@ pub enum CommandError {
     NotNegotiated,
     /// It has said it already.
     #[error("Capabilities negotiation is already complete, command ignored")]
-    NegotiatedAlready,
+    AlreadyNegotiated,
     /// The arguments are not those of the command.
     #[error("the arguments are wrong: {0}")]
     Arguments(#[from] serde_json::Error),
@@ -68,7 +68,7 @@ impl CommandError {
     /// The class in QMP's sense.
     pub fn class(&self) -> &'static str {
         match self {
-            Self::NotFound(_) | Self::NotNegotiated | Self::NegotiatedAlready => "CommandNotFound",
+            Self::NotFound(_) | Self::NotNegotiated | Self::AlreadyNegotiated => "CommandNotFound",
             _ => "GenericError",
         }
     }
@@ -77,10 +77,10 @@ impl CommandError {
 /// The most ranges in an answer of `query-hinted-ranges`.
 const MAX_RANGES: usize = 1 << 16;
 
-pub(super) type Command = fn(&Target, Option<&Value>) -> Result<Value, CommandError>;
+pub(super) type CommandHandler = fn(&CommandContext, Option<&Value>) -> Result<Value, CommandError>;
 
 /// What `query-commands` lists, but for those of migration and those that the protocol itself serves.
-const COMMANDS: [(&str, Command); 15] = [
+const COMMANDS: [(&str, CommandHandler); 15] = [
     ("balloon", balloon),
     ("query-balloon", query_balloon),
     ("query-commands", query_commands),
@@ -98,8 +98,8 @@ const COMMANDS: [(&str, Command); 15] = [
     ("query-version", query_version),
 ];
 
-fn all() -> impl Iterator<Item = &'static (&'static str, Command)> {
-    COMMANDS.iter().chain(&migrate::COMMANDS)
+fn all() -> impl Iterator<Item = &'static (&'static str, CommandHandler)> {
+    COMMANDS.iter().chain(&migration_commands::COMMANDS)
 }
 
 /// Does the command `name`.
@@ -108,12 +108,12 @@ fn all() -> impl Iterator<Item = &'static (&'static str, Command)> {
 ///
 /// See [`CommandError`].
 pub fn execute(
-    target: &Target,
+    context: &CommandContext,
     name: &str,
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
     match all().find(|(known, _)| *known == name) {
-        Some((_, command)) => command(target, arguments),
+        Some((_, command)) => command(context, arguments),
         None => Err(CommandError::NotFound(name.chars().take(64).collect())),
     }
 }
@@ -123,7 +123,7 @@ pub fn execute(
 /// # Errors
 ///
 /// If one is asked for.
-pub fn capabilities(arguments: Option<&Value>) -> Result<(), CommandError> {
+pub fn negotiate_capabilities(arguments: Option<&Value>) -> Result<(), CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
@@ -149,31 +149,34 @@ pub(super) fn parse<T: DeserializeOwned>(arguments: Option<&Value>) -> Result<T,
 /// # Errors
 ///
 /// If there are.
-pub fn no_arguments(arguments: Option<&Value>) -> Result<(), CommandError> {
+pub fn expect_no_arguments(arguments: Option<&Value>) -> Result<(), CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct None {}
     parse::<None>(arguments).map(|None {}| ())
 }
 
-fn balloon(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+fn balloon(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
         value: u64,
     }
     let Arguments { value } = parse(arguments)?;
-    lock(&target.device).set_target(value)?;
+    lock(&context.device).set_target(value)?;
     Ok(json!({}))
 }
 
-fn query_balloon(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    Ok(json!({ "actual": lock(&target.device).balloon()? }))
+fn query_balloon(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    Ok(json!({ "actual": lock(&context.device).actual_size()? }))
 }
 
-fn query_commands(_: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
+fn query_commands(_: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
     let names = all().map(|(name, _)| *name);
     Ok(names
         .chain(["qmp_capabilities", "quit"])
@@ -181,42 +184,42 @@ fn query_commands(_: &Target, arguments: Option<&Value>) -> Result<Value, Comman
         .collect())
 }
 
-fn query_version(_: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
+fn query_version(_: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
     Ok(json!({ "vhost-device-balloon": env!("CARGO_PKG_VERSION"), "package": "" }))
 }
 
-fn hint_start(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    let id = lock(&target.device).start_hinting()?;
+fn hint_start(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    let id = lock(&context.device).start_hinting()?;
     Ok(json!({ "id": id.number() }))
 }
 
-fn hint_sync(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    let id = lock(&target.device).sync_hinting()?;
+fn hint_sync(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    let id = lock(&context.device).sync_hinting()?;
     Ok(json!({ "id": id.number() }))
 }
 
-fn hint_stop(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    let mut device = lock(&target.device);
-    device.is_the_operators()?;
+fn hint_stop(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    let mut device = lock(&context.device);
+    device.check_unclaimed()?;
     device.stop_hinting();
     Ok(json!({}))
 }
 
-fn hint_done(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    let mut device = lock(&target.device);
-    device.is_the_operators()?;
+fn hint_done(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    let mut device = lock(&context.device);
+    device.check_unclaimed()?;
     device.finish_hinting();
     Ok(json!({}))
 }
 
-fn query_hint(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    let status = lock(&target.device).hinting();
+fn query_hint(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    let status = lock(&context.device).hinting_status();
     let mut answer = json!({
         "status": phase_name(status.phase),
         "blocks": status.blocks,
@@ -237,7 +240,10 @@ fn query_hint(target: &Target, arguments: Option<&Value>) -> Result<Value, Comma
 
 /// Without arguments, all ranges of a guest of up to 512 MiB, and of any guest that is not hostile. Beyond the
 /// limit, the next call starts where the last answer ended.
-fn query_hinted_ranges(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+fn query_hinted_ranges(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
@@ -245,16 +251,19 @@ fn query_hinted_ranges(target: &Target, arguments: Option<&Value>) -> Result<Val
         start: u64,
     }
     let Arguments { start } = parse(arguments)?;
-    let ranges = lock(&target.device).hinted_ranges(start, MAX_RANGES);
+    let ranges = lock(&context.device).hinted_ranges(start, MAX_RANGES);
     Ok(ranges
         .into_iter()
         .map(|(start, length)| json!({ "start": start, "length": length }))
         .collect())
 }
 
-fn query_guest_memory(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    let ram = lock(&target.device).ram();
+fn query_guest_memory(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    let ram = lock(&context.device).ram();
     let allocated = ram.allocated().map_err(CommandError::Memory)?;
     let regions: Vec<Value> = allocated
         .regions
@@ -266,9 +275,12 @@ fn query_guest_memory(target: &Target, arguments: Option<&Value>) -> Result<Valu
     Ok(json!({ "regions": regions, "allocated": allocated.total }))
 }
 
-fn query_virtio_status(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    let status = lock(&target.device).virtio_status();
+fn query_virtio_status(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    let status = lock(&context.device).virtio_status();
     let names = |features: Features| features.names().collect::<Vec<_>>();
     let queues: Vec<Value> = status
         .queues
@@ -284,17 +296,17 @@ fn query_virtio_status(target: &Target, arguments: Option<&Value>) -> Result<Val
             })
         })
         .collect();
-    let state = match (status.connected, status.running) {
+    let state = match (status.is_connected, status.is_running) {
         (false, _) => "no-front-end",
         (true, false) => "no-driver",
         (true, true) => "running",
     };
     Ok(json!({
-        "connected": status.connected,
+        "connected": status.is_connected,
         "status": state,
-        "offered-features": names(status.offered),
-        "negotiated-features": names(status.negotiated.unwrap_or_default()),
-        "poison-val": status.poison,
+        "offered-features": names(status.offered_features),
+        "negotiated-features": names(status.negotiated_features.unwrap_or_default()),
+        "poison-val": status.poison_val,
         "queues": queues,
         "config-reads": status.config_reads,
         "config-writes": status.config_writes,
@@ -309,13 +321,19 @@ fn query_virtio_status(target: &Target, arguments: Option<&Value>) -> Result<Val
     }))
 }
 
-fn query_device_state(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    let state = lock(&target.device).saved_state();
+fn query_device_state(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    let state = lock(&context.device).saved_state();
     Ok(serde_json::to_value(state)?)
 }
 
-fn save_device_state(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
+fn save_device_state(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
@@ -323,20 +341,23 @@ fn save_device_state(target: &Target, arguments: Option<&Value>) -> Result<Value
     }
     let Arguments { filename } = parse(arguments)?;
     // Not under the device's lock: a file may take its time.
-    let state = lock(&target.device).saved_state();
+    let state = lock(&context.device).saved_state();
     state.write(&filename)?;
     Ok(json!({}))
 }
 
 /// Asks the guest, and waits a little for its answer. Without one the last statistics are given: their age
 /// shows.
-fn query_guest_stats(target: &Target, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    no_arguments(arguments)?;
-    let (before, asked) = {
-        let mut device = lock(&target.device);
-        (device.stats().generation, device.ask_for_stats())
+fn query_guest_stats(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    let (before, requested) = {
+        let mut device = lock(&context.device);
+        (device.stats().generation, device.request_stats())
     };
-    let report = wait_for_stats(&target.device, before, asked);
+    let report = wait_for_stats(&context.device, before, requested);
     let Some(updated) = report.updated else {
         return Err(CommandError::NoStats);
     };
@@ -349,11 +370,11 @@ fn query_guest_stats(target: &Target, arguments: Option<&Value>) -> Result<Value
     Ok(json!({ "stats": values, "last-update": updated.as_secs() }))
 }
 
-fn wait_for_stats(device: &std::sync::Mutex<Device>, before: u64, asked: bool) -> StatsReport {
-    let limit = Instant::now() + STATS_LIMIT;
+fn wait_for_stats(device: &std::sync::Mutex<Device>, before: u64, requested: bool) -> StatsReport {
+    let deadline = Instant::now() + STATS_TIMEOUT;
     loop {
         let report = lock(device).stats();
-        if !asked || report.generation != before || Instant::now() >= limit {
+        if !requested || report.generation != before || Instant::now() >= deadline {
             return report;
         }
         thread::sleep(Duration::from_millis(2));

@@ -8,7 +8,7 @@
 
 mod commands;
 mod frames;
-mod migrate;
+mod migration_commands;
 mod protocol;
 
 use std::collections::HashMap;
@@ -25,21 +25,21 @@ use tracing::{debug, info, warn};
 use crate::device::Device;
 use crate::events::Events;
 use crate::lock;
-use crate::migrate::Migrations;
+use crate::migrate::MigrationManager;
 use frames::{FrameError, Frames};
-use protocol::Conversation;
+use protocol::QmpSession;
 
 /// The most operators at a time.
-const MAX_OPERATORS: usize = 16;
+const MAX_CLIENTS: usize = 16;
 /// The most answers and events that wait for an operator to read them.
 const MAX_LINES: usize = 1024;
 
 /// What commands act on.
-pub struct Target {
+pub struct CommandContext {
     /// The balloon.
     pub device: Arc<Mutex<Device>>,
     /// Its migrations.
-    pub migrations: Arc<Migrations>,
+    pub migration_manager: Arc<MigrationManager>,
     /// Where events come from.
     pub events: Arc<Events>,
     /// Ends the program.
@@ -47,19 +47,19 @@ pub struct Target {
 }
 
 /// The operators that are connected.
-pub struct Operators {
-    target: Arc<Target>,
-    connected: Arc<Mutex<HashMap<u64, UnixStream>>>,
+pub struct QmpClients {
+    context: Arc<CommandContext>,
+    clients: Arc<Mutex<HashMap<u64, UnixStream>>>,
     threads: Vec<JoinHandle<()>>,
     next: u64,
 }
 
-impl Operators {
+impl QmpClients {
     /// Nobody yet.
-    pub fn new(target: Target) -> Self {
+    pub fn new(context: CommandContext) -> Self {
         Self {
-            target: Arc::new(target),
-            connected: Arc::default(),
+            context: Arc::new(context),
+            clients: Arc::default(),
             threads: Vec::new(),
             next: 1,
         }
@@ -67,14 +67,14 @@ impl Operators {
 
     /// How many there are.
     pub fn count(&self) -> usize {
-        lock(&self.connected).len()
+        lock(&self.clients).len()
     }
 
     /// Serves an operator in threads of its own, if there are not too many.
     pub fn serve(&mut self, stream: UnixStream) {
         self.threads.retain(|thread| !thread.is_finished());
-        if lock(&self.connected).len() >= MAX_OPERATORS {
-            warn!("an operator was refused: {MAX_OPERATORS} are connected");
+        if lock(&self.clients).len() >= MAX_CLIENTS {
+            warn!("an operator was refused: {MAX_CLIENTS} are connected");
             let line = protocol::error(None, "GenericError", "too many operators are connected");
             let _ = stream.set_nonblocking(true);
             let _ = (&stream).write_all(format!("{line}\r\n").as_bytes());
@@ -84,13 +84,13 @@ impl Operators {
         self.next += 1;
         if let Err(error) = self.start(number, stream) {
             warn!("operator {number} cannot be served: {error}");
-            lock(&self.connected).remove(&number);
+            lock(&self.clients).remove(&number);
         }
     }
 
     fn start(&mut self, number: u64, stream: UnixStream) -> io::Result<()> {
         stream.set_nonblocking(false)?;
-        lock(&self.connected).insert(number, stream.try_clone()?);
+        lock(&self.clients).insert(number, stream.try_clone()?);
         let (lines, waiting) = sync_channel(MAX_LINES);
         let writer = stream.try_clone()?;
         let name = format!("operator-{number}");
@@ -99,16 +99,16 @@ impl Operators {
                 .name(name.clone())
                 .spawn(move || write(writer, &waiting))?,
         );
-        let (target, connected) = (self.target.clone(), self.connected.clone());
+        let (context, clients) = (self.context.clone(), self.clients.clone());
         self.threads
             .push(thread::Builder::new().name(name).spawn(move || {
                 info!("operator {number} has connected");
-                let why = converse(&stream, lines, &target);
+                let why = serve_client(&stream, lines, &context);
                 // The writer still holds a copy; the operator is to see the end now.
                 let _ = stream.shutdown(Shutdown::Read);
-                lock(&connected).remove(&number);
-                let round = lock(&target.device).hinting().phase;
-                match round {
+                lock(&clients).remove(&number);
+                let phase = lock(&context.device).hinting_status().phase;
+                match phase {
                     Phase::Requested(id) | Phase::Started(id) => info!(
                         "operator {number} has gone: {why}; hinting round {:#x} goes on",
                         id.number()
@@ -121,20 +121,20 @@ impl Operators {
 
     /// Ends all connections and waits for their threads.
     pub fn close(self) {
-        for stream in lock(&self.connected).values() {
+        for stream in lock(&self.clients).values() {
             let _ = stream.shutdown(Shutdown::Read);
         }
         let Self {
-            connected,
+            clients,
             threads,
-            target,
+            context,
             ..
         } = self;
         // What waits to be written may be written, but nobody is waited for who does not read.
-        for stream in lock(&connected).values() {
+        for stream in lock(&clients).values() {
             let _ = stream.set_write_timeout(Some(std::time::Duration::from_millis(200)));
         }
-        drop(target);
+        drop(context);
         for thread in threads {
             let _ = thread.join();
         }
@@ -142,8 +142,12 @@ impl Operators {
 }
 
 /// Reads commands and answers them until the operator goes. Returns why it went.
-fn converse(stream: &UnixStream, lines: SyncSender<String>, target: &Target) -> String {
-    let mut conversation = Conversation::new(target);
+fn serve_client(
+    stream: &UnixStream,
+    lines: SyncSender<String>,
+    context: &CommandContext,
+) -> String {
+    let mut session = QmpSession::new(context);
     if lines.send(protocol::greeting()).is_err() {
         return "it does not read".into();
     }
@@ -151,7 +155,7 @@ fn converse(stream: &UnixStream, lines: SyncSender<String>, target: &Target) -> 
     loop {
         let (answer, over) = match frames.next() {
             Ok(None) => return "it closed the connection".into(),
-            Ok(Some(frame)) => (conversation.answer(&frame, &lines), None),
+            Ok(Some(frame)) => (session.answer(&frame, &lines), None),
             Err(FrameError::Garbage) => {
                 let text = "JSON parse error, an object was expected";
                 (protocol::error(None, "GenericError", text), None)
@@ -168,8 +172,8 @@ fn converse(stream: &UnixStream, lines: SyncSender<String>, target: &Target) -> 
         if let Some(why) = over {
             return why;
         }
-        if conversation.quits() {
-            (target.quit)();
+        if session.quit_requested() {
+            (context.quit)();
         }
     }
 }

@@ -8,13 +8,13 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 
 use super::commands::{self, CommandError};
-use super::Target;
-use crate::events::Listening;
+use super::CommandContext;
+use crate::events::Subscription;
 
 /// A command as it comes.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Request {
+struct QmpRequest {
     execute: String,
     #[serde(default)]
     arguments: Option<Value>,
@@ -46,26 +46,26 @@ fn with_id(mut answer: Value, id: Option<&Value>) -> String {
 }
 
 /// One operator's state.
-pub struct Conversation<'a> {
-    target: &'a Target,
+pub struct QmpSession<'a> {
+    context: &'a CommandContext,
     /// There once the operator has negotiated.
-    events: Option<Listening>,
-    quits: bool,
+    events: Option<Subscription>,
+    quit_requested: bool,
 }
 
-impl<'a> Conversation<'a> {
+impl<'a> QmpSession<'a> {
     /// Before `qmp_capabilities`.
-    pub fn new(target: &'a Target) -> Self {
+    pub fn new(context: &'a CommandContext) -> Self {
         Self {
-            target,
+            context,
             events: None,
-            quits: false,
+            quit_requested: false,
         }
     }
 
     /// Whether the operator has asked for the end of the program.
-    pub fn quits(&self) -> bool {
-        self.quits
+    pub fn quit_requested(&self) -> bool {
+        self.quit_requested
     }
 
     /// The answer to the command in `frame`. Events go to `lines` once the operator has negotiated.
@@ -75,7 +75,7 @@ impl<'a> Conversation<'a> {
             Err(why) => return error(None, "GenericError", &format!("JSON parse error, {why}")),
         };
         let id = value.get("id").cloned();
-        let request = match Request::deserialize(value) {
+        let request = match QmpRequest::deserialize(value) {
             Ok(request) => request,
             Err(why) => {
                 return error(
@@ -93,23 +93,23 @@ impl<'a> Conversation<'a> {
 
     fn execute(
         &mut self,
-        request: &Request,
+        request: &QmpRequest,
         lines: &SyncSender<String>,
     ) -> Result<Value, CommandError> {
         match (request.execute.as_str(), self.events.is_some()) {
             ("qmp_capabilities", false) => {
-                commands::capabilities(request.arguments.as_ref())?;
-                self.events = Some(self.target.events.listen(lines.clone()));
+                commands::negotiate_capabilities(request.arguments.as_ref())?;
+                self.events = Some(self.context.events.subscribe(lines.clone()));
                 Ok(json!({}))
             }
-            ("qmp_capabilities", true) => Err(CommandError::NegotiatedAlready),
+            ("qmp_capabilities", true) => Err(CommandError::AlreadyNegotiated),
             (_, false) => Err(CommandError::NotNegotiated),
             ("quit", true) => {
-                commands::no_arguments(request.arguments.as_ref())?;
-                self.quits = true;
+                commands::expect_no_arguments(request.arguments.as_ref())?;
+                self.quit_requested = true;
                 Ok(json!({}))
             }
-            (name, true) => commands::execute(self.target, name, request.arguments.as_ref()),
+            (name, true) => commands::execute(self.context, name, request.arguments.as_ref()),
         }
     }
 }

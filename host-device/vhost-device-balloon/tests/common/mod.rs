@@ -4,8 +4,8 @@
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
-pub mod machine;
 pub mod program;
+pub mod vmm_qmp;
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -25,30 +25,34 @@ use vhost::vhost_user::{
     Frontend, VhostUserFrontend, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vhost_device_balloon::server::{Exit, Options, Server, ServerError, Stopper};
-use vhost_device_balloon::vring::Suppression;
+use vhost_device_balloon::server::{Exit, Server, ServerError, ServerOptions, ShutdownHandle};
+use vhost_device_balloon::vring::NotificationSuppression;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 /// What takes longer hangs. Nothing else is told by time.
-pub const HANG_LIMIT: Duration = Duration::from_secs(600);
+pub const HANG_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A server in a thread of this process.
-pub struct Running {
+pub struct TestServer {
     pub directory: tempfile::TempDir,
-    stopper: Stopper,
+    shutdown_handle: ShutdownHandle,
     thread: JoinHandle<Result<Exit, ServerError>>,
 }
 
-impl Running {
+impl TestServer {
     pub fn start(features: Features, persistent: bool) -> Self {
-        Self::start_with(features, Suppression::default(), persistent)
+        Self::start_with(features, NotificationSuppression::default(), persistent)
     }
 
-    pub fn start_with(features: Features, suppression: Suppression, persistent: bool) -> Self {
+    pub fn start_with(
+        features: Features,
+        suppression: NotificationSuppression,
+        persistent: bool,
+    ) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let server = Server::bind(Options {
+        let server = Server::bind(ServerOptions {
             socket_path: directory.path().join("vhost"),
             qmp_socket: Some(directory.path().join("qmp")),
             features,
@@ -58,7 +62,7 @@ impl Running {
         })
         .unwrap();
         Self {
-            stopper: server.stopper().unwrap(),
+            shutdown_handle: server.shutdown_handle().unwrap(),
             thread: thread::spawn(move || server.run()),
             directory,
         }
@@ -68,19 +72,19 @@ impl Running {
         self.directory.path().join("vhost")
     }
 
-    pub fn operator(&self) -> Operator {
-        Operator::connect(&self.directory.path().join("qmp"))
+    pub fn qmp(&self) -> QmpClient {
+        QmpClient::connect(&self.directory.path().join("qmp"))
     }
 
     /// Ends the server, and checks that it leaves nothing behind.
     pub fn stop(self) {
-        self.stopper.stop();
+        self.shutdown_handle.stop();
         assert_eq!(self.join().unwrap(), Exit::Stopped);
     }
 
     /// Waits for the server's end, and checks that it leaves nothing behind.
     pub fn join(self) -> Result<Exit, ServerError> {
-        let limit = Instant::now() + HANG_LIMIT;
+        let limit = Instant::now() + HANG_TIMEOUT;
         while !self.thread.is_finished() {
             assert!(Instant::now() < limit, "the server does not end");
             thread::sleep(Duration::from_millis(5));
@@ -93,25 +97,25 @@ impl Running {
 }
 
 /// Somebody at the QMP socket.
-pub struct Operator {
+pub struct QmpClient {
     stream: UnixStream,
     lines: BufReader<UnixStream>,
     pub events: Vec<Value>,
 }
 
-impl Operator {
+impl QmpClient {
     /// Connects and says `qmp_capabilities`.
     pub fn connect(path: &Path) -> Self {
-        let mut operator = Self::silent(path);
-        assert!(operator.read().get("QMP").is_some());
-        operator.run("qmp_capabilities");
-        operator
+        let mut qmp = Self::connect_without_negotiation(path);
+        assert!(qmp.read().get("QMP").is_some());
+        qmp.run("qmp_capabilities");
+        qmp
     }
 
     /// Connects and says nothing.
-    pub fn silent(path: &Path) -> Self {
+    pub fn connect_without_negotiation(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(HANG_LIMIT)).unwrap();
+        stream.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
         let lines = BufReader::new(stream.try_clone().unwrap());
         Self {
             stream,
@@ -181,7 +185,7 @@ impl Operator {
 
     /// Waits until a driver can be asked.
     pub fn until_running(&mut self) {
-        let limit = Instant::now() + HANG_LIMIT;
+        let limit = Instant::now() + HANG_TIMEOUT;
         while self.run("query-virtio-status")["status"] != "running" {
             assert!(Instant::now() < limit, "no driver");
             thread::sleep(Duration::from_millis(2));
@@ -232,7 +236,7 @@ pub struct Vmm {
     queues: Vec<DriverQueue>,
     features: Features,
     /// Whether event index was offered; a driver here does not accept it.
-    pub event_index: bool,
+    pub event_idx: bool,
     /// Where the device's own messages come.
     pub channel: Box<dyn Read + Send>,
 }
@@ -266,7 +270,7 @@ impl Vmm {
     /// Connects, as far as a VMM does before there is a driver.
     pub fn connect(socket: &Path) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(HANG_LIMIT)).unwrap();
+        ours.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
         Self::connect_with(socket, Box::new(ours), &OwnedFd::from(theirs))
     }
 
@@ -306,7 +310,7 @@ impl Vmm {
             file,
             queues: Vec::new(),
             features: Features::from_bits(features),
-            event_index: features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
+            event_idx: features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
             channel,
         }
     }
@@ -419,13 +423,13 @@ impl Vmm {
             .unwrap();
     }
 
-    pub fn command(&mut self) -> u32 {
+    pub fn cmd_id(&mut self) -> u32 {
         let config = self.config(16);
         u32::from_le_bytes(config[8..12].try_into().unwrap())
     }
 
-    /// As [`Vmm::command`]; none if the device has closed the connection.
-    pub fn last_command(&mut self) -> Option<u32> {
+    /// As [`Vmm::cmd_id`]; none if the device has closed the connection.
+    pub fn last_cmd_id(&mut self) -> Option<u32> {
         let flags = VhostUserConfigFlags::WRITABLE;
         let answer = self.frontend.get_config(0, 16, flags, &[0; 16]);
         let (_, config) = answer.ok()?;
@@ -464,7 +468,7 @@ impl Vmm {
     pub fn wait_used(&mut self, queue: Queue) {
         let index = queue.index(self.features).unwrap();
         let queue = &mut self.queues[index];
-        let limit = Instant::now() + HANG_LIMIT;
+        let limit = Instant::now() + HANG_TIMEOUT;
         loop {
             let used: u16 = self
                 .memory

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{kill_process, Pid, Signal};
 
-use super::HANG_LIMIT;
+use super::HANG_TIMEOUT;
 
 /// The program, with its sockets in a directory of its own. Killed if the test fails before its end.
 pub struct Program {
@@ -37,7 +37,7 @@ impl Program {
 
     /// Waits until it listens.
     pub fn ready(self) -> Self {
-        let limit = Instant::now() + HANG_LIMIT;
+        let limit = Instant::now() + HANG_TIMEOUT;
         while std::os::unix::net::UnixStream::connect(&self.qmp).is_err() {
             assert!(Instant::now() < limit, "it does not listen");
             thread::sleep(Duration::from_millis(5));

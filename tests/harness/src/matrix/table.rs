@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The rows of the matrix.
 
-use super::stories::{Dimm, Reset, Story};
+use super::scenarios::{DimmUnplug, Reset, Scenario};
 use super::Pair::{CInQemu, Ours, OursInQemu, C};
 use super::Row;
-use crate::vmm::hardware::{Backing, Hardware};
+use crate::vmm::hardware::{Hardware, MemoryBackend};
 use crate::MIB;
 
 /// All rows.
@@ -15,7 +15,7 @@ pub fn rows() -> Vec<Row> {
     rows.extend(zones());
     rows.extend(memory());
     rows.extend(machines());
-    rows.extend(plugging());
+    rows.extend(memory_hotplug());
     rows.extend(resets());
     rows
 }
@@ -38,17 +38,17 @@ fn rings() -> Vec<Row> {
         Row::new("a ring of 1 entry")
             .properties(&["vq_size=1"])
             .with(&[Ours])
-            .cannot(C, FOR_EVER),
+            .not_runnable(C, FOR_EVER),
         Row::new("rings of 2 entries")
             .properties(&["vq_size=2"])
-            .usually(Ours)
+            .by_default(Ours)
             .with(&[C]),
         Row::new("rings of 4 entries")
             .properties(&["vq_size=4"])
             .with(&[Ours, C]),
         Row::new("rings of 8 entries")
             .properties(&["vq_size=8"])
-            .usually(Ours)
+            .by_default(Ours)
             .with(&[C]),
         Row::new("rings of 16 entries")
             .properties(&["vq_size=16"])
@@ -62,30 +62,30 @@ fn rings() -> Vec<Row> {
             .with(&[Ours, C]),
         Row::new("rings of 1024 entries")
             .properties(&["vq_size=1024"])
-            .usually(Ours)
+            .by_default(Ours)
             .with(&[C]),
         Row::new("`packed=on`")
             .properties(&["packed=on"])
-            .cannot(Ours, NO_PACKED)
-            .cannot(C, NO_PACKED)
+            .not_runnable(Ours, NO_PACKED)
+            .not_runnable(C, NO_PACKED)
             .with(&[OursInQemu, CInQemu]),
         Row::new("`event_idx=off`")
             .properties(&["event_idx=off"])
             .with(&[Ours, C, OursInQemu, CInQemu]),
         Row::new("`vectors=0`")
             .properties(&["vectors=0"])
-            .cannot(Ours, NO_VECTORS)
-            .cannot(C, NO_VECTORS)
+            .not_runnable(Ours, NO_VECTORS)
+            .not_runnable(C, NO_VECTORS)
             .with(&[OursInQemu, CInQemu]),
         Row::new("`pci=nomsi`: one interrupt for all queues")
             .arguments("pci=nomsi")
-            .usually(Ours)
+            .by_default(Ours)
             .with(&[C]),
         Row::new(
             "`iommu_platform=on`, which QEMU refuses with our device, and drivers with QEMU's",
         )
         .properties(&["iommu_platform=on"])
-        .story(Story::BehindIommu)
+        .scenario(Scenario::BehindIommu)
         .with(&[Ours, OursInQemu, CInQemu]),
     ]
 }
@@ -95,12 +95,12 @@ fn kernels() -> Vec<Row> {
     vec![
         Row::new("Debian 12's kernel, series 6.1")
             .series("6.1")
-            .cannot(Ours, NO_RUST)
-            .usually(C),
+            .not_runnable(Ours, NO_RUST)
+            .by_default(C),
         Row::new("Debian 13's kernel, series 6.12")
             .series("6.12")
-            .cannot(Ours, NO_RUST)
-            .usually(C),
+            .not_runnable(Ours, NO_RUST)
+            .by_default(C),
         Row::new("the kernel of series 7.2")
             .series("7.2")
             .with(&[Ours, C, OursInQemu]),
@@ -132,24 +132,24 @@ fn zones() -> Vec<Row> {
     vec![
         Row::new("`cma=128M`")
             .arguments("cma=128M")
-            .usually(Ours)
+            .by_default(Ours)
             .with(&[C]),
         Row::new("`hugetlb_cma=1G`, and its page taken with a balloon and in mid-round")
             .arguments("hugetlb_cma=1G nokaslr init_on_alloc=0")
             .memory(5 * 1024)
-            .story(Story::GiganticPage)
+            .scenario(Scenario::GiganticPage)
             .with(&[Ours, C]),
         Row::new("`movablecore=512M` of 1 GiB")
             .memory(1024)
             .arguments("movablecore=512M")
-            .usually(Ours)
+            .by_default(Ours)
             .with(&[C]),
         Row::new("`kernelcore=256M` of 512 MiB")
             .arguments("kernelcore=256M")
             .with(&[Ours, C]),
         Row::new("two NUMA nodes, each with its memory backend")
-            .hardware(hardware(|hardware| hardware.nodes = 2))
-            .usually(Ours)
+            .hardware(hardware(|hardware| hardware.numa_nodes = 2))
+            .by_default(Ours)
             .with(&[C]),
     ]
 }
@@ -174,31 +174,31 @@ fn memory() -> Vec<Row> {
         Row::new("5 GiB of memory, across the hole below 4 GiB")
             .memory(5 * 1024)
             .arguments("init_on_alloc=0")
-            .usually(Ours)
+            .by_default(Ours)
             .with(&[C]),
         Row::new("16 GiB of memory, sparse")
             .memory(16 * 1024)
             .arguments("init_on_alloc=0")
             .with(&[Ours, C]),
         Row::new("memory on hugetlbfs")
-            .hardware(backing(Backing::HugePages))
-            .story(Story::OnHugePages)
+            .hardware(backing(MemoryBackend::HugePages))
+            .scenario(Scenario::OnHugePages)
             .with(&[Ours, C]),
         Row::new("memory in a file on a disk")
-            .story(Story::OnDisk)
+            .scenario(Scenario::OnDisk)
             .with(&[Ours, C]),
         Row::new("memory that is preallocated")
-            .hardware(backing(Backing::Preallocated))
+            .hardware(backing(MemoryBackend::Preallocated))
             .with(&[Ours, C]),
         Row::new("memory that is locked (`mem-lock=on`)")
-            .hardware(hardware(|hardware| hardware.locked = true))
-            .story(Story::Locked)
+            .hardware(hardware(|hardware| hardware.mem_lock = true))
+            .scenario(Scenario::Locked)
             .with(&[Ours, C]),
         Row::new("memory that is private (`share=off`), which QEMU refuses to a vhost-user device")
-            .hardware(backing(Backing::Private))
-            .story(Story::Private)
+            .hardware(backing(MemoryBackend::Private))
+            .scenario(Scenario::Private)
             .with(&[Ours, OursInQemu, CInQemu])
-            .cannot(C, FOR_EVER),
+            .not_runnable(C, FOR_EVER),
     ]
 }
 
@@ -216,51 +216,59 @@ fn machines() -> Vec<Row> {
             .with(&[Ours, C]),
         Row::new("QEMU's default machine (`pc`) with VGA")
             .hardware(with_vga(Some("pc")))
-            .usually(Ours)
+            .by_default(Ours)
             .with(&[C]),
         Row::new("two processors")
             .hardware(hardware(|hardware| hardware.processors = 2))
-            .usually(Ours)
+            .by_default(Ours)
             .with(&[C]),
         Row::new("two balloons")
             .features(&["stats", "free-page-hint"])
-            .story(Story::TwoBalloons)
+            .scenario(Scenario::TwoBalloons)
             .with(&[Ours, C]),
         Row::new("swap on a disk, and a balloon that needs it")
             .features(&["stats"])
-            .story(Story::Swap)
+            .scenario(Scenario::Swap)
             .with(&[Ours, C]),
     ]
 }
 
-fn plugging() -> Vec<Row> {
+fn memory_hotplug() -> Vec<Row> {
     const MOVABLE: &str = "memhp_default_state=online_movable";
     let row = |name, dimm| {
         Row::new(name)
             .arguments(MOVABLE)
-            .hardware(hardware(|hardware| hardware.room = 1024 * MIB))
+            .hardware(hardware(|hardware| hardware.hotplug_memory = 1024 * MIB))
             .features(&["stats", "free-page-hint"])
-            .story(Story::Dimm(dimm))
+            .scenario(Scenario::DimmUnplug(dimm))
     };
     vec![
         row(
             "a DIMM plugged, and unplugged while inflated",
-            Dimm::Inflated,
+            DimmUnplug::Inflated,
         )
         .with(&[Ours, C]),
-        row("a DIMM unplugged while deflating", Dimm::Deflating).with(&[Ours, C]),
-        row("a DIMM plugged and unplugged in mid-round", Dimm::MidRound).with(&[Ours, C]),
-        row("a DIMM unplugged in a migration", Dimm::InMigration).with(&[Ours, C]),
+        row("a DIMM unplugged while deflating", DimmUnplug::Deflating).with(&[Ours, C]),
+        row(
+            "a DIMM plugged and unplugged in mid-round",
+            DimmUnplug::DuringHintRound,
+        )
+        .with(&[Ours, C]),
+        row(
+            "a DIMM unplugged in a migration",
+            DimmUnplug::DuringMigration,
+        )
+        .with(&[Ours, C]),
         row(
             "a part of a DIMM, of hinted blocks, taken offline in mid-round",
-            Dimm::HintedOffline,
+            DimmUnplug::HintedOffline,
         )
         .arguments("memhp_default_state=online_kernel")
         .with(&[Ours]),
         Row::new("virtio-mem beside us, grown, and shrunk while inflated")
             .arguments(MOVABLE)
             .hardware(hardware(|hardware| {
-                hardware.room = 1024 * MIB;
+                hardware.hotplug_memory = 1024 * MIB;
                 hardware.arguments = [
                     "-object",
                     "memory-backend-memfd,id=vmem,size=512M,share=on",
@@ -270,7 +278,7 @@ fn plugging() -> Vec<Row> {
                 .map(str::to_owned)
                 .to_vec();
             }))
-            .story(Story::VirtioMem)
+            .scenario(Scenario::VirtioMem)
             .with(&[Ours, C]),
     ]
 }
@@ -278,15 +286,15 @@ fn plugging() -> Vec<Row> {
 fn resets() -> Vec<Row> {
     let row = |name, reset| {
         Row::new(name)
-            .hardware(hardware(|hardware| hardware.restarts = true))
+            .hardware(hardware(|hardware| hardware.allow_reboot = true))
             .features(&["stats", "free-page-hint"])
-            .story(Story::Reset(reset))
+            .scenario(Scenario::Reset(reset))
     };
     vec![
         row("`system_reset` with an empty balloon", Reset::Idle).with(&[Ours, C]),
         row("`system_reset` while inflating", Reset::Inflating).with(&[Ours, C]),
         row("`system_reset` while inflated", Reset::Inflated).with(&[Ours, C]),
-        row("`system_reset` in mid-round", Reset::MidRound).with(&[Ours, C]),
+        row("`system_reset` in mid-round", Reset::DuringHintRound).with(&[Ours, C]),
     ]
 }
 

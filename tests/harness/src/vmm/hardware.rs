@@ -14,23 +14,23 @@ pub struct Hardware {
     /// Processors; 0 stands for one.
     pub processors: u32,
     /// What its memory lies in.
-    pub memory: Backing,
+    pub memory: MemoryBackend,
     /// NUMA nodes, each with a processor, an even part of the memory and a memory backend of its own; 0 if it is no NUMA
     /// machine.
-    pub nodes: u32,
+    pub numa_nodes: u32,
     /// Bytes of memory that can be plugged in while it runs.
-    pub room: u64,
+    pub hotplug_memory: u64,
     /// Whether QEMU locks all of its memory.
-    pub locked: bool,
+    pub mem_lock: bool,
     /// Whether it starts anew at a reset, and does not end.
-    pub restarts: bool,
+    pub allow_reboot: bool,
     /// More arguments of QEMU's.
     pub arguments: Vec<String>,
 }
 
 /// What memory lies in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Backing {
+pub enum MemoryBackend {
     /// A memfd.
     #[default]
     Memfd,
@@ -47,25 +47,25 @@ pub enum Backing {
 impl Hardware {
     /// Processors: one at least for each node.
     pub(crate) fn processors(&self) -> u32 {
-        self.processors.max(self.nodes).max(1)
+        self.processors.max(self.numa_nodes).max(1)
     }
 
     /// Slots for memory that is plugged in.
-    pub(crate) const SLOTS: u32 = 4;
+    pub(crate) const MEMORY_SLOTS: u32 = 4;
 
     /// Adds what the machine has `bytes` of memory by, in `file` if there is one.
     pub(crate) fn memory_arguments(&self, bytes: u64, file: Option<&Path>) -> Vec<String> {
         let mut arguments = Vec::new();
         let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
-        let nodes = u64::from(self.nodes.max(1));
-        for node in 0..nodes {
-            let (id, size) = if self.nodes == 0 {
+        let numa_nodes = u64::from(self.numa_nodes.max(1));
+        for node in 0..numa_nodes {
+            let (id, size) = if self.numa_nodes == 0 {
                 ("mem".to_owned(), bytes)
             } else {
-                (format!("mem{node}"), bytes / nodes)
+                (format!("mem{node}"), bytes / numa_nodes)
             };
             add("-object", self.backend(&id, size, file));
-            if self.nodes > 0 {
+            if self.numa_nodes > 0 {
                 add(
                     "-numa",
                     format!("node,nodeid={node},cpus={node},memdev={id}"),
@@ -73,12 +73,12 @@ impl Hardware {
             }
         }
         let mut memory = format!("{}M", bytes / crate::MIB);
-        if self.room > 0 {
-            let most = (bytes + self.room) / crate::MIB;
-            memory.push_str(&format!(",slots={},maxmem={most}M", Self::SLOTS));
+        if self.hotplug_memory > 0 {
+            let most = (bytes + self.hotplug_memory) / crate::MIB;
+            memory.push_str(&format!(",slots={},maxmem={most}M", Self::MEMORY_SLOTS));
         }
         add("-m", memory);
-        if self.locked {
+        if self.mem_lock {
             add("-overcommit", "mem-lock=on".to_owned());
         }
         add("-smp", self.processors().to_string());
@@ -90,11 +90,13 @@ impl Hardware {
             |file: &Path| format!("memory-backend-file,mem-path={},share=on", file.display());
         let kind = match (file, &self.memory) {
             (Some(file), _) => in_file(file),
-            (None, Backing::File(file)) => in_file(file),
-            (None, Backing::Memfd) => "memory-backend-memfd,share=on".to_owned(),
-            (None, Backing::Preallocated) => "memory-backend-memfd,share=on,prealloc=on".to_owned(),
-            (None, Backing::Private) => "memory-backend-memfd,share=off".to_owned(),
-            (None, Backing::HugePages) => {
+            (None, MemoryBackend::File(file)) => in_file(file),
+            (None, MemoryBackend::Memfd) => "memory-backend-memfd,share=on".to_owned(),
+            (None, MemoryBackend::Preallocated) => {
+                "memory-backend-memfd,share=on,prealloc=on".to_owned()
+            }
+            (None, MemoryBackend::Private) => "memory-backend-memfd,share=off".to_owned(),
+            (None, MemoryBackend::HugePages) => {
                 "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M".to_owned()
             }
         };
@@ -104,7 +106,7 @@ impl Hardware {
     /// The value of QEMU's `-machine`.
     pub(crate) fn machine_argument(&self) -> String {
         let kind = self.machine.unwrap_or("q35");
-        if self.nodes == 0 {
+        if self.numa_nodes == 0 {
             format!("{kind},memory-backend=mem")
         } else {
             kind.to_owned()
@@ -119,8 +121,8 @@ mod tests {
     #[test]
     fn each_node_has_its_part_of_the_memory() {
         let hardware = Hardware {
-            nodes: 2,
-            room: 1 << 30,
+            numa_nodes: 2,
+            hotplug_memory: 1 << 30,
             ..Hardware::default()
         };
         let text = hardware.memory_arguments(1 << 29, None).join(" ");

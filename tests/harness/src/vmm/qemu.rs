@@ -10,7 +10,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use guest_agent::protocol::{PORT_NAME, PORT_VARIABLE};
 use serde_json::{json, Map, Value};
 
-use super::{line, Attachment, Machine, Started};
+use super::{socket_pair, Attachment, StartedVmm, VmConfig};
 use crate::host::Accelerator;
 use crate::process::{Process, Streams};
 
@@ -29,39 +29,39 @@ pub const SLOT: &str = "slot0";
 /// # Errors
 ///
 /// If it cannot be started.
-pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started> {
-    let (agent, agent_far) = line()?;
-    let (monitor, monitor_far) = line()?;
+pub fn start(rootfs: &Path, kernel: &Path, config: &VmConfig) -> Result<StartedVmm> {
+    let (agent, agent_far) = socket_pair()?;
+    let (monitor, monitor_far) = socket_pair()?;
     let mut command = program(rootfs);
-    let hardware = &machine.hardware;
+    let hardware = &config.hardware;
     command.args(["-no-user-config", "-display", "none"]);
     if !hardware.default_devices {
         command.arg("-nodefaults");
     }
-    if !hardware.restarts {
+    if !hardware.allow_reboot {
         command.arg("-no-reboot");
     }
-    command.args(match Accelerator::choose() {
+    command.args(match Accelerator::detect() {
         Accelerator::Kvm => ["-accel", "kvm", "-cpu", "max"],
         // TCG executes `rep movsb` byte by byte. Without these features Linux copies words.
         Accelerator::Tcg => ["-accel", "tcg", "-cpu", "max,-erms,-fsrm"],
     });
     command.args(["-machine", &hardware.machine_argument()]);
-    command.args(hardware.memory_arguments(machine.memory, machine.memory_file.as_deref()));
-    if machine.incoming {
+    command.args(hardware.memory_arguments(config.memory, config.memory_file.as_deref()));
+    if config.incoming {
         command.args(["-incoming", "defer"]);
     }
     command
         .arg("-kernel")
         .arg(kernel)
         .arg("-initrd")
-        .arg(&machine.initramfs);
-    let quiet = if machine.console == Streams::Terminal {
+        .arg(&config.initramfs);
+    let quiet = if config.console == Streams::Terminal {
         " quiet"
     } else {
         ""
     };
-    let port = if machine.sleeps {
+    let port = if config.suspendable {
         format!(" {PORT_VARIABLE}=/dev/ttyS1")
     } else {
         String::new()
@@ -72,16 +72,16 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
         "-append",
         &format!(
             "console=ttyS0 panic=-1 no_timer_check cryptomgr.notests loglevel=5{quiet}{port} {}",
-            machine.kernel_arguments
+            config.kernel_arguments
         ),
     ]);
-    match machine.console {
+    match config.console {
         Streams::Collected => command.args(["-chardev", "stdio,id=console"]),
         Streams::Terminal => command.args(["-chardev", "stdio,id=console,signal=off"]),
     };
     command.args(["-serial", "chardev:console"]);
     command.args(["-chardev", &format!("socket,id=agent,fd={AGENT_FD}")]);
-    if machine.sleeps {
+    if config.suspendable {
         command.args(["-serial", "chardev:agent"]);
     } else {
         let port = format!("virtserialport,chardev=agent,name={PORT_NAME}");
@@ -89,13 +89,13 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
     }
     command.args(["-chardev", &format!("socket,id=monitor,fd={MONITOR_FD}")]);
     command.args(["-object", "monitor-qmp,id=qmp,chardev=monitor"]);
-    if let Some(socket) = &machine.operators {
+    if let Some(socket) = &config.qmp_socket {
         command.args([
             "-qmp",
             &format!("unix:{},server=on,wait=off", socket.display()),
         ]);
     }
-    attach(&mut command, machine);
+    attach(&mut command, config);
     command.args(&hardware.arguments);
     command
         .fd_mappings(vec![
@@ -109,8 +109,8 @@ pub fn start(rootfs: &Path, kernel: &Path, machine: &Machine) -> Result<Started>
             },
         ])
         .context("cannot pass sockets to QEMU")?;
-    let process = Process::start("qemu", command, machine.console)?;
-    Ok(Started {
+    let process = Process::start("qemu", command, config.console)?;
+    Ok(StartedVmm {
         process,
         agent,
         monitor: Some(monitor),
@@ -137,21 +137,23 @@ pub fn program(rootfs: &Path) -> Command {
     command
 }
 
-fn attach(command: &mut Command, machine: &Machine) {
+fn attach(command: &mut Command, config: &VmConfig) {
     command.args(["-object", "iothread,id=io0"]);
-    if machine.slot {
+    if config.hotplug_slot {
         command.args([
             "-device",
             &format!("pcie-root-port,id={SLOT},chassis=1,io-reserve=4096"),
         ]);
     }
-    if let Attachment::VhostUser(socket) = &machine.device {
+    if let Attachment::VhostUser(socket) = &config.device {
         command.args([
             "-chardev",
             &format!("socket,id={CHARDEV},path={}", socket.display()),
         ]);
     }
-    if let Some(device) = balloon(&machine.device, machine.slot, &machine.properties) {
+    if let Some(device) =
+        balloon_properties(&config.device, config.hotplug_slot, &config.properties)
+    {
         command.args(["-device", &device.to_string()]);
     }
 }
@@ -177,7 +179,11 @@ pub fn properties(options: &[&str]) -> Map<String, Value> {
 
 /// A balloon device as QEMU's `-device` and `device_add` take it, with more `properties` if it is a vhost-user device.
 #[must_use]
-pub fn balloon(device: &Attachment, slot: bool, properties: &Map<String, Value>) -> Option<Value> {
+pub fn balloon_properties(
+    device: &Attachment,
+    hotplug_slot: bool,
+    properties: &Map<String, Value>,
+) -> Option<Value> {
     let mut value = match device {
         Attachment::None => return None,
         Attachment::VhostUser(_) => json!({
@@ -190,7 +196,7 @@ pub fn balloon(device: &Attachment, slot: bool, properties: &Map<String, Value>)
     };
     let all = value.as_object_mut()?;
     all.insert("id".into(), BALLOON_ID.into());
-    if slot {
+    if hotplug_slot {
         all.insert("bus".into(), SLOT.into());
     }
     all.extend(match device {

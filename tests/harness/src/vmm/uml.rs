@@ -8,7 +8,7 @@ use anyhow::{bail, Context, Result};
 use command_fds::{CommandFdExt, FdMapping};
 use guest_agent::protocol::PORT_VARIABLE;
 
-use super::{line, Attachment, Machine, Started};
+use super::{socket_pair, Attachment, StartedVmm, VmConfig};
 use crate::host::memory_folder;
 use crate::process::{Process, Streams};
 
@@ -40,21 +40,21 @@ pub const DEBUG_ARGUMENTS: [&str; 4] = [
 /// # Errors
 ///
 /// If it cannot be started, or is to have QEMU's device.
-pub fn start(kernel: &Path, arguments: &[&str], machine: &Machine) -> Result<Started> {
-    let (agent, agent_far) = line()?;
+pub fn start(kernel: &Path, arguments: &[&str], config: &VmConfig) -> Result<StartedVmm> {
+    let (agent, agent_far) = socket_pair()?;
     let mut command = Command::new(kernel);
     // Guest memory is a file there, and the balloon makes holes in it.
-    command.env("TMPDIR", memory_folder(machine.memory));
-    command.arg(format!("mem={}M", machine.memory / crate::MIB));
-    command.arg(format!("initrd={}", machine.initramfs.display()));
-    let folder = machine
+    command.env("TMPDIR", memory_folder(config.memory));
+    command.arg(format!("mem={}M", config.memory / crate::MIB));
+    command.arg(format!("initrd={}", config.initramfs.display()));
+    let folder = config
         .initramfs
         .parent()
         .context("the initramfs has no folder")?;
     command.arg(format!("uml_dir={}/", folder.display()));
     command.arg(format!("umid={FOLDER}"));
     command.args(["con=null", "ssl=null", "panic=-1"]);
-    command.args(match machine.console {
+    command.args(match config.console {
         Streams::Terminal => ["con0=fd:0,fd:1", "loglevel=1"],
         Streams::Collected => ["con0=null,fd:1", "loglevel=5"],
     });
@@ -64,8 +64,8 @@ pub fn start(kernel: &Path, arguments: &[&str], machine: &Machine) -> Result<Sta
     // KUnit would run a module's tests at each loading; who wants them says so after this.
     command.arg("kunit.enable=0");
     command.args(arguments);
-    command.args(machine.kernel_arguments.split_whitespace());
-    match &machine.device {
+    command.args(config.kernel_arguments.split_whitespace());
+    match &config.device {
         Attachment::None => {}
         Attachment::VhostUser(socket) => {
             command.arg(format!("virtio_uml.device={}:5", socket.display()));
@@ -79,11 +79,11 @@ pub fn start(kernel: &Path, arguments: &[&str], machine: &Machine) -> Result<Sta
     command
         .fd_mappings(vec![agent_far])
         .context("cannot pass a socket to user-mode Linux")?;
-    let mut process = Process::start("user-mode linux", command, machine.console)?;
+    let mut process = Process::start("user-mode linux", command, config.console)?;
     if !arguments.contains(&TWO_PROCESSORS) {
         process.pin_to_one_cpu()?;
     }
-    Ok(Started {
+    Ok(StartedVmm {
         process,
         agent,
         monitor: None,

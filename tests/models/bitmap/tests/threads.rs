@@ -2,7 +2,7 @@
 
 //! Hints, sending and syncs at once, in every order.
 
-use bitmap_model::{DirtyBitmap, HintWindow, Layout, Region, Run, SyncPhase, PAGE_SIZE};
+use bitmap_model::{DirtyBitmap, HintWindow, Layout, PageRun, Region, SyncPhase, PAGE_SIZE};
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::sync::{Arc, Mutex};
 use loom::thread;
@@ -14,14 +14,14 @@ const BORDER: u64 = 63;
 
 fn all_dirty() -> HintWindow {
     let region = Region::new(0, PAGES * PAGE_SIZE).unwrap();
-    let sync = SyncPhase::new(&Layout::of_regions([region]).unwrap().into()).unwrap();
+    let sync = SyncPhase::new(&Layout::from_regions([region]).unwrap().into()).unwrap();
     sync.set_all();
     sync.finish()
 }
 
-fn run(first: u64, pages: u64) -> Run {
+fn run(first: u64, pages: u64) -> PageRun {
     let block = 0;
-    Run {
+    PageRun {
         block,
         first,
         pages,
@@ -35,7 +35,7 @@ fn hint(window: &HintWindow, first: u64, pages: u64) -> u64 {
 }
 
 /// Pages for which it holds, from the bits and not from the counts.
-fn number(runs: impl Iterator<Item = Run>) -> u64 {
+fn number(runs: impl Iterator<Item = PageRun>) -> u64 {
     runs.map(|run| run.pages).sum()
 }
 
@@ -171,14 +171,14 @@ fn r12_a_bit_that_a_sync_has_set_is_counted_as_soon_as_it_can_be_seen() {
         let window = all_dirty();
         window.bitmap().take(run(0, PAGES));
         let bitmap = window.bitmap().clone();
-        let looker = thread::spawn(move || {
+        let reader = thread::spawn(move || {
             if bitmap.dirty_runs().next().is_some() {
                 assert_ne!(bitmap.dirty_pages(), 0);
             }
         });
         let sync = window.close();
         sync.mark(run(BORDER, 2));
-        looker.join().unwrap();
+        reader.join().unwrap();
         assert_eq!(sync.bitmap().dirty_pages(), 2);
     });
 }

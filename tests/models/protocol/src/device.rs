@@ -6,75 +6,78 @@
 use shared_abi::command::{CommandId, HintId};
 use shared_abi::hinting::device::{Action, Event};
 
-use crate::instance::{Broken, Instance};
-use crate::world::{Message, State, World};
+use crate::instance::{Instance, Mutation};
+use crate::state::{Message, ModelState, PageState};
 
 /// What the device may do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Step {
     /// It takes the next message. A block that is not to be made zero is returned at once.
-    Take,
+    TakeBuffer,
     /// It makes the page in its hand zero and returns the buffer.
     DiscardAndReturn,
 }
 
-pub(crate) fn steps(world: &World, mut step: impl FnMut(Step)) {
-    if world.in_hand.is_some() {
+pub(crate) fn enabled_steps(state: &ModelState, mut step: impl FnMut(Step)) {
+    if state.pending_discard.is_some() {
         step(Step::DiscardAndReturn);
-    } else if !world.queue.is_empty() {
-        step(Step::Take);
+    } else if !state.queue.is_empty() {
+        step(Step::TakeBuffer);
     }
 }
 
-pub(crate) fn take(instance: &Instance, world: &mut World, step: Step) {
+pub(crate) fn apply(instance: &Instance, state: &mut ModelState, step: Step) {
     match step {
-        Step::Take => {
-            if let Some(message) = world.queue.pop_front() {
-                comes(instance, world, message);
+        Step::TakeBuffer => {
+            if let Some(message) = state.queue.pop_front() {
+                handle_message(instance, state, message);
             }
         }
         Step::DiscardAndReturn => {
-            if let Some(page) = world.in_hand.take() {
-                let drivers = matches!(world.pages[page].state, State::Held | State::Releasing);
-                world.sins.page_harmed |= !drivers;
-                world.pages[page].value = 0;
+            if let Some(page) = state.pending_discard.take() {
+                let drivers = matches!(
+                    state.pages[page].state,
+                    PageState::Hinted | PageState::ReleasePending
+                );
+                state.violations.page_corrupted |= !drivers;
+                state.pages[page].value = 0;
             }
         }
     }
-    world.settle_releases();
+    state.settle_releases();
 }
 
-fn comes(instance: &Instance, world: &mut World, message: Message) {
-    let wanted = world.device.phase().id();
+fn handle_message(instance: &Instance, state: &mut ModelState, message: Message) {
+    let wanted = state.device.phase().id();
     match message {
         Message::Start(id) => {
-            let id = match (instance.broken, wanted) {
-                (Broken::AnyStartIsTheWantedOne, Some(wanted)) => wanted,
+            let id = match (instance.mutation, wanted) {
+                (Mutation::AcceptAnyStart, Some(wanted)) => wanted,
                 _ => id,
             };
-            world.tell_device(start(id));
+            state.notify_device(start_event(id));
         }
-        Message::Stop { round } => {
-            if let (Broken::AnyStopIsTheWantedOne, Some(wanted)) = (instance.broken, wanted) {
-                world.tell_device(start(wanted));
+        Message::Stop { hint_round } => {
+            if let (Mutation::AcceptAnyStop, Some(wanted)) = (instance.mutation, wanted) {
+                state.notify_device(start_event(wanted));
             }
-            let action = world.tell_device(Event::Command(CommandId::Stop));
-            if let Some(Action::RoundFinished(id)) = action {
-                world.sins.rounds_mixed |= id != round;
+            let action = state.notify_device(Event::Command(CommandId::Stop));
+            if let Some(Action::HintRoundFinished(id)) = action {
+                state.violations.hint_rounds_mixed |= id != hint_round;
             }
         }
-        Message::Block { page, round } => {
-            if let Some(Action::UseBlock(id)) = world.tell_device(Event::Block) {
-                world.sins.rounds_mixed |= id != round;
-                world.migration.hinted(instance, page);
+        Message::FreeBlock { page, hint_round } => {
+            if let Some(Action::UseFreeBlock(id)) = state.notify_device(Event::FreeBlock) {
+                state.violations.hint_rounds_mixed |= id != hint_round;
+                state.migration.hinted(instance, page);
                 if instance.discards {
-                    world.in_hand = Some(page);
+                    state.pending_discard = Some(page);
                 }
             }
         }
     }
 }
 
-fn start(id: HintId) -> Event {
+fn start_event(id: HintId) -> Event {
     Event::Command(CommandId::Hint(id))
 }

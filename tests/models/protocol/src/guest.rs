@@ -2,11 +2,11 @@
 
 //! The guest: its kernel, and its driver around the real state machine.
 
-use shared_abi::command::{HintId, RoundId};
+use shared_abi::command::{HintId, HintRoundId};
 use shared_abi::hinting::{device, driver};
 
 use crate::instance::{Driver, Instance};
-use crate::world::{Message, State, World};
+use crate::state::{Message, ModelState, PageState};
 
 /// What the guest may do.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -21,7 +21,7 @@ pub enum Step {
     /// The kernel gets a page back.
     Free(usize),
     /// The kernel wants a page that the driver holds.
-    TakeFromDriver(usize),
+    Reclaim(usize),
     /// The driver reads config space.
     ReadConfig,
     /// The driver offers a page.
@@ -32,141 +32,145 @@ pub enum Step {
     Unload,
 }
 
-pub(crate) fn steps(instance: &Instance, world: &World, mut step: impl FnMut(Step)) {
-    let room = world.queue.len() < instance.queue;
-    let offering = world.driver.offering().is_some();
-    for (page, now) in world.pages.iter().enumerate() {
-        if world.guest_steps > 0 {
+pub(crate) fn enabled_steps(instance: &Instance, state: &ModelState, mut step: impl FnMut(Step)) {
+    let room = state.queue.len() < instance.queue;
+    let offering = state.driver.offering().is_some();
+    for (page, now) in state.pages.iter().enumerate() {
+        if state.guest_steps > 0 {
             match now.state {
                 // The very bytes that it had before are the interesting ones.
-                State::Free => {
+                PageState::Free => {
                     (0..instance.values).for_each(|value| step(Step::Write { page, value }))
                 }
-                State::Used => {
+                PageState::Used => {
                     let others = (0..instance.values).filter(|value| *value != now.value);
                     others.for_each(|value| step(Step::Write { page, value }));
                     step(Step::Free(page));
                 }
-                State::Held if may_take(instance, world, page) => step(Step::TakeFromDriver(page)),
-                State::Held | State::Releasing => {}
+                PageState::Hinted if can_reclaim(instance, state, page) => {
+                    step(Step::Reclaim(page))
+                }
+                PageState::Hinted | PageState::ReleasePending => {}
             }
         }
-        if offering && room && offerable(world, page) {
+        if offering && room && offerable(state, page) {
             step(Step::Offer(page));
         }
     }
-    if world.config_changed && room {
+    if state.config_changed && room {
         step(Step::ReadConfig);
     }
     if offering && room {
         step(Step::Exhausted);
     }
-    if world.resets > 0 && world.in_hand.is_none() {
+    if state.resets > 0 && state.pending_discard.is_none() {
         step(Step::Unload);
     }
 }
 
 /// What the driver holds and was told to offer again comes before what is free.
-fn offerable(world: &World, page: usize) -> bool {
-    match world.pages[page].state {
-        State::Free => world.offer_again == 0,
-        State::Held => world.offer_again & (1 << page) != 0 && !world.in_flight(page),
-        State::Used | State::Releasing => false,
+fn offerable(state: &ModelState, page: usize) -> bool {
+    match state.pages[page].state {
+        PageState::Free => state.offer_again == 0,
+        PageState::Hinted => state.offer_again & (1 << page) != 0 && !state.in_flight(page),
+        PageState::Used | PageState::ReleasePending => false,
     }
 }
 
-fn may_take(instance: &Instance, world: &World, page: usize) -> bool {
+fn can_reclaim(instance: &Instance, state: &ModelState, page: usize) -> bool {
     match instance.driver {
-        Driver::Owning => !world.in_flight(page),
+        Driver::Owning => !state.in_flight(page),
         Driver::Reusing => true,
     }
 }
 
-pub(crate) fn take(instance: &Instance, world: &mut World, step: Step) {
+pub(crate) fn apply(instance: &Instance, state: &mut ModelState, step: Step) {
     match step {
         Step::Write { page, value } => {
-            world.guest_steps -= 1;
-            write(world, page, value);
-            world.pages[page].state = State::Used;
+            state.guest_steps -= 1;
+            write(state, page, value);
+            state.pages[page].state = PageState::Used;
         }
         Step::Free(page) => {
-            world.guest_steps -= 1;
-            world.pages[page].state = State::Free;
+            state.guest_steps -= 1;
+            state.pages[page].state = PageState::Free;
         }
-        Step::TakeFromDriver(page) => {
-            world.guest_steps -= 1;
-            world.offer_again &= !(1 << page);
+        Step::Reclaim(page) => {
+            state.guest_steps -= 1;
+            state.offer_again &= !(1 << page);
             match instance.driver {
                 // Somebody may rely on the zeros.
                 Driver::Owning => {
-                    write(world, page, 0);
-                    world.pages[page].state = State::Used;
+                    write(state, page, 0);
+                    state.pages[page].state = PageState::Used;
                 }
-                Driver::Reusing => world.pages[page].state = State::Free,
+                Driver::Reusing => state.pages[page].state = PageState::Free,
             }
         }
         Step::ReadConfig => {
-            world.config_changed = false;
-            let command = world.device.command();
-            tell_driver(instance, world, driver::Event::Config(command));
+            state.config_changed = false;
+            let command = state.device.command();
+            notify_driver(instance, state, driver::Event::ConfigChanged(command));
         }
         Step::Offer(page) => {
-            let round = world.driver.offering().expect("the driver offers");
-            world.offer_again &= !(1 << page);
-            world.pages[page].state = State::Held;
-            let round = hint_id(round);
-            world.queue.push_back(Message::Block { page, round });
+            let hint_round = state.driver.offering().expect("the driver offers");
+            state.offer_again &= !(1 << page);
+            state.pages[page].state = PageState::Hinted;
+            let hint_round = hint_id(hint_round);
+            state
+                .queue
+                .push_back(Message::FreeBlock { page, hint_round });
         }
-        Step::Exhausted => tell_driver(instance, world, driver::Event::Exhausted),
+        Step::Exhausted => notify_driver(instance, state, driver::Event::Exhausted),
         Step::Unload => {
-            world.resets -= 1;
-            world.queue.clear();
-            tell_driver(instance, world, driver::Event::Reset);
-            world.tell_device(device::Event::Reset);
+            state.resets -= 1;
+            state.queue.clear();
+            notify_driver(instance, state, driver::Event::Reset);
+            state.notify_device(device::Event::Reset);
             // The next one reads what is there.
-            world.config_changed = true;
+            state.config_changed = true;
         }
     }
 }
 
-fn write(world: &mut World, page: usize, value: u8) {
-    world.pages[page].value = value;
-    world.migration.written |= 1 << page;
+fn write(state: &mut ModelState, page: usize, value: u8) {
+    state.pages[page].value = value;
+    state.migration.written |= 1 << page;
 }
 
-fn tell_driver(instance: &Instance, world: &mut World, event: driver::Event) {
-    let before = world.driver;
+fn notify_driver(instance: &Instance, state: &mut ModelState, event: driver::Event) {
+    let before = state.driver;
     let (next, actions) = before.step(event);
-    world.driver = next;
+    state.driver = next;
     for action in actions {
         match action {
-            driver::Action::SendStart(id) => world.queue.push_back(Message::Start(hint_id(id))),
+            driver::Action::SendStart(id) => state.queue.push_back(Message::Start(hint_id(id))),
             driver::Action::SendStop => {
-                let round = hint_id(before.offering().expect("a STOP has a round"));
-                world.queue.push_back(Message::Stop { round });
+                let hint_round = hint_id(before.offering().expect("a STOP has a round"));
+                state.queue.push_back(Message::Stop { hint_round });
             }
-            driver::Action::OfferHeld => {
-                let held = |page: &usize| world.pages[*page].state == State::Held;
-                world.offer_again = (0..world.pages.len())
-                    .filter(held)
+            driver::Action::ReofferHinted => {
+                let hinted = |page: &usize| state.pages[*page].state == PageState::Hinted;
+                state.offer_again = (0..state.pages.len())
+                    .filter(hinted)
                     .fold(0, |mask, page| mask | 1 << page);
             }
-            driver::Action::ReleaseHeld => {
-                world.offer_again = 0;
-                for page in &mut world.pages {
-                    if page.state == State::Held {
+            driver::Action::ReleaseHinted => {
+                state.offer_again = 0;
+                for page in &mut state.pages {
+                    if page.state == PageState::Hinted {
                         page.state = match instance.driver {
-                            Driver::Owning => State::Releasing,
-                            Driver::Reusing => State::Free,
+                            Driver::Owning => PageState::ReleasePending,
+                            Driver::Reusing => PageState::Free,
                         };
                     }
                 }
-                world.settle_releases();
+                state.settle_releases();
             }
         }
     }
 }
 
-fn hint_id(round: RoundId) -> HintId {
-    HintId::new(round.number()).expect("the device issues ids of the range for hinting")
+fn hint_id(hint_round: HintRoundId) -> HintId {
+    HintId::new(hint_round.number()).expect("the device issues ids of the range for hinting")
 }

@@ -4,7 +4,7 @@
 
 use stateright::{Model, Property};
 
-use crate::world::World;
+use crate::state::ModelState;
 use crate::{device, guest, migration, properties};
 
 /// Which driver the guest has.
@@ -30,21 +30,21 @@ pub enum Tracking {
 
 /// A mistake that is made on purpose.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Broken {
+pub enum Mutation {
     /// None.
-    Nothing,
+    None,
     /// R2: whatever round the driver starts is taken for the one that is wanted.
-    AnyStartIsTheWantedOne,
+    AcceptAnyStart,
     /// R2: whatever round the driver stops is taken for the one that is wanted.
-    AnyStopIsTheWantedOne,
+    AcceptAnyStop,
     /// R6: a sync does not end the time of hints, and no new id is issued after it.
-    HintsOutliveTheSync,
+    HintsOutliveSync,
     /// R8: the ids of each migration begin at the first one again.
-    IdsBeginAgain,
+    ReuseIds,
     /// R12: clearing a bit lowers the dirty count, also when the bit was clear already.
-    ClearBitsAreCounted,
+    CountClearBits,
     /// R16: a cancelled migration says STOP, and not DONE.
-    CancelledWithoutDone,
+    CancelWithoutDone,
 }
 
 /// One small world and what may happen in it.
@@ -71,7 +71,7 @@ pub struct Instance {
     /// Whether the device makes a hinted page zero before it returns the buffer.
     pub discards: bool,
     /// What is wrong.
-    pub broken: Broken,
+    pub mutation: Mutation,
 }
 
 impl Instance {
@@ -88,20 +88,20 @@ impl Instance {
             driver,
             tracking,
             discards: false,
-            broken: Broken::Nothing,
+            mutation: Mutation::None,
         }
     }
 
-    /// With `broken`.
+    /// With `mutation`.
     #[must_use]
-    pub const fn with(mut self, broken: Broken) -> Self {
-        self.broken = broken;
+    pub const fn with_mutation(mut self, mutation: Mutation) -> Self {
+        self.mutation = mutation;
         self
     }
 
     /// With a device that makes hinted pages zero.
     #[must_use]
-    pub const fn discarding(mut self) -> Self {
+    pub const fn with_discard(mut self) -> Self {
         self.discards = true;
         self
     }
@@ -119,29 +119,29 @@ pub enum Step {
 }
 
 impl Model for Instance {
-    type State = World;
+    type State = ModelState;
     type Action = Step;
 
-    fn init_states(&self) -> Vec<World> {
-        World::beginnings(self)
+    fn init_states(&self) -> Vec<ModelState> {
+        ModelState::initial_states(self)
     }
 
-    fn actions(&self, world: &World, steps: &mut Vec<Step>) {
-        if !world.paused {
-            guest::steps(self, world, |step| steps.push(Step::Guest(step)));
+    fn actions(&self, state: &ModelState, steps: &mut Vec<Step>) {
+        if !state.paused {
+            guest::enabled_steps(self, state, |step| steps.push(Step::Guest(step)));
         }
-        device::steps(world, |step| steps.push(Step::Device(step)));
-        migration::steps(self, world, |step| steps.push(Step::Migration(step)));
+        device::enabled_steps(state, |step| steps.push(Step::Device(step)));
+        migration::enabled_steps(self, state, |step| steps.push(Step::Migration(step)));
     }
 
-    fn next_state(&self, world: &World, step: Step) -> Option<World> {
-        let mut next = world.clone();
+    fn next_state(&self, state: &ModelState, step: Step) -> Option<ModelState> {
+        let mut next = state.clone();
         match step {
-            Step::Guest(step) => guest::take(self, &mut next, step),
-            Step::Device(step) => device::take(self, &mut next, step),
-            Step::Migration(step) => migration::take(self, &mut next, step),
+            Step::Guest(step) => guest::apply(self, &mut next, step),
+            Step::Device(step) => device::apply(self, &mut next, step),
+            Step::Migration(step) => migration::apply(self, &mut next, step),
         }
-        (next != *world).then_some(next)
+        (next != *state).then_some(next)
     }
 
     fn properties(&self) -> Vec<Property<Self>> {

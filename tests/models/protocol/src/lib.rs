@@ -19,7 +19,7 @@
 //! model is worth as much as the mistakes that it finds.
 //!
 //! What it does not model: several processors inside one step (the bitmap's atomics have a model of their
-//! own, in the crate `migration`), the stream, and time.
+//! own, in the crate `guest_migration`), the stream, and time.
 
 #![forbid(unsafe_code)]
 
@@ -28,7 +28,7 @@ pub mod guest;
 pub mod instance;
 pub mod migration;
 pub mod properties;
-pub mod world;
+pub mod state;
 
-pub use instance::{Broken, Driver, Instance, Step, Tracking};
-pub use world::{Page, State, World};
+pub use instance::{Driver, Instance, Mutation, Step, Tracking};
+pub use state::{ModelState, Page, PageState};

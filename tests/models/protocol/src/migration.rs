@@ -5,18 +5,18 @@
 use shared_abi::command::HintId;
 use shared_abi::hinting::device;
 
-use crate::instance::{Broken, Instance, Tracking};
-use crate::world::World;
+use crate::instance::{Instance, Mutation, Tracking};
+use crate::state::ModelState;
 
 /// How far a migration has come.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum Progress {
+pub enum MigrationPhase {
     /// None runs; the last one, if there was one, was cancelled, or its source goes on.
     None,
     /// A round: pages are sent, and hints may come meanwhile.
-    Round,
+    Iteration,
     /// Hints are over for good, DONE is said, and the guest still runs.
-    BeforeTheSwitch,
+    PreSwitchover,
     /// Hints are dead, and the tracking is to be read.
     Syncing,
     /// It was read; a new round may begin.
@@ -24,7 +24,7 @@ pub enum Progress {
     /// The guest stands still. What was written since the last sync is not known yet.
     Paused,
     /// The last sync was done; what is left is sent.
-    Rest,
+    FinalIteration,
     /// The destination has everything.
     Completed,
 }
@@ -33,9 +33,9 @@ pub enum Progress {
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub struct Migration {
     /// How far it has come.
-    pub progress: Progress,
+    pub progress: MigrationPhase,
     /// Migrations that may still begin.
-    pub left: u8,
+    pub remaining: u8,
     /// Syncs that may still be done.
     pub syncs: u8,
     /// The dirty bits.
@@ -51,14 +51,14 @@ pub struct Migration {
     /// The page whose bit was cleared and which is being read.
     pub taken: Option<usize>,
     /// A hint has spared the sending of a page.
-    pub spared: bool,
+    pub hint_skipped_page: bool,
 }
 
 impl Migration {
-    pub(crate) fn none(instance: &Instance) -> Self {
+    pub(crate) fn idle(instance: &Instance) -> Self {
         Self {
-            progress: Progress::None,
-            left: instance.migrations,
+            progress: MigrationPhase::None,
+            remaining: instance.migrations,
             syncs: 0,
             dirty: 0,
             count: 0,
@@ -66,20 +66,20 @@ impl Migration {
             destination: vec![0; instance.pages],
             seen: vec![0; instance.pages],
             taken: None,
-            spared: false,
+            hint_skipped_page: false,
         }
     }
 
     /// Clears a page's bit because of a hint.
     pub(crate) fn hinted(&mut self, instance: &Instance, page: usize) {
-        self.spared |= self.dirty & (1 << page) != 0;
+        self.hint_skipped_page |= self.dirty & (1 << page) != 0;
         self.clear(instance, page);
     }
 
     fn clear(&mut self, instance: &Instance, page: usize) {
         let was_set = self.dirty & (1 << page) != 0;
         self.dirty &= !(1 << page);
-        if was_set || instance.broken == Broken::ClearBitsAreCounted {
+        if was_set || instance.mutation == Mutation::CountClearBits {
             self.count = self.count.saturating_sub(1);
         }
     }
@@ -108,7 +108,7 @@ pub enum Step {
     /// Asks for hints again, under a new id.
     OpenWindow,
     /// Has no more use for hints, while the guest runs on.
-    SayDone,
+    SendDone,
     /// Pauses the guest.
     Pause,
     /// Nothing is left: the migration is complete, and DONE is said.
@@ -119,12 +119,12 @@ pub enum Step {
     Cancel,
 }
 
-pub(crate) fn steps(instance: &Instance, world: &World, mut step: impl FnMut(Step)) {
-    let migration = &world.migration;
-    let idle_hands = migration.taken.is_none();
+pub(crate) fn enabled_steps(instance: &Instance, state: &ModelState, mut step: impl FnMut(Step)) {
+    let migration = &state.migration;
+    let is_idle = migration.taken.is_none();
     let sends = matches!(
         migration.progress,
-        Progress::Round | Progress::BeforeTheSwitch | Progress::Rest
+        MigrationPhase::Iteration | MigrationPhase::PreSwitchover | MigrationPhase::FinalIteration
     );
     if sends {
         match migration.taken {
@@ -135,105 +135,108 @@ pub(crate) fn steps(instance: &Instance, world: &World, mut step: impl FnMut(Ste
         }
     }
     match migration.progress {
-        Progress::None if migration.left > 0 => step(Step::Begin),
-        Progress::None => {}
-        Progress::Round if idle_hands => {
+        MigrationPhase::None if migration.remaining > 0 => step(Step::Begin),
+        MigrationPhase::None => {}
+        MigrationPhase::Iteration if is_idle => {
             if migration.syncs > 0 {
                 step(Step::CloseWindow);
             }
-            step(Step::SayDone);
+            step(Step::SendDone);
             step(Step::Pause);
         }
-        Progress::BeforeTheSwitch if idle_hands => step(Step::Pause),
-        Progress::Round | Progress::BeforeTheSwitch => {}
-        Progress::Paused => step(Step::CloseWindow),
-        Progress::Syncing => step(Step::Sync),
-        Progress::Synced => step(Step::OpenWindow),
+        MigrationPhase::PreSwitchover if is_idle => step(Step::Pause),
+        MigrationPhase::Iteration | MigrationPhase::PreSwitchover => {}
+        MigrationPhase::Paused => step(Step::CloseWindow),
+        MigrationPhase::Syncing => step(Step::Sync),
+        MigrationPhase::Synced => step(Step::OpenWindow),
         // The count decides, as it does in the engine.
-        Progress::Rest if idle_hands && migration.count == 0 => step(Step::Complete),
-        Progress::Rest => {}
-        Progress::Completed => step(Step::Resume),
+        MigrationPhase::FinalIteration if is_idle && migration.count == 0 => step(Step::Complete),
+        MigrationPhase::FinalIteration => {}
+        MigrationPhase::Completed => step(Step::Resume),
     }
-    if !matches!(migration.progress, Progress::None | Progress::Completed) {
+    if !matches!(
+        migration.progress,
+        MigrationPhase::None | MigrationPhase::Completed
+    ) {
         step(Step::Cancel);
     }
 }
 
-pub(crate) fn take(instance: &Instance, world: &mut World, step: Step) {
+pub(crate) fn apply(instance: &Instance, state: &mut ModelState, step: Step) {
     match step {
-        Step::Begin => begin(instance, world),
+        Step::Begin => begin(instance, state),
         Step::Take(page) => {
-            world.migration.clear(instance, page);
-            world.migration.taken = Some(page);
+            state.migration.clear(instance, page);
+            state.migration.taken = Some(page);
         }
         Step::Send => {
-            if let Some(page) = world.migration.taken.take() {
-                let value = world.pages[page].value;
-                world.migration.destination[page] = value;
+            if let Some(page) = state.migration.taken.take() {
+                let value = state.pages[page].value;
+                state.migration.destination[page] = value;
                 if instance.tracking == Tracking::ContentAsSeen {
-                    world.migration.seen[page] = value;
+                    state.migration.seen[page] = value;
                 }
             }
         }
         Step::CloseWindow => {
-            if instance.broken != Broken::HintsOutliveTheSync {
-                world.tell_device(device::Event::SyncStarts);
+            if instance.mutation != Mutation::HintsOutliveSync {
+                state.notify_device(device::Event::SyncStarts);
             }
-            world.migration.progress = Progress::Syncing;
+            state.migration.progress = MigrationPhase::Syncing;
         }
-        Step::Sync => sync(instance, world),
+        Step::Sync => sync(instance, state),
         Step::OpenWindow => {
-            if instance.broken != Broken::HintsOutliveTheSync {
-                world.tell_device(device::Event::SyncEnds);
+            if instance.mutation != Mutation::HintsOutliveSync {
+                state.notify_device(device::Event::SyncEnds);
             }
-            world.migration.syncs -= 1;
-            world.migration.progress = Progress::Round;
+            state.migration.syncs -= 1;
+            state.migration.progress = MigrationPhase::Iteration;
         }
-        Step::SayDone => {
-            world.tell_device(device::Event::Done);
-            world.migration.progress = Progress::BeforeTheSwitch;
+        Step::SendDone => {
+            state.notify_device(device::Event::Done);
+            state.migration.progress = MigrationPhase::PreSwitchover;
         }
         Step::Pause => {
-            world.paused = true;
-            world.migration.progress = Progress::Paused;
+            state.paused = true;
+            state.migration.progress = MigrationPhase::Paused;
         }
         Step::Complete => {
-            world.tell_device(device::Event::Done);
-            world.migration.progress = Progress::Completed;
+            state.notify_device(device::Event::Done);
+            state.migration.progress = MigrationPhase::Completed;
         }
-        Step::Resume => end(instance, world),
+        Step::Resume => end(instance, state),
         Step::Cancel => {
-            world.tell_device(match instance.broken {
-                Broken::CancelledWithoutDone => device::Event::Stop,
+            state.notify_device(match instance.mutation {
+                Mutation::CancelWithoutDone => device::Event::Stop,
                 _ => device::Event::Done,
             });
-            end(instance, world);
+            end(instance, state);
         }
     }
 }
 
-fn begin(instance: &Instance, world: &mut World) {
-    if instance.broken == Broken::IdsBeginAgain {
-        world.device = device::State::with_next_id(HintId::FIRST);
+fn begin(instance: &Instance, state: &mut ModelState) {
+    if instance.mutation == Mutation::ReuseIds {
+        state.device = device::State::with_next_id(HintId::FIRST);
     }
-    let left = world.migration.left - 1;
-    let values: Vec<u8> = world.pages.iter().map(|page| page.value).collect();
-    world.migration = Migration {
-        progress: Progress::Round,
-        left,
+    let remaining = state.migration.remaining - 1;
+    let values: Vec<u8> = state.pages.iter().map(|page| page.value).collect();
+    state.migration = Migration {
+        progress: MigrationPhase::Iteration,
+        remaining,
         syncs: instance.syncs,
-        ..Migration::none(instance)
+        ..Migration::idle(instance)
     };
     if instance.tracking == Tracking::ContentAsSeen {
-        world.migration.seen = values;
+        state.migration.seen = values;
     }
-    (0..instance.pages).for_each(|page| world.migration.mark(page));
-    world.tell_device(device::Event::Start);
+    (0..instance.pages).for_each(|page| state.migration.mark(page));
+    state.notify_device(device::Event::Start);
 }
 
-fn sync(instance: &Instance, world: &mut World) {
-    let migration = &mut world.migration;
-    for (page, now) in world.pages.iter().enumerate() {
+fn sync(instance: &Instance, state: &mut ModelState) {
+    let migration = &mut state.migration;
+    for (page, now) in state.pages.iter().enumerate() {
         let changed = match instance.tracking {
             Tracking::SoftDirty => migration.written & (1 << page) != 0,
             Tracking::ContentAsSent => migration.destination[page] != now.value,
@@ -247,18 +250,18 @@ fn sync(instance: &Instance, world: &mut World) {
         }
     }
     migration.written = 0;
-    migration.progress = if world.paused {
-        Progress::Rest
+    migration.progress = if state.paused {
+        MigrationPhase::FinalIteration
     } else {
-        Progress::Synced
+        MigrationPhase::Synced
     };
 }
 
 /// The guest runs; what the migration knew is forgotten.
-fn end(instance: &Instance, world: &mut World) {
-    world.paused = false;
-    world.migration = Migration {
-        left: world.migration.left,
-        ..Migration::none(instance)
+fn end(instance: &Instance, state: &mut ModelState) {
+    state.paused = false;
+    state.migration = Migration {
+        remaining: state.migration.remaining,
+        ..Migration::idle(instance)
     };
 }

@@ -5,8 +5,8 @@
 use stateright::Property;
 
 use crate::instance::Instance;
-use crate::migration::Progress;
-use crate::world::{State, World};
+use crate::migration::MigrationPhase;
+use crate::state::{ModelState, PageState};
 
 /// No page that somebody will miss is missing at the destination.
 pub const COMPLETE: &str = "the destination has every page that is in use";
@@ -19,51 +19,55 @@ pub const COUNT: &str = "R12: the count is the number of set bits";
 /// R16.
 pub const RETURNED: &str = "R16: after a migration, when all is said, the driver holds nothing";
 /// R17.
-pub const UNHARMED: &str = "R17: the device changes no page that is in use";
+pub const NOT_CORRUPTED: &str = "R17: the device changes no page that is in use";
 /// A hint has an effect.
-pub const SPARED: &str = "a migration completes that a hint has spared a page";
+pub const HINT_SKIPPED_PAGE: &str = "a migration completes that a hint has spared a page";
 /// Both migrations can happen.
 pub const TWICE: &str = "a second migration completes";
 
 pub(crate) fn all() -> Vec<Property<Instance>> {
     vec![
-        Property::always(COMPLETE, |_, world| complete(world)),
-        Property::always(ROUNDS, |_, world: &World| !world.sins.rounds_mixed),
-        Property::always(IDS, |_, world: &World| !world.sins.id_reused),
-        Property::always(COUNT, |_, world: &World| {
-            u32::from(world.migration.count) == world.migration.dirty.count_ones()
+        Property::always(COMPLETE, |_, state| complete(state)),
+        Property::always(ROUNDS, |_, state: &ModelState| {
+            !state.violations.hint_rounds_mixed
         }),
-        Property::always(RETURNED, |_, world| returned(world)),
-        Property::always(UNHARMED, |_, world: &World| !world.sins.page_harmed),
-        Property::sometimes(SPARED, |_, world: &World| {
-            completed(world) && world.migration.spared
+        Property::always(IDS, |_, state: &ModelState| !state.violations.id_reused),
+        Property::always(COUNT, |_, state: &ModelState| {
+            u32::from(state.migration.count) == state.migration.dirty.count_ones()
         }),
-        Property::sometimes(TWICE, |instance: &Instance, world: &World| {
-            completed(world) && (instance.migrations < 2 || world.migration.left == 0)
+        Property::always(RETURNED, |_, state| returned(state)),
+        Property::always(NOT_CORRUPTED, |_, state: &ModelState| {
+            !state.violations.page_corrupted
+        }),
+        Property::sometimes(HINT_SKIPPED_PAGE, |_, state: &ModelState| {
+            completed(state) && state.migration.hint_skipped_page
+        }),
+        Property::sometimes(TWICE, |instance: &Instance, state: &ModelState| {
+            completed(state) && (instance.migrations < 2 || state.migration.remaining == 0)
         }),
     ]
 }
 
-fn completed(world: &World) -> bool {
-    world.migration.progress == Progress::Completed
+fn completed(state: &ModelState) -> bool {
+    state.migration.progress == MigrationPhase::Completed
 }
 
 /// At the moment of completion the guest stands still, and the destination is what it goes on from.
-fn complete(world: &World) -> bool {
-    !completed(world)
-        || world
+fn complete(state: &ModelState) -> bool {
+    !completed(state)
+        || state
             .pages
             .iter()
-            .zip(&world.migration.destination)
-            .all(|(page, there)| page.state != State::Used || page.value == *there)
+            .zip(&state.migration.destination)
+            .all(|(page, there)| page.state != PageState::Used || page.value == *there)
 }
 
-fn returned(world: &World) -> bool {
-    let over = world.migration.progress == Progress::None;
-    let silent = !world.config_changed && world.queue.is_empty() && world.in_hand.is_none();
+fn returned(state: &ModelState) -> bool {
+    let over = state.migration.progress == MigrationPhase::None;
+    let silent = !state.config_changed && state.queue.is_empty() && state.pending_discard.is_none();
     !(over && silent)
-        || world
+        || state
             .pages
             .iter()
-            .all(|page| !matches!(page.state, State::Held | State::Releasing))
+            .all(|page| !matches!(page.state, PageState::Hinted | PageState::ReleasePending))
 }

@@ -7,14 +7,14 @@
 
 use std::thread;
 
-use protocol_model::{properties, Broken, Driver, Instance, Step, Tracking};
+use protocol_model::{properties, Driver, Instance, Mutation, Step, Tracking};
 use stateright::{Checker, HasDiscoveries, Model};
 
 /// How a migration may learn of writes and use hints: what the daemon does, and nothing else.
 const SOUND: [Instance; 3] = [
     Instance::new(Driver::Reusing, Tracking::SoftDirty),
     Instance::new(Driver::Owning, Tracking::SoftDirty),
-    Instance::new(Driver::Owning, Tracking::ContentAsSent).discarding(),
+    Instance::new(Driver::Owning, Tracking::ContentAsSent).with_discard(),
 ];
 
 fn threads() -> usize {
@@ -33,7 +33,7 @@ fn explore(instance: Instance) {
 }
 
 /// Looks for a state in which `property` does not hold, and prints the shortest way there.
-fn finds(instance: Instance, property: &'static str) -> Vec<Step> {
+fn finds_violation(instance: Instance, property: &'static str) -> Vec<Step> {
     // One thread, so that the first way that is found is the shortest.
     let checker = instance
         .checker()
@@ -48,7 +48,7 @@ fn finds(instance: Instance, property: &'static str) -> Vec<Step> {
     };
     let last = path.last_state().clone();
     let steps = path.into_actions();
-    println!("{:?} breaks: {property}", instance.broken);
+    println!("{:?} breaks: {property}", instance.mutation);
     for (number, step) in steps.iter().enumerate() {
         println!("  {:>2}. {step:?}", number + 1);
     }
@@ -59,23 +59,23 @@ fn finds(instance: Instance, property: &'static str) -> Vec<Step> {
     steps
 }
 
-/// As [`finds`], and the same world is in order when nothing is broken.
-fn is_what_breaks_it(instance: Instance, property: &'static str) -> Vec<Step> {
-    let steps = finds(instance, property);
-    let sound = instance.with(Broken::Nothing);
-    let mut world = sound.init_states().into_iter();
+/// As [`finds_violation`], and the same world is in order when nothing is broken.
+fn mutation_breaks(instance: Instance, property: &'static str) -> Vec<Step> {
+    let steps = finds_violation(instance, property);
+    let sound = instance.with_mutation(Mutation::None);
+    let mut state = sound.init_states().into_iter();
     // The way to the mistake, as far as it can be gone at all without it, leads to none.
-    assert!(world.all(|world| {
-        let mut world = world;
+    assert!(state.all(|state| {
+        let mut state = state;
         for step in &steps {
             let mut possible = Vec::new();
-            sound.actions(&world, &mut possible);
-            match sound.next_state(&world, *step) {
-                Some(next) if possible.contains(step) => world = next,
+            sound.actions(&state, &mut possible);
+            match sound.next_state(&state, *step) {
+                Some(next) if possible.contains(step) => state = next,
                 _ => break,
             }
         }
-        (sound.property(property).condition)(&sound, &world)
+        (sound.property(property).condition)(&sound, &state)
     }));
     steps
 }
@@ -141,7 +141,7 @@ fn no_page_is_missing_of_three() {
 
 #[test]
 #[ignore = "takes minutes"]
-fn no_page_is_missing_in_larger_worlds() {
+fn no_page_is_missing_in_larger_models() {
     for instance in SOUND {
         explore(Instance {
             guest_steps: 3,
@@ -166,49 +166,52 @@ fn no_page_is_missing_in_larger_worlds() {
 
 #[test]
 fn r2_a_page_is_missing_if_a_stale_start_is_taken_for_the_wanted_one() {
-    let broken = TWO_MIGRATIONS.with(Broken::AnyStartIsTheWantedOne);
-    is_what_breaks_it(broken, properties::ROUNDS);
-    is_what_breaks_it(broken, properties::COMPLETE);
+    let mutation = TWO_MIGRATIONS.with_mutation(Mutation::AcceptAnyStart);
+    mutation_breaks(mutation, properties::ROUNDS);
+    mutation_breaks(mutation, properties::COMPLETE);
 }
 
 #[test]
 fn r2_a_round_ends_early_if_a_stale_stop_is_taken_for_that_of_the_wanted_one() {
-    let broken = TWO_MIGRATIONS.with(Broken::AnyStopIsTheWantedOne);
-    is_what_breaks_it(broken, properties::ROUNDS);
+    let mutation = TWO_MIGRATIONS.with_mutation(Mutation::AcceptAnyStop);
+    mutation_breaks(mutation, properties::ROUNDS);
 }
 
 #[test]
 fn r6_a_page_is_missing_if_hints_outlive_the_sync() {
-    let broken = smaller(C_DRIVER, 2).with(Broken::HintsOutliveTheSync);
-    is_what_breaks_it(broken, properties::COMPLETE);
+    let mutation = smaller(C_DRIVER, 2).with_mutation(Mutation::HintsOutliveSync);
+    mutation_breaks(mutation, properties::COMPLETE);
 }
 
 #[test]
 fn r8_a_page_is_missing_if_each_migration_begins_at_the_same_id() {
-    let broken = TWO_MIGRATIONS.with(Broken::IdsBeginAgain);
-    is_what_breaks_it(broken, properties::IDS);
-    is_what_breaks_it(broken, properties::COMPLETE);
+    let mutation = TWO_MIGRATIONS.with_mutation(Mutation::ReuseIds);
+    mutation_breaks(mutation, properties::IDS);
+    mutation_breaks(mutation, properties::COMPLETE);
 }
 
 #[test]
 fn r12_a_page_is_missing_if_the_count_drifts() {
     for instance in SOUND {
-        let broken = smaller(instance, 1).with(Broken::ClearBitsAreCounted);
-        is_what_breaks_it(broken, properties::COUNT);
-        is_what_breaks_it(broken, properties::COMPLETE);
+        let mutation = smaller(instance, 1).with_mutation(Mutation::CountClearBits);
+        mutation_breaks(mutation, properties::COUNT);
+        mutation_breaks(mutation, properties::COMPLETE);
     }
 }
 
 #[test]
 fn r16_the_driver_keeps_its_pages_if_a_cancelled_migration_does_not_say_done() {
-    let broken = smaller(C_DRIVER, 1).with(Broken::CancelledWithoutDone);
-    is_what_breaks_it(broken, properties::RETURNED);
+    let mutation = smaller(C_DRIVER, 1).with_mutation(Mutation::CancelWithoutDone);
+    mutation_breaks(mutation, properties::RETURNED);
 }
 
 /// Linux's driver promises nothing, so the device must not discard.
 #[test]
 fn r17_a_page_in_use_is_changed_if_the_device_discards_what_the_driver_may_reuse() {
-    finds(smaller(C_DRIVER, 1).discarding(), properties::UNHARMED);
+    finds_violation(
+        smaller(C_DRIVER, 1).with_discard(),
+        properties::NOT_CORRUPTED,
+    );
 }
 
 /// Why content comparison ignores hints when the device does not discard: a page that was skipped, and filled with
@@ -217,6 +220,6 @@ fn r17_a_page_in_use_is_changed_if_the_device_discards_what_the_driver_may_reuse
 fn r17_a_page_is_missing_if_content_is_compared_and_hints_are_used_without_discarding() {
     for driver in [Driver::Owning, Driver::Reusing] {
         let unsound = smaller(Instance::new(driver, Tracking::ContentAsSeen), 2);
-        finds(unsound, properties::COMPLETE);
+        finds_violation(unsound, properties::COMPLETE);
     }
 }

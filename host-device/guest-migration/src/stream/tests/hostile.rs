@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::super::decoder::{Decoder, Record, Source};
+use super::super::decoder::{ByteSource, Decoder, Record};
 use super::super::format::{
-    payload_check, stream_digest, BlockName, Counts, Final, Head, Header, Kind, Totals,
-    FLAG_UNSEEN, FLAG_ZSTD, HEAD,
+    payload_checksum, stream_digest, Final, RamBlockEntry, RecordHeader, RecordKind, StreamCounts,
+    StreamHeader, Totals, FLAG_NO_CHECKSUM, FLAG_ZSTD, RECORD_HEADER_SIZE,
 };
 use super::*;
 
@@ -20,22 +20,22 @@ const PAGES: [u64; 2] = [40, 3];
 /// Makes streams of one channel, right in themselves unless a record is changed.
 #[derive(Clone)]
 struct Forge {
-    header: Header,
+    header: StreamHeader,
     chain: u64,
     sequence: u64,
-    rounds: u64,
-    counts: Counts,
+    iterations: u64,
+    counts: StreamCounts,
     /// The header, and then each record.
     parts: Vec<Vec<u8>>,
 }
 
 impl Forge {
     fn new() -> Self {
-        let names = NAMES.iter().zip(PAGES).map(|(name, pages)| BlockName {
+        let names = NAMES.iter().zip(PAGES).map(|(name, pages)| RamBlockEntry {
             name: (*name).into(),
             pages,
         });
-        Self::of(Header {
+        Self::with_header(StreamHeader {
             answers: false,
             id: [7; 16],
             channel: 0,
@@ -45,29 +45,29 @@ impl Forge {
         })
     }
 
-    fn of(header: Header) -> Self {
+    fn with_header(header: StreamHeader) -> Self {
         let (bytes, chain) = header.encode().unwrap();
         Self {
             header,
             chain,
             sequence: 0,
-            rounds: 0,
-            counts: Counts::default(),
+            iterations: 0,
+            counts: StreamCounts::default(),
             parts: vec![bytes],
         }
     }
 
     /// Any head, with a right check value.
-    fn forged(&mut self, change: impl FnOnce(&mut Head), payload: &[u8]) {
-        let mut head = Head {
-            kind: Kind::Pages,
+    fn forged(&mut self, change: impl FnOnce(&mut RecordHeader), payload: &[u8]) {
+        let mut head = RecordHeader {
+            kind: RecordKind::Pages,
             flags: 0,
             block: 0,
             length: payload.len() as u32,
             sequence: self.sequence,
             first: 0,
             pages: payload.len() as u64 / PAGE_SIZE,
-            payload: payload_check(payload),
+            payload_checksum: payload_checksum(payload),
         };
         change(&mut head);
         let mut bytes = head.encode(&mut self.chain).to_vec();
@@ -76,33 +76,37 @@ impl Forge {
         self.parts.push(bytes);
     }
 
-    fn pages(&mut self, run: Run, bytes: &[u8]) {
-        self.counts.add(Counts {
+    fn pages(&mut self, run: PageRun, bytes: &[u8]) {
+        self.counts.add(StreamCounts {
             pages: run.pages,
             zeros: 0,
             payload: bytes.len() as u64,
         });
-        let place = |head: &mut Head| (head.block, head.first) = (run.block as u16, run.first);
-        self.forged(place, bytes);
+        let dir =
+            |head: &mut RecordHeader| (head.block, head.first) = (run.block as u16, run.first);
+        self.forged(dir, bytes);
     }
 
-    fn zeros(&mut self, run: Run) {
+    fn zeros(&mut self, run: PageRun) {
         self.counts.zeros += run.pages;
         self.forged(
             |head| {
-                head.kind = Kind::Zeros;
+                head.kind = RecordKind::Zeros;
                 (head.block, head.first, head.pages) = (run.block as u16, run.first, run.pages);
-                head.payload = 0;
+                head.payload_checksum = 0;
             },
             &[],
         );
     }
 
-    fn round(&mut self) {
-        self.rounds += 1;
-        let round = self.rounds;
+    fn iteration(&mut self) {
+        self.iterations += 1;
+        let iteration = self.iterations;
         self.forged(
-            |head| (head.kind, head.first, head.payload) = (Kind::Round, round, 0),
+            |head| {
+                (head.kind, head.first, head.payload_checksum) =
+                    (RecordKind::IterationEnd, iteration, 0)
+            },
             &[],
         );
     }
@@ -117,9 +121,9 @@ impl Forge {
             },
         };
         change(&mut last);
-        let rounds = self.rounds;
+        let iterations = self.iterations;
         self.forged(
-            |head| (head.kind, head.first, head.pages) = (Kind::Final, rounds, 0),
+            |head| (head.kind, head.first, head.pages) = (RecordKind::Final, iterations, 0),
             &last.encode(),
         );
     }
@@ -133,9 +137,9 @@ impl Forge {
         let mut forge = Self::new();
         forge.pages(run(0, 3, 1), &[1; PAGE]);
         forge.zeros(run(1, 0, 3));
-        forge.round();
+        forge.iteration();
         forge.pages(run(1, 2, 1), &[2; PAGE]);
-        forge.round();
+        forge.iteration();
         forge.finish(|_| {});
         forge
     }
@@ -147,7 +151,7 @@ struct Slice<'a> {
     piece: usize,
 }
 
-impl Source for Slice<'_> {
+impl ByteSource for Slice<'_> {
     fn read(
         &mut self,
         slices: &mut [IoSliceMut<'_>],
@@ -163,14 +167,14 @@ impl Source for Slice<'_> {
 /// What comes out of a decoder, in pieces of `piece` bytes: records, and the error that it ended with.
 fn decode(bytes: &[u8], piece: usize) -> (usize, Option<StreamError>) {
     let source = Slice { rest: bytes, piece };
-    let mut decoder = Decoder::start(source, Duration::from_secs(1));
+    let mut decoder = Decoder::new(source, Duration::from_secs(1));
     if let Err(error) = decoder.header() {
         return (0, Some(error));
     }
     let mut records = 0;
     loop {
         match decoder.next() {
-            Ok(Record::Final(..)) => return (records, decoder.nothing_follows().err()),
+            Ok(Record::Final(..)) => return (records, decoder.expect_end().err()),
             Ok(Record::Pages(run, bytes)) => assert_eq!(bytes.len() as u64, run.length()),
             Ok(_) => {}
             Err(error) => return (records, Some(error)),
@@ -180,12 +184,12 @@ fn decode(bytes: &[u8], piece: usize) -> (usize, Option<StreamError>) {
 }
 
 /// What a receiver makes of a file of these bytes: it must fail, and leave its mark and its reason.
-fn refused(place: &Place, bytes: &[u8]) -> (u64, Fault) {
-    std::fs::write(place.path("stream"), bytes).unwrap();
-    let (_, receiving) = place.receive(&place.address("file"));
+fn refused(dir: &TestDir, bytes: &[u8]) -> (u64, Fault) {
+    std::fs::write(dir.path("stream"), bytes).unwrap();
+    let (_, receiving) = dir.receive(&dir.address("file"));
     let error = receiving.end().unwrap_err();
-    assert!(place.marked(), "{error}");
-    let words = std::fs::read_to_string(Destination::marker(&place.path("ram"))).unwrap();
+    assert!(dir.marked(), "{error}");
+    let words = std::fs::read_to_string(Destination::marker(&dir.path("ram"))).unwrap();
     assert!(words.contains(&error.to_string()), "{words}: {error}");
     match error {
         StreamError::Malformed {
@@ -198,7 +202,7 @@ fn refused(place: &Place, bytes: &[u8]) -> (u64, Fault) {
 }
 
 fn refused_alone(forge: &Forge) -> (u64, Fault) {
-    refused(&Place::new(), &forge.bytes())
+    refused(&TestDir::new(), &forge.bytes())
 }
 
 #[test]
@@ -209,22 +213,22 @@ fn the_example_is_right_whichever_way_it_comes() {
         assert!(error.is_none(), "{error:?}");
         assert_eq!(records, 5);
     }
-    let place = Place::new();
-    std::fs::write(place.path("stream"), &bytes).unwrap();
-    let (_, receiving) = place.receive(&place.address("file"));
-    assert_eq!(receiving.end().unwrap().rounds, 2);
-    assert!(!place.marked());
-    assert!(place.content(0).0[3 * PAGE..4 * PAGE]
+    let dir = TestDir::new();
+    std::fs::write(dir.path("stream"), &bytes).unwrap();
+    let (_, receiving) = dir.receive(&dir.address("file"));
+    assert_eq!(receiving.end().unwrap().iterations, 2);
+    assert!(!dir.marked());
+    assert!(dir.content(0).0[3 * PAGE..4 * PAGE]
         .iter()
         .all(|byte| *byte == 1));
-    assert!(place.content(1).0[2 * PAGE..].iter().all(|byte| *byte == 2));
+    assert!(dir.content(1).0[2 * PAGE..].iter().all(|byte| *byte == 2));
 }
 
 #[test]
 fn cut_at_any_byte_it_is_incomplete() {
     let forge = Forge::example();
     let bytes = forge.bytes();
-    let place = Place::new();
+    let dir = TestDir::new();
     // Where each part begins.
     let mut starts = vec![0];
     for part in &forge.parts {
@@ -233,16 +237,16 @@ fn cut_at_any_byte_it_is_incomplete() {
     for end in 0..bytes.len() {
         let part = starts.iter().rposition(|start| *start <= end).unwrap();
         let inside = end - starts[part];
-        let (offset, fault) = refused(&place, &bytes[..end]);
+        let (offset, fault) = refused(&dir, &bytes[..end]);
         if part == 0 {
-            assert_eq!(fault, Fault::EndedInHeader, "cut at {end}");
+            assert_eq!(fault, Fault::TruncatedHeader, "cut at {end}");
         } else if inside == 0 {
-            assert_eq!((offset, fault), (end as u64, Fault::Ended));
+            assert_eq!((offset, fault), (end as u64, Fault::MissingFinalRecord));
         } else {
-            assert_eq!(fault, Fault::EndedInside, "cut at {end}");
+            assert_eq!(fault, Fault::TruncatedRecord, "cut at {end}");
             let head = starts[part] as u64;
             assert!(
-                offset == head || offset == head + HEAD as u64,
+                offset == head || offset == head + RECORD_HEADER_SIZE as u64,
                 "cut at {end}"
             );
         }
@@ -279,52 +283,52 @@ fn a_change_of_any_byte_is_found() {
 fn swapped_repeated_and_missing_records_are_found() {
     let forge = Forge::example();
     let last = forge.parts.len() - 1;
-    let place = Place::new();
+    let dir = TestDir::new();
     for one in 1..=last {
         let before: usize = forge.parts[..one].iter().map(Vec::len).sum();
         let mut repeated = forge.clone();
         repeated.parts.insert(one, forge.parts[one].clone());
-        let (offset, fault) = refused(&place, &repeated.bytes());
+        let (offset, fault) = refused(&dir, &repeated.bytes());
         let after = before + forge.parts[one].len();
         assert_eq!(offset, after as u64);
         let expected = match one == last {
-            true => Fault::Trailing,
-            false => Fault::HeadCheck,
+            true => Fault::TrailingData,
+            false => Fault::RecordChecksum,
         };
         assert_eq!(fault, expected);
 
         let mut missing = forge.clone();
         missing.parts.remove(one);
-        let (offset, fault) = refused(&place, &missing.bytes());
+        let (offset, fault) = refused(&dir, &missing.bytes());
         assert_eq!(offset, before as u64);
         let expected = match one == last {
-            true => Fault::Ended,
-            false => Fault::HeadCheck,
+            true => Fault::MissingFinalRecord,
+            false => Fault::RecordChecksum,
         };
         assert_eq!(fault, expected);
 
         for other in one + 1..=last {
             let mut swapped = forge.clone();
             swapped.parts.swap(one, other);
-            let found = refused(&place, &swapped.bytes());
-            assert_eq!(found, (before as u64, Fault::HeadCheck));
+            let found = refused(&dir, &swapped.bytes());
+            assert_eq!(found, (before as u64, Fault::RecordChecksum));
         }
     }
     // Of another migration with the same blocks.
     let mut other = Forge::new();
     other.header.id = [8; 16];
-    let mut other = Forge::of(other.header);
+    let mut other = Forge::with_header(other.header);
     other.pages(run(0, 3, 1), &[1; PAGE]);
     let mut mixed = forge.clone();
     mixed.parts[1] = other.parts[1].clone();
-    assert_eq!(refused(&place, &mixed.bytes()).1, Fault::HeadCheck);
+    assert_eq!(refused(&dir, &mixed.bytes()).1, Fault::RecordChecksum);
 }
 
 #[test]
 fn headers_that_cannot_be() {
     let forge = Forge::new();
     let header = &forge.parts[0];
-    let place = Place::new();
+    let dir = TestDir::new();
     let with = |at: usize, bytes: &[u8]| {
         let mut changed = header.clone();
         changed[at..at + bytes.len()].copy_from_slice(bytes);
@@ -366,32 +370,32 @@ fn headers_that_cannot_be() {
                 channels: 2,
             },
         ),
-        (with(44, &0u32.to_le_bytes()), Fault::BlockCount(0)),
+        (with(44, &0u32.to_le_bytes()), Fault::RamBlockCount(0)),
         (
             with(44, &u32::MAX.to_le_bytes()),
-            Fault::BlockCount(u32::MAX),
+            Fault::RamBlockCount(u32::MAX),
         ),
         (with(44, &1u32.to_le_bytes()), Fault::HeaderContent),
         (with(44, &3u32.to_le_bytes()), Fault::HeaderContent),
         (with(56, &[1]), Fault::Reserved),
         (
             with(64, &0u64.to_le_bytes()),
-            Fault::BlockPages { block: 0, pages: 0 },
+            Fault::RamBlockPages { block: 0, pages: 0 },
         ),
         (
             with(64, &u64::MAX.to_le_bytes()),
-            Fault::BlockPages {
+            Fault::RamBlockPages {
                 block: 0,
                 pages: u64::MAX,
             },
         ),
-        (with(72, &0u16.to_le_bytes()), Fault::BlockName(0)),
+        (with(72, &0u16.to_le_bytes()), Fault::RamBlockName(0)),
         (with(72, &u16::MAX.to_le_bytes()), Fault::HeaderContent),
-        (with(name, &[0xff]), Fault::BlockName(0)),
-        (with(name, b"vga"), Fault::BlockName(1)),
+        (with(name, &[0xff]), Fault::RamBlockName(0)),
+        (with(name, b"vga"), Fault::RamBlockName(1)),
         (with(20, &1u32.to_le_bytes()), Fault::OneWay),
     ] {
-        assert_eq!(refused(&place, &changed), (0, fault));
+        assert_eq!(refused(&dir, &changed), (0, fault));
     }
     let version = Fault::Version(2).to_string();
     assert!(
@@ -400,9 +404,9 @@ fn headers_that_cannot_be() {
     );
     let mut damaged = header.clone();
     damaged[30] ^= 1;
-    assert_eq!(refused(&place, &damaged), (0, Fault::HeaderCheck));
+    assert_eq!(refused(&dir, &damaged), (0, Fault::HeaderChecksum));
     // A receiver that no header satisfied has not made files.
-    assert!(!place.path("ram").exists());
+    assert!(!dir.path("ram").exists());
 }
 
 #[test]
@@ -415,10 +419,10 @@ fn heads_that_lie_are_refused_where_they_stand() {
     };
     let length = |length, pages| Fault::Length { length, pages };
     let flags = |kind, flags| Fault::Flags { kind, flags };
-    type Lie = fn(&mut Head);
+    type Lie = fn(&mut RecordHeader);
     let lies: &[(Lie, &[u8], Fault)] = &[
-        (|it| it.block = 2, &page, Fault::Block(2)),
-        (|it| it.block = u16::MAX, &page, Fault::Block(u16::MAX)),
+        (|it| it.block = 2, &page, Fault::RamBlock(2)),
+        (|it| it.block = u16::MAX, &page, Fault::RamBlock(u16::MAX)),
         (|it| it.first = 40, &page, outside(40, 1)),
         (|it| it.first = u64::MAX, &page, outside(u64::MAX, 1)),
         (|it| it.pages = 0, &page, Fault::Pages(0)),
@@ -429,55 +433,66 @@ fn heads_that_lie_are_refused_where_they_stand() {
         (|it| it.length = 0, &page, length(0, 1)),
         (|it| it.sequence = 9, &page, Fault::Sequence(9, 0)),
         (|it| it.flags = 0x80, &page, flags(1, 0x80)),
-        (|it| it.flags = FLAG_ZSTD | FLAG_UNSEEN, &page, flags(1, 3)),
-        (|it| it.flags = FLAG_ZSTD, &page, length(4096, 1)),
-        (|it| it.flags = FLAG_UNSEEN, &page, Fault::Reserved),
-        (|it| it.payload ^= 1, &page, Fault::Payload),
         (
-            |it| (it.kind, it.pages, it.payload) = (Kind::Zeros, 41, 0),
+            |it| it.flags = FLAG_ZSTD | FLAG_NO_CHECKSUM,
+            &page,
+            flags(1, 3),
+        ),
+        (|it| it.flags = FLAG_ZSTD, &page, length(4096, 1)),
+        (|it| it.flags = FLAG_NO_CHECKSUM, &page, Fault::Reserved),
+        (|it| it.payload_checksum ^= 1, &page, Fault::PayloadChecksum),
+        (
+            |it| (it.kind, it.pages, it.payload_checksum) = (RecordKind::Zeros, 41, 0),
             &[],
             outside(0, 41),
         ),
         (
-            |it| (it.kind, it.first, it.pages, it.payload) = (Kind::Zeros, 2, u64::MAX, 0),
+            |it| {
+                (it.kind, it.first, it.pages, it.payload_checksum) =
+                    (RecordKind::Zeros, 2, u64::MAX, 0)
+            },
             &[],
             outside(2, u64::MAX),
         ),
         (
-            |it| (it.kind, it.payload) = (Kind::Zeros, 0),
+            |it| (it.kind, it.payload_checksum) = (RecordKind::Zeros, 0),
             &[],
             Fault::Pages(0),
         ),
-        (|it| it.kind = Kind::Zeros, &page, length(4096, 1)),
+        (|it| it.kind = RecordKind::Zeros, &page, length(4096, 1)),
         (
-            |it| (it.kind, it.pages, it.payload) = (Kind::Zeros, 1, 1),
+            |it| (it.kind, it.pages, it.payload_checksum) = (RecordKind::Zeros, 1, 1),
             &[],
             Fault::Reserved,
         ),
         (
-            |it| (it.kind, it.pages, it.flags) = (Kind::Zeros, 1, 1),
+            |it| (it.kind, it.pages, it.flags) = (RecordKind::Zeros, 1, 1),
             &[],
             flags(2, 1),
         ),
         (
-            |it| (it.kind, it.payload, it.first) = (Kind::Round, 0, 2),
+            |it| (it.kind, it.payload_checksum, it.first) = (RecordKind::IterationEnd, 0, 2),
             &[],
-            Fault::Round(2, 1),
+            Fault::IterationEnd(2, 1),
         ),
         (
-            |it| (it.kind, it.payload, it.first) = (Kind::Round, 0, 0),
+            |it| (it.kind, it.payload_checksum, it.first) = (RecordKind::IterationEnd, 0, 0),
             &[],
-            Fault::Round(0, 1),
+            Fault::IterationEnd(0, 1),
         ),
         (
-            |it| (it.kind, it.payload, it.first) = (Kind::Round, 5, 1),
+            |it| (it.kind, it.payload_checksum, it.first) = (RecordKind::IterationEnd, 5, 1),
             &[],
             Fault::Reserved,
         ),
-        (|it| it.kind = Kind::Round, &page, length(4096, 1)),
-        (|it| it.kind = Kind::Final, &page, length(4096, 1)),
         (
-            |it| (it.kind, it.first) = (Kind::Final, 1),
+            |it| it.kind = RecordKind::IterationEnd,
+            &page,
+            length(4096, 1),
+        ),
+        (|it| it.kind = RecordKind::Final, &page, length(4096, 1)),
+        (
+            |it| (it.kind, it.first) = (RecordKind::Final, 1),
             &[0; 96],
             Fault::Count {
                 what: "rounds",
@@ -486,7 +501,7 @@ fn heads_that_lie_are_refused_where_they_stand() {
             },
         ),
     ];
-    let place = Place::new();
+    let dir = TestDir::new();
     for (lie, payload, fault) in lies {
         let mut forge = Forge::new();
         forge.forged(lie, payload);
@@ -502,7 +517,7 @@ fn heads_that_lie_are_refused_where_they_stand() {
             );
         }
         let start = forge.parts[0].len() as u64;
-        assert_eq!(refused(&place, &forge.bytes()), (start, fault.clone()));
+        assert_eq!(refused(&dir, &forge.bytes()), (start, fault.clone()));
     }
     // A kind that there is not needs a head by hand.
     let mut forge = Forge::new();
@@ -511,19 +526,22 @@ fn heads_that_lie_are_refused_where_they_stand() {
     forge.parts[1][0] = 9;
     let check = xxhash_rust::xxh3::xxh3_64_with_seed(&forge.parts[1][..40], chain);
     forge.parts[1][40..48].copy_from_slice(&check.to_le_bytes());
-    assert_eq!(refused_alone(&forge).1, Fault::Kind(9));
+    assert_eq!(refused_alone(&forge).1, Fault::RecordKind(9));
 }
 
 #[test]
-fn rounds_come_in_order_and_once() {
+fn iterations_end_in_order_and_once() {
     for wrong in [1, 3, u64::MAX] {
         let mut forge = Forge::new();
-        forge.round();
+        forge.iteration();
         forge.forged(
-            |head| (head.kind, head.first, head.payload) = (Kind::Round, wrong, 0),
+            |head| {
+                (head.kind, head.first, head.payload_checksum) =
+                    (RecordKind::IterationEnd, wrong, 0)
+            },
             &[],
         );
-        assert_eq!(refused_alone(&forge).1, Fault::Round(wrong, 2));
+        assert_eq!(refused_alone(&forge).1, Fault::IterationEnd(wrong, 2));
     }
 }
 
@@ -550,41 +568,44 @@ fn final_counts_and_digests_must_add_up() {
     ];
     for (lie, words) in lies {
         let mut forge = Forge::example();
-        let place = Place::new();
+        let dir = TestDir::new();
         forge.parts.pop();
         // As before the final record.
         let mut again = Forge::new();
         again.pages(run(0, 3, 1), &[1; PAGE]);
         again.zeros(run(1, 0, 3));
-        again.round();
+        again.iteration();
         again.pages(run(1, 2, 1), &[2; PAGE]);
-        again.round();
+        again.iteration();
         assert_eq!(forge.bytes(), again.bytes());
         again.finish(lie);
-        let (offset, fault) = refused(&place, &again.bytes());
+        let (offset, fault) = refused(&dir, &again.bytes());
         assert_eq!(offset as usize, forge.bytes().len());
         assert!(fault.to_string().contains(words), "{fault}");
     }
     let mut trailing = Forge::example().bytes();
     let end = trailing.len() as u64;
     trailing.push(0);
-    assert_eq!(refused(&Place::new(), &trailing), (end, Fault::Trailing));
+    assert_eq!(
+        refused(&TestDir::new(), &trailing),
+        (end, Fault::TrailingData)
+    );
 }
 
 #[test]
 fn another_content_than_the_senders_is_found() {
-    let place = Place::new();
+    let dir = TestDir::new();
     let mut forge = Forge::new();
     forge.pages(run(0, 0, 1), &[1; PAGE]);
     forge.finish(|last| last.totals.content = Some(1234));
-    std::fs::write(place.path("stream"), forge.bytes()).unwrap();
-    let (_, receiving) = place.receive(&place.address("file"));
+    std::fs::write(dir.path("stream"), forge.bytes()).unwrap();
+    let (_, receiving) = dir.receive(&dir.address("file"));
     let error = receiving.end().unwrap_err();
     assert!(
-        matches!(error, StreamError::Content { there: 1234, .. }),
+        matches!(error, StreamError::ContentMismatch { there: 1234, .. }),
         "{error}"
     );
-    assert!(place.marked());
+    assert!(dir.marked());
 }
 
 #[test]
@@ -596,7 +617,7 @@ fn a_zstd_bomb_goes_off_in_a_bounded_place() {
     for (packed, pages) in [(bomb, 256), (small, 1), (two, 1), (vec![1; 100], 1)] {
         let mut forge = Forge::new();
         forge.header.blocks[0].pages = 1000;
-        let mut forge = Forge::of(forge.header);
+        let mut forge = Forge::with_header(forge.header);
         forge.forged(
             |head| (head.flags, head.pages) = (FLAG_ZSTD, pages),
             &packed,
@@ -610,22 +631,22 @@ fn a_zstd_bomb_goes_off_in_a_bounded_place() {
 
 #[test]
 fn files_that_do_not_fit_say_what_to_do() {
-    let place = Place::new();
-    std::fs::write(place.path("stream"), Forge::example().bytes()).unwrap();
+    let dir = TestDir::new();
+    std::fs::write(dir.path("stream"), Forge::example().bytes()).unwrap();
     let receive = |destination: Destination| {
-        let listener = Listener::bind(&place.address("file")).unwrap();
+        let listener = Listener::bind(&dir.address("file")).unwrap();
         let options = ReceiverOptions::default();
         Receiver::new(listener, destination, options).and_then(Receiver::run)
     };
-    let (ram, vga) = (place.path("ram"), place.path("vga"));
+    let (ram, vga) = (dir.path("ram"), dir.path("vga"));
     std::fs::write(&ram, [1; 5 * PAGE]).unwrap();
-    let error = receive(place.destination()).unwrap_err().to_string();
+    let error = receive(dir.destination()).unwrap_err().to_string();
     assert!(
         error.contains("20480 bytes") && error.contains("163840"),
         "{error}"
     );
     assert!(error.contains("give a file of that size"), "{error}");
-    assert!(place.marked());
+    assert!(dir.marked());
     assert_eq!(
         std::fs::read(&ram).unwrap(),
         [1; 5 * PAGE],
@@ -633,39 +654,41 @@ fn files_that_do_not_fit_say_what_to_do() {
     );
     std::fs::remove_file(&ram).unwrap();
 
-    let error = receive(Destination::single(&ram)).unwrap_err().to_string();
+    let error = receive(Destination::with_file(&ram))
+        .unwrap_err()
+        .to_string();
     assert!(
         error.contains("2 blocks (ram, vga)") && error.contains("NAME=PATH"),
         "{error}"
     );
-    let error = receive(Destination::new().block("ram", &ram))
+    let error = receive(Destination::new().with_ram_block("ram", &ram))
         .unwrap_err()
         .to_string();
     assert!(error.contains("block 'vga'"), "{error}");
-    let unused = place.destination().block("rom", place.path("rom"));
+    let unused = dir.destination().with_ram_block("rom", dir.path("rom"));
     let error = receive(unused).unwrap_err().to_string();
     assert!(
         error.contains("block 'rom', which the stream has not"),
         "{error}"
     );
-    let twice = place.destination().block("ram", &vga);
+    let twice = dir.destination().with_ram_block("ram", &vga);
     let error = receive(twice).unwrap_err().to_string();
     assert!(error.contains("two memory files"), "{error}");
     assert!(receive(Destination::new())
         .unwrap_err()
         .to_string()
         .contains("no memory file"));
-    let error = receive(place.destination().block("ram2", "/nowhere/ram")).unwrap_err();
+    let error = receive(dir.destination().with_ram_block("ram2", "/nowhere/ram")).unwrap_err();
     assert!(
         error.to_string().contains("/nowhere/ram.incomplete"),
         "{error}"
     );
     std::os::unix::fs::symlink("/dev/null", &ram).unwrap();
-    let error = receive(place.destination()).unwrap_err().to_string();
+    let error = receive(dir.destination()).unwrap_err().to_string();
     assert!(error.contains("not a regular file"), "{error}");
     std::fs::remove_file(&ram).unwrap();
 
-    let busy = place.path("stream");
+    let busy = dir.path("stream");
     let address = format!("fd:{}", 1 << 30).parse().unwrap();
     let error = Listener::bind(&address).unwrap_err().to_string();
     assert!(
@@ -674,11 +697,11 @@ fn files_that_do_not_fit_say_what_to_do() {
     );
     let listener = Listener::bind(&Address::File(busy)).unwrap();
     let options = ReceiverOptions::default();
-    let first = Receiver::new(listener, place.destination(), options).unwrap();
-    let error = receive(place.destination()).unwrap_err().to_string();
+    let first = Receiver::new(listener, dir.destination(), options).unwrap();
+    let error = receive(dir.destination()).unwrap_err().to_string();
     assert!(error.contains("another receiver is at work"), "{error}");
     first.run().unwrap();
-    assert!(!place.marked());
+    assert!(!dir.marked());
 }
 
 proptest! {

@@ -17,13 +17,13 @@ use rustix::io::Errno;
 use tempfile::TempDir;
 
 use super::*;
-use crate::{Block, Layout, Memory, Run, PAGE_SIZE};
+use crate::{Layout, Memory, PageRun, RamBlock, PAGE_SIZE};
 
 const PAGE: usize = PAGE_SIZE as usize;
 const NAMES: [&str; 2] = ["ram", "vga"];
 
-fn run(block: usize, first: u64, pages: u64) -> Run {
-    Run {
+fn run(block: usize, first: u64, pages: u64) -> PageRun {
+    PageRun {
         block,
         first,
         pages,
@@ -34,7 +34,7 @@ fn layout(pages: [u64; 2]) -> Layout {
     let blocks = NAMES
         .iter()
         .zip(pages)
-        .map(|(name, pages)| Block::new(name, pages * PAGE_SIZE).unwrap());
+        .map(|(name, pages)| RamBlock::new(name, pages * PAGE_SIZE).unwrap());
     Layout::new(blocks, []).unwrap()
 }
 
@@ -48,9 +48,9 @@ fn memory(layout: &Layout) -> Memory {
 }
 
 /// Where a test's files are.
-struct Place(TempDir);
+struct TestDir(TempDir);
 
-impl Place {
+impl TestDir {
     fn new() -> Self {
         // Where guest memory is, as a rule, and where files are quickly made.
         let shared = Path::new("/dev/shm");
@@ -75,7 +75,7 @@ impl Place {
 
     fn destination(&self) -> Destination {
         NAMES.iter().fold(Destination::new(), |destination, name| {
-            destination.block(*name, self.path(name))
+            destination.with_ram_block(*name, self.path(name))
         })
     }
 
@@ -108,13 +108,13 @@ impl Place {
 
 struct Receiving {
     thread: JoinHandle<Result<Received, StreamError>>,
-    progress: Progress,
+    progress: ReceiveProgress,
 }
 
 impl Receiving {
     fn end(self) -> Result<Received, StreamError> {
         let ended = self.thread.join().unwrap();
-        assert_eq!(self.progress.phase(), Phase::Ended);
+        assert_eq!(self.progress.phase(), ReceivePhase::Ended);
         ended
     }
 }

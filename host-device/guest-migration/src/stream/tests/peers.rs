@@ -7,9 +7,11 @@ use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use super::super::format::{payload_check, stream_digest, Answer, Head, Header, Kind};
+use super::super::format::{
+    payload_checksum, stream_digest, Answer, RecordHeader, RecordKind, StreamHeader,
+};
 use super::*;
-use crate::Cancel;
+use crate::CancelToken;
 
 const PAGES: [u64; 2] = [5000, 3];
 /// Far more than anything here takes.
@@ -23,7 +25,7 @@ fn by_hand(listener: &UnixListener, channels: usize) -> Vec<UnixStream> {
     for stream in &mut streams {
         let mut start = [0; 16];
         stream.read_exact(&mut start).unwrap();
-        let mut rest = vec![0; Header::length(&start).unwrap() - start.len()];
+        let mut rest = vec![0; StreamHeader::length(&start).unwrap() - start.len()];
         stream.read_exact(&mut rest).unwrap();
     }
     for stream in &mut streams {
@@ -51,12 +53,12 @@ fn same(a: &StreamError, b: &StreamError) {
 fn a_refusal_comes_with_its_words_over_all_channels() {
     for kind in ["unix", "tcp"] {
         for channels in [1, 3] {
-            let place = Place::new();
-            std::fs::write(place.path("vga"), "too short").unwrap();
-            let (address, receiving) = place.receive(&place.address(kind));
-            let options = Options {
+            let dir = TestDir::new();
+            std::fs::write(dir.path("vga"), "too short").unwrap();
+            let (address, receiving) = dir.receive(&dir.address(kind));
+            let options = WriterOptions {
                 channels,
-                ..Options::default()
+                ..WriterOptions::default()
             };
             let error = Writer::start(address, &layout(PAGES), options).unwrap_err();
             let here = receiving.end().unwrap_err().to_string();
@@ -65,7 +67,7 @@ fn a_refusal_comes_with_its_words_over_all_channels() {
                 error.to_string(),
                 format!("the receiver refuses the stream: {here}")
             );
-            assert!(place.marked());
+            assert!(dir.marked());
         }
     }
 }
@@ -74,25 +76,25 @@ fn a_refusal_comes_with_its_words_over_all_channels() {
 fn what_the_receiver_finds_wrong_later_reaches_the_sender() {
     for kind in ["unix", "tcp"] {
         for channels in [1, 2] {
-            let place = Place::new();
-            let (address, receiving) = place.receive(&place.address(kind));
-            let options = Options {
+            let dir = TestDir::new();
+            let (address, receiving) = dir.receive(&dir.address(kind));
+            let options = WriterOptions {
                 channels,
-                ..Options::default()
+                ..WriterOptions::default()
             };
             let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
             writer.pages(run(0, 1, 1), &[1; PAGE]).unwrap();
             let error = writer.finish(Some(99)).unwrap_err();
             let here = receiving.end().unwrap_err();
             assert!(
-                matches!(here, StreamError::Content { there: 99, .. }),
+                matches!(here, StreamError::ContentMismatch { there: 99, .. }),
                 "{here}"
             );
-            let StreamError::GaveUp(words) = error else {
+            let StreamError::ReceiverFailed(words) = error else {
                 panic!("{error}");
             };
             assert_eq!(words, here.to_string());
-            assert!(place.marked());
+            assert!(dir.marked());
         }
     }
 }
@@ -100,8 +102,8 @@ fn what_the_receiver_finds_wrong_later_reaches_the_sender() {
 #[test]
 fn a_receiver_that_gives_up_while_it_is_sent_to_is_heard() {
     for channels in [1, 3] {
-        let place = Place::new();
-        let listener = UnixListener::bind(place.path("stream")).unwrap();
+        let dir = TestDir::new();
+        let listener = UnixListener::bind(dir.path("stream")).unwrap();
         let receiver = std::thread::spawn(move || {
             let mut streams = by_hand(&listener, channels);
             let words = "no space left on device".to_owned();
@@ -111,11 +113,11 @@ fn a_receiver_that_gives_up_while_it_is_sent_to_is_heard() {
                 .unwrap();
             drop(streams);
         });
-        let options = Options {
+        let options = WriterOptions {
             channels: channels as u16,
-            ..Options::default()
+            ..WriterOptions::default()
         };
-        let address = place.address("unix");
+        let address = dir.address("unix");
         let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
         receiver.join().unwrap();
         let error = write_until_it_fails(&mut writer);
@@ -123,11 +125,14 @@ fn a_receiver_that_gives_up_while_it_is_sent_to_is_heard() {
             let expected = "the receiver has given up: no space left on device";
             assert_eq!(error.to_string(), expected);
         } else {
-            let known = matches!(error, StreamError::GaveUp(_) | StreamError::Closed { .. });
+            let known = matches!(
+                error,
+                StreamError::ReceiverFailed(_) | StreamError::Closed { .. }
+            );
             assert!(known, "{error}");
         }
         same(&writer.zeros(run(0, 0, 1)).unwrap_err(), &error);
-        same(&writer.end_round().unwrap_err(), &error);
+        same(&writer.end_iteration().unwrap_err(), &error);
         same(&writer.finish(None).unwrap_err(), &error);
     }
 }
@@ -135,14 +140,14 @@ fn a_receiver_that_gives_up_while_it_is_sent_to_is_heard() {
 #[test]
 fn a_receiver_that_dies_is_noticed_at_once() {
     for channels in [1, 3] {
-        let place = Place::new();
-        let listener = UnixListener::bind(place.path("stream")).unwrap();
+        let dir = TestDir::new();
+        let listener = UnixListener::bind(dir.path("stream")).unwrap();
         let receiver = std::thread::spawn(move || drop(by_hand(&listener, channels)));
-        let options = Options {
+        let options = WriterOptions {
             channels: channels as u16,
-            ..Options::default()
+            ..WriterOptions::default()
         };
-        let address = place.address("unix");
+        let address = dir.address("unix");
         let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
         receiver.join().unwrap();
         let error = write_until_it_fails(&mut writer);
@@ -153,15 +158,19 @@ fn a_receiver_that_dies_is_noticed_at_once() {
 
 #[test]
 fn a_receiver_that_dies_before_its_verdict_has_not_confirmed() {
-    let place = Place::new();
-    let listener = UnixListener::bind(place.path("stream")).unwrap();
+    let dir = TestDir::new();
+    let listener = UnixListener::bind(dir.path("stream")).unwrap();
     let receiver = std::thread::spawn(move || {
         let mut streams = by_hand(&listener, 1);
         // Until a bit of the final record.
         streams[0].read_exact(&mut [0; 60]).unwrap();
         streams[0].write_all(&Answer::Working.encode()).unwrap();
     });
-    let writer = Writer::start(place.address("unix"), &layout(PAGES), Options::default());
+    let writer = Writer::start(
+        dir.address("unix"),
+        &layout(PAGES),
+        WriterOptions::default(),
+    );
     let error = writer.unwrap().finish(None).unwrap_err();
     assert!(matches!(error, StreamError::Closed { .. }), "{error}");
     receiver.join().unwrap();
@@ -177,16 +186,16 @@ fn an_answer_that_makes_no_sense_is_an_error() {
         (Answer::Complete.encode(), "kind 3"),
         (b"\x8dANS\x02\0\xff\xff".to_vec(), "65535 bytes"),
     ] {
-        let place = Place::new();
-        let listener = UnixListener::bind(place.path("stream")).unwrap();
+        let dir = TestDir::new();
+        let listener = UnixListener::bind(dir.path("stream")).unwrap();
         let receiver = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             stream.write_all(&bytes).unwrap();
             // Until the other side hangs up.
             std::io::copy(&mut stream, &mut std::io::sink()).ok();
         });
-        let address = place.address("unix");
-        let error = Writer::start(address, &layout(PAGES), Options::default()).unwrap_err();
+        let address = dir.address("unix");
+        let error = Writer::start(address, &layout(PAGES), WriterOptions::default()).unwrap_err();
         assert!(error.to_string().contains(words), "{error}");
         receiver.join().unwrap();
     }
@@ -194,14 +203,14 @@ fn an_answer_that_makes_no_sense_is_an_error() {
 
 #[test]
 fn nobody_there_is_an_error_that_names_the_address() {
-    let place = Place::new();
+    let dir = TestDir::new();
     let start = |text: &str| {
         let address = text.parse::<Address>().unwrap();
-        let error = Writer::start(address, &layout(PAGES), Options::default()).unwrap_err();
+        let error = Writer::start(address, &layout(PAGES), WriterOptions::default()).unwrap_err();
         assert!(error.to_string().contains(text), "{error}");
         error.to_string()
     };
-    start(&format!("unix:{}", place.path("nobody").display()));
+    start(&format!("unix:{}", dir.path("nobody").display()));
     let port = TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
@@ -211,19 +220,19 @@ fn nobody_there_is_an_error_that_names_the_address() {
     assert!(error.contains("refused"), "{error}");
     start("file:/nowhere/at/all");
     start("fd:1073741824");
-    let options = Options {
+    let options = WriterOptions {
         channels: 2,
-        ..Options::default()
+        ..WriterOptions::default()
     };
-    let address = place.address("file");
+    let address = dir.address("file");
     let error = Writer::start(address, &layout(PAGES), options).unwrap_err();
     assert!(error.to_string().contains("several channels"), "{error}");
     for channels in [0, 65] {
-        let options = Options {
+        let options = WriterOptions {
             channels,
-            ..Options::default()
+            ..WriterOptions::default()
         };
-        let error = Writer::start(place.address("unix"), &layout(PAGES), options).unwrap_err();
+        let error = Writer::start(dir.address("unix"), &layout(PAGES), options).unwrap_err();
         assert!(error.to_string().contains("1 to 64 channels"), "{error}");
     }
 }
@@ -232,27 +241,27 @@ fn nobody_there_is_an_error_that_names_the_address() {
 fn a_sender_that_dies_leaves_the_destination_incomplete() {
     for kind in ["unix", "tcp"] {
         for channels in [1, 3] {
-            let place = Place::new();
-            let (address, receiving) = place.receive(&place.address(kind));
-            let options = Options {
+            let dir = TestDir::new();
+            let (address, receiving) = dir.receive(&dir.address(kind));
+            let options = WriterOptions {
                 channels,
-                ..Options::default()
+                ..WriterOptions::default()
             };
             let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
             writer.pages(run(0, 0, 1000), &pattern(1, 1000)).unwrap();
-            writer.end_round().unwrap();
+            writer.end_iteration().unwrap();
             drop(writer);
             let error = receiving.end().unwrap_err();
             let ended = matches!(
                 error,
                 StreamError::Closed { .. }
                     | StreamError::Malformed {
-                        fault: Fault::Ended | Fault::EndedInside,
+                        fault: Fault::MissingFinalRecord | Fault::TruncatedRecord,
                         ..
                     }
             );
             assert!(ended, "{error}");
-            assert!(place.marked());
+            assert!(dir.marked());
         }
     }
 }
@@ -260,17 +269,17 @@ fn a_sender_that_dies_leaves_the_destination_incomplete() {
 #[test]
 fn cancel_ends_a_writer_that_nobody_reads_from() {
     for channels in [1, 3] {
-        let place = Place::new();
-        let listener = UnixListener::bind(place.path("stream")).unwrap();
+        let dir = TestDir::new();
+        let listener = UnixListener::bind(dir.path("stream")).unwrap();
         let receiver = std::thread::spawn(move || by_hand(&listener, channels));
-        let options = Options {
+        let options = WriterOptions {
             channels: channels as u16,
-            ..Options::default()
+            ..WriterOptions::default()
         };
-        let address = place.address("unix");
+        let address = dir.address("unix");
         let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
         let mut streams = receiver.join().unwrap();
-        let canceller = writer.canceller();
+        let cancel_token = writer.cancel_token();
         let memory = memory(&layout(PAGES));
         let writing = std::thread::spawn(move || {
             let uncopied = run(0, 0, PAGES[0]);
@@ -279,7 +288,7 @@ fn cancel_ends_a_writer_that_nobody_reads_from() {
                     break error;
                 }
             };
-            (error, writer.end_round().unwrap_err())
+            (error, writer.end_iteration().unwrap_err())
         });
         // So that it is stuck in the middle: nothing more goes through.
         let full = |stream: &UnixStream| {
@@ -290,7 +299,7 @@ fn cancel_ends_a_writer_that_nobody_reads_from() {
             rustix::event::poll(&mut fds, None).unwrap();
         };
         streams.iter().for_each(full);
-        canceller.cancel();
+        cancel_token.cancel();
         let (error, again) = writing.join().unwrap();
         assert!(matches!(error, StreamError::Cancelled), "{error}");
         assert!(matches!(again, StreamError::Cancelled), "{again}");
@@ -303,14 +312,14 @@ fn cancel_ends_a_writer_that_nobody_reads_from() {
 
 #[test]
 fn cancel_ends_a_start_that_nobody_answers_and_a_wait_for_the_verdict() {
-    let place = Place::new();
-    let listener = UnixListener::bind(place.path("stream")).unwrap();
-    let cancel = Cancel::default();
-    let options = Options {
+    let dir = TestDir::new();
+    let listener = UnixListener::bind(dir.path("stream")).unwrap();
+    let cancel = CancelToken::default();
+    let options = WriterOptions {
         cancel: cancel.clone(),
-        ..Options::default()
+        ..WriterOptions::default()
     };
-    let address = place.address("unix");
+    let address = dir.address("unix");
     let starting =
         std::thread::spawn(move || Writer::start(address, &layout(PAGES), options).map(drop));
     let (mut stream, _) = listener.accept().unwrap();
@@ -320,13 +329,17 @@ fn cancel_ends_a_start_that_nobody_answers_and_a_wait_for_the_verdict() {
     assert!(matches!(error, StreamError::Cancelled), "{error}");
 
     let receiver = std::thread::spawn(move || by_hand(&listener, 1));
-    let writer = Writer::start(place.address("unix"), &layout(PAGES), Options::default());
+    let writer = Writer::start(
+        dir.address("unix"),
+        &layout(PAGES),
+        WriterOptions::default(),
+    );
     let writer = writer.unwrap();
     let mut streams = receiver.join().unwrap();
-    let canceller = writer.canceller();
+    let cancel_token = writer.cancel_token();
     let finishing = std::thread::spawn(move || writer.finish(None));
     streams[0].read_exact(&mut [0; 48 + 96]).unwrap();
-    canceller.cancel();
+    cancel_token.cancel();
     let error = finishing.join().unwrap().unwrap_err();
     assert!(matches!(error, StreamError::Cancelled), "{error}");
 }
@@ -335,15 +348,15 @@ fn cancel_ends_a_start_that_nobody_answers_and_a_wait_for_the_verdict() {
 fn cancel_ends_a_writer_into_a_full_pipe() {
     let (from, to) = rustix::pipe::pipe().unwrap();
     let target = Target::Connected(vec![to]);
-    let mut writer = Writer::start(target, &layout(PAGES), Options::default()).unwrap();
-    let canceller = writer.canceller();
+    let mut writer = Writer::start(target, &layout(PAGES), WriterOptions::default()).unwrap();
+    let cancel_token = writer.cancel_token();
     let writing = std::thread::spawn(move || write_until_it_fails(&mut writer));
     let mut fds = [rustix::event::PollFd::new(
         &from,
         rustix::event::PollFlags::IN,
     )];
     rustix::event::poll(&mut fds, None).unwrap();
-    canceller.cancel();
+    cancel_token.cancel();
     assert!(matches!(writing.join().unwrap(), StreamError::Cancelled));
 }
 
@@ -351,13 +364,13 @@ fn cancel_ends_a_writer_into_a_full_pipe() {
 fn cancel_ends_a_receiver_that_waits() {
     // For a sender, for its other channels, for a record, and at a round's end for another channel.
     for stage in 0..4 {
-        let place = Place::new();
-        let cancel = Cancel::default();
+        let dir = TestDir::new();
+        let cancel = CancelToken::default();
         let options = ReceiverOptions {
             cancel: cancel.clone(),
             ..ReceiverOptions::default()
         };
-        let (address, receiving) = place.receive_with(&place.address("unix"), options);
+        let (address, receiving) = dir.receive_with(&dir.address("unix"), options);
         let Address::Unix(path) = &address else {
             panic!("{address}");
         };
@@ -370,14 +383,14 @@ fn cancel_ends_a_receiver_that_waits() {
                 kept.push(stream);
             }
             _ => {
-                let options = Options {
+                let options = WriterOptions {
                     channels: 2,
-                    ..Options::default()
+                    ..WriterOptions::default()
                 };
                 let mut writer = Writer::start(address, &layout(PAGES), options).unwrap();
                 if stage == 3 {
-                    writer.end_round().unwrap();
-                    while receiving.progress.rounds() == 0 {
+                    writer.end_iteration().unwrap();
+                    while receiving.progress.iterations() == 0 {
                         std::thread::yield_now();
                     }
                 }
@@ -389,32 +402,32 @@ fn cancel_ends_a_receiver_that_waits() {
         cancel.cancel();
         let error = receiving.end().unwrap_err();
         assert!(matches!(error, StreamError::Cancelled), "{error}");
-        assert!(place.marked());
+        assert!(dir.marked());
     }
 }
 
 #[test]
 fn silence_has_limits_where_somebody_must_speak() {
     let short = Duration::from_millis(50);
-    let limit = || ReceiverOptions {
-        wait: Some(short),
-        limit: short,
+    let timeout = || ReceiverOptions {
+        accept_timeout: Some(short),
+        timeout: short,
         ..ReceiverOptions::default()
     };
     // Nobody comes.
-    let place = Place::new();
-    let (_, receiving) = place.receive_with(&place.address("unix"), limit());
+    let dir = TestDir::new();
+    let (_, receiving) = dir.receive_with(&dir.address("unix"), timeout());
     let error = receiving.end().unwrap_err();
     assert!(
-        matches!(error, StreamError::Missing { there: 0, .. }),
+        matches!(error, StreamError::MissingChannels { there: 0, .. }),
         "{error}"
     );
 
     // Somebody comes and says nothing.
-    let place = Place::new();
-    let mut options = limit();
-    options.wait = None;
-    let (address, receiving) = place.receive_with(&place.address("unix"), options.clone());
+    let dir = TestDir::new();
+    let mut options = timeout();
+    options.accept_timeout = None;
+    let (address, receiving) = dir.receive_with(&dir.address("unix"), options.clone());
     let Address::Unix(path) = &address else {
         panic!("{address}");
     };
@@ -424,16 +437,16 @@ fn silence_has_limits_where_somebody_must_speak() {
     drop(stream);
 
     // The second of two channels does not come. The first is there before anybody looks.
-    let place = Place::new();
-    let listener = Listener::bind(&place.address("unix")).unwrap();
-    let receiver = Receiver::new(listener, place.destination(), options.clone()).unwrap();
-    let mut stream = UnixStream::connect(place.path("stream")).unwrap();
+    let dir = TestDir::new();
+    let listener = Listener::bind(&dir.address("unix")).unwrap();
+    let receiver = Receiver::new(listener, dir.destination(), options.clone()).unwrap();
+    let mut stream = UnixStream::connect(dir.path("stream")).unwrap();
     stream.write_all(&header(0, 2)).unwrap();
     let error = receiver.run().unwrap_err();
     assert!(
         matches!(
             error,
-            StreamError::Missing {
+            StreamError::MissingChannels {
                 there: 1,
                 wanted: 2,
                 ..
@@ -443,28 +456,28 @@ fn silence_has_limits_where_somebody_must_speak() {
     );
 
     // A receiver that takes nothing, or does not answer.
-    let place = Place::new();
-    let listener = UnixListener::bind(place.path("stream")).unwrap();
-    let sender = Options {
-        limit: short,
-        ..Options::default()
+    let dir = TestDir::new();
+    let listener = UnixListener::bind(dir.path("stream")).unwrap();
+    let sender = WriterOptions {
+        timeout: short,
+        ..WriterOptions::default()
     };
-    let start = || Writer::start(place.address("unix"), &layout(PAGES), sender.clone());
+    let start = || Writer::start(dir.address("unix"), &layout(PAGES), sender.clone());
     let error = start().unwrap_err();
     assert!(matches!(error, StreamError::Stalled { .. }), "{error}");
     drop(listener.accept().unwrap());
     // The limit holds for the answer as well, which may be late on a busy host: then there is more time for the next.
-    let mut limit = short;
+    let mut timeout = short;
     let (mut writer, kept) = loop {
         let hand = listener.try_clone().unwrap();
         let receiver = std::thread::spawn(move || by_hand(&hand, 1));
-        let options = Options {
-            limit,
-            ..Options::default()
+        let options = WriterOptions {
+            timeout,
+            ..WriterOptions::default()
         };
-        match Writer::start(place.address("unix"), &layout(PAGES), options) {
+        match Writer::start(dir.address("unix"), &layout(PAGES), options) {
             Ok(writer) => break (writer, receiver.join().unwrap()),
-            Err(StreamError::Stalled { .. }) if limit < LONG => limit *= 2,
+            Err(StreamError::Stalled { .. }) if timeout < LONG => timeout *= 2,
             Err(error) => panic!("{error}"),
         }
         // It may have failed to answer the one that has gone.
@@ -478,14 +491,14 @@ fn silence_has_limits_where_somebody_must_speak() {
 /// The header of one of several channels.
 fn header(channel: u16, channels: u16) -> Vec<u8> {
     let blocks = NAMES.iter().zip(PAGES);
-    let header = Header {
+    let header = StreamHeader {
         answers: true,
         id: [1; 16],
         channel,
         channels,
         seed: 0,
         blocks: blocks
-            .map(|(name, pages)| super::super::format::BlockName {
+            .map(|(name, pages)| super::super::format::RamBlockEntry {
                 name: (*name).into(),
                 pages,
             })
@@ -506,8 +519,8 @@ fn channels_of_another_migration_and_the_same_twice_are_refused() {
         (header(0, 2), "a channel 0 already"),
         (header(1, 3), "not that of the other channels' migration"),
     ] {
-        let place = Place::new();
-        let (address, receiving) = place.receive(&place.address("unix"));
+        let dir = TestDir::new();
+        let (address, receiving) = dir.receive(&dir.address("unix"));
         let Address::Unix(path) = &address else {
             panic!("{address}");
         };
@@ -528,16 +541,16 @@ fn channels_of_another_migration_and_the_same_twice_are_refused() {
         }
         drop(streams);
         assert!(receiving.end().unwrap_err().to_string().contains(words));
-        assert!(place.marked());
+        assert!(dir.marked());
     }
 }
 
 #[test]
 fn a_second_sender_is_refused_at_once() {
-    let place = Place::new();
-    let (address, receiving) = place.receive(&place.address("unix"));
-    let writer = Writer::start(address.clone(), &layout(PAGES), Options::default()).unwrap();
-    let error = Writer::start(address, &layout(PAGES), Options::default()).unwrap_err();
+    let dir = TestDir::new();
+    let (address, receiving) = dir.receive(&dir.address("unix"));
+    let writer = Writer::start(address.clone(), &layout(PAGES), WriterOptions::default()).unwrap();
+    let error = Writer::start(address, &layout(PAGES), WriterOptions::default()).unwrap_err();
     assert!(matches!(error, StreamError::Connect { .. }), "{error}");
     writer.finish(None).unwrap();
     receiving.end().unwrap();
@@ -545,42 +558,42 @@ fn a_second_sender_is_refused_at_once() {
 
 #[test]
 fn what_is_at_a_sockets_path_is_not_taken_from_the_living() {
-    let place = Place::new();
-    let address = place.address("unix");
+    let dir = TestDir::new();
+    let address = dir.address("unix");
     let first = Listener::bind(&address).unwrap();
     let error = Listener::bind(&address).unwrap_err().to_string();
     assert!(error.contains("another process listens there"), "{error}");
     drop(first);
-    assert!(!place.path("stream").exists());
+    assert!(!dir.path("stream").exists());
     // As a process leaves it that was killed.
-    drop(UnixListener::bind(place.path("stream")).unwrap());
+    drop(UnixListener::bind(dir.path("stream")).unwrap());
     Listener::bind(&address).unwrap();
-    std::fs::write(place.path("stream"), "precious").unwrap();
+    std::fs::write(dir.path("stream"), "precious").unwrap();
     let error = Listener::bind(&address).unwrap_err().to_string();
     assert!(error.contains("not a socket"), "{error}");
 }
 
 #[test]
-fn looking_on_shows_what_has_come() {
-    let place = Place::new();
-    let (address, receiving) = place.receive(&place.address("unix"));
+fn progress_shows_what_has_been_received() {
+    let dir = TestDir::new();
+    let (address, receiving) = dir.receive(&dir.address("unix"));
     let progress = receiving.progress.clone();
-    assert_eq!(progress.phase(), Phase::Waiting);
-    let mut writer = Writer::start(address, &layout(PAGES), Options::default()).unwrap();
+    assert_eq!(progress.phase(), ReceivePhase::Waiting);
+    let mut writer = Writer::start(address, &layout(PAGES), WriterOptions::default()).unwrap();
     writer.pages(run(0, 0, 300), &pattern(2, 300)).unwrap();
     writer.zeros(run(0, 300, 7)).unwrap();
-    writer.end_round().unwrap();
+    writer.end_iteration().unwrap();
     let start = Instant::now();
-    while progress.rounds() == 0 {
+    while progress.iterations() == 0 {
         assert!(start.elapsed() < LONG, "the round never ends there");
         std::thread::yield_now();
     }
-    assert_eq!(progress.phase(), Phase::Receiving);
+    assert_eq!(progress.phase(), ReceivePhase::Receiving);
     assert_eq!((progress.pages(), progress.zeros()), (300, 7));
     assert_eq!(progress.total(), 5003);
     let receipt = writer.finish(None).unwrap();
     let received = receiving.end().unwrap();
-    assert_eq!(progress.phase(), Phase::Ended);
+    assert_eq!(progress.phase(), ReceivePhase::Ended);
     assert_eq!(
         (received.bytes, progress.bytes()),
         (receipt.bytes, receipt.bytes)
@@ -589,8 +602,8 @@ fn looking_on_shows_what_has_come() {
 
 #[test]
 fn a_sender_that_cannot_be_told_of_success_leaves_the_mark() {
-    let place = Place::new();
-    let (address, receiving) = place.receive(&place.address("unix"));
+    let dir = TestDir::new();
+    let (address, receiving) = dir.receive(&dir.address("unix"));
     let Address::Unix(path) = &address else {
         panic!("{address}");
     };
@@ -603,31 +616,31 @@ fn a_sender_that_cannot_be_told_of_success_leaves_the_mark() {
     let mut chain = u64::from_le_bytes(bytes[bytes.len() - 8..].try_into().unwrap());
     let mut last = [0; 96];
     last[80..].copy_from_slice(&stream_digest([chain]).to_le_bytes());
-    let head = Head {
-        kind: Kind::Final,
+    let head = RecordHeader {
+        kind: RecordKind::Final,
         flags: 0,
         block: 0,
         length: 96,
         sequence: 0,
         first: 0,
         pages: 0,
-        payload: payload_check(&last),
+        payload_checksum: payload_checksum(&last),
     };
     stream.write_all(&head.encode(&mut chain)).unwrap();
     stream.write_all(&last).unwrap();
     let error = receiving.end().unwrap_err();
     assert!(matches!(error, StreamError::Closed { .. }), "{error}");
-    assert!(place.marked());
+    assert!(dir.marked());
 }
 
 #[test]
 fn a_connection_that_is_open_elsewhere_ends_with_the_stream() {
     use std::os::fd::AsRawFd;
-    let place = Place::new();
+    let dir = TestDir::new();
     let (from, to) = UnixStream::pair().unwrap();
-    let (_, receiving) = place.receive(&Address::Fd(from.as_raw_fd()));
+    let (_, receiving) = dir.receive(&Address::Fd(from.as_raw_fd()));
     let address = Address::Fd(to.as_raw_fd());
-    let mut writer = Writer::start(address, &layout(PAGES), Options::default()).unwrap();
+    let mut writer = Writer::start(address, &layout(PAGES), WriterOptions::default()).unwrap();
     writer.pages(run(0, 0, 1), &[1; PAGE]).unwrap();
     drop(writer);
     let error = receiving.end().unwrap_err();
@@ -640,15 +653,15 @@ fn a_connection_that_is_open_elsewhere_ends_with_the_stream() {
 
 #[test]
 fn a_large_memory_is_compared_by_several_threads() {
-    let place = Place::new();
+    let dir = TestDir::new();
     // Two parts and a bit, mostly holes.
     let pages = [40_000, 3];
-    let hasher = crate::digest::PageHasher::random().unwrap();
+    let hasher = crate::digest::PageHasher::with_random_seed().unwrap();
     let mut digest = crate::digest::ContentDigest::new();
-    let (address, receiving) = place.receive(&place.address("unix"));
-    let options = Options {
+    let (address, receiving) = dir.receive(&dir.address("unix"));
+    let options = WriterOptions {
         seed: hasher.seed(),
-        ..Options::default()
+        ..WriterOptions::default()
     };
     let mut writer = Writer::start(address, &layout(pages), options).unwrap();
     for (block, page) in [(0, 0), (0, 16_383), (0, 16_384), (0, 39_999), (1, 2)] {

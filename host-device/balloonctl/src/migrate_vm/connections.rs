@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The three whom commands are given to.
+
+use std::time::{Duration, Instant};
+
+use qmp_client::Client;
+use serde::Deserialize;
+use serde_json::{json, Value};
+
+use super::plan::Peer;
+use crate::error::CommandError;
+use crate::interrupt::Interrupts;
+
+/// How often something is looked at that no event tells of.
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Connections to all.
+#[derive(Debug)]
+pub struct Connections {
+    /// The QEMU that runs the guest.
+    pub source: Client,
+    /// The QEMU that waits for it.
+    pub destination: Client,
+    /// The daemon at the source.
+    pub daemon: Client,
+}
+
+/// What `query-status` says.
+#[derive(Debug, Deserialize)]
+pub(super) struct RunState {
+    pub running: bool,
+    pub status: String,
+}
+
+/// Some of what QEMU's `query-migrate` says.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub(super) struct QemuMigrationInfo {
+    pub status: String,
+    pub error_desc: Option<String>,
+}
+
+impl QemuMigrationInfo {
+    pub fn is_over(&self) -> bool {
+        ["", "none", "completed", "failed", "cancelled"].contains(&self.status.as_str())
+    }
+}
+
+impl Connections {
+    /// The connection to a side; `None` for this program itself.
+    pub(super) fn client_mut(&mut self, peer: Peer) -> Option<&mut Client> {
+        match peer {
+            Peer::Source => Some(&mut self.source),
+            Peer::Destination => Some(&mut self.destination),
+            Peer::Daemon => Some(&mut self.daemon),
+            Peer::Here => None,
+        }
+    }
+}
+
+/// A property of an object in QEMU; `None` if there is no such object or property.
+pub(super) fn property(
+    qemu: &mut Client,
+    path: &str,
+    name: &str,
+) -> Result<Option<Value>, CommandError> {
+    match qemu.command("qom-get", json!({ "path": path, "property": name })) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.is_fatal() => Err(error.into()),
+        Err(_) => Ok(None),
+    }
+}
+
+/// The path of a device that has an id.
+pub(super) fn peripheral(id: &str) -> String {
+    format!("/machine/peripheral/{id}")
+}
+
+/// Looks until there is something to see.
+///
+/// # Errors
+///
+/// That of looking; or if the limit, which `what` did not keep, is over; or at an interrupt.
+pub(super) fn wait<T>(
+    what: &str,
+    timeout: Duration,
+    interrupts: Option<&Interrupts>,
+    mut poll: impl FnMut() -> Result<Option<T>, CommandError>,
+) -> Result<T, CommandError> {
+    let begun = Instant::now();
+    loop {
+        if let Some(seen) = poll()? {
+            return Ok(seen);
+        }
+        if interrupts.is_some_and(|interrupts| interrupts.count() > 0) {
+            return Err(CommandError::Cancelled("interrupted".into()));
+        }
+        if begun.elapsed() > timeout {
+            return Err(CommandError::TimedOut(format!("{what} within {timeout:?}")));
+        }
+        std::thread::sleep(POLL_INTERVAL);
+    }
+}

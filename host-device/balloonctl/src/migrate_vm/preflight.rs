@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Looks whether a guest can be moved, and at what has to be rebuilt at the destination. Changes nothing.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use guest_migration::status::MigrationInfo;
+use qmp_client::Client;
+use serde::Deserialize;
+use serde_json::{json, Map, Value};
+
+use super::connections::{peripheral, property, Connections, RunState};
+use crate::args::MigrateVm;
+use crate::error::CommandError;
+
+/// What was seen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Preflight {
+    /// The balloon as `device_add` takes it, but for its bus and chardev.
+    pub device: Map<String, Value>,
+    /// The bus that it is on at the source.
+    pub bus: String,
+    /// Its chardev at the source.
+    pub chardev: String,
+    /// The socket of the daemon behind it.
+    pub socket: PathBuf,
+    /// The bus for it at the destination.
+    pub destination_bus: String,
+    /// The chardev for it at the destination.
+    pub destination_chardev: String,
+}
+
+/// Looks.
+///
+/// # Errors
+///
+/// [`CommandError::Failed`] with all that has to be otherwise, in a sentence each; or if a side is gone.
+pub fn preflight(
+    connections: &mut Connections,
+    options: &MigrateVm,
+) -> Result<Preflight, CommandError> {
+    let mut wrong = Vec::new();
+    if !(options.to.starts_with("unix:") || options.to.starts_with("tcp:")) {
+        wrong.push(format!(
+            "memory has to go to somebody who says that it has arrived: unix:PATH or tcp:HOST:PORT, not '{}'",
+            options.to
+        ));
+    }
+    check_states(connections, &mut wrong)?;
+    check_memory(connections, &mut wrong)?;
+    let device = inspect_device(connections, options, &mut wrong)?;
+    match device {
+        Some(preflight) if wrong.is_empty() => Ok(preflight),
+        _ => Err(CommandError::Failed(format!(
+            "the guest cannot be moved, and nothing was changed: {}",
+            wrong.join("; ")
+        ))),
+    }
+}
+
+fn check_states(
+    connections: &mut Connections,
+    wrong: &mut Vec<String>,
+) -> Result<(), CommandError> {
+    let source: RunState = connections.source.query("query-status")?;
+    if !source.running {
+        wrong.push(format!(
+            "the source is {}, but its guest must run to let the balloon go",
+            source.status
+        ));
+    }
+    let destination: RunState = connections.destination.query("query-status")?;
+    if destination.status != "inmigrate" {
+        wrong.push(format!(
+            "the destination is {}, and does not wait for a guest: start it with -incoming defer",
+            destination.status
+        ));
+    }
+    let memory: MigrationInfo = connections.daemon.query("query-migrate")?;
+    if !memory.status.is_over() {
+        wrong.push(format!(
+            "the daemon already has a migration: it is {}",
+            memory.status.name()
+        ));
+    }
+    Ok(())
+}
+
+/// A memory backend of QEMU.
+#[derive(Debug, PartialEq)]
+struct MemoryBackend {
+    kind: String,
+    share: bool,
+    size: u64,
+}
+
+/// QEMU leaves out of its own migration only what lies in a shared file with a name.
+fn check_memory(
+    connections: &mut Connections,
+    wrong: &mut Vec<String>,
+) -> Result<(), CommandError> {
+    let source = backends(&mut connections.source)?;
+    let destination = backends(&mut connections.destination)?;
+    if source.is_empty() {
+        wrong.push("the source has no memory backend: see balloonctl migrate-vm --help".into());
+    }
+    for (peer, all) in [("source", &source), ("destination", &destination)] {
+        for (id, backend) in all {
+            if backend.kind != "memory-backend-file" || !backend.share {
+                let share = if backend.share { "on" } else { "off" };
+                wrong.push(format!(
+                    "memory '{id}' of the {peer} has to be a memory-backend-file with share=on, not a {} with share={share}",
+                    backend.kind
+                ));
+            }
+        }
+    }
+    let sizes = |all: &BTreeMap<String, MemoryBackend>| -> Vec<(String, u64)> {
+        let sizes = all.iter().map(|(id, backend)| (id.clone(), backend.size));
+        sizes.collect()
+    };
+    if sizes(&source) != sizes(&destination) {
+        wrong.push(format!(
+            "source and destination have different memory: {:?} and {:?} bytes",
+            sizes(&source),
+            sizes(&destination)
+        ));
+    }
+    Ok(())
+}
+
+/// What an object has.
+#[derive(Deserialize)]
+struct Property {
+    name: String,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+fn backends(qemu: &mut Client) -> Result<BTreeMap<String, MemoryBackend>, CommandError> {
+    let objects = qemu.command("qom-list", json!({ "path": "/objects" }))?;
+    let objects = Vec::<Property>::deserialize(&objects)
+        .map_err(|error| unexpected_response(qemu, &error))?;
+    let mut found = BTreeMap::new();
+    for object in objects {
+        let kind = object.kind.strip_prefix("child<");
+        let kind = kind.and_then(|kind| kind.strip_suffix('>'));
+        let Some(kind) = kind.filter(|kind| kind.starts_with("memory-backend-")) else {
+            continue;
+        };
+        let path = format!("/objects/{}", object.name);
+        let share = property(qemu, &path, "share")?;
+        let size = property(qemu, &path, "size")?;
+        let backend = MemoryBackend {
+            kind: kind.to_owned(),
+            share: share == Some(true.into()),
+            size: size.and_then(|size| size.as_u64()).unwrap_or_default(),
+        };
+        found.insert(object.name, backend);
+    }
+    Ok(found)
+}
+
+fn inspect_device(
+    connections: &mut Connections,
+    options: &MigrateVm,
+    wrong: &mut Vec<String>,
+) -> Result<Option<Preflight>, CommandError> {
+    let id = &options.device;
+    let source = &mut connections.source;
+    let text = |value: Option<Value>| value.and_then(|value| value.as_str().map(str::to_owned));
+    let driver = text(property(source, &peripheral(id), "type")?);
+    let chardev = text(property(source, &peripheral(id), "chardev")?);
+    let (Some(driver), Some(chardev)) = (driver, chardev) else {
+        wrong.push(format!(
+            "the source has no vhost-user device '{id}': --device ID has to name the balloon"
+        ));
+        return Ok(None);
+    };
+    let bus = text(property(source, &peripheral(id), "parent_bus")?);
+    // The path of a bus ends with its name.
+    let bus = bus.and_then(|path| path.rsplit('/').next().map(str::to_owned));
+    let bus = bus.unwrap_or_default();
+    let socket = match &options.source_device_socket {
+        Some(socket) => Some(socket.clone()),
+        None => chardev_sockets(source)?.remove(&chardev).flatten(),
+    };
+    let Some(socket) = socket else {
+        wrong.push(format!(
+            "QEMU does not say which socket the chardev '{chardev}' is connected to: give --source-device-socket"
+        ));
+        return Ok(None);
+    };
+    let device = properties(source, id, &driver)?;
+    let destination_bus = options.bus.clone().unwrap_or_else(|| bus.clone());
+    let destination = &mut connections.destination;
+    if property(destination, &peripheral(&destination_bus), "type")?.is_none() {
+        wrong.push(format!(
+            "the destination has no slot '{destination_bus}': --bus ID has to name one that is empty"
+        ));
+    }
+    if property(destination, &peripheral(id), "type")?.is_some() {
+        wrong.push(format!(
+            "the destination has a device '{id}' already; it has to come without the balloon"
+        ));
+    }
+    if chardev_sockets(destination)?.contains_key(&chardev) {
+        wrong.push(format!("the destination has a chardev '{chardev}' already"));
+    }
+    Ok(Some(Preflight {
+        device,
+        bus,
+        destination_chardev: chardev.clone(),
+        chardev,
+        socket,
+        destination_bus,
+    }))
+}
+
+/// The chardevs, with the paths of those that are Unix sockets of others.
+fn chardev_sockets(qemu: &mut Client) -> Result<BTreeMap<String, Option<PathBuf>>, CommandError> {
+    #[derive(Deserialize)]
+    struct Chardev {
+        label: String,
+        filename: String,
+    }
+    let chardevs: Vec<Chardev> = qemu.query("query-chardev")?;
+    let socket = |filename: &str| {
+        let path = filename.strip_prefix("unix:")?;
+        (!path.is_empty() && !path.contains(",server")).then(|| Path::new(path).to_owned())
+    };
+    let all = chardevs
+        .iter()
+        .map(|chardev| (chardev.label.clone(), socket(&chardev.filename)));
+    Ok(all.collect())
+}
+
+/// The properties that the device was given, as far as they show: those that differ from their defaults. Those that are on
+/// by default are left out, since it is the daemon's features that take them away.
+fn properties(
+    qemu: &mut Client,
+    id: &str,
+    driver: &str,
+) -> Result<Map<String, Value>, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Known {
+        name: String,
+        #[serde(default)]
+        default_value: Option<Value>,
+    }
+    let known = qemu.command("device-list-properties", json!({ "typename": driver }))?;
+    let known =
+        Vec::<Known>::deserialize(&known).map_err(|error| unexpected_response(qemu, &error))?;
+    let mut device = Map::new();
+    device.insert("driver".into(), driver.into());
+    device.insert("id".into(), id.into());
+    for Known {
+        name,
+        default_value,
+    } in known
+    {
+        let Some(default) = default_value else {
+            continue;
+        };
+        if default == Value::Bool(true) || name == "addr" {
+            continue;
+        }
+        match property(qemu, &peripheral(id), &name)? {
+            Some(value) if value != default => device.insert(name, value),
+            _ => None,
+        };
+    }
+    Ok(device)
+}
+
+fn unexpected_response(qemu: &Client, error: &serde_json::Error) -> CommandError {
+    CommandError::Failed(format!("{} gave a strange answer: {error}", qemu.peer()))
+}

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The way back: the guest goes on at the source as if nothing had been.
+
+use std::time::Duration;
+
+use guest_migration::status::{MigrationInfo, MigrationStatus};
+use qmp_client::{Client, Error};
+use serde_json::json;
+
+use super::connections::{peripheral, property, wait, QemuMigrationInfo, RunState};
+use super::execute::Execution;
+use super::plan::{chardev_add, device_add, Peer, QmpCommand};
+use super::preflight::Preflight;
+use crate::error::CommandError;
+
+/// How long a single thing may take.
+const ROLLBACK_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a device that the guest was asked for is waited for.
+const UNPLUG_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How a step is undone.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RollbackAction {
+    /// QEMU does not save its state.
+    CancelVmState,
+    /// The guest runs.
+    ResumeGuest,
+    /// Memory is not sent.
+    CancelMemory,
+    /// The balloon is plugged in.
+    PlugBalloon,
+    /// The command that was run here is ended.
+    TerminateShell,
+    /// A capability is off.
+    RestoreCapability(Peer, QmpCommand),
+}
+
+impl RollbackAction {
+    /// The order in which things are undone: the guest has waited long enough.
+    fn rank(&self) -> u8 {
+        match self {
+            Self::CancelVmState => 0,
+            Self::ResumeGuest => 1,
+            Self::CancelMemory => 2,
+            Self::PlugBalloon => 3,
+            Self::TerminateShell => 4,
+            Self::RestoreCapability(..) => 5,
+        }
+    }
+}
+
+/// Undoes all of these; one that fails does not keep others from being tried. Returns what was done, in words, and what
+/// could not be.
+pub(super) fn rollback(
+    execution: &mut Execution<'_>,
+    rollback_actions: &[RollbackAction],
+) -> (Vec<String>, Vec<String>) {
+    let mut all: Vec<&RollbackAction> = rollback_actions.iter().collect();
+    all.sort_by_key(|rollback| rollback.rank());
+    let (mut done, mut failed) = (Vec::new(), Vec::new());
+    for rollback in all {
+        match one(execution, rollback) {
+            Ok(None) => {}
+            Ok(Some(what)) => done.push(what),
+            Err(error) => failed.push(format!("{}: {}", purpose(rollback), error.full_message())),
+        }
+    }
+    (done, failed)
+}
+
+fn purpose(rollback: &RollbackAction) -> String {
+    match rollback {
+        RollbackAction::CancelVmState => "cancelling QEMU's migration".into(),
+        RollbackAction::ResumeGuest => "letting the guest go on at the source".into(),
+        RollbackAction::CancelMemory => "cancelling the daemon's migration".into(),
+        RollbackAction::PlugBalloon => "plugging the balloon in again at the source".into(),
+        RollbackAction::TerminateShell => "ending the destination's daemon".into(),
+        RollbackAction::RestoreCapability(peer, _) => {
+            format!("setting back a capability of the {}", peer.name())
+        }
+    }
+}
+
+fn one(
+    execution: &mut Execution<'_>,
+    rollback: &RollbackAction,
+) -> Result<Option<String>, CommandError> {
+    match rollback {
+        RollbackAction::CancelVmState => cancel_vm_state(execution),
+        RollbackAction::ResumeGuest => resume_guest(execution),
+        RollbackAction::CancelMemory => cancel_memory(execution),
+        RollbackAction::PlugBalloon => plug(execution),
+        RollbackAction::TerminateShell => Ok(execution.terminate_shell()),
+        RollbackAction::RestoreCapability(peer, command) => {
+            if let Some(client) = execution.connections.client_mut(*peer) {
+                client.command(&command.execute, command.arguments.clone())?;
+            }
+            Ok(None)
+        }
+    }
+}
+
+fn cancel_vm_state(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
+    let source = &mut execution.connections.source;
+    if source
+        .query::<QemuMigrationInfo>("query-migrate")?
+        .is_over()
+    {
+        return Ok(None);
+    }
+    source.command("migrate_cancel", json!({}))?;
+    wait(
+        "QEMU did not cancel its migration",
+        ROLLBACK_TIMEOUT,
+        None,
+        || {
+            let state: QemuMigrationInfo = source.query("query-migrate")?;
+            Ok(state.is_over().then_some(()))
+        },
+    )?;
+    Ok(Some("QEMU's migration is cancelled".into()))
+}
+
+fn resume_guest(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
+    let source = &mut execution.connections.source;
+    source.command("cont", json!({}))?;
+    wait("the source did not run", ROLLBACK_TIMEOUT, None, || {
+        let state: RunState = source.query("query-status")?;
+        Ok(state.running.then_some(()))
+    })?;
+    Ok(Some("the guest goes on at the source".into()))
+}
+
+fn cancel_memory(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
+    let daemon = &mut execution.connections.daemon;
+    let mut status: MigrationInfo = daemon.query("query-migrate")?;
+    if !status.status.is_over() {
+        match daemon.command("migrate-cancel", json!({})) {
+            Err(error) if error.is_fatal() => return Err(error.into()),
+            // It may be over by now.
+            _ => {}
+        }
+        status = wait("the daemon did not cancel", ROLLBACK_TIMEOUT, None, || {
+            let status: MigrationInfo = daemon.query("query-migrate")?;
+            Ok(status.status.is_over().then_some(status))
+        })?;
+    }
+    Ok(match status.status {
+        MigrationStatus::None => None,
+        state => Some(format!("the migration of memory is {}", state.name())),
+    })
+}
+
+/// A device that the guest has not let go is there; one that it has gets its chardev anew, as QEMU has hung up.
+fn plug(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
+    let preflight = execution.preflight;
+    let source = &mut execution.connections.source;
+    let id = preflight.device.get("id").and_then(|id| id.as_str());
+    let path = peripheral(id.unwrap_or_default());
+    let gone = wait("", UNPLUG_TIMEOUT, None, || {
+        let there = property(source, &path, "type")?.is_some();
+        Ok((!there).then_some(()))
+    });
+    match gone {
+        Ok(()) => {}
+        Err(CommandError::TimedOut(_)) => {
+            return Ok(Some(
+                "the balloon is still plugged in at the source, though the guest was asked to let it go, and may yet".into(),
+            ))
+        }
+        Err(error) => return Err(error),
+    }
+    // QEMU lets the chardev go a little after the device, and the daemon has to notice that QEMU has hung up, and to have
+    // done with its migration, before it takes anybody.
+    let mut last = None;
+    let plugged = wait("", ROLLBACK_TIMEOUT, None, || {
+        match plug_once(source, preflight) {
+            Ok(()) => Ok(Some(())),
+            Err(error) if error.is_fatal() => Err(error.into()),
+            Err(error) => {
+                last = Some(error);
+                Ok(None)
+            }
+        }
+    });
+    match (plugged, last) {
+        (Err(CommandError::TimedOut(_)), Some(error)) => return Err(error.into()),
+        (plugged, _) => plugged?,
+    }
+    Ok(Some("the balloon is plugged in again at the source".into()))
+}
+
+/// With a new chardev: QEMU does not connect one a second time.
+fn plug_once(source: &mut Client, preflight: &Preflight) -> Result<(), Error> {
+    match source.command("chardev-remove", json!({ "id": preflight.chardev })) {
+        // It may have gone before.
+        Err(error) if !error.to_string().contains("not found") => return Err(error),
+        _ => {}
+    }
+    for command in [
+        chardev_add(&preflight.chardev, &preflight.socket),
+        device_add(&preflight.device, &preflight.bus, &preflight.chardev),
+    ] {
+        source.command(&command.execute, command.arguments)?;
+    }
+    Ok(())
+}

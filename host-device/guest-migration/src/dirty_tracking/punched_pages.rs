@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Pages that were made zero by making holes.
+
+use std::sync::Arc;
+
+use super::TrackingError;
+use crate::atomic_bitmap::AtomicBitmap;
+use crate::{Layout, PageRun};
+
+/// Tells a tracker of soft-dirty bits which pages were made holes: no bit shows that.
+///
+/// Whoever makes holes in guest memory notes them here, with what [`Quiesce`](super::Quiesce) holds still: before or after,
+/// but within. Copies are the same notes, and may be used by several threads at once.
+#[derive(Clone, Debug)]
+pub struct PunchedPages(Arc<[AtomicBitmap]>);
+
+impl PunchedPages {
+    /// No notes yet.
+    ///
+    /// # Errors
+    ///
+    /// If there is no memory for a bit for each page.
+    pub fn new(layout: &Layout) -> Result<Self, TrackingError> {
+        Ok(Self(page_bitmaps(layout)?.into()))
+    }
+
+    /// The pages `run` were made zero. Those that no block has are left out.
+    pub fn note(&self, run: PageRun) {
+        if let Some(bits) = self.0.get(run.block) {
+            bits.set(run.first..run.end());
+        }
+    }
+
+    /// What was noted, once.
+    pub(super) fn drain(&self) -> Vec<PageRun> {
+        let mut runs = Vec::new();
+        for (block, bits) in self.0.iter().enumerate() {
+            for run in set_runs(block, bits, 0) {
+                bits.clear(run.first..run.end());
+                runs.push(run);
+            }
+        }
+        runs
+    }
+}
+
+/// A bit for each page, by block.
+pub(super) fn page_bitmaps(layout: &Layout) -> Result<Vec<AtomicBitmap>, TrackingError> {
+    let bits = layout.blocks().iter().map(|block| {
+        AtomicBitmap::new(block.pages()).ok_or_else(|| {
+            let name = block.name();
+            TrackingError::Unavailable(format!(
+                "no memory for a bit for each page of block '{name}'"
+            ))
+        })
+    });
+    bits.collect()
+}
+
+/// The runs of set bits from the page `from` on.
+pub(super) fn set_runs(
+    block: usize,
+    bits: &AtomicBitmap,
+    mut from: u64,
+) -> impl Iterator<Item = PageRun> + '_ {
+    std::iter::from_fn(move || {
+        let first = bits.find(from, true);
+        if first >= bits.len() {
+            return None;
+        }
+        from = bits.find(first, false).max(first + 1);
+        Some(PageRun {
+            block,
+            first,
+            pages: from - first,
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::RamBlock;
+
+    #[test]
+    fn notes_are_given_once() {
+        let blocks = [("a", 200), ("b", 3)]
+            .map(|(name, pages)| RamBlock::new(name, pages * crate::PAGE_SIZE).unwrap());
+        let punched = PunchedPages::new(&Layout::new(blocks, []).unwrap()).unwrap();
+        let run = |block, first, pages| PageRun {
+            block,
+            first,
+            pages,
+        };
+        assert_eq!(punched.drain(), []);
+        let other = punched.clone();
+        for note in [
+            run(0, 60, 10),
+            run(0, 65, 30),
+            run(1, 0, 1),
+            run(1, 2, 9),
+            run(2, 0, 1),
+        ] {
+            other.note(note);
+        }
+        assert_eq!(
+            punched.drain(),
+            [run(0, 60, 35), run(1, 0, 1), run(1, 2, 1)]
+        );
+        assert_eq!(punched.drain(), []);
+    }
+}

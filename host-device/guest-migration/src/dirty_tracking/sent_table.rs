@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the destination has, page by page, without keeping the pages.
+
+use std::fmt;
+
+use super::TrackingError;
+use crate::digest::{ContentDigest, PageHash, PageHasher};
+use crate::{Layout, Memory, PageRun, PAGE_SIZE};
+
+/// Bytes of a page, as an index.
+const PAGE: usize = PAGE_SIZE as usize;
+
+/// Pages that are read at once to be compared: 1 MiB.
+const PAGES_AT_ONCE: u64 = 256;
+
+/// A hash of each page as it was sent, at first of a page of zeros, since that is what the destination begins with.
+///
+/// Takes 16 bytes for each page. The hash has a secret seed, so a guest cannot make two pages that look the same.
+pub struct SentTable {
+    hasher: PageHasher,
+    blocks: Vec<Vec<PageHash>>,
+    digest: ContentDigest,
+    buffer: Vec<u8>,
+}
+
+impl SentTable {
+    /// The table of a destination that has nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// If there is no memory for it, or the system has no random numbers.
+    pub fn new(layout: &Layout) -> Result<Self, TrackingError> {
+        let hasher = PageHasher::with_random_seed().map_err(|error| {
+            TrackingError::Unavailable(format!("no secret for hashes: {error}"))
+        })?;
+        Self::with_hasher(layout, hasher)
+    }
+
+    /// The same with another's hasher.
+    ///
+    /// # Errors
+    ///
+    /// If there is no memory for it.
+    pub fn with_hasher(layout: &Layout, hasher: PageHasher) -> Result<Self, TrackingError> {
+        let mut blocks = Vec::new();
+        for block in layout.blocks() {
+            let failed = || {
+                TrackingError::Unavailable(format!(
+                    "no memory for the hashes of the {} pages of block '{}'",
+                    block.pages(),
+                    block.name()
+                ))
+            };
+            let pages = usize::try_from(block.pages()).map_err(|_| failed())?;
+            let mut hashes = Vec::new();
+            hashes.try_reserve_exact(pages).map_err(|_| failed())?;
+            hashes.resize(pages, PageHash::ZERO);
+            blocks.push(hashes);
+        }
+        let mut buffer = Vec::new();
+        let length = PAGE * usize::try_from(PAGES_AT_ONCE).unwrap_or(1);
+        if buffer.try_reserve_exact(length).is_err() {
+            let text = "no memory to read guest memory into".to_owned();
+            return Err(TrackingError::Unavailable(text));
+        }
+        buffer.resize(length, 0);
+        Ok(Self {
+            hasher,
+            blocks,
+            digest: ContentDigest::new(),
+            buffer,
+        })
+    }
+
+    /// The seed of the hashes is this one's.
+    pub fn hasher(&self) -> &PageHasher {
+        &self.hasher
+    }
+
+    /// The digest of all that the destination has.
+    pub fn digest(&self) -> ContentDigest {
+        self.digest
+    }
+
+    /// Notes that the pages `run` were sent as these `bytes`, [`PAGE_SIZE`] each. Pages that no block has, or for which
+    /// there are no bytes, are left out.
+    pub fn record_sent(&mut self, run: PageRun, bytes: &[u8]) {
+        let Self {
+            hasher,
+            blocks,
+            digest,
+            ..
+        } = self;
+        let hashes = hashes(blocks, run).iter_mut();
+        for ((page, hash), bytes) in (run.first..).zip(hashes).zip(bytes.chunks_exact(PAGE)) {
+            let new = hasher.hash(bytes);
+            digest.replace(run.block, page, *hash, new);
+            *hash = new;
+        }
+    }
+
+    /// Notes that the pages `run` were sent as zeros.
+    pub fn record_sent_zeros(&mut self, run: PageRun) {
+        let Self { blocks, digest, .. } = self;
+        for (page, hash) in (run.first..).zip(hashes(blocks, run)) {
+            digest.replace(run.block, page, *hash, PageHash::ZERO);
+            *hash = PageHash::ZERO;
+        }
+    }
+
+    /// Compares all of guest memory with what was sent, and calls `differs` with each run of pages that are not the same,
+    /// by ascending block and page. Holes count as zeros, and are not read.
+    ///
+    /// # Errors
+    ///
+    /// If guest memory cannot be read.
+    pub fn compare(
+        &mut self,
+        memory: &Memory,
+        mut differs: impl FnMut(PageRun),
+    ) -> Result<(), TrackingError> {
+        let Self {
+            hasher,
+            blocks,
+            buffer,
+            ..
+        } = self;
+        for (block, hashes) in blocks.iter().enumerate() {
+            let failed = |page: u64, source| TrackingError::Read {
+                block,
+                offset: page.saturating_mul(PAGE_SIZE),
+                source,
+            };
+            let mut builder = RunBuilder::new(block, &mut differs);
+            let mut hole = 0;
+            loop {
+                let data = memory
+                    .next_data(block, hole)
+                    .map_err(|error| failed(hole, error))?;
+                let end = data.map_or(hashes.len() as u64, |data| data.first);
+                for (page, hash) in numbered(hashes, hole..end) {
+                    if *hash != PageHash::ZERO {
+                        builder.add(page);
+                    }
+                }
+                let Some(data) = data else {
+                    break;
+                };
+                for chunk in data.chunks(PAGES_AT_ONCE) {
+                    let length = usize::try_from(chunk.length()).unwrap_or(usize::MAX);
+                    let Some(bytes) = buffer.get_mut(..length) else {
+                        continue;
+                    };
+                    memory
+                        .read(chunk, bytes)
+                        .map_err(|error| failed(chunk.first, error))?;
+                    let pages = numbered(hashes, chunk.first..chunk.end());
+                    for ((page, hash), bytes) in pages.zip(bytes.chunks_exact(PAGE)) {
+                        if hasher.hash(bytes) != *hash {
+                            builder.add(page);
+                        }
+                    }
+                }
+                hole = data.end();
+            }
+            builder.end();
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for SentTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pages: usize = self.blocks.iter().map(Vec::len).sum();
+        f.debug_struct("SentTable")
+            .field("pages", &pages)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The hashes of the pages `run`; none if no block has them all.
+fn hashes(blocks: &mut [Vec<PageHash>], run: PageRun) -> &mut [PageHash] {
+    let place = |page: u64| usize::try_from(page).ok();
+    let range = place(run.first).zip(place(run.end()));
+    blocks
+        .get_mut(run.block)
+        .zip(range)
+        .and_then(|(block, (first, end))| block.get_mut(first..end))
+        .unwrap_or_default()
+}
+
+/// The hashes of these pages, with their numbers.
+fn numbered(
+    hashes: &[PageHash],
+    pages: std::ops::Range<u64>,
+) -> impl Iterator<Item = (u64, &PageHash)> {
+    let place = |page: u64| usize::try_from(page).unwrap_or(usize::MAX);
+    let count = place(pages.end.saturating_sub(pages.start));
+    (pages.start..).zip(hashes.iter().skip(place(pages.start)).take(count))
+}
+
+/// Joins pages to runs.
+struct RunBuilder<'a, F: FnMut(PageRun)> {
+    block: usize,
+    run: Option<PageRun>,
+    emit: &'a mut F,
+}
+
+impl<'a, F: FnMut(PageRun)> RunBuilder<'a, F> {
+    fn new(block: usize, emit: &'a mut F) -> Self {
+        Self {
+            block,
+            run: None,
+            emit,
+        }
+    }
+
+    fn add(&mut self, page: u64) {
+        match &mut self.run {
+            Some(run) if run.end() == page => run.pages += 1,
+            other => {
+                let next = PageRun {
+                    block: self.block,
+                    first: page,
+                    pages: 1,
+                };
+                if let Some(run) = other.replace(next) {
+                    (self.emit)(run);
+                }
+            }
+        }
+    }
+
+    fn end(self) {
+        if let Some(run) = self.run {
+            (self.emit)(run);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::dirty_tracking::test_memory;
+
+    fn run(block: usize, first: u64, pages: u64) -> PageRun {
+        PageRun {
+            block,
+            first,
+            pages,
+        }
+    }
+
+    fn differing(table: &mut SentTable, memory: &Memory) -> Vec<PageRun> {
+        let mut runs = Vec::new();
+        table.compare(memory, |run| runs.push(run)).unwrap();
+        runs
+    }
+
+    #[test]
+    fn what_differs_from_what_was_sent_is_found_also_in_holes() {
+        let memory = test_memory(&[1000, 4]);
+        let mut table = SentTable::new(memory.layout()).unwrap();
+        assert_eq!(differing(&mut table, &memory), []);
+        let ram = memory.file(0).unwrap();
+        ram.write_all_at(&[1; 600 * PAGE], 100 * PAGE_SIZE).unwrap();
+        memory
+            .file(1)
+            .unwrap()
+            .write_all_at(&[2], 3 * PAGE_SIZE)
+            .unwrap();
+        // Zeros that take room are zeros.
+        ram.write_all_at(&[0; PAGE], 900 * PAGE_SIZE).unwrap();
+        assert_eq!(
+            differing(&mut table, &memory),
+            [run(0, 100, 600), run(1, 3, 1)]
+        );
+        table.record_sent(run(0, 100, 600), &[1; 600 * PAGE]);
+        assert_eq!(differing(&mut table, &memory), [run(1, 3, 1)]);
+        ram.write_all_at(&[3], 100 * PAGE_SIZE + 4095).unwrap();
+        let mut bytes = [0; PAGE];
+        bytes[0] = 2;
+        table.record_sent(run(1, 3, 1), &bytes);
+        assert_eq!(differing(&mut table, &memory), [run(0, 100, 1)]);
+        // What was sent is a hole now.
+        rustix::fs::ftruncate(ram, 650 * PAGE_SIZE).unwrap();
+        rustix::fs::ftruncate(ram, 1000 * PAGE_SIZE).unwrap();
+        assert_eq!(
+            differing(&mut table, &memory),
+            [run(0, 100, 1), run(0, 650, 50)]
+        );
+        table.record_sent_zeros(run(0, 640, 360));
+        assert_eq!(
+            differing(&mut table, &memory),
+            [run(0, 100, 1), run(0, 640, 10)]
+        );
+    }
+
+    #[test]
+    fn comparing_fills_no_hole() {
+        use std::os::unix::fs::MetadataExt;
+        let memory = test_memory(&[64]);
+        let file = memory.file(0).unwrap();
+        file.write_all_at(&[1], 7 * PAGE_SIZE).unwrap();
+        let mut table = SentTable::new(memory.layout()).unwrap();
+        assert_eq!(differing(&mut table, &memory), [run(0, 7, 1)]);
+        assert_eq!(file.metadata().unwrap().blocks() * 512, PAGE_SIZE);
+    }
+
+    #[test]
+    fn the_digest_is_that_of_what_was_sent() {
+        let memory = test_memory(&[8]);
+        let mut table = SentTable::with_hasher(memory.layout(), PageHasher::new(4)).unwrap();
+        table.record_sent(run(0, 2, 2), &[5; 2 * PAGE]);
+        table.record_sent_zeros(run(0, 3, 1));
+        // Nowhere.
+        table.record_sent(run(0, 8, 1), &[5; PAGE]);
+        table.record_sent(run(1, 0, 1), &[5; PAGE]);
+        let mut wanted = ContentDigest::new();
+        wanted.add(0, 2, table.hasher().hash(&[5; PAGE]));
+        assert_eq!(table.digest(), wanted);
+    }
+
+    #[test]
+    fn a_table_that_does_not_fit_is_an_error() {
+        let block = crate::RamBlock::new("ram", 1 << 62).unwrap();
+        let layout = Layout::new([block], []).unwrap();
+        let error = SentTable::new(&layout).unwrap_err().to_string();
+        assert!(error.contains("'ram'"), "{error}");
+    }
+}

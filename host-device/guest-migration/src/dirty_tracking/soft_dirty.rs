@@ -1,0 +1,538 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Writes found by the soft-dirty bits that the kernel keeps of each process.
+//!
+//! A sync stops all processes that map guest memory, reads the bits of all of them, clears them, and lets the processes go
+//! on. Between reading and clearing nobody writes: so no write is lost. Our own process maps guest memory too, and is kept
+//! from writing by [`Quiesce`].
+//!
+//! # What the bits do not show
+//!
+//! They belong to a mapping and go with it. What was mapped may have been written, so what cannot be seen counts as written:
+//!
+//! - **A mapping that is gone or changed.** What was mapped to be written at the last sync counts. New mappings are
+//!   shown as written by the kernel.
+//! - **A process that came and went.** While its parent, if it maps guest memory, has waited for it, the parent's count of its
+//!   children's page faults has grown: then all data counts.
+//! - **A process that maps here and there**, as those that user-mode Linux keeps for its address spaces do: children of a
+//!   process that maps guest memory, with other mappings than it. Between two syncs they may have mapped a page, written
+//!   it, and mapped it no more. Each such write took a page fault. Only if such a process had just as many as it has
+//!   written pages to show, in the mappings that it had before, is it believed; else all data counts. So it does when such a
+//!   process is new or gone. The same holds for a child that maps nothing now but has the memory file open. A guest in user-mode Linux whose processes come, go or map is therefore all dirty after each
+//!   interval: it is moved right, but only once, at the end.
+//! - **Pages that the kernel took out of a mapping**, with their bits, because memory was scarce or a huge page was split: if
+//!   the system has done any of this since the last sync, all data counts.
+//! - **Holes**: to make one is a write of zeros that no bit shows. A page that is a hole, and not known to be zero at the
+//!   destination, counts, and so does one that was noted in [`PunchedPages`], however it is used since.
+//!
+//! # What remains unseen
+//!
+//! - `write` to the memory file, and whatever else does not go through a mapping.
+//! - Devices and requests that write to pinned pages: of VFIO, of RDMA, direct I/O that is under way.
+//! - A process that is not a child of one that maps guest memory, and that maps, writes and unmaps between two syncs; a
+//!   mapping that one which is not a child makes, writes through and removes between two syncs; children whose parents do
+//!   not wait for them.
+//! - Processes that we may not look at.
+//! - `MADV_DONTNEED` on a mapping; holes that others make and fill by reading between two syncs.
+//! - hugetlbfs has no bits, and is refused.
+//!
+//! What [`verify`](super::SentTable) is for, with the guest paused.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::time::Duration;
+
+use rustix::fs::fstatfs;
+
+use super::pagemap::{self, PageMap};
+use super::punched_pages::{page_bitmaps, set_runs};
+use super::{DirtyTracker, PunchedPages, Quiesce, Stage, SyncStats, TrackingError};
+use crate::atomic_bitmap::AtomicBitmap;
+use crate::processes::{
+    has_soft_dirty_mappings, stat, Mapping, Process, RamFiles, StopError, StoppedProcesses,
+};
+use crate::{Memory, PageRun, SyncPhase};
+
+/// How long it may take until all processes stand still.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+const HUGETLBFS: i64 = 0x9584_58f6;
+const TMPFS: i64 = 0x0102_1994;
+
+/// A tracker by soft-dirty bits.
+pub struct SoftDirtyTracker {
+    quiesce: Box<dyn Quiesce>,
+    inner: Inner,
+}
+
+struct Inner {
+    memory: Memory,
+    files: RamFiles,
+    punched: PunchedPages,
+    /// Set for a page that may be other than zero at the destination.
+    sent_nonzero: Vec<AtomicBitmap>,
+    /// What was seen at the last sync.
+    previous: BTreeMap<Process, ProcessSnapshot>,
+    reclaim: Reclaim,
+    all_dirty_reason: Option<String>,
+}
+
+/// A process that maps guest memory, as it was at a sync.
+#[derive(Clone, Debug)]
+struct ProcessSnapshot {
+    mappings: Vec<Mapping>,
+    parent: u32,
+    faults: u64,
+    child_faults: u64,
+    /// Whether it maps here and there.
+    has_transient_mappings: bool,
+}
+
+impl SoftDirtyTracker {
+    /// For this memory. `quiesce` keeps our own process from writing to it. Whoever makes holes in it tells `punched`.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel or the memory files do not have the bits, there is no other process that maps guest memory, or one
+    /// whose bits we may not clear.
+    pub fn new(
+        memory: Memory,
+        punched: PunchedPages,
+        quiesce: Box<dyn Quiesce>,
+    ) -> Result<Self, TrackingError> {
+        let unavailable = |text: String| TrackingError::Unavailable(text);
+        pagemap::check_support().map_err(unavailable)?;
+        let failed = |error| TrackingError::Unavailable(format!("guest memory: {error}"));
+        let files = RamFiles::from_memory(&memory).map_err(failed)?;
+        let mut tmpfs = true;
+        for (block, file) in memory.blocks() {
+            let kind = fstatfs(file).map_err(|error| failed(error.into()))?.f_type;
+            if kind == HUGETLBFS {
+                let name = block.name();
+                return Err(unavailable(format!(
+                    "block '{name}' lies on hugetlbfs, which has no soft-dirty bits"
+                )));
+            }
+            tmpfs &= kind == TMPFS;
+        }
+        let mapping_processes = files.mapping_processes().map_err(failed)?;
+        if mapping_processes.is_empty() {
+            let text = "no other process that we may look at maps guest memory";
+            return Err(unavailable(text.into()));
+        }
+        for mapping_process in mapping_processes {
+            let pid = mapping_process.process.pid;
+            pagemap::can_clear(pid)
+                .map_err(|source| process_error(pid, "/proc/PID/clear_refs", source))?;
+        }
+        let sent_nonzero = page_bitmaps(memory.layout())?;
+        let reclaim = Reclaim { tmpfs, count: 0 };
+        Ok(Self {
+            quiesce,
+            inner: Inner {
+                memory,
+                files,
+                punched,
+                sent_nonzero,
+                previous: BTreeMap::new(),
+                reclaim,
+                all_dirty_reason: None,
+            },
+        })
+    }
+
+    /// Whether this kernel has the bits. Clears those of our own process.
+    ///
+    /// # Errors
+    ///
+    /// A sentence says why it has not.
+    pub fn check_support() -> Result<(), String> {
+        pagemap::check_support()
+    }
+
+    /// Why the last sync took all data for written, if it did.
+    pub fn all_dirty_reason(&self) -> Option<&str> {
+        self.inner.all_dirty_reason.as_deref()
+    }
+
+    /// Marks in `phase`, if there is one, what was written, and begins anew. Returns the pages that were not marked before.
+    fn collect_while_stopped(
+        &mut self,
+        phase: Option<&SyncPhase>,
+    ) -> Result<SyncStats, TrackingError> {
+        let Self { quiesce, inner } = self;
+        let mut result = Err(TrackingError::Unavailable(
+            "our own process could not be kept from writing".into(),
+        ));
+        quiesce.with_quiesced(&mut || {
+            result = StoppedProcesses::stop(&inner.files, STOP_TIMEOUT)
+                .map_err(stop_error)
+                .and_then(|stopped| {
+                    let marked = inner.read_and_clear(phase, &stopped)?;
+                    let stop_time = stopped.resume().map_err(stop_error)?;
+                    Ok(SyncStats { marked, stop_time })
+                });
+        });
+        result
+    }
+}
+
+impl DirtyTracker for SoftDirtyTracker {
+    fn name(&self) -> &'static str {
+        "soft-dirty"
+    }
+
+    fn hints_need_discard(&self) -> bool {
+        false
+    }
+
+    fn wants_bytes(&self) -> bool {
+        false
+    }
+
+    fn start(&mut self) -> Result<(), TrackingError> {
+        self.collect_while_stopped(None).map(drop)
+    }
+
+    fn sync(&mut self, phase: &SyncPhase, _: Stage) -> Result<SyncStats, TrackingError> {
+        self.collect_while_stopped(Some(phase))
+    }
+
+    fn record_sent(&mut self, run: PageRun, _: &[u8]) {
+        if let Some(bits) = self.inner.sent_nonzero.get(run.block) {
+            bits.set(run.first..run.end());
+        }
+    }
+
+    fn record_sent_zeros(&mut self, run: PageRun) {
+        if let Some(bits) = self.inner.sent_nonzero.get(run.block) {
+            bits.clear(run.first..run.end());
+        }
+    }
+}
+
+impl std::fmt::Debug for SoftDirtyTracker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SoftDirty")
+            .field("processes", &self.inner.previous.keys())
+            .field("why_all", &self.inner.all_dirty_reason)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Inner {
+    fn read_and_clear(
+        &mut self,
+        phase: Option<&SyncPhase>,
+        stopped: &StoppedProcesses,
+    ) -> Result<u64, TrackingError> {
+        let now = self.take_snapshot(stopped)?;
+        let mut marked = 0;
+        if let Some(phase) = phase {
+            let mut all = None;
+            marked += self.mark_unmapped(phase, &now, &mut all);
+            for (process, snapshot) in &now {
+                marked += self.mark_written(phase, *process, snapshot, &mut all)?;
+            }
+            if self.reclaim.has_changed()? {
+                all.get_or_insert_with(|| "the system took pages out of mappings".to_owned());
+            }
+            if all.is_some() {
+                marked += self.mark_data(phase)?;
+            }
+            self.all_dirty_reason = all;
+            marked += self.mark_holes(phase)?;
+        } else {
+            self.reclaim.has_changed()?;
+            self.punched.drain();
+        }
+        // One that maps nothing runs on, and may map and write at this moment: its bits stay for the next sync.
+        for (process, _) in now
+            .iter()
+            .filter(|(_, snapshot)| !snapshot.mappings.is_empty())
+        {
+            let pid = process.pid;
+            pagemap::clear(pid)
+                .map_err(|source| process_error(pid, "/proc/PID/clear_refs", source))?;
+        }
+        self.previous = now;
+        Ok(marked)
+    }
+
+    /// All processes that map guest memory, as they are now; our own too.
+    fn take_snapshot(
+        &self,
+        stopped: &StoppedProcesses,
+    ) -> Result<BTreeMap<Process, ProcessSnapshot>, TrackingError> {
+        let own = std::process::id();
+        let mut now = BTreeMap::new();
+        for pid in stopped.processes().map(|it| it.pid).chain([own]) {
+            let failed = |source| process_error(pid, "/proc/PID/stat and maps", source);
+            let mappings = self.files.mappings(pid).map_err(failed)?;
+            if let Some(stat) = stat(pid).map_err(failed)? {
+                let snapshot = ProcessSnapshot {
+                    mappings,
+                    parent: stat.parent,
+                    faults: stat.faults,
+                    child_faults: stat.child_faults,
+                    has_transient_mappings: false,
+                };
+                now.insert(stat.process, snapshot);
+            }
+        }
+        let parents: Vec<u32> = now
+            .keys()
+            .map(|it| it.pid)
+            .filter(|it| *it != own)
+            .collect();
+        let children_with_memory_open = self.files.children_with_memory_open(&parents);
+        for stat in children_with_memory_open
+            .map_err(|error| TrackingError::Unavailable(format!("/proc: {error}")))?
+        {
+            let snapshot = ProcessSnapshot {
+                mappings: Vec::new(),
+                parent: stat.parent,
+                faults: stat.faults,
+                child_faults: stat.child_faults,
+                has_transient_mappings: true,
+            };
+            now.insert(stat.process, snapshot);
+        }
+        let transient: Vec<Process> = now
+            .iter()
+            .filter(|(_, snapshot)| {
+                let parent = now.iter().find(|(it, _)| it.pid == snapshot.parent);
+                parent.is_some_and(|(it, parent)| {
+                    it.pid != own && parent.mappings != snapshot.mappings
+                })
+            })
+            .map(|(process, _)| *process)
+            .collect();
+        for process in transient {
+            if let Some(snapshot) = now.get_mut(&process) {
+                snapshot.has_transient_mappings = true;
+            }
+        }
+        Ok(now)
+    }
+
+    /// Marks what was mapped to be written and is not mapped so any more, and says if anything may have been written.
+    fn mark_unmapped(
+        &self,
+        phase: &SyncPhase,
+        now: &BTreeMap<Process, ProcessSnapshot>,
+        all: &mut Option<String>,
+    ) -> u64 {
+        let mut marked = 0;
+        for (process, previous) in &self.previous {
+            let pid = process.pid;
+            let still = now.get(process);
+            if previous.has_transient_mappings && still.is_none() {
+                all.get_or_insert_with(|| format!("process {pid} is gone"));
+            }
+            if still.is_some_and(|it| it.child_faults != previous.child_faults) {
+                all.get_or_insert_with(|| format!("a child of process {pid} is gone"));
+            }
+            let mapped: &[Mapping] = still.map_or(&[], |it| &it.mappings);
+            for mapping in &previous.mappings {
+                if mapping.writable && !mapped.contains(mapping) {
+                    marked += phase.mark(PageRun {
+                        block: mapping.block,
+                        first: mapping.first,
+                        pages: mapping.pages(),
+                    });
+                }
+            }
+        }
+        for (process, snapshot) in now {
+            if snapshot.has_transient_mappings && !self.previous.contains_key(process) {
+                all.get_or_insert_with(|| format!("process {} is new", process.pid));
+            }
+        }
+        marked
+    }
+
+    /// Marks what the bits of a process show, and says if it may have written more than that.
+    fn mark_written(
+        &self,
+        phase: &SyncPhase,
+        process: Process,
+        snapshot: &ProcessSnapshot,
+        all: &mut Option<String>,
+    ) -> Result<u64, TrackingError> {
+        let pid = process.pid;
+        let failed = |what| move |source| process_error(pid, what, source);
+        let map = PageMap::open(pid).map_err(failed("/proc/PID/pagemap"))?;
+        let (mut marked, mut dirty) = (0, 0);
+        for mapping in &snapshot.mappings {
+            match &map {
+                Some(map) => {
+                    dirty += map
+                        .dirty(mapping, |run| marked += phase.mark(run))
+                        .map_err(failed("/proc/PID/pagemap"))?;
+                }
+                None => {
+                    all.get_or_insert_with(|| format!("process {pid} is gone"));
+                }
+            }
+        }
+        let Some(previous) = self
+            .previous
+            .get(&process)
+            .filter(|_| snapshot.has_transient_mappings)
+        else {
+            return Ok(marked);
+        };
+        let faults = snapshot.faults.wrapping_sub(previous.faults);
+        let doubtful = previous.mappings != snapshot.mappings
+            || faults != dirty
+            || (dirty > 0 && has_soft_dirty_mappings(pid).map_err(failed("/proc/PID/smaps"))?);
+        if doubtful {
+            all.get_or_insert_with(|| {
+                format!("process {pid} had {faults} page faults and shows {dirty} written pages")
+            });
+        }
+        Ok(marked)
+    }
+
+    /// Marks all that is not a hole.
+    fn mark_data(&self, phase: &SyncPhase) -> Result<u64, TrackingError> {
+        let mut marked = 0;
+        for block in 0..self.sent_nonzero.len() {
+            let mut page = 0;
+            while let Some(run) = self.next_data(block, page)? {
+                marked += phase.mark(run);
+                page = run.end();
+            }
+        }
+        Ok(marked)
+    }
+
+    /// Marks holes that the destination may not have, and what was noted to have been one.
+    fn mark_holes(&self, phase: &SyncPhase) -> Result<u64, TrackingError> {
+        let mut marked = 0;
+        for run in self.punched.drain() {
+            marked += self.mark_sent_nonzero(phase, run);
+        }
+        for (block, bits) in self.sent_nonzero.iter().enumerate() {
+            let mut hole = 0;
+            while hole < bits.len() {
+                let data = self.next_data(block, hole)?;
+                let end = data.map_or(bits.len(), |run| run.first);
+                marked += self.mark_sent_nonzero(
+                    phase,
+                    PageRun {
+                        block,
+                        first: hole,
+                        pages: end.saturating_sub(hole),
+                    },
+                );
+                hole = data.map_or(bits.len(), |run| run.end());
+            }
+        }
+        Ok(marked)
+    }
+
+    /// Marks those of the pages that may be other than zero at the destination.
+    fn mark_sent_nonzero(&self, phase: &SyncPhase, run: PageRun) -> u64 {
+        let Some(bits) = self.sent_nonzero.get(run.block) else {
+            return 0;
+        };
+        set_runs(run.block, bits, run.first)
+            .take_while(|it| it.first < run.end())
+            .map(|it| {
+                let pages = it.end().min(run.end()) - it.first;
+                phase.mark(PageRun { pages, ..it })
+            })
+            .sum()
+    }
+
+    fn next_data(&self, block: usize, page: u64) -> Result<Option<PageRun>, TrackingError> {
+        let run = self.memory.next_data(block, page);
+        run.map_err(|source| TrackingError::Read {
+            block,
+            offset: page.saturating_mul(crate::PAGE_SIZE),
+            source,
+        })
+    }
+}
+
+/// What the system does to pages in mappings unasked.
+#[derive(Debug)]
+struct Reclaim {
+    /// Whether all of guest memory is on tmpfs, from which pages go only to swap.
+    tmpfs: bool,
+    count: u64,
+}
+
+impl Reclaim {
+    /// What counts it in `/proc/vmstat`: swapping out, and splitting huge pages.
+    const COUNTERS: [&'static str; 6] = [
+        "pswpout",
+        "zswpout",
+        "swpout_zero",
+        "thp_swpout",
+        "thp_split_pmd",
+        "thp_split_page",
+    ];
+    /// The same, of files on disks: their pages are written back and given up.
+    const FILE_COUNTER_PREFIX: &'static str = "pgsteal_";
+
+    /// Whether it has happened since this was asked last.
+    fn has_changed(&mut self) -> Result<bool, TrackingError> {
+        let text = fs::read_to_string("/proc/vmstat")
+            .map_err(|error| TrackingError::Unavailable(format!("/proc/vmstat: {error}")))?;
+        let count = Self::sum_counters(&text, self.tmpfs);
+        let before = std::mem::replace(&mut self.count, count);
+        Ok(before != count)
+    }
+
+    fn sum_counters(text: &str, tmpfs: bool) -> u64 {
+        let pairs = text.lines().filter_map(|line| line.split_once(' '));
+        pairs
+            .filter(|(name, _)| {
+                Self::COUNTERS.contains(name)
+                    || (!tmpfs && name.starts_with(Self::FILE_COUNTER_PREFIX))
+            })
+            .filter_map(|(_, number)| number.trim().parse::<u64>().ok())
+            .fold(0, u64::wrapping_add)
+    }
+}
+
+fn process_error(pid: u32, what: &'static str, source: io::Error) -> TrackingError {
+    TrackingError::Process { pid, what, source }
+}
+
+fn stop_error(error: StopError) -> TrackingError {
+    TrackingError::Unavailable(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dirty_tracking::{test_memory, NoWriters};
+
+    #[test]
+    fn a_kernel_without_the_bits_is_refused_in_plain_words() {
+        let memory = test_memory(&[4]);
+        let punched = PunchedPages::new(memory.layout()).unwrap();
+        let made = SoftDirtyTracker::new(memory, punched, Box::new(NoWriters));
+        let said = made.unwrap_err().to_string();
+        match SoftDirtyTracker::check_support() {
+            // Nobody but us maps it.
+            Ok(()) => assert!(said.contains("no other process"), "{said}"),
+            Err(why) => {
+                assert_eq!(said, why);
+                assert!(why.contains("soft-dirty"), "{why}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_takes_pages_out_of_mappings_is_counted() {
+        let text = "pgsteal_kswapd 5\npswpin 7\npswpout 10\nthp_split_pmd 200\npgsteal_file 1000\n";
+        assert_eq!(Reclaim::sum_counters(text, true), 210);
+        assert_eq!(Reclaim::sum_counters(text, false), 1215);
+    }
+}

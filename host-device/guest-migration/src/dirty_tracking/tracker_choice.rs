@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which tracker a migration has, and whether hints count with it.
+
+use serde::{Deserialize, Serialize};
+
+use super::{ContentTracker, DirtyTracker, PunchedPages, Quiesce, SoftDirtyTracker, TrackingError};
+use crate::Memory;
+
+/// The tracker that is asked for: the parameter `dirty-tracking`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TrackingMode {
+    /// Soft-dirty bits where they are to be had, else comparison.
+    #[default]
+    Auto,
+    /// Soft-dirty bits.
+    SoftDirty,
+    /// Comparison of content.
+    Content,
+}
+
+/// What was chosen.
+pub struct TrackerChoice {
+    /// The tracker. It has not begun.
+    pub tracker: Box<dyn DirtyTracker>,
+    /// Whether the guest is to be asked for hints.
+    pub use_hints: bool,
+    /// What was chosen and why, for operators: a sentence or two.
+    pub why: String,
+}
+
+/// Chooses a tracker for `memory`.
+///
+/// `hints` says whether hints are wanted, and `discards` whether their source makes hinted pages zero
+/// ([`HintSource::discards`](crate::HintSource::discards)): where the tracker needs that and has it not, hints are left out.
+/// `punched` and `quiesce` are for [`SoftDirtyTracker`].
+///
+/// # Errors
+///
+/// If what is asked for is not to be had.
+pub fn choose_tracker(
+    request: TrackingMode,
+    hints: bool,
+    discards: bool,
+    memory: &Memory,
+    punched: &PunchedPages,
+    quiesce: Box<dyn Quiesce>,
+) -> Result<TrackerChoice, TrackingError> {
+    let soft_dirty = || SoftDirtyTracker::new(memory.clone(), punched.clone(), quiesce);
+    let (tracker, reason): (Box<dyn DirtyTracker>, _) = match request {
+        TrackingMode::SoftDirty => (Box::new(soft_dirty()?), "as was asked for".into()),
+        TrackingMode::Content => (
+            Box::new(ContentTracker::new(memory.clone())?),
+            "as was asked for".into(),
+        ),
+        TrackingMode::Auto => match soft_dirty() {
+            Ok(tracker) => (Box::new(tracker), "which the kernel has".into()),
+            Err(error) => (
+                Box::new(ContentTracker::new(memory.clone())?),
+                format!("since soft-dirty bits are not to be had: {error}"),
+            ),
+        },
+    };
+    let (use_hints, about_hints) = with_hints(tracker.as_ref(), hints, discards);
+    let way = match tracker.name() {
+        "soft-dirty" => "soft-dirty bits",
+        _ => "comparison of content",
+    };
+    let why = format!("writes are tracked by {way}, {reason}; {about_hints}");
+    Ok(TrackerChoice {
+        tracker,
+        use_hints,
+        why,
+    })
+}
+
+/// Whether hints count with this tracker, and a clause that says so.
+fn with_hints(tracker: &dyn DirtyTracker, wanted: bool, discards: bool) -> (bool, &'static str) {
+    match (wanted, tracker.hints_need_discard(), discards) {
+        (false, ..) => (false, "no hints are wanted"),
+        (true, false, _) => (true, "hints count"),
+        (true, true, true) => (
+            true,
+            "hints count, since the device makes hinted pages zero",
+        ),
+        (true, true, false) => (
+            false,
+            "hints are ignored, since the device does not make hinted pages zero: one that is used again with the bytes that \
+             it had would not show",
+        ),
+    }
+}
+
+impl std::fmt::Debug for TrackerChoice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TrackerChoice")
+            .field("tracker", &self.tracker.name())
+            .field("use_hints", &self.use_hints)
+            .field("why", &self.why)
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dirty_tracking::{mock_tracker, test_memory, NoWriters};
+
+    fn chosen(
+        request: TrackingMode,
+        hints: bool,
+        discards: bool,
+    ) -> Result<TrackerChoice, TrackingError> {
+        let memory = test_memory(&[4]);
+        let punched = PunchedPages::new(memory.layout()).unwrap();
+        let quiesce = Box::new(NoWriters);
+        choose_tracker(request, hints, discards, &memory, &punched, quiesce)
+    }
+
+    #[test]
+    fn comparison_without_discarding_ignores_hints_and_says_so() {
+        let choice = chosen(TrackingMode::Content, true, false).unwrap();
+        assert_eq!(
+            (choice.tracker.name(), choice.use_hints),
+            ("content", false)
+        );
+        assert!(choice.why.contains("hints are ignored"), "{}", choice.why);
+        let choice = chosen(TrackingMode::Content, true, true).unwrap();
+        assert!(choice.use_hints && choice.why.contains("hints count"));
+        let choice = chosen(TrackingMode::Content, false, true).unwrap();
+        assert!(!choice.use_hints && choice.why.contains("no hints are wanted"));
+    }
+
+    #[test]
+    fn a_tracker_that_sees_writes_has_hints_from_any_source() {
+        let (tracker, _) = mock_tracker();
+        assert_eq!(with_hints(&tracker, true, false), (true, "hints count"));
+        assert!(!with_hints(&tracker, false, false).0);
+    }
+
+    #[test]
+    fn what_is_not_to_be_had_is_refused_or_replaced_with_the_reason() {
+        // Nobody but us maps this memory, so there are no bits, whatever the kernel has.
+        let refused = chosen(TrackingMode::SoftDirty, true, false).unwrap_err();
+        let choice = chosen(TrackingMode::Auto, true, false).unwrap();
+        assert_eq!(choice.tracker.name(), "content");
+        assert!(choice.why.contains(&refused.to_string()), "{}", choice.why);
+    }
+
+    #[test]
+    fn requests_have_the_names_of_the_parameter() {
+        let names = ["\"auto\"", "\"soft-dirty\"", "\"content\""];
+        let all = [
+            TrackingMode::Auto,
+            TrackingMode::SoftDirty,
+            TrackingMode::Content,
+        ];
+        for (request, name) in all.iter().zip(names) {
+            assert_eq!(serde_json::to_string(request).unwrap(), name);
+            assert_eq!(
+                serde_json::from_str::<TrackingMode>(name).unwrap(),
+                *request
+            );
+        }
+    }
+}

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Which processes map guest memory, and how they are made to stand still.
+//!
+//! They are found by the device and inode of the memory files in `/proc/*/maps`. A process that may not be looked at is
+//! taken to map nothing: to see those of other users takes the rights to do so. So does a file system that shows another
+//! device in `maps` than `stat` does (btrfs, some overlays): keep guest memory in a memfd, or on tmpfs or hugetlbfs.
+
+mod maps;
+mod process;
+mod stop;
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader};
+
+use rustix::fs::{fstat, major, minor};
+
+pub(crate) use maps::Mapping;
+pub(crate) use process::{has_soft_dirty_mappings, none_if_exited, stat, Process, Stat};
+pub(crate) use stop::{StopError, StoppedProcesses};
+
+use crate::Memory;
+
+/// What a file is called in `/proc/PID/maps`.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct FileId {
+    major: u32,
+    minor: u32,
+    inode: u64,
+}
+
+impl FileId {
+    fn from_stat(stat: &rustix::fs::Stat) -> Self {
+        Self {
+            major: major(stat.st_dev),
+            minor: minor(stat.st_dev),
+            inode: stat.st_ino,
+        }
+    }
+}
+
+/// The memory files of a guest, by the index of their block.
+#[derive(Clone, Debug)]
+pub(crate) struct RamFiles(Vec<FileId>);
+
+/// A process that maps guest memory.
+#[derive(Clone, Debug)]
+pub(crate) struct MappingProcess {
+    pub(crate) process: Process,
+    pub(crate) parent: u32,
+    pub(crate) tracer: u32,
+}
+
+impl RamFiles {
+    /// The files of `memory`.
+    pub(crate) fn from_memory(memory: &Memory) -> io::Result<Self> {
+        let ids = memory
+            .blocks()
+            .map(|(_, file)| Ok(FileId::from_stat(&fstat(file)?)));
+        ids.collect::<io::Result<_>>().map(Self)
+    }
+
+    fn block(&self, id: FileId) -> Option<usize> {
+        self.0.iter().position(|file| *file == id)
+    }
+
+    /// Where the process maps guest memory such that others see what it writes there, by ascending address. Nothing if it
+    /// is no more.
+    pub(crate) fn mappings(&self, pid: u32) -> io::Result<Vec<Mapping>> {
+        match none_if_exited(fs::read(format!("/proc/{pid}/maps")))? {
+            Some(text) => Ok(maps::parse(&text, |id| self.block(id)).collect()),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Every process but ours that maps guest memory, by its number.
+    pub(crate) fn mapping_processes(&self) -> io::Result<Vec<MappingProcess>> {
+        self.mapping_processes_except(&[])
+    }
+
+    /// Every process but ours and `known` that maps guest memory, by its number.
+    fn mapping_processes_except(&self, known: &[Process]) -> io::Result<Vec<MappingProcess>> {
+        let own = std::process::id();
+        let mut mapping_processes = Vec::new();
+        for pid in all_pids()? {
+            let pid = pid?;
+            if pid == own {
+                continue;
+            }
+            // Another may have its number by now.
+            if let Some(known) = known.iter().find(|it| it.pid == pid) {
+                if stat(pid)?.is_none_or(|it| it.process == *known) {
+                    continue;
+                }
+            }
+            match self.mapping_process(pid) {
+                Ok(mapping_process) => mapping_processes.extend(mapping_process),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                Err(error) => return Err(error),
+            }
+        }
+        mapping_processes.sort_by_key(|mapping_process| mapping_process.process.pid);
+        Ok(mapping_processes)
+    }
+
+    /// The children of `parents` that map no guest memory, but could: they have it open.
+    pub(crate) fn children_with_memory_open(&self, parents: &[u32]) -> io::Result<Vec<Stat>> {
+        let mut children_with_memory_open = Vec::new();
+        for pid in all_pids()? {
+            let pid = pid?;
+            let Some(stat) = stat(pid)? else {
+                continue;
+            };
+            if !parents.contains(&stat.parent) || pid == std::process::id() {
+                continue;
+            }
+            match self
+                .has_memory_open(pid)
+                .and_then(|open| Ok(open && !self.is_mapped_by(pid)?))
+            {
+                Ok(true) => children_with_memory_open.push(stat),
+                Ok(false) => {}
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(children_with_memory_open)
+    }
+
+    /// Whether the process has guest memory open.
+    fn has_memory_open(&self, pid: u32) -> io::Result<bool> {
+        let Some(entries) = none_if_exited(fs::read_dir(format!("/proc/{pid}/fd")))? else {
+            return Ok(false);
+        };
+        for entry in entries {
+            let Some(entry) = none_if_exited(entry)? else {
+                return Ok(false);
+            };
+            let file = none_if_exited(rustix::fs::stat(entry.path()).map_err(io::Error::from))?;
+            if file.is_some_and(|file| self.block(FileId::from_stat(&file)).is_some()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether the process maps guest memory. Reads no more than it takes to see that: there may be thousands of mappings.
+    fn is_mapped_by(&self, pid: u32) -> io::Result<bool> {
+        let Some(file) = none_if_exited(File::open(format!("/proc/{pid}/maps")))? else {
+            return Ok(false);
+        };
+        let mut reader = BufReader::new(file);
+        let mut line = Vec::new();
+        while none_if_exited(reader.read_until(b'\n', &mut line))?.unwrap_or(0) > 0 {
+            if maps::parse(&line, |id| self.block(id)).next().is_some() {
+                return Ok(true);
+            }
+            line.clear();
+        }
+        Ok(false)
+    }
+
+    fn mapping_process(&self, pid: u32) -> io::Result<Option<MappingProcess>> {
+        if !self.is_mapped_by(pid)? {
+            return Ok(None);
+        }
+        let (Some(stat), Some(status)) = (stat(pid)?, process::status(pid)?) else {
+            return Ok(None);
+        };
+        Ok(Some(MappingProcess {
+            process: stat.process,
+            parent: stat.parent,
+            tracer: status.tracer,
+        }))
+    }
+}
+
+/// The numbers of all processes.
+fn all_pids() -> io::Result<impl Iterator<Item = io::Result<u32>>> {
+    let entries = fs::read_dir("/proc")?;
+    Ok(entries.filter_map(|entry| {
+        let name = entry.map(|entry| entry.file_name().to_str().and_then(|it| it.parse().ok()));
+        name.transpose()
+    }))
+}

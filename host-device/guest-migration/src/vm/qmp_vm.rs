@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A VMM that is asked over its QMP socket, as QEMU is.
+
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use qmp_client::Client;
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{Vm, VmError};
+
+/// How long the VMM may take to greet, to answer, and to come to rest.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// How often it is asked whether it has.
+const POLL_INTERVAL: Duration = Duration::from_millis(2);
+
+/// What `query-status` says.
+#[derive(Deserialize)]
+struct RunState {
+    running: bool,
+    status: String,
+}
+
+/// A virtual machine whose VMM has a QMP socket.
+///
+/// It is connected to only while it is asked: a monitor of QEMU serves one client at a time, and others may want it.
+#[derive(Debug)]
+pub struct QmpVm {
+    path: PathBuf,
+    timeout: Duration,
+    paused: bool,
+}
+
+impl QmpVm {
+    /// The machine behind the socket at `path`. It is asked once, so that a wrong path shows now and not when the guest is to be
+    /// paused.
+    ///
+    /// # Errors
+    ///
+    /// If nobody answers there, or not as a VMM does.
+    pub fn new(path: &Path) -> Result<Self, VmError> {
+        Self::with_timeout(path, TIMEOUT)
+    }
+
+    fn with_timeout(path: &Path, timeout: Duration) -> Result<Self, VmError> {
+        let vm = Self {
+            path: path.to_owned(),
+            timeout,
+            paused: false,
+        };
+        let state = vm.state(&mut vm.connect()?)?;
+        if state.running {
+            Ok(vm)
+        } else {
+            Err(vm.error(&format!("the guest does not run: {}", state.status)))
+        }
+    }
+
+    fn connect(&self) -> Result<Client, VmError> {
+        Client::connect_timeout(&self.path, self.timeout).map_err(|error| self.failed(&error))
+    }
+
+    fn state(&self, vmm: &mut Client) -> Result<RunState, VmError> {
+        vmm.query("query-status")
+            .map_err(|error| self.failed(&error))
+    }
+
+    /// Gives a command, and waits until the guest runs or does not.
+    fn command(&self, vmm: &mut Client, name: &str, running: bool) -> Result<(), VmError> {
+        vmm.command(name, json!({}))
+            .map_err(|error| self.failed(&error))?;
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            let state = self.state(vmm)?;
+            if state.running == running {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let (status, timeout) = (state.status, self.timeout);
+                return Err(self.error(&format!("it is {status} {timeout:?} after '{name}'")));
+            }
+            sleep(POLL_INTERVAL);
+        }
+    }
+
+    fn failed(&self, error: &qmp_client::Error) -> VmError {
+        let cause = std::error::Error::source(error);
+        let cause = cause.map(|cause| format!(": {cause}")).unwrap_or_default();
+        self.error(&format!("{error}{cause}"))
+    }
+
+    fn error(&self, what: &str) -> VmError {
+        VmError(format!("{}: {what}", self.describe()))
+    }
+}
+
+impl Vm for QmpVm {
+    fn describe(&self) -> String {
+        format!("QMP at {}", self.path.display())
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        let mut vmm = self.connect()?;
+        if !self.state(&mut vmm)?.running {
+            // Somebody else has paused it, and it is for him to let it go on.
+            return Ok(());
+        }
+        match self.command(&mut vmm, "stop", false) {
+            Ok(()) => {
+                self.paused = true;
+                Ok(())
+            }
+            Err(error) => {
+                // It may have been heard. This connection may be of no more use, and there may be one at a time.
+                drop(vmm);
+                let running = self
+                    .connect()
+                    .and_then(|mut vmm| self.command(&mut vmm, "cont", true));
+                Err(match running {
+                    Ok(()) => error,
+                    Err(other) => VmError(format!("{error}; nor is it known to go on: {other}")),
+                })
+            }
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        if self.paused {
+            let mut vmm = self.connect()?;
+            self.command(&mut vmm, "cont", true)?;
+            self.paused = false;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex};
+    use std::thread;
+
+    use serde_json::Value;
+
+    use super::*;
+
+    /// What takes longer hangs.
+    const LONG: Duration = Duration::from_secs(600);
+
+    /// A VMM that comes to rest, or goes on, only when it has been asked for its state a few times, and that serves one
+    /// client at a time.
+    struct Vmm {
+        _folder: tempfile::TempDir,
+        path: PathBuf,
+        running: Arc<AtomicBool>,
+        commands: Arc<Mutex<Vec<String>>>,
+    }
+
+    fn vmm(accepts: &'static [&'static str]) -> Vmm {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vmm.qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let running = Arc::new(AtomicBool::new(true));
+        let commands = Arc::new(Mutex::new(Vec::new()));
+        let (state, journal) = (running.clone(), commands.clone());
+        thread::spawn(move || {
+            let asked = AtomicUsize::new(0);
+            for stream in listener.incoming() {
+                let Ok(mut stream) = stream else { return };
+                let _ = writeln!(stream, r#"{{"QMP": {{}}}}"#);
+                for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+                    let Ok(line) = line else { break };
+                    let command: Value = serde_json::from_str(&line).unwrap();
+                    let name = command["execute"].as_str().unwrap();
+                    let mut answer = json!({ "return": {}, "id": command["id"] });
+                    match name {
+                        "query-status" => {
+                            if asked.fetch_add(1, Ordering::SeqCst) % 3 == 2 {
+                                match journal.lock().unwrap().last().map(String::as_str) {
+                                    Some("stop") => state.store(false, Ordering::SeqCst),
+                                    Some("cont") => state.store(true, Ordering::SeqCst),
+                                    _ => {}
+                                }
+                            }
+                            let running = state.load(Ordering::SeqCst);
+                            let status = if running { "running" } else { "paused" };
+                            answer["return"] = json!({ "running": running, "status": status });
+                        }
+                        "stop" | "cont" if accepts.contains(&name) => {
+                            journal.lock().unwrap().push(name.to_owned());
+                        }
+                        "stop" | "cont" => {
+                            answer = json!({
+                                "error": { "class": "GenericError", "desc": "I will not" },
+                                "id": command["id"],
+                            });
+                        }
+                        _ => {}
+                    }
+                    let _ = writeln!(stream, "{answer}");
+                }
+            }
+        });
+        Vmm {
+            _folder: folder,
+            path,
+            running,
+            commands,
+        }
+    }
+
+    #[test]
+    fn the_guest_is_paused_when_pause_returns() {
+        let vmm = vmm(&["stop", "cont"]);
+        let mut vm = QmpVm::with_timeout(&vmm.path, LONG).unwrap();
+        vm.pause().unwrap();
+        assert!(!vmm.running.load(Ordering::SeqCst));
+        vm.resume().unwrap();
+        assert!(vmm.running.load(Ordering::SeqCst));
+        vm.resume().unwrap();
+        assert_eq!(*vmm.commands.lock().unwrap(), ["stop", "cont"]);
+    }
+
+    #[test]
+    fn what_somebody_else_has_paused_is_left_so() {
+        let vmm = vmm(&["stop", "cont"]);
+        let mut vm = QmpVm::with_timeout(&vmm.path, LONG).unwrap();
+        vmm.running.store(false, Ordering::SeqCst);
+        vm.pause().unwrap();
+        vm.resume().unwrap();
+        assert!(vmm.commands.lock().unwrap().is_empty());
+        let error = QmpVm::with_timeout(&vmm.path, LONG)
+            .unwrap_err()
+            .to_string();
+        assert!(error.ends_with("the guest does not run: paused"), "{error}");
+    }
+
+    #[test]
+    fn a_refusal_names_the_socket_and_the_guest_is_told_to_go_on() {
+        let vmm = vmm(&["cont"]);
+        let mut vm = QmpVm::with_timeout(&vmm.path, LONG).unwrap();
+        let error = vm.pause().unwrap_err().to_string();
+        let path = vmm.path.display().to_string();
+        assert!(
+            error.contains(&path) && error.contains("I will not"),
+            "{error}"
+        );
+        assert_eq!(*vmm.commands.lock().unwrap(), ["cont"]);
+    }
+
+    #[test]
+    fn a_vmm_that_does_not_pause_is_an_error() {
+        let vmm = vmm(&[]);
+        let mut vm = QmpVm::with_timeout(&vmm.path, LONG).unwrap();
+        let mut client = vm.connect().unwrap();
+        // The connection has its limit already; this one is for coming to rest.
+        vm.timeout = Duration::from_millis(50);
+        let error = vm.command(&mut client, "query-status", false);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("it is running 50ms after"), "{error}");
+        let missing = QmpVm::new(&vmm.path.with_extension("none")).unwrap_err();
+        assert!(missing.to_string().contains("vmm.none"), "{missing}");
+    }
+}

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! "Something has changed, look again", for threads that wait without holding what they look at.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::lock;
+
+/// A counter of changes that can be waited for. Giving the signal never waits, and is allowed under any lock.
+#[derive(Debug, Default)]
+pub struct EventCount {
+    generation: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl EventCount {
+    /// Wakes all who wait.
+    pub fn notify_all(&self) {
+        let mut generation = lock(&self.generation);
+        *generation = generation.wrapping_add(1);
+        drop(generation);
+        self.changed.notify_all();
+    }
+
+    /// The number of changes so far. Who waits takes it before looking, so that no change after the look is missed.
+    pub fn generation(&self) -> u64 {
+        *lock(&self.generation)
+    }
+
+    /// Sleeps until there have been other than `seen` changes, or until `deadline`; without a limit as long as it takes.
+    /// Says whether there was a change.
+    pub fn wait(&self, seen: u64, deadline: Option<Instant>) -> bool {
+        let mut generation = lock(&self.generation);
+        while *generation == seen {
+            let rest = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if rest.is_some_and(|rest| rest.is_zero()) {
+                return false;
+            }
+            let rest = rest.unwrap_or(Duration::from_secs(3600));
+            (generation, _) = self
+                .changed
+                .wait_timeout(generation, rest)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn a_change_after_the_read_is_not_missed() {
+        let event_count = Arc::new(EventCount::default());
+        let seen = event_count.generation();
+        event_count.notify_all();
+        assert!(event_count.wait(seen, None));
+        let seen = event_count.generation();
+        assert!(!event_count.wait(seen, Some(Instant::now())));
+        let giver = std::thread::spawn({
+            let event_count = event_count.clone();
+            move || event_count.notify_all()
+        });
+        assert!(event_count.wait(seen, Some(Instant::now() + Duration::from_secs(600))));
+        giver.join().unwrap();
+    }
+}

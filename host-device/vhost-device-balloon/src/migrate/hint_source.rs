@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The device as a migration's source of hints.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use guest_migration::{CancelToken, HintSource, HintSourceError, HintWindow, WaitOutcome};
+use shared_abi::command::HintId;
+
+use crate::device::migration_claim::{ClaimError, ClaimedResources, OnInvalidated};
+use crate::device::Device;
+use crate::event_count::EventCount;
+use crate::lock;
+
+/// A migration's claim on a device. Dropping it lets the claim go, and the guest takes its hinted pages back (R16).
+#[derive(Debug)]
+#[must_use = "dropping it ends the claim"]
+pub struct ClaimGuard(Arc<Mutex<Device>>);
+
+impl ClaimGuard {
+    /// Claims `device`. `on_invalidated` is called under the device's lock: it must not wait, nor lock the device.
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::claim`].
+    pub fn new(
+        device: &Arc<Mutex<Device>>,
+        on_invalidated: OnInvalidated,
+    ) -> Result<(Self, ClaimedResources), ClaimError> {
+        let claimed = lock(device).claim(on_invalidated)?;
+        Ok((Self(device.clone()), claimed))
+    }
+}
+
+impl Drop for ClaimGuard {
+    fn drop(&mut self) {
+        lock(&self.0).release_claim();
+    }
+}
+
+/// Asks the driver of a device that this migration has claimed. The claim goes with it.
+#[derive(Debug)]
+pub struct DeviceHintSource {
+    claim: ClaimGuard,
+    hinting_events: Arc<EventCount>,
+    discards: bool,
+    /// The round whose window is open.
+    hint_round: Option<HintId>,
+}
+
+impl DeviceHintSource {
+    /// The hints of the device that is claimed; `discards` is what came with the claim. `cancel` ends a wait.
+    pub fn new(claim: ClaimGuard, discards: bool, cancel: &CancelToken) -> Self {
+        let hinting_events = lock(&claim.0).hinting_events();
+        let woken = hinting_events.clone();
+        cancel.on_cancel(move || woken.notify_all());
+        Self {
+            claim,
+            hinting_events,
+            discards,
+            hint_round: None,
+        }
+    }
+}
+
+impl HintSource for DeviceHintSource {
+    fn discards(&self) -> bool {
+        self.discards
+    }
+
+    fn open(&mut self, window: HintWindow) -> Result<(), (HintWindow, HintSourceError)> {
+        let mut device = lock(&self.claim.0);
+        // Another driver may have come since the migration began, one that does not keep its blocks.
+        if self.discards && !device.discards_hinted() {
+            let text = "the guest's driver has changed, and does not keep hinted blocks until they are returned";
+            return Err((window, HintSourceError(text.into())));
+        }
+        match device.open_window(window) {
+            Ok(id) => {
+                self.hint_round = Some(id);
+                Ok(())
+            }
+            Err((window, error)) => Err((window, HintSourceError(error.to_string()))),
+        }
+    }
+
+    fn wait(&mut self, timeout: Duration, cancel: &CancelToken) -> WaitOutcome {
+        let Some(id) = self.hint_round else {
+            return WaitOutcome::Lost("no hints were asked for".into());
+        };
+        let deadline = Instant::now().checked_add(timeout);
+        loop {
+            let seen = self.hinting_events.generation();
+            if cancel.is_cancelled() {
+                return WaitOutcome::Cancelled;
+            }
+            match lock(&self.claim.0).is_hint_round_finished(id) {
+                Ok(true) => return WaitOutcome::Finished,
+                Ok(false) => {}
+                Err(reason) => return WaitOutcome::Lost(reason),
+            }
+            if !self.hinting_events.wait(seen, deadline) {
+                return WaitOutcome::TimedOut;
+            }
+        }
+    }
+
+    fn close(&mut self) -> Result<HintWindow, HintSourceError> {
+        self.hint_round = None;
+        lock(&self.claim.0)
+            .close_window()
+            .ok_or_else(|| HintSourceError("no window for hints is open".into()))
+    }
+
+    fn done(&mut self) {
+        lock(&self.claim.0).finish_hinting_if_requested();
+    }
+}

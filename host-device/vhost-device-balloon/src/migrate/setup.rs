@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a migration is made of: who tracks writes, whether hints are used, who pauses the guest, where pages go.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use guest_migration::digest::{ContentDigest, PageHasher};
+use guest_migration::dirty_tracking::{choose_tracker, SentTable, TrackingMode};
+use guest_migration::precopy::{Parts, PrecopyError, Progress, Sink, SinkError};
+use guest_migration::status;
+use guest_migration::stream::{Address, Compression as StreamCompression, Writer, WriterOptions};
+use guest_migration::vm::{ProcessVm, QmpVm, Vm};
+use guest_migration::{CancelToken, HintSource, Memory, PageRun};
+use tracing::info;
+
+use super::hint_source::{ClaimGuard, DeviceHintSource};
+use super::parameters::{Compression, DirtyTracking, MigrationCapabilities, MigrationParameters};
+use crate::device::migration_claim::ClaimedResources;
+use crate::device::Device;
+
+/// What was asked for.
+pub struct MigrationConfig {
+    /// Where to.
+    pub address: Address,
+    /// The VMM's QMP socket.
+    pub vmm_qmp: Option<PathBuf>,
+    /// How.
+    pub parameters: MigrationParameters,
+    /// See [`MigrationParameters`].
+    pub capabilities: MigrationCapabilities,
+}
+
+/// What was found at the device.
+pub struct ClaimedDevice {
+    /// The claim on it.
+    pub claim: ClaimGuard,
+    /// What came with that.
+    pub claimed: ClaimedResources,
+    /// The device.
+    pub device: Arc<Mutex<Device>>,
+}
+
+/// The way to the destination, not gone yet.
+pub struct StreamConfig {
+    address: Address,
+    parameters: MigrationParameters,
+    /// There if the hints have not got it: it is to last until the end.
+    claim: Option<ClaimGuard>,
+}
+
+impl MigrationConfig {
+    /// Chooses everything, and notes in `progress` how writes are tracked and why.
+    ///
+    /// Takes as long as the VMM takes to answer.
+    pub fn prepare(
+        self,
+        claimed_device: ClaimedDevice,
+        progress: &Progress,
+        cancel: &CancelToken,
+    ) -> Result<(Parts, StreamConfig), PrecopyError> {
+        let ClaimedDevice {
+            claim,
+            claimed,
+            device,
+        } = claimed_device;
+        let ClaimedResources {
+            memory,
+            punched,
+            discards,
+            hint_availability: availability,
+        } = claimed;
+        let vm = self.vm(&memory)?;
+        let request = match self.parameters.dirty_tracking {
+            DirtyTracking::Auto => TrackingMode::Auto,
+            DirtyTracking::SoftDirty => TrackingMode::SoftDirty,
+            DirtyTracking::Content => TrackingMode::Content,
+        };
+        let wanted = self.parameters.free_page_hint;
+        // Whatever this program writes to guest memory, it writes under the device's lock.
+        let quiesce = Box::new(device);
+        let choice = choose_tracker(request, wanted, discards, &memory, &punched, quiesce)?;
+        let mut reason = choice.why;
+        if let (true, Err(why)) = (choice.use_hints, &availability) {
+            reason = format!("{reason}, but there are none: {why}");
+        }
+        let with_hints = choice.use_hints && availability.is_ok();
+        info!("migration: {reason}");
+        progress.set_tracking(status::TrackingInfo {
+            mode: choice.tracker.name().into(),
+            free_page_hint: with_hints,
+            reason,
+        });
+        let compares = choice.tracker.sent_table().is_some();
+        let sent = match self.parameters.verify && !compares {
+            true => Some(SentTable::new(memory.layout())?),
+            false => None,
+        };
+        let (hints, claim): (Option<Box<dyn HintSource>>, _) = match with_hints {
+            true => (
+                Some(Box::new(DeviceHintSource::new(claim, discards, cancel))),
+                None,
+            ),
+            false => (None, Some(claim)),
+        };
+        let parts = Parts {
+            memory,
+            tracker: choice.tracker,
+            sent,
+            hints,
+            vm,
+        };
+        let stream_config = StreamConfig {
+            address: self.address,
+            parameters: self.parameters,
+            claim,
+        };
+        Ok((parts, stream_config))
+    }
+
+    /// Who pauses the guest: nobody, if somebody else is to do that.
+    fn vm(&self, memory: &Memory) -> Result<Option<Box<dyn Vm>>, PrecopyError> {
+        if self.capabilities.pause_before_switchover {
+            return Ok(None);
+        }
+        let vm: Box<dyn Vm> = match &self.vmm_qmp {
+            Some(path) => Box::new(QmpVm::new(path)?),
+            None => Box::new(ProcessVm::new(memory)?),
+        };
+        info!("migration: the guest is paused through {}", vm.describe());
+        Ok(Some(vm))
+    }
+}
+
+impl StreamConfig {
+    /// What goes it. `cancel` ends that.
+    pub fn connector(
+        self,
+        cancel: &CancelToken,
+    ) -> impl FnOnce(&Memory, Option<&PageHasher>) -> Result<Box<dyn Sink>, SinkError> {
+        let cancel = cancel.clone();
+        move |memory, hasher| {
+            let compression = match self.parameters.multifd_compression {
+                Compression::None => StreamCompression::None,
+                Compression::Zstd => {
+                    StreamCompression::Zstd(self.parameters.multifd_zstd_level.into())
+                }
+            };
+            let options = WriterOptions {
+                channels: self.parameters.multifd_channels,
+                compression,
+                seed: hasher.map_or(0, PageHasher::seed),
+                cancel,
+                ..WriterOptions::default()
+            };
+            let writer = Writer::start(self.address, memory.layout(), options)?;
+            Ok(Box::new(StreamSink {
+                writer: Some(writer),
+                bytes: 0,
+                _claim: self.claim,
+            }))
+        }
+    }
+}
+
+/// A stream, and the claim on the device while it lasts.
+struct StreamSink {
+    /// There until the end.
+    writer: Option<Writer>,
+    /// What went over the wire, when it has ended.
+    bytes: u64,
+    _claim: Option<ClaimGuard>,
+}
+
+impl StreamSink {
+    fn writer(&mut self) -> Result<&mut Writer, SinkError> {
+        self.writer
+            .as_mut()
+            .ok_or_else(|| "the stream has ended already".into())
+    }
+}
+
+impl Sink for StreamSink {
+    fn zeros(&mut self, run: PageRun) -> Result<(), SinkError> {
+        Ok(self.writer()?.zeros(run)?)
+    }
+
+    fn pages(&mut self, run: PageRun, bytes: &[u8]) -> Result<(), SinkError> {
+        Ok(self.writer()?.pages(run, bytes)?)
+    }
+
+    fn pages_from(&mut self, run: PageRun, memory: &Memory) -> Result<(), SinkError> {
+        Ok(self.writer()?.pages_from(run, memory)?)
+    }
+
+    fn end_iteration(&mut self) -> Result<(), SinkError> {
+        Ok(self.writer()?.end_iteration()?)
+    }
+
+    fn finish(&mut self, digest: Option<ContentDigest>) -> Result<(), SinkError> {
+        let writer = self.writer.take().ok_or("the stream has ended already")?;
+        let receipt = writer.finish(digest.map(|digest| digest.value()))?;
+        self.bytes = receipt.bytes;
+        Ok(())
+    }
+
+    fn bytes(&self) -> u64 {
+        self.writer.as_ref().map_or(self.bytes, Writer::bytes)
+    }
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The commands of migration. Names, arguments and answers are QEMU's where QEMU has them.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde_json::{json, Map, Value};
+
+use super::commands::{expect_no_arguments, parse, CommandError, CommandHandler};
+use super::CommandContext;
+use crate::migrate::MigrateRequest;
+
+/// Their names, and what they do.
+pub const COMMANDS: [(&str, CommandHandler); 10] = [
+    ("migrate", migrate),
+    ("migrate_cancel", cancel),
+    ("migrate-cancel", cancel),
+    ("migrate-continue", migrate_continue),
+    ("query-migrate", query),
+    ("migrate-set-parameters", set_parameters),
+    ("query-migrate-parameters", query_parameters),
+    ("migrate-set-capabilities", set_capabilities),
+    ("query-migrate-capabilities", query_capabilities),
+    ("cont", cont),
+];
+
+fn migrate(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    struct Arguments {
+        uri: String,
+        #[serde(default)]
+        vmm_qmp: Option<PathBuf>,
+        /// QEMU's monitor takes it and does the same with and without.
+        #[serde(default, rename = "detach")]
+        _detach: bool,
+    }
+    let arguments: Arguments = parse(arguments)?;
+    context.migration_manager.start(MigrateRequest {
+        uri: arguments.uri,
+        vmm_qmp: arguments.vmm_qmp,
+    })?;
+    Ok(json!({}))
+}
+
+/// As in QEMU no error if there is nothing to give up.
+fn cancel(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    context.migration_manager.cancel();
+    Ok(json!({}))
+}
+
+fn migrate_continue(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        state: String,
+    }
+    let Arguments { state } = parse(arguments)?;
+    context.migration_manager.continue_migration(&state)?;
+    Ok(json!({}))
+}
+
+fn query(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    Ok(serde_json::to_value(context.migration_manager.status())?)
+}
+
+fn set_parameters(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    let values: Map<String, Value> = parse(arguments)?;
+    context
+        .migration_manager
+        .set(|parameters, _| parameters.set(&values))?;
+    Ok(json!({}))
+}
+
+fn query_parameters(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    Ok(serde_json::to_value(
+        context.migration_manager.parameters(),
+    )?)
+}
+
+fn set_capabilities(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct State {
+        capability: String,
+        state: bool,
+    }
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        capabilities: Vec<State>,
+    }
+    let Arguments { capabilities } = parse(arguments)?;
+    let states = capabilities
+        .iter()
+        .map(|it| (it.capability.as_str(), it.state));
+    context.migration_manager.set(|_, all| all.set(states))?;
+    Ok(json!({}))
+}
+
+fn query_capabilities(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    let all = context.migration_manager.capabilities().all();
+    Ok(all
+        .into_iter()
+        .map(|(name, state)| json!({ "capability": name, "state": state }))
+        .collect())
+}
+
+/// The guest that a completed migration has left paused goes on.
+fn cont(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    context.migration_manager.resume()?;
+    Ok(json!({}))
+}

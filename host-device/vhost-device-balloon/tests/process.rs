@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The program as a process: signals, sockets, sleep.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::program::Program;
+use common::{QmpClient, Vmm, HANG_TIMEOUT};
+use rustix::process::Signal;
+use serde_json::json;
+use shared_abi::features::Features;
+use shared_abi::queue::Queue;
+
+const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
+
+fn empty(directory: &Path) -> bool {
+    directory.read_dir().unwrap().next().is_none()
+}
+
+#[test]
+fn signals_end_it_and_take_its_sockets() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let directory = tempfile::tempdir().unwrap();
+        let program = Program::start(directory.path(), &["--free-page-hint"]).ready();
+        let mut vmm = Vmm::connect(&program.socket);
+        vmm.start_driver(HINT);
+        program.signal(signal);
+        let (output, log) = program.finish();
+        assert!(output.status.success(), "{log}");
+        assert!(log.contains("told to end"), "{log}");
+        assert!(empty(directory.path()));
+    }
+}
+
+#[test]
+fn r13_a_second_program_is_refused_and_a_dead_one_is_replaced() {
+    let directory = tempfile::tempdir().unwrap();
+    let first = Program::start(directory.path(), &["--free-page-hint"]).ready();
+    let (output, log) = Program::start(directory.path(), &[]).finish();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(log.contains("is in use by a running process"), "{log}");
+
+    // The first was not disturbed; then it dies in the middle of a round.
+    let mut vmm = Vmm::connect(&first.socket);
+    vmm.start_driver(HINT);
+    let mut qmp = QmpClient::connect(&first.qmp);
+    qmp.until_running();
+    qmp.run("free-page-hint-start");
+    first.signal(Signal::KILL);
+    first.finish();
+    assert!(!empty(directory.path()));
+    let third = Program::start(directory.path(), &[]).ready();
+    third.signal(Signal::TERM);
+    let (output, log) = third.finish();
+    assert!(output.status.success(), "{log}");
+    assert!(log.contains("left behind"), "{log}");
+    assert!(empty(directory.path()));
+}
+
+#[test]
+fn a_front_end_that_disconnects_during_a_hint_round_is_reported() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = Program::start(directory.path(), &["--free-page-hint"]).ready();
+    let mut vmm = Vmm::connect(&program.socket);
+    vmm.start_driver(HINT);
+    let mut qmp = QmpClient::connect(&program.qmp);
+    qmp.until_running();
+    qmp.run("free-page-hint-start");
+    drop(vmm);
+    let (output, log) = program.finish();
+    assert!(output.status.success(), "{log}");
+    assert!(log.contains("hinting round 0x80000000 ends"), "{log}");
+    assert!(log.contains("the front end closed the connection"), "{log}");
+    assert!(empty(directory.path()));
+}
+
+/// Context switches and CPU time, in clock ticks, of each thread of a process.
+fn activity(id: u32) -> BTreeMap<OsString, (u64, u64)> {
+    let mut threads = BTreeMap::new();
+    for task in fs::read_dir(format!("/proc/{id}/task")).unwrap() {
+        let task = task.unwrap();
+        // A thread may end while it is looked at.
+        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let switches = read("status")
+            .lines()
+            .filter(|line| line.contains("ctxt_switches"))
+            .filter_map(|line| line.split_whitespace().last()?.parse::<u64>().ok())
+            .sum();
+        let stat = read("stat");
+        let fields = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace();
+        let ticks = fields
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse::<u64>().ok())
+            .sum();
+        threads.insert(task.file_name(), (switches, ticks));
+    }
+    threads
+}
+
+#[test]
+fn r1_it_sleeps_while_a_hint_round_waits_for_the_guest() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = Program::start(directory.path(), &["--free-page-hint"]).ready();
+    let mut vmm = Vmm::connect(&program.socket);
+    vmm.start_driver(HINT);
+    let mut qmp = QmpClient::connect(&program.qmp);
+    qmp.until_running();
+    let id = qmp.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
+    vmm.send(Queue::FreePage, &id.to_le_bytes());
+    qmp.event("FREE_PAGE_HINT", &json!({ "status": "started" }));
+    // It has something to do until it sleeps, and a busy host may keep it from that for a while. Then it does nothing.
+    let limit = Instant::now() + HANG_TIMEOUT;
+    loop {
+        let before = activity(program.id());
+        thread::sleep(Duration::from_millis(500));
+        let after = activity(program.id());
+        if before == after {
+            break;
+        }
+        assert!(
+            Instant::now() < limit,
+            "context switches and CPU time of an idle device: {before:?}, {after:?}"
+        );
+    }
+    vmm.offer(Queue::FreePage, Vmm::FREE, 0x1000, true);
+    assert_eq!(qmp.run("query-free-page-hint")["blocks"], 1);
+    program.signal(Signal::TERM);
+    assert!(program.finish().0.status.success());
+}
+
+#[test]
+fn r17_the_log_says_once_why_nothing_is_discarded() {
+    let keeps = Features::KEEPS_HINTED_UNTIL_RETURNED;
+    for (accepted, said, discarded) in [(HINT, 1, 0), (HINT | keeps, 0, 0x10_0000)] {
+        let directory = tempfile::tempdir().unwrap();
+        let program = Program::start(directory.path(), &["--discard-hinted"]).ready();
+        let mut vmm = Vmm::connect(&program.socket);
+        assert!(vmm.offered().contains(HINT | keeps));
+        let mut qmp = QmpClient::connect(&program.qmp);
+        for _ in 0..2 {
+            vmm.start_driver(accepted);
+            // Until each queue is known to have begun anew, the driver may be taken for the one before.
+            vmm.send(Queue::FreePage, &[0; 4]);
+            let id = qmp.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
+            vmm.send(Queue::FreePage, &id.to_le_bytes());
+            vmm.offer(Queue::FreePage, Vmm::FREE, 0x8_0000, true);
+            qmp.run("free-page-hint-done");
+            vmm.stop_driver();
+        }
+        let state = qmp.run("query-free-page-hint");
+        assert_eq!(state["bytes-discarded"], discarded, "{state}");
+        drop(vmm);
+        let (output, log) = program.finish();
+        assert!(output.status.success(), "{log}");
+        assert_eq!(log.matches("is not discarded").count(), said, "{log}");
+    }
+}
+
+#[test]
+fn r9_a_fresh_program_goes_on_from_the_state_of_another() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("state.json");
+    let features = HINT | Features::PAGE_POISON;
+    let options = ["--free-page-hint", "--page-poison"];
+    fs::write(&file, "the state of yesterday").unwrap();
+
+    let here = tempfile::tempdir().unwrap();
+    let program = Program::start(here.path(), &options).ready();
+    let mut vmm = Vmm::connect(&program.socket);
+    vmm.start_driver(features);
+    vmm.write_config(12, &0xaaaa_aaaau32.to_le_bytes());
+    let mut qmp = QmpClient::connect(&program.qmp);
+    qmp.until_running();
+    let id = qmp.run("free-page-hint-start")["id"].as_u64().unwrap();
+    qmp.run("free-page-hint-done");
+    let nowhere = directory.path().join("no/state.json");
+    let (_, why) = qmp.fail("save-device-state", &json!({ "filename": nowhere }));
+    assert!(why.contains("no/state.json: No such file"), "{why}");
+    let answer = qmp.execute("save-device-state", &json!({ "filename": file }));
+    assert!(answer.get("return").is_some(), "{answer}");
+    let shown = qmp.run("query-device-state");
+    let written: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    assert_eq!(shown, written);
+    assert_eq!(directory.path().read_dir().unwrap().count(), 1);
+    drop(vmm);
+    program.finish();
+
+    let there = tempfile::tempdir().unwrap();
+    let state = ["--device-state", file.to_str().unwrap()];
+    let program = Program::start(there.path(), &[&options[..], &state].concat()).ready();
+    let mut qmp = QmpClient::connect(&program.qmp);
+    assert_eq!(qmp.run("query-device-state"), written);
+    let mut vmm = Vmm::connect(&program.socket);
+    vmm.start_driver(features);
+    assert_eq!(vmm.config(16)[12..], 0xaaaa_aaaau32.to_le_bytes());
+    qmp.until_running();
+    assert_eq!(qmp.run("free-page-hint-start")["id"], id + 1);
+    drop(vmm);
+    assert!(program.finish().0.status.success());
+}
+
+#[test]
+fn r9_a_bad_file_is_an_error_that_names_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let good = json!({
+        "device": "virtio-balloon", "version": 1, "negotiated-features": null, "num-pages": 0,
+        "actual": 0, "poison-val": 0, "command-id": 0, "next-hint-id": 0x8000_0000u32,
+    });
+    let with = |key: &str, value: serde_json::Value| {
+        let mut state = good.clone();
+        state[key] = value;
+        state.to_string()
+    };
+    let cases = [
+        (String::new(), "is not a saved device state: EOF"),
+        (
+            good.to_string()[..60].to_owned(),
+            "is not a saved device state: EOF",
+        ),
+        ("x".repeat(70_000), "longer than 65536 bytes"),
+        (with("version", json!(2)), "has version 2"),
+        (with("device", json!("toaster")), "of a 'toaster'"),
+        (
+            with("poison-val", json!(-1)),
+            "is not a saved device state: invalid value",
+        ),
+        (with("wings", json!(2)), "unknown field `wings`"),
+        (with("next-hint-id", json!(1)), "next hint id 0x1"),
+        (
+            with("negotiated-features", json!(["page-poison"])),
+            "uses page-poison",
+        ),
+    ];
+    for (text, word) in cases {
+        let file = directory.path().join("state");
+        fs::write(&file, &text).unwrap();
+        let here = tempfile::tempdir().unwrap();
+        let state = ["--device-state", file.to_str().unwrap()];
+        let (output, log) = Program::start(here.path(), &state).finish();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(log.contains(word), "{text}: {log}");
+        assert!(empty(here.path()));
+    }
+}
+
+#[test]
+fn help_explains_features_and_usage() {
+    let output = Command::new(env!("CARGO_BIN_EXE_vhost-device-balloon"))
+        .arg("--help")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    for word in [
+        "free-page-reporting",
+        "vhost-user-test-device-pci",
+        "virtio_uml.device",
+        "--persistent",
+        "migrate_cancel",
+        "--device-state",
+        "--discard-hinted",
+    ] {
+        assert!(text.contains(word), "{word}");
+    }
+}

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a driver's work costs, ours beside the C driver's. Counts, not seconds: they are the same on a busy host.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{ensure, Result};
+use harness::artifacts::Artifacts;
+use harness::counters::Counters;
+use harness::daemon::QueueStatus;
+use harness::driver_cost::{
+    measure_driver, measure_hint_round, DriverCosts, ExitCounts, NotificationSuppression,
+};
+use harness::guest::{Builder, Driver};
+use harness::vmm::Vmm;
+use harness::{HANG_TIMEOUT, MIB};
+
+const MEMORY: u64 = 768 * MIB;
+const INFLATED: u64 = 512 * MIB;
+const REPEATS: usize = 3;
+
+/// The C driver's costs and ours.
+fn both(suppression: NotificationSuppression) -> Result<(DriverCosts, DriverCosts)> {
+    let artifacts = Artifacts::load()?;
+    let of = |driver| measure_driver(&artifacts, driver, suppression, MEMORY, INFLATED, REPEATS);
+    let (c, ours) = (of(Driver::C)?, of(Driver::Ours)?);
+    println!("C: {c:#?}\nours: {ours:#?}");
+    Ok((c, ours))
+}
+
+/// Fails unless `part` of the C driver's count is as much as ours.
+fn at_most(what: &str, ours: u64, c: u64, part: u64) -> Result<()> {
+    ensure!(
+        ours * part <= c,
+        "{what}: {ours}, and the C driver's {c}; a {part}th of that was to be enough"
+    );
+    Ok(())
+}
+
+#[test]
+fn unsuppressed_our_driver_notifies_a_tenth_as_often_as_the_c_driver_to_hint_and_a_quarter_to_inflate(
+) -> Result<()> {
+    let (c, ours) = both(NotificationSuppression::Never)?;
+    // The C driver notifies for each request, and so nothing was lost in counting.
+    ensure!(
+        c.hint.counts.notifications == c.hint.counts.requests,
+        "{c:?}"
+    );
+    ensure!(
+        c.inflate.counts.notifications == c.inflate.counts.requests,
+        "{c:?}"
+    );
+    ensure!(ours.hint.bytes * 10 >= c.hint.bytes * 9, "{ours:?} {c:?}");
+    let calls = |counts: ExitCounts| counts.notifications + counts.interrupts;
+    let (mine, theirs) = (ours.hint.counts, c.hint.counts);
+    at_most(
+        "notifications to hint",
+        mine.notifications,
+        theirs.notifications,
+        10,
+    )?;
+    at_most(
+        "notifications and interrupts to hint",
+        calls(mine),
+        calls(theirs),
+        10,
+    )?;
+    for (what, mine, theirs) in [
+        ("inflate", ours.inflate.counts, c.inflate.counts),
+        ("deflate", ours.deflate.counts, c.deflate.counts),
+    ] {
+        let (notifications, interrupts) = (
+            format!("notifications to {what}"),
+            format!("interrupts to {what}"),
+        );
+        at_most(&notifications, mine.notifications, theirs.notifications, 4)?;
+        at_most(&interrupts, mine.interrupts, theirs.interrupts, 4)?;
+        at_most(&format!("exits to {what}"), mine.exits(), theirs.exits(), 4)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn with_event_index_our_driver_notifies_no_more_often_than_the_c_driver() -> Result<()> {
+    let (c, ours) = both(NotificationSuppression::EventIdx)?;
+    // How often the C driver notifies to hint depends on who runs when: a device that has just looked need not be told. How
+    // many requests it makes does not. Ours notifies no more often than without event index.
+    let mine = ours.hint.counts;
+    at_most(
+        "notifications and interrupts to hint, of as many requests,",
+        mine.notifications + mine.interrupts,
+        c.hint.counts.requests,
+        10,
+    )?;
+    at_most(
+        "exits to inflate",
+        ours.inflate.counts.exits(),
+        c.inflate.counts.exits(),
+        4,
+    )?;
+    at_most(
+        "exits to deflate",
+        ours.deflate.counts.exits(),
+        c.deflate.counts.exits(),
+        4,
+    )
+}
+
+#[test]
+fn the_driver_counts_the_notifications_that_the_device_counts() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Uml)
+        .device_options(NotificationSuppression::Never.options())
+        .boot()?;
+    guest.load(Driver::Ours)?;
+    let before = guest.settled_memory_usage()?;
+    measure_hint_round(&mut guest)?;
+    guest.daemon()?.qmp().hint_done()?;
+    guest.check_memory(before)?;
+    let whole = guest.balloon_qmp()?.balloon_actual()?;
+    for target in [whole - 200 * MIB, whole] {
+        let qmp = guest.daemon()?.qmp();
+        qmp.set_balloon(target)?;
+        qmp.wait_balloon(target, HANG_TIMEOUT)?;
+    }
+    // The device may be late to look at the last of them.
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    loop {
+        let counters = guest.counters()?;
+        let queues = guest.daemon()?.virtio_status()?.queues;
+        match agree(&counters, &queues) {
+            Ok(()) => break,
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => sleep(Duration::from_millis(10)),
+        }
+    }
+    guest.check_and_power_off(before)
+}
+
+/// Fails unless the driver and the device have counted alike.
+fn agree(counters: &Counters, queues: &[QueueStatus]) -> Result<()> {
+    for queue in queues {
+        let name = queue.name.replace('-', "_");
+        let driver = counters.get(&format!("{name}_notifications"))?;
+        ensure!(
+            driver == queue.notifications && driver > 0,
+            "{name}: the driver counted {driver} notifications, the device {queue:?}"
+        );
+        // One interrupt may stand for many signals of the device, but none comes without.
+        let taken = counters.get(&format!("{name}_interrupts"))?;
+        ensure!(
+            taken <= queue.interrupts,
+            "{name}: the driver took {taken} interrupts, the device gave {queue:?}"
+        );
+    }
+    Ok(())
+}
