@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of the contract in the kernel: against the kernel's own header, and in the kernel's code
-//! generation.
+//! KUnit tests of [`shared_abi`](crate::shared_abi).
+//!
+//! They compare the ABI with the kernel's UAPI header, and run the hinting state machines as the
+//! kernel compiles them.
 
 use kernel::prelude::*;
 
@@ -77,7 +79,7 @@ mod tests {
             page::balloon_pages_per_guest_page(kernel::page::PAGE_SHIFT as u32),
             Some(1 << (kernel::page::PAGE_SHIFT - 12))
         );
-        // A guest with pages of 64 KiB.
+        // A guest with 64 KiB pages.
         assert_eq!(page::balloon_pages_per_guest_page(16), Some(16));
         assert_eq!(page::round_up_to_guest_pages(17, 16), Some(32));
     }
@@ -128,11 +130,11 @@ mod tests {
         );
     }
 
-    /// Both machines, and the queue between them.
+    /// A device and a driver state machine with the free page queue between them.
     struct Pair {
         device: device::State,
         driver: driver::State,
-        /// What the driver has sent and the device has not seen.
+        /// Events that the driver has sent and the device has not received.
         queue: KVec<device::Event>,
         hinted: u32,
         used: u32,
@@ -151,7 +153,7 @@ mod tests {
             }
         }
 
-        /// Something happens to the device; the driver hears of a change of configuration at once.
+        /// Steps the device. The driver handles a config change at once.
         fn device(&mut self, event: device::Event) -> Result {
             let (next, action) = self.device.step(event);
             self.device = next;
@@ -195,7 +197,7 @@ mod tests {
             Ok(())
         }
 
-        /// The driver finds so many free blocks and offers them.
+        /// Offers `blocks` free blocks to the device.
         fn offer(&mut self, blocks: u32) -> Result {
             for _ in 0..blocks {
                 self.hinted += 1;
@@ -204,7 +206,7 @@ mod tests {
             Ok(())
         }
 
-        /// The device sees all that is on the queue.
+        /// Delivers everything on the queue to the device.
         fn deliver(&mut self) -> Result {
             for event in core::mem::replace(&mut self.queue, KVec::new()) {
                 self.device(event)?;
@@ -227,7 +229,7 @@ mod tests {
         assert_eq!(pair.hinted, 3);
         pair.device(device::Event::Done)?;
         assert_eq!((pair.driver, pair.hinted), (driver::State::Idle, 0));
-        // The next id has wrapped.
+        // The next id wraps.
         pair.device(device::Event::Start)?;
         assert_eq!(pair.device.phase(), device::Phase::Requested(HintId::FIRST));
         Ok(())
@@ -238,14 +240,16 @@ mod tests {
         let mut pair = Pair::new(HintId::FIRST);
         pair.device(device::Event::Start)?;
         pair.offer(2)?;
-        // Cancelled, and at once another, before the device has seen anything of the first.
+        // The hint round is cancelled and another one requested before the device receives
+        // anything.
         pair.device(device::Event::Stop)?;
         pair.device(device::Event::Start)?;
         pair.offer(1)?;
         pair.deliver()?;
         let second = HintId::FIRST.successor();
         assert_eq!(pair.device.phase(), device::Phase::Started(second));
-        // The blocks of the first do not count; all three are offered under the second id.
+        // Blocks of the first hint round do not count; all three are offered again under the second
+        // id.
         assert_eq!((pair.used, pair.hinted), (3, 3));
         Ok(())
     }
@@ -266,7 +270,7 @@ mod tests {
             pair.device.phase(),
             device::Phase::Started(HintId::FIRST.successor())
         );
-        // Both held blocks are offered again, under the new id.
+        // Both hinted blocks are offered again under the new id.
         assert_eq!((pair.used, pair.hinted), (3, 2));
         Ok(())
     }

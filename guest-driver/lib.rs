@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A memory balloon for virtual machines: the guest's driver.
+//! The guest driver of a virtio memory balloon.
 //!
-//! | module | what it is |
+//! | module | contents |
 //! |---|---|
-//! | [`shared_abi`] | what the driver and the device agree on; the host compiles the same files |
-//! | [`virtio`] | a safe virtio bus, which knows nothing of balloons |
-//! | [`mm`] | the memory management that a balloon needs |
+//! | [`shared_abi`] | the driver-device ABI; the host compiles the same files |
+//! | [`virtio`] | safe bindings for virtio drivers, independent of the balloon |
+//! | [`mm`] | safe bindings for the memory management that a balloon needs |
 //! | [`balloon`] | the driver |
 //!
-//! Unsafe code stands in `virtio`, `mm` and the bindings that both build on, and nowhere else.
+//! Only `virtio`, `mm` and the bindings below them contain unsafe code.
 
 #![deny(unsafe_code)]
 

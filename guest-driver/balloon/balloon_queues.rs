@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is on its way between guest and balloon.
+//! The inflate and deflate queues, and the requests in flight on them.
 //!
-//! Whoever needs an answer of the device takes it from the queues himself, and does for all others
-//! what their answers are for: the work item that steers the balloon's size, a task that has found
-//! no memory and wants some back, a task that moves pages. So none of them waits for another, and
-//! none needs a work item to run.
+//! Three kinds of tasks share the queues: the resize worker, OOM deflation and page migration. Each
+//! waiter reaps both virtqueues and completes every used buffer, its own or not. So no waiter
+//! depends on another one, or on a work item that has to run.
 
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, AtomicFlag, Relaxed};
@@ -20,29 +19,29 @@ use crate::mm::{BalloonPages, MigrateMode, MigratePages, Migrated, NodesBelowWat
 use crate::shared_abi::queue::Queue;
 use crate::virtio::{AddError, AddFailure, Virtqueue, WaitQueue};
 
-/// How many requests there are. The next ones are filled while the device works on the last.
+/// The number of requests: the driver fills some while the device works on others.
 pub(crate) const REQUESTS: usize = 16;
-/// How many of them are left to a task that has found no memory.
+/// The number of requests that are reserved for OOM deflation.
 const RESERVED: usize = 2;
-/// How many pages can be on their way for page migration at a time.
+/// The number of page migrations that can be in flight.
 const MAX_PAGE_MIGRATIONS: usize = 8;
-/// How long to wait for an interrupt before looking without one.
+/// The interval at which a waiter polls the queues if no interrupt arrives.
 pub(crate) const WAIT_POLL_INTERVAL: Msecs = 50;
 
-/// The entries of a ring that inflation and deflation leave to the others who share it, a task that has
-/// found no memory and page migration: half of a small ring.
+/// The number of ring entries that the resize worker leaves to OOM deflation and page migration. On
+/// a small ring it leaves half.
 const RESERVED_ENTRIES: usize = RESERVED + MAX_PAGE_MIGRATIONS;
 
-/// Why nothing was sent.
+/// The reason why a request was not sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SendError {
-    /// The ring has no room: the device has to use a buffer first.
+    /// The ring is full. The device has to use a buffer first.
     RingFull,
     /// Memory is short.
     NoMemory,
-    /// The kernel has isolated all pages of the balloon to migrate them.
+    /// The kernel has isolated the balloon's pages for page migration.
     Isolated,
-    /// The device is gone or broken, or the balloon is [closed](BalloonQueues::close).
+    /// The queue is broken or has no ring, or the balloon is [closed](BalloonQueues::close).
     Gone,
 }
 
@@ -56,38 +55,41 @@ impl From<AddFailure> for SendError {
     }
 }
 
-/// What a deflation is for.
+/// The purpose of a deflation.
 #[derive(Clone, Copy)]
 pub(crate) enum Purpose<'a> {
-    /// The host wants a smaller balloon. The pages are freed when the device has answered.
+    /// The host's target is smaller. The pages are freed when the device has used the request.
     Resize,
-    /// A task has found no memory: pages on these nodes, which are short of it. They are freed when the
-    /// device has been told of them, or with `MUST_TELL_HOST` when it has answered.
+    /// OOM deflation, with pages on these nodes only. The pages are freed when the device has been
+    /// notified; with `MUST_TELL_HOST`, when the device has used the request.
     Oom(&'a NodesBelowWatermark),
 }
 
-/// The pages in the balloon, and those on their way.
+/// The pages in the balloon, and the queues of their requests.
 pub(crate) type Pages = BalloonPages<BalloonQueues>;
 
-/// The queues, what is in flight on them, and the account of all pages.
+/// The inflate and deflate queues, the requests in flight, and the page counts.
 ///
-/// Its lock is held for moments only; nobody allocates, waits or reaches for the host under it. So it
-/// may be taken where memory is short.
+/// The lock `in_flight` protects the requests and the counts. Under it no task allocates with
+/// reclaim, waits for the device or notifies the device. So OOM deflation and page migration, which
+/// run within allocations, may take it. OOM deflation holds it while it searches the balloon for
+/// pages on the short nodes.
 #[pin_data]
 pub(crate) struct BalloonQueues {
     inflate: Virtqueue<PageBuffer>,
     deflate: Virtqueue<PageBuffer>,
     counters: Arc<Counters>,
-    /// Raised when the device may have used something, and when it is not worth waiting any more.
+    /// Woken when the device may have used buffers, and when waits have to end.
     #[pin]
     pub(crate) wait_queue: WaitQueue,
-    /// How many wait for the next answer, whichever it is.
+    /// The number of tasks in [`wait`](Self::wait).
     waiting: Atomic<i32>,
-    /// Nothing new is begun, and nobody waits.
+    /// Whether new requests and waits fail.
     closed: AtomicFlag,
-    /// No page is used before the device has given it back (`MUST_TELL_HOST`).
+    /// Whether the guest may use a deflated page only after the device has used its request
+    /// (`MUST_TELL_HOST`).
     must_tell_host: bool,
-    /// How many balloon pages the host wants.
+    /// The host's target in balloon pages.
     target: Atomic<u64>,
     #[pin]
     in_flight: Mutex<InFlight>,
@@ -95,39 +97,45 @@ pub(crate) struct BalloonQueues {
 
 struct InFlight {
     page_counts: PageCounts,
-    /// The requests that are not in flight. Has room for all.
+    /// The requests that are not in flight. Has capacity for all.
     spare: KVec<Request>,
     page_migrations: [PageMigration; MAX_PAGE_MIGRATIONS],
-    /// How many pages came out of the balloon and were freed, ever.
+    /// The number of guest pages that were deflated and freed since the driver was bound.
     released: u64,
-    /// How many buffers the device has used, ever.
+    /// The number of used buffers since the driver was bound. Wraps.
     used_buffers: u64,
-    /// The number of answers when a page migration last timed out without room on a ring.
+    /// The value of `used_buffers` when a page migration last timed out before it was sent.
     timed_out_at: Option<u64>,
 }
 
-/// Where a request about a page that is moved is.
+/// The state of a page migration request.
 enum PageMigration {
-    /// Here, and about no page.
+    /// Not in use.
     Idle(PageMigrationRequest),
-    /// With the device, or with the task that moves the page and will wait for it.
+    /// In flight, or owned by the task that migrates the page.
     InFlight,
-    /// Back, for the task that waits for it.
+    /// Used by the device, and kept for the task that waits.
     Completed(PageMigrationRequest),
-    /// With the device, about a page that the guest has already. Nobody waits.
+    /// In flight on the deflate queue. The guest already has the page back, and no task waits.
     Deflating,
-    /// With the device. Nobody waits any more.
+    /// In flight and overdue. No task waits.
     Abandoned,
-    /// About a page that the device has to give back, and is to be told of.
+    /// Not sent: the device must deflate the page, but the deflate queue has not accepted the
+    /// request yet.
     DeflatePending(PageMigrationRequest),
-    /// Taken from the queue when that ended; for the task that waits for it.
+    /// Recovered after the device reset, and kept for the task that waits.
     Detached(PageMigrationRequest),
 }
 
 impl BalloonQueues {
-    /// Nothing is on its way. With `must_tell_host`, no page is used before the device has given it back.
+    /// Creates queues with no request in flight.
     ///
-    /// May sleep. Fails with `ENOMEM`.
+    /// With `must_tell_host`, the guest uses a deflated page only after the device has used its
+    /// request. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub(crate) fn new(counters: Arc<Counters>, must_tell_host: bool) -> Result<impl PinInit<Self>> {
         let mut spare = KVec::with_capacity(REQUESTS, GFP_KERNEL)?;
         for _ in 0..REQUESTS {
@@ -156,22 +164,22 @@ impl BalloonQueues {
         }))
     }
 
-    /// The queue of pages that go into the balloon.
+    /// Returns the inflate queue.
     pub(crate) fn inflate_queue(&self) -> &Virtqueue<PageBuffer> {
         &self.inflate
     }
 
-    /// The queue of pages that come out of the balloon.
+    /// Returns the deflate queue.
     pub(crate) fn deflate_queue(&self) -> &Virtqueue<PageBuffer> {
         &self.deflate
     }
 
-    /// Where the balloon's pages are.
+    /// Returns the page counts.
     pub(crate) fn page_counts(&self) -> PageCounts {
         self.in_flight.lock().page_counts
     }
 
-    /// Whether no page is in the balloon, and nothing on its way.
+    /// Returns whether the balloon is empty and nothing is in flight.
     pub(crate) fn is_idle(&self) -> bool {
         let in_flight = self.in_flight.lock();
         in_flight.page_counts.is_empty()
@@ -181,17 +189,18 @@ impl BalloonQueues {
                 .all(|it| matches!(it, PageMigration::Idle(_)))
     }
 
-    /// How many pages came out of the balloon and were freed, ever.
+    /// Returns the number of guest pages that were deflated and freed since the driver was bound.
     pub(crate) fn released(&self) -> u64 {
         self.in_flight.lock().released
     }
 
-    /// The host wants so many balloon pages. Page migration heeds it, too.
+    /// Sets the host's target in balloon pages. Page migration deflates instead of replacing a page
+    /// while the balloon is larger.
     pub(crate) fn set_target(&self, pages: u64) {
         self.target.store(pages, Relaxed);
     }
 
-    /// What to do next to get to the target.
+    /// Returns the next step towards the target.
     pub(crate) fn next(&self) -> Step {
         self.in_flight
             .lock()
@@ -199,33 +208,33 @@ impl BalloonQueues {
             .next(self.target.load(Relaxed))
     }
 
-    /// Whether the queues can move nothing any more.
+    /// Returns whether a queue is broken or has no ring.
     pub(crate) fn is_broken(&self) -> bool {
         self.inflate.is_broken() || self.deflate.is_broken()
     }
 
-    /// Nothing new is begun, and who waits gives up. Any context.
+    /// Makes new requests fail and ends all waits. Any context but NMI.
     pub(crate) fn close(&self) {
         self.closed.store(true, Relaxed);
         self.wait_queue.wake_up_all();
     }
 
-    /// The opposite of [`close`](Self::close). Any context.
+    /// Allows requests and waits again after [`close`](Self::close). Any context.
     pub(crate) fn open(&self) {
         self.closed.store(false, Relaxed);
     }
 
-    /// Whether it is closed. Any context.
+    /// Returns whether the balloon is [closed](Self::close). Any context.
     pub(crate) fn is_closed(&self) -> bool {
         self.closed.load(Relaxed)
     }
 
-    /// Whether the inflate queue takes a request of the resize worker.
+    /// Checks that the inflate queue has room for a request of the resize worker.
     pub(crate) fn room_to_inflate(&self) -> Result<(), SendError> {
         Self::room(&self.inflate)
     }
 
-    /// Whether the deflate queue takes a request of the resize worker.
+    /// Checks that the deflate queue has room for a request of the resize worker.
     pub(crate) fn room_to_deflate(&self) -> Result<(), SendError> {
         Self::room(&self.deflate)
     }
@@ -241,7 +250,8 @@ impl BalloonQueues {
         }
     }
 
-    /// A request that is not in flight, for the one who steers.
+    /// Takes a spare request for the resize worker. Returns `None` if only the reserved ones are
+    /// left.
     pub(crate) fn take_spare(&self) -> Option<Request> {
         let mut in_flight = self.in_flight.lock();
         (in_flight.spare.len() > RESERVED)
@@ -249,8 +259,8 @@ impl BalloonQueues {
             .flatten()
     }
 
-    /// A request that is not in flight, for a task that has found no memory, if the deflate queue has
-    /// room for it.
+    /// Takes a spare or reserved request for OOM deflation. Returns `None` if no request is left or
+    /// the deflate queue is full.
     pub(crate) fn take_reserved(&self) -> Option<Request> {
         let mut in_flight = self.in_flight.lock();
         (self.deflate.free_entries() > 0)
@@ -258,13 +268,13 @@ impl BalloonQueues {
             .flatten()
     }
 
-    /// Puts a request that is not in flight away, for the next use. Its pages are freed.
+    /// Frees the pages of `request` and puts it back among the spare requests.
     pub(crate) fn put(&self, mut request: Request) {
         drop(request.take());
         self.in_flight.lock().put(request);
     }
 
-    /// Takes back what the device has used, and does what it was for.
+    /// Takes back the used buffers of both queues and completes their requests.
     pub(crate) fn reap_used(pages: &Pages) {
         let this = pages.migrator();
         let mut in_flight = this.in_flight.lock();
@@ -280,7 +290,8 @@ impl BalloonQueues {
                 AnyRequest::PageMigration(request) => {
                     let place = &mut in_flight.page_migrations[request.slot()];
                     *place = match place {
-                        // Nobody wants the page in the balloon any more.
+                        // No task waits to put the page into the balloon, so the device has to
+                        // deflate it.
                         PageMigration::Abandoned => PageMigration::DeflatePending(request),
                         _ => PageMigration::Completed(request),
                     };
@@ -293,7 +304,7 @@ impl BalloonQueues {
                 AnyRequest::Request(mut request) => {
                     this.counters.acknowledged(Queue::Deflate, request.pfns());
                     in_flight.page_counts.complete_deflate(request.pfns());
-                    // The device has let go of the pages: only now are they the guest's again.
+                    // The device has used the request, so the guest may use the pages now.
                     let for_oom = request.is_for_oom();
                     let released = in_flight.release(&mut request);
                     if for_oom {
@@ -330,7 +341,8 @@ impl BalloonQueues {
         this.notify();
     }
 
-    /// Sends the requests about pages that the device has to give back.
+    /// Sends the page migration requests that are
+    /// [`DeflatePending`](PageMigration::DeflatePending).
     fn send_pending_deflates(&self, in_flight: &mut InFlight) {
         for place in &mut in_flight.page_migrations {
             *place = match core::mem::replace(place, PageMigration::Abandoned) {
@@ -350,7 +362,7 @@ impl BalloonQueues {
         }
     }
 
-    /// Offers the pages of `request` to the device.
+    /// Sends `request` on the inflate queue. The caller notifies the device.
     ///
     /// On failure the pages are freed.
     pub(crate) fn send_inflate(&self, mut request: Request) -> Result<(), SendError> {
@@ -377,10 +389,12 @@ impl BalloonQueues {
         }
     }
 
-    /// Fills `request` with up to `pfns` balloon pages from the balloon, and asks the device for
-    /// them. Returns how many of the guest's pages they are.
+    /// Fills `request` with up to `pfns` balloon pages and sends it on the deflate queue. Returns
+    /// the number of guest pages in it.
     ///
-    /// For [`Purpose::Oom`] that may be 0: then no page would help.
+    /// For [`Purpose::Oom`] the number is 0 if no balloon page is on the short nodes. The caller
+    /// notifies the device; for [`Purpose::Oom`] without `MUST_TELL_HOST` this function does. On
+    /// failure the pages stay in the balloon.
     pub(crate) fn send_deflate(
         pages: &Pages,
         mut request: Request,
@@ -390,7 +404,8 @@ impl BalloonQueues {
         let this = pages.migrator();
         let mut in_flight = this.in_flight.lock();
         if this.is_closed() {
-            // `detach_unused` would miss pages that were put back now.
+            // A failed `add` would put pages back into the balloon after `detach_unused` has freed
+            // all.
             in_flight.put(request);
             return Err(SendError::Gone);
         }
@@ -408,7 +423,8 @@ impl BalloonQueues {
         };
         let count = out.len();
         while let Some(page) = out.pop() {
-            // There is room, and the number did fit on the way in.
+            // Cannot fail: `wanted` is at most the capacity, and the page frame number fitted at
+            // inflation.
             let _ = request.push(page);
         }
         if request.is_empty() {
@@ -431,7 +447,7 @@ impl BalloonQueues {
                 in_flight.released += free.len() as u64;
                 drop(in_flight);
                 if at_once {
-                    // The device learns of it before the pages are used.
+                    // The device is notified before the guest uses the pages.
                     this.notify();
                     this.counters
                         .oom_deflated_pages
@@ -451,7 +467,7 @@ impl BalloonQueues {
         }
     }
 
-    /// Lets the device know of all requests that it does not know of.
+    /// Notifies the device of all pending requests.
     pub(crate) fn notify(&self) {
         let virtqueues = [
             (Queue::Inflate, &self.inflate),
@@ -462,9 +478,11 @@ impl BalloonQueues {
         }
     }
 
-    /// Asks for interrupts. Returns `false` if there is something to collect already.
+    /// Enables the interrupts of both queues. Returns `false` if a queue has used buffers already;
+    /// the caller has to reap them.
     pub(crate) fn enable_callbacks(&self) -> bool {
-        // Both, lest an interrupt is lost: the one may be asked for while the other is late.
+        // `&`, not `&&`: the interrupts of both queues must be enabled, whatever the first call
+        // returns. A task in `wait` needs an interrupt for the next used buffer.
         if self.waiting.load(Relaxed) > 0 {
             self.inflate.enable_callback() & self.deflate.enable_callback()
         } else {
@@ -472,8 +490,10 @@ impl BalloonQueues {
         }
     }
 
-    /// Waits until `done` returns `Some`, and reaps both virtqueues meanwhile. Returns `None` after
-    /// `timeout`, or if the device is broken or this is closed. Uninterruptible.
+    /// Waits until `done` returns `Some`, and reaps both virtqueues meanwhile.
+    ///
+    /// Returns `None` after `timeout`, or if a queue is broken or the balloon is
+    /// [closed](Self::close). Sleeps uninterruptibly.
     pub(crate) fn wait<T>(
         pages: &Pages,
         timeout: Delta,
@@ -499,10 +519,10 @@ impl BalloonQueues {
         result
     }
 
-    /// Takes everything back after the device's reset: it holds no page any more. All pages are
-    /// freed, in the balloon or on their way.
+    /// Recovers all requests after the device reset, and frees all pages: those in the balloon and
+    /// those in flight.
     ///
-    /// May sleep. To be called while this is [closed](Self::close).
+    /// The balloon must be [closed](Self::close). May sleep.
     pub(crate) fn detach_unused(pages: &Pages) {
         let this = pages.migrator();
         let mut in_flight = this.in_flight.lock();
@@ -530,7 +550,7 @@ impl BalloonQueues {
         }
         drop(in_flight);
         this.wait_queue.wake_up_all();
-        // Waits for page migrations under way.
+        // Waits for page migrations in progress.
         pages.drain();
         let mut in_flight = this.in_flight.lock();
         for place in &mut in_flight.page_migrations {
@@ -545,7 +565,9 @@ impl BalloonQueues {
         in_flight.page_counts = PageCounts::default();
     }
 
-    /// Waits until the device has used the request of `slot`.
+    /// Waits until the device has used the request in `slot`, and returns the request.
+    ///
+    /// Returns `None` if the wait times out or the request was recovered after a device reset.
     fn wait_page_migration(pages: &Pages, slot: usize) -> Option<PageMigrationRequest> {
         let back = Self::wait(pages, timeout::page_migration(), |this| {
             let mut in_flight = this.in_flight.lock();
@@ -573,7 +595,7 @@ impl BalloonQueues {
             &mut in_flight.page_migrations[slot],
             PageMigration::Abandoned,
         ) {
-            // In the last moment.
+            // The device used the request after the wait ended.
             PageMigration::Completed(request) => {
                 in_flight.page_migrations[slot] = PageMigration::InFlight;
                 Some(request)
@@ -586,11 +608,14 @@ impl BalloonQueues {
         }
     }
 
-    /// Tells the device that `old` has left the balloon, and waits for its answer where no page may be
-    /// used before. What it has not heard of, or has to answer, keeps the page.
+    /// Tells the device that `old` has left the balloon. With `MUST_TELL_HOST`, waits until the
+    /// device has used the request.
+    ///
+    /// The request keeps its reference to the page until the device is notified; with
+    /// `MUST_TELL_HOST`, until the device has used the request.
     fn deflate_old_page(pages: &Pages, mut request: PageMigrationRequest, old: PageRef) {
         let slot = request.slot();
-        // Its number did fit on the way in.
+        // Cannot fail: the page frame number fitted at inflation.
         let _ = request.set(old);
         let (mut unsent, mut free) = (Some(request), None);
         let sent = Self::wait(pages, timeout::page_migration(), |this| {
@@ -598,14 +623,15 @@ impl BalloonQueues {
         });
         let this = pages.migrator();
         if let Some(request) = unsent {
-            // The ring had no room all the time, or is broken: until a reset the device holds the page.
+            // The ring stayed full, or is broken. `reap_used` sends the request when the ring has
+            // room; after a reset, `detach_unused` frees the page.
             this.in_flight.lock().page_migrations[slot] = PageMigration::DeflatePending(request);
         }
         if sent != Some(true) {
             return;
         }
         this.notify();
-        // The device has been told of it.
+        // The device is notified, so the guest may use the page.
         drop(free);
         if this.must_tell_host {
             if let Some(request) = Self::wait_page_migration(pages, slot) {
@@ -614,8 +640,11 @@ impl BalloonQueues {
         }
     }
 
-    /// Sends `request`, which becomes `None`, and takes the page out of it if it need not be kept.
-    /// Returns `None` if the ring has no room, else whether the device was given it.
+    /// Sends `request` on the deflate queue and sets it to `None`.
+    ///
+    /// Without `MUST_TELL_HOST`, moves the page from the request to `free`. Returns `None` if the
+    /// ring is full, otherwise whether the request was sent. An unsent request is put back with its
+    /// page, unless the queue has no ring.
     fn send_old(
         &self,
         request: &mut Option<PageMigrationRequest>,
@@ -637,13 +666,13 @@ impl BalloonQueues {
             return Some(false);
         };
         if failure == AddFailure::Gone {
-            // After a reset the device holds no page.
+            // After a reset the device has no page.
             drop((free.take(), taken.take()));
             in_flight.page_migrations[slot] = PageMigration::Idle(taken);
             return Some(false);
         }
         if let Some(page) = free.take() {
-            // Its number did fit just now.
+            // Cannot fail: the page frame number fitted before.
             let _ = taken.set(page);
         }
         *request = Some(taken);
@@ -656,23 +685,24 @@ impl BalloonQueues {
 
 impl InFlight {
     fn put(&mut self, request: Request) {
-        // Its room is still there: requests are only ever taken and put back.
+        // Cannot fail: `spare` has capacity for all requests.
         let _ = self.spare.push_within_capacity(request);
     }
 
-    /// Frees the pages of a request that is done. Returns how many they are; none, if they were let go
-    /// before.
+    /// Frees the pages of a completed request. Returns the number of guest pages: 0 if they were
+    /// freed when the request was sent.
     fn release(&mut self, request: &mut Request) -> usize {
         let pages = request.take();
         self.released += pages.len() as u64;
         pages.len()
     }
 
-    /// Takes a request for a page that the kernel migrates. `None` if all are in use.
+    /// Takes an idle page migration request. Returns `None` if all are in use.
     ///
     /// # Errors
     ///
-    /// [`EBUSY`] if one is overdue: a device that does not answer is not asked for more.
+    /// [`EBUSY`] if a request is overdue: the device gets no further request until it has used that
+    /// one.
     fn take_page_migration(&mut self) -> Result<Option<PageMigrationRequest>> {
         let overdue = |place: &PageMigration| {
             matches!(
@@ -693,22 +723,27 @@ impl InFlight {
     }
 }
 
-/// What page migration has begun, with the slot of its request.
+/// A page migration in progress, with the slot of its request.
 enum Begun {
-    /// The device was offered the new page.
+    /// The new page was sent on the inflate queue.
     Replacing(usize),
-    /// The device was told that the old page leaves the balloon.
+    /// The old page was sent on the deflate queue, and no page replaces it.
     Removing(usize),
 }
 
 impl BalloonQueues {
-    /// Begins the migration of a page: where the host wants a smaller balloon the page leaves it, and no
-    /// other comes. Takes the page that is sent; leaves `old` if it is free once the device is notified.
-    /// Returns `None` if there is no request or no room for it now.
+    /// Sends the first request of a page migration.
+    ///
+    /// If the balloon is larger than the target, the old page is deflated and no page replaces it.
+    /// The page that is sent moves from `new` or `old` into the request. Without `MUST_TELL_HOST`,
+    /// a deflated page stays in `old`: the caller frees it after it has notified the device.
+    ///
+    /// Returns `None` if no request is idle or the ring is full.
     ///
     /// # Errors
     ///
-    /// [`EBUSY`] if the device cannot take it.
+    /// [`EBUSY`] if the balloon is closed, a page migration is overdue, the ring is still full
+    /// since the last timeout, or the queue cannot accept the page.
     fn begin_page_migration(
         &self,
         new: &mut Option<PageRef>,
@@ -734,7 +769,7 @@ impl BalloonQueues {
         };
         let slot = request.slot();
         if page.take().is_none_or(|page| request.set(page).is_err()) {
-            // The device cannot read a number of so many bits.
+            // The page frame number has more than 32 bits.
             in_flight.page_migrations[slot] = PageMigration::Idle(request);
             return Err(EBUSY);
         }
@@ -764,7 +799,11 @@ impl BalloonQueues {
         Ok(Some(Begun::Removing(slot)))
     }
 
-    /// The device does not answer: nobody relies on it any more, nor waits again before it has answered.
+    /// Marks page migrations that no task waits for as overdue, after a page migration has timed
+    /// out before it was sent.
+    ///
+    /// New ones fail with [`EBUSY`] while one is overdue, or while the ring stays full and the
+    /// device uses no buffer.
     fn abandon_page_migrations(&self) {
         let mut in_flight = self.in_flight.lock();
         in_flight.timed_out_at = Some(in_flight.used_buffers);
@@ -776,15 +815,15 @@ impl BalloonQueues {
     }
 }
 
-/// First the device takes the new page, then it gives the old one back. A page that it does not
-/// answer for stays what it is to the device, and is used for nothing else: the request keeps it.
+/// Replaces a page in two steps: inflates the new page, then deflates the old one.
 ///
-/// While the balloon deflates, the page leaves it instead: the kernel gets what it wants with one request,
-/// and the host, too.
+/// While the balloon is larger than the target, only deflates the old page: one request serves the
+/// kernel and the host. If the device does not use a request, the request keeps its reference to
+/// the page, so the guest does not reuse the page.
 impl MigratePages for BalloonQueues {
     fn migrate(pages: &Pages, new: PageRef, old: PageRef, mode: MigrateMode) -> Result<Migrated> {
         if mode == MigrateMode::Async {
-            // The device's answer has to be waited for.
+            // Waiting for the device may sleep.
             return Err(EBUSY);
         }
         let this = pages.migrator();
@@ -837,7 +876,7 @@ mod tests {
         }
     }
 
-    /// An empty balloon whose host must be told, and its device.
+    /// Creates an empty balloon with `MUST_TELL_HOST`, and its device.
     fn balloon() -> Result<(BoundTestDevice, Pin<KBox<Pages>>)> {
         balloon_of(true)
     }
@@ -869,7 +908,7 @@ mod tests {
         (address >> PFN_SHIFT) as u32
     }
 
-    /// A request about new pages, and the number of the first.
+    /// Returns a request with `count` new pages, and the page frame number of the first one.
     fn request(queues: &BalloonQueues, count: usize) -> Result<(Request, u32)> {
         let mut request = queues.take_spare().ok_or(ENOENT)?;
         let mut first = None;
@@ -920,7 +959,7 @@ mod tests {
         let sent = BalloonQueues::send_deflate(&pages, request, u64::MAX, oom(&nodes));
         assert_eq!(sent, Ok(4));
         assert_eq!(queues.released(), 4);
-        // The device was told before.
+        // The device was notified first.
         assert_eq!(bound.device.notifications(), notifications + 1);
         assert!(!queues.is_idle());
         assert!(bound.device.use_buffer(DEFLATE).is_some());
@@ -987,7 +1026,7 @@ mod tests {
             ]
         );
         assert!(pages.migrator().is_idle());
-        // Each of the requests can be used any number of times.
+        // A request can be used more than once.
         for _ in 0..2 * MAX_PAGE_MIGRATIONS {
             let moved = migrate(&pages, &new, &old);
             assert_eq!(moved, Ok(Migrated::Replaced));
@@ -995,7 +1034,7 @@ mod tests {
         Ok(())
     }
 
-    /// The host wants a smaller balloon: one request does for the kernel and the host.
+    /// The target is smaller: one request serves the kernel and the host.
     #[test]
     fn a_page_that_is_to_leave_anyway_leaves_when_it_is_migrated() -> Result {
         for must_tell_host in [false, true] {
@@ -1005,14 +1044,14 @@ mod tests {
             queues.set_target(GuestGeometry::pfns(1));
             bound.device.set_use_on_notify(must_tell_host);
             for left in (1..2 * MAX_PAGE_MIGRATIONS).rev() {
-                // As the kernel isolates it.
+                // Takes the page off the balloon's list, as isolation does.
                 let old = pages.dequeue(1).pop().ok_or(ENOENT)?;
                 let (new, _) = two_pages()?;
                 let moved = migrate(&pages, &new, &old);
                 assert_eq!(moved, Ok(Migrated::Deflated));
                 assert_eq!(queues.page_counts().inflated(), GuestGeometry::pfns(left));
                 if !must_tell_host {
-                    // Nobody waits for the answer, which comes later.
+                    // No task waits; the device uses the request later.
                     assert_eq!(queues.page_counts().deflating(), GuestGeometry::pfns(1));
                     assert_eq!(
                         bound.device.use_buffer(DEFLATE),
@@ -1022,7 +1061,7 @@ mod tests {
                 }
                 assert_eq!(queues.page_counts().deflating(), 0);
             }
-            // No more than the host wants.
+            // The balloon has the target size now, so the page is replaced.
             let (new, old) = two_pages()?;
             bound.device.set_use_on_notify(true);
             let moved = migrate(&pages, &new, &old);
@@ -1060,7 +1099,7 @@ mod tests {
         let (new, old) = two_pages()?;
         let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Err(EBUSY));
-        // The next one is not kept waiting.
+        // The next page migration fails without waiting.
         let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Err(EBUSY));
         assert!(bound.device.pop_descriptor_chain(DEFLATE).is_none());

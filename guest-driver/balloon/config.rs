@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The balloon's config space, by the names of its fields.
+//! The balloon's config space.
 
 use kernel::page::PAGE_SHIFT;
 use kernel::prelude::*;
@@ -18,42 +18,45 @@ const FREE_PAGE_HINT_CMD_ID: Field<u32> =
 const POISON_VAL: Field<u32> = Field::new::<{ config::POISON_VAL }, { config::MAX_SIZE }>()
     .with_feature(Features::PAGE_POISON.bit_number());
 
-/// The config space of a balloon. Its methods may sleep; all fail with `ENODEV` once the device is
-/// unbound, and with `EINVAL` for a field that the negotiated features do not bring.
+/// The config space of one balloon.
+///
+/// Its methods may sleep. They fail with `ENODEV` after the device is unbound or shut down, and
+/// with `EINVAL` for a field whose feature is not negotiated.
 #[derive(Clone)]
 pub(crate) struct BalloonConfig(Config);
 
 impl BalloonConfig {
-    /// How many bytes of config space there are with `features`.
+    /// Returns the size of config space with `features`, in bytes.
     pub(crate) fn size(features: Features) -> usize {
         config::size_for(features)
     }
 
-    /// Gives names to the fields of `config`.
+    /// Wraps `config`.
     pub(crate) fn new(config: Config) -> Self {
         Self(config)
     }
 
-    /// How many 4 KiB pages the host wants in the balloon, in whole pages of the guest.
+    /// Returns the host's target (`num_pages`), in pages of 4 KiB, rounded up to whole guest pages.
     pub(crate) fn target(&self) -> Result<u64> {
         let pages = self.0.read(NUM_PAGES)?;
         let whole = page::round_up_to_guest_pages(pages, PAGE_SHIFT as u32);
         Ok(u64::from(whole.unwrap_or(pages)))
     }
 
-    /// Tells the host how many 4 KiB pages are in the balloon.
+    /// Writes the size of the balloon (`actual`), in pages of 4 KiB. Larger sizes than `u32::MAX`
+    /// are clamped.
     pub(crate) fn set_actual(&self, pages: u64) -> Result {
         let pages = u32::try_from(pages).unwrap_or(u32::MAX);
         self.0.write(ACTUAL, pages)
     }
 
-    /// The command id; there only with `FREE_PAGE_HINT`.
+    /// Returns the command id of free page hinting. Requires `FREE_PAGE_HINT`.
     pub(crate) fn free_page_hint_cmd_id(&self) -> Result<CommandId> {
         let number = self.0.read(FREE_PAGE_HINT_CMD_ID)?;
         Ok(CommandId::from_number(number))
     }
 
-    /// Tells the host what fills the guest's free pages; there only with `PAGE_POISON`.
+    /// Writes the pattern that fills the guest's free pages (`poison_val`). Requires `PAGE_POISON`.
     pub(crate) fn set_poison_val(&self, pattern: u32) -> Result {
         self.0.write(POISON_VAL, pattern)
     }

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the driver counts, for people and tests: a file in debugfs.
+//! Counters of the driver, shown in a debugfs file.
 //!
-//! The file is `/sys/kernel/debug/virtio_balloon_rs/<device>/counters`, for instance with `virtio0`
-//! as the device. It has one `key value` a line, the key of lowercase letters, digits and
-//! underscores, one space, and the value as a decimal number. All values are of now, read one after
-//! the other while the driver works. Keys may be added anywhere; a key that is there keeps its name
-//! and its meaning, and goes only when what it counts does. So a reader should look keys up by
-//! name, and ignore those that it does not know.
+//! The file is `/sys/kernel/debug/virtio_balloon_rs/<device>/counters`, where `<device>` is the
+//! virtio device, for example `virtio0`. Each line is `key value`: the key consists of lowercase
+//! letters, digits and underscores, the value is a decimal number, and one space separates them.
+//! New keys may appear anywhere. An existing key keeps its name and meaning; it disappears only
+//! together with the feature that it counts. Readers must look keys up by name and ignore unknown
+//! keys.
 //!
-//! Counts start at zero when the device is bound, and do not wrap in practice (64 bits). They are
-//! not meant to be summed up over time with one another at a given moment.
+//! Counts start at zero when the device is bound. They have 64 bits and do not wrap in practice.
+//! The values are read one after another while the driver works, so they are not a consistent
+//! snapshot.
 //!
-//! Without debugfs in the kernel nobody can read them; the driver works all the same.
+//! Without debugfs in the kernel the file does not exist; the driver works all the same.
 
 use kernel::debugfs::{File, Writer};
 use kernel::device;
@@ -25,8 +26,8 @@ use crate::bindings::trace::Tracer;
 use crate::shared_abi::queue::Queue;
 use crate::virtio::{debugfs, Kick};
 
-/// Orders that have a counter of their own. Larger ones, which no architecture has, count as the
-/// last.
+/// The number of orders with a counter of their own. Blocks of larger orders, which no architecture
+/// has, count as the last order.
 const ORDERS: usize = 16;
 
 /// A number that any context may change and read.
@@ -42,21 +43,21 @@ impl Counter {
         self.0.fetch_add(count, Relaxed);
     }
 
-    /// Replaces the number: for those that say how things are, not how often something happened.
+    /// Sets the number. For gauges, which show a state and not a count of events.
     pub(crate) fn set(&self, value: u64) {
         self.0.store(value, Relaxed);
     }
 
-    /// Replaces the number if `value` is less.
+    /// Sets the number to `value` if that is less.
     ///
-    /// Of several that do so at once the last one may win: for one writer at a time.
+    /// Not atomic: allowed for one writer at a time.
     pub(crate) fn lower(&self, value: u64) {
         if value < self.get() {
             self.set(value);
         }
     }
 
-    /// The number.
+    /// Returns the number.
     pub(crate) fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }
@@ -64,18 +65,21 @@ impl Counter {
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// The counters of a device. Each may be used in any context.
+        /// The counters of a device. Their methods may be called in any context but NMI.
         pub(crate) struct Counters {
             $($(#[$doc])* pub(crate) $name: Counter,)*
-            /// `notifications` and `interrupts` of each queue, as [`Queue::ALL`] has them.
+            /// The keys `QUEUE_notifications` and `QUEUE_interrupts`, in the order of
+            /// [`Queue::ALL`].
             queues: [QueueCounters; Queue::MAX_COUNT],
-            /// `hinted_blocks_order_N`: blocks of `2^N` pages offered on the free page queue.
+            /// The keys `hinted_blocks_order_N`: free blocks of `2^N` pages offered on the free
+            /// page queue.
             hinted_by_order: [Counter; ORDERS],
             tracer: Tracer,
         }
 
         impl Counters {
-            /// All zero. What is counted by methods is traced too, as events of `device`.
+            /// Creates counters that are zero. The methods that count events also trace them, as
+            /// events of `device`.
             pub(crate) fn new(device: Option<ARef<device::Device>>) -> Self {
                 Self {
                     $($name: Counter::new(),)*
@@ -85,7 +89,8 @@ macro_rules! counters {
                 }
             }
 
-            /// Shows those that have a field of their own, in the order of the fields.
+            /// Calls `show` with the key and value of each counter that is a field, in the order of
+            /// the fields.
             fn show(&self, show: &mut dyn FnMut(&str, u64) -> fmt::Result) -> fmt::Result {
                 $(show(stringify!($name), self.$name.get())?;)*
                 Ok(())
@@ -95,63 +100,63 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Pages of 4 KiB that are in the balloon, acknowledged by the device.
+    /// Pages of 4 KiB in the balloon that the device has acknowledged.
     balloon_pages,
-    /// Pages of 4 KiB that the device wants in the balloon, as last read.
+    /// The host's target as last read, in pages of 4 KiB.
     target_pages,
-    /// Requests sent to put pages in.
+    /// Requests sent on the inflate queue, without page migrations.
     inflate_requests,
-    /// Requests sent to take pages out.
+    /// Requests sent on the deflate queue, including page migrations that deflate.
     deflate_requests,
-    /// Pages of the guest that were moved within the balloon, for compaction.
+    /// Guest pages that page migration replaced in the balloon.
     migrated_pages,
-    /// Times that the guest was so short of memory that it took pages out of the balloon.
+    /// OOM deflations.
     oom_deflations,
-    /// Pages of 4 KiB that it took out then.
+    /// Pages of 4 KiB freed by OOM deflation.
     oom_deflated_pages,
-    /// Times that inflating had to wait for memory.
+    /// Times that inflation had to wait for memory.
     shortages,
-    /// Rounds of hinting that began.
+    /// Hint rounds started.
     rounds_started,
-    /// Rounds of hinting that went on until there was nothing more to offer.
+    /// Hint rounds that ended because no free block above the reserve was left.
     rounds_finished,
-    /// Microseconds from the begin of the last round that finished to its end.
+    /// Duration of the last hint round that `rounds_finished` counts, in microseconds.
     last_round_us,
-    /// Blocks offered on the free page queue, of all orders.
+    /// Free blocks offered on the free page queue, of all orders.
     hinted_blocks,
-    /// Bytes of these.
+    /// Bytes of the free blocks that `hinted_blocks` counts.
     hinted_bytes,
-    /// Pages of the guest that hinting leaves to it, as computed for the last round.
+    /// The reserve of free guest pages that hinting leaves to the guest, as last computed: at the
+    /// start of a hint round, or when it resumes after a pause.
     hint_reserve_pages,
-    /// The fewest free pages that the guest had when hinting had just taken a block, in the last
-    /// round that took any.
+    /// The lowest number of free guest pages right after hinting took a free block: since the last
+    /// hint round started or resumed, and took any.
     hint_free_pages_low,
-    /// Blocks that were taken and given back at once, because less than the reserve was left.
+    /// Free blocks that hinting returned at once, because the allocation had cut into the reserve.
     hint_taken_back_blocks,
-    /// Pages of the guest that went from hinted blocks into the balloon before the device was done
-    /// with them.
+    /// Guest pages of hinted blocks that went into the balloon before DONE.
     hinted_pages_inflated,
-    /// Blocks that the guest, short of memory, took back before the device was done with them.
+    /// Hinted blocks, or parts of one, that the guest reclaimed before DONE.
     returned_blocks,
-    /// Pages of the guest of these.
+    /// Guest pages that `returned_blocks` counts.
     returned_pages,
-    /// Blocks that were filled with zeroes because they went back before the device was done.
+    /// Hinted blocks, or parts of one, that left the driver filled with zeroes before DONE.
     zeroed_blocks,
-    /// Pages of the guest of these.
+    /// Guest pages that `zeroed_blocks` counts.
     zeroed_pages,
-    /// Blocks of free pages that were reported and acknowledged.
+    /// Free blocks that were reported and acknowledged (free page reporting).
     reported_blocks,
-    /// Pages of the guest of these.
+    /// Guest pages that `reported_blocks` counts.
     reported_pages,
-    /// Times that the device could not be given a report, or did not acknowledge it.
+    /// Reports that the queue did not accept, or that the device did not acknowledge.
     failed_reports,
 }
 
-/// What passes between driver and device for one queue.
+/// The counters of one queue.
 struct QueueCounters {
-    /// Notifications that were sent to the device.
+    /// Notifications sent to the device.
     notifications: Counter,
-    /// Interrupts that were taken.
+    /// Interrupts received.
     interrupts: Counter,
 }
 
@@ -165,7 +170,7 @@ impl QueueCounters {
 }
 
 impl Counters {
-    /// Counts a notification of the device, if one was sent.
+    /// Counts a notification if `kick` says that one was sent.
     pub(crate) fn kicked(&self, queue: Queue, kick: Kick) {
         if kick == Kick::Sent {
             self.queue_counters(queue).notifications.add(1);
@@ -177,7 +182,7 @@ impl Counters {
         self.queue_counters(queue).interrupts.add(1);
     }
 
-    /// Counts a request of so many balloon pages that was sent.
+    /// Counts and traces a request of `pages` balloon pages that was sent on `queue`.
     pub(crate) fn requested(&self, queue: Queue, pages: u64) {
         match queue {
             Queue::Inflate => self.inflate_requests.add(1),
@@ -187,30 +192,30 @@ impl Counters {
         self.tracer.request(c_name(queue), pages);
     }
 
-    /// The device has used a request of so many balloon pages.
+    /// Traces a request of `pages` balloon pages that the device has used.
     pub(crate) fn acknowledged(&self, queue: Queue, pages: u64) {
         self.tracer.acknowledge(c_name(queue), pages);
     }
 
-    /// Counts a round that begins.
+    /// Counts and traces the start of the hint round with command id `id`.
     pub(crate) fn hint_round_started(&self, id: u32) {
         self.rounds_started.add(1);
         self.tracer.hint_start(id, self.hint_reserve_pages.get());
     }
 
-    /// A round ends, after so many microseconds.
+    /// Traces the end of a hint round, `microseconds` after its start.
     pub(crate) fn hint_round_stopped(&self, microseconds: u64) {
         self.tracer.hint_stop(microseconds);
     }
 
-    /// Counts a block of so many pages that the guest took back.
+    /// Counts and traces a reclaimed hinted block, or part of one, of `pages` pages.
     pub(crate) fn reclaimed(&self, pages: u64) {
         self.returned_blocks.add(1);
         self.returned_pages.add(pages);
         self.tracer.hint_return(pages);
     }
 
-    /// Counts a report of free pages that has ended.
+    /// Counts and traces the end of a free page report.
     pub(crate) fn reported(&self, blocks: usize, pages: usize, acknowledged: bool) {
         if acknowledged {
             self.reported_blocks.add(blocks as u64);
@@ -222,7 +227,8 @@ impl Counters {
             .report(blocks as u32, pages as u64, acknowledged);
     }
 
-    /// Counts a block of `2^order` pages and `bytes` bytes at a physical address that was offered.
+    /// Counts and traces an offered free block of `2^order` pages and `bytes` bytes at the physical
+    /// address `address`.
     pub(crate) fn hinted(&self, address: u64, order: u32, bytes: usize) {
         self.tracer.hint_block(address, order);
         let slot = (order as usize).min(ORDERS - 1);
@@ -243,7 +249,7 @@ impl Counters {
                 ("notifications", &queue_counters.notifications),
                 ("interrupts", &queue_counters.interrupts),
             ] {
-                // Keys have no hyphen, though a queue's name may.
+                // The name of a queue may contain a hyphen; keys contain none.
                 let name = queue.name();
                 let (name, rest) = name.split_once('-').unwrap_or((name, ""));
                 let joint = if rest.is_empty() { "" } else { "_" };
@@ -257,7 +263,7 @@ impl Counters {
     }
 }
 
-/// The queue's name as C has strings.
+/// Returns the name of the queue as a C string.
 fn c_name(queue: Queue) -> &'static CStr {
     match queue {
         Queue::Inflate => c"inflate",
@@ -268,7 +274,7 @@ fn c_name(queue: Queue) -> &'static CStr {
     }
 }
 
-/// The file's content.
+/// The content of the debugfs file.
 pub(crate) struct CountersText(Arc<Counters>);
 
 impl Writer for CountersText {
@@ -277,15 +283,20 @@ impl Writer for CountersText {
     }
 }
 
-/// The file, which goes when this is dropped.
+/// The debugfs file. Dropping it removes the file.
 pub(crate) struct CountersFile {
     _file: Pin<KBox<File<CountersText>>>,
 }
 
 impl CountersFile {
-    /// Shows `counters` in the device's folder; `None` if there is no such folder.
+    /// Creates the file in the device's debugfs folder. Returns `None` if the folder does not
+    /// exist.
     ///
-    /// May sleep. Fails with `ENOMEM`; a debugfs that does not want the file is no error.
+    /// May sleep. If debugfs cannot create the file, that is not an error.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub(crate) fn new(device: &device::Device, counters: Arc<Counters>) -> Result<Option<Self>> {
         let Some(dir) = debugfs::device_dir(device) else {
             return Ok(None);

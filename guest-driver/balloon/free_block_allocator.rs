@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How much memory the guest keeps, and which block is hinted next.
+//! Allocation of the free blocks that are hinted, and the reserve that hinting leaves to the guest.
 
 use kernel::page::PAGE_SHIFT;
 use kernel::prelude::*;
@@ -10,20 +10,20 @@ use super::counters::Counters;
 use crate::mm::{page_alloc, PageBlock, Zone, ZoneState};
 use crate::virtio::compat::parameter;
 
-/// Pages of the guest in 1 MiB. (A page is smaller than that everywhere.)
+/// Guest pages per MiB. A page is smaller than 1 MiB on all architectures.
 const PAGES_PER_MIB: usize = 1 << (20 - PAGE_SHIFT);
 
-/// What the administrator has set for hinting, within what is possible.
+/// The limits of hinting from the module parameters, clamped to valid values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {
-    /// The smallest order of blocks.
+    /// The smallest order of hinted blocks.
     min_order: u32,
-    /// Pages to be left alone, or 0 for [`default_reserve`].
+    /// The reserve in guest pages; 0 means [`default_reserve`].
     reserve: usize,
 }
 
 impl Limits {
-    /// Reads the module's parameters, and says in the log what cannot be as they want it.
+    /// Reads the module parameters. Logs a warning for values that are clamped or prevent hinting.
     pub(crate) fn from_parameters(dev: &device::Device) -> Self {
         let min_order = parameter(crate::module_parameters::hint_min_order.value());
         let reserve_mib = parameter(crate::module_parameters::hint_reserve_mib.value());
@@ -52,7 +52,7 @@ impl Limits {
         limits
     }
 
-    /// An order beyond the largest becomes the largest.
+    /// Clamps `min_order` to the largest order of the page allocator.
     fn new(min_order: u8, reserve_mib: u32) -> Self {
         Self {
             min_order: u32::from(min_order).min(PageBlock::max_order()),
@@ -60,13 +60,13 @@ impl Limits {
         }
     }
 
-    /// Limits within which nothing is hinted.
+    /// Returns limits that prevent hinting.
     #[cfg(CONFIG_KUNIT = "y")]
     pub(crate) fn nothing() -> Self {
         Self::new(u8::MAX, u32::MAX)
     }
 
-    /// How many free pages are to be left alone now.
+    /// Returns the reserve in guest pages. It never falls below [`page_alloc::min_low_midpoint`].
     fn reserve(self) -> usize {
         match self.reserve {
             0 => default_reserve(),
@@ -75,17 +75,19 @@ impl Limits {
     }
 }
 
-/// So many that nobody stalls, and so few that nearly all free memory is hinted.
+/// Returns the default reserve in guest pages: large enough that allocations do not stall, and
+/// small enough that nearly all free memory is hinted.
 ///
-/// Three times the sum of the zones' high watermarks, but no more than a twentieth of memory. Above
-/// its high watermark a zone is not reclaimed, and the kernel may raise it for a while by one and a
-/// half times (`watermark_boost_factor`); the rest is room for processes. Where the kernel uses huge
-/// pages its watermarks are a twentieth of a guest of 1 GiB by themselves: there half-way between
-/// the minimum and the low ones must do, so that whoever allocates first has the zone reclaimed
-/// beside him, with blocks from the shrinker, before anybody has to wait. What is left here is
-/// sent by the migration, used or not.
+/// The reserve is three times the sum of the zones' high watermarks, and at most 1/20 of memory.
+/// The kernel does not reclaim a zone above its high watermark, which it may boost by 150 % for
+/// some time (`watermark_boost_factor`). The rest is for processes.
 ///
-/// And never less than 1/64 of memory.
+/// With transparent huge pages, the high watermarks alone reach 1/20 of a guest with 1 GiB. So the
+/// lower bound is halfway between the minimum and the low watermarks: at that level an allocation
+/// wakes kswapd, which reclaims hinted blocks through the shrinker, and does not wait itself.
+/// Another lower bound is 1/64 of memory.
+///
+/// A live migration sends the pages of the reserve, used or not.
 fn default_reserve() -> usize {
     let managed = page_alloc::managed_pages();
     let roomy = page_alloc::high_watermarks()
@@ -94,31 +96,32 @@ fn default_reserve() -> usize {
     roomy.max(page_alloc::min_low_midpoint()).max(managed / 64)
 }
 
-/// Whether the guest has memory to give to the balloon.
+/// Returns whether the balloon may inflate with `available` pages in the guest.
 ///
-/// Not if less than 1/128 of its memory is `available` at all: taking that too would end in the OOM
-/// killer, or in a deadlock, for the balloon itself cannot be killed.
+/// At least 1/128 of memory must stay available. Below that, inflation leads to OOM kills or a
+/// deadlock, because the OOM killer cannot free the balloon.
 pub(crate) fn may_inflate(available: usize) -> bool {
     available > page_alloc::managed_pages() / 128
 }
 
-/// Which part of its memory each zone keeps: the reserve, distributed.
+/// The part of its memory that each zone keeps free, in units of `1 / Share::ALL`.
 ///
-/// Each zone keeps a part in proportion to its memory, but no less than its [floor]: so neither a
-/// node nor a zone is emptied, and what the kernel cannot use for itself (pages of `ZONE_MOVABLE`
-/// and of CMA) does not count as if it could. Where floors are higher than their zones' parts, the
-/// other zones keep less: together they keep the reserve, or all floors if these are more.
+/// Each zone keeps pages in proportion to its memory, and at least its [floor]. So hinting empties
+/// neither a node nor a zone. Pages that the kernel cannot use for its own allocations
+/// (`ZONE_MOVABLE` and CMA) do not count towards the reserve. If the floor of a zone is larger than
+/// its part, the other zones keep less. Together the zones keep the reserve, or the sum of their
+/// floors if that is larger.
 ///
 /// [floor]: ZoneState::floor
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Share(u64);
 
 impl Share {
-    /// All of a zone.
+    /// The whole zone.
     const ALL: u64 = 1 << 20;
 
-    /// The share with which zones keep `reserve` pages together; `kept` says how many they keep
-    /// with a share.
+    /// Returns the smallest share with which the zones keep at least `reserve` pages. `kept`
+    /// returns the number of pages that they keep with a given share.
     fn of(reserve: usize, kept: impl Fn(Self) -> usize) -> Self {
         let (mut low, mut high) = (0, Self::ALL);
         while low < high {
@@ -132,40 +135,42 @@ impl Share {
         Self(low)
     }
 
-    /// How many free pages a zone keeps.
+    /// Returns the number of free pages that `zone` keeps.
     fn kept(self, zone: &ZoneState) -> usize {
         let part = zone.managed as u64 * self.0 / Self::ALL;
         zone.floor.max(part as usize)
     }
 
-    /// How many free pages the zones of this guest keep together.
+    /// Returns the number of free pages that all zones of the guest keep.
     fn kept_by_all(self) -> usize {
         Zone::all().map(|zone| self.kept(&zone.state())).sum()
     }
 }
 
-/// How many pages are free that the kernel can use for itself.
+/// Returns the number of free pages that the kernel can use for its own allocations.
 fn usable_pages() -> usize {
     Zone::all().map(|zone| zone.state().free).sum()
 }
 
-/// Takes free blocks from the page allocator, the largest first, down to a smallest order and to
-/// the reserve.
+/// An allocator of free blocks for one hint round.
+///
+/// It takes free blocks from the page allocator, largest order first, down to a minimum order, and
+/// leaves the reserve to the guest.
 pub(crate) struct FreeBlockAllocator {
     order: u32,
     min_order: u32,
-    /// Where the next block of this order is looked for.
+    /// The zone of the next attempt with this order.
     zone: Option<Zone>,
-    /// What all zones keep together.
+    /// The number of free pages that all zones keep.
     reserve: usize,
-    /// What each keeps.
+    /// The part that each zone keeps.
     share: Share,
-    /// No block was taken yet.
+    /// Whether no free block was taken yet.
     fresh: bool,
 }
 
 impl FreeBlockAllocator {
-    /// Begins with the largest order. The reserve is computed now.
+    /// Creates an allocator that starts with the largest order. Computes the reserve.
     pub(crate) fn new(limits: Limits, counters: &Counters) -> Self {
         let share = Share::of(limits.reserve(), Share::kept_by_all);
         let reserve = limits.reserve().max(Share(0).kept_by_all());
@@ -180,10 +185,11 @@ impl FreeBlockAllocator {
         }
     }
 
-    /// The next block; `None` when nothing is left above the reserve.
+    /// Allocates the next free block. Returns `None` if none is available above the reserve.
     ///
-    /// What the guest has `reclaimed` under pressure is left alone too. Orders only go down:
-    /// what is freed meanwhile is found in smaller blocks.
+    /// `reclaimed` is the number of pages that the guest has reclaimed under memory pressure; they
+    /// are added to the reserve. The order never increases: memory that is freed later is taken in
+    /// smaller blocks.
     pub(crate) fn next(&mut self, reclaimed: usize, counters: &Counters) -> Option<PageBlock> {
         let reserve = self.reserve.saturating_add(reclaimed);
         loop {
@@ -201,7 +207,8 @@ impl FreeBlockAllocator {
         }
     }
 
-    /// Takes a block of `zone`, if that leaves what the zone keeps, and all together the reserve.
+    /// Allocates a free block from `zone`, if the zone keeps its part afterwards and all zones keep
+    /// `reserve` pages.
     fn take(&mut self, zone: Zone, reserve: usize, counters: &Counters) -> Option<PageBlock> {
         let pages = 1usize << self.order;
         let enough = |state: ZoneState, more: usize| {
@@ -212,12 +219,12 @@ impl FreeBlockAllocator {
             return None;
         }
         let block = zone.try_alloc(self.order)?;
-        // Others allocate too: what counts is what is left now.
+        // Other tasks allocate concurrently, so check again.
         if !enough(zone.state(), 0) {
             counters.hint_taken_back_blocks.add(1);
             return None;
         }
-        // What others left in earlier rounds does not count.
+        // The first free block replaces the low mark of earlier hint rounds.
         let left = usable_pages() as u64;
         if core::mem::take(&mut self.fresh) {
             counters.hint_free_pages_low.set(left);
@@ -253,7 +260,7 @@ mod tests {
         }
     }
 
-    /// What each of `zones` keeps of a reserve.
+    /// Returns the number of pages of `reserve` that each of `zones` keeps.
     fn distributed<const N: usize>(reserve: usize, zones: [ZoneState; N]) -> [usize; N] {
         let sum = |share: Share| zones.iter().map(|zone| share.kept(zone)).sum();
         let share = Share::of(reserve, sum);
@@ -263,13 +270,13 @@ mod tests {
     #[test]
     fn the_reserve_is_distributed_over_the_zones() {
         const PAGES: usize = 1 << 20;
-        // Two nodes alike keep half of it each.
+        // Two equal zones keep half of the reserve each.
         let [one, other] = distributed(1000, [zone(PAGES, 100), zone(PAGES, 100)]);
         assert_eq!((one, other), (500, 500));
-        // What a small zone keeps beyond its part, another one need not.
+        // A zone whose floor exceeds its part relieves the other zone.
         let [large, small] = distributed(1000, [zone(PAGES, 100), zone(PAGES / 256, 200)]);
         assert_eq!((large, small), (800, 200));
-        // No less than the floors, and no more than all.
+        // The zones keep at least their floors, and at most all of their pages.
         let floors = distributed(1000, [zone(PAGES, 700), zone(PAGES, 400)]);
         assert_eq!(floors, [700, 400]);
         let all = distributed(usize::MAX, [zone(PAGES, 700), zone(PAGES, 400)]);
@@ -279,7 +286,7 @@ mod tests {
     #[test]
     fn the_reserve_is_left_alone() {
         let counters = Counters::new(None);
-        // All but 8 MiB of what is free is to be left alone.
+        // Reserves all free pages but 8 MiB.
         let keep = usable_pages().saturating_sub(8 * PAGES_PER_MIB);
         let limits = Limits {
             min_order: 0,
@@ -297,7 +304,7 @@ mod tests {
         assert!(counters.hint_reserve_pages.get() >= reserve);
         assert!(counters.hint_free_pages_low.get() >= reserve);
         assert!(taken.pages() <= 9 * PAGES_PER_MIB);
-        // What the guest claims is left to it.
+        // Reclaimed pages are left to the guest.
         drop(taken);
         let reclaimed = 16 * PAGES_PER_MIB;
         assert!(FreeBlockAllocator::new(limits, &counters)

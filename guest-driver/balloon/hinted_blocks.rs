@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The hinted blocks that have come back from the device, and are held until it is done with them.
+//! The hinted blocks whose buffers the device has used, kept until DONE.
 
 use core::ops::Range;
 
@@ -14,49 +14,54 @@ use crate::virtio::work::{
     self, cond_resched, impl_has_delayed_work, new_delayed_work, DelayedWork, WorkItem, WorkQueue,
 };
 
-/// How many pages are kept cleared once the guest has begun to take pages back.
+/// The number of pages that are cleared ahead, once the guest has begun to reclaim pages.
 const CLEARED_AHEAD: usize = 1024;
 
 const CLEAR: u64 = 1;
 
-/// Hinted blocks that are neither with the device nor the guest's yet.
+/// The hinted blocks whose buffers the device has used, until the guest gets them back.
 ///
-/// The guest may take blocks back when it is short of memory: this is a [`Shrink`]. Only blocks
-/// that the device has returned are in here, so that holds for those too.
+/// A guest that is short of memory reclaims them through the shrinker: this type is a [`Shrink`].
+/// Hinted blocks in flight are not in here, so reclaiming keeps the driver's promise
+/// `KEEPS_HINTED_UNTIL_RETURNED`.
 ///
-/// Before the device is done with a block, who gets its pages must not meet what is in them. Where
-/// the page allocator fills pages anyway, nothing more is done. Elsewhere they are filled with
-/// zeroes, and once the guest has begun to take some a work item does so ahead of it.
+/// Before DONE, the content of a hinted block may still change, and no new owner of its pages may
+/// see that. If the page allocator initialises pages, the driver does nothing more. Otherwise the
+/// driver fills the pages with zeroes; once the guest has begun to reclaim pages, a work item
+/// clears some ahead.
 ///
-/// All methods are short, and callable from any context that is not an interrupt, unless they say
-/// otherwise. Dropping it gives all blocks back, without their content.
+/// The methods are short and may be called in any context but interrupts, unless they say
+/// otherwise. Dropping this type returns all hinted blocks to the page allocator, cleared if
+/// necessary.
 #[pin_data]
 pub(crate) struct HintedBlocks {
     #[pin]
     inner: SpinLock<HintedBlocksInner>,
     counters: Arc<Counters>,
-    /// How many pages went back to the guest, ever; those that went into the balloon are not among them.
+    /// The number of pages that were returned to the page allocator, without those that went into
+    /// the balloon. Wraps.
     total_freed: Atomic<usize>,
     #[pin]
     clear: DelayedWork<Self, CLEAR>,
-    /// Held while pages are on their way to being [`cleared`](HintedBlocksInner::cleared).
+    /// Locked by the work item while the pages that it clears are in no list, and by tasks that
+    /// must not miss those pages. Comes before `inner` in the lock order.
     #[pin]
     clearing: Mutex<()>,
 }
 
 #[derive(Default)]
 struct HintedBlocksInner {
-    /// Offered in the current round, or the last.
+    /// Hinted blocks that were offered in the current or the last hint round.
     offered: BlockList<HintedBlock>,
-    /// To be offered again.
+    /// Hinted blocks to offer again.
     to_reoffer: BlockList<HintedBlock>,
-    /// What the device is done with: goes back to the guest as it is.
+    /// Hinted blocks of hint rounds that ended with DONE. They are freed with their content.
     done: BlockList<HintedBlock>,
-    /// What is left of a block of which the guest has taken a part back. It is not offered again.
+    /// The remaining pages of a hinted block that was split. They are not offered again.
     partial: Option<HintedPages>,
-    /// Pages that are cleared already. They are not offered again.
+    /// Pages that are cleared ahead. They are not offered again.
     cleared: Option<HintedPages>,
-    /// How many pages the guest took back lately because it was short of memory.
+    /// The number of pages that the guest reclaimed, halved with each hint round.
     reclaimed: usize,
 }
 
@@ -65,12 +70,13 @@ impl_has_delayed_work! {
 }
 
 impl HintedBlocksInner {
-    /// Takes a block.
+    /// Takes a whole hinted block that is not [released](HintedBlocks::release) yet.
     fn pop(&mut self) -> Option<HintedBlock> {
         self.offered.pop().or_else(|| self.to_reoffer.pop())
     }
 
-    /// Takes up to `max` pages of one block, and leaves it opened; `None` if there is no block.
+    /// Takes up to `max` pages of one hinted block, and keeps the remaining pages in `partial`.
+    /// Returns `None` if no hinted block is left.
     fn take_part(&mut self, max: usize) -> Option<HintedPages> {
         let partial = self.partial.take();
         let mut partial = partial.or_else(|| self.pop().map(HintedBlock::split))?;
@@ -79,7 +85,7 @@ impl HintedBlocksInner {
         Some(part)
     }
 
-    /// Takes up to `max` pages that are cleared already.
+    /// Takes up to `max` pages that are cleared ahead.
     fn take_cleared(&mut self, max: usize) -> Option<HintedPages> {
         let mut cleared = self.cleared.take()?;
         let part = cleared.take(max);
@@ -89,7 +95,7 @@ impl HintedBlocksInner {
 }
 
 impl HintedBlocks {
-    /// Holds nothing. Its work will be done by `work_queue`.
+    /// Creates an empty set of hinted blocks, whose work item runs on `work_queue`.
     pub(crate) fn new(counters: Arc<Counters>, work_queue: WorkQueue) -> impl PinInit<Self> {
         pin_init!(Self {
             inner <- new_spinlock!(HintedBlocksInner::default(), "HintedBlocks::inner"),
@@ -100,45 +106,49 @@ impl HintedBlocks {
         })
     }
 
-    /// Ends all work for good. May sleep.
+    /// Disables the work item permanently. May sleep.
     pub(crate) fn disable(self: &Arc<Self>) {
         work::disable::<Self, CLEAR>(self);
     }
 
-    /// Holds a block that was offered in the current round.
+    /// Adds a hinted block that was offered in the current hint round.
     pub(crate) fn insert(&self, block: HintedBlock) {
         self.inner.lock().offered.push(block);
     }
 
-    /// Holds a block that is to be offered again.
+    /// Adds a hinted block to offer again.
     pub(crate) fn insert_to_reoffer(&self, block: HintedBlock) {
         self.inner.lock().to_reoffer.push(block);
     }
 
-    /// A new round: half of what the guest has claimed is forgotten.
+    /// Halves the number of [`reclaimed`](Self::reclaimed) pages. To be called at the start of a
+    /// hint round.
     pub(crate) fn decay_reclaimed(&self) {
         self.inner.lock().reclaimed /= 2;
     }
 
-    /// How many pages the guest took back lately, for its processes: they are not to be hinted.
+    /// Returns the number of pages that the guest reclaimed lately. Hinting leaves that many more
+    /// to the guest.
     pub(crate) fn reclaimed(&self) -> usize {
         self.inner.lock().reclaimed
     }
 
-    /// All blocks that are held shall be offered again.
+    /// Marks all hinted blocks to be offered again.
     pub(crate) fn reoffer_all(&self) {
         let mut inner = self.inner.lock();
         let offered = inner.offered.take();
         inner.to_reoffer.append(offered);
     }
 
-    /// Takes a block that is to be offered again.
+    /// Takes a hinted block to offer again.
     pub(crate) fn next_to_reoffer(&self) -> Option<HintedBlock> {
         self.inner.lock().to_reoffer.pop()
     }
 
-    /// The device is done with all blocks: they go back to the guest as they are, by
-    /// [`release_one`](Self::release_one). May sleep.
+    /// Releases all hinted blocks after DONE.
+    ///
+    /// The remaining pages of split blocks are freed at once. Whole blocks are freed one by one by
+    /// [`release_one`](Self::release_one), with their content. May sleep.
     pub(crate) fn release(&self) {
         let _clearing = self.clearing.lock();
         let mut inner = self.inner.lock();
@@ -155,7 +165,7 @@ impl HintedBlocks {
         }
     }
 
-    /// Gives a block back that the device is done with. Returns whether there was one.
+    /// Frees one [released](Self::release) hinted block. Returns whether it found one.
     pub(crate) fn release_one(&self) -> bool {
         self.release_done().is_some()
     }
@@ -165,7 +175,8 @@ impl HintedBlocks {
         Some(self.release_block(block))
     }
 
-    /// Gives a block back as it is, which the device is done with, and returns how many pages it has.
+    /// Frees `block`, which the device no longer needs, with its content. Returns its number of
+    /// pages.
     pub(crate) fn release_block(&self, block: HintedBlock) -> usize {
         let pages = block.block().pages();
         block.release();
@@ -173,17 +184,19 @@ impl HintedBlocks {
         pages
     }
 
-    /// How many pages went back to the guest so far. Wraps.
+    /// Returns the number of pages that were returned to the page allocator so far. Wraps.
     pub(crate) fn total_freed(&self) -> usize {
         self.total_freed.load(Relaxed)
     }
 
-    /// Returns all blocks to the page allocator, without their content. May sleep, and take long.
+    /// Returns all hinted blocks to the page allocator, cleared if DONE has not come and the
+    /// allocator does not initialise pages.
     ///
-    /// Takes `clearing` for one block at a time.
+    /// May sleep and take long. Locks `clearing` for one hinted block at a time.
     pub(crate) fn free_all(&self) {
         loop {
-            // Not held across iterations: another task may wait for it while it holds the hint round's lock.
+            // Unlocked after each hinted block: another task may wait for `clearing` while it holds
+            // `Hinting::inner`.
             let clearing = self.clearing.lock();
             if !self.release_one() && self.free_some(usize::MAX).is_none() {
                 break;
@@ -193,10 +206,11 @@ impl HintedBlocks {
         }
     }
 
-    /// Gives all blocks back to the guest, without their content, that lie at these physical
-    /// addresses or reach into them.
+    /// Frees the hinted blocks that overlap a range of physical addresses, and all pages of split
+    /// blocks. Clears them if the page allocator does not initialise pages.
     ///
-    /// May sleep, and take long. Nobody must [release](Self::release) meanwhile.
+    /// The caller must prevent concurrent calls of [`release`](Self::release). May sleep and take
+    /// long.
     pub(crate) fn free_in_range(&self, range: &Range<u64>) {
         let _clearing = self.clearing.lock();
         let mut inner = self.inner.lock();
@@ -226,15 +240,16 @@ impl HintedBlocks {
         }
     }
 
-    /// Takes up to `pages` single pages for the balloon: fewer, or none, if no more are held.
+    /// Takes up to `pages` single pages for the balloon. Returns fewer, or none, if no more are
+    /// available.
     ///
-    /// The pages are free memory that nobody uses, and that the guest need not look for. The device
-    /// has returned their blocks, so its promise that it has seen the hint holds for them. They do
-    /// not count as [claimed](Self::reclaimed).
+    /// The pages are free memory, so the balloon does not have to allocate others. Their buffers
+    /// are used, so the driver keeps its promise for them. They do not count as
+    /// [reclaimed](Self::reclaimed).
     ///
-    /// The balloon may give a page to the guest before the device is done with its block: if the
-    /// request is dropped unsent, or the balloon is deflated. Therefore the pages go into the
-    /// balloon without their content. May sleep, and take long.
+    /// The pages are cleared if the page allocator does not initialise pages: the balloon may
+    /// return a page to the guest before DONE, if a request is not sent or the balloon deflates.
+    /// May sleep and take long.
     pub(crate) fn take_for_balloon(&self, pages: usize) -> BlockList<BalloonPage> {
         let mut taken = BlockList::new();
         while taken.pages() < pages {
@@ -254,11 +269,11 @@ impl HintedBlocks {
         taken
     }
 
-    /// Gives one block back, without its content, or a part of one if it has more than `max` pages.
-    /// Returns how many pages that were.
+    /// Frees one hinted block, or up to `max` pages of one, and clears them if necessary. Returns
+    /// the number of pages, or `None` if no hinted block is left.
     ///
-    /// The guest wants its memory now: where pages have to be cleared, it gets no more than it asks
-    /// for. Elsewhere it gets whole blocks, so that it need not ask again soon.
+    /// If pages have to be cleared, the guest gets at most `max` pages, because it waits for them.
+    /// Otherwise it gets the whole block, so that it has to ask less often.
     fn free_some(&self, max: usize) -> Option<usize> {
         let mut inner = self.inner.lock();
         let part = match inner.take_cleared(max) {
@@ -279,7 +294,7 @@ impl HintedBlocks {
         Some(self.free_part(part))
     }
 
-    /// Gives `block` back, without its content, and returns how many pages it has.
+    /// Frees `block` and clears it if necessary. Returns its number of pages.
     fn free_block(&self, block: HintedBlock) -> usize {
         let pages = block.block().pages();
         if !page_alloc::allocator_fills_pages() {
@@ -305,7 +320,7 @@ impl HintedBlocks {
         self.counters.zeroed_pages.add(pages as u64);
     }
 
-    /// Clears pages, if there are none that are cleared.
+    /// Clears pages ahead, unless some are cleared already.
     fn clear_ahead(&self) {
         let _clearing = self.clearing.lock();
         let mut inner = self.inner.lock();
@@ -321,7 +336,7 @@ impl HintedBlocks {
     }
 }
 
-/// Clears pages before the guest needs them.
+/// Clears pages before the guest reclaims them.
 impl WorkItem<1> for HintedBlocks {
     fn run(this: Arc<Self>) {
         this.clear_ahead();
@@ -356,7 +371,8 @@ impl Shrink for HintedBlocks {
             }
         }
         if !page_alloc::allocator_fills_pages() {
-            // The next time it is there already. (Fails if it is queued, or disabled.)
+            // Cleared pages are ready for the next scan. Fails if the work item is queued or
+            // disabled.
             work::enqueue::<Self, CLEAR>(self);
         }
         Some(freed)
@@ -368,13 +384,13 @@ mod tests {
     use super::*;
     use crate::mm::PageBlock;
 
-    /// Holds two blocks of eight pages.
+    /// Returns hinted blocks that contain two blocks of eight pages.
     fn hinted_blocks() -> Result<(Arc<HintedBlocks>, Arc<Counters>)> {
         let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
         let work_queue = WorkQueue::new(c"hinted_blocks")?;
         let hinted_blocks =
             Arc::pin_init(HintedBlocks::new(counters.clone(), work_queue), GFP_KERNEL)?;
-        // Nothing is done beside the test.
+        // The test calls the work item.
         hinted_blocks.disable();
         for _ in 0..2 {
             hinted_blocks.insert(HintedBlock::new(PageBlock::try_alloc(3).ok_or(ENOMEM)?));
@@ -388,7 +404,7 @@ mod tests {
         assert_eq!(hinted_blocks.count(), 16);
         assert_eq!(hinted_blocks.scan(3), Some(3));
         assert_eq!(hinted_blocks.count(), 13);
-        // The rest of the opened block, and a part of the other.
+        // The remaining pages of the split block, and a part of the other one.
         assert_eq!(hinted_blocks.scan(6), Some(6));
         assert_eq!(hinted_blocks.count(), 7);
         assert_eq!(hinted_blocks.scan(100), Some(7));
@@ -406,13 +422,13 @@ mod tests {
             (first.len(), first.pages(), hinted_blocks.count()),
             (3, 3, 13)
         );
-        // The rest of the opened block, and a part of the other.
+        // The remaining pages of the split block, and a part of the other one.
         let second = hinted_blocks.take_for_balloon(6);
         assert_eq!(
             (second.len(), second.pages(), hinted_blocks.count()),
             (6, 6, 7)
         );
-        // The guest may have what the balloon left, and the balloon what is left then.
+        // The guest reclaims a page that the balloon left, and the balloon takes the rest.
         assert_eq!(hinted_blocks.scan(1), Some(1));
         let mut third = hinted_blocks.take_for_balloon(100);
         assert_eq!(
@@ -458,7 +474,7 @@ mod tests {
         Ok(())
     }
 
-    /// How many pages of `pages` are counted as zeroed.
+    /// Returns how many of `pages` pages are counted as zeroed.
     fn zeroed(pages: u64) -> u64 {
         if page_alloc::allocator_fills_pages() {
             0
@@ -475,7 +491,7 @@ mod tests {
         assert!(hinted_blocks.take_for_balloon(1).is_empty());
         assert!(hinted_blocks.release_one());
         assert_eq!(hinted_blocks.count(), 8);
-        // It is what the guest gets first, a whole block, for it takes no time.
+        // A released block is freed first, and as a whole, because it needs no clearing.
         assert_eq!(hinted_blocks.scan(1), Some(8));
         assert!(!hinted_blocks.release_one());
         assert_eq!(counters.zeroed_pages.get(), 0);
@@ -488,7 +504,7 @@ mod tests {
     fn pages_that_are_cleared_ahead_are_given_back_first() -> Result {
         let (hinted_blocks, counters) = hinted_blocks()?;
         hinted_blocks.clear_ahead();
-        // One block, opened.
+        // One block is split.
         assert_eq!(hinted_blocks.count(), 16);
         assert_eq!(
             hinted_blocks

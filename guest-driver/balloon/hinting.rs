@@ -1,32 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Free page hinting.
+//! Free page hinting: offers free blocks to the device on the free page queue.
 //!
-//! What to do is decided by the contract's state machine, [`driver::State`]; here it is done. One
-//! work item does it. It never waits for the device: it collects what the device has used, fills
-//! the ring, notifies the device once, and returns; the device's interrupt starts it again. So a
-//! new command is noticed within one ring's worth of work, and a removal never has to wait for an
-//! answer. Nor does it work for long at a time: what is left of a round it leaves to the next time,
-//! so that neither the freezer nor anybody else who needs the round waits.
+//! The state machine [`driver::State`] decides what to do; this file does it, in one work item. The
+//! work item never sleeps to wait for the device. It reaps used buffers, fills the ring, notifies
+//! the device once, and returns; the next interrupt starts it again. It checks for a new command id
+//! before each free block, and a removal never waits for a used buffer. The work item also returns
+//! when its budget is spent (256 free blocks or 5 ms) and queues itself again, so neither the
+//! freezer nor a task that needs the lock waits for long.
 //!
-//! Before the system sleeps, and while memory goes offline, the round is *paused*: no block is
-//! offered, those that are in flight are waited for, and those that are held go back. Then it goes
-//! on, from the largest blocks again.
+//! Before the system sleeps, and while memory goes offline, the driver *pauses* the hint round: it
+//! offers no free block, waits for the hinted blocks in flight, and returns hinted blocks to the
+//! page allocator (all of them before sleep, otherwise those in the range). Then the hint round
+//! resumes with the largest order.
 //!
-//! An interrupt costs the guest an exit, and a device that is at work returns the next blocks
-//! within microseconds. So the work item watches the ring for a moment before it asks for one: as
-//! long as the device keeps up, a round needs no interrupt; the ring is kept full meanwhile, and the
-//! device is notified when it is through with nearly all that it was notified of (if it wants to be:
-//! one that is at work looks by itself).
+//! An interrupt costs the guest a VM exit, and a device that is at work uses the next buffers
+//! within microseconds. So the work item polls the ring for up to 500 µs without progress before it
+//! enables the interrupt. While the device keeps up, a hint round needs no interrupt. The work item
+//! keeps the ring full, and notifies the device when the device has used nearly all buffers of the
+//! previous notification. A device at work polls the ring and can suppress notifications.
 //!
-//! The kernel's own driver takes no interrupt from this queue at all, and so there are devices
-//! whose interrupts nobody ever missed: QEMU's (11.1, TCG) serves the queue in an I/O thread, and
-//! from there none arrives. Therefore, while buffers are in flight, a timer looks after them too,
-//! less and less often.
+//! The kernel's C driver enables no interrupt for this queue, so a device that sends none goes
+//! unnoticed there. QEMU 11.1 with TCG is one: it serves the queue in an I/O thread and its
+//! interrupts do not arrive. Therefore a timer also polls the queue while buffers are in flight, at
+//! growing intervals.
 //!
-//! A block is owned by the queue while it is in flight, by [`HintedBlocks`] until the device is done with
-//! it, and by the page allocator before and after. There is no other way, so the feature
-//! `KEEPS_HINTED_UNTIL_RETURNED` is kept by construction.
+//! The queue owns a hinted block while it is in flight, [`HintedBlocks`] until DONE, and the page
+//! allocator before and after that. No other owner can free a hinted block in flight, so the driver
+//! keeps its promise `KEEPS_HINTED_UNTIL_RETURNED` by construction.
 
 use core::ops::Range;
 
@@ -51,55 +52,59 @@ use crate::virtio::work::{
 };
 use crate::virtio::{AddError, AddFailure, Either, Outgoing, Virtqueue};
 
-/// A command id as the device reads it: little-endian.
+/// A buffer with a command id, little-endian.
 type CmdIdBuffer = Outgoing<[u8; 4]>;
 
-/// What travels on the free page queue.
+/// A buffer on the free page queue: a command id or a hinted block.
 pub(crate) type HintBuffer = Either<CmdIdBuffer, HintedBlock>;
 
-/// How many command buffers there are: a stop and a start for the current round and for the last,
-/// which the device may not have returned yet.
+/// The number of command buffers: a STOP and a start for the current hint round, and for the
+/// previous one, whose buffers may still be in flight.
 const CMD_ID_BUFFERS: usize = 4;
-/// The entries of the ring that blocks leave free, so that a stop can be sent at once.
+/// The number of ring entries that hinted blocks leave free, so that a STOP can be sent at once.
 const CMD_ID_RESERVED_ENTRIES: usize = 1;
-/// The part of all memory that may be in flight at a time. A device that stops answering keeps no
-/// more from the guest; what has come back, the guest can take.
+/// The limit of memory in flight, as a divisor of the guest's memory: 1/4. A device that stops
+/// using buffers withholds at most that much. The guest can reclaim hinted blocks whose buffers are
+/// used.
 const IN_FLIGHT_SHARE: usize = 4;
 
-/// How much is done at a time: so many blocks, and so long.
+/// The budget of one run of the work item: a number of free blocks and a time.
 const WORK_BUDGET_BLOCKS: usize = 256;
 const WORK_BUDGET_TIME: Delta = Delta::from_millis(5);
-/// How many pages of hinted blocks a task that found no memory gets at a time.
+/// The number of pages of hinted blocks that one OOM notification frees.
 const OOM_PAGES: usize = 1024;
 
-/// If the page allocator is so slow that filling the ring takes longer than this (it may have to
-/// clear each block), the device is notified on the way, to work meanwhile.
+/// The longest time without a notification while the ring is being filled. If the page allocator is
+/// slow, for instance because it clears each free block, the device starts working meanwhile.
 const MAX_KICK_DELAY: Delta = Delta::from_millis(100);
-/// How long to wait for an interrupt before looking without one: doubled as long as nothing comes,
-/// from the one to the other.
+/// The interval at which the timer polls the queue if no interrupt arrives. It doubles from the
+/// minimum to the maximum while the device uses no buffer.
 const POLL_INTERVAL_MIN: Msecs = 8;
 const POLL_INTERVAL_MAX: Msecs = 1024;
 
-/// How long the ring is watched without anything coming back, before an interrupt is asked for.
+/// The time for which the work item polls the ring without progress before it enables the
+/// interrupt.
 const BUSY_POLL_BUDGET: Delta = Delta::from_micros(500);
 
 const WORK: u64 = 1;
 const POLL: u64 = 2;
 
-/// The driver's side of free page hinting.
+/// Free page hinting of one device.
 #[pin_data]
 pub(crate) struct Hinting {
     config: BalloonConfig,
     queue: Virtqueue<HintBuffer>,
     limits: Limits,
-    /// The device may show a new command id. It is read only then: QEMU's device shows STOP again
-    /// once a round has started, and does not mean it.
+    /// Whether config space may contain a new command id. The driver reads the id only if this is
+    /// set: QEMU's device shows STOP as soon as it has seen the start of a hint round, and does not
+    /// mean it.
     cmd_id_changed: AtomicFlag,
-    /// The driver goes: no more is offered.
+    /// Whether the driver is being unbound or shut down. No free block is offered then.
     stopping: AtomicFlag,
-    /// The system sleeps, or is about to: nothing is offered.
+    /// Whether the system sleeps or is about to. No free block is offered then.
     asleep: AtomicFlag,
-    /// How many callers have memory on its way offline: nothing is offered meanwhile.
+    /// The number of memory ranges that are going offline. No free block is offered while there are
+    /// any.
     offlining: Atomic<u32>,
     #[pin]
     inner: Mutex<HintingInner>,
@@ -113,32 +118,34 @@ pub(crate) struct Hinting {
 
 struct HintingInner {
     machine: driver::State,
-    /// Counts rounds; each block is tagged with that in which it was offered last.
+    /// The number of the current hint round. Wraps. Each hinted block is tagged with the hint round
+    /// that offered it last.
     generation: u16,
-    /// The round up to which the device was done with all blocks when it last said so.
+    /// The number of the last hint round whose hinted blocks the device no longer needs (DONE).
     done: u16,
-    /// Where new blocks come from while blocks are being offered.
+    /// The source of free blocks while a hint round runs.
     allocator: Option<FreeBlockAllocator>,
-    /// Commands that are to be sent, the first one first.
+    /// Command ids to send, in this order.
     pending_cmd_ids: [Option<CommandId>; 2],
-    /// The command buffers that are not in flight. Has room for all.
+    /// The command buffers that are not in flight. Has capacity for all.
     spare: KVec<CmdIdBuffer>,
     in_flight_pages: usize,
-    /// The buffers in flight of which the device was notified, as far as it uses them in order.
+    /// The number of buffers in flight of which the device was notified, if it uses buffers in
+    /// order.
     kicked_buffers: usize,
-    /// The others.
+    /// The number of buffers in flight of which the device was not notified yet.
     pending_kick: usize,
-    /// When the device last returned a buffer.
+    /// The time of the last used buffer.
     last_used: Instant<Monotonic>,
-    /// When the device was notified last.
+    /// The time of the last notification.
     last_kick: Instant<Monotonic>,
-    /// There was no memory to give the device a buffer.
+    /// Whether memory was too short to add a buffer to the queue.
     short: bool,
-    /// A wait for the device timed out, and it has returned no buffer since.
+    /// Whether a wait for the device timed out and the device has used no buffer since.
     timed_out: bool,
-    /// When the round began.
+    /// The time when the hint round started.
     began: Instant<Monotonic>,
-    /// The interval at which the worker polls for used buffers.
+    /// The next polling interval of the timer.
     poll_interval: Msecs,
 }
 
@@ -148,9 +155,13 @@ impl_has_delayed_work! {
 }
 
 impl Hinting {
-    /// Offers nothing yet. What will be offered is within `limits`.
+    /// Creates the hinting state of a device, with no hint round. Hinting stays within `limits`.
     ///
-    /// May sleep. Fails with `ENOMEM`.
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub(crate) fn new(
         config: BalloonConfig,
         work_queue: WorkQueue,
@@ -195,35 +206,36 @@ impl Hinting {
         Arc::pin_init(hinting, GFP_KERNEL)
     }
 
-    /// The free page queue.
+    /// Returns the free page queue.
     pub(crate) fn queue(&self) -> &Virtqueue<HintBuffer> {
         &self.queue
     }
 
-    /// The blocks that the guest may take back when it is short of memory.
+    /// Returns the hinted blocks, which the guest reclaims if it is short of memory.
     pub(crate) fn hinted_blocks(&self) -> Arc<HintedBlocks> {
         self.hinted_blocks.clone()
     }
 
-    /// The device may show a new command id. Any context.
+    /// Handles a config change: the device may show a new command id. Any context but NMI.
     pub(crate) fn cmd_id_changed(self: &Arc<Self>) {
         self.cmd_id_changed.store(true, Relaxed);
         self.wake();
     }
 
-    /// The device has used buffers. Any context.
+    /// Handles an interrupt of the free page queue. Any context but NMI.
     pub(crate) fn used(self: &Arc<Self>) {
         self.wake();
     }
 
-    /// Starts the work, unless it is queued already or disabled.
+    /// Queues the work item, unless it is queued or disabled.
     fn wake(self: &Arc<Self>) {
         work::enqueue::<Self, WORK>(self);
     }
 
-    /// Ends all work for good. May sleep, but does not wait for the device.
+    /// Disables all work items permanently. May sleep, but does not wait for the device.
     ///
-    /// Blocks in flight stay there, for the reset to bring back.
+    /// Hinted blocks in flight are recovered after the device reset, by
+    /// [`detach_unused`](Self::detach_unused).
     pub(crate) fn disable(self: &Arc<Self>) {
         self.stopping.store(true, Relaxed);
         work::disable::<Self, POLL>(self);
@@ -231,13 +243,16 @@ impl Hinting {
         self.hinted_blocks.disable();
     }
 
-    /// Whether offering is paused.
+    /// Returns whether the hint round is paused.
     fn is_paused(&self) -> bool {
         self.asleep.load(Relaxed) || self.offlining.load(Relaxed) > 0
     }
 
-    /// Waits until nothing is in flight any more. It [is paused](Self::is_paused); the device may
-    /// keep a block, but not hold this up for long, nor time and again. Ends when the driver goes.
+    /// Waits until nothing is in flight. Hinting must be [paused](Self::is_paused).
+    ///
+    /// The wait times out if the device makes no progress, and after a longer time if it does.
+    /// After a timeout without progress, later calls do not wait until the device uses a buffer.
+    /// The wait also ends when the driver is unbound.
     fn wait_for_device(&self) {
         let since = Instant::now();
         while self.may_return_more(&mut self.inner.lock(), since) {
@@ -245,8 +260,8 @@ impl Hinting {
         }
     }
 
-    /// Collects what the device has returned. Returns whether to wait for more; the caller waits since
-    /// `since`.
+    /// Reaps used buffers. Returns whether the caller, which has waited since `since`, should wait
+    /// for more.
     fn may_return_more(&self, inner: &mut HintingInner, since: Instant<Monotonic>) -> bool {
         self.reap_used(inner);
         let is_over = self.stopping.load(Relaxed) || self.queue.is_broken();
@@ -257,38 +272,40 @@ impl Hinting {
         let waited = since.elapsed();
         let limit = timeout::host();
         inner.timed_out |= waited > limit && inner.last_used.elapsed() > limit;
-        // The device makes progress; only this caller stops waiting.
+        // If the device makes progress, only this caller stops waiting.
         !inner.timed_out && waited <= timeout::total()
     }
 
-    /// Goes on after a pause, unless there is another.
+    /// Resumes the hint round after a pause, unless another pause is active.
     fn resume(self: &Arc<Self>) {
         let mut inner = self.inner.lock();
         if inner.allocator.is_some() {
-            // What was given back may be had again, in large blocks.
+            // Freed memory may be available again in large free blocks.
             inner.allocator = Some(FreeBlockAllocator::new(self.limits, &self.counters));
         }
         drop(inner);
         self.wake();
     }
 
-    /// Forgets the round, and gives all blocks back to the guest, filled with zeroes. To be called
-    /// after the device's reset, which may be followed by new queues.
+    /// Ends the hint round after a device reset and returns all hinted blocks to the page
+    /// allocator.
     ///
-    /// May sleep, and take long.
+    /// Hinted blocks without DONE are cleared if the page allocator does not initialise pages. The
+    /// queue may get a new ring afterwards. May sleep and take long.
     pub(crate) fn detach_unused(&self) {
         let mut inner = self.inner.lock();
         while let Some(buffer) = self.queue.detach_unused_buf() {
             match buffer {
                 Either::Left(command) => {
-                    // Its room is still there.
+                    // Cannot fail: `spare` has capacity for all command buffers.
                     let _ = inner.spare.push_within_capacity(command);
                 }
-                // To clear it takes time: that is done below, without the lock.
+                // Clearing takes long, so `free_all` below does it, without the lock.
                 Either::Right(block) => self.hinted_blocks.insert(block),
             }
         }
-        // What it would have done with the blocks has no sense without the device.
+        // Not by `Event::Reset`: its action `ReleaseHinted` would free hinted blocks with their
+        // content.
         inner.machine = driver::State::default();
         inner.allocator = None;
         inner.pending_cmd_ids = [None; 2];
@@ -301,7 +318,7 @@ impl Hinting {
         self.hinted_blocks.free_all();
     }
 
-    /// Takes back the buffers that the device has used. Returns whether there was any.
+    /// Takes back used buffers. Returns whether there were any.
     fn reap_used(&self, inner: &mut HintingInner) -> bool {
         let mut any = false;
         while let Some((buffer, _)) = self.queue.get_buf() {
@@ -312,7 +329,7 @@ impl Hinting {
             inner.count_used();
             match buffer {
                 Either::Left(command) => {
-                    // Its room is still there: commands are only ever taken and put back.
+                    // Cannot fail: `spare` has capacity for all command buffers.
                     let _ = inner.spare.push_within_capacity(command);
                 }
                 Either::Right(block) => {
@@ -325,16 +342,16 @@ impl Hinting {
         any
     }
 
-    /// Whether there is a new command id to read, or the driver goes.
+    /// Returns whether the work item has to read a command id, or has to stop.
     ///
-    /// While a command waits for room, no command id is read: what may have changed is no news then.
-    /// The device's answer starts the work again, or the timer does.
+    /// While a command id is waiting to be sent, a new one is not read. The next used buffer starts
+    /// the work item again, or the timer does.
     fn has_pending_event(&self, inner: &HintingInner) -> bool {
         let may_handle_cmd_id = inner.all_sent() && self.cmd_id_changed.load(Relaxed);
         may_handle_cmd_id || self.stopping.load(Relaxed)
     }
 
-    /// Finds the place of a block that the device has returned.
+    /// Files a hinted block whose buffer the device has used.
     fn complete_block(&self, inner: &HintingInner, block: HintedBlock) {
         let tag = block.block().tag();
         if inner.is_done(tag) {
@@ -346,7 +363,11 @@ impl Hinting {
         }
     }
 
-    /// Reads the command id, if it may have changed, and does what follows from it.
+    /// Reads the command id if it may have changed, and steps the state machine.
+    ///
+    /// # Errors
+    ///
+    /// [`ENODEV`] if the queue is broken or the device is unbound.
     fn handle_cmd_id(&self, inner: &mut HintingInner) -> Result {
         if self.cmd_id_changed.xchg(false, Relaxed) {
             let command = self.config.free_page_hint_cmd_id()?;
@@ -382,7 +403,7 @@ impl Hinting {
         }
     }
 
-    /// Sends the commands that are to be sent. Returns whether all of them went.
+    /// Sends the pending command ids. Returns whether all were sent.
     fn send_cmd_ids(&self, inner: &mut HintingInner) -> Result<bool> {
         while let [Some(command), next] = inner.pending_cmd_ids {
             let Some(mut buffer) = inner.spare.pop() else {
@@ -402,11 +423,11 @@ impl Hinting {
         Ok(true)
     }
 
-    /// Offers blocks until the ring is full or enough of the memory is in flight, there is news, or
-    /// no block is left.
+    /// Offers free blocks until the ring is full, the limit of memory in flight is reached, an
+    /// event is pending, hinting pauses, the budget is spent, or no free block is left.
     fn offer(&self, inner: &mut HintingInner, budget: &mut WorkBudget) -> Result {
         let limit = page_alloc::managed_pages() / IN_FLIGHT_SHARE;
-        // A ring of one entry has none to leave free.
+        // A ring of one entry has no entry to spare.
         let left_free = CMD_ID_RESERVED_ENTRIES.min(self.queue.entries().saturating_sub(1));
         while !self.has_pending_event(inner) && !self.is_paused() && !budget.is_spent() {
             if inner.in_flight_pages >= limit || self.queue.free_entries() <= left_free {
@@ -448,7 +469,8 @@ impl Hinting {
         Ok(())
     }
 
-    /// Gives blocks back that the device is done with, while there is no news.
+    /// Frees released hinted blocks until none is left, an event is pending, or the budget is
+    /// spent.
     fn release(&self, inner: &HintingInner, budget: &mut WorkBudget) {
         while !self.has_pending_event(inner)
             && !budget.is_spent()
@@ -459,14 +481,14 @@ impl Hinting {
         }
     }
 
-    /// Nothing is left to offer.
+    /// Ends the hint round: no free block is left to offer.
     fn finish(&self, inner: &mut HintingInner) {
         self.step(inner, Event::Exhausted);
         self.counters.rounds_finished.add(1);
         self.counters.last_round_us.set(inner.age_us());
     }
 
-    /// Lets the device know of new buffers, if there are any.
+    /// Notifies the device of buffers that it does not know of yet.
     fn notify(&self, inner: &mut HintingInner) {
         if inner.pending_kick > 0 {
             inner.kicked_buffers += inner.pending_kick;
@@ -476,7 +498,8 @@ impl Hinting {
         }
     }
 
-    /// Looks after the buffers in flight later, should no interrupt come; or after memory.
+    /// Schedules the timer if buffers are in flight, in case no interrupt arrives, or if memory is
+    /// short.
     fn schedule_poll(self: &Arc<Self>, inner: &mut HintingInner) {
         if !inner.any_in_flight() && !inner.short {
             return;
@@ -486,9 +509,18 @@ impl Hinting {
         work::enqueue_delayed::<Self, POLL>(self, delay);
     }
 
-    /// Takes turns for as long as the device keeps up and there is a budget. On return nothing is in
-    /// flight any more, or nothing has come back for a while, and the device knows of everything; or
-    /// the budget is spent. Fails if the device is gone.
+    /// Processes the queue repeatedly while the device keeps up and the budget lasts.
+    ///
+    /// On return, one of these is true:
+    ///
+    /// - Nothing is in flight.
+    /// - The device was notified of all buffers and has used none for [`BUSY_POLL_BUDGET`].
+    /// - The budget is spent.
+    /// - The driver is being unbound.
+    ///
+    /// # Errors
+    ///
+    /// [`ENODEV`] if the queue is broken or the device is unbound.
     fn busy_poll(&self, inner: &mut HintingInner, budget: &mut WorkBudget) -> Result {
         let mut last: Instant<Monotonic> = Instant::now();
         loop {
@@ -521,13 +553,17 @@ impl Hinting {
         }
     }
 
-    /// One turn: everything that can be done now, within `budget`. Fails if the device is gone.
+    /// Does everything that is possible now, within `budget`.
+    ///
+    /// # Errors
+    ///
+    /// [`ENODEV`] if the queue is broken or the device is unbound.
     fn process(&self, inner: &mut HintingInner, budget: &mut WorkBudget) -> Result {
         inner.short = false;
         self.reap_used(inner);
         let mut all_sent = self.send_cmd_ids(inner)?;
         if all_sent {
-            // Only then, lest a command overtakes one that is waiting for room.
+            // Only if no command id is waiting for room, because a new one must not overtake it.
             self.handle_cmd_id(inner)?;
             all_sent = self.send_cmd_ids(inner)?;
         }
@@ -540,7 +576,7 @@ impl Hinting {
     }
 }
 
-/// What may be done at a time.
+/// The remaining budget of one run of the work item.
 struct WorkBudget {
     blocks: usize,
     began: Instant<Monotonic>,
@@ -560,8 +596,12 @@ impl WorkBudget {
 }
 
 impl HintingInner {
-    /// A buffer could not be added: fails if the device is gone. With a full ring the device's
-    /// answer is waited for; without memory, some time.
+    /// Handles a buffer that could not be added to the queue. With a full ring, hinting waits for
+    /// used buffers; without memory, for the timer.
+    ///
+    /// # Errors
+    ///
+    /// [`ENODEV`] if the queue is broken or the device is unbound.
     fn not_added(&mut self, failure: AddFailure) -> Result {
         match failure {
             AddFailure::Full => Ok(()),
@@ -573,12 +613,12 @@ impl HintingInner {
         }
     }
 
-    /// Microseconds since the round began.
+    /// Returns the time since the hint round started, in microseconds.
     fn age_us(&self) -> u64 {
         self.began.elapsed().as_micros_ceil().max(0) as u64
     }
 
-    /// Whether no command waits for room on the ring, or for memory.
+    /// Returns whether no command id is waiting to be sent.
     fn all_sent(&self) -> bool {
         self.pending_cmd_ids[0].is_none()
     }
@@ -587,7 +627,7 @@ impl HintingInner {
         self.kicked_buffers > 0 || self.pending_kick > 0
     }
 
-    /// A buffer came back.
+    /// Counts a used buffer.
     fn count_used(&mut self) {
         let count = if self.kicked_buffers > 0 {
             &mut self.kicked_buffers
@@ -597,28 +637,29 @@ impl HintingInner {
         *count = count.saturating_sub(1);
     }
 
-    /// Whether the device should be notified now of what it does not know of. It would otherwise
-    /// have nothing to do soon, or there is no more to come.
+    /// Returns whether to notify the device now: it has nearly used up its buffers, or no further
+    /// free block follows.
     fn is_kick_due(&self) -> bool {
         self.allocator.is_none() || self.kicked_buffers <= self.pending_kick / 8
     }
 
     fn queue_cmd_id(&mut self, command: CommandId) {
-        // Commands come from `step` only when the outbox is empty, and at most two at a time.
+        // A slot is free: `step` runs only after all command ids were sent, and queues at most two.
         if let Some(slot) = self.pending_cmd_ids.iter_mut().find(|slot| slot.is_none()) {
             *slot = Some(command);
         }
     }
 
-    /// Whether the device has said that it is done with the blocks of the round with this number.
+    /// Returns whether the device no longer needs the hinted blocks of hint round `generation`
+    /// (DONE).
     fn is_done(&self, generation: u16) -> bool {
         self.generation.wrapping_sub(generation) >= self.generation.wrapping_sub(self.done)
     }
 }
 
 impl Hinting {
-    /// Works until there is nothing to do for the moment, or enough was done: then there is more to
-    /// do, and this returns true.
+    /// Works until nothing is left to do for now or the budget is spent. Returns whether more work
+    /// is left.
     fn work(self: &Arc<Self>) -> bool {
         let mut inner = self.inner.lock();
         let mut budget = WorkBudget::new();
@@ -640,7 +681,7 @@ impl Hinting {
     }
 }
 
-/// The work proper.
+/// Runs hinting.
 impl WorkItem<1> for Hinting {
     fn run(this: Arc<Self>) {
         if this.work() {
@@ -649,7 +690,7 @@ impl WorkItem<1> for Hinting {
     }
 }
 
-/// Blocks in memory that goes offline are given back.
+/// Returns the hinted blocks in memory that goes offline.
 impl OnMemoryOffline for Hinting {
     fn going_offline(self: &Arc<Self>, range: Range<u64>) {
         self.offlining.fetch_add(1, Relaxed);
@@ -662,10 +703,11 @@ impl OnMemoryOffline for Hinting {
     }
 }
 
-/// Blocks that are with the device come back in a moment: no process is killed for want of them.
+/// Frees hinted blocks before the kernel kills a process. Waits for hinted blocks in flight if
+/// necessary.
 ///
-/// This runs within an allocation, perhaps one of the work item's own (some transports allocate to read
-/// configuration space): so it takes the round's lock only if nobody has it.
+/// It runs within an allocation, possibly one by the work item itself: some transports allocate
+/// memory to read config space. So it only tries to take the lock of [`HintingInner`].
 impl OnOutOfMemory for Hinting {
     fn oom_notify(self: &Arc<Self>, already_freed: usize) -> usize {
         if already_freed > 0 {
@@ -673,12 +715,12 @@ impl OnOutOfMemory for Hinting {
         }
         let since: Instant<Monotonic> = Instant::now();
         let before = self.hinted_blocks.total_freed();
-        // Pages that other tasks have given back since are free as well.
+        // Counts pages that other tasks have freed since, too.
         let freed = || self.hinted_blocks.total_freed().wrapping_sub(before);
         loop {
             let may_come = match self.inner.try_lock() {
                 Some(mut inner) => self.may_return_more(&mut inner, since),
-                // Perhaps held by the very task that finds no memory.
+                // The allocating task itself may hold the lock.
                 None => !self.stopping.load(Relaxed) && since.elapsed() < timeout::host(),
             };
             if freed() == 0 {
@@ -689,13 +731,14 @@ impl OnOutOfMemory for Hinting {
             }
             fsleep(Delta::from_millis(1));
         }
-        // No interrupt comes for what was collected here.
+        // No interrupt follows for the used buffers that were reaped here.
         self.wake();
         freed()
     }
 }
 
-/// Hibernation needs memory for the image before it freezes the devices.
+/// Returns all hinted blocks before the system sleeps: hibernation allocates its image before it
+/// freezes the devices.
 impl OnSystemSleep for Hinting {
     fn prepare_sleep(self: &Arc<Self>) {
         self.asleep.store(true, Relaxed);
@@ -709,7 +752,7 @@ impl OnSystemSleep for Hinting {
     }
 }
 
-/// What comes instead of an interrupt: the work proper.
+/// Runs hinting if no interrupt has arrived.
 impl WorkItem<2> for Hinting {
     fn run(this: Arc<Self>) {
         this.wake();
@@ -728,21 +771,21 @@ mod tests {
     const DONE: u32 = 1;
     const FIRST: u32 = 0x8000_0000;
 
-    /// What the device finds on the free page queue.
+    /// A buffer that the device finds on the free page queue.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     enum Found {
         Command(u32),
-        /// A block of so many bytes.
+        /// A free block with this number of bytes.
         FreeBlock(u32),
     }
 
-    /// The driver's hinting and its device, whose answers the test gives. It finds no free block: what it
-    /// offers are blocks that are to be offered again.
+    /// Hinting with a test device that uses buffers when the test says so. The page allocator
+    /// provides no free block; the test provides hinted blocks to offer again.
     struct Rig {
         hinting: Arc<Hinting>,
         hinted_blocks: Arc<HintedBlocks>,
         counters: Arc<Counters>,
-        // Last: the others have references to the device.
+        // Dropped last: the other fields have references to the device.
         bound: BoundTestDevice,
     }
 
@@ -757,7 +800,7 @@ mod tests {
                 counters.clone(),
                 Limits::nothing(),
             )?;
-            // The test does the work.
+            // The test calls the work items.
             work::disable::<Hinting, POLL>(&hinting);
             work::disable::<Hinting, WORK>(&hinting);
             let hinted_blocks = hinting.hinted_blocks();
@@ -771,7 +814,7 @@ mod tests {
             })
         }
 
-        /// Has so many blocks of four pages to be offered.
+        /// Provides `blocks` hinted blocks of four pages to offer again.
         fn provide(&self, blocks: usize) -> Result {
             for _ in 0..blocks {
                 let block = PageBlock::try_alloc(2).ok_or(ENOMEM)?;
@@ -787,7 +830,7 @@ mod tests {
             self.hinting.cmd_id_changed();
         }
 
-        /// Works until there is nothing to do. The device does nothing meanwhile.
+        /// Works until nothing is left to do. The device uses no buffer meanwhile.
         fn work(&self) {
             while self.hinting.work() {}
         }
@@ -805,10 +848,10 @@ mod tests {
             Some(found)
         }
 
-        /// Works, each time for one answer of the device, until there is nothing to do, and returns
-        /// what the device has found.
+        /// Alternates between the work item and one used buffer until nothing is left to do.
+        /// Returns the buffers that the device found.
         ///
-        /// Whatever is with the device, its answer must come with an interrupt.
+        /// While a buffer is in flight, its interrupt must be enabled.
         fn settle(&self) -> Result<KVec<Found>> {
             let mut all = KVec::new();
             loop {
@@ -847,7 +890,7 @@ mod tests {
             assert!(found[1..=BLOCKS].iter().all(|found| *found == BLOCK));
             assert_eq!(found.last(), Some(&Found::Command(STOP)));
             assert_eq!(rig.counters.rounds_finished.get(), 1);
-            // R16: they are held until the device is done.
+            // R16: the hinted blocks are kept until DONE.
             assert_eq!(rig.hinted_blocks.count(), BLOCKS * 4);
             rig.command(DONE);
             assert!(rig.settle()?.is_empty());
@@ -857,7 +900,7 @@ mod tests {
         Ok(())
     }
 
-    /// R2: the old round is stopped, and what it has offered is offered again.
+    /// R2: the old hint round is stopped, and its hinted blocks are offered again.
     #[test]
     fn a_new_round_in_the_midst_of_another_is_a_whole_one_on_a_ring_of_any_size() -> Result {
         const BLOCKS: usize = 10;
@@ -888,7 +931,8 @@ mod tests {
         Ok(())
     }
 
-    /// The device has no room for the commands of the second round when the third is asked for.
+    /// The ring has no room for the command ids of the second hint round when the third is
+    /// requested.
     #[test]
     fn a_command_that_cannot_be_sent_leaves_nothing_to_do() -> Result {
         const BLOCKS: usize = 3;
@@ -899,9 +943,9 @@ mod tests {
         rig.command(FIRST + 1);
         rig.work();
         rig.command(FIRST + 2);
-        // On a slow machine a run may end early, and want another.
+        // On a slow machine a run may spend its budget and request another one.
         assert!((0..100).any(|_| !rig.hinting.work()));
-        // The worker tries again after longer and longer times.
+        // The polling interval grows.
         assert!(rig.hinting.inner.lock().poll_interval > POLL_INTERVAL_MIN);
         let found = rig.settle()?;
         let third = found
@@ -912,8 +956,8 @@ mod tests {
         Ok(())
     }
 
-    /// Works until there is nothing to do, and returns in how many pieces. In none of them may more
-    /// blocks be `done` than are allowed.
+    /// Works until nothing is left to do, and returns the number of runs. Checks that no run
+    /// exceeds the budget; `done` returns the number of blocks done so far.
     fn pieces(rig: &Rig, done: impl Fn() -> usize) -> usize {
         let mut pieces = 0;
         loop {
@@ -927,8 +971,8 @@ mod tests {
         }
     }
 
-    /// What the device has used goes to a task that finds no memory, also before the work item runs; a
-    /// device that keeps its buffers is waited for once.
+    /// An OOM notification frees hinted blocks whose buffers are used, before the work item runs.
+    /// It waits only once for a device that uses no buffer.
     #[test]
     fn a_task_without_memory_gets_what_the_device_has_used() -> Result {
         let rig = Rig::new(4)?;
@@ -976,7 +1020,7 @@ mod tests {
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
         rig.work();
         assert_eq!(rig.answer(), Some(BLOCK));
-        // Two more are with the device, which answers when it is notified.
+        // The device uses the buffers in flight when it is notified.
         rig.bound.device.set_use_on_notify(true);
         rig.hinting.asleep.store(true, Relaxed);
         rig.work();
@@ -1006,7 +1050,7 @@ mod tests {
         assert!(in_flight > 1);
         rig.hinting.prepare_sleep();
         assert_eq!(rig.hinted_blocks.count(), 0);
-        // It is not waited for a second time, before it answers.
+        // No second wait, until the device uses a buffer.
         let awaits_device = || {
             let inner = &mut rig.hinting.inner.lock();
             rig.hinting.may_return_more(inner, Instant::now())
@@ -1015,7 +1059,7 @@ mod tests {
         assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
         assert!(awaits_device());
         rig.hinting.post_sleep();
-        // It resumes with what comes back.
+        // The hint round resumes with the hinted blocks that were in flight.
         let found = rig.settle()?;
         assert_eq!(found.len(), in_flight + 1);
         assert_eq!(rig.hinted_blocks.count(), in_flight * 4);
@@ -1056,7 +1100,7 @@ mod tests {
         Ok(())
     }
 
-    /// The device is done with the round, and returns what was still in flight only then.
+    /// The device says DONE, and uses the buffers in flight only after that.
     #[test]
     fn who_finds_no_memory_gets_what_the_device_returns_at_last() -> Result {
         let rig = Rig::new(4)?;
@@ -1083,7 +1127,7 @@ mod tests {
         assert_eq!(rig.settle()?.len(), 6);
         rig.hinting.going_offline(address..address + 4096);
         assert_eq!(rig.hinted_blocks.count(), 12);
-        // The round has ended, and nothing is offered.
+        // The hint round has ended, so nothing is offered.
         assert!(rig.settle()?.is_empty());
         rig.command(FIRST + 1);
         assert_eq!(rig.settle()?.len(), 5);

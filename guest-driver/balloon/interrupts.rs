@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What an interrupt of a queue starts.
+//! The interrupt handler of the virtqueues.
 
 use kernel::sync::Arc;
 
@@ -13,7 +13,10 @@ use crate::shared_abi::features::Features;
 use crate::shared_abi::queue::Queue;
 use crate::virtio::QueueHandler;
 
-/// Starts the work that a queue's interrupt is for, and keeps the queue silent until it runs.
+/// A handler that starts the work item of the queue that interrupts.
+///
+/// It disables further interrupts of the queue; the work item enables them again. The reporting
+/// queue has no work item, so the handler completes its reports.
 pub(crate) struct Interrupts {
     resizer: Arc<Resizer>,
     hinting: Option<Arc<Hinting>>,

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The balloon driver.
+//! The virtio balloon driver.
 //!
-//! Three things, each with its own work item: [`Resizer`] inflates and deflates, [`Hinting`] hints
-//! free pages, [`Statistics`] says how the guest's memory fares. This file binds them to a device.
-//! Interrupts only start the work; see [`Interrupts`].
+//! - [`Resizer`] inflates and deflates the balloon.
+//! - [`Hinting`] offers free blocks to the device (free page hinting).
+//! - [`Statistics`] sends memory statistics.
+//! - [`Reporting`] sends free page reports.
+//!
+//! This file binds them to a device. Interrupts and config changes only start work items (see
+//! [`Interrupts`]), except that a used report is completed in its interrupt.
 
 mod balloon_queues;
 mod config;
@@ -52,24 +56,24 @@ const VERSION_1: u32 = 32;
 /// `VIRTIO_F_ACCESS_PLATFORM`
 const ACCESS_PLATFORM: u32 = 33;
 
-/// Among those who are asked when the guest has run out of memory: as early as the kernel's own
-/// balloon driver.
+/// The priority of the balloon's OOM notifier: the same as in the kernel's C driver
+/// (`VIRTIO_BALLOON_OOM_NOTIFY_PRIORITY`).
 const OOM_PRIORITY: i32 = 80;
 
 virtio_device_table!(ID_TABLE, [virtio::DeviceId::new(VIRTIO_ID_BALLOON)]);
 
-/// The driver of memory balloons.
+/// The virtio balloon driver.
 pub(crate) struct Balloon;
 
-/// What the driver keeps for a device.
+/// The driver's data for one device.
 pub(crate) struct Data {
-    // First, so that on the way out nothing runs any more when the rest goes.
+    // Dropped first: disables all work items before the registrations and the counters are dropped.
     components: Components,
     registrations: Pin<KBox<Mutex<Registrations>>>,
     _counters: Option<CountersFile>,
 }
 
-/// What the kernel calls the driver for, until it is dropped.
+/// The driver's callbacks in the kernel. Each one is unregistered when it is dropped.
 #[derive(Default)]
 struct Registrations {
     oom_notifier: Option<OomNotifier<Resizer>>,
@@ -97,7 +101,7 @@ impl Registrations {
             let resizer = driver_ok.0.resizer.clone();
             this.oom_notifier = Some(OomNotifier::register(OOM_PRIORITY, resizer)?);
         }
-        // Last, because a report in flight ends only with the device reset.
+        // Last: if a later step failed, dropping this registration might wait for the device.
         if let Some(reporting) = &driver_ok.0.reporting {
             this.reporting = reporting.register()?;
         }
@@ -105,11 +109,12 @@ impl Registrations {
     }
 }
 
-/// Proof that `DRIVER_OK` is set. Registered callbacks may notify the device, which is not allowed
-/// earlier.
+/// A proof that `DRIVER_OK` is set.
+///
+/// Registered callbacks may notify the device, which the specification forbids before `DRIVER_OK`.
 struct DriverOk<'a>(&'a Components);
 
-/// The works, which are ended when this is dropped.
+/// The parts of the driver. Dropping them disables their work items.
 struct Components {
     resizer: Arc<Resizer>,
     hinting: Option<Arc<Hinting>>,
@@ -129,8 +134,9 @@ impl Components {
         self.resizer.disable();
     }
 
-    /// Empties the balloon, reports the size to the host, and disables all work items. The caller resets
-    /// the device next. May sleep.
+    /// Empties the balloon, writes its size to config space, and disables all work items.
+    ///
+    /// The caller resets the device next. May sleep.
     fn quiesce(&self) {
         if let Some(hinting) = &self.hinting {
             hinting.disable();
@@ -139,7 +145,7 @@ impl Components {
         self.disable();
     }
 
-    /// Takes back what the device had when it was reset.
+    /// Recovers the buffers that were in flight when the device was reset. May sleep.
     fn detach_unused(&self) {
         self.resizer.detach_unused();
         if let Some(hinting) = &self.hinting {
@@ -233,7 +239,8 @@ impl Data {
 }
 
 impl Components {
-    /// Tells the device what it has to know first and that the driver is ready, and starts.
+    /// Writes the poison value, primes the statistics queue, sets `DRIVER_OK`, and starts the work
+    /// items.
     fn start(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result<DriverOk<'_>> {
         if features.contains(Features::PAGE_POISON) {
             let pattern = page_alloc::free_page_pattern().unwrap_or(0);
@@ -247,7 +254,7 @@ impl Components {
         if let Some(statistics) = &self.statistics {
             statistics.notify();
         }
-        // The host may have set both before there was anybody to be interrupted.
+        // The host may have set both before the driver could receive a config interrupt.
         self.resizer.target_changed();
         if let Some(hinting) = &self.hinting {
             hinting.cmd_id_changed();
@@ -255,7 +262,8 @@ impl Components {
         Ok(DriverOk(self))
     }
 
-    /// Creates the queues that the features bring, in the order of the contract.
+    /// Creates the virtqueues of the negotiated features, in the order of
+    /// [`shared_abi::queue`](crate::shared_abi::queue).
     fn find_queues(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
         let mut queues: KVec<&dyn AnyQueue> = KVec::with_capacity(Queue::MAX_COUNT, GFP_KERNEL)?;
         for queue in queue::negotiated_queues(features) {
@@ -307,18 +315,20 @@ impl virtio::Driver for Balloon {
 
     fn validate(features: &mut Negotiation<'_>) -> Result {
         if cfg!(target_endian = "big") && !features.has_feature(VERSION_1) {
-            // Its page numbers, statistics and command ids would be big-endian.
+            // Page frame numbers, statistics and command ids would be big-endian.
             pr_err!("a legacy balloon is not supported on a big-endian guest\n");
             return Err(not_supported());
         }
         if page_alloc::free_page_pattern().is_none() {
             features.clear_feature(Features::PAGE_POISON.bit_number());
         } else if !features.has_feature(Features::PAGE_POISON.bit_number()) {
-            // The device would not know what reported pages must hold, and might clear them.
+            // Without the poison value the device does not know the content that reported pages
+            // must have, and may clear them.
             features.clear_feature(Features::REPORTING.bit_number());
         }
-        // Requests have one segment each, so indirect descriptors would only cost memory; and page
-        // numbers are physical addresses, which no IOMMU may translate.
+        // Indirect descriptors only cost memory: inflate, deflate and hinting buffers have one
+        // segment each. Page frame numbers are guest-physical addresses, so an IOMMU must not
+        // translate them.
         features.clear_feature(RING_INDIRECT_DESC);
         features.clear_feature(ACCESS_PLATFORM);
         Ok(())
@@ -341,7 +351,7 @@ impl virtio::Driver for Balloon {
         }
     }
 
-    // The work queue is frozen meanwhile: what must be done is done here.
+    // The work queue is frozen, so this function calls the resize worker's code itself.
     fn freeze<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) -> Result {
         this.components.resizer.empty();
         this.components.resizer.freeze();
@@ -357,7 +367,8 @@ impl virtio::Driver for Balloon {
             this.components.start(dev, features).map(drop)
         });
         if result.is_err() {
-            // As it was; the device can still be removed, or the system sleep again.
+            // Returns to the frozen state. The device can still be removed, and the system can
+            // sleep again.
             this.components.resizer.freeze();
             dev.reset();
             this.components.detach_unused();
@@ -366,14 +377,15 @@ impl virtio::Driver for Balloon {
     }
 
     fn shutdown<'bound>(dev: &'bound virtio::Device<Core<'_>>, this: Pin<&Data>) {
-        // From now on nobody waits for the device, an OOM notification under way included.
+        // No task waits for the device any longer, OOM notifiers that are running included.
         this.components.disable();
         let registrations = core::mem::take(&mut *this.registrations.lock());
         drop((registrations.oom_notifier, registrations.hint_oom_notifier));
         drop(registrations.shrinker);
         drop((registrations.memory_notifier, registrations.sleep_notifier));
-        // The end of the registration waits for the report that the device has, so that comes back
-        // before. The balloon stays what it is: to free its pages would take time, for nobody.
+        // Unregistering the reporting callback waits for the report in flight, so the reset and
+        // `detach_unused` come first. The balloon keeps its pages: freeing them takes time, and the
+        // system is about to stop.
         dev.reset();
         if let Some(reporting) = &this.components.reporting {
             reporting.detach_unused();
@@ -396,8 +408,8 @@ mod tests {
         fn report(&self, _pages: FreePages) {}
     }
 
-    /// A device that has everything and uses no buffer is shut down: with a report, requests and
-    /// hints under way.
+    /// Shuts down a device that has all features and uses no buffer, with a report, requests and
+    /// hints in flight.
     #[test]
     fn a_silent_device_is_shut_down_and_nothing_reaches_for_it_afterwards() -> Result {
         let features = Features::STATS_VQ
@@ -414,9 +426,10 @@ mod tests {
         let reports = data.registrations.lock().reporting.is_some();
         for (index, queue) in queue::negotiated_queues(features).enumerate() {
             let expected = match queue {
-                // Nothing is in the balloon.
+                // The balloon is empty.
                 Queue::Deflate => false,
-                // Another device, or a kernel that cannot, is the one reason not to report.
+                // Reporting is unavailable only if another device has registered it or the kernel
+                // lacks it.
                 Queue::Reporting => reports,
                 Queue::Inflate | Queue::Stats | Queue::FreePage => true,
             };
@@ -437,7 +450,8 @@ mod tests {
         assert!(registrations.reporting.is_none());
         drop(registrations);
         if reports {
-            // There can be one registration in the system: ours has gone.
+            // The system has one reporting registration at most, so this one shows that the
+            // driver's is dropped.
             let other = Arc::new(Nobody, GFP_KERNEL)?;
             let other = KBox::pin_init(PageReporting::register(other, 1), GFP_KERNEL);
             assert!(other.is_ok());
@@ -449,7 +463,7 @@ mod tests {
         reporting.used();
         assert!(resizer.inflate_queue().is_broken() && hinting.queue().is_broken());
         assert_eq!(bound.device.notifications(), notifications);
-        // What the device had is all there for a removal that comes all the same.
+        // A removal after the shutdown recovers all buffers.
         Balloon::remove(bound.core(), data.as_ref());
         Ok(())
     }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Where the balloon's pages are, and what is to be done to reach a target.
+//! Counts of the pages in the balloon and in flight, and the next step towards a target.
 //!
-//! All counts are in balloon pages, 4 KiB each.
+//! All counts are in balloon pages of 4 KiB.
 
 use kernel::prelude::*;
 
-/// Where the balloon's pages are.
+/// The counts of the pages in the balloon and in flight.
 ///
-/// A page counts in one place at a time: on its way in until the device has acknowledged it, then
-/// inside, and on its way out from the moment it is taken from the balloon until the device has
-/// acknowledged that.
+/// Each page counts once: as inflating until the device has used the inflate request, then as
+/// inflated, and as deflating from the time when the deflate request is sent until the device has
+/// used it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PageCounts {
     inflated: u64,
@@ -18,44 +18,44 @@ pub(crate) struct PageCounts {
     deflating: u64,
 }
 
-/// What to do next.
+/// The next step towards a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// Put up to this many more pages in.
+    /// Inflate by up to this many pages.
     Inflate(u64),
-    /// Take up to this many pages out.
+    /// Deflate by up to this many pages.
     Deflate(u64),
-    /// Wait for the device: what is on its way decides.
+    /// Wait for requests in flight.
     Wait,
-    /// The target is reached, and nothing is on its way.
+    /// The target is reached, and nothing is in flight.
     Reached,
 }
 
 impl PageCounts {
-    /// How many pages are in the balloon, and acknowledged.
+    /// Returns the number of pages in the balloon that the device has acknowledged.
     pub(crate) fn inflated(self) -> u64 {
         self.inflated
     }
 
-    /// How many pages the balloon has as far as the device has acknowledged it: those inside, and
-    /// those on their way out.
+    /// Returns the size of the balloon as the device knows it: inflated and deflating pages.
     pub(crate) fn actual(self) -> u64 {
         self.inflated + self.deflating
     }
 
-    /// How many pages were taken out that the device has not given back yet.
+    /// Returns the number of pages whose deflate requests are in flight.
     pub(crate) fn deflating(self) -> u64 {
         self.deflating
     }
 
-    /// Whether no page is in the balloon or on its way into or out of it.
+    /// Returns whether no page is in the balloon or in flight.
     pub(crate) fn is_empty(self) -> bool {
         self == Self::default()
     }
 
-    /// What to do next to get to `target`.
+    /// Returns the next step towards `target`.
     ///
-    /// Pages on their way in cannot be called back: if there are too many, they are waited for.
+    /// Pages in flight on the inflate queue cannot be recalled. If there are too many, the step is
+    /// to wait for them.
     pub(crate) fn next(self, target: u64) -> Step {
         let expected = self.inflated + self.inflating;
         if expected < target {
@@ -69,26 +69,26 @@ impl PageCounts {
         }
     }
 
-    /// `pages` were offered to the device.
+    /// Counts `pages` as sent on the inflate queue.
     pub(crate) fn send_inflate(&mut self, pages: u64) {
         self.inflating += pages;
     }
 
-    /// The device took `pages` that were offered.
+    /// Counts `pages` as inflated: the device has used their request.
     pub(crate) fn complete_inflate(&mut self, pages: u64) {
         let pages = pages.min(self.inflating);
         self.inflating -= pages;
         self.inflated += pages;
     }
 
-    /// `pages` were taken out, to be given back by the device.
+    /// Counts `pages` as sent on the deflate queue.
     pub(crate) fn send_deflate(&mut self, pages: u64) {
         let pages = pages.min(self.inflated);
         self.inflated -= pages;
         self.deflating += pages;
     }
 
-    /// The device gave `pages` back.
+    /// Counts `pages` as deflated: the device has used their request.
     pub(crate) fn complete_deflate(&mut self, pages: u64) {
         self.deflating = self.deflating.saturating_sub(pages);
     }
@@ -140,7 +140,7 @@ mod tests {
         page_counts.send_inflate(8);
         page_counts.complete_inflate(8);
         page_counts.send_deflate(8);
-        // Pages on their way out do not count: others are taken.
+        // Deflating pages do not count; other pages are inflated.
         assert_eq!(page_counts.next(8), Step::Inflate(8));
         assert_eq!(page_counts.next(0), Step::Wait);
     }

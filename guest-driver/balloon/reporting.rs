@@ -2,10 +2,11 @@
 
 //! Free page reporting.
 //!
-//! The kernel reports blocks of free pages; they go to the device as one buffer, and back to the
-//! free lists when the buffer has come back, whichever way. Until then the kernel's work item
-//! waits, and nothing else does. A queue without a ring takes no buffer: while the system sleeps,
-//! and once the device is gone, reports fail at once.
+//! The kernel reports batches of free blocks (`mm/page_reporting.c`). The driver sends each batch
+//! as one buffer. The kernel takes the pages back when the device has used the buffer, or when the
+//! buffer is recovered or refused. Only the kernel's work item waits for that. A queue without a
+//! ring accepts no buffer: while the system sleeps, and after the device is unbound, reports fail
+//! at once.
 
 use kernel::device;
 use kernel::prelude::*;
@@ -20,22 +21,27 @@ use crate::mm::{FreePages, PageReporting, ReportPages};
 use crate::shared_abi::queue::Queue;
 use crate::virtio::{AddError, AddFailure, Virtqueue};
 
-/// The driver's side of free page reporting.
+/// Free page reporting of one device.
 pub(crate) struct Reporting {
     dev: ARef<device::Device>,
     queue: Virtqueue<FreePages>,
     counters: Arc<Counters>,
-    /// There was a line in the log about reports that the queue does not take.
+    /// Whether the driver has logged that the queue does not accept reports.
     has_logged: AtomicFlag,
 }
 
-/// The registration, which takes the reports for as long as it lives.
+/// The registration with the kernel. Dropping it ends the reports.
 ///
-/// To be dropped after the device's reset and [`Reporting::detach_unused`], or it may wait for the device.
+/// It must be dropped after the device reset and [`Reporting::detach_unused`]; otherwise the drop
+/// may wait for the device.
 pub(crate) type ReportingRegistration = Pin<KBox<PageReporting<Reporting>>>;
 
 impl Reporting {
-    /// Takes no reports yet. May sleep. Fails with `ENOMEM`.
+    /// Creates the reporting queue, without a registration. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub(crate) fn new(dev: ARef<device::Device>, counters: Arc<Counters>) -> Result<Arc<Self>> {
         let reporting = Self {
             dev,
@@ -46,18 +52,23 @@ impl Reporting {
         Ok(Arc::new(reporting, GFP_KERNEL)?)
     }
 
-    /// The reporting queue.
+    /// Returns the reporting queue.
     pub(crate) fn queue(&self) -> &Virtqueue<FreePages> {
         &self.queue
     }
 
-    /// Begins to take reports. The device must be ready, and nothing may fail after this. `None` if
-    /// another device has them already: the balloon works without.
+    /// Registers with the kernel, which then reports free pages.
     ///
-    /// May sleep. Fails with `ENOMEM`.
+    /// The device must be ready, and no later step of the probe may fail. Returns `None` and logs a
+    /// warning if the kernel refuses, for instance because another device is registered. The
+    /// balloon works without reporting. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub(crate) fn register(self: &Arc<Self>) -> Result<Option<ReportingRegistration>> {
-        // A report must fit into the ring: it has no indirect descriptors, which would have to be
-        // allocated while free pages are out of reach.
+        // A report must fit into the ring. Indirect descriptors, which the driver declines, would
+        // have to be allocated while the reported pages are unavailable.
         let registration = PageReporting::register(self.clone(), self.queue.entries());
         match KBox::pin_init(registration, GFP_KERNEL) {
             Ok(registration) => Ok(Some(registration)),
@@ -80,15 +91,14 @@ impl Reporting {
         }
     }
 
-    /// The device has used buffers. Any context but NMI.
+    /// Handles used buffers: completes their reports. Any context but NMI.
     pub(crate) fn used(&self) {
         while let Some((pages, _)) = self.queue.get_buf() {
             self.end(pages, true);
         }
     }
 
-    /// Gives back, as not reported, the pages that the device had when it was reset. To be called
-    /// after each reset.
+    /// Recovers the reports in flight after a device reset. Their pages count as not reported.
     pub(crate) fn detach_unused(&self) {
         while let Some(pages) = self.queue.detach_unused_buf() {
             self.end(pages, false);
@@ -111,9 +121,9 @@ impl ReportPages for Reporting {
     fn report(&self, pages: FreePages) {
         if let Err(AddError { buffer, failure }) = self.queue.add(pages) {
             match failure {
-                // Reports are one at a time, and the kernel comes again: when there is room or memory.
+                // The kernel reports one batch at a time and retries later.
                 AddFailure::Full | AddFailure::NoMemory | AddFailure::Gone => {}
-                // It comes again for ever.
+                // The kernel retries forever, so log this once.
                 AddFailure::Broken | AddFailure::Malformed => {
                     if !self.has_logged.xchg(true, Relaxed) {
                         dev_info!(
@@ -130,7 +140,7 @@ impl ReportPages for Reporting {
     }
 
     fn overdue(&self, seconds: u32) {
-        // An interrupt may have got lost.
+        // An interrupt may be lost.
         self.used();
         if seconds == timeout::total_seconds() {
             let why = if self.queue.is_broken() {

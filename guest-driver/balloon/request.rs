@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Requests on the inflate and deflate queues.
+//! Requests on the inflate and deflate queues: arrays of page frame numbers, and the pages that
+//! they name.
 
 use kernel::page::PAGE_SHIFT;
 use kernel::prelude::*;
@@ -9,18 +10,18 @@ use crate::mm::{BalloonPage, BlockList, PageRef};
 use crate::shared_abi::page::{self, Pfn};
 use crate::virtio::{Either, OutgoingWithContext};
 
-/// How many page numbers a request has at most: as many as in the kernel's own balloon driver,
-/// which is what devices know.
+/// The largest number of page frame numbers in a request. Same as in the kernel's C driver
+/// (`VIRTIO_BALLOON_ARRAY_PFNS_MAX`), which devices expect.
 const PFNS_MAX: usize = 256;
 
-/// How a guest whose pages have `2^SHIFT` bytes counts in balloon pages, which have 4 KiB.
+/// Conversions between guest pages of `2^SHIFT` bytes and balloon pages of 4 KiB.
 pub(crate) struct PageGeometry<const SHIFT: u32>;
 
-/// This guest's.
+/// The conversions for this guest.
 pub(crate) type GuestGeometry = PageGeometry<{ PAGE_SHIFT as u32 }>;
 
 impl<const SHIFT: u32> PageGeometry<SHIFT> {
-    /// How many balloon pages one page of the guest is.
+    /// The number of balloon pages per guest page.
     pub(crate) const PFNS_PER_PAGE: usize = match page::balloon_pages_per_guest_page(SHIFT) {
         Some(pfns) => {
             assert!(
@@ -32,22 +33,24 @@ impl<const SHIFT: u32> PageGeometry<SHIFT> {
         None => panic!("a page of the guest is smaller than a balloon page"),
     };
 
-    /// How many of the guest's pages a request has room for.
+    /// The number of guest pages that fit into a request.
     pub(crate) const CAPACITY: usize = PFNS_MAX / Self::PFNS_PER_PAGE;
 
-    /// How many pages of the guest `pfns` balloon pages are, rounded up.
+    /// Converts balloon pages to guest pages, rounded up.
     pub(crate) const fn guest_pages(pfns: u64) -> u64 {
         pfns.div_ceil(Self::PFNS_PER_PAGE as u64)
     }
 
-    /// How many balloon pages `pages` pages of the guest are.
+    /// Converts guest pages to balloon pages.
     pub(crate) const fn pfns(pages: usize) -> u64 {
         (pages * Self::PFNS_PER_PAGE) as u64
     }
 
-    /// Writes the numbers of the balloon pages of the guest's page at `address` into `array`, as
-    /// those of the request's page number `nth`. Returns how many bytes of the array are of use then;
-    /// `None`, and nothing of use written, if there is no room or a number has more than 32 bits.
+    /// Writes the page frame numbers of the guest page at `address` into `array`, at the position
+    /// of the request's guest page number `nth`.
+    ///
+    /// Returns the number of bytes of the array that are valid then. Returns `None` if the array is
+    /// full or a number has more than 32 bits; the numbers of other guest pages stay valid.
     fn encode(array: &mut [[u8; 4]], nth: usize, address: u64) -> Option<usize> {
         let from = nth.checked_mul(Self::PFNS_PER_PAGE)?;
         let to = from.checked_add(Self::PFNS_PER_PAGE)?;
@@ -59,30 +62,35 @@ impl<const SHIFT: u32> PageGeometry<SHIFT> {
     }
 }
 
-/// What travels on the inflate and deflate queues.
+/// A buffer on the inflate or deflate queue.
 pub(crate) type PageBuffer = Either<RequestBuffer, PageMigrationBuffer>;
 
 type RequestBuffer = OutgoingWithContext<[[u8; 4]; PFNS_MAX], RequestPages>;
 type PageMigrationBuffer =
     OutgoingWithContext<[[u8; 4]; GuestGeometry::PFNS_PER_PAGE], MigratingPage>;
 
-/// What a request is about.
+/// The pages of a request.
 pub(crate) struct RequestPages {
     pages: BlockList<BalloonPage>,
-    /// The number of pages, also when they were let go.
+    /// The number of guest pages that the array names, including those that were taken
+    /// unacknowledged.
     count: usize,
-    /// A task that found no memory has asked for the pages.
+    /// Whether the request is an OOM deflation.
     for_oom: bool,
 }
 
-/// An array of page numbers and the pages that it is about.
+/// A request with an array of page frame numbers and the pages that they name.
 ///
-/// The pages go where the request goes: while it is in flight, nobody can use or free them, unless
-/// they were [let go](Self::take_unacked) on purpose.
+/// The request owns the pages: while it is in flight, no other code can use or free them, unless
+/// they were [taken unacknowledged](Self::take_unacked).
 pub(crate) struct Request(RequestBuffer);
 
 impl Request {
     /// Allocates a request without pages. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub(crate) fn new() -> Result<Self> {
         let request_pages = RequestPages {
             pages: BlockList::new(),
@@ -96,18 +104,22 @@ impl Request {
         )?))
     }
 
-    /// How many balloon pages the request is about.
+    /// Returns the number of balloon pages that the request names.
     pub(crate) fn pfns(&self) -> u64 {
         GuestGeometry::pfns(self.0.context().count)
     }
 
-    /// Whether the request is about no page.
+    /// Returns whether the request names no page.
     pub(crate) fn is_empty(&self) -> bool {
         self.0.context().count == 0
     }
 
-    /// Adds a page. Gives it back if there is no room for it, or if its number has more than the 32
-    /// bits that the device can read.
+    /// Adds a page.
+    ///
+    /// # Errors
+    ///
+    /// Returns the page if the request is full, or if its page frame number has more than the 32
+    /// bits of the format.
     pub(crate) fn push(&mut self, page: BalloonPage) -> Result<(), BalloonPage> {
         let (array, request_pages) = self.0.parts_mut();
         match GuestGeometry::encode(array, request_pages.count, page.address()) {
@@ -121,18 +133,17 @@ impl Request {
         }
     }
 
-    /// Notes that the pages are for a task that has found no memory, until they are
-    /// [taken](Self::take).
+    /// Marks the request as an OOM deflation until its pages are [taken](Self::take).
     pub(crate) fn set_for_oom(&mut self) {
         self.0.parts_mut().1.for_oom = true;
     }
 
-    /// Whether the pages are for a task that has found no memory.
+    /// Returns whether the request is an OOM deflation.
     pub(crate) fn is_for_oom(&self) -> bool {
         self.0.context().for_oom
     }
 
-    /// Takes the pages out, and leaves the request empty.
+    /// Takes the pages and empties the request.
     pub(crate) fn take(&mut self) -> BlockList<BalloonPage> {
         self.0.set_length(0);
         let (_, request_pages) = self.0.parts_mut();
@@ -141,32 +152,36 @@ impl Request {
         request_pages.pages.take()
     }
 
-    /// Takes the pages out, but goes on being about them: to tell the device of pages without
-    /// waiting for its answer.
+    /// Takes the pages, but keeps their page frame numbers in the request: the guest uses the pages
+    /// without waiting until the device has used the request.
     pub(crate) fn take_unacked(&mut self) -> BlockList<BalloonPage> {
         self.0.parts_mut().1.pages.take()
     }
 
-    /// The request as a buffer for a queue.
+    /// Converts the request to a buffer.
     pub(crate) fn into_buffer(self) -> PageBuffer {
         Either::Left(self.0)
     }
 }
 
-/// What a request for a single page is about.
+/// The page of a page migration request.
 pub(crate) struct MigratingPage {
     slot: usize,
     page: Option<PageRef>,
-    /// The page leaves the balloon, and no other comes.
+    /// Whether the page is deflated and no page replaces it.
     is_deflate: bool,
 }
 
-/// A request about a single page that the kernel moves, and a reference to that page: it is not
-/// freed while the request is in flight.
+/// A request for page migration: one page, with a reference to it, so that the page is not freed
+/// while the request is in flight.
 pub(crate) struct PageMigrationRequest(PageMigrationBuffer);
 
 impl PageMigrationRequest {
-    /// Allocates a request about no page, which will be known as `slot`. May sleep.
+    /// Allocates a request without a page. `slot` identifies the request. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub(crate) fn new(slot: usize) -> Result<Self> {
         let array = [[0; 4]; GuestGeometry::PFNS_PER_PAGE];
         let migrating_page = MigratingPage {
@@ -181,13 +196,16 @@ impl PageMigrationRequest {
         )?))
     }
 
-    /// The number by which it is known.
+    /// Returns the slot that identifies the request.
     pub(crate) fn slot(&self) -> usize {
         self.0.context().slot
     }
 
-    /// Makes it a request about `page`. Gives the page back if its number has more than the 32 bits
-    /// that the device can read.
+    /// Sets the page.
+    ///
+    /// # Errors
+    ///
+    /// Returns the page if its page frame number has more than the 32 bits of the format.
     pub(crate) fn set(&mut self, page: PageRef) -> Result<(), PageRef> {
         let (array, migrating_page) = self.0.parts_mut();
         match GuestGeometry::encode(array, 0, page.address()) {
@@ -200,7 +218,7 @@ impl PageMigrationRequest {
         }
     }
 
-    /// Takes the page out.
+    /// Takes the page and empties the request.
     pub(crate) fn take(&mut self) -> Option<PageRef> {
         self.0.set_length(0);
         let (_, migrating_page) = self.0.parts_mut();
@@ -208,32 +226,33 @@ impl PageMigrationRequest {
         migrating_page.page.take()
     }
 
-    /// Takes the page out; the request still names it: see [`Request::take_unacked`].
+    /// Takes the page, but keeps its page frame numbers in the request: see
+    /// [`Request::take_unacked`].
     pub(crate) fn take_unacked(&mut self) -> Option<PageRef> {
         self.0.parts_mut().1.page.take()
     }
 
-    /// Notes that the page leaves the balloon and no other comes, until it is [taken](Self::take).
+    /// Marks the page as deflated without a replacement, until it is [taken](Self::take).
     pub(crate) fn set_deflate(&mut self) {
         self.0.parts_mut().1.is_deflate = true;
     }
 
-    /// Whether the page leaves the balloon and no other comes.
+    /// Returns whether the page is deflated without a replacement.
     pub(crate) fn is_deflate(&self) -> bool {
         self.0.context().is_deflate
     }
 
-    /// The request as a buffer for a queue.
+    /// Converts the request to a buffer.
     pub(crate) fn into_buffer(self) -> PageBuffer {
         Either::Right(self.0)
     }
 }
 
-/// What a queue gave back.
+/// A request from a used or recovered buffer.
 pub(crate) enum AnyRequest {
-    /// A request.
+    /// A request to inflate or deflate.
     Request(Request),
-    /// A request about a page that the kernel moves.
+    /// A request for page migration.
     PageMigration(PageMigrationRequest),
 }
 

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Inflating and deflating towards the host's target.
+//! The resize worker: inflates and deflates towards the host's target.
 //!
-//! It is done in turns. A turn never waits for the device: it collects what the device has used,
-//! sends what there is room for, and returns; the device's interrupt asks for the next one. A work
-//! item takes the turns; where none can run, or an end is waited for, the caller does.
+//! The function [`update_size`](Resizer::update_size) never waits for the device. It reaps used
+//! buffers, sends the requests for which the queues have room, and returns. The next interrupt
+//! queues the work item that calls it again. If no work item can run, or a caller waits for the
+//! result, that caller calls the function itself.
 //!
-//! A task that finds no memory takes pages out by itself, see [`OnOutOfMemory`].
+//! If the guest runs out of memory, an OOM notifier deflates the balloon in the task that needs
+//! memory: see [`OnOutOfMemory`].
 
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, AtomicFlag, Relaxed};
@@ -32,29 +34,30 @@ use crate::virtio::work::{
 };
 use crate::virtio::{Virtqueue, Wakeup};
 
-/// After how many new requests the device is notified. Half of them: so there are always some to
-/// fill.
+/// The number of new requests after which the device is notified: half of the requests, so the
+/// driver can fill the other half meanwhile.
 const BATCH: usize = REQUESTS / 2;
 
-/// How long to wait when memory is short: doubled each time, from the one to the other.
+/// The delay before another attempt if memory is short. It doubles from the minimum to the maximum.
 const RETRY_MIN: Msecs = 200;
 const RETRY_MAX: Msecs = 3200;
-/// How long to wait for pages that the kernel is migrating.
+/// The delay before another attempt if the kernel has isolated pages for page migration.
 const ISOLATED_RETRY: Msecs = 10;
-/// After how long the queues are looked at, should no interrupt come for what the device has answered.
+/// The interval at which the worker polls the queues if no interrupt arrives.
 const POLL_INTERVAL: Msecs = 1000;
-/// How often at most a shortage of memory is worth a line in the log.
+/// The minimum interval between log messages about a shortage of memory.
 const LOG_INTERVAL: Delta = Delta::from_secs(5);
 
-/// How many balloon pages a task that found no memory gets at a time: as many as from the kernel's
-/// own balloon driver.
+/// The number of balloon pages of one OOM deflation. Same as in the kernel's C driver
+/// (`VIRTIO_BALLOON_OOM_NR_PAGES`).
 const OOM_NR_PAGES: u64 = 256;
-/// How long nothing is inflated after that.
+/// The time for which inflation pauses after an OOM deflation.
 const OOM_INFLATE_PAUSE: Delta = Delta::from_secs(10);
-/// What part of the guest's memory must then be to be had before anything is.
+/// The memory that must be available before inflation resumes, as a divisor of the guest's memory:
+/// 1/16.
 const OOM_RESUME_SHARE: usize = 16;
 
-/// The event that keeps the system awake.
+/// The wakeup event of a config change.
 const WAKEUP_SIGNAL_ADJUST: u32 = 0;
 
 const UPDATE_SIZE: u64 = 1;
@@ -62,26 +65,30 @@ const RETRY: u64 = 2;
 const ISOLATED: u64 = 3;
 const POLL: u64 = 4;
 
-/// The balloon's size, and all that changes it.
+/// The balloon of one device, and all that changes its size.
 #[pin_data]
 pub(crate) struct Resizer {
     dev: ARef<device::Device>,
     config: BalloonConfig,
-    /// The blocks that were hinted and are not with the device any more.
+    /// The hinted blocks whose buffers the device has used.
     hinted_blocks: Option<Arc<HintedBlocks>>,
-    /// The host has to know, and to agree, before a page is used.
+    /// Whether the guest may use a deflated page only after the device has used its request
+    /// (`MUST_TELL_HOST`).
     must_tell_host: bool,
-    /// The host may have changed its target since it was read.
+    /// Whether the host's target may have changed since it was read.
     target_changed: AtomicFlag,
-    /// The target is an empty balloon, whatever the host wants.
+    /// Whether the balloon is being emptied: the target is 0, whatever the host wants.
     emptying: AtomicFlag,
-    /// A task found no memory, and took pages out.
+    /// Whether inflation has to pause: in an OOM notification, a node with balloon pages was short,
+    /// or OOM deflation started although no node was short.
     oom_seen: AtomicFlag,
-    /// How many pages had been released when such a task got none.
+    /// The value of [`BalloonQueues::released`] when an OOM deflation last timed out. `u64::MAX` if
+    /// none has.
     timed_out_at: Atomic<u64>,
-    /// The start of the times that follow.
+    /// The time when the balloon was created.
     created: Instant<Monotonic>,
-    /// When a task last got pages although no node was short, in milliseconds after `created`; `u64::MAX` if none has.
+    /// The time of the last OOM deflation although no node was short, in milliseconds after
+    /// `created`. `u64::MAX` if there was none. Used with several nodes only.
     unexplained_oom_at: Atomic<u64>,
     #[pin]
     inner: Mutex<ResizerInner>,
@@ -99,25 +106,27 @@ pub(crate) struct Resizer {
     poll: DelayedWork<Self, POLL>,
 }
 
-/// What the turns know. The lock makes them one at a time; memory is allocated under it.
+/// The state of the resize worker. The lock also serialises [`Resizer::update_size`]. Memory is
+/// allocated under it, so OOM deflation must not take it.
 struct ResizerInner {
     target: u64,
-    /// What the host was last told about the balloon's size.
+    /// The size of the balloon that was last written to config space. `None` if unknown.
     written_actual: Option<u64>,
     delay: Msecs,
     last_logged: Option<Instant<Monotonic>>,
-    /// When a task last found no memory, until the target is reached or memory is there again.
+    /// The time of the last OOM notification that paused inflation. `None` after the target was
+    /// reached.
     oom_seen: Option<Instant<Monotonic>>,
 }
 
-/// How far a turn has got.
+/// The result of sending requests towards the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Progress {
-    /// The target is reached, and nothing is on its way.
+    /// The target is reached, and nothing is in flight.
     Reached,
-    /// All that can be sent is with the device.
+    /// Everything that can be sent is in flight.
     Waiting,
-    /// Nothing more can be sent now.
+    /// No further request can be sent now.
     Blocked(SendError),
 }
 
@@ -135,11 +144,15 @@ impl_has_delayed_work! {
 }
 
 impl Resizer {
-    /// Makes an empty balloon. With `adjust_managed`, its pages do not count as the guest's memory.
-    /// With `must_tell_host`, no page is used before the device has given it back. It inflates with what
-    /// is `hinted_blocks` first.
+    /// Creates an empty balloon.
     ///
-    /// May sleep. Fails with `ENOMEM`.
+    /// With `adjust_managed`, pages in the balloon do not count as managed memory (`MemTotal`).
+    /// With `must_tell_host`, the guest uses a deflated page only after the device has used its
+    /// request. Inflation takes pages of `hinted_blocks` first. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn new(
         dev: ARef<device::Device>,
@@ -184,12 +197,12 @@ impl Resizer {
         Arc::pin_init(resizer, GFP_KERNEL)
     }
 
-    /// The queue of pages that go into the balloon.
+    /// Returns the inflate queue.
     pub(crate) fn inflate_queue(&self) -> &Virtqueue<PageBuffer> {
         self.queues().inflate_queue()
     }
 
-    /// The queue of pages that come out of the balloon.
+    /// Returns the deflate queue.
     pub(crate) fn deflate_queue(&self) -> &Virtqueue<PageBuffer> {
         self.queues().deflate_queue()
     }
@@ -198,7 +211,7 @@ impl Resizer {
         self.pages.migrator()
     }
 
-    /// The host may have a new target. Any context.
+    /// Handles a config change: the host may have a new target. Any context but NMI.
     pub(crate) fn target_changed(self: &Arc<Self>) {
         self.target_changed.store(true, Relaxed);
         if !self.queues().is_closed() {
@@ -207,21 +220,22 @@ impl Resizer {
         }
     }
 
-    /// The device has used requests. Any context.
+    /// Handles an interrupt of the inflate or deflate queue. Any context but NMI.
     pub(crate) fn used(self: &Arc<Self>) {
         self.queues().wait_queue.wake_up_all();
         self.wake();
     }
 
-    /// Starts the work, unless it is queued already or disabled.
+    /// Queues the work item, unless it is queued or disabled.
     fn wake(self: &Arc<Self>) {
         work::enqueue::<Self, UPDATE_SIZE>(self);
     }
 
-    /// Takes all pages out of the balloon and tells the host, as long as it answers.
+    /// Deflates the balloon to 0 and writes its size to config space, as long as the device makes
+    /// progress.
     ///
-    /// May sleep while the device makes progress, and up to [`timeout::host`] without progress. Buffers
-    /// still in flight are recovered after the device reset. Needs no work item to run.
+    /// May sleep while the device makes progress, and up to [`timeout::host`] without progress.
+    /// Buffers still in flight are recovered after the device reset. Needs no work item.
     pub(crate) fn empty(self: &Arc<Self>) {
         self.emptying.store(true, Relaxed);
         let mut last = self.queues().page_counts();
@@ -249,12 +263,13 @@ impl Resizer {
                     .wait_timeout(seen, WAIT_POLL_INTERVAL);
             }
         }
-        // The last answers may have come after the last turn's report.
+        // The last requests may have been completed after the last call of `update_size` wrote the
+        // size.
         self.write_actual(&mut self.inner.lock());
     }
 
-    /// Ends all work for good. Nobody waits for the device any more, in any context. May sleep, but
-    /// not for the device.
+    /// Disables all work items permanently and ends all waits for the device. May sleep, but does
+    /// not wait for the device.
     pub(crate) fn disable(self: &Arc<Self>) {
         self.queues().close();
         self.end_work();
@@ -269,23 +284,24 @@ impl Resizer {
         work::disable::<Self, UPDATE_SIZE>(self);
     }
 
-    /// No turn is taken any more, and nobody waits for the device, until [`thaw`](Self::thaw). May
-    /// sleep, but not for the device.
+    /// Stops resizing and ends all waits for the device, until [`thaw`](Self::thaw). May sleep, but
+    /// does not wait for the device.
     pub(crate) fn freeze(&self) {
         self.queues().close();
-        // A turn that is under way ends.
+        // Waits until a running `update_size` returns.
         drop(self.inner.lock());
         self.wakeup.clear_event(WAKEUP_SIGNAL_ADJUST);
         self.wakeup.relax();
     }
 
-    /// Frees all pages that the device did not give back. To be called after its reset and
-    /// [`freeze`](Self::freeze) or [`disable`](Self::disable). May sleep.
+    /// Recovers the requests in flight after a device reset, and frees all pages.
+    ///
+    /// To be called after [`freeze`](Self::freeze) or [`disable`](Self::disable). May sleep.
     pub(crate) fn detach_unused(&self) {
         BalloonQueues::detach_unused(&self.pages);
     }
 
-    /// The device is there again, and holds no page: everything begins anew. Any context.
+    /// Starts again with an empty balloon after [`freeze`](Self::freeze). May sleep.
     pub(crate) fn thaw(self: &Arc<Self>) {
         let mut inner = self.inner.lock();
         inner.written_actual = None;
@@ -295,7 +311,7 @@ impl Resizer {
         self.queues().open();
     }
 
-    /// Tells the host the balloon's size, if it does not know it.
+    /// Writes the balloon's size to config space, if it has changed.
     fn write_actual(&self, inner: &mut ResizerInner) {
         let page_counts = self.queues().page_counts();
         self.counters.balloon_pages.set(page_counts.inflated());
@@ -319,9 +335,8 @@ impl Resizer {
         Ok(())
     }
 
-    /// Sends requests towards the target for as long as there is room and memory.
-    ///
-    /// The target is looked at before each.
+    /// Sends requests towards the target while the queues have room and memory is available. Checks
+    /// for a new target before each request.
     fn advance(&self, inner: &mut ResizerInner) -> Progress {
         let mut pending_kick = 0;
         let progress = loop {
@@ -355,13 +370,13 @@ impl Resizer {
                 pending_kick = 0;
             }
         };
-        // Also after an error: a request that memory was too short to fill has been sent all the
-        // same.
+        // Also after an error: if memory is short, the last request is sent partially filled.
         self.queues().notify();
         progress
     }
 
-    /// Takes a request for `step`, if the queue has room for it; `None` if all are in flight.
+    /// Takes a request for `step`, if the queue has room for it. Returns `None` if only the
+    /// reserved requests are left.
     fn prepare(&self, inner: &mut ResizerInner, step: Step) -> Result<Option<Request>, SendError> {
         let queues = self.queues();
         if matches!(step, Step::Inflate(_)) {
@@ -375,7 +390,7 @@ impl Resizer {
         Ok(queues.take_spare())
     }
 
-    /// Whether the guest has memory to give.
+    /// Returns whether the guest has memory for inflation.
     fn may_inflate(&self, inner: &mut ResizerInner) -> bool {
         if self.oom_seen.xchg(false, Relaxed) {
             inner.oom_seen = Some(Instant::now());
@@ -391,11 +406,11 @@ impl Resizer {
         may_inflate(available)
     }
 
-    /// Fills `request` with up to `pfns` new pages, and offers them to the device.
+    /// Fills `request` with up to `pfns` new pages and sends it on the inflate queue.
     ///
-    /// Pages of hinted blocks come first: they are free memory that nobody uses, and that the page
-    /// allocator does not have. If the host changes its target meanwhile, they are fewer: where memory is short it may take
-    /// seconds to find a request's worth of it.
+    /// Pages of hinted blocks come first: they are free memory that the page allocator does not
+    /// have. If the target changes meanwhile, the request is sent with the pages so far: when
+    /// memory is short, filling a request may take seconds.
     fn send_inflate(
         &self,
         inner: &mut ResizerInner,
@@ -409,7 +424,7 @@ impl Resizer {
             let mut pages = hinted_blocks.take_for_balloon(wanted);
             wanted -= pages.len();
             while let Some(page) = pages.pop() {
-                // A page whose number has too many bits for the device goes back to the guest.
+                // A page whose page frame number has more than 32 bits goes back to the guest.
                 let _ = request.push(page);
             }
         }
@@ -424,7 +439,7 @@ impl Resizer {
             }
         }
         if self.oom_seen.load(Relaxed) {
-            // Somebody found no memory meanwhile: now there is some.
+            // An OOM notification came meanwhile: these pages help the guest.
             result = Err(SendError::NoMemory);
             drop(request.take());
         }
@@ -439,10 +454,10 @@ impl Resizer {
         result
     }
 
-    /// Tries again after a while without memory, and says why once in a while.
+    /// Schedules another attempt after a shortage of memory. Logs the shortage, rate-limited.
     fn retry_later(self: &Arc<Self>, inner: &mut ResizerInner) {
         if !self.retry_after(inner.delay) {
-            // This one has been waiting already.
+            // An attempt is scheduled already.
             return;
         }
         inner.delay = (inner.delay * 2).min(RETRY_MAX);
@@ -461,20 +476,21 @@ impl Resizer {
         }
     }
 
-    /// Starts the work after so long. Returns `false` if a delay is running already.
+    /// Queues the work item after `delay`. Returns `false` if a delay is running already.
     fn retry_after(self: &Arc<Self>, delay: Msecs) -> bool {
         let delay: Jiffies = msecs_to_jiffies(delay);
         work::enqueue_delayed::<Self, RETRY>(self, delay)
     }
 
-    /// Whether a task that found no memory has waited in vain already, and nothing has been answered
-    /// since. `released` is how many pages were released so far.
+    /// Returns whether an OOM deflation has timed out while deflate requests are in flight, and no
+    /// page was released since. `released` is the current value of [`BalloonQueues::released`].
     fn has_timed_out(&self, released: u64) -> bool {
         let page_counts = self.queues().page_counts();
         page_counts.deflating() > 0 && self.timed_out_at.load(Relaxed) == released
     }
 
-    /// Takes some pages out that lie on these nodes. If the host need not agree, they are free then.
+    /// Sends an OOM deflation with pages on `nodes`. Without `MUST_TELL_HOST` the pages are free on
+    /// return.
     fn send_oom_deflate(&self, nodes: &NodesBelowWatermark) {
         let request =
             BalloonQueues::wait(&self.pages, timeout::host(), BalloonQueues::take_reserved);
@@ -492,8 +508,8 @@ impl Resizer {
         }
     }
 
-    /// One turn: everything that can be done now, and no more than all requests once. Returns
-    /// whether another is worth taking at once.
+    /// Does everything that is possible now: reaps used buffers, writes the size, and uses each
+    /// request once at most. Returns whether the caller should call again at once.
     fn update_size(self: &Arc<Self>) -> bool {
         let mut inner = self.inner.lock();
         if self.queues().is_closed() {
@@ -508,7 +524,7 @@ impl Resizer {
                 self.wakeup.relax();
             }
             Progress::Waiting | Progress::Blocked(SendError::RingFull) => {
-                // The interrupt does not come if a task that migrates a page has taken the answers.
+                // No interrupt arrives if another task has reaped the used buffers.
                 let delay = msecs_to_jiffies(POLL_INTERVAL);
                 work::enqueue_delayed::<Self, POLL>(self, delay);
             }
@@ -517,7 +533,7 @@ impl Resizer {
                 self.wakeup.relax();
             }
             Progress::Blocked(SendError::Isolated) => {
-                // The kernel does not say when it has put them back.
+                // The kernel does not announce that the pages are back in the balloon.
                 let delay = msecs_to_jiffies(ISOLATED_RETRY);
                 work::enqueue_delayed::<Self, ISOLATED>(self, delay);
             }
@@ -530,13 +546,13 @@ impl Resizer {
     }
 }
 
-/// Deflating where there is no memory left.
+/// Deflates the balloon before the kernel kills a process.
 ///
-/// This runs within an allocation, so it takes only the lock of [`BalloonQueues`], allocates nothing and
-/// does not touch config space, which some transports allocate for; the work item tells the host the
-/// new size. Where the host need not agree, the pages are free as soon as it has been told of them;
-/// where it has to, its answer is waited for, but not for ever, and not again before it has answered
-/// for the last ones.
+/// It runs within an allocation. So it takes only the lock of [`BalloonQueues`], allocates nothing,
+/// and does not access config space, for which some transports allocate; the work item writes the
+/// new size. Without `MUST_TELL_HOST`, the pages are free when the device has been notified. With
+/// it, the task waits until the device has used the request or the wait times out. After a timeout,
+/// later calls neither deflate nor wait until a request has released pages.
 impl OnOutOfMemory for Resizer {
     fn oom_notify(self: &Arc<Self>, already_freed: usize) -> usize {
         self.oom_deflate_on(&NodesBelowWatermark::now(), already_freed)
@@ -544,13 +560,14 @@ impl OnOutOfMemory for Resizer {
 }
 
 impl Resizer {
-    /// Implements [`oom_notify`](OnOutOfMemory::oom_notify) for `nodes`: those that are short of memory and
-    /// have balloon pages.
+    /// Implements [`oom_notify`](OnOutOfMemory::oom_notify) for `nodes`: the nodes that are short
+    /// of memory and have balloon pages.
     ///
-    /// On a machine with one node, `already_freed > 0` is enough. With several nodes those pages may be on a
-    /// node that the allocating task cannot use.
+    /// If `already_freed > 0`, the balloon does not deflate on a machine with one node, or if no
+    /// node is short. With several nodes, the freed pages may be on a node that the allocating task
+    /// cannot use.
     ///
-    /// If no node is short, see [`may_be_short`](Self::may_be_short).
+    /// If no node is short and nothing was freed, see [`may_be_short`](Self::may_be_short).
     fn oom_deflate_on(
         self: &Arc<Self>,
         nodes: &NodesBelowWatermark,
@@ -566,7 +583,7 @@ impl Resizer {
             Some(freed).filter(|freed| *freed > 0)
         };
         if !nodes.is_empty() {
-            // Balloon pages would help: pause inflation.
+            // Balloon pages would help, so pause inflation.
             self.oom_seen.store(true, Relaxed);
         }
         if already_freed > 0 && (nodes.is_empty() || has_one_node()) {
@@ -592,16 +609,17 @@ impl Resizer {
             }
         }
         let freed = freed(queues).unwrap_or(0);
-        // To tell the host of the new size.
+        // The work item writes the new size to config space.
         self.wake();
         freed
     }
 
-    /// Returns whether a task that found no memory gets balloon pages although no node is short.
+    /// Returns whether the balloon deflates for an allocating task although no node is short.
     ///
-    /// Other tasks may have freed pages since its allocation failed, or it needs a larger block. Without
-    /// any page from here, the kernel kills a process. With several nodes, the task may also be bound to a node
-    /// that balloon pages cannot help: then the answer is yes at most once in [`OOM_INFLATE_PAUSE`].
+    /// Other tasks may have freed pages since the allocation failed, or the task needs a larger
+    /// free block. Without any page from the balloon, the kernel kills a process. With several
+    /// nodes, the task may also be bound to a node that balloon pages cannot help. So the answer is
+    /// yes once in [`OOM_INFLATE_PAUSE`] at most.
     fn may_be_short(&self, one_node: bool) -> bool {
         if one_node {
             return true;
@@ -616,32 +634,31 @@ impl Resizer {
     }
 }
 
-/// The work proper.
+/// Runs the resize worker.
 impl WorkItem<1> for Resizer {
     fn run(this: Arc<Self>) {
-        // One turn each time, so that the system, which waits for the work to pause before it
-        // sleeps, waits for one turn at most.
+        // One call per run: the system waits for running work items before it sleeps.
         if this.update_size() {
             this.wake();
         }
     }
 }
 
-/// What comes when memory may be there again: the work proper.
+/// Runs the resize worker when memory may be available again.
 impl WorkItem<2> for Resizer {
     fn run(this: Arc<Self>) {
         this.wake();
     }
 }
 
-/// What comes instead of an interrupt: the work proper.
+/// Runs the resize worker if no interrupt has arrived.
 impl WorkItem<4> for Resizer {
     fn run(this: Arc<Self>) {
         this.wake();
     }
 }
 
-/// What comes when the kernel may have put isolated pages back: the work proper.
+/// Runs the resize worker when isolated pages may be back in the balloon.
 impl WorkItem<3> for Resizer {
     fn run(this: Arc<Self>) {
         this.wake();
@@ -659,24 +676,25 @@ mod tests {
     const INFLATE: usize = 0;
     const DEFLATE: usize = 1;
 
-    /// A balloon and its device, whose answers the test gives.
+    /// A balloon with a test device that uses buffers when the test says so.
     struct Rig {
         resizer: Arc<Resizer>,
         hinted_blocks: Arc<HintedBlocks>,
         counters: Arc<Counters>,
-        // Last: the others have references to the device.
+        // Dropped last: the other fields have references to the device.
         bound: BoundTestDevice,
     }
 
     impl Rig {
-        /// Disables the work items: the test calls them, because the test device supports one thread.
+        /// Creates a balloon with disabled work items. The test calls them itself, because the test
+        /// device supports one thread.
         fn new(entries: usize, must_tell_host: bool) -> Result<Self> {
             let rig = Self::with_work(entries, must_tell_host)?;
             rig.resizer.end_work();
             Ok(rig)
         }
 
-        /// Leaves the work items enabled.
+        /// Creates a balloon with enabled work items.
         fn with_work(entries: usize, must_tell_host: bool) -> Result<Self> {
             let bound = BoundTestDevice::with_entries(entries)?;
             let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
@@ -725,9 +743,10 @@ mod tests {
             answers.iter().any(Option::is_some)
         }
 
-        /// Takes turns, each for one answer of the device for a queue, until it has nothing to answer.
+        /// Alternates between `update_size` and one used buffer of each queue, until nothing is in
+        /// flight.
         ///
-        /// Whatever is with the device, its answer must come with an interrupt.
+        /// While a buffer is in flight, its interrupt must be enabled.
         fn settle(&self) {
             loop {
                 self.resizer.update_size();
@@ -753,7 +772,7 @@ mod tests {
     fn a_ring_of_any_size_brings_the_balloon_to_its_target_and_back() -> Result {
         for entries in [1, 2, 4, 8] {
             let rig = Rig::new(entries, false)?;
-            // More than all requests hold.
+            // The first target exceeds the capacity of all requests.
             for target in [5000, 1200, 2000, 0] {
                 rig.set_target(target);
                 rig.settle();
@@ -792,7 +811,7 @@ mod tests {
         assert_eq!(u64::from(first) >> 5, address >> PFN_SHIFT >> 5);
         rig.settle();
         assert_eq!((rig.inflated(), rig.hinted_blocks.count()), (20, 12));
-        // Then what the page allocator has.
+        // Then pages from the page allocator.
         rig.set_target(50);
         rig.settle();
         assert_eq!((rig.inflated(), rig.hinted_blocks.count()), (50, 0));
@@ -803,7 +822,7 @@ mod tests {
         Ok(())
     }
 
-    /// As page migration does it: the pages are on no list meanwhile.
+    /// Isolated pages are on no list, as during page migration.
     #[test]
     fn isolated_pages_are_waited_for_and_are_no_shortage() -> Result {
         let rig = Rig::new(4, false)?;

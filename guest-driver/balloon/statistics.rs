@@ -2,8 +2,8 @@
 
 //! Memory statistics for the host.
 //!
-//! One buffer goes to and fro: the device keeps the last statistics, and asks for new ones by using
-//! the buffer. A work item of its own answers, so that a busy balloon does not hold it up.
+//! The driver makes one buffer available. The device keeps it, and requests new statistics by using
+//! it. A separate work item sends them, so a busy balloon does not delay them.
 
 use kernel::page::PAGE_SIZE;
 use kernel::prelude::*;
@@ -19,23 +19,23 @@ use crate::virtio::work::{
 };
 use crate::virtio::{AddError, AddFailure, OutgoingWithContext, Virtqueue, Wakeup};
 
-/// The most bytes that statistics take.
+/// The largest size of the statistics in bytes.
 const SIZE: usize = Stat::SIZE * StatTag::ALL.len();
 
-/// When to try again to send what the queue had no room or memory for.
+/// The delay before another attempt, if the queue was full or memory was short.
 const RETRY: Msecs = 1000;
 
-/// The event that keeps the system awake.
+/// The wakeup event of a statistics request.
 const WAKEUP_SIGNAL_STATS: u32 = 1;
 
-/// What travels on the statistics queue; how long it is depends on what the kernel counts.
+/// A buffer with statistics. Its length depends on the statistics that the kernel provides.
 pub(crate) type StatisticsBuffer = OutgoingWithContext<[u8; SIZE], ()>;
 
-/// The statistics queue, and who answers on it.
+/// The statistics of one device.
 #[pin_data]
 pub(crate) struct Statistics {
     queue: Virtqueue<StatisticsBuffer>,
-    /// The buffer, before it is sent for the first time, or if the queue did not take it.
+    /// The buffer, before it is sent for the first time or if the queue did not accept it.
     #[pin]
     spare: Mutex<Option<StatisticsBuffer>>,
     wakeup: Arc<Wakeup>,
@@ -49,7 +49,11 @@ impl_has_delayed_work! {
 }
 
 impl Statistics {
-    /// Sends nothing yet. May sleep. Fails with `ENOMEM`.
+    /// Creates the statistics queue and its buffer, and sends nothing. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub(crate) fn new(
         wakeup: Arc<Wakeup>,
         work_queue: WorkQueue,
@@ -66,13 +70,17 @@ impl Statistics {
         Arc::pin_init(statistics, GFP_KERNEL)
     }
 
-    /// The statistics queue.
+    /// Returns the statistics queue.
     pub(crate) fn queue(&self) -> &Virtqueue<StatisticsBuffer> {
         &self.queue
     }
 
-    /// Puts the first buffer into the queue, for [`notify`](Self::notify) to tell the device of once
-    /// it is ready. May sleep. Fails with `ENOMEM`, and with `EIO` if the device takes no buffer.
+    /// Adds the first buffer to the queue. [`notify`](Self::notify) notifies the device when it is
+    /// ready. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`] if memory is short, and [`EIO`] if the queue does not accept the buffer.
     pub(crate) fn prime(&self) -> Result {
         match self.handle_request() {
             Ok(_) => Ok(()),
@@ -83,18 +91,18 @@ impl Statistics {
         }
     }
 
-    /// Tells the device of the first buffer.
+    /// Notifies the device of the buffer.
     pub(crate) fn notify(&self) {
         self.counters.kicked(Queue::Stats, self.queue.kick());
     }
 
-    /// The device wants new statistics, or seems to. Any context.
+    /// Handles a request for statistics, or a spurious interrupt. Any context but NMI.
     pub(crate) fn stats_requested(self: &Arc<Self>) {
         self.wakeup.stay_awake(WAKEUP_SIGNAL_STATS);
         work::enqueue(self);
     }
 
-    /// Takes the buffer back after the device's reset. May sleep.
+    /// Recovers the buffer after a device reset. May sleep.
     pub(crate) fn detach_unused(&self) {
         let mut spare = self.spare.lock();
         while let Some(buffer) = self.queue.detach_unused_buf() {
@@ -104,14 +112,19 @@ impl Statistics {
         self.wakeup.relax();
     }
 
-    /// Sends statistics if there is a buffer for them: there is if the device has used it, or has
-    /// never seen it. Returns whether there was; then the caller notifies the device. On failure the
-    /// buffer is kept.
+    /// Adds a buffer with new statistics to the queue, if the device has used the buffer or none
+    /// was sent.
+    ///
+    /// Returns whether it did; the caller then notifies the device. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// Keeps the buffer and returns the reason if the queue does not accept it.
     fn handle_request(&self) -> Result<bool, AddFailure> {
         let mut spare = self.spare.lock();
         let used = self.queue.get_buf().map(|(buffer, _)| buffer);
         let Some(mut buffer) = used.or_else(|| spare.take()) else {
-            // Nobody asked: an interrupt may come without a reason.
+            // The interrupt was spurious.
             return Ok(false);
         };
         let (vm_events, hugetlb) = vmstat::vm_events();
@@ -127,7 +140,7 @@ impl Statistics {
         }
     }
 
-    /// Ends all work for good. May sleep.
+    /// Disables the work item permanently. May sleep.
     pub(crate) fn disable(self: &Arc<Self>) {
         work::disable(self);
         self.wakeup.clear_event(WAKEUP_SIGNAL_STATS);
@@ -148,17 +161,17 @@ impl WorkItem for Statistics {
                 }
             }
             Err(AddFailure::Full | AddFailure::NoMemory) => {
-                // No interrupt tells of room or memory.
+                // No interrupt announces free ring entries or memory.
                 work::enqueue_delayed(&this, msecs_to_jiffies(RETRY));
             }
-            // Nothing is sent any more before the next ring.
+            // Statistics stop until the queue has a new ring.
             Err(AddFailure::Broken | AddFailure::Gone | AddFailure::Malformed) => {}
         }
         this.wakeup.relax();
     }
 }
 
-/// Writes the statistics as the device reads them, and returns how many bytes they take.
+/// Writes the statistics into `buffer`, in the format of the device. Returns their size in bytes.
 fn encode(
     meminfo: MemInfo,
     vm_events: Option<VmEvents>,
@@ -213,7 +226,7 @@ mod tests {
         bound.find_queues(&[statistics.queue()], CountingHandler::new()?)?;
         statistics.prime()?;
         assert!(bound.device.pop_descriptor_chain(0).is_some_and(|chain| {
-            // The device has used the buffer by the time of the next try.
+            // The device uses the buffer before the next attempt.
             let buffer = StatisticsBuffer::new([0; SIZE], (), GFP_KERNEL).ok();
             *statistics.spare.lock() = buffer;
             assert_eq!(statistics.handle_request(), Err(AddFailure::Full));
@@ -221,7 +234,7 @@ mod tests {
             bound.device.add_used(0, chain.head, 0);
             true
         }));
-        // The limit is for a fault only.
+        // Times out only if the test fails.
         assert!((0..1000).any(|_| {
             fsleep(Delta::from_millis(10));
             bound.device.pop_descriptor_chain(0).is_some()

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Timeouts for a host that makes no progress, from the parameter `host_timeout_ms`.
+//! Timeouts for a host that makes no progress, from the module parameter `host_timeout_ms`.
 //!
-//! All functions read the module's parameter; any context.
+//! All functions read the parameter. Any context.
 
 use kernel::time::Delta;
 use kernel::{dev_warn, device};
@@ -44,8 +44,8 @@ pub(crate) fn host() -> Delta {
     Delta::from_millis(i64::from(clamped_ms()))
 }
 
-/// Returns how long the migration of one page may take: half of [`host`], since the kernel can migrate
-/// another page instead.
+/// Returns how long the migration of one page may take: half of [`host`], since the kernel can
+/// migrate another page instead.
 pub(crate) fn page_migration() -> Delta {
     Delta::from_micros(i64::from(clamped_ms()) * 500)
 }
