@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The balloon devices that the kernel knows.
+//! Calls about the virtio balloon devices that the guest kernel has found.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -14,9 +14,9 @@ use crate::serve::HandleCall;
 
 const FOLDER: &str = "/sys/bus/virtio/devices";
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
-/// The device id of a balloon, as sysfs writes it.
+/// The virtio device id of a balloon, in the form that sysfs uses.
 const BALLOON: &str = "0x0005";
-/// The bit of the device status by which a driver says that it is ready.
+/// The device status bit with which a driver reports that it is ready.
 const DRIVER_OK: u32 = 4;
 
 impl HandleCall for ListBalloonDevices {
@@ -33,12 +33,12 @@ impl HandleCall for ListBalloonDevices {
     }
 }
 
-/// The device at `path`, if it is a balloon and not gone.
+/// Returns the device at `path`, or `None` if it is not a balloon or no longer exists.
 fn read_device(path: &Path) -> io::Result<Option<BalloonDevice>> {
     let read = |name: &str| match fs::read_to_string(path.join(name)) {
         Ok(text) => Ok(Some(text.trim().to_owned())),
         Err(error) if matches!(error.kind(), ErrorKind::NotFound) => Ok(None),
-        // ENODEV: the device went while its file was open.
+        // ENODEV: the device was removed while the file was open.
         Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
         Err(error) => Err(error),
     };
@@ -64,13 +64,13 @@ fn read_device(path: &Path) -> io::Result<Option<BalloonDevice>> {
     }))
 }
 
-/// `0x0000000f`
+/// Parses a device status such as `0x0000000f`.
 fn parse_status(text: &str) -> u32 {
     let digits = text.trim_start_matches("0x");
     u32::from_str_radix(digits, 16).unwrap_or_default()
 }
 
-/// One digit a bit, the lowest bit first.
+/// Parses feature bits: one digit for each bit, the lowest bit first.
 fn parse_features(text: &str) -> u64 {
     let bits = text.bytes().take(64).zip(0..);
     bits.filter(|(digit, _)| *digit == b'1')

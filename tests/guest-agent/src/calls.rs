@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The calls that a guest answers, and the types of their answers. Sizes are in bytes, limits in milliseconds.
+//! The calls that the guest agent answers, and the types of their replies.
+//!
+//! Sizes are in bytes, timeouts in milliseconds.
 
 use std::collections::BTreeMap;
 
@@ -8,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::ranges::RangeSet;
 
-/// Something that the host asks of the guest.
+/// A call from the host to the guest agent.
 pub trait Call: Into<AnyCall> {
-    /// What the guest answers when it has done it.
+    /// The reply that the agent sends when the call has succeeded.
     type Reply: Serialize + DeserializeOwned;
 }
 
@@ -32,7 +34,7 @@ macro_rules! calls {
             }
         )*
 
-        /// Any of the calls, as it goes over the line.
+        /// Any of the calls, in the form in which the protocol carries it.
         #[derive(Clone, Debug, Serialize, Deserialize)]
         pub enum AnyCall {
             $(
@@ -44,57 +46,61 @@ macro_rules! calls {
 }
 
 calls! {
-    /// `/proc/meminfo`.
+    /// Reads `/proc/meminfo`.
     MemInfo -> MemInfoFields;
 
-    /// `/proc/buddyinfo`: the free blocks of each zone.
+    /// Reads `/proc/buddyinfo`: the number of free blocks of each zone and order.
     BuddyInfo -> Vec<BuddyInfoZone>;
 
-    /// Waits until `MemFree` lies between two bounds. The kernel has no event for this: it is looked at every 10 ms.
+    /// Waits until `MemFree` is within two bounds. The kernel has no event for this, so the agent polls every 10 ms.
     WaitMemFree {
-        /// At least so many bytes free.
+        /// The lower bound of `MemFree`, in bytes.
         at_least: u64,
-        /// At most so many bytes free.
+        /// The upper bound of `MemFree`, in bytes.
         at_most: u64,
-        /// How long to wait.
+        /// The timeout.
         timeout_ms: u64,
     } -> MemInfoFields;
 
-    /// Waits until `MemFree` has moved by less than `tolerance` for so many looks, one each 10 ms. Looks and not time: a guest whose
-    /// processors the host does not run for a while has not settled.
+    /// Waits until `MemFree` is stable: it changes by less than `tolerance` over `stable_samples` consecutive samples,
+    /// one every 10 ms.
+    ///
+    /// The agent counts samples, not time. If the host does not run the guest's processors for a while, time passes
+    /// although the guest has not settled.
     WaitMemSettled {
-        /// Bytes by which it may move.
+        /// The change that counts as stable, in bytes (exclusive).
         tolerance: u64,
-        /// For how many looks it must stay so.
+        /// The number of consecutive stable samples.
         stable_samples: u32,
-        /// How long to wait at most.
+        /// The timeout.
         timeout_ms: u64,
     } -> MemInfoFields;
 
-    /// Looks at `MemFree` again and again, without a pause, and says what the least was.
+    /// Samples `MemFree` continuously, without a pause, and returns the minimum.
     LowestMemFree {
-        /// For how long.
+        /// How long to sample.
         duration_ms: u64,
     } -> MemFreeMinimum;
 
-    /// The pages that are in free blocks (`/proc/kpageflags`), but for those on processors' own lists.
+    /// Returns the pages in free blocks (`/proc/kpageflags`). Pages on per-CPU lists are not included.
     FreePages -> RangeSet;
 
-    /// What the kernel uses its pages for (`/proc/kpageflags`).
+    /// Returns the guest's pages by use (`/proc/kpageflags`).
     PageUse -> PagesByUse;
 
-    /// Drops what the kernel caches, merges free blocks, and adds up what each processor has counted, so that its use of memory can
-    /// be compared with another moment's. A kernel without one of these controls does without it.
+    /// Drops the kernel's caches, compacts memory, and folds the per-CPU counters into the global ones, so that memory
+    /// usage is comparable with that of another moment. A control that the kernel lacks is skipped.
     DropCachesAndCompact -> ();
 
-    /// Starts a process that maps memory and fills every page of it with a pattern of its own.
+    /// Starts a process that maps memory and fills every page with its own pattern.
     ///
-    /// Of every `keep_every` pages in the order of their filling (hence mostly neighbours in physical memory) one is
-    /// *kept* until [`Free`]; the others are given back by [`Release`]. With `keep_every` 0 none is kept, with 1 all are.
+    /// One page in every `keep_every` is *kept* until [`Free`]. The pages are filled in order, so most neighbours in
+    /// that order are neighbours in physical memory. [`Release`] gives the other pages back to the kernel. If
+    /// `keep_every` is 0, no page is kept; if it is 1, all pages are kept.
     Fill {
-        /// How many bytes; rounded down to whole pages.
+        /// The number of bytes to fill, rounded down to whole pages.
         bytes: u64,
-        /// One page of how many is kept.
+        /// One page in this many is kept.
         keep_every: u64,
         /// The seed of the patterns.
         seed: u64,
@@ -102,242 +108,254 @@ calls! {
 
     /// Gives the pages of a workload that are not kept back to the kernel.
     Release {
-        /// As [`Filled::workload`] said.
+        /// The workload, from [`Filled::workload`].
         workload: u32,
     } -> ();
 
-    /// Gives back, of the pages of a workload that are not kept, the `pages` with the lowest physical addresses.
+    /// Gives some of a workload's pages that are not kept back to the kernel: those with the lowest physical addresses.
     ReleaseLowest {
-        /// As [`Filled::workload`] said.
+        /// The workload, from [`Filled::workload`].
         workload: u32,
-        /// How many.
+        /// The number of pages.
         pages: u64,
     } -> ();
 
-    /// Ends a workload's process, and with it all its memory.
+    /// Ends a workload's process, which frees all its memory.
     Free {
-        /// As [`Filled::workload`] said.
+        /// The workload, from [`Filled::workload`].
         workload: u32,
     } -> ();
 
     /// Compares every kept page of a workload with its pattern.
     Verify {
-        /// As [`Filled::workload`] said.
+        /// The workload, from [`Filled::workload`].
         workload: u32,
     } -> Verified;
 
-    /// Where the kept pages of a workload lie in physical memory (`/proc/PID/pagemap`).
+    /// Returns the physical ranges of a workload's kept pages (`/proc/PID/pagemap`).
     KeptPages {
-        /// As [`Filled::workload`] said.
+        /// The workload, from [`Filled::workload`].
         workload: u32,
     } -> RangeSet;
 
-    /// Starts a process that uses memory as a busy guest does, until [`StopChurn`]: it maps pieces of memory, fills them
-    /// with patterns, compares them, and unmaps them, in an order that only the seed decides.
+    /// Starts a process that uses memory as a busy guest does, until [`StopChurn`]. The process maps pieces of memory,
+    /// fills them with patterns, compares them and unmaps them, in an order that depends only on the seed.
+    ///
+    /// Returns the number of the workload.
     ChurnMemory {
-        /// How many bytes it has mapped at most.
+        /// The maximum that is mapped at a time, in bytes.
         bytes: u64,
         /// The seed of the order and the patterns.
         seed: u64,
     } -> u32;
 
-    /// Starts a process that uses the page cache, until [`StopChurn`]: it writes files of the guest's tmpfs, overwrites parts of
-    /// them, compares them with what was written (by reading and through mappings), truncates and removes them.
+    /// Starts a process that uses the page cache, until [`StopChurn`]. The process writes files in the guest's tmpfs,
+    /// overwrites parts of them, reads them and compares them with what it wrote, truncates them and removes them.
+    ///
+    /// Returns the number of the workload.
     ChurnFiles {
-        /// How many bytes of files there are at most.
+        /// The maximum size of all files together, in bytes.
         bytes: u64,
         /// The seed of the order and the patterns.
         seed: u64,
     } -> u32;
 
-    /// Starts a process that forks without end, until [`StopChurn`]: children compare what they share with it, write to
-    /// their copies and end, while it writes to its own.
+    /// Starts a process that forks continuously, until [`StopChurn`]. Each child compares the memory that it shares
+    /// with the parent, writes to its own copy, compares again and ends. The parent writes to its copy meanwhile.
+    ///
+    /// Returns the number of the workload.
     ChurnForks {
-        /// How many bytes it shares with its children.
+        /// The size of the memory that the process shares with its children.
         bytes: u64,
-        /// The seed of the patterns, and of which pages are written.
+        /// The seed of the patterns and of the choice of pages to write.
         seed: u64,
     } -> u32;
 
-    /// What such a process has done so far. It goes on.
+    /// Returns the statistics of a churn workload so far. The workload continues.
     ChurnProgress {
-        /// As the answer to [`ChurnMemory`], [`ChurnFiles`] or [`ChurnForks`] said.
+        /// The workload, from the reply to [`ChurnMemory`], [`ChurnFiles`] or [`ChurnForks`].
         workload: u32,
     } -> ChurnStats;
 
-    /// Ends such a process, which compares once more all that it has.
+    /// Ends a churn workload. The process compares all its remaining pages first.
     StopChurn {
-        /// As the answer to [`ChurnMemory`], [`ChurnFiles`] or [`ChurnForks`] said.
+        /// The workload, from the reply to [`ChurnMemory`], [`ChurnFiles`] or [`ChurnForks`].
         workload: u32,
     } -> ChurnStats;
 
-    /// The balloon devices of the guest.
+    /// Lists the guest's balloon devices.
     ListBalloonDevices -> Vec<BalloonDevice>;
 
-    /// Waits until the guest has so many balloon devices, each with a driver that is ready if that is asked for. The kernel tells of them by messages that need a program to
-    /// collect them; so they are looked at every 5 ms instead.
+    /// Waits until the guest has exactly `count` balloon devices, each with a driver that is ready if `driver_ok` is
+    /// set.
+    ///
+    /// The kernel announces devices by uevents, which need a daemon to collect them. The agent polls every 5 ms
+    /// instead.
     WaitBalloonDevices {
-        /// How many.
+        /// The number of devices.
         count: usize,
-        /// Whether they must have drivers.
+        /// Whether each device must have a driver that has set `DRIVER_OK`.
         driver_ok: bool,
-        /// How long to wait.
+        /// The timeout.
         timeout_ms: u64,
     } -> Vec<BalloonDevice>;
 
-    /// Loads a module of the initramfs.
+    /// Loads a module from the initramfs.
     LoadModule {
-        /// Its path in the guest.
+        /// The path of the module in the guest.
         path: String,
-        /// Its parameters, as `insmod` takes them.
+        /// The module's parameters, in the form that `insmod` takes.
         parameters: String,
     } -> ();
 
-    /// Unloads a module; fails at once if it is in use.
+    /// Unloads a module. Fails at once if the module is in use.
     UnloadModule {
-        /// Its name, as `/proc/modules` has it.
+        /// The module's name, as in `/proc/modules`.
         name: String,
     } -> ();
 
-    /// The names of the modules that are loaded.
+    /// Lists the names of the loaded modules.
     Modules -> Vec<String>;
 
-    /// The lines of the kernel log since the last call of this kind.
+    /// Returns the records of the kernel log since the last [`KernelLog`] call.
     KernelLog -> Vec<KernelLogRecord>;
 
-    /// Waits for a line of the kernel log that holds a text, looking from the log's beginning.
+    /// Waits for a record of the kernel log that contains a text. The search starts at the oldest record.
     WaitKernelLog {
-        /// The text.
+        /// The text to search for.
         substring: String,
-        /// Only lines with a sequence number of at least this.
+        /// The lowest sequence number that matches.
         from: u64,
-        /// How long to wait.
+        /// The timeout.
         timeout_ms: u64,
     } -> KernelLogRecord;
 
-    /// The results of the KUnit suites that have run, by suite, in KTAP. Empty if the kernel has no KUnit.
+    /// Returns the results of the KUnit suites that have run, by suite, in KTAP. Empty if the kernel has no KUnit.
     KunitResults -> BTreeMap<String, String>;
 
-    /// A file of the guest, as text.
+    /// Reads a file of the guest as text.
     ReadFile {
-        /// Its path.
+        /// The path of the file.
         path: String,
     } -> String;
 
-    /// The names in a folder of the guest, sorted; none if it is not there.
+    /// Lists the names in a folder of the guest, sorted. Empty if the folder does not exist.
     ListFolder {
-        /// Its path.
+        /// The path of the folder.
         path: String,
     } -> Vec<String>;
 
-    /// Writes to a file of the guest that exists (of `/sys` or `/proc`).
+    /// Writes to an existing file of the guest, for example in `/sys` or `/proc`.
     WriteFile {
-        /// Its path.
+        /// The path of the file.
         path: String,
-        /// What to write, in one system call.
+        /// The text to write, in one system call.
         text: String,
     } -> ();
 
-    /// As [`WriteFile`], while one allocation of the kernel's on behalf of this fails. Which allocations count is the
-    /// kernel's fault injection to say (in debugfs); a kernel without it refuses.
+    /// Does the same as [`WriteFile`], and makes one of the kernel's memory allocations for the write fail.
+    ///
+    /// The kernel's fault injection settings in debugfs select the allocations that count. A kernel without fault
+    /// injection refuses the call.
     WriteFileFailNth {
-        /// Its path.
+        /// The path of the file.
         path: String,
-        /// What to write, in one system call.
+        /// The text to write, in one system call.
         text: String,
         /// The number of the allocation that fails, from 1.
         nth: u32,
     } -> FailNthResult;
 
-    /// As [`LoadModule`], while one allocation of the kernel's on behalf of this fails.
+    /// Does the same as [`LoadModule`], and makes one of the kernel's memory allocations for the module fail.
     LoadModuleFailNth {
-        /// Its path in the guest.
+        /// The path of the module in the guest.
         path: String,
-        /// Its parameters, as `insmod` takes them.
+        /// The module's parameters, in the form that `insmod` takes.
         parameters: String,
         /// The number of the allocation that fails, from 1.
         nth: u32,
     } -> FailNthResult;
 
-    /// Runs a program and waits for its end. Names of busybox applets are known.
+    /// Runs a program and waits until it ends. A name without a slash is a busybox applet.
     Run {
         /// The program and its arguments.
         argv: Vec<String>,
     } -> CommandOutput;
 
-    /// Connects a shell to the console and waits for its end.
+    /// Connects a shell to the console and waits until the shell ends.
     Shell -> ();
 
-    /// Loads a kernel, to be started by [`KexecExec`] without the machine being reset.
+    /// Loads a kernel. [`KexecExec`] starts it without a reset of the machine.
     KexecLoad {
-        /// Its path in the guest.
+        /// The path of the kernel in the guest.
         kernel: String,
-        /// The path of its initramfs in the guest.
+        /// The path of the kernel's initramfs in the guest.
         initramfs: String,
-        /// Its command line.
+        /// The kernel's command line.
         command_line: String,
     } -> ();
 
-    /// Starts the kernel that was loaded. The answer comes before; then there is a new guest, which says hello.
+    /// Starts the kernel that [`KexecLoad`] loaded. The agent replies first. The agent of the new kernel then sends a
+    /// new [`Hello`](crate::protocol::Hello).
     KexecExec -> ();
 
-    /// Switches the guest off. The answer comes before.
+    /// Switches the guest off. The agent replies first.
     PowerOff -> ();
 }
 
-/// `/proc/meminfo`, in bytes.
+/// The fields of `/proc/meminfo`, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct MemInfoFields(pub BTreeMap<String, u64>);
 
 impl MemInfoFields {
-    /// One field, or 0 if this kernel does not have it.
+    /// Returns the value of a field, or 0 if the kernel does not have the field.
     #[must_use]
     pub fn field(&self, name: &str) -> u64 {
         self.0.get(name).copied().unwrap_or_default()
     }
 
-    /// Memory that the kernel manages.
+    /// Returns the memory that the kernel manages (`MemTotal`).
     #[must_use]
     pub fn total(&self) -> u64 {
         self.field("MemTotal")
     }
 
-    /// Memory in the free lists.
+    /// Returns the memory in the free lists (`MemFree`).
     #[must_use]
     pub fn free(&self) -> u64 {
         self.field("MemFree")
     }
 
-    /// Memory that a process could have without swapping, by the kernel's estimate.
+    /// Returns the kernel's estimate of the memory that a process could get without swapping (`MemAvailable`).
     #[must_use]
     pub fn available(&self) -> u64 {
         self.field("MemAvailable")
     }
 }
 
-/// The lowest of some samples.
+/// The minimum of `MemFree` over a number of samples.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemFreeMinimum {
-    /// Bytes that were free at the worst moment.
+    /// The minimum, in bytes.
     pub free: u64,
-    /// How often it was looked.
+    /// The number of samples.
     pub samples: u64,
 }
 
 /// One zone's line of `/proc/buddyinfo`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BuddyInfoZone {
-    /// The node's number.
+    /// The number of the NUMA node.
     pub node: u32,
     /// The zone's name.
     pub name: String,
-    /// How many blocks of each order (a block of order n is 2^n pages) are free.
+    /// The number of free blocks of each order. A free block of order n is 2^n pages.
     pub free_blocks: Vec<u64>,
 }
 
 impl BuddyInfoZone {
-    /// Free bytes of this zone, in blocks of at least `order`.
+    /// Returns the zone's free bytes in free blocks of at least `order`.
     #[must_use]
     pub fn free_bytes_from_order(&self, order: usize, page_size: u64) -> u64 {
         let sized = self.free_blocks.iter().enumerate().skip(order);
@@ -347,38 +365,38 @@ impl BuddyInfoZone {
     }
 }
 
-/// What a workload filled.
+/// The reply to [`Fill`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Filled {
-    /// Its number, for the other calls.
+    /// The number of the workload, for the other calls.
     pub workload: u32,
-    /// Pages filled, kept ones included.
+    /// The number of pages filled, including the kept ones.
     pub pages: u64,
-    /// Pages kept.
+    /// The number of kept pages.
     pub kept: u64,
 }
 
-/// What a comparison found.
+/// The result of a comparison.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verified {
-    /// Pages compared.
+    /// The number of pages compared.
     pub pages: u64,
-    /// Pages that did not hold their pattern.
+    /// The number of pages that did not hold their pattern.
     pub wrong: u64,
-    /// The number of the first of these.
+    /// The number of the first page that did not hold its pattern.
     pub first_wrong: Option<u64>,
 }
 
-/// What a process that used memory has done.
+/// The statistics of a churn workload.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChurnStats {
-    /// Pieces mapped, files written or children forked, and filled.
+    /// The number of pieces mapped, files written, or children forked.
     pub pieces: u64,
-    /// Bytes of these.
+    /// The number of bytes written.
     pub bytes: u64,
-    /// Pages compared.
+    /// The number of pages compared.
     pub compared: u64,
-    /// Pages that did not hold their pattern.
+    /// The number of pages that did not hold their pattern. A forked child that finds wrong pages counts as one.
     pub wrong: u64,
 }
 
@@ -391,63 +409,63 @@ impl std::ops::AddAssign for ChurnStats {
     }
 }
 
-/// The guest's pages at one time.
+/// The guest's pages by use, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PagesByUse {
-    /// In the allocator's free blocks, but for those on processors' own lists.
+    /// Pages in the allocator's free blocks, except those on per-CPU lists.
     pub free: RangeSet,
-    /// In a balloon.
+    /// Pages in a balloon.
     pub ballooned: RangeSet,
-    /// With contents that somebody relies on, as their flags show: of processes, of files, of the slab allocators, page
-    /// tables, the kernel's own.
+    /// Pages whose contents matter, by their flags: pages of processes, files, slab allocators and page tables, and the
+    /// kernel's own.
     pub used: RangeSet,
-    // The rest has no flag that tells: processors' lists of free pages, and whatever a driver has taken for itself.
+    // All other pages have no telling flag: pages on per-CPU lists, and pages that a driver has allocated.
 }
 
-/// A balloon device, as the guest's kernel knows it.
+/// A balloon device, as the guest kernel sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonDevice {
-    /// Its name: `virtio1`, ...
+    /// The device's name: `virtio1`, ...
     pub name: String,
-    /// The feature bits that it and its driver have agreed on; all zero without a driver.
+    /// The feature bits that device and driver have negotiated. All zero without a driver.
     pub features: u64,
-    /// The name of its driver.
+    /// The name of the device's driver.
     pub driver: Option<String>,
-    /// Whether the driver has said that it is ready (`DRIVER_OK`).
+    /// Whether the driver has set `DRIVER_OK`.
     pub driver_ok: bool,
 }
 
 /// A record of the kernel log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelLogRecord {
-    /// The record's number.
+    /// The record's sequence number.
     pub sequence: u64,
-    /// Its level, 0 (emergency) to 7 (debug).
+    /// The record's level, 0 (emergency) to 7 (debug).
     pub level: u8,
-    /// Microseconds since boot.
+    /// The time since boot, in microseconds.
     pub time_us: u64,
     /// The text.
     pub text: String,
 }
 
-/// What became of a system call in which an allocation was to fail.
+/// The result of a system call with a failing allocation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FailNthResult {
-    /// The error number that it returned, if it failed.
+    /// The error number of the system call, if it failed.
     pub error: Option<i32>,
-    /// Whether there were so many allocations that one failed.
+    /// Whether an allocation failed. It did not if the call made fewer than `nth` allocations.
     pub injected: bool,
-    /// How many allocations counted, the one that failed included.
+    /// The number of allocations that counted, including the failed one.
     pub allocations: u32,
 }
 
-/// How a program ended.
+/// The result of a program that has ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CommandOutput {
-    /// Its exit status; absent if a signal ended it.
+    /// The exit status; `None` if a signal ended the program.
     pub status: Option<i32>,
-    /// Its standard output.
+    /// The program's standard output.
     pub stdout: String,
-    /// Its standard error.
+    /// The program's standard error.
     pub stderr: String,
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! System calls in which one allocation of the kernel's fails.
+//! System calls in which one of the kernel's memory allocations fails.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
@@ -13,7 +13,8 @@ use nix::kmod::{finit_module, ModuleInitFlags};
 
 use crate::serve::HandleCall;
 
-/// Of the kernel's fault injection: the number of allocations by the thread that opened it until one fails.
+/// The `fail-nth` file of the kernel's fault injection: a countdown of the allocations of the thread that opened it.
+/// The allocation that ends the countdown fails.
 struct FailNth(File);
 
 impl FailNth {
@@ -29,8 +30,9 @@ impl FailNth {
             .context("this kernel has no fault injection")
     }
 
-    /// Does something with the `nth` allocation failing. Nothing but that one thing is counted: all memory that
-    /// measuring needs is there before.
+    /// Runs `action` with a failing `nth` allocation.
+    ///
+    /// Only the allocations of `action` count: the memory for the measurement is allocated before.
     fn run(&self, nth: u32, action: impl FnOnce() -> io::Result<()>) -> Result<FailNthResult> {
         let mut left = [0; 16];
         self.0

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Files of the guest's tmpfs that never stand still: the page cache's share of a busy guest.
+//! A workload that continuously writes, changes, compares and removes files of the guest's tmpfs, as page cache load.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -11,20 +11,20 @@ use guest_agent::pattern::{self, PAGE};
 
 use crate::job::{Job, Rng};
 
-/// Pages of a file: at least and at most.
+/// The size range of a file, in pages.
 const PAGES_MIN: usize = 1;
 const PAGES_MAX: usize = 512;
 
-/// A file, and what must be in it.
+/// A file and its expected contents.
 struct ChurnedFile {
     path: PathBuf,
     file: File,
-    /// The seed of each page. It is kept here, in anonymous memory, so that a page of the file that was lost or exchanged
-    /// does not take with it what shows that.
+    /// The seed of each page. The seeds are in anonymous memory: if a page of the file is lost or exchanged, its seed
+    /// survives and shows the difference.
     seeds: Vec<u64>,
 }
 
-/// The files that there are.
+/// The files of the workload.
 pub struct FileChurn {
     folder: PathBuf,
     churned: Vec<ChurnedFile>,
@@ -37,7 +37,7 @@ pub struct FileChurn {
 }
 
 impl FileChurn {
-    /// None yet.
+    /// Creates the folder of the files. There are no files yet.
     pub fn new(churn: &ChurnFiles) -> Result<Self> {
         let folder = std::env::temp_dir().join(format!("churn-{}", std::process::id()));
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -118,7 +118,7 @@ impl FileChurn {
         (!self.churned.is_empty()).then(|| self.churned.swap_remove(index))
     }
 
-    /// Writes some pages of a file anew, and cuts off its end now and then.
+    /// Overwrites some pages of a file. Truncates the file in one of four cases.
     fn change(&mut self) -> Result<()> {
         let Some(mut churned) = self.take() else {
             return Ok(());
@@ -144,7 +144,7 @@ impl FileChurn {
         Ok(())
     }
 
-    /// Compares a file and removes it.
+    /// Compares a file, then removes it.
     fn remove(&mut self) -> Result<()> {
         let Some(churned) = self.take() else {
             return Ok(());
@@ -155,7 +155,7 @@ impl FileChurn {
             .with_context(|| format!("cannot remove {}", churned.path.display()))
     }
 
-    /// Compares a file, and keeps it.
+    /// Compares a file.
     fn verify_one(&mut self) -> Result<()> {
         if let Some(churned) = self.take() {
             self.compare(&churned)?;
@@ -208,7 +208,7 @@ mod tests {
                 .sum();
             assert_eq!(all, files.pages);
         }
-        // One byte that nobody was to write.
+        // Corrupt one byte behind the workload's back.
         let churned = files
             .churned
             .iter()

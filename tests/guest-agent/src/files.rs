@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Files, modules and KUnit's results.
+//! Calls about files, modules and KUnit results.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;

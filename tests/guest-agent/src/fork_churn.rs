@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Forks without end: pages that are shared until somebody writes to them, page tables and kernel stacks that come and go.
+//! A workload that forks continuously: pages are shared until one process writes to them, and page tables and kernel
+//! stacks are allocated and freed.
 
 use anyhow::{bail, Context, Result};
 use guest_agent::calls::{ChurnForks, ChurnStats};
@@ -10,12 +11,12 @@ use nix::sys::wait::{waitpid, WaitStatus};
 use crate::job::{Job, Rng};
 use crate::sys;
 
-/// How many children there are at once, at most.
+/// The maximum number of children at a time.
 const MAX_CHILDREN: usize = 4;
-/// A child writes to one page of so many, and so does its parent meanwhile.
+/// A child writes to one page in this many. Its parent does the same meanwhile.
 const WRITE_EVERY: usize = 4;
 
-/// Memory that is shared with children.
+/// Memory that the process shares with its children.
 pub struct ForkChurn {
     map: MmapMut,
     /// The seed of each page.
@@ -25,7 +26,7 @@ pub struct ForkChurn {
 }
 
 impl ForkChurn {
-    /// Fills it.
+    /// Maps and fills the memory.
     pub fn new(churn: &ChurnForks) -> Result<Self> {
         let pages = usize::try_from(churn.bytes)? / PAGE;
         let mut map = MmapMut::map_anon(pages.max(1) * PAGE).context("cannot map memory")?;
@@ -46,7 +47,7 @@ impl ForkChurn {
         })
     }
 
-    /// How many pages do not hold what they should.
+    /// Returns the number of pages that do not hold their pattern.
     fn wrong(&self) -> usize {
         let pages = self.map.chunks_exact(PAGE).zip(&self.seeds);
         pages
@@ -54,7 +55,8 @@ impl ForkChurn {
             .count()
     }
 
-    /// A child's life: compares all, writes some, compares all. Neither allocates nor takes a lock.
+    /// Runs in the child: compares all pages, writes some, and compares all again. Returns whether all pages were
+    /// right. Does not allocate or take a lock.
     fn child(&mut self, turn: usize, salt: u64) -> bool {
         if self.wrong() != 0 {
             return false;
@@ -79,7 +81,7 @@ impl Job for ForkChurn {
             let salt = self.random.next();
             children.push(sys::fork(|| self.child(turn, salt)).context("cannot fork")?);
             self.stats.pieces += 1;
-            // While the child has the same pages.
+            // The child shares these pages now.
             let salt = self.random.next();
             self.write(turn + 1, salt);
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a worker does in the background until it is told to end.
+//! Background jobs of a worker.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,19 +9,19 @@ use anyhow::{anyhow, Result};
 use guest_agent::calls::ChurnStats;
 use guest_agent::pattern;
 
-/// Something that is done step by step, without end.
+/// A job that runs step by step until it is stopped.
 pub trait Job: Send + 'static {
-    /// Does the next.
+    /// Does the next step.
     fn step(&mut self) -> Result<()>;
 
-    /// Compares all that is left, and lets go of it.
+    /// Compares all remaining pages and removes what the job has made.
     fn finish(&mut self) -> Result<()>;
 
-    /// What was done so far.
+    /// Returns the statistics so far.
     fn stats(&self) -> &ChurnStats;
 }
 
-/// A job in a thread of its own, so that this process can be told to end it.
+/// A job in its own thread, so that the worker can still receive requests.
 pub struct JobThread {
     stop: Arc<AtomicBool>,
     progress: Arc<Mutex<ChurnStats>>,
@@ -29,7 +29,7 @@ pub struct JobThread {
 }
 
 impl JobThread {
-    /// Begins.
+    /// Starts the job.
     pub fn start(mut job: impl Job) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let progress = Arc::new(Mutex::new(ChurnStats::default()));
@@ -50,7 +50,9 @@ impl JobThread {
         }
     }
 
-    /// What was done up to now, unless the job has failed: that only its end tells.
+    /// Returns the statistics so far.
+    ///
+    /// Fails if the thread has ended. [`JobThread::end`] returns the reason.
     pub fn progress(&self) -> Result<ChurnStats> {
         if self.thread.is_finished() {
             return Err(anyhow!("the job has ended before it was told to"));
@@ -58,7 +60,7 @@ impl JobThread {
         Ok(lock(&self.progress).clone())
     }
 
-    /// Ends it.
+    /// Stops the job, waits for its thread and returns the final statistics.
     pub fn end(self) -> Result<ChurnStats> {
         self.stop.store(true, Ordering::Relaxed);
         let joined = self.thread.join();
@@ -71,19 +73,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A sequence that looks random, and is the same for the same seed.
+/// A pseudo-random sequence. The same seed gives the same sequence.
 pub struct Rng(pub u64);
 
 impl Rng {
-    /// The next number.
+    /// Returns the next number.
     pub fn next(&mut self) -> u64 {
         self.0 = pattern::next_random(self.0);
         self.0
     }
 
-    /// The next number, less than `bound` (0 if that is 0).
+    /// Returns the next number modulo `bound`, or 0 if `bound` is 0.
     pub fn below(&mut self, bound: usize) -> usize {
-        // Truncation is what is wanted: the low bits are as random as all.
+        // The truncation is intended: the low bits are as random as the others.
         (self.next() as usize) % bound.max(1)
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The kernel log, record by record from `/dev/kmsg`.
+//! The kernel log, read record by record from `/dev/kmsg`.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read};
@@ -14,7 +14,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::serve::HandleCall;
 
-/// A reader of the log with its own place in it; a new one starts at the oldest record.
+/// A reader of the kernel log with its own position. A new reader starts at the oldest record.
 pub struct KmsgReader(File);
 
 impl KmsgReader {
@@ -29,7 +29,8 @@ impl KmsgReader {
         options().map(Self).context("cannot open /dev/kmsg")
     }
 
-    /// The next record, if there is one. Records that were overwritten before they were read are passed over.
+    /// Returns the next record, or `None` if there is none yet. Records that the kernel overwrote before they were read
+    /// are skipped.
     fn next(&mut self) -> Result<Option<KernelLogRecord>> {
         let mut record = [0; 8192];
         loop {
@@ -49,7 +50,7 @@ impl KmsgReader {
         }
     }
 
-    /// All records up to now.
+    /// Returns all records that are not read yet.
     pub fn rest(&mut self) -> Result<Vec<KernelLogRecord>> {
         std::iter::from_fn(|| self.next().transpose()).collect()
     }
@@ -65,7 +66,7 @@ impl KmsgReader {
     }
 }
 
-/// `level,sequence,microseconds,flags;text`, then lines with a space in front that describe the device.
+/// Parses a record: `level,sequence,microseconds,flags;text`, then indented lines that describe the device.
 fn parse(record: &str) -> Option<KernelLogRecord> {
     let (head, text) = record.split_once(';')?;
     let mut fields = head.split(',');

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `/init` of a test guest: brings the guest up, then does what the host asks until it is told to switch off.
+//! The guest agent: `/init` of a test guest. It sets the guest up and serves the host's calls until the host switches
+//! the guest off.
 //!
-//! Started as a guest's first process. It starts itself again, with the argument `worker`, for each workload.
+//! The agent must be the first process. For each workload it starts itself again, with the argument `worker`.
 #![deny(unsafe_code)]
 
 mod balloon_devices;

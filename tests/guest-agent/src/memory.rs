@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the kernel says about its memory.
+//! Calls about the kernel's memory statistics.
 
 use std::fs;
 use std::path::Path;
@@ -97,7 +97,8 @@ impl HandleCall for LowestMemFree {
 
 impl HandleCall for DropCachesAndCompact {
     fn handle(self) -> Result<()> {
-        // The first has the second not be logged each time; the last has each processor add what it has counted to the whole.
+        // drop_caches 4 disables the log message for drop_caches 3. stat_refresh folds the per-CPU counters into the
+        // global ones.
         for (control, value) in [
             ("drop_caches", "4"),
             ("drop_caches", "3"),
@@ -105,7 +106,7 @@ impl HandleCall for DropCachesAndCompact {
             ("stat_refresh", "1"),
         ] {
             let path = Path::new("/proc/sys/vm").join(control);
-            // A kernel without the control has nothing to drop.
+            // A control that the kernel lacks is skipped.
             if path.exists() {
                 fs::write(&path, value)
                     .with_context(|| format!("cannot write {value} to {}", path.display()))?;
@@ -126,7 +127,7 @@ fn parse_meminfo(text: &str) -> MemInfoFields {
     MemInfoFields(text.lines().filter_map(field).collect())
 }
 
-/// `Node 0, zone      DMA      1      0 ...`
+/// Parses a line such as `Node 0, zone      DMA      1      0 ...`.
 fn parse_zone(line: &str) -> Option<BuddyInfoZone> {
     let rest = line.strip_prefix("Node ")?;
     let (node, rest) = rest.split_once(',')?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A workload that never stands still.
+//! A workload that continuously maps, fills, compares and unmaps memory.
 
 use anyhow::{Context, Result};
 use guest_agent::calls::{ChurnMemory, ChurnStats};
@@ -8,8 +8,7 @@ use memmap2::MmapMut;
 
 use crate::job::{Job, Rng};
 
-/// Pages of a piece: at least and at most. From less than what the page allocator keeps for a processor to what it
-/// gives out at once.
+/// The size range of a piece, in pages: from less than a per-CPU list holds to the largest order of the page allocator.
 const PAGES_MIN: usize = 4;
 const PAGES_MAX: usize = 1024;
 
@@ -18,7 +17,7 @@ struct FilledMapping {
     seed: u64,
 }
 
-/// Memory that is mapped, filled, compared and unmapped.
+/// The mapped pieces of the workload.
 pub struct MemoryChurn {
     pieces: Vec<FilledMapping>,
     mapped: usize,
@@ -28,7 +27,7 @@ pub struct MemoryChurn {
 }
 
 impl MemoryChurn {
-    /// None yet.
+    /// Creates the workload. Nothing is mapped yet.
     pub fn new(churn: &ChurnMemory) -> Result<Self> {
         Ok(Self {
             pieces: Vec::new(),
@@ -39,7 +38,7 @@ impl MemoryChurn {
         })
     }
 
-    /// Compares and unmaps a piece; `false` if there is none.
+    /// Compares and unmaps a piece. Returns `false` if there is no piece.
     fn drop_one(&mut self) -> bool {
         if self.pieces.is_empty() {
             return false;
@@ -58,12 +57,12 @@ impl MemoryChurn {
 }
 
 impl Job for MemoryChurn {
-    /// Maps a piece if there is room for it, else unmaps some.
+    /// Maps a piece if the limit allows it. Unmaps some pieces otherwise.
     fn step(&mut self) -> Result<()> {
         let pages = PAGES_MIN + self.random.below(PAGES_MAX - PAGES_MIN + 1);
         let bytes = pages * PAGE;
         if self.mapped + bytes > self.max_bytes {
-            // As many as make room for more than the next one, so that free blocks grow large now and then.
+            // Unmap more pieces than the next one needs, so that large free blocks form now and then.
             for _ in 0..=self.random.below(self.pieces.len()) {
                 self.drop_one();
             }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the kernel uses its pages for.
+//! Calls about the use of the guest's pages, from `/proc/kpageflags`.
 
 use std::fs;
 
@@ -10,13 +10,13 @@ use guest_agent::ranges::{PhysicalRange, RangeSet};
 
 use crate::serve::HandleCall;
 
-/// The bits of an entry, by their numbers in the kernel's `kernel-page-flags.h`.
+/// The bits of an entry, as in the kernel's `kernel-page-flags.h`.
 mod flags {
     pub const BUDDY: u64 = 1 << 10;
     pub const OFFLINE: u64 = 1 << 23;
     /// `LOCKED`, `REFERENCED`, `UPTODATE`, `DIRTY`, `LRU`, `ACTIVE`, `SLAB`, `WRITEBACK`, `MMAP`, `ANON`, `SWAPCACHE`,
-    /// `SWAPBACKED`, `HUGE`, `UNEVICTABLE`, `KSM`, `ZERO_PAGE`, `PGTABLE`, `RESERVED`, `MLOCKED`, `PRIVATE`: none of them
-    /// is set for a page that is free or in the hands of a balloon driver for hinting.
+    /// `SWAPBACKED`, `HUGE`, `UNEVICTABLE`, `KSM`, `ZERO_PAGE`, `PGTABLE`, `RESERVED`, `MLOCKED`, `PRIVATE`. A free
+    /// page or a page of a hinted block has none of them.
     pub const USED: u64 = 0b1111_1101
         | (1 << 8)
         | (0b1111 << 11)
@@ -48,7 +48,7 @@ impl HandleCall for PageUse {
     }
 }
 
-/// An entry for each page, from physical address 0 on.
+/// Reads the flags: one entry for each page, from physical address 0.
 fn read() -> Result<Vec<u8>> {
     fs::read("/proc/kpageflags").context("cannot read /proc/kpageflags")
 }

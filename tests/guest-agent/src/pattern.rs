@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The contents of a page of a workload: a function of a seed and the page's number, so that a page that is lost, stale
-//! or exchanged with another is seen.
+//! The contents of a workload's page: a function of a seed and the page's number. A page that is lost, stale or
+//! exchanged with another one does not hold its pattern.
 
-/// Bytes in a page of a workload.
+/// The size of a workload's page, in bytes.
 pub const PAGE: usize = 4096;
 
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The number that follows `last` in a sequence that looks random.
+/// Returns the number after `last` in a pseudo-random sequence.
 #[must_use]
 pub fn next_random(last: u64) -> u64 {
     mix(last.wrapping_add(STEP))
@@ -28,14 +28,14 @@ fn words(seed: u64, page: u64) -> impl Iterator<Item = [u8; 8]> {
     (0..).map(move |index: u64| start.wrapping_add(index.wrapping_mul(STEP)).to_le_bytes())
 }
 
-/// Writes the pattern of page number `page` into `bytes` (whole words; at most a page).
+/// Writes the pattern of page number `page` to `bytes` (whole words; at most a page).
 pub fn write(bytes: &mut [u8], seed: u64, page: u64) {
     for (word, value) in bytes.chunks_exact_mut(8).zip(words(seed, page)) {
         word.copy_from_slice(&value);
     }
 }
 
-/// Whether `bytes` still holds what [`write`] put there.
+/// Returns whether `bytes` hold the pattern that [`write`] writes for `seed` and `page`.
 #[must_use]
 pub fn holds(bytes: &[u8], seed: u64, page: u64) -> bool {
     bytes
@@ -44,7 +44,7 @@ pub fn holds(bytes: &[u8], seed: u64, page: u64) -> bool {
         .all(|(word, value)| word == value)
 }
 
-/// Whether `bytes` hold the pattern of some seed and page.
+/// Returns whether `bytes` hold the pattern of any seed and page.
 #[must_use]
 pub fn is_pattern(bytes: &[u8]) -> bool {
     let mut words = bytes

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The way to the host: a virtio-serial port, or a serial line in raw mode.
+//! The connection to the host: a virtio-serial port, or a serial line in raw mode.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -11,10 +11,10 @@ use anyhow::{bail, Context, Result};
 use guest_agent::protocol::{PORT_NAME, PORT_VARIABLE};
 use nix::sys::termios::{cfmakeraw, tcgetattr, tcsetattr, SetArg};
 
-/// How long the port may take to appear once the first process runs.
+/// The timeout for the port to appear, from the start of the agent.
 const PORT_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Opens the port, waiting until the kernel has found it.
+/// Waits until the kernel has found the port, and opens it.
 pub fn open() -> Result<File> {
     if let Some(line) = std::env::var_os(PORT_VARIABLE) {
         return open_serial(Path::new(&line));
@@ -31,7 +31,7 @@ fn open_file(path: &Path) -> Result<File> {
         .with_context(|| format!("cannot open {}", path.display()))
 }
 
-/// Neither echo nor line editing nor translation may touch the protocol.
+/// Opens a serial line in raw mode: without echo, line editing or translation.
 fn open_serial(path: &Path) -> Result<File> {
     let line = open_file(path)?;
     let mut settings =

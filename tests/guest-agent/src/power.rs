@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The end of the guest, and the kernel that may come after it.
+//! Power-off, and kexec of another kernel.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -12,7 +12,7 @@ use nix::sys::reboot::{reboot, RebootMode};
 use crate::serve::HandleCall;
 use crate::sys::kexec_file_load;
 
-/// Ends the guest. Returns only if the kernel refuses, and then the kernel panics: its first process has ended.
+/// Powers the guest off or starts the loaded kernel, as `mode` says. Returns only if the kernel refuses.
 pub fn shut_down(mode: RebootMode) -> ExitCode {
     let Err(error) = reboot(mode);
     eprintln!("agent: {mode:?} failed: {error}");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Programs of the guest: run to their end, or connected to the console.
+//! Calls that run programs in the guest or connect a shell to the console.
 
 use std::fs::{self, OpenOptions};
 use std::path::Path;
@@ -38,7 +38,7 @@ impl HandleCall for Shell {
             .args(["--install", "-s", "/bin"])
             .status();
         installed.context("cannot install the shell's commands")?;
-        // /dev/console cannot be a controlling terminal, the device behind it can.
+        // /dev/console cannot be a controlling terminal. The device behind it can.
         let active = fs::read_to_string("/sys/class/tty/console/active").unwrap_or_default();
         let name = active
             .split_whitespace()

@@ -5,24 +5,24 @@ use serde::{Deserialize, Serialize};
 
 use crate::pattern::PAGE;
 
-/// A run of guest physical memory, in bytes.
+/// A contiguous range of guest physical memory, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct PhysicalRange {
     /// The guest physical address of the first byte.
     pub start: u64,
-    /// How many bytes; never 0.
+    /// The size in bytes; never 0.
     pub length: u64,
 }
 
 impl PhysicalRange {
-    /// The address after the last byte (saturating at the end of the address space).
+    /// Returns the address after the last byte, saturated at the end of the address space.
     #[must_use]
     pub fn end(&self) -> u64 {
         self.start.saturating_add(self.length)
     }
 }
 
-/// A set of bytes of guest memory: sorted ranges that neither overlap nor touch.
+/// A set of bytes of guest memory: sorted ranges that do not overlap or touch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Vec<PhysicalRange>", into = "Vec<PhysicalRange>")]
 pub struct RangeSet(Vec<PhysicalRange>);
@@ -57,19 +57,19 @@ impl FromIterator<PhysicalRange> for RangeSet {
 }
 
 impl RangeSet {
-    /// The ranges, in ascending order.
+    /// Returns the ranges, in ascending order.
     #[must_use]
     pub fn ranges(&self) -> &[PhysicalRange] {
         &self.0
     }
 
-    /// How many bytes the set holds.
+    /// Returns the size of the set, in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.0.iter().map(|range| range.length).sum()
     }
 
-    /// The pages that lie in it as a whole.
+    /// Returns the whole pages in the set.
     pub fn pages(&self) -> impl Iterator<Item = PhysicalRange> + '_ {
         let length = PAGE as u64;
         self.0.iter().flat_map(move |range| {
@@ -80,7 +80,7 @@ impl RangeSet {
         })
     }
 
-    /// The bytes that this set holds and the other does not.
+    /// Returns the bytes that are in this set and not in the other.
     #[must_use]
     pub fn difference(&self, other: &Self) -> Self {
         let mut rest = Vec::new();
@@ -108,7 +108,7 @@ impl RangeSet {
         Self(rest)
     }
 
-    /// The bytes that both sets hold.
+    /// Returns the bytes that are in both sets.
     #[must_use]
     pub fn intersection(&self, other: &Self) -> Self {
         let (mut mine, mut theirs) = (self.0.iter().peekable(), other.0.iter().peekable());

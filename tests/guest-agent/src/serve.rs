@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The loop that answers the host.
+//! The loop that answers the host's calls.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -17,9 +17,9 @@ use crate::kernel_log::KmsgReader;
 use crate::power;
 use crate::workloads::{WorkerRequest, Workloads};
 
-/// A call that needs nothing of the agent's own state.
+/// A call that does not need the agent's state.
 pub trait HandleCall: Call {
-    /// Does what the call says.
+    /// Executes the call.
     fn handle(self) -> Result<Self::Reply>;
 }
 
@@ -28,7 +28,9 @@ struct Agent {
     workloads: Workloads,
 }
 
-/// Says hello, then answers calls one after the other. Returns only on an error of the port.
+/// Sends the hello message, then answers calls one after the other.
+///
+/// Returns only on an error: the kernel log does not open, the port fails, or a line is not a request.
 pub fn serve(mut port: File) -> Result<()> {
     let mut agent = Agent {
         log: KmsgReader::open()?,
@@ -43,7 +45,7 @@ pub fn serve(mut port: File) -> Result<()> {
             .context("cannot read from the port")?
             == 0
         {
-            // The host's end is not open (yet, or any more): virtio-serial says so by an empty read.
+            // The host's end is not open yet, or is closed. virtio-serial reports this as an empty read.
             sleep(Duration::from_millis(10));
             continue;
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The file systems that every call relies on.
+//! Setup of the guest: file systems, early modules, per-CPU lists and processor affinity.
 
 use std::fs::{self, File};
 
@@ -19,15 +19,17 @@ const FILE_SYSTEMS: [(&str, &str); 5] = [
     ("debugfs", "/sys/kernel/debug"),
 ];
 
-/// Has the processors' own lists of free pages kept short. Linux leaves tens of MiB in them after a process has ended,
-/// which are free, but not in `MemFree`: a test could not tell them from memory that was lost.
+/// Keeps the per-CPU lists of free pages short.
+///
+/// After a process has ended, Linux leaves tens of MiB on these lists. These pages are free, but not in `MemFree`: a
+/// test could not tell them from lost memory.
 pub fn shorten_pcp_lists() {
-    // Best effort: a kernel without the control has no such lists to speak of.
+    // Best effort: a kernel without the control has only short lists.
     let _ = fs::write("/proc/sys/vm/percpu_pagelist_high_fraction", "1000000");
 }
 
-/// Keeps this process with all that it will start, and the kernel's threads for compaction, on the first processor if
-/// [`ONE_PROCESSOR_VARIABLE`] says so. Other work of the kernel has all of them.
+/// Pins this process, its future children and the kernel's compaction threads to the first processor if
+/// [`ONE_PROCESSOR_VARIABLE`] is set. Other kernel threads keep all processors.
 pub fn pin_to_first_cpu() -> Result<()> {
     if std::env::var_os(ONE_PROCESSOR_VARIABLE).is_none() {
         return Ok(());
@@ -50,7 +52,7 @@ pub fn pin_to_first_cpu() -> Result<()> {
     Ok(())
 }
 
-/// Loads the modules without which a kernel that has little built in does not find the way to the host.
+/// Loads the modules that the connection to the host needs, for kernels that do not have them built in.
 pub fn load_early_modules() -> Result<()> {
     let entries = fs::read_dir(EARLY_MODULES).with_context(|| format!("no {EARLY_MODULES}"))?;
     let mut paths = entries
@@ -65,7 +67,7 @@ pub fn load_early_modules() -> Result<()> {
     Ok(())
 }
 
-/// Mounts the kernel's file systems; one that this kernel does not have is passed over.
+/// Mounts the kernel's file systems. Skips a file system that the kernel lacks or has already mounted.
 pub fn mount_all() -> Result<()> {
     for (kind, target) in FILE_SYSTEMS {
         if !target.starts_with("/sys/") {

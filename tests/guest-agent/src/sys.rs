@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What here needs `unsafe`: system calls that no crate wraps safely, and a fork.
+//! The `unsafe` code: system calls that no crate wraps safely, and fork.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -8,12 +8,13 @@ use std::os::fd::AsRawFd;
 
 use nix::unistd::{ForkResult, Pid};
 
-/// Has the kernel load another one, for `reboot(2)` to start.
+/// Loads another kernel, which `reboot(2)` with `RB_KEXEC` starts.
 pub fn kexec_file_load(kernel: &File, initramfs: &File, command_line: &CStr) -> io::Result<()> {
     const NO_FLAGS: libc::c_ulong = 0;
     let length = command_line.to_bytes_with_nul().len();
-    // SAFETY: kexec_file_load(2) takes two descriptors, which are open for the time of the call, and reads `length`
-    // bytes, which include the final NUL as it demands, from a pointer that is valid for them. It keeps none of these.
+    // SAFETY: both descriptors stay open during the call, because their owners are borrowed. `command_line` is valid
+    // for `length` bytes and ends with the NUL that kexec_file_load(2) demands. The kernel keeps no pointer after the
+    // call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_kexec_file_load,
@@ -31,10 +32,12 @@ pub fn kexec_file_load(kernel: &File, initramfs: &File, command_line: &CStr) -> 
     }
 }
 
-/// Gives the pages of private anonymous memory back to the kernel. They hold zeroes afterwards.
+/// Gives the pages of private anonymous memory back to the kernel. The pages read as zeros afterwards.
+///
+/// `pages` must be whole pages: madvise(2) rounds the length up to a page.
 pub fn madvise_dontneed(pages: &mut [u8]) -> io::Result<()> {
-    // SAFETY: madvise(2) refuses a range that does not begin with a page. What it takes away is borrowed for writing, and zeroes, or
-    // what a file holds, are as good as any other bytes.
+    // SAFETY: madvise(2) refuses an address that is not page-aligned, and callers pass whole pages, so the call affects
+    // only `pages`. `pages` is borrowed mutably, so nothing else refers to these bytes. Zeros are valid values of `u8`.
     let result =
         unsafe { libc::madvise(pages.as_mut_ptr().cast(), pages.len(), libc::MADV_DONTNEED) };
     if result == 0 {
@@ -44,14 +47,14 @@ pub fn madvise_dontneed(pages: &mut [u8]) -> io::Result<()> {
     }
 }
 
-/// Has a child of this process, which shares its memory until one of them writes, do `work` and then end: with status 0 if
-/// that returns true, else 1.
+/// Forks a child that runs `work` and ends, with exit status 0 if `work` returns true and 1 otherwise. The child shares
+/// the memory of this process until one of them writes.
 ///
-/// Other threads do not come with the child, but what they hold does: `work` must not allocate, take a lock or panic, or
-/// the child may wait for ever.
+/// The child has only the calling thread, but it inherits the locks of the other threads in their locked state. So
+/// `work` must not allocate, take a lock or panic. Otherwise the child may block forever.
 pub fn fork(work: impl FnOnce() -> bool) -> nix::Result<Pid> {
-    // SAFETY: a child of a process with several threads may do only what is safe in a signal handler. It calls `work`, of
-    // which the same is asked, and then _exit(2), so that nothing of this process's is run or dropped twice.
+    // SAFETY: the child of a process with several threads may call only async-signal-safe functions. The child calls
+    // `work`, which has the same restriction, and _exit(2), which runs no destructors or exit handlers of this process.
     match unsafe { nix::unistd::fork() }? {
         ForkResult::Parent { child } => Ok(child),
         ForkResult::Child => {

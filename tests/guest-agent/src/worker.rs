@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A workload's own process.
+//! The process of a workload.
 
 use std::fs::{self, File};
 use std::hint::black_box;
@@ -21,9 +21,9 @@ use crate::memory_churn::MemoryChurn;
 use crate::sys;
 use crate::workloads::WorkerRequest;
 
-/// Obeys orders until standard input ends.
+/// Answers requests until the end of standard input.
 pub fn run() -> Result<()> {
-    // When memory runs out it is this process that should go, not the guest's first.
+    // If memory runs out, the OOM killer should end this process, not the agent.
     fs::write("/proc/self/oom_score_adj", "1000")
         .context("cannot offer myself to the OOM killer")?;
     let mut state = State::default();
@@ -95,7 +95,7 @@ fn filled_memory(memory: &mut Option<FilledMemory>) -> Result<&mut FilledMemory>
     memory.as_mut().context("nothing was filled yet")
 }
 
-/// Filled memory: two mappings, touched in turn, so that kept pages lie among others in physical memory.
+/// Filled memory in two mappings, which are filled alternately, so that kept pages are among others in physical memory.
 struct FilledMemory {
     kept: Option<MmapMut>,
     releasable: Option<MmapMut>,
@@ -193,7 +193,7 @@ impl FilledMemory {
     }
 }
 
-/// Where this process's pages lie in physical memory.
+/// The physical addresses of this process's pages (`/proc/self/pagemap`).
 struct PageMap(File);
 
 impl PageMap {
@@ -202,16 +202,16 @@ impl PageMap {
         Ok(Self(file))
     }
 
-    /// The frame of the page that begins where `bytes` begin.
+    /// Returns the page frame number of the page at the start of `bytes`.
     fn pfn_of(&self, bytes: &[u8]) -> Result<u64> {
         const PRESENT: u64 = 1 << 63;
         const PFN_MASK: u64 = (1 << 55) - 1;
-        /// The kernel may migrate the page at any time, also repeatedly.
+        /// The limit of retries. The kernel may migrate the page at any time, also repeatedly.
         const MAX_READS: u32 = 1000;
         let place = u64::try_from(bytes.as_ptr().addr() / PAGE * size_of::<u64>())?;
         let mut entry = 0;
         for _ in 0..MAX_READS {
-            // An access waits for the end of a page migration.
+            // The access waits until a page migration has ended.
             black_box(bytes.first().copied());
             let mut word = [0; size_of::<u64>()];
             self.0
@@ -232,7 +232,7 @@ fn map(pages: usize, small: bool) -> Result<Option<MmapMut>> {
     }
     let map = MmapMut::map_anon(pages * PAGE).context("cannot map memory")?;
     if small {
-        // One page in some is kept, not one huge page in some. A kernel without huge pages refuses, and has no need.
+        // Single pages are kept, not huge pages. A kernel without huge pages refuses the advice and does not need it.
         let _ = map.advise(Advice::NoHugePage);
     }
     Ok(Some(map))

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The processes that use memory, seen from the first process.
+//! The workloads: processes that use memory, as the agent sees them.
 //!
-//! A workload is a process of its own, so that its end gives back all that it had, and so that the kernel, when memory
-//! runs out, can end it without ending the guest.
+//! Each workload has its own process, so that the end of the process frees all its memory, and so that the OOM killer
+//! can end the workload without ending the guest.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -15,35 +15,35 @@ use guest_agent::ranges::RangeSet;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// The argument that makes this program a worker.
+/// The argument that makes this program run as a worker.
 pub const WORKER_ARGUMENT: &str = "worker";
 
-/// What a worker is told, one JSON value a line. Each is answered by an [`CallResult`].
+/// A request to a worker, one JSON value a line. The worker answers each with a [`CallResult`].
 #[derive(Debug, Serialize, Deserialize)]
 pub enum WorkerRequest {
-    /// Map and fill; answered by the number of pages filled and kept.
+    /// Maps and fills memory; answered by the number of filled pages and the number of kept pages.
     Fill(Fill),
-    /// Give back what is not kept.
+    /// Gives the pages that are not kept back to the kernel.
     Release,
-    /// Give back so many pages of what is not kept: those with the lowest physical addresses.
+    /// Gives this many of the pages that are not kept back to the kernel: those with the lowest physical addresses.
     ReleaseLowest(u64),
-    /// Compare what is kept.
+    /// Compares the kept pages.
     Verify,
-    /// Say where it lies.
+    /// Returns the physical ranges of the kept pages.
     KeptPages,
-    /// Use memory in the background.
+    /// Churns memory in the background.
     ChurnMemory(ChurnMemory),
-    /// Use files in the background.
+    /// Churns files in the background.
     ChurnFiles(ChurnFiles),
-    /// Fork in the background.
+    /// Forks in the background.
     ChurnForks(ChurnForks),
-    /// Say what was done so far; answered by a [`ChurnStats`].
+    /// Returns the statistics of the background job so far, as [`ChurnStats`].
     ChurnProgress,
-    /// End that, and say what was done; answered by a [`ChurnStats`].
+    /// Ends the background job and returns its statistics, as [`ChurnStats`].
     StopChurn,
 }
 
-/// The workloads that run.
+/// The running workloads.
 #[derive(Default)]
 pub struct Workloads {
     running: BTreeMap<u32, Worker>,
@@ -51,7 +51,7 @@ pub struct Workloads {
 }
 
 impl Workloads {
-    /// Starts one.
+    /// Starts a workload that fills memory.
     pub fn fill(&mut self, fill: &Fill) -> Result<Filled> {
         let mut worker = Worker::start()?;
         let (pages, kept) = worker.request(&WorkerRequest::Fill(fill.clone()))?;
@@ -62,19 +62,19 @@ impl Workloads {
         })
     }
 
-    /// Starts one that never stands still.
+    /// Starts a workload with a background job.
     pub fn churn(&mut self, request: &WorkerRequest) -> Result<u32> {
         let mut worker = Worker::start()?;
         worker.request::<()>(request)?;
         Ok(self.add(worker))
     }
 
-    /// Asks one of these what it has done.
+    /// Returns the statistics of a workload's background job so far.
     pub fn churn_progress(&mut self, workload: u32) -> Result<ChurnStats> {
         self.find(workload)?.request(&WorkerRequest::ChurnProgress)
     }
 
-    /// Ends one of these.
+    /// Ends a workload with a background job.
     pub fn stop_churn(&mut self, workload: u32) -> Result<ChurnStats> {
         let churned = self.find(workload)?.request(&WorkerRequest::StopChurn)?;
         self.free(workload)?;
@@ -87,28 +87,28 @@ impl Workloads {
         self.last
     }
 
-    /// Has one give back what it does not keep.
+    /// Makes a workload give back the pages that it does not keep.
     pub fn release(&mut self, workload: u32) -> Result<()> {
         self.find(workload)?.request(&WorkerRequest::Release)
     }
 
-    /// Has one give back so many pages of what it does not keep.
+    /// Makes a workload give back `pages` pages that it does not keep, those with the lowest physical addresses.
     pub fn release_lowest(&mut self, workload: u32, pages: u64) -> Result<()> {
         self.find(workload)?
             .request(&WorkerRequest::ReleaseLowest(pages))
     }
 
-    /// Has one compare what it keeps.
+    /// Makes a workload compare the pages that it keeps.
     pub fn verify(&mut self, workload: u32) -> Result<Verified> {
         self.find(workload)?.request(&WorkerRequest::Verify)
     }
 
-    /// Asks one where its pages lie.
+    /// Returns the physical ranges of a workload's kept pages.
     pub fn kept_pages(&mut self, workload: u32) -> Result<RangeSet> {
         self.find(workload)?.request(&WorkerRequest::KeptPages)
     }
 
-    /// Ends one.
+    /// Ends a workload.
     pub fn free(&mut self, workload: u32) -> Result<()> {
         let worker = self.running.remove(&workload);
         worker

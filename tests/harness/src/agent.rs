@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The host's end of the conversation with the first process of a guest.
+//! The host's connection to the guest agent.
 
 use std::marker::PhantomData;
 use std::os::unix::net::UnixStream;
@@ -12,10 +12,11 @@ use qmp_client::JsonLines;
 
 use crate::HANG_TIMEOUT;
 
-/// How long a call may take if it has no limit of its own: longer than what is waited for in the guest, which then says what that is.
+/// The timeout of a call without its own. The agent's own timeouts are at most [`HANG_TIMEOUT`], so the agent's error
+/// message comes first and names the reason.
 const CALL_TIMEOUT: Duration = Duration::from_secs(HANG_TIMEOUT.as_secs() + 60);
 
-/// The longest answer: a whole kernel log, or a file.
+/// The maximum length of an answer: a whole kernel log, or a file.
 const MAX_LINE: usize = 256 << 20;
 
 fn receive_hello(lines: &mut JsonLines, timeout: Duration) -> Result<Hello> {
@@ -30,7 +31,7 @@ fn receive_hello(lines: &mut JsonLines, timeout: Duration) -> Result<Hello> {
     Ok(hello)
 }
 
-/// A guest that is up.
+/// A connection to the agent of a guest that is up.
 #[derive(Debug)]
 pub struct AgentClient {
     lines: JsonLines,
@@ -43,7 +44,7 @@ impl AgentClient {
     ///
     /// # Errors
     ///
-    /// If it does not come up within the limit, or carries an agent of another version.
+    /// Fails if the guest does not come up within `timeout`, or has an agent of another version.
     pub fn connect(stream: UnixStream, timeout: Duration) -> Result<Self> {
         let mut lines = Self::lines(stream);
         let hello = receive_hello(&mut lines, timeout)?;
@@ -58,13 +59,13 @@ impl AgentClient {
     ///
     /// # Errors
     ///
-    /// As [`AgentClient::connect`].
+    /// Same as [`AgentClient::connect`].
     pub fn reconnect(&mut self, timeout: Duration) -> Result<()> {
         self.hello = receive_hello(&mut self.lines, timeout)?;
         Ok(())
     }
 
-    /// Goes on with a guest that has been moved, over the line that it has where it is now.
+    /// Continues on the stream of the machine to which the guest has been migrated.
     pub fn switch_stream(&mut self, stream: UnixStream) {
         self.lines = Self::lines(stream);
     }
@@ -73,26 +74,27 @@ impl AgentClient {
         JsonLines::new(stream, "the guest's agent").with_max_line(MAX_LINE)
     }
 
-    /// What the guest said of itself.
+    /// Returns the guest's hello message.
     #[must_use]
     pub fn hello(&self) -> &Hello {
         &self.hello
     }
 
-    /// Asks the guest to do something, and waits for its answer.
+    /// Sends a call to the guest and waits for the answer.
     ///
     /// # Errors
     ///
-    /// If the guest says that it failed, is gone, or is silent for longer than [`HANG_TIMEOUT`].
+    /// Fails if the guest reports an error, the connection is closed, or the guest does not answer within
+    /// [`HANG_TIMEOUT`] and a minute.
     pub fn call<C: Call>(&mut self, call: C) -> Result<C::Reply> {
         self.call_within(call, CALL_TIMEOUT)
     }
 
-    /// As [`AgentClient::call`], with a limit of one's own; `Duration::MAX` for a shell.
+    /// Does the same as [`AgentClient::call`], with another timeout; `Duration::MAX` for a shell.
     ///
     /// # Errors
     ///
-    /// As [`AgentClient::call`].
+    /// Same as [`AgentClient::call`].
     pub fn call_within<C: Call>(&mut self, call: C, timeout: Duration) -> Result<C::Reply> {
         let pending = self.start_call(call)?;
         let answer = self.finish_call(&pending, timeout)?;
@@ -104,12 +106,12 @@ impl AgentClient {
         })
     }
 
-    /// Asks the guest to do something, and leaves the answer to [`AgentClient::finish_call`]. What was asked before is not waited
-    /// for any more.
+    /// Sends a call to the guest. [`AgentClient::finish_call`] waits for the answer. Answers to earlier calls are
+    /// dropped.
     ///
     /// # Errors
     ///
-    /// If the guest is gone.
+    /// Fails if the connection is closed.
     pub fn start_call<C: Call>(&mut self, call: C) -> Result<PendingCall<C>> {
         self.last += 1;
         let call: AnyCall = call.into();
@@ -125,18 +127,18 @@ impl AgentClient {
         })
     }
 
-    /// The answer to what was asked; `None` if there is none by the limit.
+    /// Waits for the answer to a call. Returns `None` after `timeout`.
     ///
     /// # Errors
     ///
-    /// If the guest says that it failed, or is gone.
+    /// Fails if the guest reports an error, or the connection is closed.
     pub fn finish_call<C: Call>(
         &mut self,
         pending: &PendingCall<C>,
         timeout: Duration,
     ) -> Result<Option<C::Reply>> {
         let description = &pending.description;
-        // A deadline is an instant, and there is none for ever.
+        // An `Instant` cannot represent a deadline after `Duration::MAX`.
         let timeout = timeout.min(Duration::from_secs(365 * 24 * 3600));
         loop {
             let response: Option<Response> = self
@@ -159,7 +161,7 @@ impl AgentClient {
     }
 }
 
-/// Something that was asked and not answered yet.
+/// A call that is sent and not answered yet.
 #[derive(Debug)]
 pub struct PendingCall<C> {
     id: u64,

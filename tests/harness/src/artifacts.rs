@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where the things lie that guests are made of.
+//! The paths of the files that guests are made of.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,32 +8,32 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-/// The environment variable that names the file which `cargo xtask test` has written.
+/// The environment variable that names the file with the paths. `cargo xtask test` writes the file.
 pub const VARIABLE: &str = "VIRTIO_BALLOON_RS_ARTIFACTS";
 
-/// Paths on the host; each part is there only if the command that wrote it needed it.
+/// Paths on the host. An optional path is set only if the `xtask` command needed it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Artifacts {
-    /// The Debian root file system, which QEMU and busybox are taken from.
+    /// The Debian root file system, which contains QEMU and busybox.
     pub rootfs: PathBuf,
-    /// The agent, statically linked.
+    /// The guest agent, statically linked.
     pub agent: PathBuf,
     /// `vhost-device-balloon`.
     pub daemon: PathBuf,
     /// `balloonctl`.
     #[serde(default)]
     pub balloonctl: PathBuf,
-    /// Programs that are run inside guests of QEMU.
+    /// Programs that run inside guests of QEMU.
     #[serde(default)]
     pub nested: Option<NestedPrograms>,
     /// The stock kernel, for QEMU.
     pub stock: Option<Kernel>,
     /// The user-mode Linux kernel.
     pub uml: Option<Kernel>,
-    /// The debug kernel, which is user-mode Linux too.
+    /// The debug kernel, which is also user-mode Linux.
     #[serde(default)]
     pub debug: Option<Kernel>,
-    /// Debian's kernels of other series, for QEMU, by their series.
+    /// Debian's kernels of other series, for QEMU, by series.
     #[serde(default)]
     pub series_kernels: BTreeMap<String, Kernel>,
 }
@@ -41,27 +41,27 @@ pub struct Artifacts {
 /// A kernel and the balloon drivers built for it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Kernel {
-    /// What the VMM boots, or, of user-mode Linux, the program itself.
+    /// The image that the VMM boots, or the program of user-mode Linux.
     pub image: PathBuf,
-    /// The kernel in `image`, unpacked; boots faster. `None` if it was not unpacked.
+    /// The kernel in `image`, unpacked, which boots faster. `None` if the kernel was not unpacked.
     #[serde(default)]
     pub unpacked: Option<PathBuf>,
     /// `virtio_balloon.ko`, uncompressed.
     pub c_driver: PathBuf,
     /// `virtio_balloon_rs.ko`.
     pub our_driver: Option<PathBuf>,
-    /// More modules that a guest may be told to load, uncompressed.
+    /// Other modules that a guest can load, uncompressed.
     #[serde(default)]
     pub modules: Vec<PathBuf>,
-    /// Modules that the agent's line to the host needs, in the order of loading.
+    /// The modules that the agent's connection to the host needs, in loading order.
     #[serde(default)]
     pub early: Vec<PathBuf>,
 }
 
-/// Programs that are run inside a guest of QEMU, statically linked.
+/// Programs that run inside a guest of QEMU, statically linked.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct NestedPrograms {
-    /// The one that knows what to do there.
+    /// The `nested` program, which runs the tests inside the guest.
     pub program: PathBuf,
     /// `vhost-device-balloon`.
     pub daemon: PathBuf,
@@ -74,7 +74,8 @@ impl Artifacts {
     ///
     /// # Errors
     ///
-    /// If the variable is not set (the tests were not started through `cargo xtask test`) or the file cannot be read.
+    /// Fails if the variable is not set (the tests were not started through `cargo xtask test`) or the file cannot be
+    /// read.
     pub fn load() -> Result<Self> {
         let path = std::env::var_os(VARIABLE).with_context(|| {
             format!("{VARIABLE} is not set: run the tests with `cargo xtask test`")

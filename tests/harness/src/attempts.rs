@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! When a loop that tries for something has tried enough.
+//! The limit of a retry loop.
 
 use std::time::Instant;
 
 use crate::HANG_TIMEOUT;
 
-/// A loop ends after so many turns without progress, but not before [`HANG_TIMEOUT`] has passed.
+/// A loop ends after more attempts than this without progress, but not before [`HANG_TIMEOUT`].
 const MIN_ATTEMPTS: u32 = 100;
 
-/// The turns of a loop since it last got further.
+/// The attempts of a loop since its last progress.
 #[derive(Debug)]
 pub struct Attempts {
     progress: u64,
@@ -27,7 +27,7 @@ impl Default for Attempts {
 }
 
 impl Attempts {
-    /// Counts a turn. Returns whether there may be another, where the loop has come to `progress`.
+    /// Counts an attempt. Returns whether the loop may try again, given that it has reached `progress`.
     pub fn may_retry(&mut self, progress: u64) -> bool {
         if progress > self.progress {
             *self = Self {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A balloon that is plugged into a running machine, and pulled from it.
+//! Hot-plug and hot-unplug of the balloon device.
 
 use std::time::{Duration, Instant};
 
@@ -14,15 +14,16 @@ use crate::vmm::Attachment;
 use crate::{HANG_TIMEOUT, HANG_TIMEOUT_MS};
 
 impl Guest {
-    /// Plugs a balloon into the slot, which must be empty, and waits until the guest has found it, and its driver,
-    /// if that is loaded, is ready: our device with
-    /// `features`, or QEMU's own. `options` are as for [`Builder::device_options`].
+    /// Plugs our device with `features`, or QEMU's own device, into the slot, which must be empty.
+    ///
+    /// Waits until the guest has found the device. If a driver is loaded, also waits until the driver is ready.
+    /// `options` are the same as for [`Builder::device_options`].
     ///
     /// [`Builder::device_options`]: crate::guest::Builder::device_options
     ///
     /// # Errors
     ///
-    /// If QEMU refuses, or the guest does not find it.
+    /// Fails if QEMU refuses, or the guest does not find the device.
     pub fn plug(&mut self, device: Device, features: &[&str], options: &[&str]) -> Result<()> {
         let attachment = match device {
             Device::None => bail!("there is nothing to plug in"),
@@ -52,17 +53,17 @@ impl Guest {
             timeout_ms: HANG_TIMEOUT_MS,
         })?;
         if driver_ok && is_ours {
-            // The guest knows it a moment before QEMU has told the device.
+            // The guest's driver is ready a moment before QEMU notifies the daemon.
             self.daemon()?.wait_driver()?;
         }
         Ok(())
     }
 
-    /// Asks the guest to let the balloon go, and returns at once.
+    /// Asks the guest to release the balloon, and returns at once.
     ///
     /// # Errors
     ///
-    /// If QEMU refuses.
+    /// Fails if QEMU refuses.
     pub fn start_unplug(&mut self) -> Result<()> {
         let monitor = self.monitor()?;
         monitor.clear_events();
@@ -71,11 +72,11 @@ impl Guest {
             .map(drop)
     }
 
-    /// Waits until the guest has let the balloon go, and, if it was our device, until the daemon has ended.
+    /// Waits until the guest has released the balloon. If the device is ours, also waits until the daemon has ended.
     ///
     /// # Errors
     ///
-    /// If it does not.
+    /// Fails if the guest keeps the balloon for [`HANG_TIMEOUT`], or the daemon ends with an error.
     pub fn finish_unplug(&mut self) -> Result<()> {
         let gone = self.monitor()?.wait_event(
             |event| {
@@ -95,17 +96,18 @@ impl Guest {
         Ok(())
     }
 
-    /// Pulls the balloon.
+    /// Unplugs the balloon.
     ///
     /// # Errors
     ///
-    /// If QEMU refuses, or the guest keeps it.
+    /// Fails if QEMU refuses, or the guest keeps the balloon.
     pub fn unplug(&mut self) -> Result<()> {
         self.start_unplug()?;
         self.finish_unplug()
     }
 
-    /// QEMU lets the device's chardev go a little after it has told of the device's end.
+    /// Removes the device's chardev. Retries, because QEMU releases the chardev shortly after the `DEVICE_DELETED`
+    /// event.
     fn remove_chardev(&mut self) -> Result<()> {
         let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
@@ -120,11 +122,11 @@ impl Guest {
         }
     }
 
-    /// The guest's one balloon device.
+    /// Returns the guest's only balloon device.
     ///
     /// # Errors
     ///
-    /// If it has none or several.
+    /// Fails if the guest has no balloon device, or several.
     pub fn balloon_device(&mut self) -> Result<BalloonDevice> {
         let balloons = self.call(ListBalloonDevices {})?;
         match <[BalloonDevice; 1]>::try_from(balloons) {

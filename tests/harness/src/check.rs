@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What must hold of any guest that a test has worked on.
+//! Checks for any guest at the end of a test: memory, and the kernel log.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -11,26 +11,27 @@ use crate::guest::Guest;
 use crate::ktap::{Case, TestStatus};
 use crate::{HANG_TIMEOUT, MIB};
 
-/// By how much the kernel's use of memory may differ between two settled moments without anything being lost: its own data. Less
-/// than one block of the largest order.
+/// The tolerated change of the kernel's memory use between two settled moments, for the kernel's own data. Less than
+/// one free block of the largest order (4 MiB).
 pub const MEMORY_TOLERANCE: u64 = 3 * MIB;
 
 /// A guest's memory at one moment, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryUsage {
-    /// In the free lists.
+    /// Memory in the free lists.
     pub free: u64,
-    /// Neither free, nor on a processor's own list of free pages, nor a process's. A balloon is among them.
+    /// Memory that is neither free, nor on a per-CPU list, nor anonymous memory of processes. Includes the balloon and
+    /// hinted blocks.
     ///
-    /// What is missing from `free` tells less: the program in the guest keeps what its longest answers took, and a processor's
-    /// list may keep huge pages for a minute.
+    /// This value is more precise than a decrease of `free`: the agent keeps the memory of its longest answers, and a
+    /// per-CPU list may keep huge pages for a minute.
     pub used: u64,
 }
 
-/// How often memory is looked at while it is awaited. Each look has the guest drop its caches.
+/// The interval between two samples of a wait. Most waits make the guest drop its caches for each sample.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What reports of the kernel's own checks hold.
+/// Texts in reports of the kernel's own checks.
 const BUG_PATTERNS: [&str; 15] = [
     "WARNING:",
     "BUG:",
@@ -49,24 +50,25 @@ const BUG_PATTERNS: [&str; 15] = [
     "DEBUG_LOCKS",
 ];
 
-/// What the kernel says when memory runs out; a trace is part of other things, too.
+/// Texts in out-of-memory reports. Other reports also contain a call trace.
 const OOM_PATTERNS: [&str; 3] = ["Out of memory", "oom-kill", "Call Trace"];
 
-/// What the kernel says of each counter that is negative when it adds up what each processor has counted.
+/// The text of the kernel's message about a counter whose sum over all processors is negative.
 ///
-/// A counter that reaches zero in that moment is briefly negative, for a processor counts ahead by up to half its threshold.
+/// A counter that is reaching zero may be negative for a moment, because each processor counts ahead by up to half of
+/// the counter's threshold.
 const NEGATIVE_COUNTER: &str = "vmstat_refresh:";
 
-/// What a module that is not of the kernel's own tree brings about when it is loaded, and what an emulated kernel says of a host
-/// that had other things to do.
+/// Texts of allowed warnings: the taint of an out-of-tree module, and an emulated kernel's complaint about a busy host.
 const ALLOWED_PATTERNS: [&str; 3] = [
     "taints kernel",
     "tainting kernel",
     "clocksource: Long readout interval",
 ];
 
-/// The lines that should not be there: reports of the kernel's own checks, and anything of the level of a warning or
-/// worse but the taint of a foreign module. [`Guest::check_log`] looks at negative counters.
+/// Returns the records that fail a test: reports of the kernel's own checks and out-of-memory reports, and all other
+/// records of level warning or worse. Allowed warnings, such as the taint of an out-of-tree module, are left out.
+/// [`Guest::check_log`] checks negative counters.
 #[must_use]
 pub fn kernel_warnings(log: &[KernelLogRecord]) -> Vec<&KernelLogRecord> {
     const WARNING: u8 = 4;
@@ -80,7 +82,7 @@ pub fn kernel_warnings(log: &[KernelLogRecord]) -> Vec<&KernelLogRecord> {
     log.iter().filter(bad).collect()
 }
 
-/// The lines that belong to reports of the kernel's own checks: these should not be there whatever a test has done.
+/// Returns the records of reports of the kernel's own checks. No test may cause any.
 #[must_use]
 pub fn bug_reports(log: &[KernelLogRecord]) -> Vec<&KernelLogRecord> {
     log.iter()
@@ -99,11 +101,11 @@ fn contains_any(line: &KernelLogRecord, words: &[&str]) -> bool {
 }
 
 impl Guest {
-    /// A counter of `/proc/vmstat`.
+    /// Returns a counter of `/proc/vmstat`.
     ///
     /// # Errors
     ///
-    /// If the guest's kernel does not have it.
+    /// Fails if the guest's kernel does not have the counter.
     pub fn vmstat_counter(&mut self, name: &str) -> Result<u64> {
         self.refresh_vmstat();
         let path = "/proc/vmstat".to_owned();
@@ -117,7 +119,8 @@ impl Guest {
             .with_context(|| format!("{name} is no number"))
     }
 
-    /// Adds up what each processor has counted. A kernel for one processor has nothing to add, and no file for it.
+    /// Folds the per-CPU counters into the global ones. A kernel for one processor has no file for this and does not
+    /// need it.
     fn refresh_vmstat(&mut self) {
         let _ = self.call(WriteFile {
             path: "/proc/sys/vm/stat_refresh".to_owned(),
@@ -125,11 +128,11 @@ impl Guest {
         });
     }
 
-    /// Fails if the kernel has logged a complaint since the last look at its log, or a counter that was negative stays so.
+    /// Checks that the kernel has logged no warning since the log was last read, and that no counter stays negative.
     ///
     /// # Errors
     ///
-    /// With the complaints.
+    /// Fails with the warnings, or with the counters that are still negative after [`HANG_TIMEOUT`].
     pub fn check_log(&mut self) -> Result<()> {
         let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
@@ -152,21 +155,21 @@ impl Guest {
         }
     }
 
-    /// The guest's memory when nothing is held that need not be: its caches are dropped, and what can be moved together is.
+    /// Drops the guest's caches, compacts its memory, and returns its memory usage.
     ///
     /// # Errors
     ///
-    /// As [`crate::agent::AgentClient::call`].
+    /// Same as [`crate::agent::AgentClient::call`].
     pub fn settled_memory_usage(&mut self) -> Result<MemoryUsage> {
         self.call(DropCachesAndCompact {})?;
         self.memory_usage()
     }
 
-    /// As [`Guest::settled_memory_usage`], but leaves caches and free memory as they are.
+    /// Returns the guest's memory usage. Does not drop caches or compact memory.
     ///
     /// # Errors
     ///
-    /// As [`Guest::zones`].
+    /// Same as [`Guest::zones`].
     pub fn memory_usage(&mut self) -> Result<MemoryUsage> {
         let zones = self.zones()?;
         Ok(MemoryUsage {
@@ -175,30 +178,30 @@ impl Guest {
         })
     }
 
-    /// Waits until the guest has its memory back: its kernel has no more in use than `before`, give or take
+    /// Waits until the guest has its memory back: the kernel's memory use exceeds `before` by at most
     /// [`MEMORY_TOLERANCE`].
     ///
     /// # Errors
     ///
-    /// If it has after [`HANG_TIMEOUT`].
+    /// Fails if the kernel still uses more after [`HANG_TIMEOUT`].
     pub fn check_memory(&mut self, before: MemoryUsage) -> Result<()> {
         self.wait_memory(before, MEMORY_TOLERANCE, Self::settled_memory_usage)
     }
 
-    /// As [`Guest::check_memory`], but leaves free memory in the pieces that it is in.
+    /// Does the same as [`Guest::check_memory`], but does not drop caches or compact memory.
     ///
     /// # Errors
     ///
-    /// As [`Guest::check_memory`].
+    /// Same as [`Guest::check_memory`].
     pub fn check_memory_uncompacted(&mut self, before: MemoryUsage) -> Result<()> {
         self.wait_memory(before, MEMORY_TOLERANCE, Self::memory_usage)
     }
 
-    /// As [`Guest::check_memory`], with another tolerance, in bytes.
+    /// Does the same as [`Guest::check_memory`], with another tolerance, in bytes.
     ///
     /// # Errors
     ///
-    /// As [`Guest::check_memory`].
+    /// Same as [`Guest::check_memory`].
     pub fn check_memory_with_tolerance(
         &mut self,
         before: MemoryUsage,
@@ -214,7 +217,7 @@ impl Guest {
         sample: fn(&mut Self) -> Result<MemoryUsage>,
     ) -> Result<()> {
         let deadline = Instant::now() + HANG_TIMEOUT;
-        // Look before dropping caches: dropping is slow in an emulated guest.
+        // Sample once before dropping caches, because dropping is slow in an emulated guest.
         let mut now = self.memory_usage()?;
         while now.used > before.used + tolerance {
             if Instant::now() > deadline {
@@ -230,32 +233,32 @@ impl Guest {
         Ok(())
     }
 
-    /// Fails if the guest has lost memory (see [`Guest::check_memory`]) or its kernel has complained.
+    /// Checks that the guest has its memory back, and that its kernel has logged no warning.
     ///
     /// # Errors
     ///
-    /// As [`Guest::check_memory`] and [`Guest::check_log`].
+    /// Same as [`Guest::check_memory`] and [`Guest::check_log`].
     pub fn check_memory_and_log(&mut self, before: MemoryUsage) -> Result<()> {
         self.check_memory(before)?;
         self.check_log()
     }
 
-    /// What a test ends with: the guest is whole, and switches off.
+    /// Ends a test: checks the guest's memory and log, and switches the guest off.
     ///
     /// # Errors
     ///
-    /// As [`Guest::check_memory_and_log`] and [`Guest::power_off`].
+    /// Same as [`Guest::check_memory_and_log`] and [`Guest::power_off`].
     pub fn check_and_power_off(&mut self, before: MemoryUsage) -> Result<()> {
         self.check_memory_and_log(before)?;
         self.power_off().map(drop)
     }
 }
 
-/// Fails, naming each, if a case did not pass, or if there are none.
+/// Checks that there are KUnit cases, and that none of them failed.
 ///
 /// # Errors
 ///
-/// With the cases that failed and what they said.
+/// Fails with the failed cases and their diagnostics.
 pub fn all_passed(cases: &[Case]) -> Result<()> {
     let failed: Vec<_> = cases
         .iter()

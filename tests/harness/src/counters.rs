@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What our driver counts: its file in the guest's debugfs.
+//! The counters of our driver, from its file in the guest's debugfs.
 
 use std::collections::BTreeMap;
 use std::thread::sleep;
@@ -12,16 +12,16 @@ use crate::guest::Guest;
 
 const FOLDER: &str = "/sys/kernel/debug/virtio_balloon_rs";
 
-/// The counters of a device at one time.
+/// The counters of a device at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Counters(pub BTreeMap<String, u64>);
 
 impl Counters {
-    /// The counter with this name.
+    /// Returns the counter with the name `key`.
     ///
     /// # Errors
     ///
-    /// If there is none.
+    /// Fails if there is no such counter.
     pub fn get(&self, key: &str) -> Result<u64> {
         let value = self.0.get(key).copied();
         value.with_context(|| format!("the driver has no counter {key}: {:?}", self.0.keys()))
@@ -39,11 +39,11 @@ impl Counters {
 }
 
 impl Guest {
-    /// The counters of our driver for its one device.
+    /// Returns the counters of our driver for its only device.
     ///
     /// # Errors
     ///
-    /// If there is not one device that it drives, or its file is not what it should be.
+    /// Fails if the driver has not exactly one device, or the file has another format.
     pub fn counters(&mut self) -> Result<Counters> {
         let devices = self.devices_with_counters()?;
         ensure!(
@@ -54,11 +54,11 @@ impl Guest {
         Counters::parse(&self.call(ReadFile { path })?)
     }
 
-    /// Waits until the counter `key` is at least `at_least`, and returns all. The guest has no event for this.
+    /// Waits until the counter `key` is at least `at_least`, and returns all counters. The guest has no event for this.
     ///
     /// # Errors
     ///
-    /// If it is not by the limit.
+    /// Fails if the counter is still lower after `timeout`.
     pub fn wait_counter(
         &mut self,
         key: &str,
@@ -79,11 +79,11 @@ impl Guest {
         }
     }
 
-    /// The devices that have a folder for counters.
+    /// Lists the devices that have a folder for counters.
     ///
     /// # Errors
     ///
-    /// As [`crate::agent::AgentClient::call`].
+    /// Same as [`crate::agent::AgentClient::call`].
     pub fn devices_with_counters(&mut self) -> Result<Vec<String>> {
         self.list_folder(FOLDER)
     }

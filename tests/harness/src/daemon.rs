@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Our device: the daemon as a child, its control socket, and its log.
+//! Our device: the daemon as a child process, its QMP socket, and its log.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
@@ -15,7 +15,7 @@ use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::HANG_TIMEOUT;
 
-/// A daemon that listens.
+/// A daemon that listens on its sockets.
 #[derive(Debug)]
 pub struct Daemon {
     process: Process,
@@ -24,81 +24,81 @@ pub struct Daemon {
     qmp_socket: PathBuf,
 }
 
-/// Some of what `query-virtio-status` says.
+/// A part of the answer to `query-virtio-status`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct VirtioStatus {
     /// `no-front-end`, `no-driver` or `running`.
     pub status: String,
-    /// Whether a front end is there.
+    /// Whether a front end is connected.
     pub connected: bool,
-    /// The names of the features that both sides have.
+    /// The names of the negotiated features.
     pub negotiated_features: Vec<String>,
-    /// What the guest fills its free pages with, if it says so.
+    /// The guest's page poison value, if the guest has set one.
     #[serde(rename = "poison-val")]
     pub poison: Option<u32>,
-    /// The queues that there are.
+    /// The queues of the device.
     pub queues: Vec<QueueStatus>,
-    /// How often configuration space was read.
+    /// The number of reads of the config space.
     pub config_reads: u64,
-    /// How often it was written.
+    /// The number of writes to the config space.
     pub config_writes: u64,
-    /// How often the front end was told that it has changed.
+    /// The number of config change notifications to the front end.
     pub config_changes: u64,
-    /// Bytes that the guest gave back by reporting them.
+    /// The size of the memory that the guest has reported as free, in bytes.
     pub bytes_reported: u64,
 }
 
 impl VirtioStatus {
-    /// Whether both sides have this feature.
+    /// Returns whether `feature` is negotiated.
     #[must_use]
     pub fn has_feature(&self, feature: &str) -> bool {
         self.negotiated_features.iter().any(|name| name == feature)
     }
 }
 
-/// One queue's counters.
+/// The counters of a queue.
 #[derive(Clone, Debug, Deserialize)]
 pub struct QueueStatus {
-    /// Its name: `inflate`, `deflate`, `stats`, `free-page`, `reporting`.
+    /// The name of the queue: `inflate`, `deflate`, `stats`, `free-page`, `reporting`.
     pub name: String,
-    /// Its number on the wire.
+    /// The virtqueue index.
     pub index: u16,
-    /// How often the driver has notified: each time an exit of the guest.
+    /// The number of notifications by the driver. Each one is an exit of the guest.
     pub notifications: u64,
-    /// How often the driver was interrupted.
+    /// The number of interrupts to the driver.
     pub interrupts: u64,
-    /// How many requests were taken.
+    /// The number of requests that the device has taken.
     pub requests: u64,
 }
 
-/// What `query-guest-memory` says.
+/// The answer to `query-guest-memory`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct GuestMemory {
-    /// The guest's memory, piece by piece.
+    /// The regions of guest memory.
     pub regions: Vec<Region>,
-    /// Bytes that the memory files occupy on the host.
+    /// The size of the memory files on the host, in allocated bytes.
     pub allocated: u64,
 }
 
-/// A piece of the guest's memory.
+/// A region of guest memory.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Region {
-    /// Its guest physical address.
+    /// The guest physical address of the region.
     pub start: u64,
-    /// Its bytes.
+    /// The size of the region, in bytes.
     pub length: u64,
-    /// How many of them occupy memory on the host.
+    /// The part of the region that is allocated on the host, in bytes.
     pub allocated: u64,
 }
 
 impl Daemon {
-    /// Starts `program` with its sockets in `scratch`, offering `features`, with further `options`, and waits until it
-    /// listens.
+    /// Starts `program` with its sockets in `scratch`, with `features` to offer and further `options`. Waits until the
+    /// daemon listens.
     ///
     /// # Errors
     ///
-    /// If it ends or does not listen in time; the error holds its log.
+    /// Fails if the daemon ends, or does not listen within [`HANG_TIMEOUT`]. The error contains the daemon's log.
     pub fn start(
         program: &Path,
         scratch: &Scratch,
@@ -129,51 +129,51 @@ impl Daemon {
         })
     }
 
-    /// The socket for the VMM.
+    /// Returns the path of the vhost-user socket.
     #[must_use]
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// The socket for operators.
+    /// Returns the path of the QMP socket.
     #[must_use]
     pub fn qmp_socket(&self) -> &Path {
         &self.qmp_socket
     }
 
-    /// The operator's connection.
+    /// Returns the QMP connection of this handle.
     pub fn qmp(&mut self) -> &mut Qmp {
         &mut self.qmp
     }
 
-    /// Another operator's connection.
+    /// Opens another QMP connection.
     ///
     /// # Errors
     ///
-    /// If the daemon is no more.
+    /// Fails if the daemon has ended.
     pub fn connect(&self) -> Result<Qmp> {
         Qmp::connect(&self.qmp_socket)
     }
 
-    /// The process.
+    /// Returns the process of the daemon.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }
 
-    /// The state of the device's virtio side.
+    /// Returns the virtio state of the device.
     ///
     /// # Errors
     ///
-    /// As [`Qmp::query`].
+    /// Same as [`Qmp::query`].
     pub fn virtio_status(&mut self) -> Result<VirtioStatus> {
         self.qmp.query("query-virtio-status")
     }
 
-    /// Waits until a driver is there and its queues can be used.
+    /// Waits until a driver is ready and its queues are usable.
     ///
     /// # Errors
     ///
-    /// If there is none in time.
+    /// Fails if no driver is ready within [`HANG_TIMEOUT`].
     pub fn wait_driver(&mut self) -> Result<()> {
         let deadline = Instant::now() + HANG_TIMEOUT;
         while self.virtio_status()?.status != "running" {
@@ -185,11 +185,11 @@ impl Daemon {
         Ok(())
     }
 
-    /// Notifications of the driver so far, over all queues.
+    /// Returns the number of the driver's notifications so far, over all queues.
     ///
     /// # Errors
     ///
-    /// As [`Qmp::query`].
+    /// Same as [`Qmp::query`].
     pub fn notifications(&mut self) -> Result<u64> {
         Ok(self
             .virtio_status()?
@@ -199,35 +199,35 @@ impl Daemon {
             .sum())
     }
 
-    /// Where the guest's memory is, and how much of it the host has given.
+    /// Returns the regions of guest memory, and how much of them is allocated on the host.
     ///
     /// # Errors
     ///
-    /// As [`Qmp::query`].
+    /// Same as [`Qmp::query`].
     pub fn guest_memory(&mut self) -> Result<GuestMemory> {
         self.qmp.query("query-guest-memory")
     }
 
-    /// Ends the daemon as an administrator would, and waits.
+    /// Ends the daemon with SIGTERM, as an administrator does, and waits until it has ended.
     ///
     /// # Errors
     ///
-    /// If it does not end.
+    /// Fails if the daemon does not end.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         self.process.signal(Signal::SIGTERM)?;
         self.process.wait(HANG_TIMEOUT)
     }
 
-    /// Waits until the daemon has ended by itself.
+    /// Waits until the daemon ends without a signal.
     ///
     /// # Errors
     ///
-    /// If it does not.
+    /// Fails if the daemon does not end.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         self.process.wait(HANG_TIMEOUT)
     }
 
-    /// The names of sockets that the daemon has left.
+    /// Returns the sockets of the daemon that still exist.
     #[must_use]
     pub fn leftover_sockets(&self) -> Vec<&Path> {
         [self.socket.as_path(), self.qmp_socket.as_path()]

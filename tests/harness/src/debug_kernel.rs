@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the debug kernel has noticed.
+//! Reports of the debug kernel: locks, page owners and leaks.
 
 use std::ops::Range;
 use std::thread::sleep;
@@ -12,32 +12,33 @@ use crate::check::bug_reports;
 use crate::guest::Guest;
 
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
-/// An object that is younger is not taken for lost: the kernel's own limit is five seconds.
+/// The age that objects must have before a scan. kmemleak ignores objects younger than five seconds.
 const LEAK_AGE: Duration = Duration::from_millis(5_200);
 
-/// What these functions of user-mode Linux allocate, for its consoles and serial lines, is noted where the kernel does not
-/// look for pointers.
+/// Functions of user-mode Linux whose allocations, for its consoles and serial lines, kmemleak reports as leaks: their
+/// pointers are in memory that kmemleak does not scan.
 const KNOWN_UNREFERENCED: [&str; 3] = [" ssl_init+", " line_write+", " line_interrupt+"];
 
-/// Kernel arguments that have the kernel note who owns each page and each object. They make it slow. One processor: when
-/// user-mode Linux starts a second one it offends RCU if objects are watched.
+/// Kernel arguments that make the kernel track the owner of each page and of each object. They make the kernel slow.
+///
+/// One processor: with kmemleak, user-mode Linux violates an RCU rule when it starts a second one.
 pub const OWNER_TRACKING: &str = "ncpus=1 page_owner=on kmemleak=on";
 
-/// Pages in use whose allocation has one stack.
+/// The pages in use that were allocated with the same stack.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageOwner {
-    /// How many pages.
+    /// The number of pages.
     pub pages: u64,
-    /// The stack, innermost first.
+    /// The stack, innermost frame first.
     pub stack: Vec<String>,
 }
 
 impl Guest {
-    /// Fails if the debug kernel has reported anything since the last look at its log, or does not watch any more.
+    /// Checks that the debug kernel has reported nothing since its log was last read, and that lockdep is still active.
     ///
     /// # Errors
     ///
-    /// With the reports.
+    /// Fails with the reports.
     pub fn check_debug_kernel(&mut self) -> Result<()> {
         let log = self.kernel_log()?;
         let bug_reports = bug_reports(&log);
@@ -56,12 +57,15 @@ impl Guest {
         Ok(())
     }
 
-    /// The pages that are in use and whose allocation the `code` of the module with this `name` has asked for, but for
-    /// those that slab objects lie in: these are shared with others. The module need not be loaded any more. Needs `page_owner=on` on the kernel's command line.
+    /// Returns the pages in use that a module has allocated, directly or through other functions. `name` is the
+    /// module's name, and `code` is its address range. The module may be unloaded.
+    ///
+    /// Pages of slab objects are left out, because other code shares them. Needs `page_owner=on` on the kernel's
+    /// command line.
     ///
     /// # Errors
     ///
-    /// If the kernel does not know.
+    /// Fails if the kernel does not track page owners.
     pub fn pages_owned(&mut self, name: &str, code: &Range<u64>) -> Result<Vec<PageOwner>> {
         let path = "/sys/kernel/debug/page_owner_stacks/show_stacks".to_owned();
         let text = self.call(ReadFile { path })?;
@@ -71,15 +75,15 @@ impl Guest {
         Ok(owners)
     }
 
-    /// Waits until every object is old enough, and returns what the kernel says of those that nothing points to, but for
-    /// those of [`KNOWN_UNREFERENCED`]. Needs `kmemleak=on` on the kernel's command line.
+    /// Waits until all objects are old enough, and returns kmemleak's reports. Objects of the functions `ssl_init`,
+    /// `line_write` and `line_interrupt` are left out. Needs `kmemleak=on` on the kernel's command line.
     ///
     /// # Errors
     ///
-    /// If the kernel does not know.
+    /// Fails if the kernel has no kmemleak.
     pub fn leaks(&mut self) -> Result<Vec<String>> {
         sleep(LEAK_AGE);
-        // What has changed since the scan before is not taken for lost.
+        // A scan does not report an object that has changed since the scan before.
         for _ in 0..2 {
             self.call(WriteFile {
                 path: KMEMLEAK.to_owned(),
@@ -93,7 +97,7 @@ impl Guest {
     }
 }
 
-/// One text for each object.
+/// Splits kmemleak's output into one text for each object.
 fn unreferenced_objects(text: &str) -> Vec<String> {
     const EACH: &str = "unreferenced object";
     let objects = text.split(EACH).skip(1);
@@ -107,7 +111,7 @@ fn unreferenced_objects(text: &str) -> Vec<String> {
         .collect()
 }
 
-/// A stack, one frame a line, then the number of pages, then an empty line.
+/// Parses blocks that consist of a stack, one frame a line, and the number of pages. An empty line ends a block.
 fn parse_owners(text: &str) -> Option<Vec<PageOwner>> {
     let blocks = text.split("\n\n").filter(|block| !block.trim().is_empty());
     blocks
@@ -128,7 +132,8 @@ impl PageOwner {
     }
 }
 
-/// `symbol+0x1/0x2 [name]`, or just an address once the module is gone.
+/// Returns whether a stack frame is in the module. A frame is `symbol+0x1/0x2 [name]`, or only an address if the module
+/// is unloaded.
 fn of_module(frame: &str, name: &str, code: &Range<u64>) -> bool {
     let address = frame
         .strip_prefix("0x")

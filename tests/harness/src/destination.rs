@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The far end of a migration: `balloonctl receive`, and the memory file that it writes.
+//! The destination of a migration: `balloonctl receive`, and the memory file that it writes.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,29 +12,29 @@ use crate::memory_image::MemoryImage;
 use crate::process::{Process, Streams};
 use crate::HANG_TIMEOUT;
 
-/// A receiver, and a folder in memory for what it receives. Both go with this value.
+/// A receiver, and the folder with the memory that it has received. Both are removed on drop.
 #[derive(Debug)]
 pub struct Destination {
-    // Before the folder.
+    // Dropped before the folder.
     process: Process,
     folder: TempDir,
 }
 
 impl Destination {
-    /// Starts `balloonctl receive`, and waits until it listens. `memory` is the size of the guest that is to come.
+    /// Starts `balloonctl receive` and waits until it listens. `memory` is the size of the expected guest, in bytes.
     ///
     /// # Errors
     ///
-    /// If it does not listen in time; the error holds what it said.
+    /// Fails if the receiver does not listen within [`HANG_TIMEOUT`]. The error contains its output.
     pub fn start(balloonctl: &Path, memory: u64) -> Result<Self> {
         Self::start_with_ram_blocks(balloonctl, memory, 1)
     }
 
-    /// As [`Destination::start`], of a guest whose memory lies in so many files.
+    /// Does the same as [`Destination::start`], for a guest with `ram_blocks` RAM blocks.
     ///
     /// # Errors
     ///
-    /// As [`Destination::start`].
+    /// Same as [`Destination::start`].
     pub fn start_with_ram_blocks(
         balloonctl: &Path,
         memory: u64,
@@ -59,7 +59,7 @@ impl Destination {
             }
         }
         let mut process = Process::start("balloonctl receive", command, Streams::Collected)?;
-        // Not when the socket is there: it is before anybody listens.
+        // The existence of the socket is not enough: the socket exists before the receiver listens.
         let listens = |line: &str| line.starts_with("listening at");
         if let Err(error) = process
             .output()
@@ -70,28 +70,29 @@ impl Destination {
         Ok(Self { process, folder })
     }
 
-    /// Where it listens.
+    /// Returns the path of the receiver's socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.folder.path().join(SOCKET)
     }
 
-    /// Where it listens, as `migrate` wants it.
+    /// Returns the receiver's address, in the form that `migrate` takes.
     #[must_use]
     pub fn uri(&self) -> String {
         uri(&self.socket())
     }
 
-    /// The process.
+    /// Returns the receiver's process.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }
 
-    /// Waits until it has received all.
+    /// Waits until the receiver has received all memory.
     ///
     /// # Errors
     ///
-    /// If it has not, or leaves its mark though it has; the error holds what it said.
+    /// Fails if the receiver fails, or leaves the memory file marked as incomplete. The error contains the receiver's
+    /// output.
     pub fn wait(&mut self) -> Result<()> {
         let status = self.process.wait(HANG_TIMEOUT)?;
         ensure!(
@@ -103,11 +104,11 @@ impl Destination {
         Ok(())
     }
 
-    /// Waits until it has given up, and returns what it said.
+    /// Waits until the receiver has failed, and returns its output.
     ///
     /// # Errors
     ///
-    /// If it has not, or if what it has written does not bear its mark.
+    /// Fails if the receiver succeeds, or if a memory file exists that is not marked as incomplete.
     pub fn wait_failure(&mut self) -> Result<String> {
         let status = self.process.wait(HANG_TIMEOUT)?;
         let text = self.process.output().text();
@@ -119,13 +120,13 @@ impl Destination {
         Ok(text)
     }
 
-    /// The memory file.
+    /// Returns the path of the memory file.
     #[must_use]
     pub fn memory_file(&self) -> PathBuf {
         self.folder.path().join(MEMORY)
     }
 
-    /// Whether the memory file is marked as incomplete.
+    /// Returns whether the memory file is marked as incomplete.
     #[must_use]
     pub fn is_incomplete(&self) -> bool {
         self.folder
@@ -134,11 +135,11 @@ impl Destination {
             .exists()
     }
 
-    /// What is in the memory file.
+    /// Opens the memory file.
     ///
     /// # Errors
     ///
-    /// If there is none.
+    /// Fails if there is no memory file.
     pub fn memory_image(&self) -> Result<MemoryImage> {
         MemoryImage::open(&self.memory_file())
     }
@@ -147,7 +148,7 @@ impl Destination {
 const SOCKET: &str = "ram.sock";
 const MEMORY: &str = "ram";
 
-/// A socket as `migrate` and `receive` want it.
+/// Returns the address of a socket, in the form that `migrate` and `receive` take.
 #[must_use]
 pub fn uri(socket: &Path) -> String {
     format!("unix:{}", socket.display())

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a driver's work costs, in things that can be counted: our device counts them, whatever driver it is.
+//! The cost of a driver's work, in counted events. Our device counts them, so the driver may be any.
 
 use std::ops::Sub;
 use std::thread::sleep;
@@ -14,19 +14,19 @@ use crate::guest::{Builder, Driver, Guest};
 use crate::vmm::Vmm;
 use crate::HANG_TIMEOUT;
 
-/// How the device asks a driver to leave out notifications.
+/// The method by which the device asks a driver to leave out notifications.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NotificationSuppression {
-    /// By event index, as is usual.
+    /// The event index (`VIRTIO_F_EVENT_IDX`), as usual.
     EventIdx,
-    /// By the ring's flag, as where there is no event index.
+    /// The flag in the used ring, as without an event index.
     Flag,
-    /// Not at all: what is counted is what the driver does of its own accord.
+    /// The device does not ask. The counts show which notifications the driver leaves out without being asked.
     Never,
 }
 
 impl NotificationSuppression {
-    /// The options of the daemon for it.
+    /// Returns the daemon's options for this method.
     #[must_use]
     pub fn options(self) -> &'static [&'static str] {
         match self {
@@ -37,28 +37,28 @@ impl NotificationSuppression {
     }
 }
 
-/// How crossings are counted: [`ExitCounts::read`] or [`ExitCounts::read_when_drained`].
+/// A function that reads the counts: [`ExitCounts::read`] or [`ExitCounts::read_when_drained`].
 type CountFn = fn(&mut Daemon) -> Result<ExitCounts>;
 
-/// Crossings between guest and host.
+/// Counts of requests, and of exits of the guest by their reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExitCounts {
     /// Requests on all queues.
     pub requests: u64,
-    /// The driver notified the device.
+    /// Notifications by the driver.
     pub notifications: u64,
-    /// The device interrupted the driver: for used buffers, or for a change of configuration space.
+    /// Interrupts to the driver, for used buffers or for a change of the config space.
     pub interrupts: u64,
-    /// The driver read or wrote configuration space.
+    /// Reads and writes of the config space by the driver.
     pub config: u64,
 }
 
 impl ExitCounts {
-    /// All crossings so far.
+    /// Returns all counts so far.
     ///
     /// # Errors
     ///
-    /// As [`Daemon::virtio_status`].
+    /// Same as [`Daemon::virtio_status`].
     pub fn read(daemon: &mut Daemon) -> Result<Self> {
         let status = daemon.virtio_status()?;
         let sum =
@@ -72,12 +72,12 @@ impl ExitCounts {
         })
     }
 
-    /// As [`ExitCounts::read`], of a driver that notifies for each request: waits until the device has read all notifications. It may
-    /// serve a request before it reads what notifies of it.
+    /// Does the same as [`ExitCounts::read`], for a driver that notifies for each request: waits until the device has
+    /// read all notifications. The device may serve a request before it reads the notification.
     ///
     /// # Errors
     ///
-    /// If it has not read them after [`HANG_TIMEOUT`], or as [`Daemon::virtio_status`].
+    /// Fails if the device has not read them within [`HANG_TIMEOUT`], or for the reasons of [`Daemon::virtio_status`].
     pub fn read_when_drained(daemon: &mut Daemon) -> Result<Self> {
         let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
@@ -93,7 +93,8 @@ impl ExitCounts {
         }
     }
 
-    /// Exits of the guest: of a notification, of an access to configuration space, and for an interrupt.
+    /// Returns the number of exits of the guest: for notifications, for interrupts, and for accesses to the config
+    /// space.
     #[must_use]
     pub fn exits(&self) -> u64 {
         self.notifications + self.interrupts + self.config
@@ -113,25 +114,25 @@ impl Sub for ExitCounts {
     }
 }
 
-/// What some work moved, and what it cost.
+/// The size and the cost of some work.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct WorkCost {
     /// Bytes hinted, inflated or deflated.
     pub bytes: u64,
-    /// Crossings.
+    /// The requests and exits of the work.
     pub counts: ExitCounts,
-    /// Time, from the operator's wish to its fulfilment.
+    /// The time from the command to its completion.
     pub time: Duration,
 }
 
 impl WorkCost {
-    /// A count for so much work as moves 1 GiB.
+    /// Scales a count to 1 GiB of this work.
     #[must_use]
     pub fn per_gib(&self, count: u64) -> u64 {
         (count << 30).div_ceil(self.bytes.max(1))
     }
 
-    /// The work with the median of exits.
+    /// Returns the work with the median number of exits, with the median of all times.
     #[must_use]
     pub fn median(mut all: Vec<Self>) -> Self {
         all.sort_by_key(|work| (work.counts.exits(), work.time));
@@ -148,23 +149,23 @@ impl WorkCost {
     }
 }
 
-/// A driver's three kinds of work.
+/// The costs of a driver's three kinds of work.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DriverCosts {
-    /// One round of hinting, up to the driver's stop.
+    /// A hint round, up to the driver's STOP.
     pub hint: WorkCost,
     /// Inflating.
     pub inflate: WorkCost,
-    /// Deflating by as much.
+    /// Deflating by the same size.
     pub deflate: WorkCost,
 }
 
-/// Boots user-mode Linux with `memory`, and measures `repeats` times what `driver` does to hint all that is free and to
-/// inflate and deflate by `size`. Each number is a median.
+/// Boots user-mode Linux with `memory` bytes, and measures `driver` `repeats` times: a hint round over all free memory,
+/// inflating by `size` bytes and deflating by `size` bytes. Returns medians.
 ///
 /// # Errors
 ///
-/// If anything does not work.
+/// Fails if a step fails.
 pub fn measure_driver(
     artifacts: &Artifacts,
     driver: Driver,
@@ -179,7 +180,7 @@ pub fn measure_driver(
         .boot()?;
     guest.load(driver)?;
     let (mut hints, mut inflations, mut deflations) = (Vec::new(), Vec::new(), Vec::new());
-    // The C driver notifies for each request if it is not asked to leave out any.
+    // The C driver notifies for each request unless the device asks it to leave notifications out.
     let count = match (driver, suppression) {
         (Driver::C, NotificationSuppression::Never) => ExitCounts::read_when_drained,
         _ => ExitCounts::read,
@@ -202,11 +203,11 @@ pub fn measure_driver(
     })
 }
 
-/// One round, up to the driver's stop. The blocks are held afterwards.
+/// Runs a hint round up to the driver's STOP, and returns its cost. The hinted blocks stay out of use until DONE.
 ///
 /// # Errors
 ///
-/// If it does not finish.
+/// Fails if the hint round does not finish.
 pub fn measure_hint_round(guest: &mut Guest) -> Result<WorkCost> {
     hint_counted(guest, ExitCounts::read)
 }
@@ -223,7 +224,7 @@ fn hint_counted(guest: &mut Guest, count: CountFn) -> Result<WorkCost> {
     })
 }
 
-/// Free memory by the size of its blocks.
+/// Free memory by the order of the free blocks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FreeBlocks {
     page_size: u64,
@@ -231,7 +232,7 @@ pub struct FreeBlocks {
 }
 
 impl FreeBlocks {
-    /// Bytes that are free in blocks of `2^order` pages or more.
+    /// Returns the free bytes in free blocks of at least `order`.
     #[must_use]
     pub fn free_bytes_from_order(&self, order: usize) -> u64 {
         let zones = self.zones.iter();
@@ -241,30 +242,31 @@ impl FreeBlocks {
     }
 }
 
-/// Guests whose free memory is in pieces.
+/// Guests with fragmented free memory.
 impl Guest {
-    /// The free memory, as `/proc/buddyinfo` says.
+    /// Returns the free blocks, from `/proc/buddyinfo`.
     ///
     /// # Errors
     ///
-    /// As [`crate::agent::AgentClient::call`].
+    /// Same as [`crate::agent::AgentClient::call`].
     pub fn free_blocks(&mut self) -> Result<FreeBlocks> {
         let page_size = self.agent().hello().page_size;
         let zones = self.call(BuddyInfo {})?;
         Ok(FreeBlocks { page_size, zones })
     }
 
-    /// Fills all free memory but `spare` bytes, and frees it again but for one page in `keep_every`. Returns the workloads
-    /// that keep those.
+    /// Fills all free memory except `spare` bytes, and frees it again except one page in `keep_every`. Returns the
+    /// workloads that keep these pages.
     ///
     /// # Errors
     ///
-    /// As [`crate::agent::AgentClient::call`].
+    /// Same as [`crate::agent::AgentClient::call`].
     pub fn fragment(&mut self, keep_every: u64, spare: u64, seed: u64) -> Result<Vec<u32>> {
-        /// In user-mode Linux each piece of a process's memory is a mapping on the host, which has a limit for them: two
-        /// pieces for each page that is kept, and some to spare.
+        /// The maximum number of kept pages in a workload. In user-mode Linux, each contiguous piece of a process's
+        /// memory is a mapping on the host. A kept page needs two mappings, and the host limits the mappings of a
+        /// process.
         const KEPT_PAGES: u64 = 20_000;
-        // Else the kernel mends by and by what this breaks. One that does not do so has no such file.
+        // Proactive compaction would undo the fragmentation. A kernel without it does not have this file.
         let _ = self.call(WriteFile {
             path: "/proc/sys/vm/compaction_proactiveness".to_owned(),
             text: "0".to_owned(),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Everything that a driver and a device have agreed on, tried once.
+//! Uses every feature that driver and device have negotiated, once.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -16,17 +16,18 @@ use crate::qmp::QmpError;
 use crate::vmm::qemu::BALLOON_ID;
 use crate::{HANG_TIMEOUT, MIB};
 
-/// How much goes into the balloon and comes out again.
+/// The size by which [`Guest::exercise`] inflates and deflates, in bytes.
 const RESIZE_BY: u64 = 24 * MIB;
-/// What the guest's own programs may take while a round is held, and processors keep on lists of their own.
+/// The memory that the guest's own programs and per-CPU lists may take during a hint round, in bytes.
 const OWN_USE: u64 = 2 * MIB;
 const PAGE: u64 = 4096;
-/// The most that a process fills to keep some of it.
+/// The maximum that a process fills to keep a part of it, in bytes.
 const MOST_FILLED: u64 = 128 * MIB;
-/// What the kernel may be reporting at one time, in 32 blocks of the largest order: that is neither in the free lists nor hinted.
+/// The maximum that the kernel may be reporting at a time: 32 free blocks of the largest order. This memory is neither
+/// in the free lists nor hinted.
 pub(crate) const REPORTING_CAPACITY_BYTES: u64 = 32 * 4 * MIB;
 
-/// Requests on the queues that pages go over.
+/// Requests on the inflate and deflate queues.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct RequestCounts {
     inflate: u64,
@@ -34,30 +35,31 @@ struct RequestCounts {
 }
 
 impl Guest {
-    /// What the driver and the device have agreed on, as the guest's kernel says.
+    /// Returns the negotiated features, as the guest's kernel shows them.
     ///
     /// # Errors
     ///
-    /// If there is not one device, or no driver for it.
+    /// Fails if the guest has not exactly one balloon device, or the device has no driver.
     pub fn features(&mut self) -> Result<Features> {
         let balloon = self.balloon_device()?;
         ensure!(balloon.driver.is_some(), "{balloon:?} has no driver");
         Ok(Features::from_bits(balloon.features))
     }
 
-    /// Inflates and deflates; asks for statistics, a round of hints and reports of free pages if these were agreed on,
-    /// and sees them refused if not. Returns what was agreed on. The guest has all its memory back at the end.
+    /// Inflates and deflates, and uses statistics, hinting and reporting if they are negotiated. Otherwise checks that
+    /// our device refuses them or gets no reports. Returns the negotiated features. At the end, the guest has its
+    /// memory back.
     ///
     /// # Errors
     ///
-    /// If anything of this fails.
+    /// Fails if any of this fails.
     pub fn exercise(&mut self) -> Result<Features> {
         let features = self.features()?;
         let before = self.settled_memory_usage_without_reports(features)?;
         self.resize().context("inflating and deflating")?;
         self.try_statistics(features.contains(Features::STATS_VQ))
             .context("statistics")?;
-        // First, and to its end: what is being reported cannot be hinted.
+        // Reporting comes before hinting, and must end first: pages in a report cannot be hinted.
         self.try_reporting(features.contains(Features::REPORTING))
             .context("reporting")?;
         self.try_hinting(features.contains(Features::FREE_PAGE_HINT), before)
@@ -66,13 +68,17 @@ impl Guest {
         Ok(features)
     }
 
-    /// As [`Guest::exercise`], on a machine of any kind and with any driver: half of free memory goes into the balloon, with
-    /// another target on the way, and comes out again; a round is held meanwhile, around pages that are kept. What zones
-    /// must keep and what our driver counts is looked at as well: if the device takes reports, the driver must be its first.
+    /// Does the same as [`Guest::exercise`], on any machine and with any driver, and does more:
+    ///
+    /// - Half of the free memory goes into the balloon, with a change of the target on the way.
+    /// - A hint round runs around pages that a process keeps.
+    /// - The watermarks of the zones and the counters of our driver are checked.
+    ///
+    /// If the device takes free page reports, the driver must be its first one.
     ///
     /// # Errors
     ///
-    /// If anything of this fails.
+    /// Fails if any of this fails.
     pub fn exercise_fully(&mut self) -> Result<Features> {
         let driver = self.driver()?;
         let features = self.features()?;
@@ -108,7 +114,7 @@ impl Guest {
             .context("deflating")?;
         self.check_memory(before).context("once deflated")?;
         if self.daemon.is_none() {
-            // Without a balloon there is more that it may leave out.
+            // With an empty balloon, the migration can skip more.
             self.try_hinting(hints, before).context("hinting")?;
             self.check_memory(before).context("once hinted")?;
         }
@@ -118,8 +124,8 @@ impl Guest {
         Ok(features)
     }
 
-    /// As [`Guest::settled_memory_usage`], but returns the lowest use of several samples if free page reporting is negotiated: pages in a report count
-    /// as used. Differences within the tolerance are ignored.
+    /// Does the same as [`Guest::settled_memory_usage`]. If free page reporting is negotiated, returns the lowest use
+    /// of several samples, because pages in a report count as used. Differences within the tolerance are ignored.
     fn settled_memory_usage_without_reports(&mut self, features: Features) -> Result<MemoryUsage> {
         const SAMPLES: u32 = 8;
         let mut least = self.settled_memory_usage()?;
@@ -135,11 +141,11 @@ impl Guest {
         Ok(least)
     }
 
-    /// The driver of the guest's one balloon.
+    /// Returns the driver of the guest's only balloon.
     ///
     /// # Errors
     ///
-    /// If there is not one balloon, or none of the drivers has it.
+    /// Fails if the guest has not exactly one balloon, or neither driver is bound to it.
     pub fn driver(&mut self) -> Result<Driver> {
         let balloon = self.balloon_device()?;
         let names = [Driver::Ours, Driver::C].into_iter();
@@ -151,7 +157,7 @@ impl Guest {
     fn inflate_with_retarget(&mut self, whole: u64, by: u64) -> Result<()> {
         let balloon = self.balloon_qmp()?;
         balloon.set_balloon(whole - by)?;
-        // Wherever the driver is by now, from here on it goes elsewhere.
+        // The driver is inflating now. The targets below change its direction.
         balloon.wait_balloon_below(whole, HANG_TIMEOUT)?;
         for target in [whole - by / 2, whole - by] {
             balloon.set_balloon(target)?;
@@ -160,10 +166,10 @@ impl Guest {
         Ok(())
     }
 
-    /// A round that is held while one page in some is kept in a part of the memory: none of these is hinted, nor is what a round
-    /// must leave alone, and they keep their contents.
+    /// Runs a hint round while a process keeps one page in 64 of a part of memory. Checks that none of these pages is
+    /// hinted, that the hint round leaves the memory that it must leave, and that the pages keep their contents.
     fn check_kept_pages_not_hinted(&mut self, driver: Driver, features: Features) -> Result<()> {
-        // The smallest blocks that the drivers hint.
+        // The order of the smallest free blocks that the driver hints.
         let order = match driver {
             Driver::Ours => 4,
             Driver::C => 10,
@@ -260,7 +266,8 @@ impl Guest {
         self.call(Free { workload })
     }
 
-    /// Whether what our driver has counted since it was loaded is what the device has, with an empty balloon.
+    /// Checks that the counts of our driver since it was loaded agree with the counts of the device. The balloon must
+    /// be empty.
     fn check_counters(&mut self, earlier: RequestCounts) -> Result<()> {
         let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
@@ -283,7 +290,7 @@ impl Guest {
                 "{counters:?}, {earlier:?}"
             );
             let status = self.daemon()?.virtio_status()?;
-            // The kernel may be reporting just now.
+            // The kernel may be reporting at this moment.
             if counters.get("reported_pages")? * PAGE == status.bytes_reported {
                 return Ok(());
             }
@@ -295,8 +302,8 @@ impl Guest {
         }
     }
 
-    /// What the device has taken of requests on the inflate and deflate queues and our driver, whose balloon rests, has not
-    /// counted: before a reset there were others.
+    /// Returns the requests on the inflate and deflate queues that the device has taken and our driver has not counted:
+    /// those from before the driver was loaded. The driver must not be resizing.
     fn requests_before_load(&mut self) -> Result<RequestCounts> {
         let counters = self.counters()?;
         let Some(daemon) = &mut self.daemon else {
@@ -306,7 +313,7 @@ impl Guest {
         let earlier = |queue: &str, key: &str| {
             let taken = status.queues.iter().find(|it| it.name == queue);
             let taken = taken.map_or(0, |queue| queue.requests);
-            // A page that is moved is a request on each of the two, and has a counter of its own.
+            // A page migration is a request on each of the two queues, and has its own counter.
             let sent = counters.get(key)? + counters.get("migrated_pages")?;
             let earlier = taken.checked_sub(sent);
             earlier.with_context(|| format!("{key}: {counters:?}, {status:?}"))
@@ -341,7 +348,7 @@ impl Guest {
                 Err(error) => check_refused(&error),
             };
         }
-        // The device answers with what it has, if anything, while the guest takes its time.
+        // Until the guest answers, the device returns the statistics that it has, if any.
         let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
             let statistics = self.statistics();
@@ -357,7 +364,7 @@ impl Guest {
         }
     }
 
-    /// Whether a statistic says how much memory the guest's kernel manages just now.
+    /// Checks that a statistic is the memory that the guest's kernel manages now.
     fn check_total(&mut self, total: Option<u64>) -> Result<()> {
         let now = self.mem_info()?.total();
         ensure!(
@@ -367,11 +374,11 @@ impl Guest {
         Ok(())
     }
 
-    /// The statistics of our device, for which it asks the guest.
+    /// Requests statistics from the guest through our device.
     ///
     /// # Errors
     ///
-    /// If it refuses.
+    /// Fails if the device refuses.
     pub fn statistics(&mut self) -> Result<Map<String, Value>> {
         #[derive(Deserialize)]
         struct Answer {
@@ -381,7 +388,7 @@ impl Guest {
         Ok(answer.stats)
     }
 
-    /// Has QEMU's device ask for statistics, and waits for new ones.
+    /// Makes QEMU's device request statistics, and waits for new ones.
     fn qemu_statistics(&mut self) -> Result<()> {
         const INTERVAL_SECONDS: u64 = 1;
         let path = format!("/machine/peripheral/{BALLOON_ID}");
@@ -425,12 +432,14 @@ impl Guest {
         }
     }
 
-    /// A round of nearly all that is free. What the kernel is reporting at the moment cannot be hinted; that comes to an end, and the
-    /// kernel does not say when. `before` is the memory of the guest without a hint round.
+    /// Repeats hint rounds until one of them covers nearly all free memory. `before` is the memory usage of the guest
+    /// without a hint round.
+    ///
+    /// Pages in a report cannot be hinted. The kernel does not show when a report ends, so this function retries.
     ///
     /// # Errors
     ///
-    /// If there is none by [`HANG_TIMEOUT`].
+    /// Fails if no hint round succeeds within [`HANG_TIMEOUT`].
     pub fn retry_full_hint_round(&mut self, before: MemoryUsage) -> Result<()> {
         let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
@@ -447,14 +456,14 @@ impl Guest {
         }
     }
 
-    /// Waits until the kernel has reported pages.
+    /// Waits until the kernel has reported pages. If reporting is not negotiated, checks that there are no reports.
     fn try_reporting(&mut self, agreed: bool) -> Result<()> {
         let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
             let pages = match (self.driver()?, &mut self.daemon) {
                 (Driver::Ours, _) => self.counters()?.get("reported_pages")?,
                 (Driver::C, Some(daemon)) => daemon.virtio_status()?.bytes_reported / PAGE,
-                // Nobody counts them.
+                // QEMU's device and the C driver have no counter.
                 (Driver::C, None) => return Ok(()),
             };
             if !agreed {
@@ -474,11 +483,11 @@ impl Guest {
         Ok(())
     }
 
-    /// Has the kernel report free pages at short intervals: it waits two seconds otherwise.
+    /// Makes the kernel report free pages every 20 ms instead of every two seconds.
     ///
     /// # Errors
     ///
-    /// If it does not have this control.
+    /// Fails if the kernel does not have this control.
     pub fn set_short_reporting_delay(&mut self) -> Result<()> {
         self.call(WriteFile {
             path: "/sys/module/page_reporting/parameters/page_reporting_delay_ms".into(),
@@ -487,7 +496,7 @@ impl Guest {
     }
 }
 
-/// Whether an error is the device's refusal.
+/// Checks that an error is a refusal by the device.
 fn check_refused(error: &anyhow::Error) -> Result<()> {
     match error.downcast_ref::<QmpError>() {
         Some(_) => Ok(()),

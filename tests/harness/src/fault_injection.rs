@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Allocations that fail, by the fault injection of the debug kernel.
+//! Failing memory allocations, through the fault injection of the debug kernel.
 
 use std::ops::Range;
 
@@ -11,42 +11,42 @@ use crate::guest::{Driver, Guest};
 use crate::initramfs;
 
 const FOLDER: &str = "/sys/kernel/debug";
-/// For slab objects, and for pages.
+/// The fault injectors for slab objects and for pages.
 const INJECTORS: [&str; 2] = ["failslab", "fail_page_alloc"];
 
-/// At most so many allocations of each kind fail at random: more than there are, and a number from which the kernel counts
-/// down.
+/// The maximum number of random failures for each injector: more than a test causes. The kernel counts down from it, so
+/// the difference is the number of failures.
 const TIMES: u64 = 1_000_000_000;
 
-/// Where user-mode Linux asks for an interrupt. If memory is short then, it does not undo what it has done, and warns when
-/// the same file descriptor comes again.
+/// The function in which user-mode Linux requests an interrupt. If an allocation fails, this function does not undo its
+/// earlier steps, and warns when the same file descriptor is used again.
 pub const IRQ_FUNCTIONS: [&str; 1] = ["um_request_irq"];
 
-/// Where user-mode Linux reads and writes a device's configuration. If memory is short then, it does nothing and says
-/// nothing, so that a driver cannot know.
+/// The functions in which user-mode Linux reads and writes the config space. If an allocation fails, they do nothing
+/// and report nothing, so the driver cannot know.
 pub const CONFIG_FUNCTIONS: [&str; 2] = ["vu_get", "vu_set"];
 
-/// Which allocations may fail.
+/// The allocations that may fail.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FaultScope {
-    /// All of them.
+    /// All allocations.
     All,
-    /// Those that a module's code has asked for, itself or through what it called.
+    /// Allocations that code in this address range makes, directly or through other functions.
     Code(Range<u64>),
 }
 
 impl Guest {
-    /// Where the code of a loaded module lies.
+    /// Returns the address range of a loaded module's code.
     ///
     /// # Errors
     ///
-    /// If the module is not loaded.
+    /// Fails if the module is not loaded.
     pub fn module_code(&mut self, driver: Driver) -> Result<Range<u64>> {
         let modules = self.call(ReadFile {
             path: "/proc/modules".to_owned(),
         })?;
         let parse = |line: &str| {
-            // `name size uses users state address`
+            // The format is `name size uses users state address`.
             let mut words = line.split_whitespace();
             (words.next()? == driver.module_name()).then_some(())?;
             let size: u64 = words.next()?.parse().ok()?;
@@ -60,7 +60,7 @@ impl Guest {
             .with_context(|| format!("{} is not in {modules:?}", driver.module_name()))
     }
 
-    /// Where functions of the kernel lie, and what is between them.
+    /// Returns the address range from the first to the last of the kernel functions `names`.
     fn function_range(&mut self, names: &[&str]) -> Result<Range<u64>> {
         let symbols = self.call(ReadFile {
             path: "/proc/kallsyms".to_owned(),
@@ -68,7 +68,7 @@ impl Guest {
         let mut symbols: Vec<_> = symbols
             .lines()
             .filter_map(|line| {
-                // `address type name`
+                // The format is `address type name`.
                 let mut words = line.split_whitespace();
                 let address = u64::from_str_radix(words.next()?, 16).ok()?;
                 Some((address, words.nth(1)?))
@@ -86,14 +86,13 @@ impl Guest {
         Ok(first..last)
     }
 
-    /// Says which allocations may fail from now on: of these all, whatever they may wait for, whatever their size. None
-    /// fails yet.
+    /// Selects the allocations that may fail from now on, regardless of their flags and size. None of them fails yet.
     ///
-    /// What is allocated by the functions that are `excluded` is not among them.
+    /// Allocations by the functions `excluded`, and by functions between them in memory, do not fail.
     ///
     /// # Errors
     ///
-    /// If the kernel has no fault injection.
+    /// Fails if the kernel has no fault injection.
     pub fn configure_fault_injection(
         &mut self,
         scope: &FaultScope,
@@ -106,7 +105,7 @@ impl Guest {
         let excluded = self.function_range(excluded)?;
         for injector in INJECTORS {
             self.set_fault(injector, "probability", "0")?;
-            // The injector would tell of each failure in the log.
+            // Otherwise the injector logs each failure.
             self.set_fault(injector, "verbose", "0")?;
             self.set_fault(injector, "ignore-gfp-wait", "N")?;
             for (name, address) in [
@@ -122,11 +121,11 @@ impl Guest {
         self.set_fault("fail_page_alloc", "min-order", "0")
     }
 
-    /// Has so many percent of the allocations fail that [`Guest::configure_fault_injection`] has named.
+    /// Makes `percent` percent of the allocations fail that [`Guest::configure_fault_injection`] has selected.
     ///
     /// # Errors
     ///
-    /// If the kernel has no fault injection.
+    /// Fails if the kernel has no fault injection.
     pub fn set_fault_probability(&mut self, percent: u32) -> Result<()> {
         for injector in INJECTORS {
             self.set_fault(injector, "times", &TIMES.to_string())?;
@@ -135,11 +134,11 @@ impl Guest {
         Ok(())
     }
 
-    /// How many allocations have failed since [`Guest::set_fault_probability`].
+    /// Returns the number of failed allocations since [`Guest::set_fault_probability`].
     ///
     /// # Errors
     ///
-    /// If the kernel has no fault injection.
+    /// Fails if the kernel has no fault injection.
     pub fn injected_failures(&mut self) -> Result<u64> {
         let mut failed = 0;
         for injector in INJECTORS {
@@ -165,18 +164,18 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// If it is not bound.
+    /// Fails if the device is not bound.
     pub fn unbind(&mut self) -> Result<()> {
         let text = self.balloon_device()?.name;
         let path = driver_attribute("unbind");
         self.call(WriteFile { path, text })
     }
 
-    /// Binds the balloon device to our driver, and waits until the device knows.
+    /// Binds the balloon device to our driver, and waits until the device is ready.
     ///
     /// # Errors
     ///
-    /// If the guest refuses.
+    /// Fails if the guest refuses.
     pub fn bind(&mut self) -> Result<()> {
         let text = self.balloon_device()?.name;
         let path = driver_attribute("bind");
@@ -184,11 +183,12 @@ impl Guest {
         self.daemon()?.wait_driver()
     }
 
-    /// Binds the balloon device, while of the allocations that [`Guest::configure_fault_injection`] has named the `nth` fails.
+    /// Binds the balloon device while the `nth` of the selected allocations fails. See
+    /// [`Guest::configure_fault_injection`].
     ///
     /// # Errors
     ///
-    /// If what comes of it is neither a device that is bound, nor "out of memory" and one that is not.
+    /// Fails unless the device is bound, or the result is "out of memory" and the device is not bound.
     pub fn bind_fail_nth(&mut self, nth: u32) -> Result<FailNthResult> {
         let text = self.balloon_device()?.name;
         let path = driver_attribute("bind");
@@ -198,12 +198,13 @@ impl Guest {
         Ok(outcome)
     }
 
-    /// Loads our driver, while of the allocations that [`Guest::configure_fault_injection`] has named the `nth` fails.
+    /// Loads our driver while the `nth` of the selected allocations fails. See [`Guest::configure_fault_injection`].
     ///
     /// # Errors
     ///
-    /// If what comes of it is neither a driver that is loaded, nor "out of memory" and one that is not. (The kernel says
-    /// "invalid argument" where it could not make a folder for the drivers of a module.)
+    /// Fails if loading returns an error other than "out of memory" or "invalid argument", or if it returns "out of
+    /// memory" and the device is bound. The kernel returns "invalid argument" if it cannot make the module's folder for
+    /// drivers.
     pub fn load_fail_nth(&mut self, nth: u32) -> Result<FailNthResult> {
         let path = initramfs::module_path(&format!("{}.ko", Driver::Ours.module_name()));
         let parameters = String::new();
@@ -212,7 +213,8 @@ impl Guest {
             parameters,
             nth,
         })?;
-        // Without an error the device may be bound or not: registering a driver does not fail because a probe does.
+        // Without an error, the device may be bound or not: the registration of a driver succeeds even if a probe
+        // fails.
         if outcome
             .error
             .is_some_and(|error| error != Errno::EINVAL as i32)

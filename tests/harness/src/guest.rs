@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest: a VMM, a balloon device, and what the guest does when told.
+//! A guest: a VMM, a balloon device, and the agent in the guest.
 
 use std::mem::replace;
 use std::os::unix::net::UnixStream;
@@ -34,7 +34,7 @@ pub enum Device {
     Ours,
     /// QEMU's own `virtio-balloon-pci`. QEMU only.
     QemuOwn,
-    /// None.
+    /// No balloon device.
     None,
 }
 
@@ -48,11 +48,11 @@ pub enum Driver {
 }
 
 impl Driver {
-    /// The drivers that a test is to go through one after the other: both, but on the debug kernel only ours.
+    /// Returns the drivers that a test runs with, one after the other: both, or only ours on the debug kernel.
     ///
-    /// Linux's own reads and writes configuration space from two work items at once. With two processors user-mode Linux
-    /// then takes the answer to the one for that to the other (`VHOST_USER_GET_CONFIG failed: -71`), and the balloon stands
-    /// still. Ours has a lock around it. A test that cannot do without the other has `c_driver` in its name.
+    /// The C driver accesses the config space from two work items at the same time. With two processors, user-mode
+    /// Linux then mixes up the answers (`VHOST_USER_GET_CONFIG failed: -71`), and the balloon stops. Our driver takes a
+    /// lock. A test that needs the C driver has `c_driver` in its name.
     #[must_use]
     pub fn each() -> &'static [Self] {
         if Vmm::is_debug_only() {
@@ -62,7 +62,7 @@ impl Driver {
         }
     }
 
-    /// The module's name, as `/proc/modules` has it.
+    /// Returns the module's name, as in `/proc/modules`.
     #[must_use]
     pub fn module_name(self) -> &'static str {
         match self {
@@ -72,7 +72,7 @@ impl Driver {
     }
 }
 
-/// What a guest is to be made of.
+/// The configuration of a guest.
 #[derive(Clone, Debug)]
 pub struct Builder<'a> {
     artifacts: &'a Artifacts,
@@ -97,7 +97,7 @@ pub struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    /// 512 MiB of memory and our device with free page hinting, unless told otherwise.
+    /// Creates the default configuration: 512 MiB of memory, and our device with statistics and free page hinting.
     #[must_use]
     pub fn new(artifacts: &'a Artifacts, vmm: Vmm) -> Self {
         let features = vec!["stats", "free-page-hint"];
@@ -124,71 +124,71 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Another device.
+    /// Sets the balloon device.
     #[must_use]
     pub fn device(mut self, device: Device) -> Self {
         self.device = device;
         self
     }
 
-    /// So many bytes of memory: a multiple of 1 MiB. The debug kernel gets more, as much as it needs more for itself.
+    /// Sets the size of memory in bytes, a multiple of 1 MiB. The debug kernel gets additional memory for its own use.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
         self.memory = bytes;
         self
     }
 
-    /// No more memory than that, on the debug kernel either. What a process of user-mode Linux fills page by page may take a
-    /// mapping on the host for each page, and of these there are 65530.
+    /// Does not add memory on the debug kernel. In user-mode Linux, each page that a process fills may need a mapping
+    /// on the host, and the host allows 65530.
     #[must_use]
     pub fn exact_memory(mut self) -> Self {
         self.exact_memory = true;
         self
     }
 
-    /// The features that our device offers.
+    /// Sets the features that our device offers.
     #[must_use]
     pub fn features(mut self, features: &[&'a str]) -> Self {
         self.features = features.to_vec();
         self
     }
 
-    /// Further options of our device's command line, or further properties (`a=b`) of QEMU's device.
+    /// Sets further options of our device's command line, or further properties (`a=b`) of QEMU's device.
     #[must_use]
     pub fn device_options(mut self, options: &[&'a str]) -> Self {
         self.device_options = options.to_vec();
         self
     }
 
-    /// More properties (`a=b`) of the vhost-user device that QEMU shows the guest.
+    /// Sets further properties (`a=b`) of the vhost-user device in QEMU.
     #[must_use]
     pub fn properties(mut self, properties: &[&'a str]) -> Self {
         self.properties = properties.to_vec();
         self
     }
 
-    /// Another machine. QEMU only.
+    /// Sets the machine. QEMU only.
     #[must_use]
     pub fn hardware(mut self, hardware: Hardware) -> Self {
         self.hardware = hardware;
         self
     }
 
-    /// Debian's kernel of another series instead of the stock one. QEMU only.
+    /// Selects Debian's kernel of another series. QEMU only.
     #[must_use]
     pub fn series(mut self, series: &'a str) -> Self {
         self.series = Some(series);
         self
     }
 
-    /// Another vhost-user device instead, which listens on `socket`.
+    /// Uses another vhost-user device, which listens on `socket`.
     #[must_use]
     pub fn external_device(mut self, socket: &'a Path) -> Self {
         self.external_device = Some(socket);
         self
     }
 
-    /// Puts the device into a slot from which it can be pulled. QEMU only.
+    /// Puts the device into a hot-plug slot. QEMU only.
     #[must_use]
     pub fn hotplug_slot(mut self) -> Self {
         self.hotplug_slot = true;
@@ -202,35 +202,35 @@ impl<'a> Builder<'a> {
         self
     }
 
-    /// Gives the guest a kernel and an initramfs that it can be told to start: the same as it has itself.
+    /// Adds a kernel and an initramfs for [`Guest::kexec`]. The kernel is the guest's own.
     #[must_use]
     pub fn kexec_kernel(mut self) -> Self {
         self.kexec_kernel = true;
         self
     }
 
-    /// More words for the kernel's command line.
+    /// Sets further arguments for the kernel's command line.
     #[must_use]
     pub fn kernel_arguments(mut self, arguments: &'a str) -> Self {
         self.kernel_arguments = arguments;
         self
     }
 
-    /// Has the VMM listen for operators ([`Guest::vmm_qmp_socket`]). QEMU only.
+    /// Adds a QMP socket to the VMM ([`Guest::vmm_qmp_socket`]). QEMU only.
     #[must_use]
     pub fn qmp_socket(mut self) -> Self {
         self.qmp_socket = true;
         self
     }
 
-    /// Puts the guest's memory into this file. QEMU only.
+    /// Puts the guest's memory into the file at `path`. QEMU only.
     #[must_use]
     pub fn memory_file(mut self, path: &'a Path) -> Self {
         self.memory_file = Some(path);
         self
     }
 
-    /// More files in the guest, each a program: where they lie there, and on the host.
+    /// Adds executable files to the guest. Each pair is the path in the guest and the path on the host.
     #[must_use]
     pub fn files(mut self, files: &[(&'a str, &'a Path)]) -> Self {
         self.files = files.to_vec();
@@ -244,15 +244,15 @@ impl<'a> Builder<'a> {
         self
     }
 
-    /// Starts the guest, loads `driver` once all free memory but `spare` bytes has been in use (see
-    /// [`Guest::fill_and_free`]), and returns the guest with what [`Guest::settled_memory_usage`] says then.
+    /// Boots the guest, fills and frees its memory except `spare` bytes (see [`Guest::fill_and_free`]), and loads
+    /// `driver`. Returns the guest and its memory usage ([`Guest::settled_memory_usage`]).
     ///
     /// # Errors
     ///
-    /// As [`Builder::boot`] and [`Guest::load`].
+    /// Same as [`Builder::boot`] and [`Guest::load`].
     pub fn boot_filled(self, spare: u64, driver: Driver) -> Result<(Guest, MemoryUsage)> {
         const SEED: u64 = 10;
-        /// The maximum memory use of a driver itself.
+        /// The maximum memory use of the driver.
         const OF_DRIVER: u64 = 8 * MIB;
         let with_reporting = self.features.contains(&"free-page-reporting");
         let mut guest = self.boot()?;
@@ -278,11 +278,11 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Starts the guest and waits until it is up, with no driver loaded.
+    /// Starts the guest and waits until it is up. No driver is loaded.
     ///
     /// # Errors
     ///
-    /// If a part is missing or the guest does not come up; the error holds the diaries of all processes.
+    /// Fails if an artifact is missing, or the guest does not come up. The error contains the output of all processes.
     pub fn boot(mut self) -> Result<Guest> {
         let Prepared {
             daemon,
@@ -292,11 +292,11 @@ impl<'a> Builder<'a> {
         Guest::from_started(self, daemon, started, scratch)
     }
 
-    /// Starts a machine without a balloon that waits for a guest from elsewhere. QEMU only.
+    /// Starts a machine without a balloon that waits for an incoming migration. QEMU only.
     ///
     /// # Errors
     ///
-    /// If a part is missing, or the VMM does not come up.
+    /// Fails if an artifact is missing, or the VMM does not come up.
     pub fn start_incoming(mut self) -> Result<IncomingVm> {
         self.device = Device::None;
         let Prepared {
@@ -375,9 +375,10 @@ impl<'a> Builder<'a> {
         };
         let started = match vmm {
             Vmm::Qemu => {
-                /// With less, an unpacked kernel leaves no room for the initramfs.
+                /// The minimum memory for an unpacked kernel. With less, the initramfs does not fit.
                 const ROOM: u64 = 192 * MIB;
-                // As it wakes from sleep the machine is reset, and then QEMU writes an unpacked kernel over the one that slept.
+                // On wake-up from sleep, the machine is reset, and QEMU would write an unpacked kernel over the
+                // sleeping one.
                 let starts_unpacked = self.memory >= ROOM && !self.suspendable;
                 let unpacked = kernel.unpacked.as_ref().filter(|_| starts_unpacked);
                 let image = unpacked.unwrap_or(&kernel.image);
@@ -394,7 +395,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// What a guest is made of, before it is up.
+/// The parts of a guest that is not up yet.
 struct Prepared {
     // Dropped in this order: the VMM before the daemon, both before their folder.
     started: StartedVmm,
@@ -402,7 +403,7 @@ struct Prepared {
     scratch: Scratch,
 }
 
-/// A machine that waits for a guest from elsewhere.
+/// A machine that waits for an incoming migration.
 #[derive(Debug)]
 pub struct IncomingVm {
     vmm: Process,
@@ -412,44 +413,44 @@ pub struct IncomingVm {
 }
 
 impl IncomingVm {
-    /// Its folder.
+    /// Returns the machine's scratch folder.
     #[must_use]
     pub fn scratch(&self) -> &Scratch {
         &self.scratch
     }
 
-    /// Where its VMM listens for operators, if it was built so.
+    /// Returns the path of the VMM's QMP socket. The socket exists only if [`Builder::qmp_socket`] was called.
     #[must_use]
     pub fn vmm_qmp_socket(&self) -> PathBuf {
         self.scratch.path(VMM_QMP_SOCKET)
     }
 }
 
-/// What a guest that was moved has left behind.
+/// The source of a completed migration.
 #[derive(Debug)]
 pub struct SourceVm {
     // Dropped in this order: the VMM before the daemon, both before their folder.
     /// The VMM.
     pub vmm: Process,
-    /// Its monitor.
+    /// The VMM's monitor.
     pub monitor: Option<Qmp>,
     /// Our device.
     pub daemon: Option<Daemon>,
     _scratch: Scratch,
 }
 
-/// The name of the socket at which a VMM listens for operators.
+/// The file name of a VMM's QMP socket.
 const VMM_QMP_SOCKET: &str = "vmm-qmp.sock";
-/// The parameter of our driver for the host timeout.
+/// The parameter of our driver that sets the host timeout.
 const HOST_TIMEOUT: &str = "host_timeout_ms";
-/// The parameters that set the default host timeout, for a device that does not answer.
+/// The parameter with the driver's default host timeout, for a device that does not answer.
 pub const DEFAULT_HOST_TIMEOUT: &str = "host_timeout_ms=2000";
 
-/// What the kernel of a series needs on its command line.
+/// Returns the arguments that a kernel of this series needs.
 fn series_arguments(series: &str) -> &'static str {
     match series {
-        // Its watchdog of clocks, once it is late, runs again at once, and takes a few microseconds of a busy host for a clock
-        // that is wrong. Later series wait.
+        // If its clocksource watchdog is late, it runs again at once. It then takes a delay of a few microseconds on a
+        // busy host for a wrong clock. Later series wait.
         "7.2" => "tsc=nowatchdog ",
         _ => "",
     }
@@ -476,8 +477,8 @@ fn kernel<'a>(artifacts: &'a Artifacts, vmm: Vmm, series: Option<&str>) -> Resul
     }
 }
 
-/// A guest that is up. If it is dropped before [`Guest::power_off`] or [`Guest::kill`], something went wrong: then it
-/// prints what its processes said.
+/// A guest that is up. A guest that is dropped before [`Guest::power_off`] or [`Guest::kill`] belongs to a failed test:
+/// it then prints its kernel log and the output of its processes.
 #[derive(Debug)]
 pub struct Guest {
     // Dropped in this order: the VMM before the daemon, both before their folder.
@@ -496,7 +497,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Waits until what was started is up.
+    /// Waits until the guest is up.
     fn from_started(
         builder: Builder<'_>,
         mut daemon: Option<Daemon>,
@@ -526,7 +527,7 @@ impl Guest {
                     ended: false,
                     log: Vec::new(),
                 };
-                // What the kernel said of this machine is not what a test looks for.
+                // The messages of the boot are not part of a test.
                 guest.kernel_log()?;
                 Ok(guest)
             }
@@ -543,8 +544,8 @@ impl Guest {
         }
     }
 
-    /// Goes on with the guest where it has been moved to, and where `daemon` is its device. Returns what is left of where it
-    /// was.
+    /// Continues with the guest on the machine to which it was migrated, where `daemon` is its device. Returns the
+    /// source.
     pub fn switch_to(&mut self, to: IncomingVm, daemon: Daemon) -> SourceVm {
         self.agent.switch_stream(to.agent);
         SourceVm {
@@ -555,69 +556,69 @@ impl Guest {
         }
     }
 
-    /// Bytes of memory that the machine has.
+    /// Returns the size of the machine's memory, in bytes.
     #[must_use]
     pub fn memory(&self) -> u64 {
         self.memory
     }
 
-    /// What runs it.
+    /// Returns the VMM that runs the guest.
     #[must_use]
     pub fn vmm_kind(&self) -> Vmm {
         self.vmm_kind
     }
 
-    /// The VMM's process.
+    /// Returns the process of the VMM.
     pub fn vmm(&mut self) -> &mut Process {
         &mut self.vmm
     }
 
-    /// The program in the guest.
+    /// Returns the connection to the agent.
     pub fn agent(&mut self) -> &mut AgentClient {
         &mut self.agent
     }
 
-    /// Asks the program in the guest to do something.
+    /// Sends a call to the agent and waits for the answer.
     ///
     /// # Errors
     ///
-    /// As [`AgentClient::call`].
+    /// Same as [`AgentClient::call`].
     pub fn call<C: Call>(&mut self, call: C) -> Result<C::Reply> {
         self.agent.call(call)
     }
 
-    /// Our device.
+    /// Returns our device.
     ///
     /// # Errors
     ///
-    /// If the guest has another or none.
+    /// Fails if the guest has another device, or none.
     pub fn daemon(&mut self) -> Result<&mut Daemon> {
         self.daemon
             .as_mut()
             .context("the guest does not have our device")
     }
 
-    /// QEMU's monitor.
+    /// Returns QEMU's monitor.
     ///
     /// # Errors
     ///
-    /// If the VMM has none.
+    /// Fails if the VMM has none.
     pub fn monitor(&mut self) -> Result<&mut Qmp> {
         self.monitor.as_mut().context("the VMM has no monitor")
     }
 
-    /// Where a VMM that was built with [`Builder::qmp_socket`] listens for them.
+    /// Returns the path of the VMM's QMP socket, if it exists. See [`Builder::qmp_socket`].
     #[must_use]
     pub fn vmm_qmp_socket(&self) -> Option<PathBuf> {
         let socket = self.scratch.path(VMM_QMP_SOCKET);
         socket.exists().then_some(socket)
     }
 
-    /// The connection on which the balloon is commanded: our daemon's, or QEMU's monitor.
+    /// Returns the QMP connection that controls the balloon: our daemon's, or QEMU's monitor.
     ///
     /// # Errors
     ///
-    /// If the guest has no device.
+    /// Fails if the guest has neither.
     pub fn balloon_qmp(&mut self) -> Result<&mut Qmp> {
         match (&mut self.daemon, &mut self.monitor) {
             (Some(daemon), _) => Ok(daemon.qmp()),
@@ -626,21 +627,21 @@ impl Guest {
         }
     }
 
-    /// Bytes that the guest's memory occupies on the host, as the host's kernel says.
+    /// Returns the size of the guest's memory that is allocated on the host, in bytes.
     ///
     /// # Errors
     ///
-    /// If the VMM is no more.
+    /// Fails if the VMM has ended.
     pub fn host_memory_in_use(&self) -> Result<u64> {
         host::guest_memory_in_use(self.vmm.id())
     }
 
-    /// Waits until the guest's memory occupies no more than `at_most` bytes on the host, and returns how many. The host
-    /// has no event for this.
+    /// Waits until at most `at_most` bytes of the guest's memory are allocated on the host, and returns the allocated
+    /// size. The host has no event for this.
     ///
     /// # Errors
     ///
-    /// If it occupies more for all of `timeout`, or the VMM is no more.
+    /// Fails if more is allocated after `timeout`, or the VMM has ended.
     pub fn wait_host_memory_in_use(&self, at_most: u64, timeout: Duration) -> Result<u64> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -656,14 +657,14 @@ impl Guest {
         }
     }
 
-    /// Loads a driver with parameters, and waits until the device is bound to it.
+    /// Loads a driver with parameters. If the device is our daemon, waits until the daemon has a driver.
     ///
-    /// Our driver gets a host timeout of a minute, for a busy host. Exceptions: `parameters` set it, or the device is foreign and
-    /// may never answer.
+    /// Our driver gets a host timeout of one minute, because the host may be busy. Exceptions: `parameters` set the
+    /// timeout, or the device is external and may never answer.
     ///
     /// # Errors
     ///
-    /// If the guest refuses.
+    /// Fails if the guest refuses.
     pub fn load_with(&mut self, driver: Driver, parameters: &str) -> Result<()> {
         let path = initramfs::module_path(&format!("{}.ko", driver.module_name()));
         let parameters =
@@ -676,18 +677,18 @@ impl Guest {
                 )
             };
         self.call(LoadModule { path, parameters })?;
-        // The device hears of it a little later than the driver is done.
+        // The driver is ready a moment before the daemon knows it.
         match &mut self.daemon {
             Some(daemon) => daemon.wait_driver(),
             None => Ok(()),
         }
     }
 
-    /// Loads another module of the initramfs.
+    /// Loads another module from the initramfs.
     ///
     /// # Errors
     ///
-    /// If the guest refuses.
+    /// Fails if the guest refuses.
     pub fn load_module(&mut self, name: &str) -> Result<()> {
         self.call(LoadModule {
             path: initramfs::module_path(&format!("{name}.ko")),
@@ -695,22 +696,22 @@ impl Guest {
         })
     }
 
-    /// The names in a folder of the guest; none if it is not there.
+    /// Lists the names in a folder of the guest. Empty if the folder does not exist.
     ///
     /// # Errors
     ///
-    /// As [`AgentClient::call`].
+    /// Same as [`AgentClient::call`].
     pub fn list_folder(&mut self, path: &str) -> Result<Vec<String>> {
         self.call(ListFolder {
             path: path.to_owned(),
         })
     }
 
-    /// Loads a driver.
+    /// Loads a driver with the default parameters of the tests. See [`Guest::load_with`].
     ///
     /// # Errors
     ///
-    /// If the guest refuses.
+    /// Fails if the guest refuses.
     pub fn load(&mut self, driver: Driver) -> Result<()> {
         self.load_with(driver, "")
     }
@@ -719,7 +720,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// If the guest refuses.
+    /// Fails if the guest refuses.
     pub fn unload(&mut self, driver: Driver) -> Result<()> {
         self.call(UnloadModule {
             name: driver.module_name().to_owned(),
@@ -733,13 +734,13 @@ impl Guest {
         Ok(())
     }
 
-    /// Waits until a new driver has brought the balloon to `target`, in bytes of guest memory.
+    /// Waits until a newly loaded driver has resized the guest to `target` bytes of memory.
     ///
     /// Asks the guest first: until the new driver writes `actual`, the device reports the old driver's size.
     ///
     /// # Errors
     ///
-    /// If it has not by the limit.
+    /// Fails if the guest has not reached `target` within `timeout`.
     pub fn wait_balloon_after_reload(&mut self, target: u64, timeout: Duration) -> Result<()> {
         let pages = (self.memory() - target) / self.agent().hello().page_size;
         let deadline = Instant::now() + timeout;
@@ -756,20 +757,21 @@ impl Guest {
         }
     }
 
-    /// The guest's memory, as its kernel says.
+    /// Returns the guest's `/proc/meminfo`.
     ///
     /// # Errors
     ///
-    /// As [`AgentClient::call`].
+    /// Same as [`AgentClient::call`].
     pub fn mem_info(&mut self) -> Result<MemInfoFields> {
         self.call(MemInfo {})
     }
 
-    /// Has the guest touch and free all of its memory but `spare` bytes: what is free afterwards has contents.
+    /// Makes the guest fill and free its free memory except `spare` bytes, so that free pages have contents. Returns
+    /// the size of the filled memory, in bytes.
     ///
     /// # Errors
     ///
-    /// As [`AgentClient::call`].
+    /// Same as [`AgentClient::call`].
     pub fn fill_and_free(&mut self, spare: u64, seed: u64) -> Result<u64> {
         let bytes = self.mem_info()?.free().saturating_sub(spare);
         let filled = self.call(Fill {
@@ -786,22 +788,22 @@ impl Guest {
         Ok(bytes)
     }
 
-    /// The kernel log since the last call of this.
+    /// Returns the records of the kernel log since the last call.
     ///
     /// # Errors
     ///
-    /// As [`AgentClient::call`].
+    /// Same as [`AgentClient::call`].
     pub fn kernel_log(&mut self) -> Result<Vec<KernelLogRecord>> {
         let lines = self.call(KernelLog {})?;
         self.log.extend_from_slice(&lines);
         Ok(lines)
     }
 
-    /// Waits for a line that the kernel has logged since the last call of [`Guest::kernel_log`].
+    /// Waits for a record that the kernel logs after the last call of [`Guest::kernel_log`].
     ///
     /// # Errors
     ///
-    /// If there is none by the limit.
+    /// Fails if there is no such record within `timeout`.
     pub fn wait_kernel_log(
         &mut self,
         substring: &str,
@@ -815,11 +817,11 @@ impl Guest {
         })
     }
 
-    /// Switches the guest off and waits for its end and, if it ends with its front end, the daemon's.
+    /// Switches the guest off, waits until the VMM has ended, and returns its exit status.
     ///
     /// # Errors
     ///
-    /// If the VMM does not end, or the debug kernel has something to report.
+    /// Fails if the VMM does not end, or the debug kernel has reported a problem.
     pub fn power_off(&mut self) -> Result<ExitStatus> {
         if self.is_debug_kernel && !self.has_lost_its_device()? {
             self.check_debug_kernel()?;
@@ -830,7 +832,7 @@ impl Guest {
         Ok(status)
     }
 
-    /// Whether our daemon is no more: then user-mode Linux warns, of its own accord, that it cannot talk to it.
+    /// Returns whether our daemon has ended. In that case user-mode Linux warns that it cannot talk to its device.
     fn has_lost_its_device(&mut self) -> Result<bool> {
         match &mut self.daemon {
             Some(daemon) => Ok(daemon.process().status()?.is_some()),
@@ -842,22 +844,22 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// If it does not end.
+    /// Fails if the VMM does not end.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         self.ended = true;
         self.vmm.kill()
     }
 
-    /// The names of the files and sockets in the guest's folder.
+    /// Lists the names of the files and sockets in the guest's folder.
     ///
     /// # Errors
     ///
-    /// If the folder cannot be listed.
+    /// Fails if the folder cannot be listed.
     pub fn files(&self) -> Result<Vec<String>> {
         self.scratch.contents()
     }
 
-    /// What all processes of the guest said.
+    /// Returns the output of all processes of the guest.
     #[must_use]
     pub fn diagnostics(&mut self) -> String {
         let mut text = self.vmm.diagnostics();
@@ -873,7 +875,7 @@ impl Drop for Guest {
         if self.ended && !std::thread::panicking() {
             return;
         }
-        // A guest that still answers may know more than its console showed.
+        // A guest that still answers may have logged more than its console shows.
         if matches!(self.vmm.status(), Ok(None)) {
             if let Ok(lines) = self.agent.call_within(KernelLog {}, Duration::from_secs(2)) {
                 self.log.extend(lines);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Rounds of free page hinting, with either device.
+//! Hint rounds, with our device and with QEMU's own.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, sleep};
@@ -19,38 +19,38 @@ use crate::qmp::Qmp;
 use crate::zones::Zones;
 use crate::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
 
-/// What `query-free-page-hint` says.
+/// The answer to `query-free-page-hint`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct HintStatus {
     /// `stopped`, `requested`, `started`, `finished` or `done`.
     pub status: String,
-    /// The command id of the current round.
+    /// The command id of the last hint round.
     pub id: Option<u32>,
-    /// Blocks that counted.
+    /// The number of free blocks that counted in the hint round.
     pub blocks: u64,
-    /// Bytes of these.
+    /// The size of these blocks, in bytes.
     pub bytes: u64,
-    /// Bits of the dirty bitmap that they cleared.
+    /// The number of bits in the dirty bitmap that these blocks cleared.
     pub pages_cleared: u64,
-    /// Bits of the bitmap.
+    /// The number of bits in the dirty bitmap.
     pub pages_total: u64,
-    /// Bits that are set.
+    /// The number of bits that are set.
     pub pages_dirty: u64,
-    /// From the request to the driver's stop, in microseconds.
+    /// The time from the request to the driver's STOP, in microseconds.
     pub duration_us: u64,
-    /// Blocks that came outside their window.
+    /// The number of free blocks that did not count, in all hint rounds.
     #[serde(default)]
     pub ignored_blocks: u64,
 }
 
-/// Commands to our daemon.
+/// Commands of our daemon.
 impl Qmp {
-    /// Starts a round (cancelling one that runs) and returns its command id.
+    /// Starts a hint round and returns its command id. Cancels a running hint round.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the daemon refuses.
     pub fn hint_start(&mut self) -> Result<u32> {
         let answer = self.command("free-page-hint-start", json!({}))?;
         let id = answer
@@ -60,65 +60,65 @@ impl Qmp {
         u32::try_from(id).context("a command id has 32 bits")
     }
 
-    /// Closes the window and tells the guest to stop.
+    /// Closes the hint window and asks the driver to stop.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the daemon refuses.
     pub fn hint_stop(&mut self) -> Result<()> {
         self.command("free-page-hint-stop", json!({})).map(drop)
     }
 
-    /// Lets the guest take its pages back.
+    /// Ends the hint round: the driver may free its hinted blocks.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the daemon refuses.
     pub fn hint_done(&mut self) -> Result<()> {
         self.command("free-page-hint-done", json!({})).map(drop)
     }
 
-    /// Ends one window and opens the next, as a migration does between its rounds.
+    /// Closes the hint window and opens the next one, as a dirty sync of a migration does.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the daemon refuses.
     pub fn hint_sync(&mut self) -> Result<()> {
         self.command("free-page-hint-sync", json!({})).map(drop)
     }
 
-    /// How the round stands.
+    /// Returns the status of the hint round.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the daemon refuses.
     pub fn hint_status(&mut self) -> Result<HintStatus> {
         self.query("query-free-page-hint")
     }
 
-    /// The memory that need not be sent: runs of clear bits.
+    /// Returns the memory that a migration need not send: the runs of clear bits in the dirty bitmap.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the daemon refuses.
     pub fn hinted_ranges(&mut self) -> Result<RangeSet> {
         self.query("query-hinted-ranges")
     }
 
-    /// Waits until the round has come to `status`.
+    /// Waits until the hint round has reached `status`.
     ///
     /// # Errors
     ///
-    /// If it has not by [`HANG_TIMEOUT`].
+    /// Fails if the hint round does not reach it within [`HANG_TIMEOUT`].
     pub fn wait_hint_status(&mut self, status: &str) -> Result<HintStatus> {
         self.wait_hint(status, |now| now.status == status)
     }
 
-    /// Waits until the round satisfies `wanted`, which `what` describes.
+    /// Waits until the hint round satisfies `wanted`. `what` describes the condition in error messages.
     ///
     /// # Errors
     ///
-    /// If it does not by [`HANG_TIMEOUT`].
+    /// Fails if the hint round does not satisfy it within [`HANG_TIMEOUT`].
     pub fn wait_hint(
         &mut self,
         what: &str,
@@ -133,7 +133,7 @@ impl Qmp {
             if Instant::now() > deadline {
                 bail!("the round did not come to {what:?} within {HANG_TIMEOUT:?}: {now:?}");
             }
-            // Changes of status are events; blocks that come one after the other are not.
+            // The daemon sends events for changes of the status, but not for each block.
             self.wait_event(
                 |event| event.name == "FREE_PAGE_HINT",
                 Duration::from_millis(20),
@@ -142,28 +142,28 @@ impl Qmp {
     }
 }
 
-/// Rounds with our device.
+/// Hint rounds with our device.
 impl Guest {
-    /// Starts a round and waits until the driver has nothing more to hint; it then holds what it hinted.
+    /// Starts a hint round and waits for the driver's STOP. The driver keeps its hinted blocks until DONE.
     ///
     /// # Errors
     ///
-    /// If it is refused, or does not finish.
+    /// Fails if the daemon refuses, or the hint round does not finish.
     pub fn hint_all(&mut self) -> Result<HintStatus> {
         let balloon = self.daemon()?.qmp();
         balloon.hint_start()?;
         balloon.wait_hint_status("finished")
     }
 
-    /// Waits until the kernel's memory use exceeds `before` by `hinted` bytes, and returns the zones. The tolerance is `reported` plus
-    /// [`MEMORY_TOLERANCE`].
+    /// Waits until the kernel's memory use exceeds `before` by `hinted` bytes, and returns the zones. The tolerance is
+    /// `reported` plus [`MEMORY_TOLERANCE`].
     ///
-    /// The shrinker may reclaim hinted blocks meanwhile. Our driver counts these pages: `reclaimed_before` is its count before the hint round.
-    /// The C driver does not count them (`None`): half of `hinted` is enough.
+    /// The shrinker may reclaim hinted blocks meanwhile. Our driver counts reclaimed pages: `reclaimed_before` is its
+    /// count before the hint round. The C driver does not count them (`None`): half of `hinted` is enough.
     ///
     /// # Errors
     ///
-    /// If it does not by [`HANG_TIMEOUT`].
+    /// Fails if the kernel's memory use does not reach this range within [`HANG_TIMEOUT`].
     pub fn wait_hinted_memory_use(
         &mut self,
         before: u64,
@@ -177,7 +177,7 @@ impl Guest {
             let zones_while_hinted = self.zones()?;
             let used = zones_while_hinted.used_by_kernel() * zones_while_hinted.page_size();
             let hinted_use = used.saturating_sub(before);
-            // Read after the zones. Pages that are reclaimed in between cause another iteration.
+            // Read the counter after the zones. Pages that the shrinker reclaims in between cause another sample.
             let back = match reclaimed_before {
                 Some(earlier) => {
                     let now = self.counters()?.get("returned_pages")?;
@@ -200,11 +200,12 @@ impl Guest {
         }
     }
 
-    /// A whole round, of at least nine tenths of the memory that is free, which the guest has back at its end.
+    /// Runs a complete hint round over at least nine tenths of the free memory, and checks that the guest has its
+    /// memory back.
     ///
     /// # Errors
     ///
-    /// If it is none.
+    /// Fails if the hint round covers less, or memory is missing afterwards.
     pub fn full_hint_round(&mut self) -> Result<HintStatus> {
         let before = self.settled_memory_usage()?;
         let hint_round = self.hint_all()?;
@@ -219,40 +220,44 @@ impl Guest {
     }
 }
 
-/// What a migration of QEMU's own spared.
+/// The result of a migration by QEMU.
 #[derive(Clone, Copy, Debug)]
 pub struct QemuMigration {
-    /// Bytes of memory that it had to consider.
+    /// The size of the guest's memory, in bytes.
     pub total: u64,
-    /// Bytes that it took up, as pages with contents or as zero pages; a page that was taken up twice counts twice.
+    /// The size of the pages that QEMU has processed, as pages with contents or as zero pages, in bytes. A page that
+    /// QEMU processed twice counts twice.
     pub processed: u64,
-    /// Bytes on the wire.
+    /// The number of bytes on the wire.
     pub transferred: u64,
 }
 
 impl QemuMigration {
-    /// Bytes that it never took up: at least so many were hinted.
+    /// Returns the size of the memory that QEMU never processed, in bytes. At least this much was hinted.
     #[must_use]
     pub fn skipped(&self) -> u64 {
         self.total.saturating_sub(self.processed)
     }
 }
 
-/// QEMU's own device hints while QEMU migrates; the stream goes nowhere.
+/// Hint rounds with QEMU's own device, while QEMU migrates to a command that discards the stream.
 impl Guest {
-    /// Starts a migration with so little bandwidth that the guest's hints come before its pages are sent, and waits until
-    /// the guest has hinted: it then has nearly no free memory.
+    /// Starts a migration with low bandwidth, so that the guest's hints arrive before QEMU sends the pages. Waits until
+    /// the guest has hinted.
+    ///
+    /// Our driver counts finished hint rounds. With the C driver, this function waits until the guest has nearly no
+    /// free memory.
     ///
     /// # Errors
     ///
-    /// If QEMU refuses, or the guest does not hint.
+    /// Fails if QEMU refuses, or the guest does not hint.
     pub fn start_qemu_migration(&mut self) -> Result<()> {
         let mut free = self.mem_info()?.free();
         if self.features()?.contains(Features::REPORTING) {
-            // Pages in a report are free again later.
+            // Pages in a report become free again later.
             free += REPORTING_CAPACITY_BYTES;
         }
-        // Only our driver counts its rounds.
+        // Only our driver counts its hint rounds.
         let hint_rounds = if self.devices_with_counters()?.is_empty() {
             None
         } else {
@@ -282,11 +287,11 @@ impl Guest {
         Ok(())
     }
 
-    /// Lets the migration end, and the guest go on.
+    /// Raises the bandwidth, waits until the migration has completed, and resumes the guest.
     ///
     /// # Errors
     ///
-    /// If it fails.
+    /// Fails if the migration fails.
     pub fn finish_qemu_migration(&mut self) -> Result<QemuMigration> {
         #[derive(Deserialize)]
         struct Answer {
@@ -352,7 +357,7 @@ impl Guest {
     ///
     /// # Errors
     ///
-    /// If QEMU refuses.
+    /// Fails if QEMU refuses.
     pub fn cancel_qemu_migration(&mut self) -> Result<()> {
         self.monitor()?
             .command("migrate_cancel", json!({}))
@@ -360,14 +365,15 @@ impl Guest {
     }
 }
 
-/// Rounds while the guest does something else.
+/// Hint rounds during other work.
 impl Guest {
-    /// Does `work`, and meanwhile from another connection one round after the other: each finishes, holds its blocks for
-    /// `hold`, and is done. The work can see how many rounds have been done. Returns what it did and how many rounds there were.
+    /// Runs `work`, and at the same time runs hint rounds on another connection, one after the other. Each hint round
+    /// finishes, keeps its hinted blocks for `hold`, and is done. `work` gets the number of completed hint rounds.
+    /// Returns the result of `work` and the number of hint rounds.
     ///
     /// # Errors
     ///
-    /// If the work or a round fails.
+    /// Fails if `work` or a hint round fails.
     pub fn with_hint_rounds<T>(
         &mut self,
         hold: Duration,

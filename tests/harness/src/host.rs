@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the host's kernel says about its processors and processes.
+//! Information from the host's kernel about its processors and processes.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// How QEMU runs a guest.
+/// QEMU's accelerator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accelerator {
-    /// The processor's virtualisation.
+    /// Hardware virtualisation.
     Kvm,
     /// Emulation.
     Tcg,
@@ -21,8 +21,10 @@ impl Accelerator {
     /// The environment variable (`kvm` or `tcg`) that overrides [`Accelerator::detect`].
     pub const VARIABLE: &'static str = "VIRTIO_BALLOON_RS_ACCEL";
 
-    /// KVM if the processor says that it can virtualise and `/dev/kvm` opens. The device alone proves nothing: it may be
-    /// there on a machine that cannot run an ordinary kernel.
+    /// Returns the accelerator that [`Accelerator::VARIABLE`] names. Otherwise returns KVM if the processor supports
+    /// virtualisation and `/dev/kvm` opens.
+    ///
+    /// The device file alone is not enough: it may exist on a machine that cannot run an ordinary kernel.
     #[must_use]
     pub fn detect() -> Self {
         match std::env::var(Self::VARIABLE).as_deref() {
@@ -49,20 +51,20 @@ impl Accelerator {
     }
 }
 
-/// Where a process stands: what it has used up so far.
+/// The resources that a process has used so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Activity {
-    /// How often its threads went to sleep of their own will, hence were woken.
+    /// The number of voluntary context switches. After each one, the thread was woken.
     pub voluntary_switches: u64,
-    /// Processor time, in clock ticks.
+    /// The processor time, in clock ticks.
     pub ticks: u64,
 }
 
-/// The activity of a process, over all its threads.
+/// Returns the activity of a process, summed over its threads.
 ///
 /// # Errors
 ///
-/// If it is no more.
+/// Fails if the process has ended.
 pub fn activity(process: u32) -> Result<Activity> {
     let mut total = Activity::default();
     let tasks = fs::read_dir(format!("/proc/{process}/task"))
@@ -88,25 +90,25 @@ pub fn activity(process: u32) -> Result<Activity> {
     Ok(total)
 }
 
-/// Bytes that the memory file of a guest occupies on the host: the largest deleted file or memfd that its VMM holds.
+/// Returns the size of the guest's memory file that is allocated on the host, in bytes. See [`guest_memory_file`].
 ///
 /// # Errors
 ///
-/// If the process holds none.
+/// Fails if the process maps no memory file.
 pub fn guest_memory_in_use(vmm: u32) -> Result<u64> {
     const BLOCK: u64 = 512;
     let file = fs::metadata(guest_memory_file(vmm)?).context("the guest's memory is gone")?;
     Ok(file.blocks() * BLOCK)
 }
 
-/// The memory file of a guest, as a path that can be opened: the largest deleted file or memfd that its VMM maps.
+/// Returns the path of a guest's memory file, for opening: the largest deleted file or memfd that its VMM maps.
 ///
-/// What it only holds may be another guest's, and come from this process: a device in a test gets descriptors that are
-/// not closed when a VMM is started.
+/// An open file without a mapping may belong to another guest: a VMM inherits the file descriptors that a device of
+/// this process has received.
 ///
 /// # Errors
 ///
-/// If the process maps none.
+/// Fails if the process maps no memory file.
 pub fn guest_memory_file(vmm: u32) -> Result<PathBuf> {
     let folder = format!("/proc/{vmm}/fd");
     let maps = format!("/proc/{vmm}/maps");
@@ -130,18 +132,18 @@ pub fn guest_memory_file(vmm: u32) -> Result<PathBuf> {
 
 const DELETED: &str = " (deleted)";
 
-/// The inode and the path in a line of `/proc/PID/maps`.
+/// Parses the inode and the path from a line of `/proc/PID/maps`.
 fn mapped_file(line: &str) -> Option<(u64, &str)> {
     let mut rest = line;
     let mut inode = "";
-    // Addresses, permissions, offset, device, inode; and then the path, which may hold spaces.
+    // The fields are addresses, permissions, offset, device, inode and path. The path may contain spaces.
     for _ in 0..5 {
         (inode, rest) = rest.trim_start().split_once(' ')?;
     }
     Some((inode.parse().ok()?, rest.trim_start()))
 }
 
-/// A folder in memory with room for `bytes`, where a VMM may put a guest's memory file.
+/// Returns a folder for a guest's memory file of `bytes` bytes: `/dev/shm` if it has room, `/tmp` otherwise.
 #[must_use]
 pub fn memory_folder(bytes: u64) -> &'static Path {
     let folder = Path::new("/dev/shm");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The initramfs of a guest: the agent, busybox, and the modules that it may be told to load.
+//! The initramfs of a guest: the agent, busybox, and modules to load.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -12,31 +12,32 @@ const FOLDER: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
-/// Where a module lies in the guest.
+/// Returns the path of a module in the guest.
 #[must_use]
 pub fn module_path(file_name: &str) -> String {
     format!("/modules/{file_name}")
 }
 
-/// Where a module lies that the agent loads before it speaks to the host: the `number`th of them.
+/// Returns the path in the guest of the early module with this `number`. The agent loads early modules before it
+/// connects to the host.
 #[must_use]
 pub fn early_path(number: usize) -> String {
     format!("{}/{number:02}.ko", guest_agent::protocol::EARLY_MODULES)
 }
 
-/// Where a kernel lies in the guest that it may be told to start.
+/// The path in the guest of the kernel for kexec.
 pub const KEXEC_KERNEL: &str = "/next/kernel";
-/// Where that kernel's initramfs lies.
+/// The path in the guest of the initramfs for kexec.
 pub const KEXEC_INITRAMFS: &str = "/next/initramfs";
 
-/// Where what is run inside a guest of QEMU lies.
+/// The folder in the guest of the programs that run inside a guest of QEMU.
 pub const NESTED_DIR: &str = "/nested";
 
-/// Writes an initramfs to `target`, with `more` files: where they lie in the guest, and on the host.
+/// Writes an initramfs to `target`. `more` adds files: each pair is the path in the guest and the path on the host.
 ///
 /// # Errors
 ///
-/// If a file cannot be read or written.
+/// Fails if a file cannot be read or written.
 pub fn write(
     target: &Path,
     agent: &Path,
@@ -52,7 +53,7 @@ pub fn write(
     for folder in own {
         archive = add(archive, Builder::new(folder).mode(FOLDER), &[])?;
     }
-    // The kernel opens it as the first process's standard streams.
+    // The kernel opens this device as the standard streams of the first process.
     let console = Builder::new("dev/console")
         .mode(CHARACTER_DEVICE)
         .rdev_major(5)

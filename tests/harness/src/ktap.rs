@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Reads what KUnit writes: the Kernel Test Anything Protocol.
+//! A parser of KUnit results in the Kernel Test Anything Protocol (KTAP).
 
-/// The environment variable that says which cases the kernel is to run: globs of KUnit (`suite.case`), one load of the module for
-/// each, with spaces between them. Without it all are run.
+/// The environment variable that selects the KUnit cases to run: globs of KUnit (`suite.case`), separated by spaces.
+/// The module is loaded once for each glob. If the variable is not set, all cases run.
 pub const CASES_VARIABLE: &str = "VIRTIO_BALLOON_RS_KUNIT_CASES";
 
-/// One case, or one suite as a whole.
+/// A case, or a suite as a whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Case {
-    /// Suite and case, joined by a dot.
+    /// The name: suite and case, joined by a dot.
     pub name: String,
-    /// What happened.
+    /// The result.
     pub status: TestStatus,
-    /// The lines that the case wrote before its result.
+    /// The lines before the result of the case.
     pub diagnostics: Vec<String>,
 }
 
-/// How a case ended.
+/// The result of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TestStatus {
     /// `ok`.
@@ -28,7 +28,7 @@ pub enum TestStatus {
 }
 
 impl Case {
-    /// The line that tells `cargo xtask test` of this.
+    /// Returns the line that reports this case to `cargo xtask test`.
     #[must_use]
     pub fn line(&self) -> String {
         let status = match self.status {
@@ -44,8 +44,8 @@ const LINE: &str = "kunit ";
 const SEPARATOR: &str = " ... ";
 const FAILED: &str = "FAILED";
 
-/// The case that a line of [`Case::line`] is about, and whether it failed; none for what is no such line, or a case that was
-/// skipped.
+/// Parses a line of [`Case::line`] into the name of the case and whether it failed. Returns `None` for any other line,
+/// and for a skipped case.
 #[must_use]
 pub fn parse_case_line(line: &str) -> Option<(&str, bool)> {
     let (name, status) = line.strip_prefix(LINE)?.split_once(SEPARATOR)?;
@@ -56,8 +56,8 @@ pub fn parse_case_line(line: &str) -> Option<(&str, bool)> {
     }
 }
 
-/// The cases in the results of one suite. The suite's own result line is a case too, named as the suite, so that a
-/// suite without cases, or one whose set-up failed, shows.
+/// Parses the results of a suite. The suite's own result is a case with the name of the suite, so that a suite without
+/// cases, or with a failed setup, is visible.
 #[must_use]
 pub fn parse(suite: &str, text: &str) -> Vec<Case> {
     let mut cases = Vec::new();
@@ -84,7 +84,7 @@ pub fn parse(suite: &str, text: &str) -> Vec<Case> {
     cases
 }
 
-/// `ok 1 name # SKIP why`, `not ok 2 - name`.
+/// Parses a result line such as `ok 1 name # SKIP why` or `not ok 2 - name`.
 fn result(line: &str) -> Option<(TestStatus, &str)> {
     let (failed, rest) = match line.strip_prefix("not ok ") {
         Some(rest) => (true, rest),

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guests as a library: boot one, talk to it, put it under stress, check what it and the host say.
+//! A library of guests for end-to-end tests: boot a guest, control it, put it under stress, and check the guest and the
+//! host.
 //!
-//! A [`guest::Guest`] is made of a VMM ([`vmm::Vmm`]: QEMU with the stock Debian kernel, or user-mode Linux), a balloon
-//! device (our daemon, or QEMU's own), and a program of ours in its initramfs that does what it is told
-//! ([`agent::AgentClient`]). Nothing outlives its handle: processes are killed and waited for, sockets and files removed, also
-//! when a test panics, and also (by the kernel) when the test process itself is killed.
+//! A [`guest::Guest`] consists of a VMM ([`vmm::Vmm`]: QEMU with the stock Debian kernel, or user-mode Linux), a
+//! balloon device (our daemon, or QEMU's own), and the guest agent in its initramfs ([`agent::AgentClient`]).
 //!
-//! Every wait has a limit, and what is waited for is an event wherever there is one. The limit is [`HANG_TIMEOUT`]: it tells what hangs
-//! from what is slow, and no verdict depends on how fast anything is.
+//! Nothing outlives its handle: processes are killed and reaped, and sockets and files are removed, also if a test
+//! panics. If the test process is killed, the kernel kills the processes.
+//!
+//! Every wait has a timeout, and waits for an event where there is one. The timeout is [`HANG_TIMEOUT`], which only
+//! detects hangs. No result depends on speed.
 #![deny(unsafe_code)]
 
 pub mod agent;
@@ -50,11 +52,11 @@ use std::time::Duration;
 
 pub use guest_agent::{calls, pattern, ranges};
 
-/// How long anything may take before it is taken for hung. It is far more than anything takes on a machine with ten times as much to do
-/// as it has processors for.
+/// The timeout after which an operation counts as hung. It is far longer than any operation takes on a machine with a
+/// load of ten times its processors.
 pub const HANG_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// [`HANG_TIMEOUT`] as calls to a guest have it.
+/// [`HANG_TIMEOUT`] in milliseconds, for calls to a guest.
 pub const HANG_TIMEOUT_MS: u64 = 600_000;
 
 /// One mebibyte.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The output of a process, line by line, kept and waited for.
+//! The output of a process, collected line by line.
 
 use std::io::{BufRead, BufReader, Read};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Result};
 
-/// Lines that one or several readers collect; clones share them.
+/// The lines that one or several readers collect. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Lines(Arc<Shared>);
 
@@ -25,7 +25,7 @@ struct Collected {
 }
 
 impl Lines {
-    /// Collects the lines of `source` in the background until it ends.
+    /// Collects the lines of `source` in the background until the end of `source`.
     pub fn collect(&self, source: impl Read + Send + 'static) {
         self.lock().readers += 1;
         let lines = self.clone();
@@ -53,7 +53,7 @@ impl Lines {
         self.0.changed.notify_all();
     }
 
-    /// Everything up to now, as text.
+    /// Returns all lines so far, as text.
     #[must_use]
     pub fn text(&self) -> String {
         self.lock().lines.join("\n")
@@ -69,11 +69,11 @@ impl Lines {
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// The first line that satisfies `wanted`, waiting for it if need be.
+    /// Waits for a line that satisfies `wanted`, and returns the first such line. Includes earlier lines.
     ///
     /// # Errors
     ///
-    /// If the output ends, or the limit is over, before such a line.
+    /// Fails if the output ends, or `timeout` passes, before such a line.
     pub fn wait_for(
         &self,
         what: &str,

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A matrix of machines: each row of [`table::rows`] is one way in which a machine differs, each cell a driver and a device
-//! on it, and what is done in each cell is the same ([`Guest::exercise_fully`]) but where the difference is something that
-//! happens on the way ([`scenarios`]).
+//! A matrix of machines. Each row of [`table::rows`] is a variation of the machine. Each cell is a driver and a device
+//! on that machine.
 //!
-//! [`Guest::exercise_fully`]: crate::guest::Guest::exercise_whole
+//! All cells do the same, [`Guest::exercise_fully`]. Rows whose variation is an event during the run have their own
+//! [`scenarios`].
+//!
+//! [`Guest::exercise_fully`]: crate::guest::Guest::exercise_fully
 
 pub mod scenarios;
 pub mod table;
@@ -24,35 +26,37 @@ use crate::vmm::Vmm;
 use crate::MIB;
 use scenarios::Scenario;
 
-/// The environment variable that names the cells to be run: [`ALL`], or a text that their names hold. Unset, the usual ones.
+/// The environment variable that selects the cells to run: [`ALL`], or a part of their names. If it is not set, the
+/// default cells run.
 pub const CELLS_VARIABLE: &str = "VIRTIO_BALLOON_RS_MATRIX";
-/// The environment variable that names the file which results are written to.
+/// The environment variable that names the file for the results.
 pub const RESULTS_VARIABLE: &str = "VIRTIO_BALLOON_RS_MATRIX_RESULTS";
-/// Every cell.
+/// The value of [`CELLS_VARIABLE`] that selects every cell.
 pub const ALL: &str = "all";
 
-/// How many cells are run at once beside other tests, and for each two processors where there are no others.
+/// The number of cells that run at once beside other tests.
 const AT_ONCE: usize = 2;
+/// The number of cells that run at once for each two processors, without other tests.
 const ALONE_AT_ONCE: usize = 3;
 
-/// A driver and a device: a column.
+/// A column of the matrix: a driver and a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Pair {
     /// Our driver and our device.
     Ours,
-    /// The kernel's own driver and our device.
+    /// The C driver and our device.
     C,
     /// Our driver and QEMU's own device.
     OursInQemu,
-    /// The kernel's own driver and QEMU's own device.
+    /// The C driver and QEMU's own device.
     CInQemu,
 }
 
 impl Pair {
-    /// All of them.
+    /// All pairs.
     pub const ALL: [Self; 4] = [Self::Ours, Self::C, Self::OursInQemu, Self::CInQemu];
 
-    /// The driver.
+    /// Returns the driver.
     #[must_use]
     pub fn driver(self) -> Driver {
         match self {
@@ -61,7 +65,7 @@ impl Pair {
         }
     }
 
-    /// The device.
+    /// Returns the device.
     #[must_use]
     pub fn device(self) -> Device {
         match self {
@@ -70,7 +74,7 @@ impl Pair {
         }
     }
 
-    /// Its name.
+    /// Returns the name of the pair.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -82,12 +86,12 @@ impl Pair {
     }
 }
 
-/// What is known beforehand of a cell.
+/// The expected result of a cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
-    /// It works.
+    /// The cell passes.
     Works,
-    /// It cannot be run, for this reason.
+    /// The cell cannot run, for this reason.
     CannotRun(&'static str),
 }
 
@@ -96,88 +100,88 @@ pub enum Expected {
 pub struct Entry {
     /// The driver and the device.
     pub pair: Pair,
-    /// Whether it is one of the usual ones, which `make test` runs.
+    /// Whether `make test` runs the cell by default.
     pub is_default: bool,
-    /// What is known of it.
+    /// The expected result.
     pub expected: Expected,
 }
 
-/// One way in which a machine differs from the usual one of these tests, which has 512 MiB of memory.
+/// A variation of the default machine, which has 512 MiB of memory.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// What differs.
+    /// The name of the variation.
     pub name: &'static str,
-    /// The series of the kernel, if it is not the stock one.
+    /// The series of the kernel; `None` for the stock kernel.
     pub series: Option<&'static str>,
-    /// Bytes of memory.
+    /// The size of memory, in bytes.
     pub memory: u64,
-    /// What runs it.
+    /// The VMM that runs the machine.
     pub vmm: Vmm,
-    /// More words for the kernel's command line.
+    /// Further arguments for the kernel's command line.
     pub arguments: &'static str,
     /// The machine.
     pub hardware: Hardware,
-    /// More properties of the balloon device, whichever it is.
+    /// Further properties of the balloon device, ours or QEMU's.
     pub properties: &'static [&'static str],
-    /// What our device offers.
+    /// The features that our device offers.
     pub features: &'static [&'static str],
-    /// What is done.
+    /// The scenario that the cells run.
     pub scenario: Scenario,
-    /// Its cells.
+    /// The cells of the row.
     pub entries: Vec<Entry>,
 }
 
-/// One cell.
+/// A cell of the matrix.
 #[derive(Clone, Debug)]
 pub struct Cell {
-    /// Its row.
+    /// The row of the cell.
     pub row: Row,
-    /// Its part of the row.
+    /// The cell's entry in the row.
     pub entry: Entry,
 }
 
 impl Cell {
-    /// Its name.
+    /// Returns the name of the cell.
     #[must_use]
     pub fn name(&self) -> String {
         format!("{}: {}", self.row.name, self.entry.pair.name())
     }
 }
 
-/// How a cell ended.
+/// The result of a cell.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Verdict {
-    /// All is as it should be.
+    /// The cell has passed.
     Passed,
-    /// Something is not.
+    /// The cell has failed, with this error.
     Failed(String),
-    /// It was not run, for this reason.
+    /// The cell did not run, for this reason.
     NotRun(String),
 }
 
-/// A cell that is done with.
+/// A completed cell.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CellResult {
-    /// The name of its row.
+    /// The name of the row.
     pub row: String,
-    /// Its column.
+    /// The column.
     pub pair: Pair,
-    /// How it ended.
+    /// The result.
     pub verdict: Verdict,
-    /// How long it took.
+    /// The duration in seconds, at least 1.
     pub seconds: u64,
 }
 
-/// Why a cell cannot be run on this host: an error that is none.
+/// The reason why a cell cannot run on this host. The cell counts as not run, and not as failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct HostUnsupported(pub String);
 
-/// The cells that `which` names, as [`CELLS_VARIABLE`] does.
+/// Returns the cells that `which` selects, in the format of [`CELLS_VARIABLE`].
 ///
 /// # Errors
 ///
-/// If there is none.
+/// Fails if `which` selects no cell.
 pub fn cells(which: Option<&str>) -> Result<Vec<Cell>> {
     let all = table::rows().into_iter().flat_map(|row| {
         let entries = row.entries.clone();
@@ -201,12 +205,12 @@ pub fn cells(which: Option<&str>) -> Result<Vec<Cell>> {
     Ok(chosen)
 }
 
-/// Runs the cells that [`CELLS_VARIABLE`] names, and returns how each ended. Writes that to the file that
-/// [`RESULTS_VARIABLE`] names, if it is set, as they end.
+/// Runs the cells that [`CELLS_VARIABLE`] selects, and returns their results. After each cell, writes the results so
+/// far to the file that [`RESULTS_VARIABLE`] names, if it is set.
 ///
 /// # Errors
 ///
-/// If there are no such cells, or the results cannot be written.
+/// Fails if no cell is selected, or the results cannot be written.
 pub fn run(artifacts: &Artifacts) -> Result<Vec<CellResult>> {
     let which = std::env::var(CELLS_VARIABLE).ok();
     let results = std::env::var_os(RESULTS_VARIABLE).map(PathBuf::from);
@@ -281,7 +285,7 @@ fn run_one(artifacts: &Artifacts, cell: &Cell) -> CellResult {
     }
 }
 
-/// Building rows.
+/// Construction of rows.
 impl Row {
     fn new(name: &'static str) -> Self {
         Self {
@@ -347,19 +351,19 @@ impl Row {
         self
     }
 
-    /// Cells that are run if all are.
+    /// Adds cells that run only if they are selected.
     fn with(self, pairs: &[Pair]) -> Self {
         pairs
             .iter()
             .fold(self, |row, pair| row.entry(*pair, false, Expected::Works))
     }
 
-    /// A cell that is run each time.
+    /// Adds a cell that runs by default.
     fn by_default(self, pair: Pair) -> Self {
         self.entry(pair, true, Expected::Works)
     }
 
-    /// A cell that cannot be run.
+    /// Adds a cell that cannot run.
     fn not_runnable(self, pair: Pair, reason: &'static str) -> Self {
         self.entry(pair, false, Expected::CannotRun(reason))
     }

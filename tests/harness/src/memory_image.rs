@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory files of guests, compared byte for byte. Looking allocates nothing: a hole reads as zeros and stays one.
+//! Byte-for-byte comparison of guests' memory files. Reading allocates nothing: a hole reads as zeros and stays a hole.
 
 use std::collections::hash_map::DefaultHasher;
 use std::fs::{File, OpenOptions};
@@ -13,12 +13,12 @@ use nix::errno::Errno;
 use nix::unistd::{lseek64, Whence};
 
 const PAGE: u64 = 4096;
-/// How much is read at once.
+/// The size of a read, in bytes.
 const CHUNK: u64 = 1 << 20;
 
 /// A memory file.
 ///
-/// With guests of less than 2 GiB, as those of the tests are, an offset in it is a guest physical address.
+/// For a guest with less than 2 GiB of memory, as in these tests, an offset in the file is a guest physical address.
 #[derive(Debug)]
 pub struct MemoryImage {
     file: File,
@@ -26,11 +26,11 @@ pub struct MemoryImage {
 }
 
 impl MemoryImage {
-    /// Opens the file at `path`, which may be one of `/proc/PID/fd`, for reading and writing.
+    /// Opens the file at `path` for reading and writing. The path may be in `/proc/PID/fd`.
     ///
     /// # Errors
     ///
-    /// If it cannot be opened.
+    /// Fails if the file cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
         let file = OpenOptions::new()
             .read(true)
@@ -44,17 +44,17 @@ impl MemoryImage {
         Ok(Self { file, length })
     }
 
-    /// Bytes of the file, holes included.
+    /// Returns the size of the file in bytes, including holes.
     #[must_use]
     pub fn length(&self) -> u64 {
         self.length
     }
 
-    /// What of it is no hole, in whole pages.
+    /// Returns the parts of the file that are not holes, in whole pages.
     ///
     /// # Errors
     ///
-    /// If the file system cannot say.
+    /// Fails if the file system does not show holes.
     pub fn data(&self) -> Result<RangeSet> {
         let seek = |from: u64, whence| match lseek64(&self.file, i64::try_from(from)?, whence) {
             Ok(place) => Ok(Some(u64::try_from(place)?)),
@@ -75,11 +75,11 @@ impl MemoryImage {
         Ok(ranges.into())
     }
 
-    /// The pages in which two files differ.
+    /// Returns the pages that differ between two files.
     ///
     /// # Errors
     ///
-    /// If they are not of one length, or cannot be read.
+    /// Fails if the files have different sizes, or cannot be read.
     pub fn differences(&self, other: &Self) -> Result<RangeSet> {
         ensure!(
             self.length == other.length,
@@ -110,11 +110,11 @@ impl MemoryImage {
         Ok(different.into())
     }
 
-    /// A number for each page of `ranges`, which is another one (but for a chance of one in 2^64) if its content is.
+    /// Returns a hash of each page of `ranges`. The hashes of different contents are equal with a probability of 2^-64.
     ///
     /// # Errors
     ///
-    /// If they cannot be read.
+    /// Fails if the pages cannot be read.
     pub fn page_hashes(&self, ranges: &RangeSet) -> Result<PageHashes> {
         let mut page_hashes = Vec::new();
         for page in pieces(ranges, PAGE) {
@@ -125,11 +125,11 @@ impl MemoryImage {
         Ok(PageHashes(page_hashes))
     }
 
-    /// Makes `ranges` of this file as they are in another.
+    /// Copies `ranges` from another file to this one.
     ///
     /// # Errors
     ///
-    /// If they cannot be read or written.
+    /// Fails if a file cannot be read or written.
     pub fn copy_from(&self, other: &Self, ranges: &RangeSet) -> Result<()> {
         for chunk in pieces(ranges, CHUNK) {
             let bytes = other.read(chunk)?;
@@ -138,15 +138,15 @@ impl MemoryImage {
         Ok(())
     }
 
-    /// The bytes of a range.
+    /// Reads a range. Bytes after the end of the file read as zeros.
     ///
     /// # Errors
     ///
-    /// If they cannot be read.
+    /// Fails if the range cannot be read.
     pub fn read(&self, range: PhysicalRange) -> Result<Vec<u8>> {
         let mut bytes = vec![0; usize::try_from(range.length)?];
         let mut there = bytes.as_mut_slice();
-        // The last page may be cut off by the file's end.
+        // The last page may be longer than the file.
         if range.end() > self.length {
             let there_is = usize::try_from(self.length.saturating_sub(range.start))?;
             there = there.split_at_mut(there_is).0;
@@ -161,7 +161,7 @@ impl MemoryImage {
     ///
     /// # Errors
     ///
-    /// If they cannot be written.
+    /// Fails if the bytes cannot be written.
     pub fn write(&self, start: u64, bytes: &[u8]) -> Result<()> {
         self.file
             .write_all_at(bytes, start)
@@ -169,16 +169,16 @@ impl MemoryImage {
     }
 }
 
-/// What pages were like.
+/// The hashes of pages at one moment.
 #[derive(Debug)]
 pub struct PageHashes(Vec<(PhysicalRange, u64)>);
 
 impl PageHashes {
-    /// Those of the pages that are the same in `image` now.
+    /// Returns the pages whose contents in `image` still match their hashes.
     ///
     /// # Errors
     ///
-    /// If they cannot be read.
+    /// Fails if a page cannot be read.
     pub fn unchanged(&self, image: &MemoryImage) -> Result<RangeSet> {
         let mut same = Vec::new();
         for (page, page_hash) in &self.0 {
@@ -192,7 +192,7 @@ impl PageHashes {
     }
 }
 
-/// Cuts ranges into pieces of at most `length` bytes.
+/// Splits ranges into pieces of at most `length` bytes.
 fn pieces(ranges: &RangeSet, length: u64) -> impl Iterator<Item = PhysicalRange> + '_ {
     ranges.ranges().iter().flat_map(move |range| {
         let (range, step) = (*range, usize::try_from(length).unwrap_or(usize::MAX));
@@ -231,7 +231,7 @@ mod tests {
         let scratch = Scratch::new().unwrap();
         let (one, other) = two(&scratch);
         assert!(one.differences(&other).unwrap().ranges().is_empty());
-        // Zeros against a hole; equal data; a byte; the end of a chunk and the last page.
+        // Zeros against a hole, equal data, one different byte, the border of two chunks, and the last page.
         one.write(3 * PAGE, &[0; PAGE as usize]).unwrap();
         for image in [&one, &other] {
             image.write(10 * PAGE, &[7; 5 * PAGE as usize]).unwrap();
@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(other.differences(&one).unwrap(), wanted);
         one.copy_from(&other, &found).unwrap();
         assert!(one.differences(&other).unwrap().ranges().is_empty());
-        // Nothing of it was allocated by looking.
+        // Reading has allocated nothing.
         assert!(other.data().unwrap().bytes() <= 16 * PAGE);
     }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Migrations of a guest's memory by our daemon, and what both sides hold afterwards.
+//! Migrations of a guest's memory by our daemon, and the comparison of source and destination.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -18,14 +18,14 @@ use crate::memory_image::{MemoryImage, PageHashes};
 use crate::qmp::Qmp;
 use crate::HANG_TIMEOUT;
 
-/// Commands to our daemon.
+/// Commands of our daemon.
 impl Qmp {
-    /// Begins to move the guest's memory to `uri`. The guest will be paused by the VMM whose operators' socket is given, else by
-    /// stopping its processes.
+    /// Starts a migration of the guest's memory to `uri`. For the switchover, the daemon pauses the guest through the
+    /// VMM's QMP socket `vmm`. Without `vmm`, the daemon stops the guest's processes.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the daemon refuses.
     pub fn migrate(&mut self, uri: &str, vmm: Option<&Path>) -> Result<()> {
         let arguments = match vmm {
             Some(vmm) => json!({ "uri": uri, "vmm-qmp": vmm }),
@@ -38,34 +38,34 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// If they are refused.
+    /// Fails if the daemon refuses.
     pub fn migrate_set_parameters(&mut self, parameters: Value) -> Result<()> {
         self.command("migrate-set-parameters", parameters).map(drop)
     }
 
-    /// Gives the migration up.
+    /// Cancels the migration.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the daemon refuses.
     pub fn migrate_cancel(&mut self) -> Result<()> {
         self.command("migrate-cancel", json!({})).map(drop)
     }
 
-    /// How the migration stands.
+    /// Returns the state of the migration.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the daemon refuses.
     pub fn query_migrate(&mut self) -> Result<MigrationInfo> {
         self.query("query-migrate")
     }
 
-    /// Waits until the migration satisfies `wanted`, which `what` describes.
+    /// Waits until the migration satisfies `wanted`. `what` describes the condition in error messages.
     ///
     /// # Errors
     ///
-    /// If it does not by the limit, or ends in another state before.
+    /// Fails if `timeout` passes, or the migration ends, before `wanted` is satisfied.
     pub fn wait_migration(
         &mut self,
         what: &str,
@@ -86,69 +86,71 @@ impl Qmp {
                 Instant::now() < deadline,
                 "the migration did not come to {what:?} within {timeout:?}: {now:?}"
             );
-            // Changes of state are events; pages that are sent are not.
+            // The daemon sends events for changes of the state, but not for sent pages.
             self.wait_event(|event| event.name == "MIGRATION", Duration::from_millis(5))?;
         }
     }
 
-    /// Waits for the migration's end, whatever it is.
+    /// Waits until the migration has ended, with any result.
     ///
     /// # Errors
     ///
-    /// If it has none by [`HANG_TIMEOUT`].
+    /// Fails if the migration has not ended within [`HANG_TIMEOUT`].
     pub fn wait_migration_end(&mut self) -> Result<MigrationInfo> {
         self.wait_migration("its end", |now| now.status.is_over(), HANG_TIMEOUT)
     }
 }
 
-/// What both sides of a migration hold while the source is paused.
+/// A comparison of the memory of source and destination while the source is paused.
 #[derive(Debug)]
 pub struct MemoryComparison {
-    /// Pages of the source's memory that are no holes.
+    /// The number of pages of the source that are not holes.
     pub data_pages: u64,
-    /// What differs at the destination.
+    /// The pages that differ at the destination.
     pub different: RangeSet,
-    /// What that was like at the source.
+    /// The hashes of these pages at the source.
     before: PageHashes,
 }
 
 /// Migrations by our daemon.
 impl Guest {
-    /// The guest's memory, as the host has it.
+    /// Opens the guest's memory file on the host.
     ///
     /// # Errors
     ///
-    /// If the VMM is no more.
+    /// Fails if the VMM has ended.
     pub fn memory_image(&self) -> Result<MemoryImage> {
         MemoryImage::open(&guest_memory_file(self.vmm.id())?)
     }
 
-    /// Begins to move the guest's memory to `uri`. It will be paused by its VMM if that listens for operators
-    /// ([`crate::guest::Builder::qmp_socket`]), else by stopping its processes.
+    /// Starts a migration of the guest's memory to `uri`. For the switchover, the daemon pauses the guest through the
+    /// VMM's QMP socket if there is one ([`crate::guest::Builder::qmp_socket`]). Otherwise the daemon stops the guest's
+    /// processes.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the daemon refuses.
     pub fn start_migration(&mut self, uri: &str) -> Result<()> {
         let vmm = self.vmm_qmp_socket();
         self.daemon()?.qmp().migrate(uri, vmm.as_deref())
     }
 
-    /// Moves the guest's memory to `destination`, where all of it is when this returns; the guest is paused then.
+    /// Migrates the guest's memory to `destination` and waits until the destination is complete. The guest stays
+    /// paused.
     ///
     /// # Errors
     ///
-    /// If either side fails.
+    /// Fails if the source or the destination fails.
     pub fn migrate_to(&mut self, destination: &mut Destination) -> Result<MigrationInfo> {
         self.start_migration(&destination.uri())?;
         self.finish_migration(destination)
     }
 
-    /// Waits for the end of a migration to `destination`, where all of the guest's memory is then; the guest is paused.
+    /// Waits until a migration to `destination` has ended and the destination is complete. The guest stays paused.
     ///
     /// # Errors
     ///
-    /// If either side fails.
+    /// Fails if the source or the destination fails.
     pub fn finish_migration(&mut self, destination: &mut Destination) -> Result<MigrationInfo> {
         let status = self.daemon()?.qmp().wait_migration_end()?;
         ensure!(
@@ -159,11 +161,11 @@ impl Guest {
         Ok(status)
     }
 
-    /// Compares both sides of a migration that has just succeeded. The guest is still paused.
+    /// Compares source and destination after a successful migration. The guest must still be paused.
     ///
     /// # Errors
     ///
-    /// If either side's memory cannot be read.
+    /// Fails if the memory of source or destination cannot be read.
     pub fn compare_memory(&self, destination: &Destination) -> Result<MemoryComparison> {
         let (source, destination) = (self.memory_image()?, destination.memory_image()?);
         let different = source.differences(&destination)?;
@@ -174,27 +176,27 @@ impl Guest {
         })
     }
 
-    /// Has the guest, which is paused, go on with what the destination got: from now on it works with that, and whatever the
-    /// destination lacks it lacks too.
+    /// Copies the differing pages from the destination to the paused guest. The guest then runs with the destination's
+    /// memory, and misses every page that the destination lacks.
     ///
     /// # Errors
     ///
-    /// If its memory cannot be written.
+    /// Fails if the guest's memory cannot be written.
     pub fn adopt(&self, comparison: &MemoryComparison, destination: &Destination) -> Result<()> {
         self.memory_image()?
             .copy_from(&destination.memory_image()?, &comparison.different)
     }
 
-    /// Checks that the guest, which goes on with its own memory, has no use for what the destination lacks.
+    /// Checks that the guest, which runs with its own memory, does not use the pages that differ at the destination.
     ///
-    /// What differed when the guest was paused, and is now as it was then, must be free. What is not as it was was free then or
-    /// has been written since, which cannot be told apart; [`Guest::adopt`] is for that.
+    /// A page that differed at the pause, and has not changed since, must be free. A page that has changed since may
+    /// have been free at the pause or may have been in use. [`Guest::adopt`] also checks such pages.
     ///
     /// # Errors
     ///
-    /// If the guest uses a page that differs.
+    /// Fails if the guest uses a page that differs.
     pub fn check_different_pages_are_free(&mut self, comparison: &MemoryComparison) -> Result<()> {
-        // As they lie: compaction would move what is in use, and its old places would be free.
+        // Without compaction: a page migration would leave the old page free.
         let now = self.call(PageUse {})?;
         let same = comparison.before.unchanged(&self.memory_image()?)?;
         let used = same.intersection(&now.used);
@@ -206,20 +208,20 @@ impl Guest {
         Ok(())
     }
 
-    /// Lets a guest that a migration has paused go on, as an operator does who wants it back.
+    /// Resumes a guest that a migration has paused, with the `cont` command of our daemon.
     ///
     /// # Errors
     ///
-    /// If it does not.
+    /// Fails if the guest does not resume.
     pub fn resume(&mut self) -> Result<()> {
         self.daemon()?.qmp().command("cont", json!({})).map(drop)
     }
 
-    /// Whether the guest is paused.
+    /// Returns whether the guest is paused.
     ///
     /// # Errors
     ///
-    /// If the VMM does not say.
+    /// Fails if the state of the process or of the VMM cannot be read.
     pub fn is_paused(&mut self) -> Result<bool> {
         #[derive(Deserialize)]
         struct RunState {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What it costs to move a guest's memory: our daemon's migration beside QEMU's own, of guests that are made and used alike.
+//! The cost of live migration: our daemon and QEMU migrate guests with the same configuration and the same workload.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,49 +18,51 @@ use crate::stress::{Stress, StressLoad};
 use crate::vmm::Vmm;
 use crate::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
 
-/// Bytes a second that either may send while the guest runs; it is QEMU's default.
+/// The bandwidth limit while the guest runs, in bytes per second. The value is QEMU's default.
 pub const BANDWIDTH: u64 = 128 * MIB;
-/// How long the guest may be paused. As in QEMU.
+/// The downtime limit, as in QEMU.
 const DOWNTIME_LIMIT_MS: u64 = 300;
-/// After so many syncs a guest that writes faster than can be sent is paused however much is left.
+/// The maximum number of dirty syncs. After it, a guest that writes faster than the migration sends is paused,
+/// regardless of how much is left to send.
 const MAX_DIRTY_SYNCS: u64 = 8;
 
-/// Who moves the memory.
+/// The program that migrates the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MigrationEngine {
     /// Our daemon, to a receiver that writes a memory file.
     Ours,
-    /// QEMU, with its own balloon device, to a process that reads all and keeps nothing.
+    /// QEMU, with its own balloon device, to a process that discards the stream.
     QemuOwn,
 }
 
-/// What the guest does meanwhile.
+/// The guest's workload during the migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestWorkload {
     /// Nothing.
     Idle,
-    /// [`Stress`], with a tenth of its memory.
+    /// [`Stress`], with a tenth of the guest's memory.
     Stressed,
 }
 
-/// What one migration cost.
+/// The cost of a migration.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MigrationCost {
-    /// Bytes on the wire.
+    /// The number of bytes on the wire.
     pub bytes: u64,
-    /// Pages that were never sent, neither with contents nor as zeros. Of QEMU, which does not say, at least so many.
+    /// The number of pages that were never sent, either with contents or as zero pages. QEMU does not report it, so for
+    /// QEMU the value is a minimum.
     pub skipped: u64,
-    /// From the command to the end.
+    /// The time from the command to the end.
     pub time: Duration,
-    /// How long the guest was paused.
+    /// The downtime.
     pub downtime: Duration,
-    /// Syncs of the dirty bitmap.
+    /// The number of dirty syncs.
     pub dirty_syncs: u64,
-    /// How writes were tracked, if that is said.
+    /// The mode of dirty tracking.
     pub tracking: String,
 }
 
-/// What QEMU and our daemon both answer to `query-migrate`.
+/// The answer to `query-migrate`, from QEMU or from our daemon.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Answer {
@@ -86,7 +88,7 @@ struct Ram {
     duplicate: u64,
     page_size: u64,
     dirty_sync_count: u64,
-    /// QEMU has or had something else by this name.
+    /// Skipped pages. QEMU uses or has used this name for another value.
     #[serde(default)]
     skipped: u64,
 }
@@ -99,22 +101,22 @@ struct Tracking {
     reason: String,
 }
 
-/// A guest whose memory is moved again and again.
+/// A guest whose memory is migrated repeatedly.
 #[derive(Debug)]
 pub struct MigrationBench {
     guest: Guest,
     engine: MigrationEngine,
     driver: Driver,
-    /// The driver is loaded: with QEMU's own device there are hints exactly then.
+    /// Whether the driver is loaded. With QEMU's own device, the guest hints if and only if the driver is loaded.
     loaded: bool,
 }
 
 impl MigrationBench {
-    /// Boots an emulated guest with `memory` bytes, which hints with `driver`.
+    /// Boots a guest of QEMU with `memory` bytes of memory. The guest hints with `driver`.
     ///
     /// # Errors
     ///
-    /// If it does not come up.
+    /// Fails if the guest does not come up.
     pub fn boot(
         artifacts: &Artifacts,
         engine: MigrationEngine,
@@ -136,12 +138,12 @@ impl MigrationBench {
         })
     }
 
-    /// Has the guest fill nine tenths of its free memory and free it again, puts it into its `workload`, and moves its memory. It goes on
-    /// afterwards. Returns what that cost.
+    /// Makes the guest fill and free nine tenths of its free memory, starts `workload`, migrates the memory and resumes
+    /// the guest. Returns the cost of the migration.
     ///
     /// # Errors
     ///
-    /// If the migration fails, or the guest.
+    /// Fails if the migration or the workload fails.
     pub fn measure(&mut self, workload: GuestWorkload, hints: bool) -> Result<MigrationCost> {
         const SEED: u64 = 41;
         self.set_driver_loaded(self.engine == MigrationEngine::Ours || hints)?;
@@ -172,7 +174,7 @@ impl MigrationBench {
     ///
     /// # Errors
     ///
-    /// If it does not go.
+    /// Same as [`Guest::power_off`].
     pub fn power_off(mut self) -> Result<()> {
         self.guest.power_off().map(drop)
     }
@@ -234,8 +236,10 @@ impl MigrationBench {
         })
     }
 
-    /// QEMU sends while hints come. So that they are not too late, it is made to wait for them by having next to no bandwidth
-    /// until then: that is the best that it can do.
+    /// Migrates with QEMU.
+    ///
+    /// QEMU sends pages while hints arrive. A low bandwidth until the guest has hinted prevents that hints are too
+    /// late. This gives QEMU its best result.
     fn migrate_with_qemu(&mut self, workload: GuestWorkload, hints: bool) -> Result<MigrationCost> {
         let free = self.guest.mem_info()?.free();
         let set = |monitor: &mut Qmp, parameters: Value| {
@@ -289,7 +293,7 @@ impl MigrationBench {
     }
 }
 
-/// Waits for the migration's end, and shows `meanwhile` how it stands.
+/// Waits until the migration has completed. Passes the state of the migration to `meanwhile` until then.
 fn wait_end(
     client: &mut Qmp,
     mut meanwhile: impl FnMut(&mut Qmp, &Ram) -> Result<()>,
@@ -322,7 +326,7 @@ fn wait_end(
     }
 }
 
-/// QEMU says that its migration is over a little before the guest can go on.
+/// Waits until the guest can be resumed. QEMU reports the end of the migration a moment before that.
 fn wait_postmigrate(monitor: &mut Qmp) -> Result<()> {
     #[derive(Deserialize)]
     struct RunState {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Pins a program to one host processor.
 //!
-//! User-mode Linux runs its kernel and each guest process as separate host processes, and only one of them is runnable at a time.
-//! On two processors each switch wakes an idle processor. On a host that is itself a virtual machine, the wake-up takes ten times as
-//! long as the work between two switches.
+//! User-mode Linux runs its kernel and each guest process as separate host processes, and only one of them is runnable
+//! at a time. On two processors each switch wakes an idle processor. On a host that is itself a virtual machine, the
+//! wake-up takes ten times as long as the work between two switches.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -24,7 +24,7 @@ impl PinnedCpu {
     ///
     /// # Errors
     ///
-    /// If the affinity of this process cannot be read.
+    /// Fails if the affinity of this process cannot be read, or allows no processor.
     pub fn reserve() -> Result<Self> {
         let allowed = sched_getaffinity(Pid::from_raw(0)).context("which processors are there?")?;
         let is_allowed = |cpu: &usize| allowed.is_set(*cpu).unwrap_or(false);
@@ -41,7 +41,7 @@ impl PinnedCpu {
     ///
     /// # Errors
     ///
-    /// If the system refuses.
+    /// Fails if the kernel refuses.
     pub fn pin(&self, process: Pid) -> Result<()> {
         let mut set = CpuSet::new();
         set.set(self.0)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest that sleeps and wakes, and one that starts another kernel.
+//! Suspend and resume, kexec, and reset of a guest.
 
 use std::time::{Duration, Instant};
 
@@ -12,11 +12,11 @@ use crate::initramfs::{KEXEC_INITRAMFS, KEXEC_KERNEL};
 use crate::HANG_TIMEOUT;
 
 impl Guest {
-    /// Suspends the guest to memory (S3), wakes it, and waits until it works. QEMU only.
+    /// Suspends the guest to memory (S3), wakes it, and waits until its agent answers. QEMU only.
     ///
     /// # Errors
     ///
-    /// If the guest refuses, or does not sleep or wake.
+    /// Fails if the guest refuses, or does not sleep or wake up.
     pub fn suspend_and_resume(&mut self) -> Result<()> {
         self.monitor()?.clear_events();
         let pending = self.agent.start_call(WriteFile {
@@ -31,7 +31,7 @@ impl Guest {
             if asleep.is_some() {
                 break;
             }
-            // An answer before the sleep is one instead of it.
+            // An answer before the SUSPEND event means that the guest did not sleep.
             if self
                 .agent
                 .finish_call(&pending, Duration::from_millis(1))?
@@ -52,13 +52,13 @@ impl Guest {
         woken.with_context(|| format!("the guest did not wake up within {HANG_TIMEOUT:?}"))
     }
 
-    /// Has the guest start the kernel that [`Builder::kexec_kernel`] gave it, as it is, and waits until it is up.
+    /// Starts the kernel of [`Builder::kexec_kernel`] with the guest's own command line, and waits until it is up.
     ///
-    /// [`Builder::kexec_kernel`]: crate::guest::Builder::next_kernel
+    /// [`Builder::kexec_kernel`]: crate::guest::Builder::kexec_kernel
     ///
     /// # Errors
     ///
-    /// If the guest refuses or does not come up.
+    /// Fails if the guest refuses or does not come up.
     pub fn kexec(&mut self) -> Result<()> {
         let command_line = self.call(ReadFile {
             path: "/proc/cmdline".into(),
@@ -72,14 +72,13 @@ impl Guest {
         self.reconnect()
     }
 
-    /// Resets the machine, and waits until its kernel, which starts anew, is up. QEMU only; the machine must be one that
-    /// [allows reboots].
+    /// Resets the machine, and waits until its kernel is up again. QEMU only. The machine must [allow reboots].
     ///
-    /// [allows reboots]: crate::vmm::hardware::Hardware::allow_reboot
+    /// [allow reboots]: crate::vmm::hardware::Hardware::allow_reboot
     ///
     /// # Errors
     ///
-    /// If QEMU refuses, or the guest does not come up.
+    /// Fails if QEMU refuses, or the guest does not come up.
     pub fn reset(&mut self) -> Result<()> {
         self.monitor()?.command("system_reset", json!({}))?;
         self.reconnect()

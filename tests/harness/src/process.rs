@@ -20,19 +20,19 @@ use crate::pinned_cpu::PinnedCpu;
 pub use crate::sys::die_with_parent;
 use crate::HANG_TIMEOUT;
 
-/// How often a process is looked at while its end is awaited.
+/// The interval between two checks while waiting for the end of a process.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// What becomes of a process's standard streams.
+/// The standard streams of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Streams {
-    /// No input; output and errors are collected.
+    /// No input. Output and errors are collected. The process has its own process group.
     Collected,
-    /// The terminal's: the process belongs to the terminal's foreground group.
+    /// The terminal. The process is in the terminal's foreground process group.
     Terminal,
 }
 
-/// A running (or ended, but not forgotten) child with the processes of its group.
+/// A child process with its process group, until it is dropped. The process may have ended.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -45,11 +45,11 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command`. It dies with the calling *thread* at the latest.
+    /// Starts `command`. The kernel kills the process at the latest when the calling *thread* ends.
     ///
     /// # Errors
     ///
-    /// If the program cannot be started.
+    /// Fails if the program cannot be started.
     pub fn start(name: &str, mut command: Command, streams: Streams) -> Result<Self> {
         let own_group = streams == Streams::Collected;
         if own_group {
@@ -80,11 +80,11 @@ impl Process {
         })
     }
 
-    /// Pins it, with all processes that it starts later, to one processor.
+    /// Pins the process, and all processes that it starts later, to one processor.
     ///
     /// # Errors
     ///
-    /// As [`PinnedCpu::reserve`] and [`PinnedCpu::pin`].
+    /// Same as [`PinnedCpu::reserve`] and [`PinnedCpu::pin`].
     pub fn pin_to_one_cpu(&mut self) -> Result<()> {
         let pinned_cpu = PinnedCpu::reserve()?;
         pinned_cpu.pin(self.pid()?)?;
@@ -92,41 +92,42 @@ impl Process {
         Ok(())
     }
 
-    /// What it is called in messages.
+    /// Returns the name of the process in messages.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The command line, as one could type it.
+    /// Returns the command line, quoted for a shell.
     #[must_use]
     pub fn command_line(&self) -> &str {
         &self.command_line
     }
 
-    /// Its process number.
+    /// Returns the process id.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Its output and errors, if they are collected.
+    /// Returns the output and errors. Empty if the process uses the terminal.
     #[must_use]
     pub fn output(&self) -> &Lines {
         &self.output
     }
 
-    /// Returns the exit status, or `None` while the process runs. After the exit its output is complete.
+    /// Returns the exit status, or `None` while the process runs. After the exit, the collected output is complete.
     ///
     /// # Errors
     ///
-    /// If the system cannot say.
+    /// Fails if the kernel does not return the state of the process.
     pub fn status(&mut self) -> Result<Option<ExitStatus>> {
         if self.ended.is_some() || !self.has_ended()? {
             return Ok(self.ended);
         }
         if self.own_group {
-            // Remaining processes of the group would keep the output open. The leader is not reaped yet, so the group id is valid.
+            // Remaining processes of the group would keep the output open. The leader is not reaped yet, so the group
+            // id is valid.
             let _ = killpg(self.pid()?, Signal::SIGKILL);
         }
         self.ended = self
@@ -145,11 +146,11 @@ impl Process {
         Ok(status != WaitStatus::StillAlive)
     }
 
-    /// Waits for its end.
+    /// Waits until the process has ended.
     ///
     /// # Errors
     ///
-    /// If it still runs when the limit is over.
+    /// Fails if the process still runs after `timeout`.
     pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -163,33 +164,34 @@ impl Process {
         }
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     ///
     /// # Errors
     ///
-    /// If it is no more.
+    /// Fails if the process does not exist any more.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill(self.pid()?, signal).with_context(|| format!("cannot send {signal} to {}", self.name))
     }
 
-    /// Sends a signal to all processes of its group, which it must have for itself.
+    /// Sends a signal to all processes of the process group. The process must have its own group
+    /// ([`Streams::Collected`]).
     ///
     /// # Errors
     ///
-    /// If none of them is left.
+    /// Fails if the group has no process any more.
     pub fn signal_group(&self, signal: Signal) -> Result<()> {
         killpg(self.pid()?, signal)
             .with_context(|| format!("cannot send {signal} to the group of {}", self.name))
     }
 
-    /// Has it stand still, and returns when all of it does. [`Signal::SIGCONT`] lets it go on.
+    /// Stops the process with SIGSTOP, and waits until it has stopped. [`Signal::SIGCONT`] resumes it.
     ///
     /// # Errors
     ///
-    /// If it is no more.
+    /// Fails if the process has ended.
     pub fn stop(&self) -> Result<()> {
         self.signal(Signal::SIGSTOP)?;
-        // Whether it has ended is left for others to learn.
+        // WNOWAIT: do not reap a process that has ended.
         let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         match waitid(Id::Pid(self.pid()?), flags) {
             Ok(WaitStatus::Stopped(..)) => Ok(()),
@@ -197,26 +199,26 @@ impl Process {
         }
     }
 
-    /// Whether it stands still because of a signal.
+    /// Returns whether a signal has stopped the process.
     ///
     /// # Errors
     ///
-    /// If it is no more.
+    /// Fails if the process does not exist any more.
     pub fn is_stopped(&self) -> Result<bool> {
         Ok(state(self.id())? == STOPPED)
     }
 
-    /// Kills it with its group, and waits.
+    /// Kills the process and its process group, and waits until it has ended.
     ///
     /// # Errors
     ///
-    /// If it does not end.
+    /// Fails if the process does not end.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         if let Some(status) = self.status()? {
             return Ok(status);
         }
         let pid = self.pid()?;
-        // An error means that it has ended just now: waiting says so.
+        // An error means that the process has just ended. The wait below reports the status.
         let _ = if self.own_group {
             killpg(pid, Signal::SIGKILL)
         } else {
@@ -231,7 +233,7 @@ impl Process {
         ))
     }
 
-    /// Everything that helps to understand a failure.
+    /// Returns the name, state, command line and output of the process, for error messages.
     #[must_use]
     pub fn diagnostics(&mut self) -> String {
         let state = match self.status() {
@@ -258,13 +260,13 @@ impl Drop for Process {
     }
 }
 
-/// The state of a process that a signal has stopped, in `/proc/PID/stat`.
+/// The state in `/proc/PID/stat` of a process that a signal has stopped.
 const STOPPED: &str = "T";
 
 fn state(process: u32) -> Result<String> {
     let text = fs::read_to_string(format!("/proc/{process}/stat"))
         .with_context(|| format!("no process {process}"))?;
-    // After the name, which may hold anything.
+    // The state comes after the name, which may contain any character.
     let rest = text.rsplit_once(')').map(|(_, rest)| rest);
     rest.and_then(|rest| rest.split_whitespace().next())
         .map(str::to_owned)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A line between two peers that fails when it is told to.
+//! A proxy between two sockets that fails on request.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -12,24 +12,26 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-/// The bytes that a slow line carries per interval, and the interval.
+/// The number of bytes that [`ProxyFault::Slow`] forwards per interval, and the interval.
 const SLOW_BYTES: u64 = 1 << 15;
 const SLOW_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How a line fails.
+/// The way in which a proxy fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProxyFault {
-    /// Both ends see that the connection is gone.
+    /// The proxy closes the connection, and both ends notice.
     Cut,
-    /// Nothing goes over it any more, and neither end is told.
+    /// The proxy forwards nothing any more. Neither end notices.
     Stall,
-    /// Nothing goes over it until [`FaultProxy::allow_bytes`].
+    /// The proxy forwards nothing until [`FaultProxy::allow_bytes`].
     Hold,
-    /// Carries a few bytes per second until [`FaultProxy::allow_bytes`]: enough that no end detects a stall, too few for a migration to complete.
+    /// The proxy forwards a few bytes per second until [`FaultProxy::allow_bytes`]: enough that neither end detects a
+    /// stall, and too few for a migration to complete.
     Slow,
 }
 
-/// Connections that are taken at one socket and carried on to another, until so many bytes have gone to the far end.
+/// A proxy that forwards connections from one socket to another. The proxy fails after a number of bytes to the far
+/// end.
 #[derive(Debug)]
 pub struct FaultProxy {
     socket: PathBuf,
@@ -39,21 +41,22 @@ pub struct FaultProxy {
 #[derive(Debug)]
 struct Shared {
     far: PathBuf,
-    /// Bytes that may still pass.
+    /// The number of bytes that may still pass.
     left: AtomicU64,
     forwarded_bytes: AtomicU64,
     fault: ProxyFault,
     ends: Mutex<Vec<UnixStream>>,
-    /// More may pass, or nothing ever will.
+    /// Signalled when more bytes may pass, or when the connections are closed.
     changed: Condvar,
 }
 
 impl FaultProxy {
-    /// Listens at `socket`. Each connection is carried on to `far`; when all together have carried `bytes`, they fail.
+    /// Listens on `socket` and forwards each connection to `far`. The proxy fails when all connections together have
+    /// forwarded `bytes` bytes.
     ///
     /// # Errors
     ///
-    /// If it cannot listen there.
+    /// Fails if the proxy cannot listen on `socket`.
     pub fn start(socket: PathBuf, far: &Path, bytes: u64, fault: ProxyFault) -> Result<Self> {
         let listener = UnixListener::bind(&socket)
             .with_context(|| format!("cannot listen at {}", socket.display()))?;
@@ -66,7 +69,7 @@ impl FaultProxy {
             changed: Condvar::new(),
         });
         let this = shared.clone();
-        // It ends with the process: nothing else would wake it.
+        // This thread ends with the process, because nothing else would wake it.
         thread::spawn(move || {
             for near in listener.incoming().flatten() {
                 if this.carry(near).is_err() {
@@ -77,25 +80,25 @@ impl FaultProxy {
         Ok(Self { socket, shared })
     }
 
-    /// Where it is connected to.
+    /// Returns the socket of the proxy.
     #[must_use]
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Bytes that have reached the far end.
+    /// Returns the number of bytes that have reached the far end.
     #[must_use]
     pub fn forwarded_bytes(&self) -> u64 {
         self.shared.forwarded_bytes.load(Ordering::Relaxed)
     }
 
-    /// Whether it has failed.
+    /// Returns whether the proxy has failed: no more bytes may pass.
     #[must_use]
     pub fn has_failed(&self) -> bool {
         self.shared.left.load(Ordering::Relaxed) == 0
     }
 
-    /// Lets no more than so many bytes pass from now on, whatever was left before.
+    /// Allows exactly `bytes` more bytes to pass. Replaces the previous limit.
     pub fn allow_bytes(&self, bytes: u64) {
         let ends = self.shared.ends();
         self.shared.left.store(bytes, Ordering::Relaxed);
@@ -103,7 +106,7 @@ impl FaultProxy {
         self.shared.changed.notify_all();
     }
 
-    /// Ends all connections.
+    /// Closes all connections.
     pub fn cut(&self) {
         self.shared.cut();
     }
@@ -112,7 +115,7 @@ impl FaultProxy {
 impl Drop for FaultProxy {
     fn drop(&mut self) {
         self.cut();
-        // Who connects later finds nobody.
+        // Later attempts to connect fail.
         let _ = std::fs::remove_file(&self.socket);
     }
 }
@@ -144,13 +147,13 @@ impl Shared {
             let mut bytes = buffer.get(..count).unwrap_or_default();
             while !bytes.is_empty() {
                 let (part, rest) = bytes.split_at(self.take(bytes.len()));
-                // Before they go: the far end may tell of them at once.
+                // Count before the write, because the far end may report the bytes at once.
                 self.forwarded_bytes
                     .fetch_add(part.len() as u64, Ordering::Relaxed);
                 if far.write_all(part).is_err() {
                     self.forwarded_bytes
                         .fetch_sub(part.len() as u64, Ordering::Relaxed);
-                    // The near end sees that the far end is closed. Answers still pass.
+                    // The near end notices that the far end is closed. Answers still pass.
                     let _ = near.shutdown(Shutdown::Read);
                     break 'line;
                 }
@@ -160,7 +163,7 @@ impl Shared {
                 }
                 match self.fault {
                     ProxyFault::Cut => self.cut(),
-                    // Its ends are kept open until the line is dropped.
+                    // Other handles in `ends` keep both connections open until the proxy is dropped.
                     ProxyFault::Stall => return,
                     ProxyFault::Hold if !part.is_empty() => continue,
                     ProxyFault::Hold => {}
@@ -191,14 +194,15 @@ impl Shared {
     fn cut(&self) {
         let mut ends = self.ends();
         for end in ends.drain(..) {
-            // One that is gone already needs no end.
+            // The stream may be closed already.
             let _ = end.shutdown(Shutdown::Both);
         }
         drop(ends);
         self.changed.notify_all();
     }
 
-    /// Takes up to `count` of the bytes that may pass, waiting for some if the line is one that holds; 0 if there will be none.
+    /// Takes up to `count` of the bytes that may pass. If the fault is [`ProxyFault::Hold`], waits until some may pass.
+    /// Returns 0 if no bytes may pass.
     fn take(&self, count: usize) -> usize {
         let mut ends = self.ends();
         loop {
@@ -247,7 +251,7 @@ mod tests {
         assert_eq!(proxy.forwarded_bytes(), 100_000);
     }
 
-    /// Returns a line that fails after three bytes, and its two ends.
+    /// Returns a proxy that fails after three bytes, and its two ends.
     fn short_line(scratch: &Scratch, fault: ProxyFault) -> (FaultProxy, UnixStream, UnixStream) {
         let far = UnixListener::bind(scratch.path("far")).unwrap();
         let near = scratch.path("near");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Connections on which QEMU and our daemon are commanded.
+//! QMP connections to QEMU and to our daemon.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -14,35 +14,36 @@ use serde_json::{json, Value};
 
 use crate::HANG_TIMEOUT;
 
-/// A connection on which commands may be given.
+/// A QMP connection in command mode.
 #[derive(Debug)]
 pub struct Qmp(Client);
 
 impl Qmp {
-    /// Connects to a socket and negotiates.
+    /// Connects to a socket and negotiates capabilities.
     ///
     /// # Errors
     ///
-    /// If nobody listens there, or it is no QMP.
+    /// Fails if no process listens on the socket, or the peer is not a QMP server.
     pub fn connect(path: &Path) -> Result<Self> {
         Ok(Self(Client::connect_timeout(path, HANG_TIMEOUT)?))
     }
 
-    /// Negotiates on a connected stream.
+    /// Negotiates capabilities on a connected stream.
     ///
     /// # Errors
     ///
-    /// If it is no QMP.
+    /// Fails if the peer is not a QMP server.
     pub fn new(stream: UnixStream) -> Result<Self> {
         let client = Client::from_stream(stream, "the QMP server", HANG_TIMEOUT)?;
         Ok(Self(client))
     }
 
-    /// Gives a command and returns its answer.
+    /// Executes a command and returns the answer.
     ///
     /// # Errors
     ///
-    /// A [`QmpError`] if the peer refuses it (to be found with `downcast_ref`), else what went wrong on the way.
+    /// Fails with a [`QmpError`] (use `downcast_ref`) if the peer refuses the command, and with another error if the
+    /// connection fails.
     pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value> {
         match self.0.command(name, arguments) {
             Err(Error::Refused { qmp_error, .. }) => {
@@ -52,23 +53,23 @@ impl Qmp {
         }
     }
 
-    /// Gives a command without arguments and reads its answer into a type.
+    /// Executes a command without arguments and deserializes the answer.
     ///
     /// # Errors
     ///
-    /// As [`Qmp::command`], or if the answer is of another shape.
+    /// Fails for the reasons of [`Qmp::command`], or if the answer has another format.
     pub fn query<T: DeserializeOwned>(&mut self, name: &str) -> Result<T> {
         let value = self.command(name, json!({}))?;
         serde_json::from_value(value.clone())
             .with_context(|| format!("a strange answer to {name}: {value}"))
     }
 
-    /// The first event, of those that came and were not taken and of those to come, that satisfies `wanted`; earlier
-    /// ones are dropped. `None` when the limit is over.
+    /// Waits for the first event that satisfies `wanted`, including pending events. Drops earlier events. Returns
+    /// `None` after `timeout`.
     ///
     /// # Errors
     ///
-    /// If the connection is gone.
+    /// Fails if the connection is closed.
     pub fn wait_event(
         &mut self,
         wanted: impl Fn(&Event) -> bool,
@@ -77,26 +78,26 @@ impl Qmp {
         Ok(self.0.wait_event(wanted, timeout)?)
     }
 
-    /// Forgets the events that have come.
+    /// Drops all pending events.
     pub fn clear_events(&mut self) {
         self.0.clear_events();
     }
 
-    /// Sets the memory that the guest should have, as QEMU's `balloon` does.
+    /// Sets the target size of the guest's memory in bytes, as QEMU's `balloon` command.
     ///
     /// # Errors
     ///
-    /// If it is refused.
+    /// Fails if the peer refuses.
     pub fn set_balloon(&mut self, guest_bytes: u64) -> Result<()> {
         self.command("balloon", json!({ "value": guest_bytes }))
             .map(drop)
     }
 
-    /// The memory that the guest has, as QEMU's `query-balloon` says.
+    /// Returns the size of the guest's memory in bytes, as QEMU's `query-balloon` command.
     ///
     /// # Errors
     ///
-    /// If it is refused: there is no device, or its driver is not loaded.
+    /// Fails if the peer refuses: there is no device, or no driver is loaded.
     pub fn balloon_actual(&mut self) -> Result<u64> {
         #[derive(Deserialize)]
         struct Balloon {
@@ -105,11 +106,11 @@ impl Qmp {
         Ok(self.query::<Balloon>("query-balloon")?.actual)
     }
 
-    /// Waits until the guest has at least so much memory, and returns how much it has.
+    /// Waits until the guest has at least `guest_bytes` of memory, and returns its size.
     ///
     /// # Errors
     ///
-    /// If it has less for longer than [`HANG_TIMEOUT`].
+    /// Fails if the guest still has less after [`HANG_TIMEOUT`].
     pub fn wait_balloon_at_least(&mut self, guest_bytes: u64) -> Result<u64> {
         let deadline = Instant::now() + HANG_TIMEOUT;
         loop {
@@ -131,7 +132,7 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// If it has not by the limit.
+    /// Fails if the guest still has more after `timeout`.
     pub fn wait_balloon_below(&mut self, guest_bytes: u64, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
         while self.balloon_actual()? >= guest_bytes {
@@ -146,11 +147,11 @@ impl Qmp {
         Ok(())
     }
 
-    /// As [`Qmp::wait_balloon`], for as long as the balloon gets on.
+    /// Does the same as [`Qmp::wait_balloon`], but `timeout` starts again whenever the size changes.
     ///
     /// # Errors
     ///
-    /// If it has not changed for all of `timeout`.
+    /// Fails if the size has not changed for `timeout`.
     pub fn wait_balloon_with_progress(
         &mut self,
         guest_bytes: u64,
@@ -176,11 +177,11 @@ impl Qmp {
         }
     }
 
-    /// Waits until the guest has as much memory as `set_balloon` asked for.
+    /// Waits until the guest has exactly `guest_bytes` of memory.
     ///
     /// # Errors
     ///
-    /// If it has not by the limit.
+    /// Fails if the guest does not reach the size within `timeout`.
     pub fn wait_balloon(&mut self, guest_bytes: u64, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
         loop {
@@ -193,7 +194,7 @@ impl Qmp {
                     "the guest has {actual} bytes of memory, not {guest_bytes}, after {timeout:?}"
                 );
             }
-            // QEMU tells of a change once a second at most; so look again sooner.
+            // QEMU limits BALLOON_CHANGE events to one per second. Poll more often.
             self.wait_event(
                 |event| event.name == "BALLOON_CHANGE",
                 Duration::from_millis(100),

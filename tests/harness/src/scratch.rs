@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Folders for sockets and files that live as long as a test.
+//! Temporary folders for the sockets and files of a test.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,18 +12,19 @@ use tempfile::TempDir;
 
 const PREFIX: &str = "vballoon-";
 
-/// A folder that is removed with all that it holds when this value is dropped.
+/// A temporary folder, removed with its contents on drop.
 ///
-/// Its name carries the process's number: what a process that was killed could not remove, the next one does.
+/// The folder's name contains the process id. A killed process cannot remove its folder, so the next [`Scratch::new`]
+/// does.
 #[derive(Debug)]
 pub struct Scratch(TempDir);
 
 impl Scratch {
-    /// Makes a folder in the system's temporary folder.
+    /// Creates a folder in the system's temporary folder.
     ///
     /// # Errors
     ///
-    /// If it cannot be made.
+    /// Fails if the folder cannot be created.
     pub fn new() -> Result<Self> {
         let parent = std::env::temp_dir();
         remove_stale(&parent);
@@ -34,17 +35,17 @@ impl Scratch {
             .with_context(|| format!("cannot make a folder in {}", parent.display()))
     }
 
-    /// The path of something in the folder.
+    /// Returns the path of `name` in the folder.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    /// The names of what is in the folder now, sorted.
+    /// Lists the names in the folder, sorted.
     ///
     /// # Errors
     ///
-    /// If the folder cannot be listed.
+    /// Fails if the folder cannot be listed.
     pub fn contents(&self) -> Result<Vec<String>> {
         let entries = fs::read_dir(self.0.path()).context("cannot list the scratch folder")?;
         let mut names = Vec::new();
@@ -56,7 +57,8 @@ impl Scratch {
     }
 }
 
-/// Removes the folders of processes that are no more. Whatever cannot be removed belongs to someone else.
+/// Removes the folders of processes that have ended. Ignores errors: a folder that cannot be removed belongs to another
+/// user.
 fn remove_stale(parent: &Path) {
     for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
         let name = entry.file_name();

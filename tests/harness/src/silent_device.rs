@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A balloon device that does not answer: it negotiates everything, and uses no buffer, or a few of the inflate queue at
-//! first.
+//! A balloon device that does not answer. It negotiates all features, and uses no buffers, or only a few of the inflate
+//! queue.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use vmm_sys_util::epoll::EventSet;
 use crate::scratch::Scratch;
 use crate::HANG_TIMEOUT;
 
-/// The device. It serves one VMM, for as long as that is there.
+/// A device that serves one VMM until the VMM disconnects.
 #[derive(Debug)]
 pub struct SilentDevice {
     socket: PathBuf,
@@ -30,20 +30,20 @@ pub struct SilentDevice {
 }
 
 impl SilentDevice {
-    /// Listens in `scratch`, offering `features`, with `config` in its config space from the start.
+    /// Listens in `scratch`. Offers `features`, with `config` as the initial config space.
     ///
     /// # Errors
     ///
-    /// If it cannot listen.
+    /// Fails if the device cannot listen.
     pub fn start(scratch: &Scratch, features: Features, config: ConfigSpace) -> Result<Self> {
         Self::start_silent_after(0, scratch, features, config)
     }
 
-    /// As [`SilentDevice::start`], and uses so many buffers of the inflate queue before it falls silent.
+    /// Does the same as [`SilentDevice::start`], but uses `inflate_requests` buffers of the inflate queue first.
     ///
     /// # Errors
     ///
-    /// If it cannot listen.
+    /// Fails if the device cannot listen.
     pub fn start_silent_after(
         inflate_requests: u64,
         scratch: &Scratch,
@@ -64,34 +64,34 @@ impl SilentDevice {
         let mut daemon = VhostUserDaemon::new("mute".into(), backend.clone(), memory)
             .map_err(|error| anyhow::anyhow!("no device: {error}"))?;
         thread::spawn(move || {
-            // An error is the VMM's end; a VMM that does not get on says so itself.
+            // An error means that the VMM has ended. A VMM that cannot continue reports it.
             let _ = daemon.start(&mut listener).and_then(|()| daemon.wait());
         });
         Ok(Self { socket, backend })
     }
 
-    /// Where it listens.
+    /// Returns the path of the device's socket.
     #[must_use]
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Uses no buffer any more.
+    /// Stops using buffers.
     pub fn stop_answering(&self) {
         self.backend.remaining_requests.store(0, Ordering::Relaxed);
     }
 
-    /// How often the driver has notified it.
+    /// Returns the number of the driver's notifications.
     #[must_use]
     pub fn kicks(&self) -> u64 {
         self.backend.kicks.load(Ordering::Relaxed)
     }
 
-    /// Waits until the driver has notified it, whenever it comes to look.
+    /// Waits until the driver has notified the device at least once.
     ///
     /// # Errors
     ///
-    /// If it has not by [`HANG_TIMEOUT`].
+    /// Fails if the driver has not notified within [`HANG_TIMEOUT`].
     pub fn wait_kick(&self) -> Result<()> {
         let deadline = Instant::now() + HANG_TIMEOUT;
         while self.kicks() == 0 {
@@ -110,13 +110,13 @@ struct Backend {
     features: Features,
     config: Mutex<[u8; MAX_SIZE]>,
     kicks: AtomicU64,
-    /// How many requests it still answers.
+    /// The number of inflate requests that the device still answers.
     remaining_requests: AtomicU64,
     memory: Mutex<Option<GuestMemoryAtomic<GuestMemoryMmap>>>,
 }
 
 impl Backend {
-    /// Uses what it still uses of the buffers that are available.
+    /// Uses available buffers, up to the number of remaining requests.
     fn complete_requests(&self, vring: &VringRwLock) -> io::Result<()> {
         let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(memory) = memory.as_ref() else {
@@ -140,7 +140,7 @@ impl Backend {
     }
 }
 
-/// Bytes of config space from `offset` on, if there are so many.
+/// Returns `length` bytes of the config space at `offset`, or `None` if they are outside it.
 fn place(config: &mut [u8; MAX_SIZE], offset: u32, length: usize) -> Option<&mut [u8]> {
     let start = usize::try_from(offset).ok()?;
     config.get_mut(start..start.checked_add(length)?)
@@ -181,7 +181,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn set_config(&self, _offset: u32, _data: &[u8]) -> io::Result<()> {
-        // What the driver says does not interest it.
+        // The device ignores writes by the driver.
         Ok(())
     }
 
@@ -199,7 +199,7 @@ impl VhostUserBackend for Backend {
     ) -> io::Result<()> {
         self.kicks.fetch_add(1, Ordering::Relaxed);
         match vrings.get(usize::from(queue)) {
-            // The inflate queue is the first one, whatever the features.
+            // The inflate queue is the first one with any features.
             Some(vring) if queue == 0 => self.complete_requests(vring),
             _ => Ok(()),
         }

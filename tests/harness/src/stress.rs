@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest that is never done with memory: processes that map, fill, compare and unmap it, one that uses the page cache, one
-//! that forks without end. Each knows what every page of its own must hold.
+//! Memory stress in a guest: processes that map, fill, compare and unmap memory, one that uses the page cache, and one
+//! that forks continuously. Each process knows the expected contents of its pages.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -13,21 +13,21 @@ use guest_agent::calls::{
 use crate::guest::Guest;
 use crate::MIB;
 
-/// How much each process has at most, in bytes.
+/// The maximum memory of the processes, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct StressLoad {
-    /// How many processes map memory.
+    /// The number of processes that map memory.
     pub processes: u64,
-    /// What each of these has.
+    /// The maximum that each of these processes maps.
     pub each: u64,
-    /// What the files have together.
+    /// The maximum size of all files together.
     pub files: u64,
-    /// What is shared with children that are forked.
+    /// The memory that the forking process shares with its children.
     pub forks: u64,
 }
 
 impl StressLoad {
-    /// A load of about `bytes`, of which the processes that map memory have three quarters.
+    /// Returns a load of about `bytes`. The processes that map memory get three quarters.
     #[must_use]
     pub fn new(bytes: u64) -> Self {
         const PROCESSES: u64 = 3;
@@ -41,7 +41,7 @@ impl StressLoad {
     }
 }
 
-/// Workloads that run in a guest.
+/// The workloads that run in a guest.
 #[derive(Debug)]
 #[must_use = "it ends only when it is told to"]
 pub struct Stress {
@@ -49,11 +49,11 @@ pub struct Stress {
 }
 
 impl Stress {
-    /// Starts them. The order of what they do depends only on `seed` and on how the guest shares its processors out.
+    /// Starts the workloads. The order of their operations depends only on `seed` and on the guest's scheduling.
     ///
     /// # Errors
     ///
-    /// If the guest refuses.
+    /// Fails if the guest refuses.
     pub fn start(guest: &mut Guest, load: StressLoad, seed: u64) -> Result<Self> {
         let mut workloads = Vec::new();
         for process in 0..load.processes {
@@ -73,11 +73,11 @@ impl Stress {
         Ok(Self { workloads })
     }
 
-    /// What each of them has done so far.
+    /// Returns the statistics of each workload so far.
     ///
     /// # Errors
     ///
-    /// If one of them is no more.
+    /// Fails if a workload has ended.
     pub fn progress(&self, guest: &mut Guest) -> Result<Vec<ChurnStats>> {
         self.workloads
             .iter()
@@ -85,11 +85,11 @@ impl Stress {
             .collect()
     }
 
-    /// Waits until each of them has compared `pages` more than by now. The guest has no event for this.
+    /// Waits until each workload has compared `pages` more pages than now. The guest has no event for this.
     ///
     /// # Errors
     ///
-    /// If one is no more, finds a wrong page, or does not get so far by the limit.
+    /// Fails if a workload has ended, finds a wrong page, or has not compared enough within `timeout`.
     pub fn wait_compared(&self, guest: &mut Guest, pages: u64, timeout: Duration) -> Result<()> {
         let deadline = Instant::now() + timeout;
         let before = self.progress(guest)?;
@@ -111,11 +111,11 @@ impl Stress {
         }
     }
 
-    /// Ends them all, and returns what they have done together; each has compared all that it had left.
+    /// Ends all workloads, which compare their remaining pages first. Returns the sum of their statistics.
     ///
     /// # Errors
     ///
-    /// If one of them is no more. The others are ended all the same.
+    /// Fails if a workload has already ended or fails. All others are ended nevertheless.
     pub fn end(self, guest: &mut Guest) -> Result<ChurnStats> {
         let mut all = ChurnStats::default();
         let mut failed = None;
@@ -131,11 +131,11 @@ impl Stress {
         }
     }
 
-    /// Ends them all as [`Stress::end`] does, and fails if any page was wrong.
+    /// Does the same as [`Stress::end`], and checks that no page was wrong.
     ///
     /// # Errors
     ///
-    /// As [`Stress::end`], and then.
+    /// Fails for the reasons of [`Stress::end`], or if a page was wrong.
     pub fn end_and_verify(self, guest: &mut Guest) -> Result<ChurnStats> {
         let all = self.end(guest)?;
         ensure!(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest that works all the time, whatever is done to it.
+//! A guest under continuous memory stress.
 
 use anyhow::{ensure, Context, Result};
 use guest_agent::calls::{ChurnStats, WaitMemFree};
@@ -10,7 +10,7 @@ use crate::stress::{Stress, StressLoad};
 use crate::vmm::Vmm;
 use crate::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
 
-/// A guest with a driver, and workloads that run.
+/// A guest with a loaded driver and running workloads.
 #[derive(Debug)]
 pub struct StressedGuest {
     /// The guest.
@@ -22,11 +22,11 @@ pub struct StressedGuest {
 }
 
 impl StressedGuest {
-    /// Boots a guest whose free memory has been used, loads `driver`, and puts it under `load`.
+    /// Boots a guest with `driver` after its free memory was filled and freed, and starts workloads with `load`.
     ///
     /// # Errors
     ///
-    /// If it does not come so far.
+    /// Fails if one of these steps fails.
     pub fn start(
         builder: Builder<'_>,
         driver: Driver,
@@ -46,11 +46,11 @@ impl StressedGuest {
         Ok(this)
     }
 
-    /// Waits until each workload has got on, and fails if one of them has found a wrong page.
+    /// Waits until each workload has made progress. Checks that none has found a wrong page.
     ///
     /// # Errors
     ///
-    /// As [`Stress::wait_compared`].
+    /// Same as [`Stress::wait_compared`].
     pub fn check_progress(&mut self) -> Result<()> {
         let pages = match self.guest.vmm_kind() {
             Vmm::Qemu => 100,
@@ -61,11 +61,11 @@ impl StressedGuest {
             .context("the workloads do not go on as they should")
     }
 
-    /// What all workloads together have done so far.
+    /// Returns the sum of the statistics of all workloads so far.
     ///
     /// # Errors
     ///
-    /// If one of them is no more.
+    /// Fails if a workload has ended.
     pub fn progress(&mut self) -> Result<ChurnStats> {
         let mut all = ChurnStats::default();
         for one in self.stress.progress(&mut self.guest)? {
@@ -74,13 +74,14 @@ impl StressedGuest {
         Ok(all)
     }
 
-    /// As [`StressedGuest::check_progress`], and fails if the driver still holds what it has hinted (R16), or the kernel has complained.
+    /// Does the same as [`StressedGuest::check_progress`]. Also checks that the driver has returned its hinted blocks
+    /// (R16) and that the kernel has logged no warning.
     ///
     /// # Errors
     ///
-    /// If so.
+    /// Fails if a check fails.
     pub fn check_unharmed(&mut self) -> Result<()> {
-        /// What files, stacks and page tables take beside what the workloads were allowed.
+        /// The memory of files, stacks and page tables in addition to the load of the workloads.
         const SLACK: u64 = 24 * MIB;
         let load = self.load.processes * self.load.each + self.load.files + 6 * self.load.forks;
         let at_least = self.before.free.saturating_sub(load + SLACK);
@@ -100,12 +101,12 @@ impl StressedGuest {
         self.guest.check_log()
     }
 
-    /// Ends the workloads, each of which compares all that it has left; then nothing may be missing in the guest, also once the
-    /// driver is gone. It is switched off.
+    /// Ends the workloads, which compare their remaining pages first. Checks that the guest has its memory back before
+    /// and after the driver is unloaded, and switches the guest off.
     ///
     /// # Errors
     ///
-    /// If anything is wrong.
+    /// Fails if a check fails.
     pub fn end(mut self) -> Result<ChurnStats> {
         let done = self.stress.end_and_verify(&mut self.guest)?;
         self.guest.check_memory(self.before)?;
@@ -116,11 +117,12 @@ impl StressedGuest {
         Ok(done)
     }
 
-    /// As [`StressedGuest::end`], of a guest whose device has gone, of which user-mode Linux complains in its log.
+    /// Does the same as [`StressedGuest::end`], for a guest without its device. Does not check the kernel log, because
+    /// user-mode Linux logs warnings about the missing device.
     ///
     /// # Errors
     ///
-    /// If a page is wrong or missing.
+    /// Fails if a page is wrong or memory is missing.
     pub fn end_without_device(mut self) -> Result<ChurnStats> {
         let done = self.stress.end_and_verify(&mut self.guest)?;
         self.guest.unload(self.driver)?;

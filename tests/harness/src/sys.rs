@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The one thing here that needs `unsafe`: what a child does between `fork` and `exec`.
+//! The `unsafe` code: a hook that a child process runs between `fork` and `exec`.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -9,7 +9,7 @@ use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::{getpid, getppid};
 
-/// Has the kernel kill the child when the thread that starts it ends, whatever the reason.
+/// Makes the kernel kill the child when the thread that starts it ends, for any reason.
 pub fn die_with_parent(command: &mut Command) -> &mut Command {
     let parent = getpid();
     let hook = move || {
@@ -21,7 +21,7 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
         }
     };
     // SAFETY: the hook runs in the forked child, where only async-signal-safe functions may be called. prctl(2) and
-    // getppid(2) are bare system calls, and the hook neither allocates nor takes a lock: both errors are made of a
+    // getppid(2) are plain system calls. The hook does not allocate or take a lock: both errors contain only an error
     // number.
     unsafe { command.pre_exec(hook) }
 }

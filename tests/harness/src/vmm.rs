@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The two programs that run guests.
+//! The VMMs: QEMU and user-mode Linux.
 
 pub mod hardware;
 pub mod qemu;
@@ -16,23 +16,24 @@ use serde_json::{Map, Value};
 use crate::process::{Process, Streams};
 use crate::MIB;
 
-/// A program that runs guests.
+/// A VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vmm {
     /// QEMU, with the stock Debian kernel.
     Qemu,
-    /// User-mode Linux: kernel and VMM in one.
+    /// User-mode Linux, which is kernel and VMM in one.
     Uml,
-    /// User-mode Linux with the debug kernel, which watches locks, objects and memory, and on two processors.
+    /// User-mode Linux with the debug kernel, which checks locks, objects and memory, and has two processors.
     Debug,
 }
 
 impl Vmm {
-    /// The environment variable that, if it is set, makes [`Vmm::Uml`] mean the debug kernel. Then no other VMM can be
-    /// had, so that the tests of guests in user-mode Linux, and only they, are run.
+    /// The environment variable that makes [`Vmm::Uml`] mean the debug kernel. If it is set, no other VMM is available,
+    /// so that exactly the tests of guests in user-mode Linux run.
     pub const DEBUG_VARIABLE: &'static str = "VIRTIO_BALLOON_RS_DEBUG_KERNEL";
 
-    /// The VMMs that a test is to go through one after the other: both, unless [`Vmm::DEBUG_VARIABLE`] is set.
+    /// Returns the VMMs that a test runs with, one after the other: both, or only user-mode Linux if
+    /// [`Vmm::DEBUG_VARIABLE`] is set.
     #[must_use]
     pub fn each() -> &'static [Self] {
         if Self::is_debug_only() {
@@ -42,7 +43,7 @@ impl Vmm {
         }
     }
 
-    /// Bytes of a guest's memory that the debug kernel keeps for itself, and others do not.
+    /// Returns the memory that the debug kernel needs in addition for its own use, in bytes.
     pub(crate) fn overhead(self) -> u64 {
         match self {
             Self::Debug => 80 * MIB,
@@ -50,7 +51,7 @@ impl Vmm {
         }
     }
 
-    /// How often a test that repeats itself does so: `times`, or a tenth of that on the debug kernel, which is slow.
+    /// Returns the number of repetitions of a test: `times`, or a tenth of it on the debug kernel, which is slow.
     #[must_use]
     pub fn repeats(self, times: u32) -> u32 {
         if matches!(self.resolve(), Ok(Self::Debug)) {
@@ -60,17 +61,17 @@ impl Vmm {
         }
     }
 
-    /// Whether [`Vmm::DEBUG_VARIABLE`] is set.
+    /// Returns whether [`Vmm::DEBUG_VARIABLE`] is set.
     #[must_use]
     pub fn is_debug_only() -> bool {
         std::env::var_os(Self::DEBUG_VARIABLE).is_some()
     }
 
-    /// What is really to be run for this one.
+    /// Returns the VMM to run: the debug kernel instead of user-mode Linux if [`Vmm::DEBUG_VARIABLE`] is set.
     ///
     /// # Errors
     ///
-    /// If it cannot be had, because [`Vmm::DEBUG_VARIABLE`] is set.
+    /// Fails for QEMU if [`Vmm::DEBUG_VARIABLE`] is set.
     pub(crate) fn resolve(self) -> Result<Self> {
         match self {
             Self::Uml if Self::is_debug_only() => Ok(Self::Debug),
@@ -84,59 +85,61 @@ impl Vmm {
     }
 }
 
-/// What a guest is to have, whatever runs it.
+/// The configuration of a machine, for any VMM.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
-    /// Bytes of memory.
+    /// The size of memory, in bytes.
     pub memory: u64,
-    /// Its initramfs.
+    /// The path of the initramfs.
     pub initramfs: PathBuf,
-    /// Its balloon device, if any.
+    /// The balloon device.
     pub device: Attachment,
-    /// More properties of a vhost-user device. QEMU only.
+    /// Further properties of a vhost-user device. QEMU only.
     pub properties: Map<String, Value>,
-    /// In what it differs from the usual machine. QEMU only.
+    /// The hardware of the machine. QEMU only.
     pub hardware: hardware::Hardware,
-    /// Whether the balloon is, or later will be, in a slot that it can be pulled from.
+    /// Whether the balloon is in a hot-plug slot, now or later.
     pub hotplug_slot: bool,
-    /// Whether it is going to sleep. Linux 7.3's console driver loses its way to the host then: when it wakes it asks
-    /// whether the host listens before it has queued a buffer for the answer. So the agent has a serial line instead.
+    /// Whether the guest will be suspended. The agent then uses a serial line.
+    ///
+    /// On resume, the console driver of Linux 7.3 asks whether the host listens before it has queued a buffer for the
+    /// answer, and loses its connection to the host.
     pub suspendable: bool,
-    /// More words for the kernel's command line.
+    /// Further arguments for the kernel's command line.
     pub kernel_arguments: String,
-    /// A file for its memory, which others can open by its name. QEMU only.
+    /// A file for guest memory, which other programs can open by its path. QEMU only.
     pub memory_file: Option<PathBuf>,
-    /// Whether it starts empty, and waits for a guest that comes from elsewhere. QEMU only.
+    /// Whether the machine waits for an incoming migration. QEMU only.
     pub incoming: bool,
-    /// Where its VMM is to listen for operators besides the test.
+    /// The path of an additional QMP socket.
     pub qmp_socket: Option<PathBuf>,
-    /// What becomes of its console.
+    /// The streams of the guest's console.
     pub console: Streams,
 }
 
 /// The balloon device of a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Attachment {
-    /// None.
+    /// No balloon device.
     None,
-    /// A vhost-user device that listens on a socket.
+    /// A vhost-user device, which listens on this socket.
     VhostUser(PathBuf),
-    /// QEMU's own, with free page hinting, and these further properties.
+    /// QEMU's own device with free page hinting, and these further properties.
     QemuOwn(Map<String, Value>),
 }
 
-/// A guest that has been started.
+/// A VMM that has been started.
 #[derive(Debug)]
 pub struct StartedVmm {
-    /// The VMM.
+    /// The process of the VMM.
     pub process: Process,
-    /// The agent's line.
+    /// The connection to the agent.
     pub agent: UnixStream,
-    /// The VMM's monitor, if it has one.
+    /// The connection to the VMM's monitor, if it has one.
     pub monitor: Option<UnixStream>,
 }
 
-/// A pair of connected sockets, the second one for a child.
+/// Returns a pair of connected sockets. The second one is for a child process.
 fn socket_pair() -> Result<(UnixStream, OwnedFd)> {
     let (near, far) = UnixStream::pair().context("cannot make a pair of sockets")?;
     Ok((near, far.into()))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The guest's zones (`/proc/zoneinfo`), and its counts of events (`/proc/vmstat`).
+//! The guest's zones (`/proc/zoneinfo`) and event counters (`/proc/vmstat`).
 
 use std::collections::BTreeMap;
 
@@ -8,16 +8,16 @@ use guest_agent::calls::{BuddyInfo, BuddyInfoZone, ReadFile};
 
 use crate::guest::Guest;
 
-/// A zone that has memory. All in pages.
+/// A zone that has memory. Sizes are in pages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ZoneInfo {
-    /// The node's number.
+    /// The number of the NUMA node.
     pub node: u32,
     /// The zone's name.
     pub name: String,
-    /// Free pages, those of CMA included.
+    /// Free pages, including CMA pages.
     pub free: u64,
-    /// Free pages of CMA.
+    /// Free CMA pages.
     pub free_cma: u64,
     /// The minimum watermark.
     pub min: u64,
@@ -25,38 +25,38 @@ pub struct ZoneInfo {
     pub low: u64,
     /// The high watermark.
     pub high: u64,
-    /// Pages that the allocator has, free or not.
+    /// Pages that the allocator manages, free or in use.
     pub managed: u64,
-    /// Pages on the processors' own lists of free pages: they are not among the free ones.
+    /// Pages on per-CPU lists. They do not count as free.
     pub pcp_pages: u64,
-    /// What is kept from allocations that could have come from a higher zone, by that zone.
+    /// The lowmem reserve: pages that are kept from allocations that could use a higher zone, by that zone.
     pub lowmem_reserve: Vec<u64>,
-    /// What of it is kept from the kernel's ordinary allocations.
+    /// The part of the lowmem reserve that is kept from the kernel's ordinary allocations.
     pub kernel_reserve: u64,
 }
 
 impl ZoneInfo {
-    /// Whether hinting takes blocks of it: the kernel uses it for itself.
+    /// Returns whether the kernel uses the zone for itself. Only such zones are hinted.
     #[must_use]
     pub fn is_hintable(&self) -> bool {
         ["DMA", "DMA32", "Normal"].contains(&self.name.as_str())
     }
 
-    /// What hinting leaves of the zone in any case: half-way between the minimum and the low watermark, beyond what is kept
-    /// from the kernel's ordinary allocations.
+    /// Returns the number of pages that hinting always leaves in the zone: the mean of the minimum and low watermarks,
+    /// plus the reserve against the kernel's ordinary allocations.
     #[must_use]
     pub fn hint_floor(&self) -> u64 {
         (self.min + self.low) / 2 + self.kernel_reserve
     }
 
-    /// Free pages that the kernel can use for itself.
+    /// Returns the free pages that the kernel can use for itself.
     #[must_use]
     pub fn free_for_kernel(&self) -> u64 {
         self.free.saturating_sub(self.free_cma)
     }
 }
 
-/// All zones that have memory, with the free blocks of each.
+/// All zones that have memory, with their free blocks.
 #[derive(Clone, Debug)]
 pub struct Zones {
     /// The zones.
@@ -67,13 +67,13 @@ pub struct Zones {
 }
 
 impl Zones {
-    /// Bytes of a page.
+    /// Returns the page size, in bytes.
     #[must_use]
     pub fn page_size(&self) -> u64 {
         self.page_size
     }
 
-    /// Pages that are neither free nor a process's own.
+    /// Returns the number of pages that are neither free nor anonymous memory of processes.
     #[must_use]
     pub fn used_by_kernel(&self) -> u64 {
         let taken = |zone: &ZoneInfo| zone.managed.saturating_sub(zone.free + zone.pcp_pages);
@@ -81,19 +81,19 @@ impl Zones {
         taken.saturating_sub(self.anonymous)
     }
 
-    /// Pages on the processors' own lists of free pages.
+    /// Returns the number of pages on per-CPU lists.
     #[must_use]
     pub fn pcp_pages(&self) -> u64 {
         self.zones.iter().map(|zone| zone.pcp_pages).sum()
     }
 
-    /// Free pages.
+    /// Returns the number of free pages.
     #[must_use]
     pub fn free(&self) -> u64 {
         self.zones.iter().map(|zone| zone.free).sum()
     }
 
-    /// Free pages that are set aside for contiguous allocations.
+    /// Returns the number of free CMA pages.
     #[must_use]
     pub fn free_cma(&self) -> u64 {
         self.zones.iter().map(|zone| zone.free_cma).sum()
@@ -103,13 +103,13 @@ impl Zones {
         self.zones.iter().filter(|zone| zone.is_hintable())
     }
 
-    /// Free pages that the kernel can use for itself.
+    /// Returns the number of free pages that the kernel can use for itself.
     #[must_use]
     pub fn free_for_kernel(&self) -> u64 {
         self.usable().map(ZoneInfo::free_for_kernel).sum()
     }
 
-    /// As [`Zones::free_for_kernel`], of those in blocks of at least `order`.
+    /// Does the same as [`Zones::free_for_kernel`], but counts only free blocks of at least `order`.
     #[must_use]
     pub fn free_for_kernel_from_order(&self, order: usize) -> u64 {
         let of = |zone: &ZoneInfo| {
@@ -127,11 +127,11 @@ impl Zones {
 }
 
 impl Guest {
-    /// The zones as they are now.
+    /// Returns the current zones.
     ///
     /// # Errors
     ///
-    /// If `/proc/zoneinfo` is not what it should be.
+    /// Fails if `/proc/zoneinfo` has another format.
     pub fn zones(&mut self) -> Result<Zones> {
         let page_size = self.agent().hello().page_size;
         let path = "/proc/zoneinfo".to_owned();
@@ -146,11 +146,11 @@ impl Guest {
         })
     }
 
-    /// The counts of `/proc/vmstat`.
+    /// Returns the counters of `/proc/vmstat`.
     ///
     /// # Errors
     ///
-    /// If it is not what it should be.
+    /// Fails if `/proc/vmstat` has another format.
     pub fn vmstat_counters(&mut self) -> Result<BTreeMap<String, u64>> {
         let text = self.call(ReadFile {
             path: "/proc/vmstat".to_owned(),
@@ -164,7 +164,7 @@ impl Guest {
     }
 }
 
-/// The zones that have memory, and the pages that are processes' own.
+/// Parses `/proc/zoneinfo`. Returns the zones that have memory, and the number of anonymous pages of processes.
 fn parse(text: &str) -> Result<(Vec<ZoneInfo>, u64)> {
     let mut zones: Vec<ZoneInfo> = Vec::new();
     let mut anonymous = 0;
@@ -195,9 +195,9 @@ fn parse(text: &str) -> Result<(Vec<ZoneInfo>, u64)> {
             ["nr_free_cma", number] => zone.free_cma = number.parse()?,
             ["min", number] => zone.min = number.parse()?,
             ["low", number] => zone.low = number.parse()?,
-            // A processor's own list has a line `high: N`, which is another thing.
+            // The line `high: N` of a per-CPU list has another meaning.
             ["high", number] => zone.high = number.parse()?,
-            // The node's, told with its first zone.
+            // The value belongs to the node. `/proc/zoneinfo` prints it with the node's first zone.
             ["nr_anon_pages", number] => anonymous += number.parse::<u64>()?,
             ["count:", number] => zone.pcp_pages += number.parse::<u64>()?,
             ["managed", number] => zone.managed = number.parse()?,

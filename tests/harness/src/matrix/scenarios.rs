@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is done in a cell.
+//! The scenarios that cells run.
 
 mod extra_devices;
 mod memory;
@@ -19,43 +19,43 @@ use crate::MIB;
 pub use memory_hotplug::DimmUnplug;
 pub use resets::Reset;
 
-/// How long anything may take that moves much memory.
+/// The timeout of operations that move much memory.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
-/// What is done in a cell.
+/// A scenario that a cell runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scenario {
-    /// Everything once, [`Guest::exercise_fully`].
+    /// [`Guest::exercise_fully`].
     Exercise,
-    /// The same, with memory on huge pages, if the host has them.
+    /// The same, with guest memory on huge pages, if the host has them.
     OnHugePages,
-    /// The same, with memory in a file on a disk.
+    /// The same, with guest memory in a file on a disk.
     OnDisk,
-    /// The same, with memory locked, if the host lets it be.
+    /// The same, with locked guest memory, if the host allows it.
     Locked,
-    /// The same, and a gigantic page is allocated with a balloon and in mid-round.
+    /// The same, and the guest allocates a gigantic page with a balloon and during a hint round.
     GiganticPage,
-    /// Our device cannot see the guest's memory: QEMU says so, and the guest comes to no harm. QEMU's own device works.
+    /// Our device cannot map the guest's memory: QEMU reports it, and the guest is unharmed. QEMU's own device works.
     Private,
-    /// The balloon must be used through an IOMMU, which none can: QEMU or the driver says so.
+    /// The balloon is behind an IOMMU, which no balloon supports: QEMU or the driver reports it.
     BehindIommu,
-    /// A DIMM comes and goes.
+    /// A DIMM is plugged and unplugged.
     DimmUnplug(DimmUnplug),
-    /// virtio-mem's memory comes and goes.
+    /// virtio-mem grows and shrinks.
     VirtioMem,
     /// The machine is reset.
     Reset(Reset),
-    /// Two devices.
+    /// The machine has two balloons.
     TwoBalloons,
-    /// The balloon takes what only swapping frees.
+    /// The balloon takes memory that the guest can only free by swapping.
     Swap,
 }
 
-/// Does what the cell says.
+/// Runs the scenario of a cell.
 ///
 /// # Errors
 ///
-/// If anything is not as it should be; [`super::HostUnsupported`] if the host lacks something.
+/// Fails if a check fails, or with [`super::HostUnsupported`] if the host lacks something.
 pub fn run_scenario(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     if let (Some(series), Driver::Ours) = (cell.row.series, cell.entry.pair.driver()) {
         let kernel = artifacts.series_kernels.get(series);
@@ -80,11 +80,11 @@ pub fn run_scenario(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     }
 }
 
-/// The machine of a cell.
+/// Returns the machine of a cell.
 fn builder<'a>(artifacts: &'a Artifacts, cell: &'a Cell) -> Builder<'a> {
     let row = &cell.row;
     let device = cell.entry.pair.device();
-    // QEMU's device leaves out of a migration what is hinted, and a kernel that clears memory at each allocation writes to it.
+    // A migration with QEMU's device skips hinted pages. A kernel that clears memory at each allocation writes to them.
     let arguments = match device {
         Device::QemuOwn if row.arguments.is_empty() => "init_on_alloc=0",
         _ => row.arguments,
@@ -110,14 +110,14 @@ fn builder<'a>(artifacts: &'a Artifacts, cell: &'a Cell) -> Builder<'a> {
     }
 }
 
-/// Boots a guest, some of whose free memory has contents, and returns it with what is free then.
+/// Boots a guest, fills and frees a part of its memory, and returns the guest with its memory usage.
 fn boot(builder: Builder<'_>) -> Result<(Guest, MemoryUsage)> {
-    /// What is filled of large guests, which are sparse.
+    /// The maximum that is filled, in bytes, because large guests are sparse.
     const FILLED: u64 = 512 * MIB;
-    /// What is left of small ones.
+    /// The memory that stays unfilled in small guests, in bytes.
     const SPARE: u64 = 24 * MIB;
     let mut guest = builder.boot()?;
-    // Kernels before 7 do not have the control.
+    // Kernels before 7 do not have this control.
     let _ = guest.set_short_reporting_delay();
     let free = guest.mem_info()?.free();
     guest.fill_and_free((free / 2).min(SPARE).max(free.saturating_sub(FILLED)), 30)?;

@@ -7,7 +7,7 @@ use super::Row;
 use crate::vmm::hardware::{Hardware, MemoryBackend};
 use crate::MIB;
 
-/// All rows.
+/// Returns all rows.
 #[must_use]
 pub fn rows() -> Vec<Row> {
     let mut rows = rings();
@@ -20,7 +20,7 @@ pub fn rows() -> Vec<Row> {
     rows
 }
 
-/// Hardware that differs in one thing.
+/// Returns the default hardware with one change.
 fn hardware(change: impl FnOnce(&mut Hardware)) -> Hardware {
     let mut hardware = Hardware::default();
     change(&mut hardware);
@@ -164,7 +164,7 @@ fn memory() -> Vec<Row> {
         )
         .memory(64)
         .in_user_mode_linux()
-        // There may be no free block that is large enough to be reported.
+        // There may be no free block of the order that the kernel reports.
         .features(&["stats", "free-page-hint"])
         .with(&[Ours, C]),
         Row::new("128 MiB of memory")

@@ -1,59 +1,60 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! In what a machine of QEMU's may differ from the usual one: a q35 without devices that nobody asked for, with one
-//! processor, and memory in one shared memfd.
+//! The hardware of a QEMU machine.
+//!
+//! The default is a q35 without QEMU's default devices, with one processor, and with memory in one shared memfd.
 
 use std::path::{Path, PathBuf};
 
-/// In what a machine differs from the usual one.
+/// Hardware that may differ from the default.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hardware {
-    /// QEMU's name of another kind of machine.
+    /// QEMU's name of another machine type.
     pub machine: Option<&'static str>,
-    /// Whether it has what QEMU gives a machine unasked: a display, a network card, a disk drive.
+    /// Whether the machine has QEMU's default devices: a display, a network card, a disk drive.
     pub default_devices: bool,
-    /// Processors; 0 stands for one.
+    /// The number of processors; 0 means one.
     pub processors: u32,
-    /// What its memory lies in.
+    /// The backend of the memory.
     pub memory: MemoryBackend,
-    /// NUMA nodes, each with a processor, an even part of the memory and a memory backend of its own; 0 if it is no NUMA
-    /// machine.
+    /// The number of NUMA nodes, each with one processor, an equal part of the memory and its own memory backend; 0 if
+    /// the machine is not NUMA.
     pub numa_nodes: u32,
-    /// Bytes of memory that can be plugged in while it runs.
+    /// The maximum size of hot-plugged memory, in bytes.
     pub hotplug_memory: u64,
-    /// Whether QEMU locks all of its memory.
+    /// Whether QEMU locks all its memory.
     pub mem_lock: bool,
-    /// Whether it starts anew at a reset, and does not end.
+    /// Whether the machine reboots on a reset. Otherwise QEMU ends.
     pub allow_reboot: bool,
-    /// More arguments of QEMU's.
+    /// Further arguments of QEMU.
     pub arguments: Vec<String>,
 }
 
-/// What memory lies in.
+/// The backend of guest memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum MemoryBackend {
     /// A memfd.
     #[default]
     Memfd,
-    /// A memfd whose memory the host has given at the start.
+    /// A memfd whose memory is allocated at the start.
     Preallocated,
-    /// A memfd that is QEMU's alone.
+    /// A memfd that QEMU maps privately.
     Private,
-    /// A memfd of huge pages of 2 MiB.
+    /// A memfd with huge pages of 2 MiB.
     HugePages,
     /// A file.
     File(PathBuf),
 }
 
 impl Hardware {
-    /// Processors: one at least for each node.
+    /// Returns the number of processors: at least one for each NUMA node.
     pub(crate) fn processors(&self) -> u32 {
         self.processors.max(self.numa_nodes).max(1)
     }
 
-    /// Slots for memory that is plugged in.
+    /// The number of slots for hot-plugged memory.
     pub(crate) const MEMORY_SLOTS: u32 = 4;
 
-    /// Adds what the machine has `bytes` of memory by, in `file` if there is one.
+    /// Returns the arguments for `bytes` bytes of memory, in `file` if it is set, and for processors and NUMA nodes.
     pub(crate) fn memory_arguments(&self, bytes: u64, file: Option<&Path>) -> Vec<String> {
         let mut arguments = Vec::new();
         let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
@@ -103,7 +104,7 @@ impl Hardware {
         format!("{kind},id={id},size={size}")
     }
 
-    /// The value of QEMU's `-machine`.
+    /// Returns the value of QEMU's `-machine` option.
     pub(crate) fn machine_argument(&self) -> String {
         let kind = self.machine.unwrap_or("q35");
         if self.numa_nodes == 0 {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! QEMU, taken from the Debian root file system but run outside it: through that system's own dynamic linker, so that
-//! its sockets, files and process numbers are the host's.
+//! QEMU from the Debian root file system.
+//!
+//! QEMU runs outside that root file system, through its dynamic linker, so that QEMU's sockets, files and process ids
+//! are the host's.
 
 use std::path::Path;
 use std::process::Command;
@@ -17,18 +19,18 @@ use crate::process::{Process, Streams};
 const AGENT_FD: i32 = 3;
 const MONITOR_FD: i32 = 4;
 
-/// The device id under which QEMU knows the balloon.
+/// The id of the balloon device in QEMU.
 pub const BALLOON_ID: &str = "balloon0";
-/// The chardev through which it reaches a vhost-user device.
+/// The id of the chardev that connects QEMU to a vhost-user device.
 pub const CHARDEV: &str = "balloon";
-/// The slot that a balloon can be pulled from.
+/// The id of the hot-plug slot for the balloon.
 pub const SLOT: &str = "slot0";
 
 /// Starts QEMU with `kernel`.
 ///
 /// # Errors
 ///
-/// If it cannot be started.
+/// Fails if QEMU cannot be started.
 pub fn start(rootfs: &Path, kernel: &Path, config: &VmConfig) -> Result<StartedVmm> {
     let (agent, agent_far) = socket_pair()?;
     let (monitor, monitor_far) = socket_pair()?;
@@ -66,8 +68,8 @@ pub fn start(rootfs: &Path, kernel: &Path, config: &VmConfig) -> Result<StartedV
     } else {
         String::new()
     };
-    // The kernel counts the timer's interrupts for a moment as it starts, and panics if an emulator on a busy host was slow.
-    // The crypto self-tests take a third of an emulated boot.
+    // no_timer_check: at boot, the kernel counts timer interrupts for a moment, and panics if the emulator is slow on a
+    // busy host. cryptomgr.notests: the crypto self-tests take a third of an emulated boot.
     command.args([
         "-append",
         &format!(
@@ -117,7 +119,7 @@ pub fn start(rootfs: &Path, kernel: &Path, config: &VmConfig) -> Result<StartedV
     })
 }
 
-/// The command that runs QEMU, without arguments of its own.
+/// Returns the command that runs QEMU, without arguments for the machine.
 #[must_use]
 pub fn program(rootfs: &Path) -> Command {
     let mut command = Command::new(rootfs.join("lib64/ld-linux-x86-64.so.2"));
@@ -158,12 +160,12 @@ fn attach(command: &mut Command, config: &VmConfig) {
     }
 }
 
-/// The properties of a device (`a=b`), of the types that QEMU wants them to have in JSON.
+/// Parses properties of a device (`a=b`) into the JSON types that QEMU expects.
 #[must_use]
 pub fn properties(options: &[&str]) -> Map<String, Value> {
     let typed = |(name, value): (&str, &str)| {
         let value = match value {
-            // It has a third value, hence is no boolean.
+            // The property has a third value, `auto`, so it is not a boolean.
             "on" | "off" if name == "disable-legacy" => value.into(),
             "on" => true.into(),
             "off" => false.into(),
@@ -177,7 +179,8 @@ pub fn properties(options: &[&str]) -> Map<String, Value> {
     pairs.map(typed).collect()
 }
 
-/// A balloon device as QEMU's `-device` and `device_add` take it, with more `properties` if it is a vhost-user device.
+/// Returns the properties of a balloon device for QEMU's `-device` and `device_add`. `properties` apply only to a
+/// vhost-user device. Returns `None` without a device.
 #[must_use]
 pub fn balloon_properties(
     device: &Attachment,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! User-mode Linux: the kernel is the program.
+//! User-mode Linux, where the kernel is the program.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,17 +15,20 @@ use crate::process::{Process, Streams};
 const AGENT_FD: i32 = 3;
 const TWO_PROCESSORS: &str = "ncpus=2";
 
-/// The name of a folder that user-mode Linux makes beside its initramfs, and leaves there if it is killed.
+/// The name of the folder that user-mode Linux creates beside its initramfs. The folder stays if user-mode Linux is
+/// killed.
 pub const FOLDER: &str = "user-mode-linux";
 
-/// Arguments of the usual kernel: seccomp instead of ptrace, which halves the cost of a page fault.
+/// The arguments of the usual kernel: seccomp instead of ptrace, which halves the cost of a page fault.
 pub const USUAL_ARGUMENTS: [&str; 1] = ["seccomp=on"];
-/// The argument that makes the usual kernel trace its processes.
+/// The argument that makes the usual kernel use ptrace.
 pub const TRACES: &str = "seccomp=off";
 
-/// What the debug kernel is told: two processors, which need seccomp; to keep processes on one of them, for the reason that
-/// [`ONE_PROCESSOR_VARIABLE`] has; and not to note the stack at each allocation of a slab object, for in user-mode Linux that takes ten
-/// times as long as the allocation.
+/// The arguments of the debug kernel.
+///
+/// - Two processors, which need seccomp.
+/// - All processes on the first processor, see [`ONE_PROCESSOR_VARIABLE`].
+/// - No stack traces of slab allocations, which in user-mode Linux take ten times as long as the allocation.
 ///
 /// [`ONE_PROCESSOR_VARIABLE`]: guest_agent::protocol::ONE_PROCESSOR_VARIABLE
 pub const DEBUG_ARGUMENTS: [&str; 4] = [
@@ -35,15 +38,15 @@ pub const DEBUG_ARGUMENTS: [&str; 4] = [
     "slab_debug=FZP",
 ];
 
-/// Starts `kernel` with these words on its command line, and those of the machine after them.
+/// Starts `kernel` with `arguments` and the arguments of `config` on its command line.
 ///
 /// # Errors
 ///
-/// If it cannot be started, or is to have QEMU's device.
+/// Fails if user-mode Linux cannot be started, or `config` has QEMU's device.
 pub fn start(kernel: &Path, arguments: &[&str], config: &VmConfig) -> Result<StartedVmm> {
     let (agent, agent_far) = socket_pair()?;
     let mut command = Command::new(kernel);
-    // Guest memory is a file there, and the balloon makes holes in it.
+    // Guest memory is a file in this folder, and the balloon punches holes in it.
     command.env("TMPDIR", memory_folder(config.memory));
     command.arg(format!("mem={}M", config.memory / crate::MIB));
     command.arg(format!("initrd={}", config.initramfs.display()));
@@ -61,7 +64,7 @@ pub fn start(kernel: &Path, arguments: &[&str], config: &VmConfig) -> Result<Sta
     command
         .arg(format!("ssl0=fd:{AGENT_FD}"))
         .arg(format!("{PORT_VARIABLE}=/dev/ttyS0"));
-    // KUnit would run a module's tests at each loading; who wants them says so after this.
+    // Otherwise KUnit runs a module's tests whenever the module is loaded. Later arguments can enable KUnit again.
     command.arg("kunit.enable=0");
     command.args(arguments);
     command.args(config.kernel_arguments.split_whitespace());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A guest of user-mode Linux is moved while it works, its writes tracked by soft-dirty bits.
+//! Live migration of a busy user-mode Linux guest, with soft-dirty tracking.
 
 use anyhow::{ensure, Result};
 use harness::artifacts::Artifacts;
@@ -13,7 +13,7 @@ use serde_json::json;
 const MEMORY: u64 = 72 * MIB;
 const LOAD: u64 = 8 * MIB;
 
-/// Moves one with our driver, or with the kernel's own.
+/// Migrates a guest with the C driver if `driver` is `c`, and with our driver otherwise.
 pub fn check(driver: &str) -> Result<()> {
     let driver = match driver {
         "c" => Driver::C,
@@ -29,7 +29,8 @@ pub fn check(driver: &str) -> Result<()> {
         "free-page-hint-wait": HANG_TIMEOUT_MS,
     });
     guest.daemon()?.qmp().migrate_set_parameters(parameters)?;
-    // With the one it goes on with what the destination got, with the other its kernel is asked.
+    // With our driver, the guest continues with the destination's memory. With the C driver, the guest's kernel reports
+    // whether the differing pages are free.
     migrate_once(&mut guest, &artifacts, driver == Driver::Ours)?;
     stress.wait_compared(&mut guest, 1, HANG_TIMEOUT)?;
     println!("{:?}", stress.end_and_verify(&mut guest)?);

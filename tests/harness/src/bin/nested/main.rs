@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What is run *inside* a guest of QEMU, because the guest's kernel has what the host's may lack: soft-dirty bits.
+//! Tests that run *inside* a guest of QEMU, because they need soft-dirty bits, which the host's kernel may lack.
 //!
-//! Linked statically, for such a guest has no libraries. Not for use anywhere else.
+//! Linked statically, because the guest has no libraries. Not for use anywhere else.
 #![deny(unsafe_code)]
 
 mod live_migration;

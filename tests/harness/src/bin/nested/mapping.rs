@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A part of a memory file, mapped.
+//! A mapping of a part of a memory file.
 
 use std::fs::File;
 
@@ -8,7 +8,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 pub const PAGE: u64 = guest_migration::PAGE_SIZE;
 
-/// Pages of a file, mapped such that others see what is written.
+/// A shared mapping of pages of a file.
 pub struct PageMapping {
     first: u64,
     pages: u64,
@@ -16,7 +16,7 @@ pub struct PageMapping {
 }
 
 impl PageMapping {
-    /// Maps `pages` pages of `file` from the page `first` on.
+    /// Maps `pages` pages of `file`, from page `first`.
     pub fn map(file: &File, first: u64, pages: u64) -> Result<Self> {
         let file = file.try_clone().context("cannot share the file")?;
         let length = usize::try_from(pages * PAGE)?;
@@ -49,18 +49,18 @@ impl PageMapping {
             .context("cannot write")
     }
 
-    /// Reads it.
+    /// Reads the first byte of a page of the file.
     pub fn read(&self, page: u64) -> Result<u8> {
         let address = self.address(page)?;
         self.memory.read_obj(address).context("cannot read")
     }
 }
 
-/// Numbers that look random, and are the same each time.
+/// A pseudo-random sequence. The same seed gives the same sequence.
 pub struct Rng(pub u64);
 
 impl Rng {
-    /// One less than `below`.
+    /// Returns a number less than `below`.
     pub fn below(&mut self, below: u64) -> u64 {
         self.0 = self
             .0

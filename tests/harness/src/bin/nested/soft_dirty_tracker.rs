@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The tracker of soft-dirty bits against a plain model: what several processes write, through mappings that come and go,
-//! and what the destination of a migration in small has.
+//! The soft-dirty tracker against a plain model: the writes of several processes, through mappings that are created and
+//! removed, and the memory of the destination in a small migration.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -18,12 +18,12 @@ use nix::fcntl::{fallocate, FallocateFlags};
 use crate::mapping::{PageMapping, Rng, PAGE};
 use crate::writer::{write_random, Writer, WriterRequest};
 
-/// Pages of the memory file: more than one reading of bits has.
+/// The size of the memory file in pages: more than one read of the page map covers.
 const PAGES: u64 = 70_000;
-/// Pages that are written. Among so few, pages meet.
+/// The random operations use only this many pages, so that they often use the same page.
 const BUSY: u64 = 600;
 
-/// A migration in small.
+/// A small migration.
 struct MiniMigration {
     memory: Memory,
     tracker: SoftDirtyTracker,
@@ -33,7 +33,7 @@ struct MiniMigration {
     punched: PunchedPages,
     own: PageMapping,
     lock: Arc<Mutex<()>>,
-    /// How long a sync stopped the others, at most.
+    /// The longest time for which a sync stopped the other processes.
     longest: Duration,
 }
 
@@ -89,7 +89,7 @@ impl MiniMigration {
         Ok(())
     }
 
-    /// Syncs, and returns the pages that are dirty then.
+    /// Syncs, and returns the dirty pages.
     fn sync(&mut self) -> Result<BTreeSet<u64>> {
         let synced = self.tracker.sync(&self.phase, Stage::Live)?;
         self.longest = self.longest.max(synced.stop_time);
@@ -97,7 +97,7 @@ impl MiniMigration {
         Ok(runs.flat_map(|run| run.first..run.end()).collect())
     }
 
-    /// Those of the first pages that differ at the destination.
+    /// Returns the pages among the first `pages` that differ at the destination.
     fn differing(&self, pages: u64) -> Result<BTreeSet<u64>> {
         let mut differing = BTreeSet::new();
         let all = PageRun {
@@ -119,7 +119,8 @@ impl MiniMigration {
         Ok(differing)
     }
 
-    /// Syncs and sends, and fails if a page that differs was not found.
+    /// Syncs and sends. Fails if a page differs at the destination and the sync did not find it. Returns the dirty
+    /// pages.
     fn check_nothing_lost(&mut self) -> Result<BTreeSet<u64>> {
         let dirty = self.sync()?;
         let lost: Vec<u64> = self.differing(BUSY)?.difference(&dirty).copied().collect();
@@ -142,7 +143,7 @@ impl MiniMigration {
     }
 }
 
-/// Tries it, and prints what it has seen.
+/// Runs all checks and prints the results.
 pub fn check() -> Result<()> {
     let file: File =
         nix::sys::memfd::memfd_create("guest", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?.into();
@@ -171,7 +172,7 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-/// Without being asked for.
+/// Checks that the automatic choice is this tracker.
 fn check_auto_choice(mini: &MiniMigration) -> Result<()> {
     let quiesce = Box::new(mini.lock.clone());
     let choice = choose_tracker(
@@ -190,7 +191,8 @@ fn check_auto_choice(mini: &MiniMigration) -> Result<()> {
     Ok(())
 }
 
-/// Writes by others and by ourselves, through mappings that stay: neither more nor less is marked.
+/// Writes from other processes and from this one, through mappings that stay. Checks that exactly the written pages are
+/// dirty.
 fn check_exact_writes(mini: &mut MiniMigration, writers: &mut [Writer]) -> Result<()> {
     let mut random = Rng(1);
     mini.check_nothing_lost()?;
@@ -213,8 +215,10 @@ fn check_exact_writes(mini: &mut MiniMigration, writers: &mut [Writer]) -> Resul
     Ok(())
 }
 
-/// A child of a process that maps guest memory, with other mappings: it is believed only when it shows a written page for each
-/// page fault that it had. Ones that use memory of their own besides seldom do.
+/// Writes from a child of a process that maps guest memory. The child has other mappings than its parent.
+///
+/// The tracker trusts the child's bits only if they show one written page for each page fault of the child. If the
+/// child also uses other memory, the tracker seldom trusts its bits. Returns the number of pages in trusted syncs.
 fn check_child_process(mini: &mut MiniMigration, parent: &mut Writer) -> Result<u64> {
     let execute = |request| WriterRequest::ToChild(Box::new(request));
     parent.execute(&WriterRequest::StartChild)?;
@@ -227,7 +231,7 @@ fn check_child_process(mini: &mut MiniMigration, parent: &mut Writer) -> Result<
             parent.execute(&execute(WriterRequest::Write { page, value }))?;
         }
         mini.check_nothing_lost()?;
-        // A new process, and new mappings: not at once.
+        // The tracker does not trust a new process with new mappings at once.
         ensure!(value == 2 || mini.tracker.all_dirty_reason().is_some());
     }
     let mut believed = 0;
@@ -242,7 +246,7 @@ fn check_child_process(mini: &mut MiniMigration, parent: &mut Writer) -> Result<
             believed += written.len() as u64;
         }
     }
-    // Not any more.
+    // The tracker must not trust a process that maps and unmaps between two syncs.
     parent.execute(&execute(WriterRequest::MapWriteUnmap {
         page: 500,
         value: 9,
@@ -258,11 +262,12 @@ fn check_child_process(mini: &mut MiniMigration, parent: &mut Writer) -> Result<
     Ok(believed)
 }
 
-/// Everything that the bits do not show, in any order.
+/// Random operations, including all that soft-dirty bits do not show. Returns the number of syncs, and of those that
+/// marked all data dirty.
 fn check_random_operations(mini: &mut MiniMigration, writers: &mut [Writer]) -> Result<(u32, u32)> {
     let mut random = Rng(2);
     let file = mini.file()?.try_clone()?;
-    // What each writer has mapped beside the first, and whether it has a child.
+    // The second mapping of each writer, and whether the writer has a child.
     let mut mapped = [None; 3];
     let mut children = [false; 3];
     let (mut syncs, mut all) = (0, 0);
@@ -280,10 +285,11 @@ fn check_random_operations(mini: &mut MiniMigration, writers: &mut [Writer]) -> 
             },
             4 => mini.own.write(page, value)?,
             5 => mini.punch(page)?,
-            // What was a hole is filled by reading.
+            // Reading fills a hole.
             6 => drop(mini.own.read(page)?),
             7 => {
-                // Across a sync: a mapping of one that is no child is not seen if it comes and goes between two.
+                // Sync before and after: the tracker does not see a mapping that a process, if it is no child, creates
+                // and removes between two syncs.
                 syncs += 1;
                 mini.check_nothing_lost()?;
                 all += u32::from(mini.tracker.all_dirty_reason().is_some());
@@ -313,7 +319,7 @@ fn check_random_operations(mini: &mut MiniMigration, writers: &mut [Writer]) -> 
                 writers[writer].execute(&WriterRequest::ToChild(Box::new(flash)))?;
             }
             11 if random.below(10) == 0 => {
-                // Another in its place: with its end its mappings go, and its child.
+                // Replace the writer. The old writer's mappings and its child end with it.
                 let mut new = Writer::start(&file, PAGES)?;
                 new.execute(&WriterRequest::Map {
                     first: 0,
@@ -335,7 +341,7 @@ fn check_random_operations(mini: &mut MiniMigration, writers: &mut [Writer]) -> 
     Ok((syncs, all))
 }
 
-/// Syncs in the middle of writes that do not stop: when at last they do, the last sync has found all.
+/// Syncs during continuous writes. Checks that the last sync, after the writes have stopped, has found all of them.
 fn check_concurrent_writes(mini: &mut MiniMigration, writers: &mut [Writer]) -> Result<()> {
     for (writer, seed) in writers.iter_mut().zip(10..) {
         writer.execute(&WriterRequest::Hammer { seed })?;
@@ -347,11 +353,11 @@ fn check_concurrent_writes(mini: &mut MiniMigration, writers: &mut [Writer]) -> 
         move || -> Result<()> {
             let mut seed = 0;
             while !stop.load(Ordering::Relaxed) {
-                // Whoever else wants the lock is to get it.
+                // Let others take the lock.
                 std::thread::sleep(Duration::from_millis(1));
                 let _guard = lock.lock().expect("nobody panics");
                 let soon = AtomicBool::new(false);
-                // A few at a time.
+                // Write in short bursts.
                 std::thread::scope(|scope| {
                     seed += 1;
                     let pounding = scope.spawn(|| write_random(&mapping, PAGES, seed, &soon));

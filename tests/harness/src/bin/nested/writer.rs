@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A process that maps and writes as it is told: one order a line, an answer to each.
+//! A process that maps and writes memory on request: one request a line, one answer for each.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -14,39 +14,39 @@ use serde::{Deserialize, Serialize};
 
 use crate::mapping::{PageMapping, Rng};
 
-/// The argument that makes this program one.
+/// The argument that makes this program run as a writer.
 pub const ARGUMENT: &str = "writer";
 /// The file descriptor of the memory file.
 const FILE: i32 = 3;
 
-/// What a writer can be told. Pages are those of the file.
+/// A request to a writer. Page numbers are those of the file.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum WriterRequest {
-    /// Maps pages, in addition to what is mapped.
+    /// Maps pages, in addition to the existing mappings.
     Map { first: u64, pages: u64 },
-    /// Unmaps what was mapped last.
+    /// Removes the last mapping.
     Unmap,
-    /// Writes a page, through what was mapped last.
+    /// Writes a page through the last mapping.
     Write { page: u64, value: u8 },
-    /// Reads one.
+    /// Reads a page through the last mapping.
     Read { page: u64 },
-    /// Maps a page, writes it, and unmaps it.
+    /// Maps a page, writes it and unmaps it.
     MapWriteUnmap { page: u64, value: u8 },
-    /// Has a child that does that, and waits for its end.
+    /// Starts a child that maps a page, writes it and unmaps it, and waits until the child ends.
     ChildMapWriteUnmap { page: u64, value: u8 },
-    /// Starts a child that is a writer too and maps nothing yet.
+    /// Starts a child that is also a writer. The child maps nothing yet.
     StartChild,
-    /// Tells that child.
+    /// Forwards a request to the child.
     ToChild(Box<WriterRequest>),
-    /// Ends that child.
+    /// Ends the child.
     EndChild,
-    /// Writes pages anywhere, as fast as possible, until it is told to rest.
+    /// Writes random pages as fast as possible, until [`WriterRequest::StopHammer`].
     Hammer { seed: u64 },
-    /// Rests.
+    /// Stops the writes of [`WriterRequest::Hammer`].
     StopHammer,
 }
 
-/// A writer, as its parent has it. It ends when this is dropped.
+/// A handle of a writer process, which ends on drop.
 pub struct Writer {
     child: Child,
     requests: Option<ChildStdin>,
@@ -54,7 +54,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts one, for a file of `pages` pages.
+    /// Starts a writer for a file of `pages` pages.
     pub fn start(file: &File, pages: u64) -> Result<Self> {
         let mut command = Command::new("/proc/self/exe");
         command.args([ARGUMENT, &pages.to_string()]);
@@ -76,7 +76,7 @@ impl Writer {
         })
     }
 
-    /// Tells it, and waits until it has done so.
+    /// Sends a request and waits until the writer has executed it.
     pub fn execute(&mut self, request: &WriterRequest) -> Result<()> {
         let requests = self.requests.as_mut().context("it was told to end")?;
         writeln!(requests, "{}", serde_json::to_string(request)?)?;
@@ -90,7 +90,7 @@ impl Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         self.requests = None;
-        // Without orders it ends.
+        // The writer ends at the end of its standard input.
         let _ = self.child.wait();
     }
 }
@@ -101,7 +101,7 @@ struct Hammer {
     thread: Option<JoinHandle<Result<()>>>,
 }
 
-/// The writer itself: does what it is told until there is no more.
+/// Runs the writer: executes requests until the end of standard input.
 pub fn run(pages: u64) -> Result<()> {
     let file = std::fs::OpenOptions::new();
     let file = file
@@ -156,7 +156,7 @@ fn last(mappings: &[PageMapping]) -> Result<&PageMapping> {
     mappings.last().context("nothing is mapped")
 }
 
-/// Writes anywhere until it is to rest.
+/// Writes random pages until `stop` is set.
 pub fn write_random(mapping: &PageMapping, pages: u64, seed: u64, stop: &AtomicBool) -> Result<()> {
     let mut random = Rng(seed);
     while !stop.load(Ordering::Relaxed) {

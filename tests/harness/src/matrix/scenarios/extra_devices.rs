@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Machines with two balloons, with swap, and with a balloon that nobody can use.
+//! Machines with two balloons, with swap, and with an unusable balloon.
 
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{Fill, Free, Run, Verify, WaitBalloonDevices};
@@ -15,8 +15,11 @@ use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::{HANG_TIMEOUT_MS, MIB};
 
-/// A balloon's page numbers are physical addresses, which no IOMMU may translate. QEMU does not start with our device, which
-/// does not offer the feature; a driver declines it, and QEMU's own device then refuses the driver. The guest comes to no harm.
+/// A balloon behind an IOMMU.
+///
+/// The page numbers of a balloon are physical addresses, which an IOMMU must not translate. Our device does not offer
+/// the feature, and QEMU does not start with it. A driver declines the feature, and QEMU's own device then refuses the
+/// driver. The guest is unharmed.
 pub fn behind_iommu(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     const QEMU_SAYS: &str = "iommu_platform=true is not supported by the device";
     const KERNEL_SAYS: &str = "device refuses features";
@@ -40,7 +43,8 @@ pub fn behind_iommu(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     guest.check_and_power_off(before)
 }
 
-/// Each takes a quarter of free memory, answers for statistics and hints, one after the other; then both give it back.
+/// Two balloons. Each one takes a quarter of the free memory, then answers a request for statistics and runs a hint
+/// round. At the end, both deflate.
 pub fn two_balloons(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     let driver = cell.entry.pair.driver();
     let scratch = Scratch::new()?;
@@ -108,7 +112,8 @@ fn both(guest: &mut Guest, second: &mut Daemon, targets: [u64; 2]) -> Result<()>
     second.qmp().wait_balloon(targets[1], TIMEOUT)
 }
 
-/// A process has more memory than the balloon leaves: what it does not use goes to swap, and comes back unchanged.
+/// A balloon with swap. A process keeps more memory than the balloon leaves, so a part of it is swapped out and must
+/// come in again unchanged.
 pub fn swap(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     let driver = cell.entry.pair.driver();
     let scratch = Scratch::new()?;
@@ -135,7 +140,7 @@ pub fn swap(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     })?;
     let workload = filled.workload;
     let whole = guest.balloon_qmp()?.balloon_actual()?;
-    // A quarter of it must go.
+    // A quarter of the filled memory must be swapped out.
     let target = whole - (before.free / 8 * 5) / MIB * MIB;
     guest.balloon_qmp()?.set_balloon(target)?;
     guest.balloon_qmp()?.wait_balloon(target, TIMEOUT)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Machines whose memory the host gives in another way, and a guest that wants it in one piece.
+//! Machines with other backends of guest memory, and a guest that allocates a gigantic page.
 
 use std::fs;
 use std::path::Path;
@@ -15,10 +15,10 @@ use crate::matrix::{Cell, HostUnsupported};
 use crate::vmm::hardware::MemoryBackend;
 use crate::MIB;
 
-/// Huge pages that the host was asked for; it takes them back with this value.
+/// Huge pages that the host has reserved. The previous number is restored on drop.
 struct HugePages {
     before: String,
-    // One at a time: the number is the host's.
+    // Only one at a time, because the number belongs to the host.
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -26,7 +26,7 @@ const HOST_HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_huge
 static HUGE_PAGES_LOCK: Mutex<()> = Mutex::new(());
 
 impl HugePages {
-    /// As many as hold `bytes` more than there are.
+    /// Reserves huge pages for `bytes` bytes, in addition to those that the host already has.
     fn reserve(bytes: u64) -> Result<Self> {
         let alone = HUGE_PAGES_LOCK
             .lock()
@@ -39,7 +39,7 @@ impl HugePages {
             .parse()
             .context("a strange number of huge pages")?;
         let wanted = had + bytes / (2 * MIB);
-        // From here on they are given back, whatever comes.
+        // From here on, drop restores the number, also after an error.
         let this = Self {
             before,
             _alone: alone,
@@ -66,7 +66,7 @@ pub fn on_huge_pages(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     exercise(builder(artifacts, cell), cell)
 }
 
-/// A folder that lies on a disk, as the file system hierarchy has it.
+/// A folder on a disk, according to the file system hierarchy.
 const ON_DISK: &str = "/var/tmp";
 
 pub fn on_disk(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
@@ -97,8 +97,8 @@ pub fn locked(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     exercise(builder(artifacts, cell), cell)
 }
 
-/// QEMU says what is wrong as soon as a driver is there, and does not start our device. The driver, which never gets an answer, is
-/// removed, and the guest has all its memory.
+/// Guest memory that QEMU does not share. When a driver is ready, QEMU reports the problem and does not start our
+/// device. The driver never gets an answer. It can be unloaded, and the guest has all its memory.
 pub fn private(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     const QEMU_SAYS: &str = "Failed initializing vhost-user memory map";
     if cell.entry.pair.device() != Device::Ours {
@@ -115,18 +115,18 @@ pub fn private(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     guest.check_and_power_off(before)
 }
 
-/// In the guest.
+/// The guest's control of gigantic pages.
 const GIGANTIC_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages";
 
-/// The guest's one area for a gigantic page is good for one with half of free memory in the balloon, whose pages may lie in
-/// it, and while a round is held.
+/// A gigantic page from the guest's only area for one. The guest allocates the page without a driver, with a quarter of
+/// the free memory in the balloon, whose pages may be in the area, and during a hint round.
 pub fn gigantic_page(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     let (mut guest, before) = boot(builder(artifacts, cell))?;
     let driver = cell.entry.pair.driver();
     allocate_gigantic_page(&mut guest).context("without a driver")?;
     guest.load(driver)?;
     let whole = guest.balloon_qmp()?.balloon_actual()?;
-    // More than lies outside the area.
+    // As much as is free outside the area, so that pages of the balloon are in the area.
     let target = whole - (before.free - 1024 * MIB) / MIB * MIB;
     let quarter = whole - before.free / 4 / MIB * MIB;
     guest.balloon_qmp()?.set_balloon(target)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Memory that comes and goes while the machine runs.
+//! Hot-plug and hot-unplug of memory.
 
 use std::collections::BTreeSet;
 use std::thread::sleep;
@@ -20,18 +20,18 @@ use crate::proxy::{FaultProxy, ProxyFault};
 use crate::scratch::Scratch;
 use crate::MIB;
 
-/// What the driver is at when a DIMM goes.
+/// The state of the driver when a DIMM is unplugged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DimmUnplug {
-    /// Its balloon is at its target, and has pages in the DIMM.
+    /// The balloon is at its target, and has pages in the DIMM.
     Inflated,
-    /// Its balloon gets smaller.
+    /// The balloon is deflating.
     Deflating,
-    /// It holds what it has hinted.
+    /// The driver keeps its hinted blocks.
     DuringHintRound,
-    /// The guest is being moved.
+    /// The guest is being migrated.
     DuringMigration,
-    /// It holds what it has hinted of the DIMM, and a part of that is taken offline.
+    /// The driver keeps hinted blocks in the DIMM, and a part of the DIMM with such blocks is taken offline.
     HintedOffline,
 }
 
@@ -55,7 +55,7 @@ pub fn dimm(artifacts: &Artifacts, cell: &Cell, dimm: DimmUnplug) -> Result<()> 
     guest.check_and_power_off(before)
 }
 
-/// Compaction moves the balloon's pages out of the DIMM, and the balloon is as large as before.
+/// Page migration moves the balloon's pages out of the DIMM. The balloon keeps its size.
 fn inflated(guest: &mut Guest, driver: Driver, free: u64) -> Result<()> {
     let more = plug(guest, SIZE)?;
     let whole = guest.balloon_qmp()?.balloon_actual()?;
@@ -79,14 +79,14 @@ fn inflated(guest: &mut Guest, driver: Driver, free: u64) -> Result<()> {
         );
         ensure!(counters.get("shortages")? == 0, "{counters:?}");
     }
-    // The same pages, of a smaller machine.
+    // The balloon has the same pages, and the machine is smaller.
     let whole = guest.balloon_qmp()?.balloon_actual()? + half;
     guest.balloon_qmp()?.set_balloon(whole)?;
     guest.balloon_qmp()?.wait_balloon(whole, TIMEOUT)
 }
 
-/// The kernel migrates balloon pages out of the DIMM while the driver takes pages out of the balloon: neither is in the other's way.
-/// How long both take is printed.
+/// The kernel migrates balloon pages out of the DIMM while the driver takes pages out of the balloon. Neither blocks
+/// the other. Prints the times of both.
 fn deflating(guest: &mut Guest, driver: Driver) -> Result<()> {
     const LEFT: u64 = 96 * MIB;
     let empty = guest.balloon_qmp()?.balloon_actual()?;
@@ -126,7 +126,7 @@ fn deflating(guest: &mut Guest, driver: Driver) -> Result<()> {
     Ok(())
 }
 
-/// A DIMM comes and goes while a round is held, and the guest has back what it hinted.
+/// A DIMM is plugged and unplugged during a hint round. The guest gets its hinted blocks back.
 fn during_hint_round(guest: &mut Guest) -> Result<()> {
     let before = guest.settled_memory_usage()?;
     for hinted_first in [true, false] {
@@ -148,7 +148,8 @@ fn during_hint_round(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// A migration fails with a message that says why if a DIMM comes or goes, and the guest runs, with what it hinted.
+/// A DIMM is plugged during one migration and unplugged during another. Each migration fails with the reason, and the
+/// guest runs and gets its hinted blocks back.
 fn during_migration(guest: &mut Guest, artifacts: &Artifacts) -> Result<()> {
     let slowly = json!({ "max-bandwidth": MIB, "downtime-limit": 0, "max-rounds": 100_000 });
     guest.daemon()?.qmp().migrate_set_parameters(slowly)?;
@@ -186,8 +187,9 @@ fn during_migration(guest: &mut Guest, artifacts: &Artifacts) -> Result<()> {
     Ok(())
 }
 
-/// A part of a DIMM in which nothing was in use before a round is taken offline while the round is held. The DIMM stays, for
-/// its other parts are the kernel's: returns what its page structures take.
+/// A part of a DIMM that was completely free before a hint round is taken offline during the hint round.
+///
+/// The DIMM stays, because the kernel uses its other parts. Returns the size of its page structures, in bytes.
 fn hinted_offline(guest: &mut Guest) -> Result<u64> {
     let before = guest.settled_memory_usage()?.used;
     let more = plug(guest, 2 * SIZE)?;
@@ -213,7 +215,8 @@ fn hinted_offline(guest: &mut Guest) -> Result<u64> {
     Ok(structures)
 }
 
-/// Grows with the driver loaded, is exercised, and shrinks while half of free memory is in the balloon.
+/// virtio-mem grows while the driver is loaded, and the guest is exercised. virtio-mem shrinks while half of the free
+/// memory is in the balloon.
 pub fn virtio_mem(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     let driver = cell.entry.pair.driver();
     let (mut guest, before) = boot(builder(artifacts, cell))?;
@@ -258,7 +261,8 @@ fn wait_virtio_mem(guest: &mut Guest, size: u64) -> Result<()> {
     }
 }
 
-/// Waits until the guest manages about so many bytes: a part of what is plugged in may be needed for its own management.
+/// Waits until the guest manages `bytes` bytes, within 16 MiB. The guest may need a part of plugged memory for its own
+/// management.
 fn wait_total(guest: &mut Guest, bytes: u64) -> Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     loop {
@@ -274,7 +278,7 @@ fn wait_total(guest: &mut Guest, bytes: u64) -> Result<()> {
     }
 }
 
-/// Plugs a DIMM in, and returns where the guest has it once all of it is online.
+/// Plugs a DIMM, waits until all of it is online, and returns its guest physical ranges.
 fn plug(guest: &mut Guest, size: u64) -> Result<RangeSet> {
     let before = guest.mem_info()?.total();
     let old: BTreeSet<String> = memory_blocks(guest)?
@@ -298,7 +302,7 @@ fn plug(guest: &mut Guest, size: u64) -> Result<RangeSet> {
     Ok(new)
 }
 
-/// Pulls the DIMM.
+/// Unplugs the DIMM.
 fn unplug(guest: &mut Guest) -> Result<()> {
     let monitor = guest.monitor()?;
     monitor.clear_events();
@@ -326,7 +330,7 @@ fn unplug(guest: &mut Guest) -> Result<()> {
 
 const MEMORY_BLOCKS_DIR: &str = "/sys/devices/system/memory";
 
-/// The guest's memory, in the parts that can be taken offline, by their names.
+/// Returns the guest's memory blocks, which can be taken offline one by one, with their names.
 fn memory_blocks(guest: &mut Guest) -> Result<Vec<(String, PhysicalRange)>> {
     let path = format!("{MEMORY_BLOCKS_DIR}/block_size_bytes");
     let size = guest.call(ReadFile { path })?;

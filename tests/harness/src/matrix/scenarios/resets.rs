@@ -9,20 +9,20 @@ use crate::artifacts::Artifacts;
 use crate::matrix::Cell;
 use crate::MIB;
 
-/// What the driver is at when the machine is reset.
+/// The state of the driver when the machine is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reset {
-    /// Its balloon is empty.
+    /// The balloon is empty.
     Idle,
-    /// The balloon is on its way to the target.
+    /// The balloon is inflating.
     Inflating,
     /// The balloon is at its target.
     Inflated,
-    /// It holds what it has hinted.
+    /// The driver keeps its hinted blocks.
     DuringHintRound,
 }
 
-/// The machine is reset into a kernel without a driver, which has all memory; then that loads one, and the balloon comes to its
+/// Resets the machine. The new kernel has no driver and all memory. It then loads a driver, and the balloon reaches its
 /// target.
 pub fn reset(artifacts: &Artifacts, cell: &Cell, reset: Reset) -> Result<()> {
     let driver = cell.entry.pair.driver();
