@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 
 /*
- * What bindgen reads: the kernel headers that the kernel crate's own bindings leave out, and the helpers of this
- * module. Which names come over is said in bindgen_parameters.
+ * Input of bindgen: the kernel headers that the bindings of the kernel crate omit, and the helpers
+ * of this module. bindgen_parameters lists the names to generate.
  */
 
 #include <linux/types.h>

@@ -10,7 +10,7 @@ unsigned long vbrs_spin_lock_irqsave(spinlock_t *lock)
 	return flags;
 }
 
-/* Writes *flags only if it answers true. */
+/* Writes *flags only if it returns true. */
 bool vbrs_spin_trylock_irqsave(spinlock_t *lock, unsigned long *flags)
 {
 	unsigned long saved;

@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 
-/* Static inlines that only kernels before 7.3 need, as functions that Rust can call. Built for those alone. */
+/*
+ * Static inlines that only kernels before 7.3 need, as functions that Rust can call. Only built for
+ * those kernels.
+ */
 
 #ifndef VIRTIO_BALLOON_RS_COMPAT_HELPERS_H
 #define VIRTIO_BALLOON_RS_COMPAT_HELPERS_H

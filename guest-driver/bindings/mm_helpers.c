@@ -14,13 +14,13 @@
 
 #include "mm_helpers.h"
 
-/* A block that is free right now: no reclaim, no reserves, no warning. */
+/* Allocates a free block if one is available now: no reclaim, no reserves, no warning. */
 struct page *vbrs_alloc_free_block(unsigned int order)
 {
 	return alloc_pages(__GFP_MOVABLE | __GFP_NORETRY | __GFP_NOWARN | __GFP_NOMEMALLOC, order);
 }
 
-/* No node is before the first one, and no zone of it is above ZONE_NORMAL. */
+/* Sets the position before the first zone, for vbrs_next_zone(). */
 void vbrs_before_first_zone(int *node, int *zone)
 {
 	*node = first_online_node;
@@ -28,8 +28,8 @@ void vbrs_before_first_zone(int *node, int *zone)
 }
 
 /*
- * The next zone that has memory which the kernel uses for itself: node by node,
- * the highest zone first. False behind the last one.
+ * Advances to the next zone for kernel allocations that has managed pages: node by node, from the
+ * highest zone to the lowest. Returns false after the last.
  */
 bool vbrs_next_zone(int *node, int *zone)
 {
@@ -43,7 +43,7 @@ bool vbrs_next_zone(int *node, int *zone)
 	return false;
 }
 
-/* All in pages. */
+/* Reads the state of a zone, in pages. The watermarks do not include any boost. */
 void vbrs_read_zone(int node, int zone, struct vbrs_zone *state)
 {
 	struct zone *z = &NODE_DATA(node)->node_zones[zone];
@@ -72,8 +72,8 @@ static enum migratetype migratetype_of(enum vbrs_mobility mobility)
 }
 
 /*
- * Whether a zone has a free block of at least this order on the list for such
- * pages. Without a lock: by the time that one asks for it, it may be gone.
+ * Returns whether a zone has a free block of at least this order in the free lists of this
+ * mobility. Takes no lock: another task may allocate the block at any time.
  */
 bool vbrs_zone_has_free(int node, int zone, unsigned int order, enum vbrs_mobility mobility)
 {
@@ -87,7 +87,7 @@ bool vbrs_zone_has_free(int node, int zone, unsigned int order, enum vbrs_mobili
 }
 
 /*
- * A block of a node that is free right now, of this zone or a lower one: no
+ * Allocates a free block from this zone or a lower zone of the node, if one is available now: no
  * reclaim, no reserves, no warning.
  */
 struct page *vbrs_alloc_zone_block(int node, int zone, unsigned int order,
@@ -120,9 +120,9 @@ bool vbrs_page_is_of_zone(struct page *page, int node, int zone)
 }
 
 /*
- * Whether a page is of CMA. The kernel has is_migrate_cma_page() for that, but
- * does not export what it needs: this is where get_pfnblock_migratetype() of
- * mm/page_alloc.c finds the type of a page block. That of CMA's never changes.
+ * Returns whether a page belongs to CMA. is_migrate_cma_page() cannot be used, because it needs
+ * functions that are not exported. The migrate type of a CMA pageblock never changes, so this reads
+ * it from where get_pfnblock_migratetype() in mm/page_alloc.c does.
  */
 bool vbrs_page_is_cma(struct page *page)
 {
@@ -145,7 +145,7 @@ bool vbrs_page_is_cma(struct page *page)
 #endif
 }
 
-/* Blocks of this order and larger ones are whole page blocks. */
+/* Returns the order of a pageblock. */
 unsigned int vbrs_pageblock_order(void)
 {
 	return pageblock_order;
@@ -160,8 +160,8 @@ void vbrs_zero_pages(struct page *page, unsigned long count)
 }
 
 /*
- * Marks pages that have no content for anybody: "logically offline" is what
- * dump tools, hibernation and memory offlining call them.
+ * Gives pages without content the type PageOffline. Crash dump tools, hibernation and memory
+ * offlining call such pages "logically offline".
  */
 void vbrs_set_offline(struct page *page, unsigned long count)
 {
@@ -171,7 +171,7 @@ void vbrs_set_offline(struct page *page, unsigned long count)
 		__SetPageOffline(page + i);
 }
 
-/* The page allocator wants pages back without a type. */
+/* Clears the type PageOffline. The page allocator requires freed pages to have no type. */
 void vbrs_clear_offline(struct page *page, unsigned long count)
 {
 	unsigned long i;
@@ -180,7 +180,7 @@ void vbrs_clear_offline(struct page *page, unsigned long count)
 		__ClearPageOffline(page + i);
 }
 
-/* Makes single pages of a block. */
+/* Splits a block into single pages. Clears the order that PageBlock stores in page->private. */
 void vbrs_split_block(struct page *page, unsigned int order)
 {
 	set_page_private(page, 0);
@@ -249,8 +249,9 @@ unsigned long vbrs_balloon_isolated(struct balloon_dev_info *info)
 }
 
 /*
- * For a page that leaves the balloon by migration, without another. The balloon
- * code (7.3) counts it as deflated, but still counts it as a balloon page.
+ * Corrects the count of balloon pages for a page that page migration deflated without a
+ * replacement. The balloon code (7.3) counts the page as deflated, but does not remove it from
+ * NR_BALLOON_PAGES.
  */
 void vbrs_uncount_balloon_page(struct page *page)
 {
@@ -258,9 +259,10 @@ void vbrs_uncount_balloon_page(struct page *page)
 }
 
 /*
- * For a page that another one has replaced in the balloon. The balloon code (7.3)
- * leaves it counted as a balloon page of its node, and later takes the new one off
- * the count of another.
+ * Corrects the counts of balloon pages if page migration has replaced a page by one of another
+ * node. The balloon code (7.3) does not update NR_BALLOON_PAGES, which is counted per node: the old
+ * page remains counted for its node, and the new page is later subtracted from the count of its
+ * node.
  */
 void vbrs_recount_balloon_page(struct page *old, struct page *new)
 {
@@ -280,7 +282,10 @@ struct page *vbrs_sg_page(struct scatterlist *sg)
 	return sg_page(sg);
 }
 
-/* As drivers/virtio/virtio_balloon.c has it: the kernel's default but where that is half a gigabyte. */
+/*
+ * The default order of page reporting. As in drivers/virtio/virtio_balloon.c: the default of the
+ * kernel, except where that would be 512 MiB.
+ */
 unsigned int vbrs_page_reporting_order(void)
 {
 	if (IS_ENABLED(CONFIG_ARM64) && IS_ENABLED(CONFIG_ARM64_64K_PAGES))
@@ -304,7 +309,7 @@ unsigned long vbrs_free_pages(void)
 	return global_zone_page_state(NR_FREE_PAGES);
 }
 
-/* Free, reclaimable by the kernel's estimate, or to be had by swapping. */
+/* Free pages, pages that the kernel expects to reclaim, and free pages of swap. */
 unsigned long vbrs_available_and_swap_pages(void)
 {
 	long available = si_mem_available();
@@ -340,13 +345,16 @@ unsigned long vbrs_high_watermarks(void)
 	return mean_watermarks(WMARK_HIGH, WMARK_HIGH);
 }
 
-/* Half-way between where an allocation has to wait and where reclaim begins. */
+/*
+ * The midpoint between the watermark at which allocations must reclaim and the one at which
+ * background reclaim begins.
+ */
 unsigned long vbrs_min_low_midpoint(void)
 {
 	return mean_watermarks(WMARK_MIN, WMARK_LOW);
 }
 
-/* Whether an ordinary allocation of the kernel's finds less than it should in a zone. */
+/* Returns whether an ordinary allocation finds the zone at or below its high watermark. */
 static bool zone_is_below_watermark(struct zone *zone)
 {
 	unsigned long kept = zone->lowmem_reserve[ZONE_MOVABLE] +
@@ -361,9 +369,9 @@ bool vbrs_has_one_node(void)
 }
 
 /*
- * The nodes that are short of memory and have balloon pages. A node is judged by
- * the zones that the kernel uses for itself, if it has any: where these are
- * short, free pages that must be movable do not help everybody.
+ * Finds the nodes that are short of memory and have balloon pages. The zones for kernel allocations
+ * determine whether a node is short of memory, if it has such zones: free pages of ZONE_MOVABLE do
+ * not help all allocations.
  */
 void vbrs_nodes_below_watermark(nodemask_t *nodes)
 {
@@ -401,7 +409,7 @@ unsigned int vbrs_max_page_order(void)
 	return MAX_PAGE_ORDER;
 }
 
-/* What the guest fills its free pages with; false if it leaves them as they are. */
+/* Returns whether the guest fills free pages, and with which pattern. */
 bool vbrs_fills_free_pages(u32 *pattern)
 {
 	if (want_init_on_free()) {
@@ -415,13 +423,13 @@ bool vbrs_fills_free_pages(u32 *pattern)
 	return false;
 }
 
-/* Whether nobody who gets a page meets what was in it before. */
+/* Returns whether pages are overwritten between free and allocation. */
 bool vbrs_allocator_fills_pages(void)
 {
 	return want_init_on_alloc(0) || want_init_on_free() || page_poisoning_enabled_static();
 }
 
-/* All in pages. */
+/* Reads the memory usage, in pages. */
 void vbrs_read_meminfo(struct vbrs_meminfo *memory)
 {
 	long available = si_mem_available();
@@ -434,7 +442,10 @@ void vbrs_read_meminfo(struct vbrs_meminfo *memory)
 	memory->file_pages = global_node_page_state(NR_FILE_PAGES);
 }
 
-/* False if the kernel does not count. May sleep. */
+/*
+ * Reads the counts of events since boot. Returns false if the kernel does not count events. May
+ * sleep.
+ */
 bool vbrs_read_vm_events(struct vbrs_vm_events *events, struct vbrs_hugetlb_events *hugetlb,
 			 bool *has_hugetlb)
 {
@@ -478,7 +489,9 @@ void vbrs_unregister_memory_notifier(struct notifier_block *block)
 	unregister_memory_notifier(block);
 }
 
-/* Whether the memory notifier is told of memory that goes offline, and which. */
+/*
+ * Returns whether a memory notifier is called for memory that goes offline, and its address range.
+ */
 bool vbrs_mem_going_offline(unsigned long action, void *argument, u64 *start, u64 *end)
 {
 #ifdef CONFIG_MEMORY_HOTPLUG
@@ -548,7 +561,7 @@ bool vbrs_test_page_is_offline(struct page *page)
 	return PageOffline(page);
 }
 
-/* Keeps the page when its block is freed. */
+/* Takes a reference, which keeps the page when its block is freed. */
 void vbrs_test_get_page(struct page *page)
 {
 	get_page(page);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Memory management as guest-driver/mm needs it: static inlines, macros and
- * variadic functions of the kernel behind plain functions.
+ * Memory management for guest-driver/mm: static inlines, macros and variadic functions of the
+ * kernel as functions that Rust can call.
  */
 #ifndef VIRTIO_BALLOON_RS_MM_HELPERS_H
 #define VIRTIO_BALLOON_RS_MM_HELPERS_H

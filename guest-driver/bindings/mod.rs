@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Bindings to the kernel headers that [`kernel::bindings`] leaves out, made by bindgen when the
+//! Bindings to the kernel headers that [`kernel::bindings`] omits. bindgen generates them when the
 //! module is built.
 //!
-//! Only `virtio/` and `mm/` use them; [`trace`] is safe.
+//! Only `virtio/` and `mm/` use them. The exception is [`trace`], which is safe.
 
 #![allow(
     clippy::all,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The module's tracepoints, defined in `virtio_balloon_rs_trace.h`.
+//! The tracepoints of the module, defined in `virtio_balloon_rs_trace.h`.
 //!
-//! Nothing but a call if the event is not enabled, or if the kernel has no tracepoints. All may be
-//! called in any context but NMI.
+//! A disabled tracepoint costs one call. The same holds for kernels without tracepoints. All
+//! methods may be called in any context but NMI.
 
 use core::ptr;
 
@@ -11,60 +11,60 @@ use kernel::device::Device;
 use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 
-/// Whose events they are: those of a device, or of nobody in a test.
+/// The source of trace events: a device, or none in a test.
 pub(crate) struct Tracer(Option<ARef<Device>>);
 
 impl Tracer {
-    /// For the events of `device`.
+    /// Creates the source of the trace events of `device`.
     pub(crate) fn new(device: Option<ARef<Device>>) -> Self {
         Self(device)
     }
 
     fn device(&self) -> *const super::device {
         let device = self.0.as_ref();
-        // A `Device` is a transparent wrapper of the C structure.
+        // `Device` is a transparent wrapper of the C structure.
         device.map_or(ptr::null(), |device| ptr::from_ref::<Device>(device).cast())
     }
 
-    /// A request was sent on a queue.
+    /// Traces a request that was sent on an inflate or deflate queue, and its balloon pages.
     pub(crate) fn request(&self, queue: &CStr, pages: u64) {
-        // SAFETY: The device is null or valid, and the string ends with a NUL.
+        // SAFETY: The device is null or valid, and the string is NUL-terminated.
         unsafe { super::vbrs_trace_request(self.device(), queue.as_char_ptr(), pages) };
     }
 
-    /// The device has used a request.
+    /// Traces a request that the device has used, and its balloon pages.
     pub(crate) fn acknowledge(&self, queue: &CStr, pages: u64) {
-        // SAFETY: As above.
+        // SAFETY: The device is null or valid, and the string is NUL-terminated.
         unsafe { super::vbrs_trace_acknowledge(self.device(), queue.as_char_ptr(), pages) };
     }
 
-    /// A round of hinting begins.
+    /// Traces the start of a hint round, with its command id and its reserve in pages.
     pub(crate) fn hint_start(&self, id: u32, reserve: u64) {
         // SAFETY: The device is null or valid.
         unsafe { super::vbrs_trace_hint_start(self.device(), id, reserve) };
     }
 
-    /// A block was offered.
+    /// Traces a free block that was hinted.
     pub(crate) fn hint_block(&self, address: u64, order: u32) {
-        // SAFETY: As above.
+        // SAFETY: The device is null or valid.
         unsafe { super::vbrs_trace_hint_block(self.device(), address, order) };
     }
 
-    /// A round of hinting has ended.
+    /// Traces the end of a hint round, and its duration.
     pub(crate) fn hint_stop(&self, microseconds: u64) {
-        // SAFETY: As above.
+        // SAFETY: The device is null or valid.
         unsafe { super::vbrs_trace_hint_stop(self.device(), microseconds) };
     }
 
-    /// The guest took a block back.
+    /// Traces hinted pages that the shrinker reclaimed.
     pub(crate) fn hint_return(&self, pages: u64) {
-        // SAFETY: As above.
+        // SAFETY: The device is null or valid.
         unsafe { super::vbrs_trace_hint_return(self.device(), pages) };
     }
 
-    /// Free pages were reported.
+    /// Traces a report of free pages, and whether the device acknowledged it.
     pub(crate) fn report(&self, blocks: u32, pages: u64, acknowledged: bool) {
-        // SAFETY: As above.
+        // SAFETY: The device is null or valid.
         unsafe { super::vbrs_trace_report(self.device(), blocks, pages, acknowledged) };
     }
 }

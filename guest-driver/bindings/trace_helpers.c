@@ -6,9 +6,9 @@
 #include "virtio_balloon_rs_trace.h"
 
 /*
- * declare_trace!() of the kernel crate looks for a tracepoint in the kernel's
- * own bindings, where those of a module are not. So the static key is looked
- * at here, one call away from Rust.
+ * declare_trace!() of the kernel crate expects a tracepoint in the bindings of the kernel crate,
+ * which do not contain those of a module. Therefore these functions check the static key, one call
+ * away from Rust.
  */
 
 void vbrs_trace_request(const struct device *device, const char *queue, u64 pages)

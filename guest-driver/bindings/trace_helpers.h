@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The tracepoints of virtio_balloon_rs_trace.h as plain functions. Each may be called in
- * any context but NMI; the device may be NULL.
+ * The tracepoints of virtio_balloon_rs_trace.h as functions that Rust can call. Any context but
+ * NMI. The device may be NULL.
  */
 #ifndef VIRTIO_BALLOON_RS_TRACE_HELPERS_H
 #define VIRTIO_BALLOON_RS_TRACE_HELPERS_H

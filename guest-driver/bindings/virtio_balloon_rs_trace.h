@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 
 /*
- * The module's tracepoints. What each field means is in docs/driver.md; a field that is there keeps its name and its
- * meaning.
+ * The tracepoints of the module. docs/driver.md describes their fields. Existing fields keep their
+ * name and their meaning.
  */
 
 #undef TRACE_SYSTEM

@@ -2,7 +2,10 @@
 
 #include "virtio_helpers.h"
 
-/* Unlike virtio_has_feature(), answers false and does not BUG() for a bit that the driver did not list. */
+/*
+ * Unlike virtio_has_feature(), returns false instead of calling BUG() for a bit that is not in the
+ * feature table of the driver.
+ */
 bool vbrs_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit)
 {
 	return bit < VIRTIO_FEATURES_BITS && __virtio_test_bit(vdev, bit);
@@ -20,8 +23,9 @@ bool vbrs_virtio_has_config(const struct virtio_device *vdev)
 }
 
 /*
- * How many bytes of configuration space the transport gives access to; 0 if it does not tell. For PCI this is what
- * virtio_pci_find_capability() and vp_modern_map_capability() find, beyond which vp_get() and vp_set() are a BUG().
+ * Returns the size of the configuration space that the transport gives access to, or 0 if it is
+ * unknown. For PCI this is the size that virtio_pci_find_capability() finds and
+ * vp_modern_map_capability() maps. vp_get() and vp_set() call BUG() for an access beyond it.
  */
 u32 vbrs_virtio_config_length(const struct virtio_device *vdev)
 {
@@ -50,7 +54,7 @@ u32 vbrs_virtio_config_length(const struct virtio_device *vdev)
 	return 0;
 }
 
-/* Reads one field, again if the device changed its configuration meanwhile. */
+/* Reads one field. Repeats the read if the device changed its configuration meanwhile. */
 void vbrs_virtio_config_read(struct virtio_device *vdev, unsigned int offset, void *value, unsigned int size)
 {
 	__virtio_cread_many(vdev, offset, value, 1, size);
@@ -62,7 +66,7 @@ void vbrs_virtio_config_write(struct virtio_device *vdev, unsigned int offset, c
 	vdev->config->set(vdev, offset, value, size);
 }
 
-/* Unlike virtio_device_ready(), may be called again. */
+/* Unlike virtio_device_ready(), may be called more than once. */
 void vbrs_virtio_device_ready(struct virtio_device *vdev)
 {
 	if (!(vdev->config->get_status(vdev) & VIRTIO_CONFIG_S_DRIVER_OK))
@@ -100,7 +104,9 @@ void vbrs_wake_up_all(struct wait_queue_head *waiters)
 	wake_up_all(waiters);
 }
 
-/* Whether *counter is no longer what was seen, within so many jiffies. */
+/*
+ * Waits until *counter differs from seen, for at most this many jiffies. Returns whether it does.
+ */
 bool vbrs_wait_event_timeout(struct wait_queue_head *waiters, const u32 *counter, u32 seen, unsigned long jiffies)
 {
 	return wait_event_timeout(*waiters, READ_ONCE(*counter) != seen, jiffies) > 0;
@@ -127,7 +133,10 @@ void vbrs_cond_resched(void)
 }
 
 #if IS_BUILTIN(CONFIG_KUNIT)
-/* What register_virtio_device() does to the part of a device that rings and references need. */
+/*
+ * Initialises the part of a device that rings and references need, as register_virtio_device()
+ * does.
+ */
 void vbrs_test_device_init(struct virtio_device *vdev)
 {
 	device_initialize(&vdev->dev);

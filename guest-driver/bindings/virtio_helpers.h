@@ -1,6 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 
-/* Static inlines and macros of the virtio headers, as functions that Rust can call. */
+/*
+ * Static inlines and macros of the virtio, device and wait queue headers as functions that Rust can
+ * call.
+ */
 
 #ifndef VIRTIO_BALLOON_RS_VIRTIO_HELPERS_H
 #define VIRTIO_BALLOON_RS_VIRTIO_HELPERS_H

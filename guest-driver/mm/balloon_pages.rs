@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The pages in a balloon.
+//! The pages in a balloon, and their migration.
+//!
+//! [`BalloonPages`] wraps the kernel's balloon code (`mm/balloon.c`), which keeps the pages of a
+//! balloon in a list and lets compaction migrate them. The kernel's `balloon_pages_lock` protects
+//! the list. A driver implements [`MigratePages`] to do its part of a page migration.
+//!
+//! C header: `include/linux/balloon.h`.
 
 use core::ptr::NonNull;
 
@@ -17,42 +23,45 @@ use super::{BlockList, NodesBelowWatermark, PageBlock, PageRef};
 use crate::bindings as helpers;
 use crate::virtio::work::cond_resched;
 
-/// The most pages that are taken out of a balloon at a time.
+/// The maximum number of pages that [`BalloonPages::dequeue`] removes at once.
 const CHUNK: usize = 256;
-/// The most of them that the kernel takes out under one lock, with interrupts off. It works out the
-/// reserves of all zones of all nodes again for each page.
+/// The maximum number of pages that the kernel removes while it holds `balloon_pages_lock` with
+/// interrupts disabled. With `adjust_managed`, the kernel recomputes the lowmem reserves of all
+/// zones for each page.
 const MAX_PER_LOCK: usize = 32;
-/// A search for pages on a node ends when it has found so many times more than are wanted: the
-/// next ones who search find them first.
+/// [`BalloonPages::dequeue_on`] stops its search once it has found this multiple of the requested
+/// pages. It returns the surplus to the front of the list, where the next searches find it first.
 const SURPLUS: usize = 16;
 
-/// A page meant for a [`BalloonPages`], or taken from one.
+/// A page to put into a [`BalloonPages`], or a page removed from one.
 ///
-/// Dropping it gives the page back to the page allocator.
+/// Dropping it returns the page to the page allocator.
 pub struct BalloonPage(PageBlock);
 
 impl BalloonPage {
-    /// Allocates a page as a balloon wants it, or returns `None` if memory is short.
+    /// Allocates a page for a balloon, or returns `None` if memory is short.
     ///
-    /// May sleep and reclaim memory, but neither tries hard nor prints a warning.
+    /// The page can be migrated if the kernel supports that for balloon pages. May sleep and
+    /// reclaim memory, but does not retry, does not use the emergency reserves, and logs no
+    /// warning.
     pub fn alloc() -> Option<Self> {
-        // SAFETY: May be called in any context that may sleep.
+        // SAFETY: `balloon_page_alloc()` has no requirement but a context that may sleep.
         let page = unsafe { helpers::balloon_page_alloc() };
-        // SAFETY: The allocator gave the page to us alone.
+        // SAFETY: The allocator returned a single page with one owner.
         NonNull::new(page).map(|page| Self(unsafe { PageBlock::from_page(page, 0) }))
     }
 
-    /// Becomes the owner of a page.
+    /// Creates a `BalloonPage` from a page.
     ///
     /// # Safety
     ///
-    /// As for [`PageBlock::from_page`], with an order of 0; the page must have no type.
+    /// As for [`PageBlock::from_page`], with order 0. The page must have no type.
     pub(super) unsafe fn from_page(page: NonNull<bindings::page>) -> Self {
-        // SAFETY: By this function's requirements.
+        // SAFETY: By the safety requirements of this function.
         Self(unsafe { PageBlock::from_page(page, 0) })
     }
 
-    /// The physical address of the page's first byte.
+    /// Returns the physical address of the first byte.
     pub fn address(&self) -> u64 {
         self.0.address()
     }
@@ -72,25 +81,28 @@ impl Role for BalloonPage {
     }
 }
 
-/// Moves a balloon's pages on behalf of the kernel, which wants a page's place for something else
-/// (compaction, mostly).
+/// Page migration: replaces pages of a balloon on behalf of the kernel, mostly for compaction.
 pub trait MigratePages: Send + Sync + 'static {
-    /// Puts `new` in the place of `old`, which is in the balloon.
+    /// Replaces `old`, a page of the balloon, by `new`.
     ///
-    /// With [`Migrated::Replaced`] the host must have taken `new`. With [`Migrated::Deflated`] `new` is not
-    /// used. With both, `old` must have been given up for the balloon; it is freed when the reference to
-    /// it is dropped. On failure `old` stays in the balloon, and `new` is freed when the reference to it is dropped. So
-    /// whichever page the host may still touch is kept by keeping the reference.
+    /// The result determines the state of the pages:
     ///
-    /// Called in process context with both pages locked, and possibly from within an allocation: may
-    /// sleep, for a limited time; must not allocate with reclaim allowed, nor take a lock under which
-    /// anybody does.
+    /// - [`Migrated::Replaced`]: the host has accepted `new` into the balloon, and `old` has left
+    ///   it. The kernel puts `new` into the balloon and frees `old`.
+    /// - [`Migrated::Deflated`]: `old` has left the balloon. The kernel frees both pages.
+    /// - An error: `old` stays in the balloon. The kernel frees `new`.
     ///
-    /// With [`MigrateMode::Async`] it must not sleep.
+    /// A page is freed only after its [`PageRef`] is dropped. An implementation that fails while
+    /// the host may still access a page keeps the `PageRef` of that page.
+    ///
+    /// Called in process context with both pages locked, possibly from within an allocation. May
+    /// sleep for a limited time, but not with [`MigrateMode::Async`]. Must not allocate with
+    /// reclaim allowed, and must not take a lock under which memory is allocated with reclaim
+    /// allowed.
     ///
     /// # Errors
     ///
-    /// [`EAGAIN`] if it is worth trying again at once, any other if not.
+    /// [`EAGAIN`] if the kernel should retry at once, any other error if it should not.
     fn migrate(
         pages: &BalloonPages<Self>,
         new: PageRef,
@@ -101,23 +113,23 @@ pub trait MigratePages: Send + Sync + 'static {
         Self: Sized;
 }
 
-/// What became of a page that the kernel wanted to migrate.
+/// The result of a successful page migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Migrated {
-    /// The new page is in the balloon instead of the old one.
+    /// The new page has replaced the old page in the balloon.
     Replaced,
-    /// The old page has left the balloon, and no other page has come.
+    /// The old page has left the balloon, and no page has replaced it.
     Deflated,
 }
 
-/// How long the kernel lets a page migration take (`enum migrate_mode`).
+/// How long a page migration may block (`enum migrate_mode`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MigrateMode {
-    /// It must not block.
+    /// Must not block (`MIGRATE_ASYNC`).
     Async,
-    /// It may block, but not for long.
+    /// May block, but not for long (`MIGRATE_SYNC_LIGHT`).
     SyncLight,
-    /// It may block.
+    /// May block (`MIGRATE_SYNC`).
     Sync,
 }
 
@@ -131,41 +143,44 @@ impl MigrateMode {
     }
 }
 
-/// The pages that are in a balloon, as the kernel's balloon code keeps them, and who moves them.
+/// The pages in a balloon.
 ///
-/// While a page is in here, the kernel knows that it is offline, counts it as ballooned and, if
-/// asked to, no longer as managed memory (`MemTotal` shrinks).
+/// The pages have the type `PageOffline`, and the kernel counts them as balloon pages
+/// (`NR_BALLOON_PAGES`). With `adjust_managed`, the kernel does not count them as managed memory,
+/// so `MemTotal` decreases.
 ///
-/// The kernel may *isolate* a page to move it; it is then missing from the list until
-/// [`MigratePages::migrate`] has replaced it or has failed.
+/// To migrate a page, the kernel *isolates* it: it removes the page from the list.
+/// [`MigratePages::migrate`] then replaces it, or fails and the kernel puts it back.
 ///
-/// All methods may be called from any context that may sleep; the kernel's `balloon_pages_lock`
-/// orders them. Dropping it takes all pages out and frees them, waiting for isolated ones.
+/// Methods may be called from any context that may sleep, unless they say otherwise. Dropping a
+/// `BalloonPages` drains it: see [`drain`](Self::drain).
 #[pin_data(PinnedDrop)]
 pub struct BalloonPages<M: MigratePages> {
     #[pin]
     info: Opaque<helpers::balloon_dev_info>,
-    /// Isolated pages are on no list, and counted all the same.
+    /// The number of pages in the balloon, including isolated pages, which are not in the list.
     count: Atomic<usize>,
     #[pin]
     migrator: M,
 }
 
-// SAFETY: The kernel's balloon code locks what is inside, and `M` is `Send`.
+// SAFETY: `balloon_pages_lock` protects `info`, and `M` is `Send`.
 unsafe impl<M: MigratePages> Send for BalloonPages<M> {}
 
-// SAFETY: As above, and `M` is `Sync`.
+// SAFETY: `balloon_pages_lock` protects `info`, and `M` is `Sync`.
 unsafe impl<M: MigratePages> Sync for BalloonPages<M> {}
 
 impl<M: MigratePages> BalloonPages<M> {
-    /// An empty balloon. With `adjust_managed`, pages in it do not count as managed memory.
+    /// Creates an empty balloon. With `adjust_managed`, the kernel does not count its pages as
+    /// managed memory.
     pub fn new<E>(adjust_managed: bool, migrator: impl PinInit<M, E>) -> impl PinInit<Self, Error>
     where
         Error: From<E>,
     {
         try_pin_init!(Self {
             info <- Opaque::ffi_init(|slot| {
-                // SAFETY: `slot` is valid for writes, and pinned. The callback gets what is in it.
+                // SAFETY: `slot` is valid for writes and pinned. The kernel calls the callback with
+                // a pointer to it.
                 unsafe {
                     helpers::vbrs_balloon_devinfo_init(
                         slot,
@@ -179,7 +194,7 @@ impl<M: MigratePages> BalloonPages<M> {
         })
     }
 
-    /// Who moves the pages.
+    /// Returns the implementation of page migration.
     pub fn migrator(&self) -> &M {
         &self.migrator
     }
@@ -190,27 +205,28 @@ impl<M: MigratePages> BalloonPages<M> {
         old: *mut bindings::page,
         mode: helpers::migrate_mode,
     ) -> c_int {
-        // SAFETY: The kernel calls for an isolated page of this balloon, which the drop waits for.
+        // SAFETY: The kernel passes the `info` of the balloon that contains the isolated page.
+        // `drop` waits for isolated pages, so the balloon is valid.
         let this = unsafe { &*container_of!(Opaque::cast_from(info), Self, info) };
         let (Some(new), Some(old)) = (NonNull::new(new), NonNull::new(old)) else {
             return EINVAL.to_errno();
         };
         let (new_page, old_page) = (new.as_ptr(), old.as_ptr());
-        // SAFETY: The caller has references to both pages.
+        // SAFETY: The caller has references to both pages for the duration of the call.
         let (new, old) = unsafe { (PageRef::get(new), PageRef::get(old)) };
         match M::migrate(this, new, old, MigrateMode::from_raw(mode)) {
             Ok(Migrated::Replaced) => {
-                // SAFETY: The caller has references to both pages; the old one was counted as a balloon
-                // page when it was enqueued, or when it replaced another.
+                // SAFETY: The caller has references to both pages. The old page was counted as a
+                // balloon page when it was enqueued, or when it replaced another page.
                 unsafe { helpers::vbrs_recount_balloon_page(old_page, new_page) };
                 0
             }
             Ok(Migrated::Deflated) => {
                 this.count.fetch_sub(1, Relaxed);
-                // SAFETY: The page was counted as a balloon page when it was enqueued, and the caller
-                // has a reference to it.
+                // SAFETY: The caller has a reference to the page, which was counted as a balloon
+                // page when it was enqueued, or when it replaced another page.
                 unsafe { helpers::vbrs_uncount_balloon_page(old_page) };
-                // To the caller it says that the page has left the balloon.
+                // The balloon code takes this error as a successful deflation.
                 ENOENT.to_errno()
             }
             Err(error) if error == ENOENT => EBUSY.to_errno(),
@@ -223,15 +239,17 @@ impl<M: MigratePages> BalloonPages<M> {
         self.count.fetch_add(pages.len(), Relaxed);
         while let Some(BalloonPage(block)) = pages.pop() {
             let page = block.into_raw().as_ptr();
-            // SAFETY: The page is a single one of the page allocator's and was ours alone; its `lru` is
-            // free again, now that it is on no list of ours. `info` is initialised and pinned.
+            // SAFETY: The page is a single page from the page allocator, and we have the only
+            // reference. Its `lru` is not in use, because `pop` removed the page from its list.
+            // `info` is initialised and pinned.
             unsafe { helpers::balloon_page_enqueue(self.info.get(), page) };
         }
     }
 
-    /// Takes up to `max` pages out of the balloon, 256 at most.
+    /// Removes up to `max` pages from the balloon, 256 at most.
     ///
-    /// May return fewer, even none, although there are more: isolated pages are not available.
+    /// May return fewer pages, even none, although the balloon has more: isolated pages cannot be
+    /// removed.
     pub fn dequeue(&self, max: usize) -> BlockList<BalloonPage> {
         let max = max.min(CHUNK);
         let mut pages = BlockList::new();
@@ -248,39 +266,39 @@ impl<M: MigratePages> BalloonPages<M> {
         pages
     }
 
-    /// Takes up to `max` pages out under one lock, with interrupts off. They still count as pages of
-    /// the balloon.
+    /// Removes up to `max` pages under one acquisition of `balloon_pages_lock`, with interrupts
+    /// disabled. Does not update `count`.
     fn dequeue_batch(&self, max: usize) -> BlockList<BalloonPage> {
         let mut pages = BlockList::new();
         let head = Opaque::<bindings::list_head>::uninit();
-        // SAFETY: The head stays where it is for as long as it is linked: until the list is empty
-        // again below. `info` is initialised and pinned.
+        // SAFETY: `head` stays in place while entries link to it: the loop below empties the list.
+        // `info` is initialised and pinned.
         unsafe {
             bindings::INIT_LIST_HEAD(head.get());
             helpers::balloon_page_list_dequeue(self.info.get(), head.get(), max);
         }
         loop {
-            // SAFETY: The head was initialised above.
+            // SAFETY: The list head was initialised above.
             let entry = unsafe { (*head.get()).next };
             if entry == head.get() {
                 break pages;
             }
-            // SAFETY: Each entry is the `lru` of a page that was in the balloon, and that is ours
-            // alone since it was dequeued. It leaves the list before it is adopted.
+            // SAFETY: Each entry is the `lru` of a page that was removed from the balloon, and we
+            // have the only reference to it. The page leaves the list before it is converted.
             let page = unsafe {
                 helpers::vbrs_list_del(entry);
                 NonNull::new_unchecked(helpers::vbrs_lru_to_page(entry))
             };
-            // SAFETY: As above.
+            // SAFETY: `page` is a single page, and we have the only reference to it.
             pages.push(BalloonPage(unsafe { PageBlock::from_page(page, 0) }));
         }
     }
 
-    /// Takes up to `max` pages that lie on `nodes` out of the balloon. `None` if no page of the balloon
-    /// does.
+    /// Removes up to `max` pages that are on `nodes` from the balloon. Returns `None` if no page of
+    /// the balloon is on `nodes`.
     ///
-    /// May return fewer, even none, although there are more: isolated pages are not available. Looks at
-    /// all pages of the balloon if need be. May sleep.
+    /// May return fewer pages, even none, although the balloon has more on `nodes`: isolated pages
+    /// cannot be removed. May search all pages of the balloon. May sleep.
     pub fn dequeue_on(
         &self,
         nodes: &NodesBelowWatermark,
@@ -318,12 +336,13 @@ impl<M: MigratePages> BalloonPages<M> {
         (!is_elsewhere).then_some(pages)
     }
 
-    /// Takes all pages out and frees them, waiting for isolated ones to come back: not longer than
-    /// [`MigratePages::migrate`] takes. May sleep.
+    /// Removes all pages from the balloon and frees them.
     ///
-    /// The caller sees to it that no page is put in meanwhile.
+    /// Waits for isolated pages, for as long as [`MigratePages::migrate`] takes. May sleep. The
+    /// caller must ensure that no page is put into the balloon meanwhile.
     pub fn drain(&self) {
-        // A page that was removed is isolated until the kernel has no more to do with this balloon.
+        // A page that `migrate` deflated is still isolated until the kernel has finished with
+        // `info`.
         while self.count() > 0 || self.isolated() > 0 {
             let pages = self.dequeue(CHUNK);
             if pages.is_empty() {
@@ -334,13 +353,13 @@ impl<M: MigratePages> BalloonPages<M> {
         }
     }
 
-    /// How many pages are isolated now.
+    /// Returns the number of isolated pages.
     fn isolated(&self) -> usize {
-        // SAFETY: `info` is initialised; reads one word.
+        // SAFETY: `info` is initialised, and the helper only reads one word.
         unsafe { helpers::vbrs_balloon_isolated(self.info.get()) as usize }
     }
 
-    /// How many pages are in the balloon, isolated ones included. Any context.
+    /// Returns the number of pages in the balloon, including isolated pages. Any context.
     pub fn count(&self) -> usize {
         self.count.load(Relaxed)
     }

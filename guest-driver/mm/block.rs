@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Blocks of pages, each with one owner.
+//! Free blocks: runs of `2^order` pages from the page allocator.
+//!
+//! C header: `include/linux/gfp.h`.
 
 use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
@@ -15,131 +17,140 @@ use crate::bindings as helpers;
 const ORDER_MASK: c_ulong = 0xff;
 const TAG_SHIFT: u32 = 8;
 
-/// A block of `2^order` physically contiguous pages, owned.
+/// A free block: `2^order` physically contiguous pages with one owner.
 ///
-/// It is one pointer wide: its order, and a small tag for its owner's use, are kept in the block's
-/// own `struct page`, so that a block can travel through a virtqueue as a bare token. The memory
-/// itself is never touched, except by [`zero`](Self::zero): writing to a hinted page would spoil
-/// the hint.
+/// The type is one pointer wide. The order and a 16-bit tag of the owner are stored in the first
+/// `struct page`, so a free block travels through a virtqueue as a bare token. Only
+/// [`zero`](Self::zero) writes to the memory itself: a write to a hinted page would invalidate the
+/// hint.
 ///
-/// Dropping a block gives its pages back to the page allocator, as they are. Allowed in any
-/// context but NMI.
+/// Dropping a `PageBlock` returns its pages to the page allocator without changing their content.
+/// Any context but NMI.
 ///
 /// # Invariants
 ///
-/// `page` is the first page of a block that the page allocator gave out, or a part of such a block by
-/// itself, and nobody else refers to it. The low 8 bits of `page->private` hold the block's order, the
-/// next 16 its tag, and `page->lru` is free for the owner's use.
+/// - `page` is the first page of a block from the page allocator, or a single page that
+///   `split_page()` made of such a block.
+/// - The `PageBlock` has the only reference to the pages.
+/// - The low 8 bits of `page->private` hold the order, the next 16 bits the tag.
+/// - `page->lru` is free for use by the owner.
 #[repr(transparent)]
 pub struct PageBlock {
     page: NonNull<bindings::page>,
 }
 
-// SAFETY: The pages belong to the block alone and are not bound to a thread.
+// SAFETY: The `PageBlock` has the only reference to its pages, and they are not bound to a thread.
 unsafe impl Send for PageBlock {}
 
-// SAFETY: Through a shared reference only the order and the address can be read.
+// SAFETY: A shared reference only gives access to the order, the tag and the address, which do not
+// change while it exists.
 unsafe impl Sync for PageBlock {}
 
 impl PageBlock {
-    /// The largest order that the page allocator has.
+    /// Returns the largest order of the page allocator (`MAX_PAGE_ORDER`).
     pub fn max_order() -> u32 {
-        // SAFETY: Returns a constant.
+        // SAFETY: The helper returns a constant.
         unsafe { helpers::vbrs_max_page_order() }
     }
 
-    /// Takes a block of `2^order` pages that is free now.
+    /// Allocates a free block of `2^order` pages, if one is available now.
     ///
-    /// Neither reclaims memory nor dips into the emergency reserves, and prints nothing: `None`
-    /// says that there is no free block of this order to be had. Never sleeps.
+    /// Does not reclaim memory, does not use the emergency reserves, and logs no warning. Returns
+    /// `None` if no free block of this order is available. Does not sleep.
     pub fn try_alloc(order: u32) -> Option<Self> {
         if order > Self::max_order() {
             return None;
         }
-        // SAFETY: The order is one that the allocator has.
+        // SAFETY: `order` is at most `MAX_PAGE_ORDER`.
         let page = unsafe { helpers::vbrs_alloc_free_block(order) };
-        // SAFETY: The allocator gives out pages with one owner, who may use `private` and `lru`.
+        // SAFETY: The allocator returned a block of this order with one owner, who may use
+        // `private` and `lru`.
         NonNull::new(page).map(|page| unsafe { Self::from_page(page, order) })
     }
 
-    /// Becomes the owner of a block.
+    /// Creates a `PageBlock` from its first page, with tag 0.
     ///
     /// # Safety
     ///
-    /// `page` must be the first of `2^order` pages that the page allocator gave out as one block, or a
-    /// single page that `split_page()` made of one (then the order is 0), and the caller must hold the
-    /// only reference to them, which it gives up.
+    /// `page` must be the first of `2^order` pages that the page allocator returned as one block,
+    /// or a single page that `split_page()` made of a block (then `order` must be 0). The caller
+    /// must hold the only reference to the pages, and transfers it to the `PageBlock`.
     pub(super) unsafe fn from_page(page: NonNull<bindings::page>, order: u32) -> Self {
-        // SAFETY: By this function's requirements the page is the caller's alone.
+        // SAFETY: By the safety requirements of this function, the caller has the only reference to
+        // the page.
         unsafe { helpers::vbrs_set_page_private(page.as_ptr(), order as c_ulong) };
-        // INVARIANT: As this function requires; the order was just set, and the tag to 0.
+        // INVARIANT: The pages are as the safety requirements say. `private` now holds the order,
+        // and 0 as the tag.
         Self { page }
     }
 
-    /// The block's order: it has `2^order` pages.
+    /// Returns the order: the free block has `2^order` pages.
     pub fn order(&self) -> u32 {
         (self.private() & ORDER_MASK) as u32
     }
 
-    /// What the owner noted on the block; 0 at first.
+    /// Returns the tag that the owner has set, initially 0.
     pub fn tag(&self) -> u16 {
         (self.private() >> TAG_SHIFT) as u16
     }
 
-    /// Notes something on the block.
+    /// Sets the tag.
     pub fn set_tag(&mut self, tag: u16) {
         let private = self.private() & ORDER_MASK | (tag as c_ulong) << TAG_SHIFT;
-        // SAFETY: By the invariants the page is ours. INVARIANT: Order and tag are where they
-        // belong.
+        // SAFETY: By the type invariants, we have the only reference to the page.
+        // INVARIANT: The order stays in the low 8 bits, and the tag is in the 16 bits above.
         unsafe { helpers::vbrs_set_page_private(self.page.as_ptr(), private) };
     }
 
     fn private(&self) -> c_ulong {
-        // SAFETY: By the invariants the page is valid and ours.
+        // SAFETY: By the type invariants, the page is valid and we have the only reference to it.
         unsafe { helpers::vbrs_page_private(self.page.as_ptr()) }
     }
 
-    /// How many pages the block has.
+    /// Returns the number of pages.
     pub fn pages(&self) -> usize {
         1 << self.order()
     }
 
-    /// How many bytes the block has.
+    /// Returns the size in bytes.
     pub fn size(&self) -> usize {
         self.pages() << PAGE_SHIFT
     }
 
-    /// The physical address of the block's first byte.
+    /// Returns the physical address of the first byte.
     pub fn address(&self) -> u64 {
-        // SAFETY: By the invariants the page is valid.
+        // SAFETY: By the type invariants, the page is valid.
         unsafe { helpers::vbrs_page_to_phys(self.page.as_ptr()) as u64 }
     }
 
-    /// Fills the block with zeroes.
+    /// Fills the pages with zeroes.
     pub fn zero(&mut self) {
-        // SAFETY: By the invariants the pages are ours alone, and there are `2^order` of them.
+        // SAFETY: By the type invariants, there are `2^order` pages, and we have the only reference
+        // to them.
         unsafe { helpers::vbrs_zero_pages(self.page.as_ptr(), self.pages()) };
     }
 
-    /// Gives up ownership for a pointer, to be turned back by [`from_raw`](Self::from_raw).
+    /// Converts the `PageBlock` into a pointer to its first page, without freeing the pages.
     ///
-    /// The pointer is aligned as `struct page` is: to 8 bytes at least.
+    /// The pointer has the alignment of `struct page`, which is at least 8 bytes. Pass it to
+    /// [`from_raw`](Self::from_raw) to get the `PageBlock` back.
     pub fn into_raw(self) -> NonNull<bindings::page> {
         ManuallyDrop::new(self).page
     }
 
-    /// Takes back the ownership that [`into_raw`](Self::into_raw) gave up.
+    /// Converts a pointer from [`into_raw`](Self::into_raw) back into a `PageBlock`.
     ///
     /// # Safety
     ///
-    /// `page` must come from `into_raw`, must not have been turned back since, and its `private`
-    /// must be as it was then.
+    /// `page` must come from `into_raw`, must not have been converted back since, and
+    /// `page->private` must not have changed since.
     pub unsafe fn from_raw(page: NonNull<bindings::page>) -> Self {
-        // INVARIANT: They held when `into_raw` was called, and nobody has touched the page since.
+        // INVARIANT: The invariants held when `into_raw` was called. By the safety requirements,
+        // `private` has not changed, and no other `PageBlock` exists for the page.
         Self { page }
     }
 
-    /// The first page, which stays the block's.
+    /// Returns the first page. The `PageBlock` keeps the ownership.
     pub fn as_raw(&self) -> NonNull<bindings::page> {
         self.page
     }
@@ -148,8 +159,8 @@ impl PageBlock {
 impl Drop for PageBlock {
     fn drop(&mut self) {
         let order = self.order();
-        // SAFETY: By the invariants we own the pages, which came from the allocator as one block
-        // of this order.
+        // SAFETY: By the type invariants, we have the only reference to the pages, and the page
+        // allocator returned them as one block of this order.
         unsafe {
             helpers::vbrs_set_page_private(self.page.as_ptr(), 0);
             bindings::__free_pages(self.page.as_ptr(), order);
@@ -170,7 +181,7 @@ mod tests {
             assert_eq!(block.order(), order);
             assert_eq!(block.pages(), 1 << order);
             assert_eq!(block.size(), 4096 << order);
-            // A buddy is aligned to its own size.
+            // The buddy allocator aligns each block to its size.
             assert_eq!(block.address() % block.size() as u64, 0);
         }
     }
@@ -189,7 +200,7 @@ mod tests {
             let address = block.address();
             let raw = block.into_raw();
             assert_eq!(raw.as_ptr() as usize % 8, 0);
-            // SAFETY: `raw` is from `into_raw`, just now.
+            // SAFETY: `raw` comes from `into_raw` and has not been used since.
             let block = unsafe { PageBlock::from_raw(raw) };
             assert_eq!((block.address(), block.order()), (address, 2));
             assert_eq!(block.tag(), 0xabcd);

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Blocks whose content is not to be relied on.
+//! Hinted blocks: free blocks whose content the device may change or discard.
+//!
+//! A [`HintedBlock`] owns a free block from the hint until the device reports DONE. The guest may
+//! use the pages earlier, but then their content must be overwritten first, because the device may
+//! still change it. Until then the pages have the type `PageOffline`.
+//!
+//! C header: `include/linux/page-flags.h`.
 
 use core::ffi::c_void;
 use core::mem::ManuallyDrop;
@@ -14,52 +20,57 @@ use super::{page_alloc, BalloonPage, BlockList, PageBlock};
 use crate::bindings as helpers;
 use crate::virtio::{Buffer, Segments};
 
-/// A block of free pages that was shown to the device: its content may change or get lost until
-/// the device says that it is done with it.
+/// A free block that was hinted to the device.
 ///
-/// If it is dropped before that, it is filled with zeroes on its way back to the page allocator, so
-/// that nobody meets a content that the device still may replace; unless the allocator sees to that
-/// ([`page_alloc::allocator_fills_pages`]). After that, [`release`](Self::release) gives it back as it
-/// is.
+/// The device may change or discard the content until it reports DONE:
 ///
-/// Its pages are marked as logically offline (`PageOffline`), until they go back: dump tools leave
-/// them out, hibernation does not save them, and memory that goes offline may be isolated
-/// although they are in it.
+/// - To free the block after DONE, call [`release`](Self::release), which returns the pages to the
+///   page allocator without changing their content.
+/// - To free the block before DONE, drop it. Drop fills the pages with zeroes before it returns
+///   them, so that the next owner does not see content that the device may still change. Where the
+///   page allocator overwrites pages itself ([`page_alloc::allocator_fills_pages`]), drop does not
+///   fill them.
+///
+/// The pages have the type `PageOffline` ("logically offline") until they are returned. Crash dump
+/// tools skip such pages, hibernation does not save them, and memory offlining may isolate their
+/// range.
 ///
 /// # Invariants
 ///
-/// All pages of the block have the type `PageOffline`.
+/// All pages have the type `PageOffline`.
 pub struct HintedBlock(PageBlock);
 
 impl HintedBlock {
-    /// Lends a block.
+    /// Creates a hinted block and marks its pages as `PageOffline`.
     pub fn new(block: PageBlock) -> Self {
-        // SAFETY: The block is ours, and has so many pages, none of which has a type.
+        // SAFETY: `block` owns this number of pages, and none of them has a type.
         unsafe { helpers::vbrs_set_offline(block.as_raw().as_ptr(), block.pages()) };
-        // INVARIANT: As just done.
+        // INVARIANT: `vbrs_set_offline()` gave all pages the type.
         Self(block)
     }
 
-    /// Gives the block back to the page allocator as it is.
+    /// Returns the pages to the page allocator without changing their content.
     pub fn release(self) {
         let block = self.into_block();
-        // SAFETY: The block is ours, and has so many pages; by the invariant they are marked.
+        // SAFETY: `block` owns this number of pages. By the type invariant, all have the type
+        // `PageOffline`.
         unsafe { helpers::vbrs_clear_offline(block.as_raw().as_ptr(), block.pages()) };
     }
 
-    /// The block, to be looked at.
+    /// Returns the free block.
     pub fn block(&self) -> &PageBlock {
         &self.0
     }
 
-    /// Makes single pages of the block, so that a part of it can go back.
+    /// Splits the block into single pages, so that they can be returned in parts.
     pub fn split(self) -> HintedPages {
         let block = self.into_block();
         let (order, count) = (block.order(), block.pages());
         let first = block.into_raw();
-        // SAFETY: The block was ours alone, and has this order.
+        // SAFETY: `block` had the only reference to the pages, and has this order.
         unsafe { helpers::vbrs_split_block(first.as_ptr(), order) };
-        // INVARIANT: These are the block's pages, each a block of order 0 now, and marked as they were.
+        // INVARIANT: `first` is followed by the other `count - 1` pages of the block.
+        // `split_page()` made each a block of order 0, and left the page types unchanged.
         HintedPages {
             first,
             count,
@@ -67,7 +78,7 @@ impl HintedBlock {
         }
     }
 
-    /// Notes something on the block: see [`PageBlock::set_tag`].
+    /// Sets the tag: see [`PageBlock::set_tag`].
     pub fn set_tag(&mut self, tag: u16) {
         self.0.set_tag(tag);
     }
@@ -76,12 +87,12 @@ impl HintedBlock {
 impl Role for HintedBlock {
     fn into_block(self) -> PageBlock {
         let this = ManuallyDrop::new(self);
-        // SAFETY: `this` is neither used nor dropped any more.
+        // SAFETY: `this` is not used again, and `ManuallyDrop` does not drop it.
         unsafe { ptr::read(&this.0) }
     }
 
     fn from_block(block: PageBlock) -> Self {
-        // INVARIANT: The marks are those of the block from `into_block`.
+        // INVARIANT: `block` comes from `into_block`, which leaves the page types unchanged.
         Self(block)
     }
 }
@@ -91,91 +102,100 @@ impl Drop for HintedBlock {
         if !page_alloc::allocator_fills_pages() {
             self.0.zero();
         }
-        // SAFETY: The block is ours, and has so many pages; by the invariant they are marked.
+        // SAFETY: The `PageBlock` owns this number of pages. By the type invariant, all have the
+        // type `PageOffline`.
         unsafe { helpers::vbrs_clear_offline(self.0.as_raw().as_ptr(), self.0.pages()) };
     }
 }
 
-/// What is left of a [`HintedBlock`] that was [opened](HintedBlock::split): neighbouring pages.
+/// Contiguous single pages of a hinted block that was [split](HintedBlock::split).
 ///
-/// Dropping it fills them with zeroes where that is needed, and gives them back, as with a block; so
-/// does [`release`](Self::release) without the zeroes. Any context that is not an interrupt.
+/// Drop fills the pages with zeroes where needed and returns them, as it does for a
+/// [`HintedBlock`]. [`release`](Self::release) returns them without changing their content. Not
+/// from interrupt context.
 ///
 /// # Invariants
 ///
-/// `first` and the `count - 1` pages behind it are pages of one block that the page allocator gave
-/// out and `split_page` split: each is a block of order 0 now, as if given out so, and is
-/// freed so. They have the type `PageOffline`, and nobody else refers to them.
+/// - `first` and the `count - 1` pages behind it belong to one block from the page allocator.
+///   `split_page()` made each of them a block of order 0, and each is freed as one.
+/// - All of them have the type `PageOffline`.
+/// - The `HintedPages` has the only reference to them.
 pub struct HintedPages {
     first: NonNull<bindings::page>,
     count: usize,
-    /// They hold nothing but zeroes, or need not.
+    /// The pages are filled with zeroes, or need not be.
     is_zeroed: bool,
 }
 
-// SAFETY: The pages belong to the value alone and are not bound to a thread.
+// SAFETY: The `HintedPages` has the only reference to its pages, and they are not bound to a
+// thread.
 unsafe impl Send for HintedPages {}
 
 impl HintedPages {
-    /// How many pages there are.
+    /// Returns the number of pages.
     pub fn pages(&self) -> usize {
         self.count
     }
 
-    /// Takes the first `count` pages, or all if there are fewer.
+    /// Splits off the first `count` pages, or all pages if there are fewer.
     #[must_use]
     pub fn take(&mut self, count: usize) -> Self {
         let count = count.min(self.count);
-        // INVARIANT: What is taken and what is left share no page.
+        // INVARIANT: `taken` gets the first `count` pages, and `self` keeps the rest.
         let taken = Self {
             first: self.first,
             count,
             is_zeroed: self.is_zeroed,
         };
-        // SAFETY: There are so many pages, all within what was one block, or this is just behind
-        // the last one, and never used.
+        // SAFETY: `count` is at most the number of pages, so the result is a page of the same block
+        // or one past its end. The latter is not dereferenced.
         self.first = unsafe { self.first.add(count) };
         self.count -= count;
         taken
     }
 
-    /// These pages, if there are any.
+    /// Returns `self`, or `None` if there are no pages.
     pub fn into_non_empty(self) -> Option<Self> {
         (self.count > 0).then_some(self)
     }
 
-    /// Fills the pages with zeroes, where that is needed before they go back.
+    /// Fills the pages with zeroes, where that is needed before they are returned.
     pub fn zero(&mut self) {
         if !self.is_zeroed && !page_alloc::allocator_fills_pages() {
-            // SAFETY: By the invariants the pages are ours alone.
+            // SAFETY: By the type invariants, we have the only reference to the pages.
             unsafe { helpers::vbrs_zero_pages(self.first.as_ptr(), self.count) };
         }
         self.is_zeroed = true;
     }
 
-    /// Gives the pages back to the page allocator as they are.
+    /// Returns the pages to the page allocator without changing their content.
     pub fn release(self) {
         ManuallyDrop::new(self).free();
     }
 
-    /// Puts all pages on `list`, without a mark. They are filled with zeroes first where that is
-    /// needed before they go back: the balloon frees its pages as they are.
+    /// Adds all pages to `list`, without the type `PageOffline`.
+    ///
+    /// Fills the pages with zeroes where needed, because the balloon frees its pages without
+    /// changing their content.
     pub fn into_balloon_pages(self, list: &mut BlockList<BalloonPage>) {
         let mut this = ManuallyDrop::new(self);
         this.zero();
-        // SAFETY: By the invariants these are marked pages of ours.
+        // SAFETY: By the type invariants, we have the only reference to the pages, and they have
+        // the type `PageOffline`.
         unsafe { helpers::vbrs_clear_offline(this.first.as_ptr(), this.count) };
         for index in 0..this.count {
-            // SAFETY: By the invariants this is one of `count` pages that are blocks of order 0,
-            // each with a reference of its own, which is ours alone. The mark is gone. `this` is
-            // neither used any more nor dropped, which gives the reference up.
+            // SAFETY: By the type invariants, this is one of `count` blocks of order 0, to which we
+            // have the only reference. The page type was cleared above. `this` is neither used
+            // again nor dropped, which transfers the reference.
             list.push(unsafe { BalloonPage::from_page(this.first.add(index)) });
         }
     }
 
-    /// Frees the pages, which must not be used any more.
+    /// Frees the pages. They must not be used afterwards.
     fn free(&mut self) {
-        // SAFETY: By the invariants the pages are ours alone, and marked. INVARIANT: None is left.
+        // SAFETY: By the type invariants, we have the only reference to the pages, and they have
+        // the type `PageOffline`.
+        // INVARIANT: `count` is set to 0 below.
         unsafe {
             helpers::vbrs_clear_offline(self.first.as_ptr(), self.count);
             helpers::vbrs_free_single_pages(self.first.as_ptr(), self.count);
@@ -191,8 +211,9 @@ impl Drop for HintedPages {
     }
 }
 
-// SAFETY: The memory is the block's pages, which the token owns; they are not read or written
-// before the block comes back. A `struct page` is aligned to 8 bytes at least.
+// SAFETY: The segment is the memory of the pages that the token owns. No code reads or writes them
+// until `from_token`. `into_raw` and `from_raw` are inverses. A `struct page` is aligned to at
+// least 8 bytes.
 unsafe impl Buffer for HintedBlock {
     const TOKEN_TAG_BITS: u32 = 3;
 
@@ -205,8 +226,8 @@ unsafe impl Buffer for HintedBlock {
     }
 
     unsafe fn from_token(token: NonNull<c_void>) -> Self {
-        // SAFETY: The token is from `into_raw`, and `private` was left alone since. INVARIANT: So
-        // were the marks.
+        // SAFETY: The token comes from `into_raw`, and `private` has not changed since.
+        // INVARIANT: The page types have not changed either.
         Self(unsafe { PageBlock::from_raw(token.cast()) })
     }
 }
@@ -219,7 +240,7 @@ mod tests {
     const PATTERN: u8 = 0x5a;
     const ORDER: u32 = 2;
 
-    /// What a page of a block that was dropped holds, while nobody has got it from the allocator.
+    /// Returns the content of a dropped page that the page allocator has not given out again.
     fn dropped() -> u8 {
         if page_alloc::allocator_fills_pages() {
             PATTERN
@@ -228,19 +249,20 @@ mod tests {
         }
     }
 
-    /// Lends a block that is full of [`PATTERN`], lets `end` do away with it, and returns whether
-    /// its first page holds `value` then.
+    /// Creates a hinted block that is filled with [`PATTERN`], passes it to `end`, and returns
+    /// whether its first page then holds `value`.
     fn first_page_holds(value: u8, end: impl FnOnce(HintedBlock)) -> Result<bool> {
         let block = PageBlock::try_alloc(ORDER).ok_or(ENOMEM)?;
         let page = block.as_raw().as_ptr();
         for index in 0..block.pages() {
-            // SAFETY: The block is ours, and has so many pages.
+            // SAFETY: `block` owns this number of pages.
             unsafe { helpers::vbrs_test_fill_page(page.add(index), PATTERN) };
         }
-        // SAFETY: The page is ours; with the reference it remains when the block is freed.
+        // SAFETY: `block` owns the page. The extra reference keeps the page when the block is
+        // freed.
         unsafe { helpers::vbrs_test_get_page(page) };
         end(HintedBlock::new(block));
-        // SAFETY: Nobody has the page but we, by the reference, which ends here.
+        // SAFETY: We own a reference to the page. It is dropped here and not used again.
         unsafe {
             let holds = helpers::vbrs_test_page_holds(page, value);
             helpers::vbrs_test_put_page(page);
@@ -312,11 +334,11 @@ mod tests {
         Ok(())
     }
 
-    /// How many of the first pages of a block have the type `PageOffline`.
+    /// Returns the number of pages that have the type `PageOffline`.
     fn marked(block: &PageBlock) -> usize {
         let page = block.as_raw().as_ptr();
         let marked = |index: &usize| {
-            // SAFETY: The block is ours, and has so many pages.
+            // SAFETY: `block` owns this number of pages.
             unsafe { helpers::vbrs_test_page_is_offline(page.add(*index)) }
         };
         (0..block.pages()).filter(marked).count()
@@ -335,7 +357,7 @@ mod tests {
         let mut rest = block.split();
         let mut pages = BlockList::new();
         rest.take(1).into_balloon_pages(&mut pages);
-        // SAFETY: The block's pages are ours.
+        // SAFETY: `rest` and `pages` own the pages of the block.
         unsafe {
             assert!(!helpers::vbrs_test_page_is_offline(first));
             assert!(helpers::vbrs_test_page_is_offline(first.add(1)));
@@ -343,7 +365,7 @@ mod tests {
         rest.into_balloon_pages(&mut pages);
         assert_eq!((pages.len(), pages.pages()), (1 << ORDER, 1 << ORDER));
         for index in 0..1 << ORDER {
-            // SAFETY: The block's pages are ours.
+            // SAFETY: `pages` owns all pages of the block.
             assert!(!unsafe { helpers::vbrs_test_page_is_offline(first.add(index)) });
         }
         Ok(())
@@ -354,12 +376,12 @@ mod tests {
         let mut block = PageBlock::try_alloc(ORDER).ok_or(ENOMEM)?;
         let page = block.as_raw().as_ptr();
         for index in 0..block.pages() {
-            // SAFETY: The block is ours, and has so many pages.
+            // SAFETY: `block` owns this number of pages.
             unsafe { helpers::vbrs_test_fill_page(page.add(index), PATTERN) };
         }
         block.zero();
         for index in 0..block.pages() {
-            // SAFETY: As above.
+            // SAFETY: `block` owns this number of pages.
             assert!(unsafe { helpers::vbrs_test_page_holds(page.add(index), 0) });
         }
         Ok(())

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Lists of page blocks.
+//! Lists of free blocks.
 
 use core::marker::PhantomData;
 use core::mem::ManuallyDrop;
@@ -15,12 +15,13 @@ use crate::bindings as helpers;
 pub(super) mod sealed {
     use crate::mm::PageBlock;
 
-    /// A block of pages in some role, and the way back to the bare block.
+    /// A type that owns a [`PageBlock`] in a certain role.
     pub trait Role: Sized {
-        /// Drops the role, not the block.
+        /// Converts the value into its block.
         fn into_block(self) -> PageBlock;
 
-        /// Takes the role up again. Only for a block from [`into_block`](Self::into_block).
+        /// Converts a block from [`into_block`](Self::into_block) back. Must not be used for other
+        /// blocks.
         fn from_block(block: PageBlock) -> Self;
     }
 }
@@ -37,18 +38,20 @@ impl Role for PageBlock {
     }
 }
 
-/// A list of blocks of pages: last in, first out.
+/// A list of free blocks: last in, first out.
 ///
-/// `T` is [`PageBlock`] or one of the types that stand for a block in a certain role. The links lie
-/// in the blocks' own `struct page`s, so that putting a block on a list needs no memory and cannot
-/// fail, and the list itself can be moved. Blocks of different orders may share a list. Dropping
-/// the list drops what is on it.
+/// `T` is [`PageBlock`], or a type that owns a `PageBlock` in a certain role. The list links the
+/// blocks through their `struct page`s. Therefore adding a block allocates no memory and cannot
+/// fail, and the list can be moved. A list may contain blocks of different orders. Dropping the
+/// list drops its blocks.
 ///
 /// # Invariants
 ///
-/// `first` is the head of a chain of `blocks` owned blocks with `pages` pages in all, linked
-/// through `page->lru.next`, which is null in the last one, `last`; each is from
-/// [`Role::into_block`] of `T`. `first` and `last` are there if there are blocks.
+/// - `first` is the first of `blocks` blocks, which have `pages` pages in total. The list owns
+///   them.
+/// - The blocks are linked through `page->lru.next`, which is null in `last`.
+/// - Each block comes from [`Role::into_block`] of `T`.
+/// - `first` and `last` are `None` if the list is empty, and `Some` otherwise.
 pub struct BlockList<T: Role> {
     first: Option<NonNull<bindings::page>>,
     last: Option<NonNull<bindings::page>>,
@@ -60,13 +63,14 @@ pub struct BlockList<T: Role> {
 // SAFETY: The list owns its blocks, and may be sent if they may.
 unsafe impl<T: Role + Send> Send for BlockList<T> {}
 
-// SAFETY: Through a shared reference only the counts can be read, and orders and addresses.
+// SAFETY: A shared reference only gives access to the counts, and to the addresses and orders of
+// the blocks, which do not change while it exists.
 unsafe impl<T: Role> Sync for BlockList<T> {}
 
 impl<T: Role> BlockList<T> {
-    /// An empty list.
+    /// Creates an empty list.
     pub const fn new() -> Self {
-        // INVARIANT: No chain, no blocks.
+        // INVARIANT: The list is empty.
         Self {
             first: None,
             last: None,
@@ -76,61 +80,62 @@ impl<T: Role> BlockList<T> {
         }
     }
 
-    /// How many blocks are on the list.
+    /// Returns the number of blocks.
     pub fn len(&self) -> usize {
         self.blocks
     }
 
-    /// How many pages the blocks have together.
+    /// Returns the total number of pages in the blocks.
     pub fn pages(&self) -> usize {
         self.pages
     }
 
-    /// Whether there is no block on the list.
+    /// Returns whether the list is empty.
     pub fn is_empty(&self) -> bool {
         self.first.is_none()
     }
 
-    /// Puts a block on the list.
+    /// Adds a block to the front of the list.
     pub fn push(&mut self, block: T) {
         let block = block.into_block();
-        // INVARIANT: The new head is owned and linked to the old one. The counts cannot overflow:
-        // each page is counted once, and there are not `usize::MAX` pages.
+        // INVARIANT: The list owns the new first block, which is linked to the old one. The counts
+        // cannot overflow: each page is counted once, and there are fewer than `usize::MAX` pages.
         self.blocks += 1;
         self.pages += block.pages();
         let page = block.into_raw();
         let next = self.first.map_or(ptr::null_mut(), NonNull::as_ptr);
-        // SAFETY: We own the page, hence its `lru`.
+        // SAFETY: We own the block, and therefore its `lru`.
         unsafe { (*helpers::vbrs_page_lru(page.as_ptr())).next = next.cast() };
         self.first = Some(page);
         self.last = self.last.or(self.first);
     }
 
-    /// Puts all blocks of `other` on the list, in front of those that are there, whatever their
-    /// number: takes no time.
+    /// Adds all blocks of `other` to the front of the list, in constant time.
     pub fn append(&mut self, other: Self) {
         let other = ManuallyDrop::new(other);
         let Some(last) = other.last else {
             return;
         };
         let next = self.first.map_or(ptr::null_mut(), NonNull::as_ptr);
-        // SAFETY: The other list owns the page, and is not used any more.
+        // SAFETY: `other` owns its last block, and `other` is not used again.
         unsafe { (*helpers::vbrs_page_lru(last.as_ptr())).next = next.cast() };
-        // INVARIANT: One chain is before the other, and both are owned here now.
+        // INVARIANT: The blocks of `other` are linked to those of `self`, and `self` owns all of
+        // them.
         self.first = other.first;
         self.last = self.last.or(other.last);
         self.blocks += other.blocks;
         self.pages += other.pages;
     }
 
-    /// Takes the block that was put on last.
+    /// Removes the first block, which is the one added last, and returns it.
     pub fn pop(&mut self) -> Option<T> {
         let page = self.first?;
-        // SAFETY: By the invariants we own the page, and the link is ours.
+        // SAFETY: By the type invariants, we own the page, and its `lru` links the list.
         let next = unsafe { (*helpers::vbrs_page_lru(page.as_ptr())).next };
-        // SAFETY: `push` got the page from `into_raw`, and it leaves the chain here.
+        // SAFETY: `push` got the page from `into_raw`, and the page leaves the list here.
         let block = unsafe { PageBlock::from_raw(page) };
-        // INVARIANT: The rest of the chain is what is left, and the counts follow.
+        // INVARIANT: `first` is the next block of the list, and the counts are those of the
+        // remaining blocks.
         self.first = NonNull::new(next.cast());
         if self.first.is_none() {
             self.last = None;
@@ -140,20 +145,21 @@ impl<T: Role> BlockList<T> {
         Some(T::from_block(block))
     }
 
-    /// Takes all blocks, and leaves the list empty.
+    /// Removes all blocks and returns them as a list.
     #[must_use]
     pub fn take(&mut self) -> Self {
         core::mem::take(self)
     }
 
-    /// Where the blocks on the list lie, the last one first.
+    /// Returns the addresses and orders of the blocks, from the first to the last.
     pub fn extents(&self) -> impl Iterator<Item = BlockExtent> + '_ {
         let mut next = self.first;
         core::iter::from_fn(move || {
             let page = next?;
-            // SAFETY: The list owns the page, and cannot lose it while it is borrowed.
+            // SAFETY: The list owns the page, and keeps it while the list is borrowed.
+            // `ManuallyDrop` does not drop the block, so the list remains its owner.
             let block = ManuallyDrop::new(unsafe { PageBlock::from_raw(page) });
-            // SAFETY: As above; the link belongs to the list.
+            // SAFETY: The list owns the page, and therefore its `lru`.
             let link = unsafe { (*helpers::vbrs_page_lru(page.as_ptr())).next };
             next = NonNull::new(link.cast());
             Some(BlockExtent {
@@ -176,7 +182,7 @@ impl<T: Role> Drop for BlockList<T> {
     }
 }
 
-/// Where a block lies, and how large it is.
+/// The address and the order of a free block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockExtent {
     /// The physical address of the first byte.

@@ -2,21 +2,23 @@
 
 //! Memory management for drivers that hold free pages of the guest.
 //!
-//! Safe wrappers over what the `kernel` crate does not have yet, usable without a balloon:
+//! Safe wrappers of kernel interfaces that the `kernel` crate does not have yet. They do not depend
+//! on the balloon driver:
 //!
-//! * [`PageBlock`]: `2^order` pages with one owner, and [`BlockList`], a list of them that needs no
-//!   memory of its own;
-//! * [`HintedBlock`]: a block that the device has been shown, and may have spoilt;
-//! * [`PageRef`]: a page that has other owners too;
-//! * [`BalloonPages`]: the kernel's list of pages that a balloon holds, which compaction may move;
-//! * [`PageReporting`]: showing free pages to a device that can use their memory;
-//! * [`Shrinker`]: giving memory back when the guest is short of it;
-//! * [`OomNotifier`]: giving memory back before a process is killed for want of it;
-//! * [`Notifier`]: notifications of memory that goes offline, and of the system's sleep;
-//! * [`Zone`]: the zones that the kernel uses for itself, and their free blocks;
-//! * [`NodesBelowWatermark`]: which NUMA nodes are short of memory;
-//! * [`page_alloc`]: how much memory is free, and how much must stay so;
-//! * [`vmstat`]: what the kernel counts about memory.
+//! * [`PageBlock`]: a free block, `2^order` pages with one owner. [`BlockList`]: a list of free
+//!   blocks that allocates no memory.
+//! * [`HintedBlock`]: a free block that the device may change or discard. [`HintedPages`]: single
+//!   pages of one.
+//! * [`PageRef`]: a reference to a page that may have other owners.
+//! * [`BalloonPages`]: the pages in a balloon, with page migration.
+//! * [`PageReporting`]: free page reporting.
+//! * [`Shrinker`]: a shrinker, which frees memory under memory pressure.
+//! * [`OomNotifier`]: an OOM notifier, which frees memory before the OOM killer runs.
+//! * [`Notifier`]: notifiers for memory hotplug and system sleep.
+//! * [`Zone`]: the zones for kernel allocations, and their free blocks.
+//! * [`NodesBelowWatermark`]: the NUMA nodes that are short of memory.
+//! * [`page_alloc`]: counts, watermarks and settings of the page allocator.
+//! * [`vmstat`]: memory statistics of the kernel.
 //!
 //! C headers: `include/linux/gfp.h`, `include/linux/balloon.h`, `include/linux/shrinker.h`,
 //! `include/linux/oom.h`, `include/linux/page_reporting.h`, `include/linux/mmzone.h`.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Which nodes are short of memory.
+//! NUMA nodes that are short of memory.
 //!
 //! C headers: `include/linux/mmzone.h`, `include/linux/nodemask.h`.
 
@@ -9,17 +9,25 @@ use kernel::bindings;
 use super::BalloonPage;
 use crate::bindings as helpers;
 
-/// The nodes that are short of memory and have balloon pages.
+/// A set of NUMA nodes: those that are short of memory and have balloon pages, as
+/// [`now`](Self::now) finds them.
 ///
-/// A node is short of memory if none of the zones that the kernel uses for itself has more free pages
-/// than its high watermark (with what it is boosted by for the moment) and what it keeps from
-/// allocations that could be served elsewhere; free CMA pages do not count, for most allocations cannot
-/// have them. If a task finds no memory although a node is not short, it is not allowed there (by a
-/// cpuset or a memory policy), it needs a larger block, or other tasks have freed pages since.
+/// A node is short of memory if each of its zones for kernel allocations is. A node without such
+/// zones is judged by its other zones. A zone is short of memory if it has no more free pages than
+/// the sum of:
+///
+/// - its high watermark, including any watermark boost;
+/// - its lowmem reserve, which allocations that another zone could serve do not get;
+/// - its free CMA pages, which most allocations cannot use.
+///
+/// A task may find no memory although no node is short of memory. Then a cpuset or a memory policy
+/// restricts the task to other nodes, the task needs a block of a higher order, or memory has been
+/// freed since.
 pub struct NodesBelowWatermark(bindings::nodemask_t);
 
 impl NodesBelowWatermark {
-    /// Finds out. Reads counters; any context.
+    /// Returns the nodes that are short of memory and have balloon pages. Only reads counters. Any
+    /// context.
     pub fn now() -> Self {
         let mut nodes = bindings::nodemask_t::default();
         // SAFETY: `nodes` is valid for writes.
@@ -27,33 +35,33 @@ impl NodesBelowWatermark {
         Self(nodes)
     }
 
-    /// All nodes.
+    /// Returns the set of all nodes.
     pub fn all() -> Self {
         let mut nodes = bindings::nodemask_t::default();
         nodes.bits.fill(!0);
         Self(nodes)
     }
 
-    /// No node.
+    /// Returns an empty set.
     #[cfg(CONFIG_KUNIT = "y")]
     pub(crate) fn none() -> Self {
         Self(bindings::nodemask_t::default())
     }
 
-    /// Whether there is none.
+    /// Returns whether the set is empty.
     pub fn is_empty(&self) -> bool {
         self.0.bits.iter().all(|word| *word == 0)
     }
 
-    /// Whether `page` lies on one of them.
+    /// Returns whether `page` is on a node in the set.
     pub fn contains(&self, page: &BalloonPage) -> bool {
-        // SAFETY: The page is valid, for it is borrowed, and so is the mask.
+        // SAFETY: The page and the node mask are borrowed, and therefore valid.
         unsafe { helpers::vbrs_page_is_on_nodes(page.as_raw().as_ptr(), &self.0) }
     }
 }
 
-/// Returns whether one node is online. Any context.
+/// Returns whether exactly one node is online. Any context.
 pub fn has_one_node() -> bool {
-    // SAFETY: The helper only reads the kernel's number of online nodes, in any context.
+    // SAFETY: The helper only reads the kernel's count of online nodes.
     unsafe { helpers::vbrs_has_one_node() }
 }

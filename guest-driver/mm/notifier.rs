@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Being told by the kernel: of memory that goes offline, of the system's sleep.
+//! Notifiers for memory hotplug and system sleep.
+//!
+//! A [`Notifier`] registers a [`OnMemoryOffline`] with the chain [`MemoryHotplug`], or a
+//! [`OnSystemSleep`] with the chain [`SystemSleep`].
 //!
 //! C headers: `include/linux/notifier.h`, `include/linux/memory.h`, `include/linux/suspend.h`.
 
@@ -18,76 +21,83 @@ use kernel::types::Opaque;
 
 use crate::bindings as helpers;
 
-/// Something that holds pages in memory that may be taken away.
+/// Callback for memory that goes offline.
 pub trait OnMemoryOffline: Send + Sync {
-    /// The memory at these physical addresses is about to go offline. No page of it is given out any
-    /// more; those that are held in it, and can be, should be given back now. If any is left, the
-    /// memory stays.
+    /// Called when the memory at these physical addresses is about to go offline
+    /// (`MEM_GOING_OFFLINE`).
+    ///
+    /// The kernel no longer allocates pages in `range`. The implementation should return the pages
+    /// that it owns there. If pages remain in use, the memory stays online.
     ///
     /// May sleep, for a limited time.
     fn going_offline(self: &Arc<Self>, range: Range<u64>);
 }
 
-/// Something that holds pages which the system needs to go to sleep.
+/// Callbacks for system sleep.
 pub trait OnSystemSleep: Send + Sync {
-    /// The system is about to be suspended or hibernated, or to make place for a hibernated one.
-    /// Everything still runs. May sleep, for a limited time.
+    /// Called before suspend, before hibernation, and before a hibernation image is restored.
+    ///
+    /// All of the system still runs. May sleep, for a limited time.
     fn prepare_sleep(self: &Arc<Self>);
 
-    /// Everything runs again, slept or not. Comes after each [`prepare_sleep`](Self::prepare_sleep). May sleep.
+    /// Called after each [`prepare_sleep`](Self::prepare_sleep), whether the system slept or not.
+    ///
+    /// All of the system runs again. May sleep.
     fn post_sleep(self: &Arc<Self>);
 }
 
 mod sealed {
     use super::*;
 
-    /// A chain of notifiers.
+    /// A notifier chain of the kernel.
     pub trait Chain<T> {
-        /// Registers a block. Returns 0 or an error number.
+        /// Registers a notifier block. Returns 0 or a negative error number.
         ///
         /// # Safety
         ///
-        /// `block` must be initialised, and stay where it is until it is unregistered.
+        /// `block` must be initialised and pinned, and must stay valid until it is unregistered.
         unsafe fn register(block: *mut bindings::notifier_block) -> c_int;
 
-        /// Takes the registration back, and waits for calls that are under way.
+        /// Unregisters a notifier block, and waits for calls in progress.
         ///
         /// # Safety
         ///
-        /// `block` must be registered.
+        /// `block` must be registered with this chain.
         unsafe fn unregister(block: *mut bindings::notifier_block);
 
-        /// Passes a call on.
+        /// Calls the method of `T` for `action`.
         ///
         /// # Safety
         ///
-        /// `argument` must be what this chain calls with for `action`.
+        /// `argument` must be the argument that this chain passes with `action`.
         unsafe fn call(data: &Arc<T>, action: c_ulong, argument: *mut c_void);
     }
 }
 
 use sealed::Chain;
 
-/// The chain for memory that goes offline and comes online.
+/// The notifier chain for memory hotplug (`register_memory_notifier()`).
 pub struct MemoryHotplug(());
 
-/// The chain for the system's sleep.
+/// The notifier chain for system sleep (`register_pm_notifier()`).
 pub struct SystemSleep(());
 
 impl<T: OnMemoryOffline> Chain<T> for MemoryHotplug {
     unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
-        // SAFETY: As this function requires.
+        // SAFETY: By the safety requirements of this function, `block` is initialised and stays
+        // valid while it is registered.
         unsafe { helpers::vbrs_register_memory_notifier(block) }
     }
 
     unsafe fn unregister(block: *mut bindings::notifier_block) {
-        // SAFETY: As this function requires.
+        // SAFETY: By the safety requirements of this function, `block` is registered.
         unsafe { helpers::vbrs_unregister_memory_notifier(block) };
     }
 
     unsafe fn call(data: &Arc<T>, action: c_ulong, argument: *mut c_void) {
         let (mut start, mut end) = (0, 0);
-        // SAFETY: As this function requires; both are valid for writes.
+        // SAFETY: By the safety requirements of this function, `argument` belongs to `action`.
+        // `start` and `end` are valid for writes.
         if unsafe { helpers::vbrs_mem_going_offline(action, argument, &mut start, &mut end) } {
             T::going_offline(data, start..end);
         }
@@ -96,17 +106,18 @@ impl<T: OnMemoryOffline> Chain<T> for MemoryHotplug {
 
 impl<T: OnSystemSleep> Chain<T> for SystemSleep {
     unsafe fn register(block: *mut bindings::notifier_block) -> c_int {
-        // SAFETY: As this function requires.
+        // SAFETY: By the safety requirements of this function, `block` is initialised and stays
+        // valid while it is registered.
         unsafe { helpers::vbrs_register_pm_notifier(block) }
     }
 
     unsafe fn unregister(block: *mut bindings::notifier_block) {
-        // SAFETY: As this function requires.
+        // SAFETY: By the safety requirements of this function, `block` is registered.
         unsafe { helpers::vbrs_unregister_pm_notifier(block) };
     }
 
     unsafe fn call(data: &Arc<T>, action: c_ulong, _argument: *mut c_void) {
-        // SAFETY: Only compares numbers.
+        // SAFETY: The helper only compares numbers.
         match unsafe { helpers::vbrs_pm_event_phase(action) } {
             helpers::vbrs_pm_phase_VBRS_PM_PREPARE => T::prepare_sleep(data),
             helpers::vbrs_pm_phase_VBRS_PM_POST => T::post_sleep(data),
@@ -115,11 +126,12 @@ impl<T: OnSystemSleep> Chain<T> for SystemSleep {
     }
 }
 
-/// A registered notifier: for [`MemoryHotplug`] or [`SystemSleep`]. On a kernel that knows neither it is
-/// never called.
+/// A registered notifier of the chain `C`: [`MemoryHotplug`] or [`SystemSleep`].
 ///
-/// Dropping it takes the registration back and waits for a call that is under way; may sleep. Must
-/// not be dropped by the call itself.
+/// A kernel that is built without memory hotplug or without system sleep never calls it.
+///
+/// Dropping a `Notifier` unregisters it and waits for a call in progress. May sleep. Must not be
+/// dropped from its own callback.
 pub struct Notifier<C: Chain<T>, T: Send + Sync + 'static>(Pin<KBox<Inner<T>>>, PhantomData<C>);
 
 #[pin_data]
@@ -129,20 +141,20 @@ struct Inner<T> {
     data: Arc<T>,
 }
 
-// SAFETY: A registration may be taken back by any thread, and `T` is shared by all.
+// SAFETY: Any thread may unregister a notifier block, and `T` is `Send` and `Sync`.
 unsafe impl<C: Chain<T>, T: Send + Sync> Send for Notifier<C, T> {}
 
 // SAFETY: A shared reference gives access to nothing.
 unsafe impl<C: Chain<T>, T: Send + Sync> Sync for Notifier<C, T> {}
 
 impl<C: Chain<T>, T: Send + Sync> Notifier<C, T> {
-    /// Registers a notifier.
+    /// Registers a notifier that calls the methods of `data`.
     ///
     /// May sleep.
     ///
     /// # Errors
     ///
-    /// [`ENOMEM`], or what the chain says.
+    /// [`ENOMEM`], or the error of the chain.
     pub fn register(data: Arc<T>) -> Result<Self> {
         let inner = pin_init!(Inner {
             block <- Opaque::ffi_init(|slot: *mut bindings::notifier_block| {
@@ -158,7 +170,8 @@ impl<C: Chain<T>, T: Send + Sync> Notifier<C, T> {
             data,
         });
         let inner = KBox::pin_init(inner, GFP_KERNEL)?;
-        // SAFETY: The block is initialised, pinned, and lives until the drop unregisters it.
+        // SAFETY: The notifier block is initialised and pinned, and lives until `drop` unregisters
+        // it.
         to_result(unsafe { C::register(inner.block.get()) })?;
         Ok(Self(inner, PhantomData))
     }
@@ -171,9 +184,10 @@ impl<C: Chain<T>, T: Send + Sync> Notifier<C, T> {
         /// `NOTIFY_OK`
         const OK: c_int = 1;
 
-        // SAFETY: The kernel calls with a registered block, which is part of an `Inner`.
+        // SAFETY: The kernel passes a registered notifier block, which is a field of an `Inner`.
         let inner = unsafe { &*container_of!(Opaque::cast_from(block), Inner<T>, block) };
-        // SAFETY: The chain calls those that are registered with it, with its own arguments.
+        // SAFETY: The chain `C` passes its own `action` and `argument` to the blocks registered
+        // with it.
         unsafe { C::call(&inner.data, action, argument) };
         OK
     }
@@ -181,7 +195,7 @@ impl<C: Chain<T>, T: Send + Sync> Notifier<C, T> {
 
 impl<C: Chain<T>, T: Send + Sync + 'static> Drop for Notifier<C, T> {
     fn drop(&mut self) {
-        // SAFETY: `register` has registered it, and this is the one place that ends it.
+        // SAFETY: `register` registered the notifier block, and only `drop` unregisters it.
         unsafe { C::unregister(self.0.block.get()) };
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Giving memory back before a process is killed for want of it.
+//! OOM notifiers: callbacks that free memory before the OOM killer runs.
 //!
 //! C header: `include/linux/oom.h`.
 
@@ -16,23 +16,25 @@ use kernel::types::Opaque;
 
 use crate::bindings as helpers;
 
-/// Something that can give pages back when the guest has run out of memory.
+/// Callback that frees memory when the guest is out of memory.
 pub trait OnOutOfMemory: Send + Sync {
-    /// Returns pages to the page allocator, and returns their number. The kernel kills a process if all
-    /// notifiers return 0.
+    /// Returns pages to the page allocator, and returns their number. The kernel kills a process if
+    /// all notifiers together return 0.
     ///
-    /// `already_freed` is the number of pages that notifiers of higher priority returned, on any node.
+    /// `already_freed` is the number of pages that notifiers of higher priority returned, on any
+    /// node.
     ///
-    /// Called from within the allocation that found no memory, in any task, by one at a time. Other
-    /// tasks that need memory wait meanwhile. May sleep, for a short and limited time; must not
-    /// allocate with reclaim allowed, nor take a lock under which anybody does.
+    /// Called from within the allocation that found no memory, in any task, one call at a time.
+    /// Other tasks that run out of memory wait meanwhile. May sleep, for a short and limited time.
+    /// Must not allocate with reclaim allowed, and must not take a lock under which memory is
+    /// allocated with reclaim allowed.
     fn oom_notify(self: &Arc<Self>, already_freed: usize) -> usize;
 }
 
 /// A registered OOM notifier.
 ///
-/// Dropping it takes the registration back and waits for a call that is under way; may sleep. Must
-/// not be dropped by the call itself.
+/// Dropping it unregisters the notifier and waits for a call in progress. May sleep. Must not be
+/// dropped from its own callback.
 pub struct OomNotifier<T: OnOutOfMemory + 'static>(Pin<KBox<Inner<T>>>);
 
 #[pin_data]
@@ -42,20 +44,20 @@ struct Inner<T: OnOutOfMemory> {
     data: Arc<T>,
 }
 
-// SAFETY: A registration may be taken back by any thread, and `T` is shared by all.
+// SAFETY: Any thread may unregister a notifier block, and `T` is `Send` and `Sync`.
 unsafe impl<T: OnOutOfMemory> Send for OomNotifier<T> {}
 
 // SAFETY: A shared reference gives access to nothing.
 unsafe impl<T: OnOutOfMemory> Sync for OomNotifier<T> {}
 
 impl<T: OnOutOfMemory> OomNotifier<T> {
-    /// Registers a notifier; those with a higher priority are asked first.
+    /// Registers a notifier. The kernel calls notifiers in order of decreasing priority.
     ///
     /// May sleep.
     ///
     /// # Errors
     ///
-    /// [`ENOMEM`], or what the notifier chain says.
+    /// [`ENOMEM`], or the error of the notifier chain.
     pub fn register(priority: i32, data: Arc<T>) -> Result<Self> {
         let inner = pin_init!(Inner {
             block <- Opaque::ffi_init(|slot: *mut bindings::notifier_block| {
@@ -71,7 +73,8 @@ impl<T: OnOutOfMemory> OomNotifier<T> {
             data,
         });
         let inner = KBox::pin_init(inner, GFP_KERNEL)?;
-        // SAFETY: The block is initialised, pinned, and lives until the drop unregisters it.
+        // SAFETY: The notifier block is initialised and pinned, and lives until `drop` unregisters
+        // it.
         to_result(unsafe { helpers::register_oom_notifier(inner.block.get()) })?;
         Ok(Self(inner))
     }
@@ -84,9 +87,9 @@ impl<T: OnOutOfMemory> OomNotifier<T> {
         /// `NOTIFY_OK`
         const OK: c_int = 1;
 
-        // SAFETY: The kernel calls with a registered block, which is part of an `Inner`.
+        // SAFETY: The kernel passes a registered notifier block, which is a field of an `Inner`.
         let inner = unsafe { &*container_of!(Opaque::cast_from(block), Inner<T>, block) };
-        // SAFETY: The kernel passes a counter that is the caller's for the call.
+        // SAFETY: The kernel passes a counter of freed pages that only this call uses.
         let freed = unsafe { &mut *freed.cast::<c_ulong>() };
         let more = T::oom_notify(&inner.data, *freed);
         *freed = freed.saturating_add(more);
@@ -96,7 +99,7 @@ impl<T: OnOutOfMemory> OomNotifier<T> {
 
 impl<T: OnOutOfMemory + 'static> Drop for OomNotifier<T> {
     fn drop(&mut self) {
-        // SAFETY: `register` has registered it, and this is the one place that ends it.
+        // SAFETY: `register` registered the notifier block, and only `drop` unregisters it.
         unsafe { helpers::unregister_oom_notifier(self.0.block.get()) };
     }
 }
@@ -106,7 +109,7 @@ mod tests {
     use super::*;
     use kernel::sync::atomic::{Atomic, Relaxed};
 
-    /// Returns 4 and stores `already_freed`.
+    /// A notifier that returns 4 and stores `already_freed`.
     struct Giver {
         told: Atomic<usize>,
     }

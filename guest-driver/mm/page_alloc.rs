@@ -1,59 +1,65 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! How the guest's memory fares. All functions may be called in any context.
+//! Counts, watermarks and settings of the page allocator.
 //!
-//! Counts are in the guest's pages.
+//! Counts are in pages of the guest. All functions may be called in any context.
+//!
+//! C headers: `include/linux/mmzone.h`, `include/linux/vmstat.h`, `include/linux/mm.h`.
 
 use crate::bindings as helpers;
 
-/// How many pages are free now. Cheap, and off by a few pages a CPU.
+/// Returns the number of free pages. Fast. The error is at most a few pages per CPU.
 pub fn free_pages() -> usize {
-    // SAFETY: Reads a counter.
+    // SAFETY: The helper only reads a counter.
     unsafe { helpers::vbrs_free_pages() }
 }
 
-/// How many pages can be had, by the kernel's estimate: free, or by reclaiming or swapping others;
-/// without the reserves that the kernel keeps for itself.
+/// Returns an estimate of the pages that can be allocated: the kernel's estimate of available pages
+/// (`si_mem_available()`), plus the free pages of swap.
+///
+/// The pages that the kernel reserves for itself are not included.
 pub fn available_and_swap_pages() -> usize {
-    // SAFETY: Reads counters.
+    // SAFETY: The helper only reads counters.
     unsafe { helpers::vbrs_available_and_swap_pages() }
 }
 
-/// How many pages the page allocator has in all, free or not.
+/// Returns the number of pages that the page allocator manages, free or not.
 pub fn managed_pages() -> usize {
-    // SAFETY: Reads a counter.
+    // SAFETY: The helper only reads a counter.
     unsafe { helpers::vbrs_managed_pages() }
 }
 
-/// The sum of all zones' high watermarks, without what they are boosted by for the moment: with
-/// more free pages than these, the kernel does not reclaim memory.
+/// Returns the sum of the high watermarks of all zones, without any watermark boost.
+///
+/// The kernel stops background reclaim of a zone once its free pages exceed its high watermark.
 pub fn high_watermarks() -> usize {
-    // SAFETY: Reads the zones' watermarks, which are plain words.
+    // SAFETY: The helper only reads watermarks, which are plain words.
     unsafe { helpers::vbrs_high_watermarks() }
 }
 
-/// Half-way between the minimum and the low watermark, summed over all zones, without what they are
-/// boosted by for the moment.
+/// Returns the midpoint between the minimum and the low watermark, summed over all zones, without
+/// any watermark boost.
 ///
-/// Below its low watermark a zone begins to be reclaimed, while whoever allocates goes on; below
-/// the minimum they wait for that.
+/// Below its low watermark, a zone is reclaimed in the background while allocations still succeed
+/// at once. Below the minimum watermark, allocations have to reclaim memory themselves.
 pub fn min_low_midpoint() -> usize {
-    // SAFETY: Reads the zones' watermarks, which are plain words.
+    // SAFETY: The helper only reads watermarks, which are plain words.
     unsafe { helpers::vbrs_min_low_midpoint() }
 }
 
-/// What the guest fills its free pages with, byte by byte the same in all four; `None` if it leaves
-/// them as they are.
+/// Returns the pattern that the guest fills free pages with, as four equal bytes; `None` if the
+/// guest leaves free pages unchanged.
 pub fn free_page_pattern() -> Option<u32> {
     let mut pattern = 0;
-    // SAFETY: `pattern` is valid for a write.
+    // SAFETY: `pattern` is valid for writes.
     unsafe { helpers::vbrs_fills_free_pages(&mut pattern) }.then_some(pattern)
 }
 
-/// Whether the page allocator fills pages with something of its own, at the latest when it gives
-/// them out: then nobody meets what was in them before (`init_on_alloc`, `init_on_free`, page
-/// poisoning).
+/// Returns whether the page allocator overwrites pages between free and allocation:
+/// `init_on_alloc`, `init_on_free` or page poisoning is enabled.
+///
+/// If so, the next owner of a page never sees the previous content.
 pub fn allocator_fills_pages() -> bool {
-    // SAFETY: Reads settings of the kernel's, made when it started.
+    // SAFETY: The helper only reads static keys, which are set during boot.
     unsafe { helpers::vbrs_allocator_fills_pages() }
 }

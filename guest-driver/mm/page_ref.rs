@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Pages that somebody else has too.
+//! References to pages that may have other owners.
 
 use core::ptr::NonNull;
 
@@ -8,53 +8,56 @@ use kernel::bindings;
 
 use crate::bindings as helpers;
 
-/// A reference to a page that may have other owners: as long as this lives, it is not freed.
+/// A reference to a page that may have other owners.
 ///
-/// Gives no access to the page's contents, nor to its `struct page`. Dropping it gives the page back
-/// to the page allocator if nobody else has a reference; allowed in any context but NMI.
+/// The page is not freed while the reference exists. A `PageRef` gives no access to the content of
+/// the page, nor to its `struct page`.
+///
+/// Dropping the last reference returns the page to the page allocator. Any context but NMI.
 ///
 /// # Invariants
 ///
-/// We own a reference to the page.
+/// The `PageRef` owns a reference to the page.
 pub struct PageRef(NonNull<bindings::page>);
 
-// SAFETY: References to pages may be dropped by any thread.
+// SAFETY: Any thread may drop a reference to a page.
 unsafe impl Send for PageRef {}
 
-// SAFETY: Through a shared reference only the address can be read.
+// SAFETY: A shared reference only gives access to the address.
 unsafe impl Sync for PageRef {}
 
 impl PageRef {
-    /// Takes a reference.
+    /// Takes a reference to `page`.
     ///
     /// # Safety
     ///
-    /// `page` must be a page to which the caller, or somebody for the duration of the call, owns a
-    /// reference.
+    /// The caller must own a reference to `page`, or another owner must keep one for the duration
+    /// of the call.
     pub(super) unsafe fn get(page: NonNull<bindings::page>) -> Self {
-        // SAFETY: By this function's requirement the page is not free.
+        // SAFETY: By the safety requirements of this function, a reference exists, so the page is
+        // not free.
         unsafe { helpers::vbrs_get_page(page.as_ptr()) };
-        // INVARIANT: The reference was just taken.
+        // INVARIANT: `vbrs_get_page()` took the reference.
         Self(page)
     }
 
-    /// Takes a reference to `page`, which then has two owners.
+    /// Takes a reference to `page`, in addition to the one of its `BalloonPage`.
     #[cfg(CONFIG_KUNIT = "y")]
     pub(crate) fn from_balloon_page(page: &super::BalloonPage) -> Self {
-        // SAFETY: The page is borrowed from its owner for the call.
+        // SAFETY: `page` is borrowed, so its owner keeps a reference for the duration of the call.
         unsafe { Self::get(page.as_raw()) }
     }
 
-    /// The physical address of the page's first byte.
+    /// Returns the physical address of the first byte.
     pub fn address(&self) -> u64 {
-        // SAFETY: By the invariant the page is valid.
+        // SAFETY: By the type invariant, the page is valid.
         unsafe { helpers::vbrs_page_to_phys(self.0.as_ptr()) as u64 }
     }
 }
 
 impl Drop for PageRef {
     fn drop(&mut self) {
-        // SAFETY: By the invariant we own a reference, which ends here.
+        // SAFETY: By the type invariant, we own a reference, which is not used again.
         unsafe { helpers::vbrs_put_page(self.0.as_ptr()) };
     }
 }

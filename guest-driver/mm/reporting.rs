@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Reporting free pages to whoever can use their memory.
+//! Free page reporting.
 //!
-//! The kernel collects blocks of pages that are free, takes them out of the free lists, and hands
-//! them to one [`ReportPages`] in all the system, as [`FreePages`]. When that value is dropped the
-//! pages go back to the free lists, and not before: so a device that has been shown them is done
-//! with them, if the value travelled through a [`Virtqueue`](crate::virtio::Virtqueue).
+//! The kernel isolates blocks of free pages from the free lists and reports them to one
+//! [`ReportPages`] in the system, as a [`FreePages`]. The pages return to the free lists when the
+//! `FreePages` is dropped or acknowledged. A driver sends the `FreePages` through a
+//! [`Virtqueue`](crate::virtio::Virtqueue), which owns it while the device uses the buffer. So the
+//! device no longer uses the pages once they are back in the free lists.
 //!
 //! C header: `include/linux/page_reporting.h`.
 
@@ -26,57 +27,60 @@ use pin_init::stack_pin_init;
 use crate::bindings as helpers;
 use crate::virtio::{Buffer, Segments};
 
-/// Takes reports of free pages.
+/// Callbacks of free page reporting.
 ///
-/// Both methods are called from a work item, one call at a time, and may sleep. They must not
-/// allocate memory in a way that waits for memory: pages that are being reported are missing from
-/// the free lists meanwhile.
+/// The kernel calls both methods from a work item, one call at a time. They may sleep. They must
+/// not wait for memory to be reclaimed, because the reported pages are not in the free lists
+/// meanwhile.
 pub trait ReportPages: Send + Sync + 'static {
-    /// These pages are free.
+    /// Called with a report of free pages.
     ///
-    /// No more are reported until `pages` is dropped or [acknowledged](FreePages::acknowledge),
-    /// which may happen after this has returned, in any context.
+    /// The kernel makes no further report until `pages` is dropped or
+    /// [acknowledged](FreePages::acknowledge). That may happen after this method has returned, and
+    /// in any context but NMI.
     fn report(&self, pages: FreePages);
 
-    /// The pages of the last report are still out, after so many seconds. Called every second.
+    /// Called once a second while the last report is pending, with its age in seconds.
     fn overdue(&self, seconds: u32) {
         let _ = seconds;
     }
 }
 
-/// Pages that are free, out of the free lists for as long as this lives.
+/// A report: blocks of free pages, which are isolated from the free lists while this exists.
 ///
-/// As a [`Buffer`] it has one segment for each block of pages. Between being reported and being
-/// dropped the pages are never touched by the kernel.
+/// As a [`Buffer`] it has one segment for each block. The kernel does not access the pages while
+/// the report is pending.
 ///
 /// # Invariants
 ///
-/// The batch is valid until [`Batch::end`] is called for it, and this is the one value for it.
+/// The batch is valid until [`Batch::end`] is called for it, and this is the only `FreePages` of
+/// the batch.
 pub struct FreePages(NonNull<Batch>);
 
-// SAFETY: The batch does not care about threads, and has one `FreePages`.
+// SAFETY: The batch is not bound to a thread, and only one `FreePages` refers to it.
 unsafe impl Send for FreePages {}
 
 impl FreePages {
     fn batch(&self) -> &Batch {
-        // SAFETY: By the invariants it is valid.
+        // SAFETY: By the type invariants, the batch is valid.
         unsafe { self.0.as_ref() }
     }
 
-    /// How many blocks there are.
+    /// Returns the number of blocks.
     pub fn blocks(&self) -> usize {
         self.batch().count
     }
 
-    /// How many pages the blocks have together.
+    /// Returns the total number of pages in the blocks.
     pub fn pages(&self) -> usize {
         let bytes = self.batch().entries().map(|(_, length)| length as usize);
         bytes.sum::<usize>() / PAGE_SIZE
     }
 
-    /// Gives the pages back, as reported: they are not reported again until they have been in use.
+    /// Returns the pages to the free lists as reported. The kernel does not report them again until
+    /// they have been allocated and freed.
     ///
-    /// Any context but NMI. To drop the value gives them back as not reported.
+    /// To return the pages as not reported, drop the value. Any context but NMI.
     pub fn acknowledge(self) {
         self.batch().acknowledged.store(true, Relaxed);
     }
@@ -84,13 +88,15 @@ impl FreePages {
 
 impl Drop for FreePages {
     fn drop(&mut self) {
-        // SAFETY: By the invariants the batch is valid, and this is the end of it.
+        // SAFETY: By the type invariants, the batch is valid, and this is its only `FreePages`,
+        // which is not used again.
         unsafe { Batch::end(self.0) };
     }
 }
 
-// SAFETY: The memory is that of the blocks, which the kernel keeps out of the free lists, hence
-// from everybody, until the batch ends; the token is the batch, aligned as a pointer is.
+// SAFETY: The segments are the blocks of the report. The kernel keeps them out of the free lists
+// until the batch ends, so no other code accesses them. The token is the pointer to the batch,
+// which has the alignment of a pointer.
 unsafe impl Buffer for FreePages {
     const TOKEN_TAG_BITS: u32 = 2;
 
@@ -105,12 +111,12 @@ unsafe impl Buffer for FreePages {
     }
 
     unsafe fn from_token(token: NonNull<c_void>) -> Self {
-        // INVARIANT: The token is from `into_token`, where they held.
+        // INVARIANT: The token comes from `into_token`, and the invariants held then.
         Self(token.cast())
     }
 }
 
-/// One report, on the stack of the callback that waits for its end.
+/// One report, on the stack of the callback, which waits for its end.
 #[pin_data]
 struct Batch {
     list: NonNull<bindings::scatterlist>,
@@ -121,24 +127,27 @@ struct Batch {
 }
 
 impl Batch {
+    /// Creates a batch.
+    ///
     /// # Safety
     ///
-    /// `list` must be an array of `count` entries, with pages, that stays as it is until the batch
+    /// `list` must be an array of `count` entries with pages, and must not change until the batch
     /// has ended.
     unsafe fn new(list: NonNull<bindings::scatterlist>, count: usize) -> impl PinInit<Self> {
         pin_init!(Self {
             list,
             count,
             acknowledged: AtomicFlag::new(false),
-            // SAFETY: The slot is room for a completion, and pinned.
+            // SAFETY: The slot is pinned memory for a completion.
             ended <- Opaque::ffi_init(|slot| unsafe { bindings::init_completion(slot) }),
         })
     }
 
-    /// First page and bytes of each block.
+    /// Returns the first page and the size in bytes of each block.
     fn entries(&self) -> impl Iterator<Item = (NonNull<bindings::page>, u32)> + '_ {
         (0..self.count).filter_map(|index| {
-            // SAFETY: By the requirement of `new` there are so many entries, each with a page.
+            // SAFETY: By the safety requirements of `new`, the array has `count` entries, each with
+            // a page.
             unsafe {
                 let entry = self.list.as_ptr().add(index);
                 let page = NonNull::new(helpers::vbrs_sg_page(entry))?;
@@ -147,22 +156,23 @@ impl Batch {
         })
     }
 
-    /// Lets the callback go on. The batch may be gone when this returns.
+    /// Ends the batch, which wakes the callback. The batch may be freed before this function
+    /// returns.
     ///
     /// # Safety
     ///
-    /// The batch must be valid, and nobody may use it any more.
+    /// The batch must be valid, and must not be used afterwards.
     unsafe fn end(batch: NonNull<Self>) {
-        // SAFETY: The batch is valid until the one who waits has seen the completion, and that
-        // looks at it under the lock under which it is completed.
+        // SAFETY: The batch stays valid until the waiter has seen the completion. The waiter checks
+        // the completion under the same lock under which it is completed.
         unsafe { bindings::complete_all((*batch.as_ptr()).ended.get()) };
     }
 
-    /// Waits for the end, at most a second. Returns whether it has come.
+    /// Waits for the end of the batch, for one second at most. Returns whether it has ended.
     fn wait_a_second(&self) -> bool {
-        // Interruptible, for a device may take its time: such a wait is not a hung task, nor load.
-        // (There is nobody to interrupt a work item.)
-        // SAFETY: The completion is initialised, and pinned.
+        // An interruptible wait, because the device may take long: the hung-task detector and the
+        // load average ignore such a wait. A work item gets no signals.
+        // SAFETY: The completion is initialised and pinned.
         let left = unsafe {
             bindings::wait_for_completion_interruptible_timeout(
                 self.ended.get(),
@@ -173,11 +183,11 @@ impl Batch {
     }
 }
 
-/// A registration to get all reports of free pages; there can be one in the system.
+/// A registration for free page reporting. Only one can exist in the system.
 ///
-/// Dropping it ends the registration and **waits for the end of the report** that is under way, if
-/// one is: for a device's answer, unless the device has been reset before and what came back from
-/// its queue is dropped.
+/// Dropping it ends the registration and **waits for the end of a pending report**. If the device
+/// has the pages, that is until it uses the buffer. To avoid this wait, reset the device and drop
+/// the buffers that were detached from the queue before dropping the registration. May sleep.
 #[pin_data(PinnedDrop)]
 pub struct PageReporting<T: ReportPages> {
     data: Arc<T>,
@@ -185,26 +195,27 @@ pub struct PageReporting<T: ReportPages> {
     info: Opaque<helpers::page_reporting_dev_info>,
 }
 
-// SAFETY: The registration may be ended by any thread, and `T` is shared by all.
+// SAFETY: Any thread may end the registration, and `T` is `Send` and `Sync`.
 unsafe impl<T: ReportPages> Send for PageReporting<T> {}
 
 // SAFETY: A shared reference gives access to nothing.
 unsafe impl<T: ReportPages> Sync for PageReporting<T> {}
 
 impl<T: ReportPages> PageReporting<T> {
-    /// Registers `data` for reports of up to `capacity` blocks each (at most 32, the kernel's own
-    /// limit).
+    /// Registers `data` for reports of up to `capacity` blocks each, at most 32
+    /// (`PAGE_REPORTING_CAPACITY`).
     ///
-    /// How large the blocks are is for the administrator to say (`page_reporting.
-    /// page_reporting_order`), and otherwise the size of a page block, as with the kernel's own
-    /// driver: 2 MiB on ARM64 with pages of 64 KiB, where a page block would be 512 MiB.
+    /// The kernel's parameter `page_reporting.page_reporting_order` sets the order of the blocks.
+    /// Its default is the order of a pageblock. On ARM64 with 64 KiB pages a pageblock would be 512
+    /// MiB, so the default there is 2 MiB. The C driver `virtio_balloon` uses the same defaults.
     ///
-    /// May sleep. The first report comes some seconds later, if the system does not say otherwise.
+    /// May sleep. The kernel's parameter `page_reporting.page_reporting_delay_ms` delays the first
+    /// report, by 2 seconds if it is not set.
     ///
     /// # Errors
     ///
-    /// [`EBUSY`] if somebody is registered, `EOPNOTSUPP` if the kernel cannot do it, [`EINVAL`]
-    /// for a capacity of 0.
+    /// [`EBUSY`] if another registration exists, `EOPNOTSUPP` if the kernel is built without free
+    /// page reporting, [`EINVAL`] if `capacity` is 0.
     pub fn register(data: Arc<T>, capacity: usize) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             data,
@@ -213,8 +224,8 @@ impl<T: ReportPages> PageReporting<T> {
                     return Err(EINVAL);
                 }
                 let capacity = capacity.min(Segments::MAX) as u32;
-                // SAFETY: `slot` is pinned room, all of which is set before it is registered; the
-                // data was put beside it before.
+                // SAFETY: `slot` is pinned memory, which is fully initialised before the
+                // registration. So is `data`, which the callback uses.
                 unsafe {
                     slot.write_bytes(0, 1);
                     (*slot).report = Some(Self::report_callback);
@@ -231,7 +242,8 @@ impl<T: ReportPages> PageReporting<T> {
         list: *mut bindings::scatterlist,
         count: c_uint,
     ) -> c_int {
-        // SAFETY: The kernel calls with what was registered, which is the `info` of a `Self`.
+        // SAFETY: The kernel passes the registered structure, which is the field `info` of a
+        // `Self`.
         let data = unsafe {
             let this = container_of!(Opaque::cast_from(info), Self, info);
             &(*this).data
@@ -239,17 +251,24 @@ impl<T: ReportPages> PageReporting<T> {
         let Some(list) = NonNull::new(list) else {
             return EINVAL.to_errno();
         };
-        // SAFETY: The kernel hands over so many entries for the time of the call.
+        // SAFETY: The kernel passes an array of `count` entries with pages, which does not change
+        // during the call.
         unsafe { Self::report(data, list, count as usize) }
     }
 
+    /// Reports the pages of `list` to `data`, and waits until the report ends. Returns 0 if the
+    /// report was acknowledged, or a negative error number.
+    ///
     /// # Safety
     ///
     /// As for [`Batch::new`].
     unsafe fn report(data: &T, list: NonNull<bindings::scatterlist>, count: usize) -> c_int {
-        // SAFETY: By the requirement of this function.
+        // SAFETY: By the safety requirements of this function, `list` has `count` entries with
+        // pages. It does not change before this function returns, which is after the end of the
+        // batch.
         stack_pin_init!(let batch = unsafe { Batch::new(list, count) });
-        // INVARIANT: The batch is valid until this function returns, which it does after the end.
+        // INVARIANT: The batch is valid until this function returns, which is after `Batch::end`.
+        // No other `FreePages` refers to it.
         data.report(FreePages(NonNull::from(&*batch)));
         let mut seconds = 0u32;
         while !batch.wait_a_second() {
@@ -267,7 +286,7 @@ impl<T: ReportPages> PageReporting<T> {
 #[pinned_drop]
 impl<T: ReportPages> PinnedDrop for PageReporting<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: A value exists only if it was registered, and this is the one place that ends it.
+        // SAFETY: A value only exists if the registration succeeded, and only `drop` ends it.
         unsafe { helpers::vbrs_page_reporting_unregister(self.info.get()) };
     }
 }
@@ -284,7 +303,7 @@ mod tests {
     use kernel::time::{delay::fsleep, Delta};
     use kernel::workqueue;
 
-    /// What becomes of a report.
+    /// How a report ends.
     #[derive(Clone, Copy, PartialEq, Eq)]
     enum Fate {
         Acknowledged,
@@ -297,7 +316,7 @@ mod tests {
         fate: Fate,
         blocks: Atomic<usize>,
         pages: Atomic<usize>,
-        /// Shortly before the end.
+        /// Set just before the report ends.
         nearly: Arc<AtomicFlag>,
     }
 
@@ -331,7 +350,7 @@ mod tests {
             PageBlock::try_alloc(2).ok_or(ENOMEM)?,
         ];
         let mut list = [bindings::scatterlist::default(); 2];
-        // SAFETY: There is room for two entries, and the blocks live until the end of this function.
+        // SAFETY: The table has two entries, and the blocks live until the end of this function.
         unsafe {
             bindings::sg_init_table(list.as_mut_ptr(), 2);
             for (entry, block) in list.iter_mut().zip(&blocks) {
@@ -339,7 +358,7 @@ mod tests {
                 helpers::vbrs_sg_set_page(entry, block.as_raw().as_ptr(), length, 0);
             }
         }
-        // SAFETY: As above.
+        // SAFETY: The table has two entries with pages, and does not change during the call.
         Ok(unsafe { PageReporting::report(taker, NonNull::from(&mut list).cast(), blocks.len()) })
     }
 
@@ -365,7 +384,7 @@ mod tests {
         Ok(())
     }
 
-    /// A device and its queue of reports. The device is silent, or uses the buffer at once.
+    /// A device with a reporting queue. It uses each buffer at once, unless it is `silent`.
     #[pin_data]
     struct Far {
         #[pin]
@@ -374,10 +393,10 @@ mod tests {
         silent: bool,
     }
 
-    // SAFETY: A test is one thread.
+    // SAFETY: The test uses the value from one thread only.
     unsafe impl Send for Far {}
 
-    // SAFETY: As above.
+    // SAFETY: The test uses the value from one thread only.
     unsafe impl Sync for Far {}
 
     impl ReportPages for Far {
@@ -414,7 +433,7 @@ mod tests {
         }
     }
 
-    /// A report that the device was given ends when the device answers, or when it is unbound.
+    /// A pending report ends when the device uses the buffer, or when the device is unbound.
     #[test]
     fn a_report_ends_with_its_buffer() -> Result {
         for (silent, expected) in [(false, 0), (true, EIO.to_errno())] {
@@ -474,7 +493,7 @@ mod tests {
                     assert_eq!(register().err(), Some(EBUSY));
                     drop(first);
                 }
-                // This kernel has no reporting, or a device has it.
+                // The kernel has no free page reporting, or a device is registered for it.
                 Err(error) => assert!(error == not_supported() || error == EBUSY),
             }
         }

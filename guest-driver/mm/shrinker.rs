@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Giving memory back under pressure.
+//! Shrinkers: callbacks that free memory under memory pressure.
+//!
+//! C header: `include/linux/shrinker.h`.
 
 use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
@@ -12,52 +14,59 @@ use kernel::sync::Arc;
 
 use crate::bindings as helpers;
 
-/// Something that holds pages which it can give back when the kernel is short of memory.
+/// Callbacks of a shrinker: an owner of pages that the kernel can reclaim.
 ///
-/// Both methods are called from within the allocation that found too little memory, by any task
-/// and on several CPUs at once. They may sleep, but must not take a lock under which memory is
-/// allocated with reclaim allowed, nor allocate.
+/// Both methods are called by reclaim, from within the allocation of any task or from kswapd, and
+/// on several CPUs at once. They may sleep. They must not allocate memory, and must not take a lock
+/// under which memory is allocated with reclaim allowed.
 pub trait Shrink: Send + Sync {
-    /// How many pages could be given back now. Cheap.
+    /// Returns the number of pages that could be freed now. Must be fast.
     fn count(&self) -> usize;
 
-    /// Gives about `pages` pages back, and returns how many; `None` if that is not possible now.
+    /// Frees about `pages` pages and returns the number of freed pages; `None` if that is not
+    /// possible now.
     fn scan(self: &Arc<Self>, pages: usize) -> Option<usize>;
 }
 
 /// A registered shrinker.
 ///
-/// Dropping it takes the registration back and waits for calls that are under way; may sleep.
+/// Dropping it unregisters the shrinker and waits for calls in progress. May sleep.
 ///
 /// # Invariants
 ///
-/// `shrinker` is registered, and its `private_data` points to what `_data` keeps alive.
+/// `shrinker` is registered, and its `private_data` points to the `T` in `_data`.
 pub struct Shrinker<T: Shrink + 'static> {
     shrinker: NonNull<bindings::shrinker>,
     _data: Arc<T>,
 }
 
-// SAFETY: A registration may be taken back by any thread, and `T` is shared by all.
+// SAFETY: Any thread may unregister a shrinker, and `T` is `Send` and `Sync`.
 unsafe impl<T: Shrink> Send for Shrinker<T> {}
 
 // SAFETY: A shared reference gives access to nothing.
 unsafe impl<T: Shrink> Sync for Shrinker<T> {}
 
 impl<T: Shrink> Shrinker<T> {
-    /// Registers a shrinker under `name` (seen in debugfs). `ENOMEM` if memory is short.
+    /// Registers a shrinker under `name`, which debugfs shows.
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub fn register(name: &CStr, data: Arc<T>) -> Result<Self> {
-        // SAFETY: `name` is a valid string, and is copied.
+        // SAFETY: `name` is a valid string, and the kernel copies it.
         let raw = unsafe { helpers::vbrs_shrinker_alloc(name.as_char_ptr()) };
         let shrinker = NonNull::new(raw).ok_or(ENOMEM)?;
-        // SAFETY: The shrinker is ours alone until it is registered, with all fields that it needs.
-        // `data` outlives the registration, by the invariants.
+        // SAFETY: No other code uses the shrinker before it is registered, and all required fields
+        // are set by then. By the type invariants, `data` outlives the registration.
         unsafe {
             (*raw).count_objects = Some(Self::count_callback);
             (*raw).scan_objects = Some(Self::scan_callback);
             (*raw).private_data = Arc::as_ptr(&data).cast_mut().cast();
             bindings::shrinker_register(raw);
         }
-        // INVARIANT: As just done.
+        // INVARIANT: The shrinker was registered above, and `_data` keeps the `T` alive.
         Ok(Self {
             shrinker,
             _data: data,
@@ -68,7 +77,8 @@ impl<T: Shrink> Shrinker<T> {
         shrinker: *mut bindings::shrinker,
         _control: *mut bindings::shrink_control,
     ) -> c_ulong {
-        // SAFETY: The kernel calls with a registered shrinker; see the invariants.
+        // SAFETY: The kernel passes a registered shrinker. By the type invariants, its
+        // `private_data` points to a valid `T`.
         let data = unsafe { &*(*shrinker).private_data.cast::<T>() };
         data.count()
     }
@@ -80,15 +90,17 @@ impl<T: Shrink> Shrinker<T> {
         /// `SHRINK_STOP`
         const STOP: c_ulong = c_ulong::MAX;
 
-        // SAFETY: The kernel calls with a registered shrinker; see the invariants.
+        // SAFETY: The kernel passes a registered shrinker. By the type invariants, its
+        // `private_data` comes from an `Arc<T>`.
         let data = unsafe { Arc::from_raw((*shrinker).private_data.cast::<T>()) };
-        // The reference stays with `_data`.
+        // `_data` keeps the reference.
         let data = ManuallyDrop::new(data);
-        // SAFETY: The kernel calls with a control block that is ours for the call.
+        // SAFETY: The kernel passes a control structure that only this call uses.
         let control = unsafe { &mut *control };
         match data.scan(control.nr_to_scan) {
             Some(freed) => {
-                // Lest it asks for as much again: a block may be larger than what was asked for.
+                // A freed block may be larger than the request. Reclaim subtracts `nr_scanned` from
+                // its goal, so it does not ask for these pages again.
                 control.nr_scanned = control.nr_scanned.max(freed);
                 freed
             }
@@ -99,7 +111,7 @@ impl<T: Shrink> Shrinker<T> {
 
 impl<T: Shrink + 'static> Drop for Shrinker<T> {
     fn drop(&mut self) {
-        // SAFETY: By the invariants it is registered, and this is the one place that ends it.
+        // SAFETY: By the type invariants, the shrinker is registered, and only `drop` frees it.
         unsafe { bindings::shrinker_free(self.shrinker.as_ptr()) };
     }
 }

@@ -1,59 +1,61 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the kernel counts about its memory.
+//! Memory statistics of the kernel.
 //!
-//! Pages are the guest's own, of [`PAGE_SIZE`](kernel::page::PAGE_SIZE) bytes.
+//! Pages are pages of the guest, of [`PAGE_SIZE`](kernel::page::PAGE_SIZE) bytes.
+//!
+//! C headers: `include/linux/mm.h`, `include/linux/vmstat.h`.
 
 use crate::bindings as helpers;
 
-/// How memory is used now, in pages.
+/// The memory usage, in pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemInfo {
-    /// Free.
+    /// Free pages.
     pub free: u64,
-    /// In the page allocator's hands, free or not (`MemTotal`).
+    /// Pages that the page allocator manages, free or not (`MemTotal`).
     pub total: u64,
-    /// To be had without swapping, by the kernel's estimate.
+    /// The kernel's estimate of pages that are available without swapping (`MemAvailable`).
     pub available: u64,
-    /// With the contents of files.
+    /// Pages of the page cache (`NR_FILE_PAGES`).
     pub file_pages: u64,
 }
 
-/// What has happened since boot.
+/// Counts of events since boot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VmEvents {
     /// Pages read from swap.
     pub swapped_in: u64,
     /// Pages written to swap.
     pub swapped_out: u64,
-    /// Faults that needed input or output.
+    /// Major page faults, which needed I/O.
     pub major_faults: u64,
-    /// Faults of both kinds.
+    /// Page faults, minor and major.
     pub faults: u64,
-    /// Processes killed for want of memory.
+    /// Processes that the OOM killer killed.
     pub oom_kills: u64,
-    /// Times that an allocation had to reclaim memory itself.
+    /// Allocations that entered direct reclaim (`ALLOCSTALL`).
     pub allocation_stalls: u64,
-    /// Pages that the kernel's own thread looked at to reclaim them.
+    /// Pages that background reclaim (kswapd) scanned.
     pub async_scanned: u64,
-    /// Pages that allocations looked at to reclaim them.
+    /// Pages that direct reclaim scanned.
     pub direct_scanned: u64,
-    /// Pages that the kernel's own thread reclaimed.
+    /// Pages that background reclaim (kswapd) reclaimed.
     pub async_reclaimed: u64,
-    /// Pages that allocations reclaimed.
+    /// Pages that direct reclaim reclaimed.
     pub direct_reclaimed: u64,
 }
 
-/// What has happened to the pool of huge pages since boot.
+/// Counts of huge page allocations since boot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HugetlbEvents {
-    /// Huge pages allocated for it.
+    /// Huge pages allocated from the buddy allocator (`HTLB_BUDDY_PGALLOC`).
     pub allocations: u64,
-    /// Huge pages that could not be allocated.
+    /// Failed allocations of huge pages (`HTLB_BUDDY_PGALLOC_FAIL`).
     pub failures: u64,
 }
 
-/// Reads how memory is used. Any context.
+/// Returns the memory usage. Any context.
 pub fn meminfo() -> MemInfo {
     let mut raw = helpers::vbrs_meminfo::default();
     // SAFETY: `raw` is valid for writes.
@@ -66,12 +68,13 @@ pub fn meminfo() -> MemInfo {
     }
 }
 
-/// Reads what has happened; `None` for what this kernel does not count. May sleep.
+/// Returns the counts of events since boot, `None` for counts that this kernel does not keep. May
+/// sleep.
 pub fn vm_events() -> (Option<VmEvents>, Option<HugetlbEvents>) {
     let mut raw = helpers::vbrs_vm_events::default();
     let mut raw_hugetlb = helpers::vbrs_hugetlb_events::default();
     let mut has_hugetlb = false;
-    // SAFETY: All three are valid for writes.
+    // SAFETY: All three references are valid for writes.
     let counted =
         unsafe { helpers::vbrs_read_vm_events(&mut raw, &mut raw_hugetlb, &mut has_hugetlb) };
     let vm_events = VmEvents {

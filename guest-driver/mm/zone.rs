@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The zones that the kernel uses for itself, and their free blocks.
+//! The zones for kernel allocations, and their free blocks.
 //!
 //! C header: `include/linux/mmzone.h`.
 
@@ -12,35 +12,35 @@ use kernel::prelude::*;
 use super::PageBlock;
 use crate::bindings as helpers;
 
-/// A zone with memory that the kernel can use for itself: not one of movable pages only, nor of
-/// high memory.
+/// A zone that serves kernel allocations: `ZONE_NORMAL` or lower, not `ZONE_HIGHMEM` or
+/// `ZONE_MOVABLE`.
 ///
 /// # Invariants
 ///
-/// `node` is a node that was online, and `zone` one of its zones, not above `ZONE_NORMAL`.
+/// `node` is a node that was online, and `zone` is one of its zones, not above `ZONE_NORMAL`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Zone {
     node: c_int,
     zone: c_int,
 }
 
-/// How a zone fares. All in pages.
+/// The state of a zone, in pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ZoneState {
-    /// What the page allocator has, free or not.
+    /// Pages that the page allocator manages, free or not.
     pub managed: usize,
-    /// Free pages that the kernel can use for itself: those of CMA are not among them.
+    /// Free pages that kernel allocations can use: all free pages except those of CMA.
     pub free: usize,
-    /// With more free pages than this, an allocation for the kernel does not wait, and has the
-    /// zone reclaimed beside him: half-way between the minimum and the low watermark (without what
-    /// they are boosted by for the moment), and beyond that what the zone keeps from allocations
-    /// that could have come from a higher one.
+    /// The lower limit for the free pages: the midpoint between the minimum and the low watermark,
+    /// without any watermark boost, plus the lowmem reserve.
+    ///
+    /// Above this limit, a kernel allocation does not wait. Background reclaim of the zone may run.
     pub floor: usize,
-    /// With more free pages than this, the kernel does not reclaim memory of the zone.
+    /// The high watermark. With more free pages, the kernel does not reclaim memory of the zone.
     pub high: usize,
 }
 
-/// What the kernel groups pages by, so that those that cannot be moved lie together.
+/// The mobility of pages, by which the kernel groups them to avoid fragmentation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mobility {
     Movable,
@@ -59,12 +59,13 @@ impl Mobility {
 }
 
 impl Zone {
-    /// All such zones: node by node, the highest one of each first.
+    /// Returns all such zones, node by node, and for each node from the highest zone to the lowest.
     pub fn all() -> impl Iterator<Item = Self> {
         let (mut node, mut zone) = (0, 0);
-        // SAFETY: Both are valid for writes.
+        // SAFETY: Both variables are valid for writes.
         unsafe { helpers::vbrs_before_first_zone(&mut node, &mut zone) };
-        // The invariants do not hold for this one, which is not given out.
+        // The type invariants do not hold for this value. It is only the start of the iteration and
+        // is not returned.
         let mut last = Self { node, zone };
         core::iter::from_fn(move || {
             last = last.next()?;
@@ -72,15 +73,16 @@ impl Zone {
         })
     }
 
-    /// The zone behind this one; `None` behind the last.
+    /// Returns the next zone, or `None` after the last.
     pub fn next(self) -> Option<Self> {
         let mut next = self;
-        // SAFETY: Both are valid, of a node that was online or before the first of its zones.
-        // INVARIANT: The zone that is found has memory, hence its node is online.
+        // SAFETY: Both variables are valid for writes. `node` was online, and `zone` is one of its
+        // zones or one above `ZONE_NORMAL`.
+        // INVARIANT: The zone that the helper finds has managed pages, so its node is online.
         unsafe { helpers::vbrs_next_zone(&mut next.node, &mut next.zone) }.then_some(next)
     }
 
-    /// How it fares now. Cheap, and off by a few pages a CPU.
+    /// Returns the current state of the zone. Fast. The error is at most a few pages per CPU.
     pub fn state(self) -> ZoneState {
         let raw = self.raw_state();
         ZoneState {
@@ -93,20 +95,26 @@ impl Zone {
 
     fn raw_state(self) -> helpers::vbrs_zone {
         let mut state = helpers::vbrs_zone::default();
-        // SAFETY: By the invariants there is such a zone; `state` is valid for a write.
+        // SAFETY: By the type invariants, the zone exists. `state` is valid for writes.
         unsafe { helpers::vbrs_read_zone(self.node, self.zone, &mut state) };
         state
     }
 
-    /// Takes a block of `2^order` pages that is free now, in this zone and not in CMA.
+    /// Allocates a free block of `2^order` pages, if one is available now in this zone and outside
+    /// CMA.
     ///
-    /// It is asked for as what it is: then no page block changes its kind for good, and no watermark
-    /// is boosted. Movable pages may come from CMA, which others are to get at any time, while the
-    /// list of the zone's own is empty, or shorter than CMA's. Then larger blocks only are taken,
-    /// whole page blocks, as unmovable ones, as the kernel's own balloon driver takes all of its.
+    /// Each free block is requested with the mobility of its free list. Then the allocation does
+    /// not change the migrate type of a pageblock, and does not boost a watermark.
     ///
-    /// Neither reclaims memory nor dips into the emergency reserves, and prints nothing: `None`
-    /// says that there is no free block of this order. Never sleeps.
+    /// A request for movable pages may be served from CMA: the kernel does so while more than half
+    /// of the free pages of the zone are CMA pages, and if the movable free lists have no block of
+    /// this order. In both cases no movable block is requested. If the zone has free CMA pages,
+    /// movable blocks of at least a pageblock are then requested as unmovable. Such a block
+    /// consists of whole pageblocks, which change their migrate type. The C driver `virtio_balloon`
+    /// requests all of its blocks as unmovable.
+    ///
+    /// Does not reclaim memory, does not use the emergency reserves, and logs no warning. Returns
+    /// `None` if no such block is available. Does not sleep.
     pub fn try_alloc(self, order: u32) -> Option<PageBlock> {
         if order > PageBlock::max_order() {
             return None;
@@ -125,7 +133,7 @@ impl Zone {
                 }
             }
         }
-        // SAFETY: Returns a constant.
+        // SAFETY: The helper returns a constant.
         let whole = order >= unsafe { helpers::vbrs_pageblock_order() };
         if raw.free_cma > 0 && whole && self.has_free(Mobility::Movable, order) {
             return self.take(Mobility::Unmovable, order);
@@ -134,19 +142,21 @@ impl Zone {
     }
 
     fn has_free(self, kind: Mobility, order: u32) -> bool {
-        // SAFETY: By the invariants there is such a zone. The lists are only looked at.
+        // SAFETY: By the type invariants, the zone exists. The helper only reads whether the free
+        // lists are empty.
         unsafe { helpers::vbrs_zone_has_free(self.node, self.zone, order, kind.as_raw()) }
     }
 
     fn take(self, kind: Mobility, order: u32) -> Option<PageBlock> {
-        // SAFETY: The order is one that the allocator has, and there is such a node.
+        // SAFETY: `order` is at most `MAX_PAGE_ORDER`. By the type invariants, the node exists.
         let page =
             unsafe { helpers::vbrs_alloc_zone_block(self.node, self.zone, order, kind.as_raw()) };
         let page = NonNull::new(page)?;
-        // SAFETY: The allocator gives out pages with one owner, who may use `private` and `lru`.
+        // SAFETY: The allocator returned a block of this order with one owner, who may use
+        // `private` and `lru`.
         let block = unsafe { PageBlock::from_page(page, order) };
-        // Others allocate too: it may be of a lower zone, or of CMA.
-        // SAFETY: The pages are ours.
+        // Other tasks allocate concurrently, so the block may come from a lower zone or from CMA.
+        // SAFETY: `block` owns the pages.
         let wanted = unsafe {
             helpers::vbrs_page_is_of_zone(page.as_ptr(), self.node, self.zone)
                 && !helpers::vbrs_page_is_cma(page.as_ptr())
@@ -183,7 +193,7 @@ mod tests {
         let block = zone.try_alloc(3).ok_or(ENOMEM)?;
         assert_eq!(block.order(), 3);
         let page = block.as_raw().as_ptr();
-        // SAFETY: The pages are ours.
+        // SAFETY: `block` owns the pages.
         assert!(unsafe { helpers::vbrs_page_is_of_zone(page, zone.node, zone.zone) });
         assert!(zone.try_alloc(PageBlock::max_order() + 1).is_none());
         Ok(())

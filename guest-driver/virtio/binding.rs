@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the bus keeps for a device while a driver is bound to it.
+//! The state of a device while a driver is bound to it.
+//!
+//! A mutex protects the virtqueues and the access to configuration space. Queue callbacks run in
+//! interrupt context and take no lock: they only read the handler, which does not change while
+//! virtqueues exist.
 
 use super::{
     compat::synchronize_rcu,
@@ -20,23 +24,24 @@ use kernel::{
     sync::{Arc, Mutex},
 };
 
-/// The queues, their handler, and the access to configuration space.
+/// The virtqueues, their handler, and the access to configuration space.
 ///
-/// `priv` of the device points to it while a driver is bound. `priv` of a queue is the transport's.
+/// `priv` of the device points to the binding while a driver is bound. `priv` of a
+/// `struct virtqueue` belongs to the transport.
 #[pin_data]
 pub(super) struct Binding {
     vdev: NonNull<bindings::virtio_device>,
-    /// Written only while the transport has no queue of the device, hence nobody reads it.
+    /// Only written while the transport has no virtqueue of the device, so no callback reads it.
     handler: UnsafeCell<Option<Arc<dyn QueueHandler>>>,
     #[pin]
     inner: Mutex<Inner>,
 }
 
 struct Inner {
-    /// The queues, in the device's order. Ours only while they are live: afterwards they may have
-    /// found another device.
+    /// The queues, in the order of their indices. They belong to this binding only while `live` is
+    /// set. Afterwards they may have a ring of another device.
     queues: KVec<Arc<QueueState>>,
-    /// Whether the transport has made them.
+    /// Whether the virtqueues exist.
     live: bool,
     config: Option<Arc<ConfigSpace>>,
 }
@@ -50,8 +55,9 @@ impl Binding {
     ///
     /// # Safety
     ///
-    /// `vdev` must be a valid device that is being bound. Before it is unbound, and before the
-    /// binding is dropped, [`unbind`](Self::unbind) must be called. All calls need process context.
+    /// `vdev` must be a valid device that is being bound. [`unbind`](Self::unbind) must be called
+    /// before the device is unbound, and before the binding is dropped. All methods require process
+    /// context.
     pub(super) unsafe fn new(vdev: NonNull<bindings::virtio_device>) -> Result<Pin<KBox<Self>>> {
         let inner = Inner {
             queues: KVec::new(),
@@ -72,7 +78,8 @@ impl Binding {
         if let Some(space) = &inner.config {
             return space.handle(size);
         }
-        // SAFETY: The device is valid until it is unbound, and `unbind` revokes the access before.
+        // SAFETY: The device is valid until it is unbound, and `unbind` revokes the access before
+        // that.
         let space = unsafe { ConfigSpace::new(self.vdev)? };
         let config = space.handle(size);
         inner.config = Some(space);
@@ -108,10 +115,11 @@ impl Binding {
         let mut rings = KVec::from_elem(ptr::null_mut(), queues.len(), GFP_KERNEL)?;
 
         let claims = Claims::new(&states)?;
-        // SAFETY: The transport has no queue, so nobody reads the handler.
+        // SAFETY: The transport has no virtqueue, so no callback reads the handler.
         let old = unsafe { self.handler.get().replace(Some(handler)) };
-        // SAFETY: The device is valid; both arrays are as long as said, and names and callback live
-        // as long as the module, which does not go before the driver is unregistered.
+        // SAFETY: The device is valid, and both arrays have the given length. The names and the
+        // callback live as long as the module, which is not unloaded before the driver is
+        // unregistered.
         let found = to_result(unsafe {
             bindings::vbrs_virtio_find_vqs(
                 self.vdev.as_ptr(),
@@ -121,7 +129,7 @@ impl Binding {
             )
         });
         if found.is_err() {
-            // SAFETY: A transport that fails leaves no queue.
+            // SAFETY: A transport that fails leaves no virtqueue, so no callback reads the handler.
             let handler = unsafe { self.handler.get().replace(None) };
             drop(inner);
             drop((old, handler));
@@ -134,8 +142,8 @@ impl Binding {
         let mut result = Ok(());
         for (queue, ring) in inner.queues.iter().zip(rings) {
             result = NonNull::new(ring).ok_or(EINVAL).and_then(|ring| {
-                // SAFETY: Claimed above; the transport has made the ring, and `reset` deletes
-                // it after it has stopped the queue.
+                // SAFETY: The queue was claimed above. The transport has created the ring, and
+                // `reset` deletes it only after it has quiesced the queue.
                 unsafe { queue.attach_ring(Ring::new(ring)) }
             });
             if result.is_err() {
@@ -150,40 +158,39 @@ impl Binding {
         result
     }
 
-    /// Resets the device, deletes its queues, and makes the buffers in flight available.
-    /// Idempotent.
+    /// Resets the device, deletes its virtqueues, and detaches the buffers in flight. Idempotent.
     pub(super) fn reset(&self) {
         let mut inner = self.inner.lock();
         if inner.live {
             for queue in &inner.queues {
                 queue.quiesce();
             }
-            // Notifications that saw a queue live end here.
+            // Notifications that saw the queue live have ended after this.
             synchronize_rcu();
         }
-        // SAFETY: The device is valid, this is process context, and nobody notifies it any more.
+        // SAFETY: The device is valid, this is process context, and no queue notifies the device.
         unsafe { bindings::virtio_reset_device(self.vdev.as_ptr()) };
         if !inner.live {
             return;
         }
         for queue in &inner.queues {
-            // SAFETY: Stopped above, and the device is reset.
+            // SAFETY: The queue was quiesced and the device was reset above.
             unsafe { queue.detach_all_unused() };
         }
-        // SAFETY: The transport has queues, of which nobody makes use.
+        // SAFETY: The virtqueues exist, and all queues are quiesced, so no operation uses them.
         unsafe { bindings::vbrs_virtio_del_vqs(self.vdev.as_ptr()) };
         for queue in &inner.queues {
-            // SAFETY: The ring does not exist any more, for us or for the device.
+            // SAFETY: The ring was deleted above, so neither the driver nor the device uses it.
             unsafe { queue.release() };
         }
         inner.live = false;
-        // SAFETY: The transport has no queue any more, so nobody reads the handler.
+        // SAFETY: The transport has no virtqueue, so no callback reads the handler.
         let handler = unsafe { self.handler.get().replace(None) };
         drop(inner);
         drop(handler);
     }
 
-    /// Drops what was in flight when the queues were deleted and nobody took.
+    /// Drops the detached buffers that the driver has not taken.
     pub(super) fn drop_detached(&self) {
         let inner = self.inner.lock();
         for queue in &inner.queues {
@@ -191,7 +198,7 @@ impl Binding {
         }
     }
 
-    /// Ends all that the driver can do with the device. What was in flight can still be taken.
+    /// Ends all access to the device. The driver can still take detached buffers.
     pub(super) fn shut_down(&self) {
         self.reset();
         let config = self.inner.lock().config.take();
@@ -200,17 +207,18 @@ impl Binding {
         }
     }
 
-    /// As [`shut_down`](Self::shut_down), and drops what was in flight and nobody took.
+    /// Ends all access to the device, as [`shut_down`](Self::shut_down), and drops detached
+    /// buffers.
     pub(super) fn unbind(&self) {
         self.shut_down();
         self.drop_detached();
     }
 
-    /// What the transport calls from its interrupt.
+    /// The callback of the transport for used buffers, in interrupt context.
     extern "C" fn used_callback(vq: *mut bindings::virtqueue) {
-        // SAFETY: The transport calls with a valid queue of ours, whose device has a binding as
-        // long as it has queues. The handler was set before the queue came to be and stays until it
-        // has gone.
+        // SAFETY: The transport passes a valid virtqueue of this driver. Its device has a binding
+        // while it has virtqueues. The handler was set before the virtqueue was created, and
+        // remains until the virtqueue is deleted.
         let (handler, index) = unsafe {
             let binding = (*(*vq).vdev).priv_.cast::<Self>();
             (&*(*binding).handler.get(), (*vq).index)
@@ -221,7 +229,7 @@ impl Binding {
     }
 }
 
-/// Queues that are claimed until they are kept, or released when this is dropped.
+/// Claimed queues. Dropping this releases them, unless [`keep`](Self::keep) was called.
 struct Claims<'a>(&'a [Arc<QueueState>]);
 
 impl<'a> Claims<'a> {
@@ -242,7 +250,7 @@ impl<'a> Claims<'a> {
 impl Drop for Claims<'_> {
     fn drop(&mut self) {
         for queue in self.0 {
-            // SAFETY: Claimed by us, and without a ring.
+            // SAFETY: `new` claimed the queue, and it has no ring.
             unsafe { queue.release() };
         }
     }

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What travels on a virtqueue.
+//! Buffers that a virtqueue exchanges with the device.
+//!
+//! A [`Buffer`] describes its memory as [`Segments`]. While it is in the queue, it is represented
+//! by a *token*: [`Outgoing`] and [`Incoming`] use the pointer to their heap allocation.
+//!
+//! C header: [`include/linux/scatterlist.h`](srctree/include/linux/scatterlist.h)
 
 use crate::bindings;
 use core::{
@@ -16,42 +21,43 @@ use kernel::{
 };
 use pin_init::Zeroable;
 
-/// Something that can be given to a device and comes back.
+/// A buffer that can be given to a device and taken back.
 ///
-/// While it is with the device it is nothing but a pointer, its *token*; no memory is allocated for
-/// it.
+/// While a queue owns the buffer, the buffer is represented by a pointer, its *token*. No memory is
+/// allocated for it.
 ///
 /// # Safety
 ///
-/// - From [`into_token`](Self::into_token) to [`from_token`](Self::from_token) the memory that
-///   [`describe`](Self::describe) names must stay allocated, in the kernel's linear mapping; nobody
-///   may write it, and nobody may read what the device may write, save in ways that allow for
-///   concurrent change by the device.
-/// - `from_token` must undo `into_token`, on any thread.
+/// - From [`into_token`](Self::into_token) to [`from_token`](Self::from_token), the memory that
+///   [`describe`](Self::describe) adds must stay allocated in the linear mapping of the kernel. No
+///   code may write it. No code may read the part that the device may write, except in ways that
+///   allow concurrent writes by the device.
+/// - `from_token` must be the inverse of `into_token`, on any thread.
 /// - The lowest [`TOKEN_TAG_BITS`](Self::TOKEN_TAG_BITS) bits of a token must be 0.
 pub unsafe trait Buffer: Sized + Send + 'static {
-    /// How many low bits of each token are always 0: 3 for what `kmalloc` returns, or for a
+    /// The number of low bits that are 0 in each token: 3 for pointers from `kmalloc` and for
     /// `struct page *`.
     const TOKEN_TAG_BITS: u32;
 
-    /// Names the buffer's memory, what the device reads before what it writes. Must not sleep.
+    /// Adds the memory of the buffer to `segments`: the segments that the device reads first, then
+    /// those that it writes. Must not sleep.
     fn describe(&self, segments: &mut Segments);
 
-    /// Gives up ownership.
+    /// Converts the buffer into its token.
     fn into_token(self) -> NonNull<c_void>;
 
-    /// Takes ownership back.
+    /// Converts a token back into the buffer.
     ///
     /// # Safety
     ///
-    /// `token` must come from [`into_token`](Self::into_token) of this very type, and each token
-    /// may come back once.
+    /// `token` must come from [`into_token`](Self::into_token) of the same type, and must not have
+    /// been converted back before.
     unsafe fn from_token(token: NonNull<c_void>) -> Self;
 }
 
-/// The memory of one buffer, as a scatter list on the stack.
+/// The segments of one buffer, as scatterlists on the stack.
 pub struct Segments {
-    /// Lists of one entry each. The first `count` are initialised.
+    /// Scatterlists of one entry each. The first `count` are initialised.
     table: [MaybeUninit<kernel::bindings::scatterlist>; Self::MAX],
     count: usize,
     readable: usize,
@@ -60,7 +66,7 @@ pub struct Segments {
 }
 
 impl Segments {
-    /// How many segments a buffer can have at most: the 32 of a page report
+    /// The maximum number of segments of a buffer: 32, as for a report of free pages
     /// (`PAGE_REPORTING_CAPACITY`).
     pub const MAX: usize = 32;
 
@@ -74,37 +80,37 @@ impl Segments {
         }
     }
 
-    /// Returns the memory of `buffer`.
+    /// Returns the segments of `buffer`.
     pub(super) fn from_buffer<B: Buffer>(buffer: &B) -> Self {
         let mut segments = Self::new();
         buffer.describe(&mut segments);
         segments
     }
 
-    /// Adds `length` bytes at `address` for the device to read.
+    /// Adds a segment of `length` bytes at `address` that the device reads.
     pub fn readable(&mut self, address: NonNull<u8>, length: u32) {
         self.push(length, false, |entry| {
-            // SAFETY: `entry` is an initialised list of one; `Buffer` demands that `address` is in
-            // the linear mapping.
+            // SAFETY: `entry` is an initialised scatterlist of one entry. The requirements of
+            // `Buffer` include that `address` is in the linear mapping.
             unsafe { bindings::vbrs_sg_set_buf(entry, address.as_ptr().cast(), length) }
         });
     }
 
-    /// Adds `length` bytes at `address` for the device to write.
+    /// Adds a segment of `length` bytes at `address` that the device writes.
     pub fn writable(&mut self, address: NonNull<u8>, length: u32) {
         self.push(length, true, |entry| {
-            // SAFETY: `entry` is an initialised list of one; `Buffer` demands that `address` is in
-            // the linear mapping.
+            // SAFETY: `entry` is an initialised scatterlist of one entry. The requirements of
+            // `Buffer` include that `address` is in the linear mapping.
             unsafe { bindings::vbrs_sg_set_buf(entry, address.as_ptr().cast(), length) }
         });
     }
 
-    /// Adds `length` bytes from the start of `page`, and of the pages behind it, for the device to
-    /// write.
+    /// Adds a segment of `length` bytes from the start of `page` that the device writes. The
+    /// segment may extend over the following pages.
     pub fn writable_pages(&mut self, page: NonNull<kernel::bindings::page>, length: u32) {
         self.push(length, true, |entry| {
-            // SAFETY: `entry` is an initialised list of one; `Buffer` demands that the pages are
-            // allocated.
+            // SAFETY: `entry` is an initialised scatterlist of one entry. The requirements of
+            // `Buffer` include that the pages are allocated.
             unsafe { bindings::vbrs_sg_set_page(entry, page.as_ptr(), length, 0) }
         });
     }
@@ -124,7 +130,7 @@ impl Segments {
             self.valid = false;
             return;
         };
-        // SAFETY: `entry` is room for one entry.
+        // SAFETY: `entry` is valid for writes of one entry.
         unsafe { kernel::bindings::sg_init_table(entry.as_mut_ptr(), 1) };
         fill(entry.as_mut_ptr());
         self.count += 1;
@@ -135,8 +141,8 @@ impl Segments {
         }
     }
 
-    /// Says whether a device can be given this: at least one segment, none of them empty, not more
-    /// than [`MAX`](Self::MAX), and what is read before what is written.
+    /// Returns whether a queue can take these segments: at least one and at most [`MAX`](Self::MAX)
+    /// segments, none of them empty, and those that the device reads before those that it writes.
     pub(super) fn is_valid(&self) -> bool {
         self.valid && self.count > 0
     }
@@ -146,19 +152,20 @@ impl Segments {
         self.count
     }
 
-    /// Returns how many bytes the device may write.
+    /// Returns the total number of bytes that the device may write.
     pub(super) fn writable_bytes(&self) -> u32 {
         self.writable_bytes
     }
 
-    /// Adds the segments to a ring, with `token` to name them. Returns what `virtqueue_add_sgs()`
-    /// returns.
+    /// Adds the segments to a ring as one buffer with the given token. Returns the result of
+    /// `virtqueue_add_sgs()`.
     ///
     /// # Safety
     ///
-    /// [`is_valid`](Self::is_valid), `vq` must be a valid queue which the caller has for itself,
-    /// and `token` that of a buffer with these segments, which stays with the queue if the addition
-    /// succeeds.
+    /// - [`is_valid`](Self::is_valid) must return `true`.
+    /// - `vq` must be a valid virtqueue that no other code uses during the call.
+    /// - `token` must be the token of a buffer with these segments. The ring owns it if the call
+    ///   succeeds.
     pub(super) unsafe fn add_to(
         &mut self,
         vq: NonNull<bindings::virtqueue>,
@@ -170,8 +177,10 @@ impl Segments {
         }
         let readable = self.readable as c_uint;
         let writable = (self.count - self.readable) as c_uint;
-        // SAFETY: The first `count` lists are initialised, those that the device reads first; the
-        // rest is the caller's promise. `GFP_ATOMIC` allows for any context.
+        // SAFETY: The first `count` scatterlists are initialised, and those that the device reads
+        // come first. By the safety requirements of this function, `vq` is valid and not used
+        // concurrently, and `token` belongs to the segments. `GFP_ATOMIC` is allowed in any context
+        // but NMI.
         unsafe {
             bindings::virtqueue_add_sgs(
                 vq.as_ptr(),
@@ -185,7 +194,8 @@ impl Segments {
     }
 }
 
-/// Returns the size of `T`, which must be that of one segment: neither nothing nor more than 4 GiB.
+/// Returns the size of `T`. Does not compile if the size is not valid for a segment: 0, or more
+/// than `u32::MAX`.
 const fn size_of_segment<T>() -> u32 {
     const {
         assert!(size_of::<T>() > 0 && size_of::<T>() <= u32::MAX as usize);
@@ -193,17 +203,18 @@ const fn size_of_segment<T>() -> u32 {
     }
 }
 
-/// A value that the device reads. Owns its memory.
+/// A value that the device reads, on the heap.
 ///
-/// [`OutgoingWithContext`](super::OutgoingWithContext) is one of which the device reads only a part.
+/// [`OutgoingWithContext`](super::OutgoingWithContext) is similar, but the device reads only the
+/// first part.
 pub struct Outgoing<T: AsBytes + Send + 'static>(KBox<T>);
 
 impl<T: AsBytes + Send + 'static> Outgoing<T> {
-    /// Creates a buffer of `value`.
+    /// Creates a buffer with `value`.
     ///
     /// # Errors
     ///
-    /// [`AllocError`](kernel::alloc::AllocError) if there is no memory.
+    /// [`AllocError`](kernel::alloc::AllocError) if memory is short.
     pub fn new(value: T, flags: Flags) -> Result<Self> {
         Ok(Self(KBox::new(value, flags)?))
     }
@@ -223,8 +234,8 @@ impl<T: AsBytes + Send + 'static> DerefMut for Outgoing<T> {
     }
 }
 
-// SAFETY: The memory is that of a box from `kmalloc`, which is the token; the device only reads it.
-// Such a box is aligned to 8 bytes or more.
+// SAFETY: The segment is the memory of a box from `kmalloc`, whose pointer is the token. The device
+// only reads it. Such a box is aligned to at least 8 bytes.
 unsafe impl<T: AsBytes + Send + 'static> Buffer for Outgoing<T> {
     const TOKEN_TAG_BITS: u32 = 3;
 
@@ -237,14 +248,14 @@ unsafe impl<T: AsBytes + Send + 'static> Buffer for Outgoing<T> {
     }
 
     unsafe fn from_token(token: NonNull<c_void>) -> Self {
-        // SAFETY: The token is the box that `into_token` leaked.
+        // SAFETY: The token comes from the box that `into_token` leaked.
         Self(unsafe { KBox::from_raw(token.cast().as_ptr()) })
     }
 }
 
-/// A value that the device writes. Owns its memory.
+/// A value that the device writes, on the heap.
 ///
-/// Starts as zeroes, so that whatever the device did not write is zero.
+/// It is zero-initialised, so bytes that the device does not write are zero.
 pub struct Incoming<T: AsBytes + FromBytes + Send + 'static>(KBox<T>);
 
 impl<T: AsBytes + FromBytes + Send + 'static> Incoming<T> {
@@ -252,7 +263,7 @@ impl<T: AsBytes + FromBytes + Send + 'static> Incoming<T> {
     ///
     /// # Errors
     ///
-    /// [`AllocError`](kernel::alloc::AllocError) if there is no memory.
+    /// [`AllocError`](kernel::alloc::AllocError) if memory is short.
     pub fn zeroed(flags: Flags) -> Result<Self>
     where
         T: Zeroable,
@@ -269,8 +280,9 @@ impl<T: AsBytes + FromBytes + Send + 'static> Deref for Incoming<T> {
     }
 }
 
-// SAFETY: The memory is that of a box from `kmalloc`, which is the token and which nobody can reach
-// meanwhile; any bytes that the device writes are a `T`. Such a box is aligned to 8 bytes or more.
+// SAFETY: The segment is the memory of a box from `kmalloc`, whose pointer is the token. No other
+// code can access it while the token exists. Any bytes that the device writes are a valid `T`. Such
+// a box is aligned to at least 8 bytes.
 unsafe impl<T: AsBytes + FromBytes + Send + 'static> Buffer for Incoming<T> {
     const TOKEN_TAG_BITS: u32 = 3;
 
@@ -283,17 +295,17 @@ unsafe impl<T: AsBytes + FromBytes + Send + 'static> Buffer for Incoming<T> {
     }
 
     unsafe fn from_token(token: NonNull<c_void>) -> Self {
-        // SAFETY: The token is the box that `into_token` leaked.
+        // SAFETY: The token comes from the box that `into_token` leaked.
         Self(unsafe { KBox::from_raw(token.cast().as_ptr()) })
     }
 }
 
-/// One of two kinds of buffer, for a queue that carries both. The lowest bit of its token says
-/// which.
+/// A buffer of one of two types, for a queue that exchanges both. The lowest bit of the token
+/// encodes the type.
 pub enum Either<A: Buffer, B: Buffer> {
-    /// The first kind.
+    /// A buffer of the first type.
     Left(A),
-    /// The second kind.
+    /// A buffer of the second type.
     Right(B),
 }
 
@@ -307,10 +319,10 @@ impl<A: Buffer, B: Buffer> Either<A, B> {
     };
 }
 
-// SAFETY: Each kind keeps its own promise, and its token has the lowest bit free, which says the
-// kind.
+// SAFETY: `A` and `B` fulfil the requirements, and the lowest bit of their tokens is 0. That bit
+// encodes the type.
 unsafe impl<A: Buffer, B: Buffer> Buffer for Either<A, B> {
-    // The lowest bit is taken. So an `Either` within an `Either` does not compile.
+    // The lowest bit is in use. Therefore an `Either` within an `Either` does not compile.
     const TOKEN_TAG_BITS: u32 = 0;
 
     fn describe(&self, segments: &mut Segments) {
@@ -330,13 +342,14 @@ unsafe impl<A: Buffer, B: Buffer> Buffer for Either<A, B> {
 
     unsafe fn from_token(token: NonNull<c_void>) -> Self {
         let address = token.as_ptr().map_addr(|address| address & !Self::TAG);
-        // SAFETY: The token of either kind is not null, and its lowest bit is 0.
+        // SAFETY: The tokens of `A` and `B` are not null, and their lowest bit is 0. So a tagged
+        // token has other bits set.
         let inner = unsafe { NonNull::new_unchecked(address) };
         if token.addr().get() & Self::TAG == 0 {
-            // SAFETY: A token without the tag comes from an `A`.
+            // SAFETY: The tag is 0, so the token comes from an `A`.
             Self::Left(unsafe { A::from_token(inner) })
         } else {
-            // SAFETY: A token with the tag comes from a `B`.
+            // SAFETY: The tag is 1, so the token comes from a `B`.
             Self::Right(unsafe { B::from_token(inner) })
         }
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the `kernel` crate has in one form in series 7.2 and in another from 7.3 on.
+//! Interfaces of the `kernel` crate that differ between series 7.2 and series 7.3.
 //!
-//! Kbuild sets `vbrs_before_7_3`, which nothing but this file asks for.
+//! Kbuild sets `vbrs_before_7_3` for series 7.2. Only this file checks it.
 
 use core::borrow::Borrow;
 
@@ -11,12 +11,12 @@ use kernel::prelude::*;
 
 pub(super) use self::series::{synchronize_rcu, BoundInternal, SpinLockIrq};
 
-/// `EOPNOTSUPP`, which has no name in series 7.2.
+/// Returns the error `EOPNOTSUPP`, which series 7.2 does not define as a constant.
 pub(crate) fn not_supported() -> Error {
     Error::from_errno(-(EOPNOTSUPP as c_int))
 }
 
-/// The value of a parameter of the module, which comes by reference in series 7.2.
+/// Returns the value of a module parameter, which series 7.2 passes by reference.
 pub(crate) fn parameter<T: Copy>(value: impl Borrow<T>) -> T {
     *value.borrow()
 }
@@ -49,57 +49,61 @@ mod series {
 
     use crate::bindings as helpers;
 
-    /// A bound device whose data the bus may borrow. Only a `CoreInternal` one gives it here; who
-    /// has it by this name does not rely on the device lock.
+    /// The device context of a bound device whose driver data the bus may borrow. In series 7.2,
+    /// only `CoreInternal` allows that. Code that uses this name must not rely on the device lock.
     pub(in crate::virtio) type BoundInternal = CoreInternal<'static>;
 
-    /// Waits for all RCU readers that have begun. Needs process context.
+    /// Waits until all current RCU read-side critical sections have ended. Requires process
+    /// context.
     pub(in crate::virtio) fn synchronize_rcu() {
-        // SAFETY: Has no requirement but the context, and that is no matter of memory safety.
+        // SAFETY: The function requires process context, but memory safety does not depend on it.
         unsafe { bindings::synchronize_rcu() };
     }
 
-    /// A spin lock that is held with interrupts off.
+    /// A spin lock that is held with interrupts disabled.
     ///
-    /// A guard puts the interrupts back as it found them: of two locks, the
-    /// caller releases the one first that it took last.
+    /// Unlocking restores the interrupt state from before locking. Therefore nested locks must be
+    /// released in reverse order.
     pub(in crate::virtio) type SpinLockIrq<T> = Lock<T, SpinLockIrqBackend>;
 
     pub(in crate::virtio) struct SpinLockIrqBackend;
 
-    // SAFETY: The kernel's `spinlock_t` excludes all others. `relock` is the default one, which
-    // locks as `lock` does.
+    // SAFETY: The kernel's `spinlock_t` provides mutual exclusion. `relock` is the default
+    // implementation, which calls `lock`.
     unsafe impl Backend for SpinLockIrqBackend {
         type State = spinlock_t;
-        /// The interrupts' state before.
+        /// The interrupt state before locking.
         type GuardState = c_ulong;
 
         unsafe fn init(ptr: *mut spinlock_t, name: *const c_char, key: *mut lock_class_key) {
-            // SAFETY: By the requirements of this function, the lock may be written, and name and
-            // key stay readable.
+            // SAFETY: By the safety requirements of this function, `ptr` is valid for writes, and
+            // `name` and `key` are valid while the lock exists.
             unsafe { bindings::__spin_lock_init(ptr, name, key) }
         }
 
         unsafe fn lock(ptr: *mut spinlock_t) -> c_ulong {
-            // SAFETY: By the requirement of this function, the lock is valid and initialised.
+            // SAFETY: By the safety requirements of this function, the lock is valid and
+            // initialised.
             unsafe { helpers::vbrs_spin_lock_irqsave(ptr) }
         }
 
         unsafe fn try_lock(ptr: *mut spinlock_t) -> Option<c_ulong> {
             let mut flags = 0;
-            // SAFETY: As in `lock`; the flags are ours.
+            // SAFETY: By the safety requirements of this function, the lock is valid and
+            // initialised. `flags` is valid for writes.
             let locked = unsafe { helpers::vbrs_spin_trylock_irqsave(ptr, &raw mut flags) };
             locked.then_some(flags)
         }
 
         unsafe fn unlock(ptr: *mut spinlock_t, flags: &c_ulong) {
-            // SAFETY: By the requirement of this function, the caller owns the lock, and the flags
-            // are those that locking it has returned.
+            // SAFETY: By the safety requirements of this function, the caller owns the lock, and
+            // `flags` is the value that locking returned.
             unsafe { helpers::vbrs_spin_unlock_irqrestore(ptr, *flags) }
         }
 
         unsafe fn assert_is_held(ptr: *mut spinlock_t) {
-            // SAFETY: By the requirement of this function, the lock is valid and initialised.
+            // SAFETY: By the safety requirements of this function, the lock is valid and
+            // initialised.
             unsafe { bindings::spin_assert_is_held(ptr) }
         }
     }

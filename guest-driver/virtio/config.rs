@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Configuration space.
+//!
+//! [`Device::config`](super::Device::config) returns a [`Config`] handle, which reads and writes
+//! [`Field`]s. A mutex serialises all access to one configuration space, and revokes it when the
+//! device is unbound.
+//!
+//! C header: [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
 
 use crate::bindings;
 use core::{marker::PhantomData, ptr::NonNull};
@@ -10,7 +16,7 @@ use kernel::{
     sync::{Arc, Mutex},
 };
 
-/// A field of the configuration space of a kind of device.
+/// A field of a configuration space layout.
 #[derive(Clone, Copy)]
 pub struct Field<T> {
     offset: u32,
@@ -19,13 +25,13 @@ pub struct Field<T> {
 }
 
 impl<T: ConfigValue> Field<T> {
-    /// The largest configuration space: what the PCI transport maps of one.
+    /// The maximum size of configuration space. The PCI transport maps this much.
     const MAX_SIZE: usize = 4096;
 
-    /// The field at `OFFSET` of a layout of `SIZE` bytes.
+    /// Creates the field at `OFFSET` of a layout of `SIZE` bytes.
     ///
-    /// Does not compile if the field is not within the layout, or not aligned as the specification
-    /// demands of accesses to it.
+    /// Does not compile if the field is not within the layout, or is not aligned as the
+    /// specification requires.
     pub const fn new<const OFFSET: usize, const SIZE: usize>() -> Self {
         const {
             let width = size_of::<T>();
@@ -40,30 +46,30 @@ impl<T: ConfigValue> Field<T> {
         }
     }
 
-    /// The same field, there only if feature `bit` is negotiated.
+    /// Makes the field exist only if feature `bit` is negotiated.
     pub const fn with_feature(mut self, bit: u32) -> Self {
         self.feature = Some(bit);
         self
     }
 
-    /// The offset of what follows.
+    /// Returns the offset of the first byte after the field.
     const fn end(&self) -> u32 {
-        // Both are at most `MAX_SIZE`.
+        // Cannot overflow: the offset is at most `MAX_SIZE`, and a field has at most 8 bytes.
         self.offset + size_of::<T>() as u32
     }
 }
 
 /// A handle to the configuration space of a device.
 ///
-/// Its clones are the same handle. It works from [`Device::config`](super::Device::config) until
-/// the device is unbound or shut down.
+/// Clones are the same handle. It works from [`Device::config`](super::Device::config) until the
+/// device is unbound or shut down.
 ///
-/// Some transports stop the kernel (`BUG_ON`) at an access beyond the end of what the device has.
-/// So a handle reaches [`Field`]s only, those that the negotiated features bring, and within the
-/// size for which it was made.
+/// Some transports call `BUG_ON()` for an access beyond the end of configuration space. Therefore a
+/// handle only gives access to [`Field`]s, which must exist with the negotiated features and be
+/// within the size of the handle.
 ///
-/// Every method needs process context and may sleep: transports read configuration space by
-/// messages, and some wait for the answer.
+/// All methods require process context and may sleep: some transports send a message for each
+/// access and wait for the reply.
 #[derive(Clone)]
 pub struct Config {
     space: Arc<ConfigSpace>,
@@ -74,36 +80,39 @@ pub struct Config {
 pub(super) struct ConfigSpace {
     #[pin]
     device: Mutex<Option<BoundDevice>>,
-    /// How many bytes the transport gives access to, if it says so.
+    /// The number of bytes that the transport gives access to, if it reports that.
     length: Option<u32>,
 }
 
+/// A device whose configuration space can be accessed.
+///
 /// # Invariants
 ///
-/// The device is bound and its transport gives access to configuration space.
+/// The device is bound, and its transport gives access to configuration space.
 struct BoundDevice(NonNull<bindings::virtio_device>);
 
-// SAFETY: The operations of a transport on configuration space may be called from any thread.
+// SAFETY: Any thread may call the configuration space operations of a transport.
 unsafe impl Send for BoundDevice {}
 
 impl ConfigSpace {
-    /// Creates the access to configuration space of `vdev`.
+    /// Creates the access to the configuration space of `vdev`.
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if the transport gives no access to configuration space, [`ENOMEM`].
+    /// [`EINVAL`] if the transport gives no access to configuration space. [`ENOMEM`].
     ///
     /// # Safety
     ///
-    /// `vdev` must be a valid device, and remain so until [`revoke`](Self::revoke) returns.
+    /// `vdev` must be a valid device, and remain valid until [`revoke`](Self::revoke) returns.
     pub(super) unsafe fn new(vdev: NonNull<bindings::virtio_device>) -> Result<Arc<Self>> {
-        // SAFETY: `vdev` is valid by the requirement of this function.
+        // SAFETY: By the safety requirements of this function, `vdev` is valid.
         if !unsafe { bindings::vbrs_virtio_has_config(vdev.as_ptr()) } {
             return Err(EINVAL);
         }
-        // SAFETY: As above.
+        // SAFETY: By the safety requirements of this function, `vdev` is valid.
         let length = unsafe { bindings::vbrs_virtio_config_length(vdev.as_ptr()) };
-        // INVARIANT: Asked just above; whoever unbinds the device calls `revoke` first.
+        // INVARIANT: The transport gives access, as checked above. By the safety requirements,
+        // `revoke` is called before the device is unbound.
         let device = Some(BoundDevice(vdev));
         let space = pin_init!(Self {
             device <- new_mutex!(device, "virtio::ConfigSpace"),
@@ -116,12 +125,12 @@ impl ConfigSpace {
     ///
     /// # Errors
     ///
-    /// [`EINVAL`] if there are not so many, which is worth a line in the log.
+    /// [`EINVAL`] if the transport reports fewer bytes. This is logged.
     pub(super) fn handle(self: &Arc<Self>, size: usize) -> Result<Config> {
         let size = u32::try_from(size).map_err(|_| EINVAL)?;
         if let Some(length) = self.length.filter(|length| *length < size) {
             if let Some(device) = &*self.device.lock() {
-                // SAFETY: By the invariant of `BoundDevice` it is valid.
+                // SAFETY: By the type invariant of `BoundDevice`, the device is valid.
                 let device: &device::Device =
                     unsafe { device::Device::from_raw(&raw mut (*device.0.as_ptr()).dev) };
                 dev_err!(
@@ -138,24 +147,24 @@ impl ConfigSpace {
         })
     }
 
-    /// Ends the access. Waits for one in progress.
+    /// Revokes the access. Waits for an access in progress.
     pub(super) fn revoke(&self) {
         *self.device.lock() = None;
     }
 }
 
 impl Config {
-    /// Reads `field`, so that all of its bytes are of one generation.
+    /// Reads `field`. All bytes come from the same configuration generation.
     ///
     /// # Errors
     ///
-    /// [`ENODEV`] if the device was unbound, [`EINVAL`] if it has no such field.
+    /// [`ENODEV`] if the device was unbound. [`EINVAL`] if the field does not exist.
     pub fn read<T: ConfigValue>(&self, field: Field<T>) -> Result<T> {
         let device = self.space.device.lock();
         let vdev = self.try_access(device.as_ref(), &field)?;
         let mut bytes = T::Bytes::default();
-        // SAFETY: By the invariant of `BoundDevice`, and the field is there; the buffer is as long
-        // as said.
+        // SAFETY: By the type invariant of `BoundDevice`, the device is valid, and `try_access`
+        // checked that the field exists. The buffer has the given size.
         unsafe {
             bindings::vbrs_virtio_config_read(
                 vdev,
@@ -176,7 +185,8 @@ impl Config {
         let device = self.space.device.lock();
         let vdev = self.try_access(device.as_ref(), &field)?;
         let bytes = value.to_le();
-        // SAFETY: As in `read`.
+        // SAFETY: By the type invariant of `BoundDevice`, the device is valid, and `try_access`
+        // checked that the field exists. The buffer has the given size.
         unsafe {
             bindings::vbrs_virtio_config_write(
                 vdev,
@@ -188,7 +198,7 @@ impl Config {
         Ok(())
     }
 
-    /// Returns the device if it is there and has the field.
+    /// Returns the device if it is still bound and the field exists.
     fn try_access<T: ConfigValue>(
         &self,
         device: Option<&BoundDevice>,
@@ -196,7 +206,8 @@ impl Config {
     ) -> Result<*mut bindings::virtio_device> {
         let vdev = device.ok_or(ENODEV)?.0.as_ptr();
         let negotiated = field.feature.is_none_or(|bit| {
-            // SAFETY: By the invariant of `BoundDevice`; features do not change while it is bound.
+            // SAFETY: By the type invariant of `BoundDevice`, the device is valid. Its features do
+            // not change while it is bound.
             unsafe { bindings::vbrs_virtio_has_feature(vdev, bit) }
         });
         if negotiated && field.end() <= self.size {
@@ -211,9 +222,9 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// An integer that configuration space may hold.
+/// An integer type that a field of configuration space may have.
 pub trait ConfigValue: sealed::Sealed + Copy {
-    /// Its bytes, least significant first.
+    /// The bytes of the integer, least significant first.
     type Bytes: Default;
 
     #[doc(hidden)]

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A driver's place in debugfs: a folder of its own, and in it one for each of its devices.
+//! The debugfs directories of a driver and its devices.
 //!
-//! The kernel crate's [`debugfs`](kernel::debugfs) does the work. What is missing there is who owns
-//! the driver's folder: it must be there before the first device, and go after the last, so the
-//! module owns it ([`DriverDir`]), and devices find it in a static. Without debugfs in the kernel all
-//! of this is nothing.
+//! The driver has a directory in the root of debugfs, with one directory for each device. The
+//! directory of the driver must exist before the first device and after the last. Therefore the
+//! module owns it ([`DriverDir`]), and devices find it in a static. The files themselves are those
+//! of [`kernel::debugfs`]. In kernels without debugfs, none of this has an effect.
 //!
 //! C header: [`include/linux/debugfs.h`](srctree/include/linux/debugfs.h)
 
@@ -20,35 +20,35 @@ use kernel::{
 };
 
 global_lock! {
-    // SAFETY: `DriverDir::new` initialises it, and sets `READY` after that, without which nobody
-    // touches it.
+    // SAFETY: `DriverDir::new` initialises the lock and sets `READY` afterwards. `device_dir` does
+    // not use the lock before `READY` is set.
     unsafe(uninit) static DRIVER_DIR: Mutex<Option<Dir>> = None;
 }
 
-/// Somebody has begun to initialise [`DRIVER_DIR`].
+/// Whether the initialisation of [`DRIVER_DIR`] has begun.
 static CLAIMED: AtomicFlag = AtomicFlag::new(false);
-/// [`DRIVER_DIR`] is initialised.
+/// Whether [`DRIVER_DIR`] is initialised.
 static READY: AtomicFlag = AtomicFlag::new(false);
 
-/// The folder of the module's driver, which goes when this is dropped.
+/// The debugfs directory of the driver, which dropping this removes.
 ///
-/// [`module_virtio_driver!`](crate::module_virtio_driver) makes it.
+/// [`module_virtio_driver!`](crate::module_virtio_driver) creates it.
 pub struct DriverDir(());
 
 impl DriverDir {
-    /// Makes the folder `name` at the root of debugfs. If it cannot be made, devices have no folder
-    /// either.
+    /// Creates the directory `name` in the root of debugfs. If that fails, devices have no
+    /// directory either.
     ///
     /// May sleep.
     ///
     /// # Errors
     ///
-    /// [`EBUSY`] if the module has made one before.
+    /// [`EBUSY`] if the module has created one before.
     pub fn new(name: &'static CStr) -> Result<Self> {
         if CLAIMED.xchg(true, Relaxed) {
             return Err(EBUSY);
         }
-        // SAFETY: Only the first to come gets here.
+        // SAFETY: `CLAIMED` ensures that the lock is initialised only once.
         unsafe { DRIVER_DIR.init() };
         READY.store(true, Release);
         *DRIVER_DIR.lock() = Some(Dir::new(name));
@@ -58,16 +58,16 @@ impl DriverDir {
 
 impl Drop for DriverDir {
     fn drop(&mut self) {
-        // Out of the lock, in which nothing but a pointer is moved.
+        // The directory is removed outside the lock.
         let dir = DRIVER_DIR.lock().take();
         drop(dir);
     }
 }
 
-/// Makes the folder of a device, named like the device, in that of the driver; `None` if the driver
-/// has none.
+/// Creates the debugfs directory of a device, with the name of the device. Returns `None` if the
+/// driver has no directory.
 ///
-/// The folder goes when the value is dropped and the files in it are gone. May sleep.
+/// The directory is removed when the `Dir` and all files in it have been dropped. May sleep.
 pub fn device_dir(device: &device::Device) -> Option<Dir> {
     if !READY.load(Acquire) {
         return None;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The device, and its features while they are negotiated.
+//! Virtio devices and feature negotiation.
+//!
+//! C header: [`include/linux/virtio.h`](srctree/include/linux/virtio.h)
 
 use super::{binding::Binding, config::Config, virtqueue::AnyQueue, QueueHandler};
 use crate::bindings;
@@ -14,12 +16,12 @@ use kernel::{
 
 /// A virtio device.
 ///
-/// `Ctx` says in which state it is known to be, as with every bus: [`device::Core`] in a bus
-/// callback, [`device::Bound`] while a driver is bound, [`device::Normal`] otherwise.
+/// `Ctx` is the device context, as on other buses: [`device::Core`] in a bus callback,
+/// [`device::Bound`] while a driver is bound, [`device::Normal`] otherwise.
 ///
 /// # Invariants
 ///
-/// Represents a valid `struct virtio_device` that the C portion of the kernel created.
+/// A `Device` represents a valid `struct virtio_device` that the C portion of the kernel created.
 #[repr(transparent)]
 pub struct Device<Ctx: device::DeviceContext = device::Normal>(
     Opaque<bindings::virtio_device>,
@@ -27,24 +29,24 @@ pub struct Device<Ctx: device::DeviceContext = device::Normal>(
 );
 
 impl<Ctx: device::DeviceContext> Device<Ctx> {
-    /// Returns the C structure.
+    /// Returns a pointer to the C structure.
     pub(super) fn as_raw(&self) -> *mut bindings::virtio_device {
         self.0.get()
     }
 }
 
 impl Device<device::Bound> {
-    /// Says whether feature `bit` was negotiated; `false` for a bit that the driver did not ask
-    /// for.
+    /// Returns whether feature `bit` was negotiated. `false` for a bit that the driver did not
+    /// request.
     ///
     /// Any context.
     pub fn has_feature(&self, bit: u32) -> bool {
-        // SAFETY: By the type invariant the device is valid; its features do not change while a
+        // SAFETY: By the type invariant, the device is valid. Its features do not change while a
         // driver is bound.
         unsafe { bindings::vbrs_virtio_has_feature(self.as_raw(), bit) }
     }
 
-    /// Returns the negotiated features 0 to 63 as a set of bits.
+    /// Returns the negotiated features 0 to 63 as a bit mask.
     ///
     /// Any context.
     pub fn features(&self) -> u64 {
@@ -55,88 +57,91 @@ impl Device<device::Bound> {
 }
 
 impl Device<device::Core<'_>> {
-    /// Returns a handle to the first `size` bytes of the device's configuration space, which may be
-    /// cloned and kept.
+    /// Returns a handle to the first `size` bytes of configuration space. The handle may be cloned,
+    /// and may outlive the binding.
     ///
-    /// `size` is what the specification gives the device with the negotiated features. A device
-    /// that has less is refused if the transport tells how much there is: PCI does, MMIO and
-    /// vhost-user of user-mode Linux do not (nor do they stop the kernel).
+    /// `size` is the size that the specification defines for the negotiated features. If the
+    /// transport reports the size of configuration space, a device with less is refused. PCI
+    /// reports it. MMIO and the vhost-user transport of user-mode Linux do not, and do not call
+    /// `BUG()` for an access beyond the end.
+    ///
+    /// Process context, may sleep.
     ///
     /// # Errors
     ///
     /// [`EINVAL`] if the transport gives no access to configuration space, or to less than `size`
-    /// bytes; the log says so.
+    /// bytes. The latter is logged. [`ENOMEM`].
     pub fn config(&self, size: usize) -> Result<Config> {
         self.binding().config(size)
     }
 
-    /// Creates the device's queues.
+    /// Creates the virtqueues of the device.
     ///
-    /// The device numbers them in the order of `queues`: only queues that exist have a number. When
-    /// the device has used a buffer of one, `handler` is told its number, unless the queue was
-    /// created [without a callback](super::Virtqueue::without_callback). That may happen before this
-    /// function returns.
+    /// The order of `queues` determines their indices. When the device has used a buffer, `handler`
+    /// is called with the index of the queue, unless the queue was created [without a
+    /// callback](super::Virtqueue::without_callback). This may happen before this function returns.
     ///
-    /// Once per binding, or once more after [`reset`](Self::reset). Must come before
-    /// [`ready`](Self::ready).
+    /// May be called once per binding, and again after [`reset`](Self::reset). Must be called
+    /// before [`ready`](Self::ready).
     ///
     /// Process context, may sleep.
     ///
     /// # Errors
     ///
-    /// [`EBUSY`] if the device has queues already or one of `queues` is in use, else what the
-    /// transport says.
+    /// [`EBUSY`] if the device has virtqueues already, or if one of `queues` is in use. [`EINVAL`]
+    /// if `queues` is empty. Otherwise [`ENOMEM`], or the error of the transport.
     pub fn find_queues(&self, queues: &[&dyn AnyQueue], handler: Arc<dyn QueueHandler>) -> Result {
         self.binding().find_queues(queues, handler)
     }
 
-    /// Tells the device that the driver is ready to drive it (`DRIVER_OK`); from now on its queues
-    /// work.
+    /// Sets `DRIVER_OK`: the driver is ready, and the virtqueues work from now on.
     ///
-    /// The bus does it after a successful probe or restore unless the driver has. Calling it again
-    /// does nothing.
+    /// The bus calls it after a successful `probe` or `restore` if the driver did not. Calling it
+    /// again has no effect.
     ///
     /// Process context, may sleep.
     pub fn ready(&self) {
-        // SAFETY: By the type invariant the device is valid; `Core` is process context.
+        // SAFETY: By the type invariant, the device is valid. `Core` guarantees process context.
         unsafe { bindings::vbrs_virtio_device_ready(self.as_raw()) };
     }
 
-    /// Resets the device and deletes its queues.
+    /// Resets the device and deletes its virtqueues.
     ///
-    /// On return the device does not touch any buffer any more, no handler runs, and what was in
-    /// flight can be taken by [`Virtqueue::detach_unused_buf`](super::Virtqueue::detach_unused_buf). The bus does it
-    /// after `remove` and `freeze` and when `probe` fails, if the driver has not.
+    /// On return, the device no longer accesses any buffer, no handler runs, and
+    /// [`Virtqueue::detach_unused_buf`](super::Virtqueue::detach_unused_buf) returns the buffers
+    /// that were in flight. The bus calls it after `remove`, `freeze` and a failed `probe` if the
+    /// driver did not.
     ///
-    /// Process context, may sleep. Must not be called with a lock held that [`QueueHandler::used`]
-    /// takes.
+    /// Process context, may sleep. Must not be called while holding a lock that
+    /// [`QueueHandler::used`] takes.
     pub fn reset(&self) {
         self.binding().reset();
     }
 
-    /// Ends all that the driver can do with the device: as [`reset`](Self::reset), and configuration
-    /// space is out of reach.
+    /// Ends all access to the device: [`reset`](Self::reset), and revokes the access to
+    /// configuration space.
     pub(super) fn shut_down(&self) {
         self.binding().shut_down();
     }
 
     fn binding(&self) -> &Binding {
-        // SAFETY: `Core` is a callback of a driver that the adapter registered, and the adapter
-        // sets `priv` to its `Binding` before it calls the driver and frees it after.
+        // SAFETY: `Core` guarantees a callback of a driver that the adapter registered. The adapter
+        // sets `priv` to its `Binding` before it calls the driver, and frees the `Binding`
+        // afterwards.
         unsafe { &*(*self.as_raw()).priv_.cast::<Binding>() }
     }
 }
 
 impl<Ctx: device::DeviceContext> AsRef<device::Device<Ctx>> for Device<Ctx> {
     fn as_ref(&self) -> &device::Device<Ctx> {
-        // SAFETY: By the type invariant `self` is a valid `struct virtio_device`, hence so is the
-        // device within.
+        // SAFETY: By the type invariant, `self` is a valid `struct virtio_device`, which contains
+        // the `struct device`.
         unsafe { device::Device::from_raw(&raw mut (*self.as_raw()).dev) }
     }
 }
 
-// SAFETY: `Device` is a transparent wrapper of `struct virtio_device`, which has its device at this
-// offset.
+// SAFETY: `Device` is a transparent wrapper of `struct virtio_device`, which contains its
+// `struct device` at this offset.
 unsafe impl<Ctx: device::DeviceContext> device::AsBusDevice<Ctx> for Device<Ctx> {
     const OFFSET: usize = offset_of!(bindings::virtio_device, dev);
 }
@@ -145,24 +150,25 @@ unsafe impl<Ctx: device::DeviceContext> device::AsBusDevice<Ctx> for Device<Ctx>
 kernel::impl_device_context_deref!(unsafe { Device });
 kernel::impl_device_context_into_aref!(Device);
 
-// SAFETY: `struct virtio_device` is reference-counted by the device within.
+// SAFETY: The reference count of `struct virtio_device` is that of the `struct device` that it
+// contains.
 unsafe impl AlwaysRefCounted for Device {
     fn inc_ref(&self) {
         self.as_ref().inc_ref();
     }
 
     unsafe fn dec_ref(obj: NonNull<Self>) {
-        // SAFETY: The caller owns a reference, hence the device is valid.
+        // SAFETY: The caller owns a reference, so the device is valid.
         let device: &device::Device = unsafe { obj.as_ref() }.as_ref();
-        // SAFETY: The caller gives up the reference that it owns.
+        // SAFETY: The caller transfers its reference.
         unsafe { device::Device::dec_ref(NonNull::from(device)) };
     }
 }
 
-// SAFETY: A `Device` is reference-counted and can be released from any thread.
+// SAFETY: A `Device` is reference-counted, and any thread may release it.
 unsafe impl Send for Device {}
 
-// SAFETY: The methods of `Device<Normal>` are those of the reference-counted device within, which
+// SAFETY: The methods of `Device<Normal>` are those of the reference-counted `struct device`, which
 // is `Sync`.
 unsafe impl Sync for Device {}
 
@@ -170,19 +176,21 @@ unsafe impl Sync for Device {}
 // bound.
 unsafe impl Sync for Device<device::Bound> {}
 
-/// The features that device and driver have in common, before the driver accepts them.
+/// The features that both the device and the driver support, before they are final.
 ///
-/// A driver can decline a feature but not add one.
+/// A driver can decline features, but cannot add any.
 pub struct Negotiation<'a> {
     vdev: NonNull<bindings::virtio_device>,
     device: PhantomData<&'a mut Device>,
 }
 
 impl Negotiation<'_> {
+    /// Creates the negotiation of `vdev`.
+    ///
     /// # Safety
     ///
-    /// `vdev` must be a valid device whose features are being negotiated and change in no other way
-    /// for `'_`.
+    /// `vdev` must be a valid device whose features are being negotiated. No other code may change
+    /// its features during `'_`.
     pub(super) unsafe fn new(vdev: NonNull<bindings::virtio_device>) -> Self {
         Self {
             vdev,
@@ -190,16 +198,17 @@ impl Negotiation<'_> {
         }
     }
 
-    /// Says whether feature `bit` is offered by the device and supported by the driver (or, for the
-    /// bits of the transport, by the bus).
+    /// Returns whether the device offers feature `bit` and the driver supports it. For transport
+    /// features, the bus takes the place of the driver.
     pub fn has_feature(&self, bit: u32) -> bool {
-        // SAFETY: `vdev` is valid by the requirement of `new`.
+        // SAFETY: By the safety requirements of `new`, `vdev` is valid.
         unsafe { bindings::vbrs_virtio_has_feature(self.vdev.as_ptr(), bit) }
     }
 
     /// Declines feature `bit`.
     pub fn clear_feature(&mut self, bit: u32) {
-        // SAFETY: `vdev` is valid, and nobody else uses its features, by the requirement of `new`.
+        // SAFETY: By the safety requirements of `new`, `vdev` is valid, and no other code changes
+        // its features.
         unsafe { bindings::vbrs_virtio_clear_feature(self.vdev.as_ptr(), bit) };
     }
 }

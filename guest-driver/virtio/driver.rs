@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Drivers, and their adapter to the C bus.
+//! Virtio drivers, and their adapter to the C bus.
+//!
+//! [`Adapter`] implements the callbacks of `struct virtio_driver` for a [`Driver`]. It owns the
+//! `Binding` of each device, from before `probe` until after `remove`.
+//!
+//! C header: [`include/linux/virtio.h`](srctree/include/linux/virtio.h)
 
 use super::{
     binding::Binding,
@@ -60,93 +65,98 @@ use kernel::{
 /// ```
 #[vtable]
 pub trait Driver {
-    /// The driver's data for a device.
+    /// The private data of the driver for a device.
     type Data<'bound>: Send + Sync + 'bound;
 
-    /// The devices that the driver is for.
+    /// The devices that the driver supports.
     const ID_TABLE: IdTable;
 
-    /// The feature bits that the driver knows, those of the transport excepted.
+    /// The feature bits that the driver supports, without those of the transport.
     const FEATURES: &'static [u32] = &[];
 
-    /// Declines features, before they are final (`FEATURES_OK`).
+    /// Declines features before they are final (`FEATURES_OK`).
     ///
     /// # Errors
     ///
-    /// The device is then not bound.
+    /// If this fails, the device is not bound.
     fn validate(features: &mut Negotiation<'_>) -> Result {
         let _ = features;
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// Binds the device.
+    /// Binds the driver to the device.
     ///
-    /// If the initialiser fails, what it has initialised is dropped and then the device taken down.
+    /// If the initialiser fails, its initialised fields are dropped first. Then the bus resets the
+    /// device.
     fn probe<'bound>(
         dev: &'bound Device<Core<'_>>,
     ) -> impl PinInit<Self::Data<'bound>, Error> + 'bound;
 
-    /// The device is about to be unbound.
+    /// Called before the device is unbound.
     ///
-    /// Here the driver stops what is not its data's alone to stop: work items, for example. It may
-    /// wait for buffers to come back, and may [reset](Device::reset) the device to get them.
-    /// Afterwards the bus takes the device down, if the driver has not, and drops the data.
+    /// The driver stops its work items, and everything else that dropping the data does not stop.
+    /// It may wait for used buffers, and may [reset](Device::reset) the device to get them back.
+    /// Afterwards the bus resets the device, if the driver has not, and drops the data.
     fn remove<'bound>(dev: &'bound Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
         let _ = (dev, this);
     }
 
-    /// The device's configuration has changed.
+    /// Called when the configuration of the device has changed.
     ///
-    /// Called between a successful probe and the removal, one call at a time, with interrupts off
-    /// and a lock of the bus held: must not sleep, so must not read configuration space. A change
-    /// that comes earlier is reported after the probe.
+    /// Called only between a successful `probe` and `remove`, one call at a time. The bus holds a
+    /// lock with interrupts disabled: must not sleep, and therefore must not read configuration
+    /// space. The bus reports an earlier change after the `probe`.
     fn config_changed<'bound>(dev: &'bound Device<Bound>, this: Pin<&Self::Data<'bound>>) {
         let _ = (dev, this);
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The system is about to sleep. Afterwards the bus takes the device down, if the driver has
+    /// Called before the system sleeps. Afterwards the bus resets the device, if the driver has
     /// not.
     ///
-    /// Without this and [`restore`](Self::restore) the system refuses to sleep.
+    /// If a driver does not implement both this method and [`restore`](Self::restore), the system
+    /// cannot sleep.
     ///
     /// # Errors
     ///
-    /// The system then does not sleep.
+    /// If this fails, the system does not sleep.
     fn freeze<'bound>(dev: &'bound Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) -> Result {
         let _ = (dev, this);
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The system has woken; features are negotiated as before, queues have to be found again.
+    /// Called after the system has slept. Features are already negotiated, with the same result.
+    /// The driver must find its virtqueues again.
     ///
     /// # Errors
     ///
-    /// The device is marked as failed; it stays bound, its queues without rings.
+    /// If this fails, the bus marks the device as failed. The device remains bound, and its queues
+    /// have no rings.
     fn restore<'bound>(dev: &'bound Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) -> Result {
         let _ = (dev, this);
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// The system is about to stop, or to start another kernel.
+    /// Called before the system stops, or before kexec starts another kernel.
     ///
-    /// The data stays, and tasks may still run: here the driver ends what the kernel would call, and
-    /// must not wait for the device, which may be silent. Afterwards the bus takes the device down,
-    /// if the driver has not [reset](Device::reset) it: queues are without rings, and configuration
-    /// space is out of reach.
+    /// The data is not dropped, and tasks may still run. The driver unregisters its callbacks from
+    /// the kernel. It must not wait for the device, which may not answer. Afterwards the bus resets
+    /// the device, if the driver has not [reset](Device::reset) it: the queues then have no rings,
+    /// and access to configuration space is revoked.
     fn shutdown<'bound>(dev: &'bound Device<Core<'_>>, this: Pin<&Self::Data<'bound>>) {
         let _ = (dev, this);
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 }
 
-/// The kind of device a driver is for.
+/// The device id of a device type that a driver supports.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
 pub struct DeviceId(bindings::virtio_device_id);
 
 impl DeviceId {
-    /// All devices of type `device` (a `VIRTIO_ID_` number), whoever made them.
+    /// Creates an id that matches all devices of type `device` (a `VIRTIO_ID_` number), from any
+    /// vendor.
     pub const fn new(device: u32) -> Self {
         Self(bindings::virtio_device_id {
             device,
@@ -160,11 +170,11 @@ unsafe impl RawDeviceId for DeviceId {
     type RawType = bindings::virtio_device_id;
 }
 
-/// The table of the devices a driver is for; see
+/// A table of the device ids that a driver supports: see
 /// [`virtio_device_table!`](crate::virtio_device_table).
 pub type IdTable = &'static dyn kernel::device_id::IdTable<DeviceId, ()>;
 
-/// Creates an [`IdTable`] and the module's aliases.
+/// Creates an [`IdTable`], and the module aliases for it.
 #[macro_export]
 macro_rules! virtio_device_table {
     ($name:ident, [$($id:expr),* $(,)?]) => {
@@ -172,14 +182,14 @@ macro_rules! virtio_device_table {
     };
 }
 
-/// Declares a kernel module that is a single virtio driver, with a
-/// [folder in debugfs](crate::virtio::debugfs).
+/// Declares a kernel module that consists of one virtio driver. The driver has a [directory in
+/// debugfs](crate::virtio::debugfs).
 #[macro_export]
 macro_rules! module_virtio_driver {
     (type: $type:ty, $($f:tt)*) => {
         #[::kernel::prelude::pin_data]
         struct DriverModule {
-            // Dropped in this order: devices use the folder for as long as they have the driver.
+            // Dropped in this order: bound devices use the directory, and create work queues.
             #[pin]
             _driver: ::kernel::driver::Registration<$crate::virtio::Adapter<$type>>,
             _work: $crate::virtio::work::ModuleExit,
@@ -206,25 +216,25 @@ macro_rules! module_virtio_driver {
     };
 }
 
-/// Makes a [`Driver`] known to the C bus.
+/// Registers a [`Driver`] with the C bus.
 pub struct Adapter<T: Driver>(T);
 
-// SAFETY: `struct virtio_driver` is a C type with a `struct device_driver` at the said offset, and
-// the adapter stores a `T::Data` as the data of the device.
+// SAFETY: `struct virtio_driver` contains a `struct device_driver` at this offset, and the adapter
+// stores a `T::Data` as the driver data of the device.
 unsafe impl<T: Driver> driver::DriverLayout for Adapter<T> {
     type DriverType = bindings::virtio_driver;
     type DriverData<'bound> = T::Data<'bound>;
     const DEVICE_DRIVER_OFFSET: usize = offset_of!(Self::DriverType, driver);
 }
 
-// SAFETY: A driver that was registered can be unregistered.
+// SAFETY: `unregister` ends a registration by `register`.
 unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
     unsafe fn register(
         vdrv: &Opaque<Self::DriverType>,
         name: &'static CStr,
         module: &'static ThisModule,
     ) -> Result {
-        // SAFETY: Nobody else uses the structure before it is registered.
+        // SAFETY: No other code uses the structure before it is registered.
         let driver = unsafe { &mut *vdrv.get() };
         driver.driver.name = name.as_char_ptr();
         driver.id_table = T::ID_TABLE.as_ptr();
@@ -238,12 +248,12 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
         driver.restore = Self::RESTORE;
         driver.shutdown = Self::SHUTDOWN;
 
-        // SAFETY: The structure is valid, and pinned until it is unregistered.
+        // SAFETY: The structure is initialised, and pinned until it is unregistered.
         to_result(unsafe { bindings::__register_virtio_driver(vdrv.get(), module.as_ptr()) })
     }
 
     unsafe fn unregister(vdrv: &Opaque<Self::DriverType>) {
-        // SAFETY: The caller has registered it.
+        // SAFETY: By the safety requirements of this function, the structure is registered.
         unsafe { bindings::unregister_virtio_driver(vdrv.get()) };
     }
 }
@@ -251,7 +261,8 @@ unsafe impl<T: Driver> driver::RegistrationOps for Adapter<T> {
 type IntCallback = Option<unsafe extern "C" fn(*mut bindings::virtio_device) -> c_int>;
 type VoidCallback = Option<unsafe extern "C" fn(*mut bindings::virtio_device)>;
 
-/// Constants, so that a callback that the driver has not is not compiled.
+/// The optional callbacks. They are constants, so that callbacks that the driver does not implement
+/// are not compiled.
 impl<T: Driver> Adapter<T> {
     const VALIDATE: IntCallback = if T::HAS_VALIDATE {
         Some(Self::validate_callback)
@@ -289,8 +300,8 @@ impl<T: Driver> Adapter<T> {
     extern "C" fn validate_callback(vdev: *mut bindings::virtio_device) -> c_int {
         from_result(|| {
             let vdev = NonNull::new(vdev).ok_or(EINVAL)?;
-            // SAFETY: The bus calls with a valid device, which it is about to probe, and nobody
-            // else changes features.
+            // SAFETY: The bus passes a valid device that it is about to probe, and no other code
+            // changes its features.
             T::validate(&mut unsafe { Negotiation::new(vdev) })?;
             Ok(0)
         })
@@ -299,16 +310,18 @@ impl<T: Driver> Adapter<T> {
     extern "C" fn probe_callback(vdev: *mut bindings::virtio_device) -> c_int {
         from_result(|| {
             let raw = NonNull::new(vdev).ok_or(EINVAL)?;
-            // SAFETY: The bus calls with a valid device, with which this is a bus callback.
+            // SAFETY: The bus passes a valid device to this bus callback.
             let dev = unsafe { &*vdev.cast::<Device<CoreInternal<'_>>>() };
-            // SAFETY: The device is being bound; `unbind` is called below or in `remove_callback`.
+            // SAFETY: The device is being bound. `unbind` is called below if `probe` fails, or in
+            // `remove_callback`.
             let binding = unsafe { Binding::new(raw)? };
-            // SAFETY: `priv` is the driver's. `Self::unbind` takes the binding back.
+            // SAFETY: `priv` belongs to the driver. `Self::unbind` converts the pointer back and
+            // frees the binding.
             unsafe { (*vdev).priv_ = KBox::into_raw(Pin::into_inner_unchecked(binding)).cast() };
 
             let result = dev.as_ref().set_drvdata(T::probe(dev));
             if result.is_err() {
-                // SAFETY: The binding was stored above, and the driver is not called again.
+                // SAFETY: The binding was stored in `priv` above. The driver is not called again.
                 unsafe { Self::unbind(vdev) };
             }
             result.map(|()| 0)
@@ -316,7 +329,7 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn remove_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: The bus calls with a device that was probed, and removes it once.
+        // SAFETY: The bus passes a probed device, and removes it only once.
         unsafe {
             let (dev, data) = Self::bound(vdev);
             T::remove(dev, data);
@@ -325,18 +338,19 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn config_changed_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: The bus calls with a valid device, and only between the end of its probe and the
-        // start of its removal: it holds `config_lock` and has found `config_core_enabled` set,
-        // which it sets after the one and clears under the lock before the other.
+        // SAFETY: The bus passes a valid device, between the end of `probe` and the start of
+        // `remove`: it holds `config_lock` and has checked `config_core_enabled`. It sets this flag
+        // after `probe`, and clears it under the lock before `remove`.
         let dev = unsafe { &*vdev.cast::<Device<BoundInternal>>() };
-        // SAFETY: As above, hence the data is there.
+        // SAFETY: `probe` has succeeded and `remove` has not begun, as above, so the driver data
+        // exists.
         let data = unsafe { dev.as_ref().drvdata_borrow::<T::Data<'_>>() };
         T::config_changed(dev, data);
     }
 
     extern "C" fn freeze_callback(vdev: *mut bindings::virtio_device) -> c_int {
         from_result(|| {
-            // SAFETY: The bus calls with a device that was probed.
+            // SAFETY: The bus passes a probed device.
             let (dev, data) = unsafe { Self::bound(vdev) };
             T::freeze(dev, data)?;
             dev.reset();
@@ -346,7 +360,7 @@ impl<T: Driver> Adapter<T> {
 
     extern "C" fn restore_callback(vdev: *mut bindings::virtio_device) -> c_int {
         from_result(|| {
-            // SAFETY: The bus calls with a device that was probed.
+            // SAFETY: The bus passes a probed device.
             let (dev, data) = unsafe { Self::bound(vdev) };
             T::restore(dev, data).inspect_err(|_| dev.reset())?;
             Ok(0)
@@ -354,43 +368,47 @@ impl<T: Driver> Adapter<T> {
     }
 
     extern "C" fn shutdown_callback(vdev: *mut bindings::virtio_device) {
-        // SAFETY: The bus calls with a device that was probed, under the device lock, and the
-        // driver is still bound.
+        // SAFETY: The bus passes a probed device and holds the device lock, so the driver remains
+        // bound.
         let (dev, data) = unsafe { Self::bound(vdev) };
         T::shutdown(dev, data);
         dev.shut_down();
     }
 
-    /// Returns the device and its data.
+    /// Returns the device and its driver data.
     ///
     /// # Safety
     ///
-    /// Must be called in a callback of the bus that has process context, for a device that was
-    /// probed and whose data was not dropped yet.
+    /// Must be called in a bus callback with process context. The device must have been probed, and
+    /// its driver data must not have been dropped.
     unsafe fn bound<'a>(
         vdev: *mut bindings::virtio_device,
     ) -> (&'a Device<CoreInternal<'a>>, Pin<&'a T::Data<'a>>) {
-        // SAFETY: By the requirement of this function.
+        // SAFETY: By the safety requirements of this function, `vdev` is a valid device in a bus
+        // callback.
         let dev = unsafe { &*vdev.cast::<Device<CoreInternal<'a>>>() };
-        // SAFETY: A successful probe has stored data of this type.
+        // SAFETY: A successful `probe` has stored driver data of this type. By the safety
+        // requirements of this function, it has not been dropped.
         let data =
             unsafe { AsRef::<device::Device<CoreInternal<'a>>>::as_ref(dev).drvdata_borrow() };
         (dev, data)
     }
 
-    /// Takes the device down.
+    /// Unbinds the device and frees its binding.
     ///
     /// # Safety
     ///
-    /// `priv` of the device must be the binding that the probe stored, and the driver must not be
-    /// called again.
+    /// `priv` of the device must be the binding that `probe_callback` stored, and the driver must
+    /// not be called again.
     unsafe fn unbind(vdev: *mut bindings::virtio_device) {
-        // SAFETY: By the requirement of this function.
+        // SAFETY: By the safety requirements of this function, `vdev` is valid and `priv` is its
+        // binding.
         let binding = unsafe { (*vdev).priv_.cast::<Binding>() };
-        // SAFETY: As above. Queue callbacks may still use it, hence by reference.
+        // SAFETY: By the safety requirements of this function, the binding is valid. Queue
+        // callbacks may still use it, so this does not take ownership yet.
         unsafe { (*binding).unbind() };
-        // SAFETY: No queue is left to call back, and `Core` devices do not outlive callbacks of the
-        // bus.
+        // SAFETY: No queue is left that could call back, and `Core` devices do not outlive bus
+        // callbacks. The binding was created from a box.
         unsafe {
             (*vdev).priv_ = core::ptr::null_mut();
             drop(KBox::from_raw(binding));

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Tests of the queues, on rings whose far side is in the test.
+//! KUnit tests of virtqueues and configuration space, with a test device.
 
 use super::AddError;
 use kernel::prelude::*;
 
-/// For tests, where any failure is one. A driver has to tell them apart.
+/// For tests, which treat all failures alike. Drivers have to distinguish them.
 impl<B> From<AddError<B>> for Error {
     fn from(_error: AddError<B>) -> Self {
         EIO
@@ -23,7 +23,7 @@ mod tests {
     use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
     use kernel::prelude::*;
 
-    /// One queue of [`DropCountedBuffer`]s on a device of its own.
+    /// Creates a device with one queue of [`DropCountedBuffer`]s.
     fn queue() -> Result<(BoundTestDevice, Virtqueue<DropCountedBuffer>)> {
         let queue = Virtqueue::new(c"test")?;
         let bound = BoundTestDevice::new()?;
@@ -117,7 +117,8 @@ mod tests {
         for number in 0..4 {
             queue.add(DropCountedBuffer::new(number, &DROPS)?)?;
         }
-        // One is used and popped, one is used and not popped, one is with the device, one unseen.
+        // Of the four buffers, the first is used and taken, the second is used but not taken, the
+        // third is with the device, and the device has not seen the fourth.
         let chain = bound.device.pop_descriptor_chain(0).ok_or(ENOENT)?;
         bound.device.add_used(0, chain.head, 0);
         drop(queue.get_buf().ok_or(ENOENT)?);
@@ -184,7 +185,7 @@ mod tests {
     #[test]
     fn an_id_that_is_no_buffer_breaks_the_queue() -> Result {
         static DROPS: AtomicU32 = AtomicU32::new(0);
-        // Beyond the ring; and one that was not made available.
+        // An id beyond the ring, and an id that was not made available.
         for id in [ENTRIES as u32, 2] {
             let (bound, queue) = queue()?;
             queue.add(DropCountedBuffer::new(1, &DROPS)?)?;
@@ -225,7 +226,8 @@ mod tests {
     fn no_more_bytes_are_written_than_there_are() -> Result {
         static DROPS: AtomicU32 = AtomicU32::new(0);
         let (bound, queue) = queue()?;
-        // (readable, writable) segments of 8 bytes; what the device says; what the driver hears.
+        // Readable and writable segments of 8 bytes, the written length from the device, and the
+        // length that `get_buf` returns.
         for (layout, said, heard) in [((1, 0), u32::MAX, 0), ((1, 1), u32::MAX, 8), ((0, 2), 9, 9)]
         {
             let layout = SegmentLayout::Segments(layout.0, layout.1);
@@ -283,7 +285,7 @@ mod tests {
         assert_eq!(bound.device.notifications(), 0);
         assert_eq!(queue.kick(), Kick::Sent);
         assert_eq!(bound.device.notifications(), 1);
-        // There is nothing new to tell it of.
+        // No kick is pending.
         assert_eq!(queue.kick(), Kick::NotNeeded);
         assert_eq!(bound.device.notifications(), 1);
 
@@ -356,7 +358,7 @@ mod tests {
             Some(EBUSY)
         );
 
-        // A new ring after a reset, as after a sleep: the old buffers are gone, new ones travel.
+        // A new ring after a reset: the old buffers are dropped, and new buffers can be added.
         queue.add(DropCountedBuffer::new(1, &DROPS)?)?;
         bound.binding().reset();
         assert_eq!(DROPS.load(Relaxed), 0);
@@ -365,7 +367,7 @@ mod tests {
         queue.add(DropCountedBuffer::new(2, &DROPS)?)?;
         assert!(bound.device.pop_descriptor_chain(0).is_none());
         assert!(other.device.pop_descriptor_chain(0).is_some());
-        // Taking down twice, and a device without queues, is nothing special.
+        // Resetting a device without queues again is allowed.
         bound.binding().reset();
         assert!(!queue.is_broken());
         Ok(())
@@ -421,11 +423,11 @@ mod tests {
 
     #[test]
     fn a_field_that_the_device_has_not_is_refused() -> Result {
-        /// `VIRTIO_F_VERSION_1`, the one feature that the device has.
+        /// `VIRTIO_F_VERSION_1`, the only feature of the device.
         const PRESENT: u32 = 32;
         const ABSENT: u32 = 5;
         const LAST: Field<u32> = Field::new::<12, 16>();
-        // A layout may be longer than the device.
+        // A layout may be larger than the configuration space of the device.
         const BEYOND: Field<u32> = Field::new::<16, 20>();
         let bound = BoundTestDevice::new()?;
         let config = bound.binding().config(16)?;
@@ -440,7 +442,7 @@ mod tests {
             assert_eq!(config.write(field, 8), Err(EINVAL));
         }
         assert_eq!(config.read(LAST), Ok(7));
-        // Nobody's offset wraps.
+        // The conversion of the size does not wrap.
         assert_eq!(bound.binding().config(usize::MAX).err(), Some(EINVAL));
         Ok(())
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A device for tests: a transport and the far side of its split rings, all in memory.
+//! A test device: a transport and the device side of its split rings, in memory.
 //!
-//! One thread uses it at a time.
+//! Only one thread may use it at a time.
 
 use super::{
     binding::Binding,
@@ -26,37 +26,37 @@ use kernel::{
     time::{delay::fsleep, Delta},
 };
 
-/// How many queues the device has room for: as many as a balloon has.
+/// The maximum number of virtqueues: as many as a balloon has.
 const QUEUES: usize = 5;
 
-/// The entries of each ring of [`BoundTestDevice::new`].
+/// The number of entries in each ring of [`BoundTestDevice::new`].
 pub(super) const ENTRIES: usize = 4;
 
-/// The most entries that [`Memory`] has room for.
+/// The maximum number of entries, for which [`Memory`] is large enough.
 const ENTRIES_MAX: usize = 128;
 
-/// The bytes of configuration space: as many as a balloon has.
+/// The size of configuration space in bytes: as for a balloon.
 const CONFIG_SIZE: usize = 16;
 
-/// How many answers the device remembers.
+/// The maximum number of entries in the log of used buffers.
 const USED_LOG_SIZE: usize = 16;
 
 const USED_FLAG_NO_NOTIFY: u16 = 1;
 const DESCRIPTOR_NEXT: u16 = 1;
 const DESCRIPTOR_WRITABLE: u16 = 2;
 
-/// Where the used ring begins (`vring_init()` with an alignment of 4096).
+/// The offset of the used ring (`vring_init()` with an alignment of 4096).
 const USED: usize = 4096;
 
 #[repr(C, align(4096))]
 struct Memory(UnsafeCell<[u8; 8192]>);
 
-/// The device.
+/// The test device.
 #[repr(C)]
 pub(crate) struct TestDevice {
-    /// At offset 0: callbacks of the transport cast between the two.
+    /// Must be at offset 0: the callbacks of the transport cast between both types.
     vdev: UnsafeCell<bindings::virtio_device>,
-    /// The entries of each ring.
+    /// The number of entries in each ring.
     entries: Cell<usize>,
     memory: [Memory; QUEUES],
     rings: [Cell<*mut bindings::virtqueue>; QUEUES],
@@ -65,13 +65,13 @@ pub(crate) struct TestDevice {
     notifications: Cell<u32>,
     notify_fails: Cell<bool>,
     use_on_notify: Cell<bool>,
-    /// The queues and the first words of the buffers that were answered at once, and their number.
+    /// The log of buffers that were used on notification: the queue and the first word of each.
     used_log: Cell<[(usize, u32); USED_LOG_SIZE]>,
     used_log_len: Cell<usize>,
     find_vqs_fails: Cell<bool>,
     status: Cell<u8>,
     resets: Cell<u32>,
-    /// What `drops` was at the last deletion of queues, if there was one.
+    /// The value of `drops` when the virtqueues were last deleted.
     drops_at_del_vqs: Cell<Option<u32>>,
     drops: Cell<Option<&'static AtomicU32>>,
     config: Cell<[u8; CONFIG_SIZE]>,
@@ -91,10 +91,10 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
-    /// Reads the segment. Its buffer must still be with the device.
+    /// Returns the content of the segment. Its buffer must be in flight.
     pub(super) fn read(&self) -> u64 {
         assert!(self.length == 8);
-        // SAFETY: The memory of a buffer in flight is valid, and there are 8 bytes of it.
+        // SAFETY: The memory of a buffer in flight is valid, and the segment has 8 bytes.
         let bytes = unsafe {
             bindings::vbrs_test_phys_to_virt(self.address)
                 .cast::<[u8; 8]>()
@@ -103,10 +103,10 @@ impl Segment {
         u64::from_ne_bytes(bytes)
     }
 
-    /// The first 4 bytes of the segment. Its buffer must still be with the device.
+    /// Returns the first 4 bytes of the segment. Its buffer must be in flight.
     pub(crate) fn first_word(&self) -> u32 {
         assert!(self.length >= 4);
-        // SAFETY: The memory of a buffer in flight is valid, and there are 4 bytes of it.
+        // SAFETY: The memory of a buffer in flight is valid, and the segment has at least 4 bytes.
         let bytes = unsafe {
             bindings::vbrs_test_phys_to_virt(self.address)
                 .cast::<[u8; 4]>()
@@ -115,11 +115,12 @@ impl Segment {
         u32::from_le_bytes(bytes)
     }
 
-    /// Writes the segment. Its buffer must still be with the device.
+    /// Sets the content of the segment. Its buffer must be in flight.
     pub(super) fn write(&self, value: u64) {
         assert!(self.length == 8 && self.writable);
         let bytes = value.to_ne_bytes();
-        // SAFETY: The memory of a buffer in flight is valid, there are 8 bytes of it, and they are the device's.
+        // SAFETY: The memory of a buffer in flight is valid, and the segment has 8 bytes that the
+        // device may write.
         unsafe {
             bindings::vbrs_test_phys_to_virt(self.address)
                 .cast::<[u8; 8]>()
@@ -149,27 +150,27 @@ static OPS: bindings::virtio_config_ops = bindings::virtio_config_ops {
     enable_vq_after_reset: None,
 };
 
-/// A device with its binding, as between probe and removal.
+/// A device with its binding, as between `probe` and `remove`.
 pub(crate) struct BoundTestDevice {
     pub(crate) device: OwnedTestDevice,
     binding: *mut Binding,
 }
 
-/// The reference to a device that its creator holds.
+/// The reference of its creator to a device.
 pub(crate) struct OwnedTestDevice(NonNull<TestDevice>);
 
 impl Deref for OwnedTestDevice {
     type Target = TestDevice;
 
     fn deref(&self) -> &TestDevice {
-        // SAFETY: The device is valid as long as there are references to it.
+        // SAFETY: `self` has a reference to the device, so the device is valid.
         unsafe { self.0.as_ref() }
     }
 }
 
 impl Drop for OwnedTestDevice {
     fn drop(&mut self) {
-        // SAFETY: The creator's reference ends here.
+        // SAFETY: `self` has a reference to the device, which is not used again.
         unsafe { kernel::bindings::put_device(&raw mut (*self.vdev.get()).dev) };
     }
 }
@@ -180,10 +181,11 @@ impl BoundTestDevice {
         Self::with_entries(ENTRIES)
     }
 
-    /// Creates a device whose rings have so many entries, a power of two, and binds it.
+    /// Creates a device whose rings have `entries` entries, and binds it. `entries` must be a power
+    /// of two.
     pub(crate) fn with_entries(entries: usize) -> Result<Self> {
         assert!(entries.is_power_of_two() && entries <= ENTRIES_MAX);
-        // SAFETY: All zeroes is a valid value of each field.
+        // SAFETY: All fields are valid if zeroed.
         let zeroed = unsafe {
             pin_init::init_from_closure(|slot: *mut TestDevice| {
                 slot.write_bytes(0, 1);
@@ -193,7 +195,7 @@ impl BoundTestDevice {
         let device = KBox::init(zeroed, GFP_KERNEL)?;
         device.entries.set(entries);
         let vdev = device.vdev.get();
-        // SAFETY: The device is ours, and `Drop` unbinds it before it goes.
+        // SAFETY: No other code uses the device yet, and `Drop` unbinds it before it is freed.
         unsafe {
             bindings::vbrs_test_device_init(vdev);
             (*vdev).config = &OPS;
@@ -207,20 +209,21 @@ impl BoundTestDevice {
         }
     }
 
-    /// As [`with_entries`](Self::with_entries), with these features negotiated.
+    /// Creates a device as [`with_entries`](Self::with_entries) does, with these features
+    /// negotiated.
     pub(crate) fn with_features(entries: usize, features: u64) -> Result<Self> {
         let bound = Self::with_entries(entries)?;
         for bit in (0..u64::BITS).filter(|bit| features & (1 << bit) != 0) {
-            // SAFETY: The device is valid, and no driver has seen it.
+            // SAFETY: The device is valid, and no driver uses it yet.
             unsafe { bindings::vbrs_test_set_feature(bound.device.vdev.get(), bit) };
         }
         Ok(bound)
     }
 
-    /// The device as a bus callback sees it.
+    /// Returns the device as a bus callback sees it.
     pub(crate) fn core(&self) -> &Device<Core<'_>> {
-        // SAFETY: The device is valid and has a binding; a test is the one to make bus callbacks, and
-        // may sleep. `Device` is a transparent wrapper.
+        // SAFETY: The device is valid and has a binding. The test acts as the bus, and may sleep.
+        // `Device` is a transparent wrapper.
         unsafe { &*self.device.vdev.get().cast() }
     }
 
@@ -230,18 +233,18 @@ impl BoundTestDevice {
     }
 
     pub(super) fn binding(&self) -> &Binding {
-        // SAFETY: Valid until `drop`.
+        // SAFETY: The binding is valid until `drop`.
         unsafe { &*self.binding }
     }
 
-    /// The configuration space as a driver sees it.
+    /// Returns the configuration space as a driver sees it.
     pub(crate) fn config(&self) -> Result<Config> {
         self.binding().config(CONFIG_SIZE)
     }
 
-    /// A reference to the device as a driver has it.
+    /// Returns a reference to the device.
     pub(crate) fn device_ref(&self) -> ARef<Device> {
-        // SAFETY: The device is valid, and `Device` is a transparent wrapper of it.
+        // SAFETY: The device is valid, and `Device` is a transparent wrapper.
         ARef::from(unsafe { &*self.device.vdev.get().cast::<Device>() })
     }
 
@@ -257,13 +260,13 @@ impl BoundTestDevice {
 impl Drop for BoundTestDevice {
     fn drop(&mut self) {
         self.binding().unbind();
-        // SAFETY: It came from a box, and no queue is left to call it.
+        // SAFETY: The binding was created from a box, and no virtqueue is left that could call it.
         drop(unsafe { KBox::from_raw(self.binding) });
     }
 }
 
 impl TestDevice {
-    /// Takes the next buffer that the driver made available on `queue`.
+    /// Returns the next buffer that the driver made available on `queue`.
     pub(crate) fn pop_descriptor_chain(&self, queue: usize) -> Option<DescriptorChain> {
         let next = self.last_avail_idx[queue].get();
         if self.read_u16(queue, self.available() + 2) == next {
@@ -285,7 +288,7 @@ impl TestDevice {
                 length: u32::from_le_bytes(self.read(queue, at + 8)),
                 writable: flags & DESCRIPTOR_WRITABLE != 0,
             };
-            // A notification comes from where one must not sleep.
+            // A notification may come from a context that must not sleep.
             chain.segments.push(segment, GFP_ATOMIC).ok()?;
             if flags & DESCRIPTOR_NEXT == 0 {
                 return Some(chain);
@@ -294,7 +297,7 @@ impl TestDevice {
         }
     }
 
-    /// Gives the buffer with this head back.
+    /// Marks the buffer with this head as used.
     pub(crate) fn add_used(&self, queue: usize, head: u32, written: u32) {
         let next = self.used[queue].get();
         let at = USED + 4 + 8 * (usize::from(next) % self.entries.get());
@@ -304,32 +307,32 @@ impl TestDevice {
         self.write(queue, USED + 2, next.wrapping_add(1).to_le_bytes());
     }
 
-    /// Interrupts the driver for `queue`.
+    /// Sends an interrupt for `queue` to the driver.
     pub(super) fn interrupt(&self, queue: usize) {
         if let Some(ring) = NonNull::new(self.rings[queue].get()) {
-            // SAFETY: The ring is valid until the deletion, which clears the pointer.
+            // SAFETY: The ring is valid until it is deleted, which clears the pointer.
             unsafe { bindings::vring_interrupt(0, ring.as_ptr().cast()) };
         }
     }
 
-    /// Says whether the device wants no notifications of `queue`.
+    /// Sets whether the device suppresses notifications of `queue`.
     pub(super) fn suppress_notifications(&self, queue: usize, suppress: bool) {
         let flags = if suppress { USED_FLAG_NO_NOTIFY } else { 0 };
         self.write(queue, USED, flags.to_le_bytes());
     }
 
-    /// Says whether the driver wants no interrupts of `queue`.
+    /// Returns whether the driver suppresses interrupts of `queue`.
     pub(crate) fn interrupts_suppressed(&self, queue: usize) -> bool {
         self.read_u16(queue, self.available()) & 1 != 0
     }
 
-    /// Makes the device give back at once whatever it is notified of, or no more.
+    /// Sets whether the device uses all available buffers on notification.
     pub(crate) fn set_use_on_notify(&self, use_on_notify: bool) {
         self.use_on_notify.set(use_on_notify);
     }
 
-    /// The queues, and the first 4 bytes, of the buffers that were answered at once since the last
-    /// call of this, in their order.
+    /// Returns and clears the log of buffers that were used on notification: the queue and the
+    /// first 4 bytes of each.
     pub(crate) fn take_used_log(&self) -> Result<KVec<(usize, u32)>> {
         let used_log = self.used_log.get();
         let mut taken = KVec::new();
@@ -337,7 +340,7 @@ impl TestDevice {
         Ok(taken)
     }
 
-    /// Takes the next buffer of `queue`, gives it back, and returns its first 4 bytes.
+    /// Uses the next available buffer of `queue`, and returns its first 4 bytes.
     pub(crate) fn use_buffer(&self, queue: usize) -> Option<u32> {
         let chain = self.pop_descriptor_chain(queue)?;
         let word = chain.segments.first()?.first_word();
@@ -345,12 +348,12 @@ impl TestDevice {
         Some(word)
     }
 
-    /// Makes notifications fail.
+    /// Makes all notifications fail.
     pub(super) fn fail_notify(&self) {
         self.notify_fails.set(true);
     }
 
-    /// Makes the next search for queues fail.
+    /// Makes the next `find_vqs` fail.
     pub(super) fn fail_find_vqs(&self) {
         self.find_vqs_fails.set(true);
     }
@@ -363,12 +366,12 @@ impl TestDevice {
         self.resets.get()
     }
 
-    /// Remembers what `drops` counts when the queues are deleted.
+    /// Records the value of `drops` whenever the virtqueues are deleted.
     pub(super) fn watch_drops(&self, drops: &'static AtomicU32) {
         self.drops.set(Some(drops));
     }
 
-    /// What the watched counter was when the queues were last deleted.
+    /// Returns the value of the recorded counter when the virtqueues were last deleted.
     pub(super) fn drops_at_del_vqs(&self) -> Option<u32> {
         self.drops_at_del_vqs.get()
     }
@@ -380,32 +383,32 @@ impl TestDevice {
         self.config.set(config);
     }
 
-    /// Reads the little-endian number at `offset` of configuration space.
+    /// Returns the little-endian number at `offset` of configuration space.
     pub(crate) fn config_at(&self, offset: usize) -> u32 {
         let mut bytes = [0; 4];
         bytes.copy_from_slice(&self.config.get()[offset..][..4]);
         u32::from_le_bytes(bytes)
     }
 
-    /// Where the available ring begins (`vring_init()` with an alignment of 4096).
+    /// Returns the offset of the available ring (`vring_init()` with an alignment of 4096).
     fn available(&self) -> usize {
         16 * self.entries.get()
     }
 
     fn at(&self, queue: usize, offset: usize) -> *mut u8 {
-        // Bounds are checked here: the memory is one array.
+        // The bounds are checked here, because the memory is one array.
         let memory: *mut [u8; 8192] = self.memory[queue].0.get();
         assert!(offset < 8192 - 8);
         memory.cast::<u8>().wrapping_add(offset)
     }
 
     fn read<const N: usize>(&self, queue: usize, offset: usize) -> [u8; N] {
-        // SAFETY: `at` stays within the memory of the ring, which outlives the ring.
+        // SAFETY: `at` returns a pointer to at least 8 bytes within the memory of the ring.
         unsafe { self.at(queue, offset).cast::<[u8; N]>().read_volatile() }
     }
 
     fn write<const N: usize>(&self, queue: usize, offset: usize, bytes: [u8; N]) {
-        // SAFETY: As above.
+        // SAFETY: `at` returns a pointer to at least 8 bytes within the memory of the ring.
         unsafe {
             self.at(queue, offset)
                 .cast::<[u8; N]>()
@@ -417,17 +420,20 @@ impl TestDevice {
         u16::from_le_bytes(self.read(queue, offset))
     }
 
+    /// Returns the test device of `vdev`.
+    ///
     /// # Safety
     ///
-    /// `vdev` must be that of a test device.
+    /// `vdev` must belong to a test device.
     unsafe fn from_vdev<'a>(vdev: *mut bindings::virtio_device) -> &'a Self {
-        // SAFETY: The device is at offset 0.
+        // SAFETY: By the safety requirements of this function, `vdev` belongs to a test device,
+        // where it is at offset 0.
         unsafe { &*vdev.cast() }
     }
 
     extern "C" fn release(dev: *mut kernel::bindings::device) {
-        // SAFETY: Called for the last reference to a test device, which came from a box. `vdev` is at
-        // offset 0.
+        // SAFETY: The kernel calls this for the last reference to a test device, which was created
+        // from a box. `vdev` is at offset 0.
         unsafe {
             let vdev = container_of!(dev, bindings::virtio_device, dev);
             drop(KBox::from_raw(vdev.cast::<Self>()));
@@ -440,7 +446,7 @@ impl TestDevice {
         to: *mut c_void,
         length: c_uint,
     ) {
-        // SAFETY: Called by the bus with a test device and a buffer of this length.
+        // SAFETY: The bus passes a test device, and a buffer of this length.
         let (device, to) = unsafe {
             (
                 Self::from_vdev(vdev),
@@ -462,7 +468,7 @@ impl TestDevice {
         from: *const c_void,
         length: c_uint,
     ) {
-        // SAFETY: Called by the bus with a test device and a buffer of this length.
+        // SAFETY: The bus passes a test device, and a buffer of this length.
         let (device, from) = unsafe {
             (
                 Self::from_vdev(vdev),
@@ -480,17 +486,17 @@ impl TestDevice {
     }
 
     extern "C" fn get_status(vdev: *mut bindings::virtio_device) -> u8 {
-        // SAFETY: Called by the bus with a test device.
+        // SAFETY: The bus passes a test device.
         unsafe { Self::from_vdev(vdev) }.status.get()
     }
 
     extern "C" fn set_status(vdev: *mut bindings::virtio_device, status: u8) {
-        // SAFETY: Called by the bus with a test device.
+        // SAFETY: The bus passes a test device.
         unsafe { Self::from_vdev(vdev) }.status.set(status);
     }
 
     extern "C" fn reset(vdev: *mut bindings::virtio_device) {
-        // SAFETY: Called by the bus with a test device.
+        // SAFETY: The bus passes a test device.
         let device = unsafe { Self::from_vdev(vdev) };
         device.status.set(0);
         device.resets.set(device.resets.get() + 1);
@@ -503,14 +509,14 @@ impl TestDevice {
         infos: *mut bindings::virtqueue_info,
         _affinity: *mut bindings::irq_affinity,
     ) -> c_int {
-        // SAFETY: Called by the bus with a test device.
+        // SAFETY: The bus passes a test device.
         let device = unsafe { Self::from_vdev(vdev) };
         if device.find_vqs_fails.take() || count as usize > QUEUES {
             return ENOENT.to_errno();
         }
         for index in 0..count as usize {
-            // SAFETY: Both arrays have `count` elements; the memory of the ring is as large and
-            // aligned as it must be, and free of an earlier ring.
+            // SAFETY: Both arrays have `count` elements. The memory of the ring has the required
+            // size and alignment, and is not used by an earlier ring.
             unsafe {
                 device.memory[index].0.get().write_bytes(0, 1);
                 device.last_avail_idx[index].set(0);
@@ -540,12 +546,12 @@ impl TestDevice {
     }
 
     extern "C" fn del_vqs(vdev: *mut bindings::virtio_device) {
-        // SAFETY: Called by the bus with a test device.
+        // SAFETY: The bus passes a test device.
         let device = unsafe { Self::from_vdev(vdev) };
         for ring in &device.rings {
             let ring = ring.replace(ptr::null_mut());
             if !ring.is_null() {
-                // SAFETY: `find_vqs` made it.
+                // SAFETY: `find_vqs` created the ring, and the pointer was cleared.
                 unsafe { bindings::vring_del_virtqueue(ring) };
             }
         }
@@ -555,7 +561,7 @@ impl TestDevice {
     }
 
     extern "C" fn notify(vq: *mut bindings::virtqueue) -> bool {
-        // SAFETY: Called by the ring with itself.
+        // SAFETY: The ring calls this with its own virtqueue, which belongs to a test device.
         let (device, queue) = unsafe { (Self::from_vdev((*vq).vdev), (*vq).index as usize) };
         device.notifications.set(device.notifications.get() + 1);
         while device.use_on_notify.get() {
@@ -573,7 +579,7 @@ impl TestDevice {
     }
 }
 
-/// A buffer that counts its deaths, with any segments.
+/// A buffer with any segments, which counts its drops.
 pub(super) struct DropCountedBuffer(KBox<Body>);
 
 pub(super) struct Body {
@@ -586,11 +592,11 @@ pub(super) struct Body {
 /// The segments of a [`DropCountedBuffer`].
 #[derive(Clone, Copy)]
 pub(super) enum SegmentLayout {
-    /// So many segments that the device reads and so many that it writes.
+    /// This number of segments that the device reads, and of segments that it writes.
     Segments(usize, usize),
-    /// One segment without bytes.
+    /// One empty segment.
     Empty,
-    /// One that the device writes before one that it reads.
+    /// A segment that the device writes before one that it reads.
     WrongOrder,
 }
 
@@ -618,7 +624,7 @@ impl DropCountedBuffer {
     }
 
     pub(super) fn written(&self) -> u64 {
-        // SAFETY: Nobody writes while the buffer is ours.
+        // SAFETY: The device does not write while the driver owns the buffer.
         unsafe { *self.0.written.get() }
     }
 }
@@ -629,11 +635,12 @@ impl Drop for Body {
     }
 }
 
-// SAFETY: `written` is only used by who owns the buffer.
+// SAFETY: Only the owner of the buffer uses `written`.
 unsafe impl Send for Body {}
 
-// SAFETY: The memory is that of a box, which is the token; the device reads `number` and writes
-// `written`, which nobody uses meanwhile.
+// SAFETY: The segments are within the memory of a box, whose pointer is the token. The device reads
+// `number` and writes `written`, which no other code uses meanwhile. Such a box is aligned to at
+// least 8 bytes.
 unsafe impl Buffer for DropCountedBuffer {
     const TOKEN_TAG_BITS: u32 = 3;
 
@@ -662,12 +669,12 @@ unsafe impl Buffer for DropCountedBuffer {
     }
 
     unsafe fn from_token(token: NonNull<c_void>) -> Self {
-        // SAFETY: The token is the box that `into_token` leaked.
+        // SAFETY: The token comes from the box that `into_token` leaked.
         Self(unsafe { KBox::from_raw(token.cast().as_ptr()) })
     }
 }
 
-/// Waits for what must come. The limit is for a fault only.
+/// Waits until `done` returns `true`, for at most 10 seconds. Returns whether it did.
 pub(crate) fn wait_for(mut done: impl FnMut() -> bool) -> bool {
     (0..1000).any(|_| {
         let done = done();
@@ -678,7 +685,7 @@ pub(crate) fn wait_for(mut done: impl FnMut() -> bool) -> bool {
     })
 }
 
-/// A handler that counts what it is told.
+/// A handler that counts its calls.
 pub(crate) struct CountingHandler(pub(super) [AtomicU32; QUEUES]);
 
 impl CountingHandler {

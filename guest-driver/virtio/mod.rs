@@ -2,44 +2,50 @@
 
 //! Abstractions for the virtio bus.
 //!
-//! A driver implements [`Driver`] and is registered by
-//! [`module_virtio_driver!`](crate::module_virtio_driver). From its bus callbacks it sees a
-//! [`Device`], negotiates features ([`Negotiation`]), reads and writes configuration space
-//! ([`Config`]), and exchanges [`Buffer`]s with the device over [`Virtqueue`]s.
+//! A driver implements [`Driver`], and [`module_virtio_driver!`](crate::module_virtio_driver)
+//! registers it. The bus callbacks get a [`Device`], or a [`Negotiation`] while features are
+//! negotiated. [`Config`] accesses configuration space. [`Virtqueue`]s exchange [`Buffer`]s with
+//! the device.
 //!
 //! # Ownership
 //!
-//! A [`Virtqueue<B>`] takes each buffer by value and gives it back by value: between the two nobody
-//! can touch, free or add it again. It comes back once, in one of three ways: the device returns it
-//! ([`Virtqueue::get_buf`]); it could not be added ([`AddError`]); or the queue ceased to exist
-//! ([`Virtqueue::detach_unused_buf`], or dropped).
+//! A [`Virtqueue<B>`] takes each buffer by value and returns it by value. In between, no other code
+//! can access, free or add the buffer. Each buffer is returned exactly once, in one of three ways:
+//!
+//! - the device has used it ([`Virtqueue::get_buf`]);
+//! - it could not be added ([`AddError`]);
+//! - its ring was deleted: [`Virtqueue::detach_unused_buf`] returns it, or the queue drops it.
 //!
 //! # Lifetime
 //!
-//! [`Virtqueue`] and [`Config`] are handles without a lifetime, so that a work item, a shrinker or
-//! a timer can hold them. What is behind them goes away when the device is unbound; from then on
-//! each operation says so. Nothing that a driver forgets, leaks or does late can reach a device
-//! that is not its own any more.
+//! [`Virtqueue`] and [`Config`] are handles without a lifetime, so work items, shrinkers and timers
+//! can own them. When the device is unbound, their access to it is revoked, and each later
+//! operation fails. Therefore a driver that leaks a handle, or uses it late, cannot access a device
+//! that it is no longer bound to.
 //!
-//! The bus takes down what a driver set up, after a removal as after a probe that failed: queues
-//! refuse further work, notifications in progress end, the device is reset, the transport deletes
-//! the queues, and only then the buffers that were in flight come back. The last step waits for the
-//! deletion because a transport's reset may be nothing but a note to itself, as that of user-mode
-//! Linux is, and the device then reads the rings until they are taken from it.
+//! The bus resets a device after `remove` and after a failed `probe`, in this order:
+//!
+//! 1. the queues refuse further operations (*quiesce*), and notifications in progress end;
+//! 2. the device is reset;
+//! 3. the transport deletes the queues;
+//! 4. the driver can take the buffers that were in flight (*detach*).
+//!
+//! The last step waits for the deletion, because some transports do not reach the device with a
+//! reset. On user-mode Linux, the device reads the rings until they are deleted.
 //!
 //! # Contexts
 //!
 //! | what | context |
 //! |---|---|
 //! | [`Driver::validate`], `probe`, `remove`, `freeze`, `restore`, `shutdown` | process, may sleep, device lock held |
-//! | [`Driver::config_changed`], [`QueueHandler::used`] | hard interrupt or interrupts off, must not sleep |
+//! | [`Driver::config_changed`], [`QueueHandler::used`] | hard interrupt or interrupts disabled, must not sleep |
 //! | methods of [`Virtqueue`] | any but NMI |
 //! | methods of [`Config`] | process, may sleep |
 //! | [`WaitQueue::wake_up_all`], methods of [`Wakeup`] | any but NMI |
-//! | [`WaitQueue::wait_timeout`] | process, sleeps for a limited time; within an allocation, too |
+//! | [`WaitQueue::wait_timeout`] | process, sleeps for a limited time, also within an allocation |
 //!
-//! Who needs to wait for a device does so with a limit ([`WaitQueue`]): it may be silent or gone. A
-//! [`Virtqueue`] says when it is [broken](Virtqueue::is_broken), which comes without an interrupt.
+//! A wait for the device needs a timeout ([`WaitQueue`]), because the device may not answer or may
+//! be gone. No interrupt reports a [broken](Virtqueue::is_broken) queue.
 //!
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Outgoing buffers that carry more than the device sees.
+//! Outgoing buffers with context that the device does not read.
 
 use core::ffi::c_void;
 use core::ptr::NonNull;
@@ -11,10 +11,12 @@ use kernel::transmute::AsBytes;
 
 use super::buffer::{Buffer, Segments};
 
-/// A value of which the device reads the first part, with a companion that stays in the guest.
+/// A value of which the device reads the first part, together with a context that the device does
+/// not read.
 ///
-/// The companion is what the value is about (the pages behind their numbers, say): it goes where
-/// the buffer goes, so that it cannot be used or dropped while the buffer is with the device.
+/// The context belongs to the value. For example, a request contains page numbers, and its context
+/// the pages themselves. The queue owns both while the buffer is in flight, so the context cannot
+/// be used or dropped then.
 pub struct OutgoingWithContext<T: AsBytes + Send + 'static, C: Send + 'static>(KBox<Inner<T, C>>);
 
 #[repr(C)]
@@ -25,12 +27,12 @@ struct Inner<T, C> {
 }
 
 impl<T: AsBytes + Send + 'static, C: Send + 'static> OutgoingWithContext<T, C> {
-    /// Allocates a buffer of which the device reads nothing yet: see
+    /// Creates a buffer of length 0, which the device cannot read yet: see
     /// [`set_length`](Self::set_length).
     ///
     /// # Errors
     ///
-    /// [`AllocError`](kernel::alloc::AllocError) if there is no memory.
+    /// [`AllocError`](kernel::alloc::AllocError) if memory is short.
     pub fn new(value: T, context: C, flags: Flags) -> Result<Self> {
         let inner = Inner {
             value,
@@ -40,27 +42,28 @@ impl<T: AsBytes + Send + 'static, C: Send + 'static> OutgoingWithContext<T, C> {
         Ok(Self(KBox::new(inner, flags)?))
     }
 
-    /// Lets the device read the first `length` bytes of the value, or all if there are fewer.
+    /// Sets the number of bytes of the value that the device reads. At most the size of the value.
     ///
-    /// A buffer of length 0 is not taken by a queue.
+    /// A queue refuses a buffer of length 0.
     pub fn set_length(&mut self, length: usize) {
         self.0.length = length.min(size_of::<T>());
     }
 
-    /// The value and its companion.
+    /// Returns the value and the context.
     pub fn parts_mut(&mut self) -> (&mut T, &mut C) {
         let inner = &mut *self.0;
         (&mut inner.value, &mut inner.context)
     }
 
-    /// The companion.
+    /// Returns the context.
     pub fn context(&self) -> &C {
         &self.0.context
     }
 }
 
-// SAFETY: The memory is that of a box from `kmalloc`, which is the token; the device only reads it,
-// and not more than the value has. Such a box is aligned to 8 bytes or more.
+// SAFETY: The segment is within the memory of a box from `kmalloc`, whose pointer is the token. The
+// device only reads the segment, which is at most as long as the value. Such a box is aligned to at
+// least 8 bytes.
 unsafe impl<T: AsBytes + Send + 'static, C: Send + 'static> Buffer for OutgoingWithContext<T, C> {
     const TOKEN_TAG_BITS: u32 = 3;
 
@@ -73,7 +76,7 @@ unsafe impl<T: AsBytes + Send + 'static, C: Send + 'static> Buffer for OutgoingW
     }
 
     unsafe fn from_token(token: NonNull<c_void>) -> Self {
-        // SAFETY: The token is the box that `into_token` leaked.
+        // SAFETY: The token comes from the box that `into_token` leaked.
         Self(unsafe { KBox::from_raw(token.cast().as_ptr()) })
     }
 }

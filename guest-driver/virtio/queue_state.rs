@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What is behind a [`Virtqueue`](super::Virtqueue), whatever it carries.
+//! The state of a [`Virtqueue`](super::Virtqueue), independent of its buffer type.
+//!
+//! A [`Binding`](super::binding::Binding) claims a queue, attaches a ring to it, quiesces it,
+//! detaches its buffers and releases it: see [`Phase`]. A spin lock that is held with interrupts
+//! disabled protects the state and serialises access to the ring.
 
 use super::compat::SpinLockIrq;
 use crate::bindings;
@@ -14,17 +18,17 @@ pub(super) struct Ring {
     has_indirect_desc: bool,
 }
 
-// SAFETY: A `struct virtqueue` may be used from any thread, by one at a time.
+// SAFETY: Any thread may use a `struct virtqueue`, if the use is serialised.
 unsafe impl Send for Ring {}
 
 impl Ring {
-    /// Wraps `vq`.
+    /// Creates a handle to `vq`.
     ///
     /// # Safety
     ///
-    /// `vq` must be a valid queue of a valid device.
+    /// `vq` must be a valid virtqueue of a valid device.
     pub(super) unsafe fn new(vq: NonNull<bindings::virtqueue>) -> Self {
-        // SAFETY: By the requirement of this function.
+        // SAFETY: By the safety requirements of this function, `vq` and its device are valid.
         let has_indirect_desc = unsafe {
             bindings::vbrs_virtio_has_feature(
                 (*vq.as_ptr()).vdev,
@@ -45,41 +49,42 @@ impl Ring {
         self.vq.as_ptr()
     }
 
-    /// Says whether buffers of several segments may take a single entry.
+    /// Returns whether a buffer of several segments may take a single entry
+    /// (`VIRTIO_RING_F_INDIRECT_DESC`).
     pub(super) fn has_indirect_desc(self) -> bool {
         self.has_indirect_desc
     }
 }
 
-/// A buffer that the queue owns, by its token.
+/// The token of a buffer that the queue owns.
 pub(super) struct Token(pub(super) NonNull<c_void>);
 
-// SAFETY: `Buffer` is `Send`, and only such become tokens.
+// SAFETY: Tokens only come from `Buffer`s, which are `Send`.
 unsafe impl Send for Token {}
 
-/// Where a queue is in its life.
+/// The lifecycle of a queue.
 pub(super) enum Phase {
-    /// There is no ring.
+    /// The queue has no ring.
     Idle,
-    /// A binding is making the ring.
+    /// A binding is creating the ring.
     Claimed,
-    /// The ring works.
+    /// The ring is in use.
     Live(Ring),
-    /// The ring exists, but is not used any more: the device is being reset.
+    /// The ring exists but is not used: the device is being reset.
     Quiesced(Ring),
 }
 
-/// What the lock of a queue guards: the ring, too.
+/// The state that the lock of a queue protects, including the ring.
 pub(super) struct State {
     pub(super) phase: Phase,
-    /// Buffers were added since the device was last told.
+    /// A buffer was added since the last kick.
     pub(super) pending_kick: bool,
-    /// What came back without the device's doing. Has room for all that a ring can hold.
+    /// The buffers that were in flight when the ring was deleted. The capacity is that of the ring.
     detached: KVec<Token>,
 }
 
 impl State {
-    /// Returns the ring if it works.
+    /// Returns the ring if it is in use.
     pub(super) fn live(&self) -> Option<Ring> {
         match self.phase {
             Phase::Live(ring) => Some(ring),
@@ -88,9 +93,9 @@ impl State {
     }
 }
 
-/// A queue, whatever it carries.
+/// A queue, independent of its buffer type.
 ///
-/// Outlives the ring behind it, which a [`Binding`](super::binding::Binding) makes and deletes.
+/// It outlives its ring, which a [`Binding`](super::binding::Binding) creates and deletes.
 #[pin_data(PinnedDrop)]
 pub struct QueueState {
     name: &'static CStr,
@@ -101,8 +106,7 @@ pub struct QueueState {
 }
 
 impl QueueState {
-    /// Creates a queue without a ring, for buffers that `drop_token` turns back from tokens and
-    /// drops.
+    /// Creates a queue without a ring. `drop_token` drops the buffer of a token.
     ///
     /// # Errors
     ///
@@ -138,11 +142,11 @@ impl QueueState {
         &self.state
     }
 
-    /// Reserves the queue for a ring to come.
+    /// Claims the queue, to attach a ring to it.
     ///
     /// # Errors
     ///
-    /// [`EBUSY`] if it has a ring or is reserved.
+    /// [`EBUSY`] if it has a ring or is claimed.
     pub(super) fn claim(&self) -> Result {
         let mut state = self.state.lock();
         match state.phase {
@@ -152,18 +156,18 @@ impl QueueState {
         Ok(())
     }
 
-    /// Gives the queue its ring.
+    /// Attaches a ring to the queue, and drops detached buffers of an earlier ring.
     ///
     /// # Errors
     ///
-    /// [`ENOMEM`]; the queue is as before then.
+    /// [`ENOMEM`]. The queue is unchanged then.
     ///
     /// # Safety
     ///
-    /// The caller must have [claimed](Self::claim) the queue. The ring must be valid and used by
-    /// nobody else until the caller calls [`release`](Self::release).
+    /// The caller must have [claimed](Self::claim) the queue. The ring must be valid, and no other
+    /// code may use it, until the caller calls [`release`](Self::release).
     pub(super) unsafe fn attach_ring(&self, ring: Ring) -> Result {
-        // SAFETY: The ring is valid.
+        // SAFETY: By the safety requirements of this function, the ring is valid.
         let size = unsafe { bindings::virtqueue_get_vring_size(ring.as_ptr()) } as usize;
         let mut room = KVec::with_capacity(size, GFP_KERNEL)?;
         let mut state = self.state.lock();
@@ -175,8 +179,8 @@ impl QueueState {
         Ok(())
     }
 
-    /// Makes every operation refuse the ring. Notifications that have begun go on until the next
-    /// RCU grace period.
+    /// Makes all operations refuse the ring. A notification in progress ends within an RCU grace
+    /// period.
     pub(super) fn quiesce(&self) {
         let mut state = self.state.lock();
         if let Phase::Live(ring) = state.phase {
@@ -184,39 +188,40 @@ impl QueueState {
         }
     }
 
-    /// Takes all buffers out of the ring. They come back to the driver once the queue is
+    /// Detaches all buffers from the ring. The driver can take them once the queue is
     /// [released](Self::release).
     ///
     /// # Safety
     ///
-    /// The queue must be [stopped](Self::quiesce) and its device reset.
+    /// The queue must be [quiesced](Self::quiesce) and its device reset.
     pub(super) unsafe fn detach_all_unused(&self) {
         let mut state = self.state.lock();
         let Phase::Quiesced(ring) = state.phase else {
             return;
         };
         loop {
-            // SAFETY: The ring is valid until the release, and the lock makes it ours.
+            // SAFETY: The ring is valid until `release`, and the lock serialises access to it.
             let token = unsafe { bindings::virtqueue_detach_unused_buf(ring.as_ptr()) };
             let Some(token) = NonNull::new(token) else {
                 break;
             };
-            // A buffer takes at least one entry of the ring, and `attach_ring` made room for all
-            // entries. Were it not so, to leak the buffer would be the lesser evil.
+            // This cannot fail: each buffer takes at least one entry of the ring, and `attach_ring`
+            // reserved capacity for all entries. If it failed, the buffer would be leaked, which is
+            // safe.
             let _ = state.detached.push_within_capacity(Token(token));
         }
     }
 
-    /// Ends the claim. What was in flight can be [taken](Self::take_detached).
+    /// Ends the claim. Detached buffers can be [taken](Self::take_detached) from now on.
     ///
     /// # Safety
     ///
-    /// Nobody may use the ring any more, device included.
+    /// Neither the device nor other code may use the ring from now on.
     pub(super) unsafe fn release(&self) {
         self.state.lock().phase = Phase::Idle;
     }
 
-    /// Takes one of the buffers that came back when the ring went.
+    /// Returns a detached buffer, if there is one and the queue is released.
     pub(super) fn take_detached(&self) -> Option<Token> {
         let mut state = self.state.lock();
         match state.phase {
@@ -225,17 +230,17 @@ impl QueueState {
         }
     }
 
-    /// Drops the buffers that came back when the ring went.
+    /// Drops all detached buffers.
     pub(super) fn drop_detached(&self) {
         while let Some(Token(token)) = self.take_detached() {
-            // SAFETY: The queue owned the buffer of this token, and no more.
+            // SAFETY: The queue owned the buffer of this token, and the token is not used again.
             unsafe { (self.drop_token)(token) };
         }
     }
 
     fn drop_tokens(&self, tokens: KVec<Token>) {
         for Token(token) in tokens {
-            // SAFETY: The queue owned the buffer of this token, and no more.
+            // SAFETY: The queue owned the buffer of this token, and the token is not used again.
             unsafe { (self.drop_token)(token) };
         }
     }
@@ -244,7 +249,8 @@ impl QueueState {
 #[pinned_drop]
 impl PinnedDrop for QueueState {
     fn drop(self: Pin<&mut Self>) {
-        // A binding holds a reference while there is a ring, so there is none now.
+        // A binding has a reference to the queue while the ring exists, so the queue has no ring
+        // here.
         self.drop_detached();
     }
 }

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Virtqueues.
+//!
+//! A [`Virtqueue`] is a handle to a `QueueState`, which has a ring only while the device is bound
+//! and not reset. A spin lock of the queue serialises all access to the ring. A kick notifies the
+//! device outside that lock, in an RCU read-side critical section.
+//!
+//! C header: [`include/linux/virtio.h`](srctree/include/linux/virtio.h)
 
 use super::{
     buffer::{Buffer, Segments},
@@ -13,31 +19,34 @@ use kernel::{
     sync::{rcu, Arc},
 };
 
-/// Is told that the device has used buffers.
+/// Callback for used buffers.
 pub trait QueueHandler: Send + Sync + 'static {
-    /// The device has used buffers of the queue with this number, or seems to: there may be none.
+    /// Called when the device has used buffers of the queue with this index. The call may be
+    /// spurious: there may be no used buffer.
     ///
-    /// Hard interrupt context: must not sleep. May use the [`Virtqueue`]; what is usual is to wake
-    /// something that does. May come at any time from [`find_queues`](super::Device::find_queues)
-    /// until the queues are gone, also before the device is ready.
+    /// Hard interrupt context: must not sleep. May call methods of the [`Virtqueue`], and usually
+    /// enqueues a work item that does. May be called from the start of
+    /// [`find_queues`](super::Device::find_queues) until the virtqueues are deleted, also before
+    /// the device is ready.
     fn used(&self, queue: u16);
 }
 
-/// A queue that carries buffers of type `B` to the device and back.
+/// A virtqueue that exchanges buffers of type `B` with the device.
 ///
-/// Has a ring from [`find_queues`](super::Device::find_queues) until the device is
-/// [reset](super::Device::reset) or unbound. Before and after that nothing can be added and nothing
-/// is popped.
+/// It has a ring from [`find_queues`](super::Device::find_queues) until the device is
+/// [reset](super::Device::reset) or unbound. Without a ring, no buffer can be added, and no used
+/// buffer is returned.
 ///
-/// All methods may be called from any context but NMI, by many at once; each takes a spin lock with
-/// interrupts off.
+/// All methods may be called concurrently, and in any context but NMI. Each takes a spin lock with
+/// interrupts disabled.
 pub struct Virtqueue<B: Buffer> {
     queue: Arc<QueueState>,
     buffers: PhantomData<fn(B) -> B>,
 }
 
 impl<B: Buffer> Virtqueue<B> {
-    /// Creates a queue whose buffers' use the [`QueueHandler`] is told of. `name` is for humans.
+    /// Creates a virtqueue that calls the [`QueueHandler`] for used buffers. `name` identifies the
+    /// queue, for example in `/proc/interrupts`.
     ///
     /// # Errors
     ///
@@ -46,7 +55,7 @@ impl<B: Buffer> Virtqueue<B> {
         Self::create(name, true)
     }
 
-    /// Creates a queue that the [`QueueHandler`] is not told of.
+    /// Creates a virtqueue that does not call the [`QueueHandler`].
     ///
     /// # Errors
     ///
@@ -62,20 +71,22 @@ impl<B: Buffer> Virtqueue<B> {
         })
     }
 
+    /// Drops the buffer of a token.
+    ///
     /// # Safety
     ///
     /// As for [`Buffer::from_token`].
     unsafe fn drop_token(token: NonNull<c_void>) {
-        // SAFETY: By the requirement of this function.
+        // SAFETY: By the safety requirements of this function.
         drop(unsafe { B::from_token(token) });
     }
 
-    /// Gives `buffer` to the device, which learns of it by the next [`kick`](Self::kick).
+    /// Makes `buffer` available to the device. The next [`kick`](Self::kick) notifies the device.
     ///
     /// # Errors
     ///
-    /// Returns the buffer, and why it was not taken. A full ring is tested for without a
-    /// notification of the device.
+    /// Returns the buffer and the reason. The method checks for free entries before it calls the
+    /// ring, because `virtqueue_add_sgs()` notifies the device of a full ring.
     pub fn add(&self, buffer: B) -> Result<(), AddError<B>> {
         let mut segments = Segments::from_buffer(&buffer);
         let mut state = self.queue.state().lock();
@@ -85,8 +96,8 @@ impl<B: Buffer> Virtqueue<B> {
                 Err(failure) => failure,
                 Ok(()) => {
                     let token = buffer.into_token();
-                    // SAFETY: `check` looked at the segments; the lock makes the ring ours; the
-                    // token is new.
+                    // SAFETY: `check` found the segments valid. The lock serialises access to the
+                    // ring. The token was created just now from a buffer with these segments.
                     let result = unsafe { segments.add_to(ring.as_non_null(), token) };
                     if result == 0 {
                         state.pending_kick = true;
@@ -94,7 +105,7 @@ impl<B: Buffer> Virtqueue<B> {
                     }
                     drop(state);
                     return Err(AddError {
-                        // SAFETY: The ring has not taken the token.
+                        // SAFETY: The ring has refused the token, which was created above.
                         buffer: unsafe { B::from_token(token) },
                         failure: AddFailure::from_errno(result),
                     });
@@ -133,14 +144,16 @@ impl<B: Buffer> Virtqueue<B> {
         }
     }
 
-    /// Tells the device that there are buffers, unless it has said that it does not want to know, or
-    /// none was added since it was last told.
+    /// Notifies the device of available buffers, unless the device has suppressed notifications or
+    /// no kick is pending.
     ///
-    /// The latter the ring itself minds only with event index: without, it would notify each time.
+    /// A kick is pending if a buffer was added since the last `kick`. Without this check, a ring
+    /// without `VIRTIO_RING_F_EVENT_IDX` would also notify the device if no buffer was added.
     ///
-    /// The notification itself, which may leave the guest, happens outside the lock.
+    /// The notification itself may exit to the hypervisor. It is sent outside the lock.
     pub fn kick(&self) -> Kick {
-        // The ring is not deleted before all read-side sections that saw it live have ended.
+        // The ring is not deleted before all read-side critical sections that saw the queue live
+        // have ended.
         let _guard = rcu::read_lock();
         let mut state = self.queue.state().lock();
         let Some(ring) = state.live() else {
@@ -149,13 +162,14 @@ impl<B: Buffer> Virtqueue<B> {
         if !core::mem::take(&mut state.pending_kick) {
             return Kick::NotNeeded;
         }
-        // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
+        // SAFETY: The ring of a live queue is valid, and the lock serialises access to it.
         let wanted = unsafe { bindings::virtqueue_kick_prepare(ring.as_ptr()) };
         drop(state);
         if !wanted {
             return Kick::NotNeeded;
         }
-        // SAFETY: The ring is valid until the read-side section ends; to notify needs no lock.
+        // SAFETY: The ring is valid until the read-side critical section ends. A notification
+        // requires no lock.
         if unsafe { bindings::virtqueue_notify(ring.as_ptr()) } {
             Kick::Sent
         } else {
@@ -163,68 +177,72 @@ impl<B: Buffer> Virtqueue<B> {
         }
     }
 
-    /// Takes back a buffer that the device has used, and how many bytes it says to have written:
-    /// never more than it was allowed to write.
+    /// Returns a used buffer, and the number of bytes that the device has written. The number is
+    /// clamped to the bytes that the device may write.
     pub fn get_buf(&self) -> Option<(B, u32)> {
         let mut written = 0;
         let state = self.queue.state().lock();
         let ring = state.live()?;
-        // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
+        // SAFETY: The ring of a live queue is valid, and the lock serialises access to it.
         let token = unsafe { bindings::virtqueue_get_buf(ring.as_ptr(), &mut written) };
         drop(state);
-        // SAFETY: Only `add` puts tokens into the ring, those of a `B`, and the ring gives each out
-        // once.
+        // SAFETY: Only `add` adds tokens to the ring, all of them of a `B`. The ring returns each
+        // token only once.
         let buffer = unsafe { B::from_token(NonNull::new(token)?) };
         let written = written.min(Segments::from_buffer(&buffer).writable_bytes());
         Some((buffer, written))
     }
 
-    /// Takes back a buffer that was in flight when the ring ceased to exist.
+    /// Returns a buffer that was in flight when the ring was deleted.
     ///
-    /// The buffers that nobody takes are dropped when the device is unbound or gets a new ring.
+    /// Buffers that the driver does not take are dropped when the device is unbound, or when the
+    /// queue gets a new ring.
     pub fn detach_unused_buf(&self) -> Option<B> {
         let Token(token) = self.queue.take_detached()?;
-        // SAFETY: Only `add` makes tokens, those of a `B`; this one is out of the ring and was
-        // taken once.
+        // SAFETY: Only `add` creates tokens, all of them of a `B`. This token was detached from the
+        // ring, and `take_detached` returns it only once.
         Some(unsafe { B::from_token(token) })
     }
 
-    /// Asks the device for no more interrupts of this queue. It may send some all the same.
+    /// Asks the device not to send interrupts for this queue. The device may send some
+    /// nevertheless.
     pub fn disable_callback(&self) {
         if let Some(ring) = self.queue.state().lock().live() {
-            // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
+            // SAFETY: The ring of a live queue is valid, and the lock serialises access to it.
             unsafe { bindings::virtqueue_disable_cb(ring.as_ptr()) };
         }
     }
 
-    /// Asks the device for an interrupt at the next used buffer.
+    /// Asks the device for an interrupt when it uses the next buffer.
     ///
-    /// Returns `false` if there is a used buffer already: then pop again, an interrupt may not come.
+    /// Returns `false` if a used buffer is pending already. The caller must then call
+    /// [`get_buf`](Self::get_buf) again, because no interrupt may follow.
     pub fn enable_callback(&self) -> bool {
         let state = self.queue.state().lock();
         let Some(ring) = state.live() else {
             return true;
         };
-        // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
+        // SAFETY: The ring of a live queue is valid, and the lock serialises access to it.
         unsafe { bindings::virtqueue_enable_cb(ring.as_ptr()) }
     }
 
-    /// Asks the device for an interrupt when most of the buffers in flight are used.
+    /// Asks the device for an interrupt when it has used most of the buffers in flight.
     ///
-    /// Returns `false` if they are already: then pop again, an interrupt may not come.
+    /// Returns `false` if it has used them already. The caller must then call
+    /// [`get_buf`](Self::get_buf) again, because no interrupt may follow.
     pub fn enable_callback_delayed(&self) -> bool {
         let state = self.queue.state().lock();
         let Some(ring) = state.live() else {
             return true;
         };
-        // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
+        // SAFETY: The ring of a live queue is valid, and the lock serialises access to it.
         unsafe { bindings::virtqueue_enable_cb_delayed(ring.as_ptr()) }
     }
 
-    /// Says whether the queue can move nothing any more: the device broke the rules or is gone, or
-    /// there is no ring.
+    /// Returns whether the queue is broken: the device violated the protocol or was removed, or the
+    /// queue has no ring.
     ///
-    /// Whoever waits for a buffer should look at this now and then.
+    /// No interrupt reports this. Code that waits for a used buffer should check it periodically.
     pub fn is_broken(&self) -> bool {
         let state = self.queue.state().lock();
         let Some(ring) = state.live() else {
@@ -234,18 +252,18 @@ impl<B: Buffer> Virtqueue<B> {
         unsafe { bindings::virtqueue_is_broken(ring.as_ptr()) }
     }
 
-    /// Returns how many entries of the ring are free; a buffer takes one for each of its segments.
-    /// 0 without a ring.
+    /// Returns the number of free entries in the ring, 0 without a ring. A buffer takes at most one
+    /// entry per segment, or a single entry if it uses indirect descriptors.
     pub fn free_entries(&self) -> usize {
         let state = self.queue.state().lock();
         let Some(ring) = state.live() else {
             return 0;
         };
-        // SAFETY: The ring of a live queue is valid, and the lock makes it ours.
+        // SAFETY: The ring of a live queue is valid, and the lock serialises access to it.
         unsafe { (*ring.as_ptr()).num_free as usize }
     }
 
-    /// Returns how many entries the ring has. 0 without a ring.
+    /// Returns the number of entries in the ring, 0 without a ring.
     pub fn entries(&self) -> usize {
         let state = self.queue.state().lock();
         let Some(ring) = state.live() else {
@@ -256,40 +274,39 @@ impl<B: Buffer> Virtqueue<B> {
     }
 }
 
-/// What became of a [`kick`](Virtqueue::kick).
+/// The result of a [`kick`](Virtqueue::kick).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kick {
     /// The device was notified.
     Sent,
-    /// The device did not want to be notified: it looks at the ring by itself.
+    /// No notification was needed: no kick was pending, or the device has suppressed notifications.
     NotNeeded,
-    /// The queue is broken, or has no ring.
+    /// The queue is broken or has no ring.
     Failed,
 }
 
-/// A buffer that could not be added.
+/// The error of [`Virtqueue::add`], with the buffer.
 pub struct AddError<B> {
-    /// The buffer.
+    /// The buffer that was not added.
     pub buffer: B,
     /// The reason.
     pub failure: AddFailure,
 }
 
-/// Why a buffer could not be added, and when to try again.
+/// The reason why a buffer was not added, and when to retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddFailure {
-    /// There is no room in the ring: try when the device has used a buffer, of which an interrupt
-    /// tells if it is [asked for](Virtqueue::enable_callback).
+    /// The ring has too few free entries. Retry after the device has used a buffer: see
+    /// [`enable_callback`](Virtqueue::enable_callback).
     Full,
-    /// There is no memory to map the buffer for the device or to list its segments: try after a
-    /// while, of which nothing tells.
+    /// The buffer could not be mapped for the device. Retry after a delay: no interrupt follows.
     NoMemory,
-    /// The device broke the rules or is gone: do not try before the device was reset.
+    /// The device violated the protocol or was removed. Do not retry before the device was reset.
     Broken,
-    /// The queue has no ring (yet, or any more): do not try before it has one.
+    /// The queue has no ring. Do not retry before it has one.
     Gone,
-    /// The buffer is empty, has an empty segment, or more segments than the ring has entries: do not
-    /// try.
+    /// The buffer has no segment, an empty segment, segments in the wrong order, or too many
+    /// segments. Do not retry.
     Malformed,
 }
 
@@ -317,7 +334,7 @@ mod sealed {
     }
 }
 
-/// A [`Virtqueue`], whatever it carries.
+/// A [`Virtqueue`] of any buffer type.
 pub trait AnyQueue: sealed::Sealed {}
 
 impl<B: Buffer> sealed::Sealed for Virtqueue<B> {

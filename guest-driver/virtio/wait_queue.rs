@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Waiting for what interrupts bring, for a limited time.
+//! Wait queues: wait for an event from interrupt context, with a timeout.
 //!
 //! C header: `include/linux/wait.h`.
 
@@ -12,14 +12,14 @@ use kernel::types::Opaque;
 
 use crate::bindings as helpers;
 
-/// Says that something may have happened, to whoever waits for it.
+/// A wait queue with a count of wakeups.
 ///
-/// Who waits takes the [`wakeups`](Self::wakeups) first, then looks for what it waits for, and only then
-/// [`wait_timeout`](Self::wait_timeout)s: a signal that comes after the first step ends the wait. So none is missed,
-/// without a lock that interrupts would have to take.
+/// To wait for a condition, read [`wakeups`](Self::wakeups), then check the condition, then call
+/// [`wait_timeout`](Self::wait_timeout) with the count. A wakeup after the first step ends the
+/// wait, so none is missed. This requires no lock, so wakeups may come from interrupt context.
 ///
-/// Unlike [`CondVar`](kernel::sync::CondVar) it can be waited for with a limit and regardless of
-/// signals to the process: whoever waits may be a process that only wants some memory.
+/// Unlike [`CondVar`](kernel::sync::CondVar), it has a wait with a timeout that signals do not
+/// interrupt: the waiter may be any process that allocates memory.
 #[pin_data]
 pub struct WaitQueue {
     #[pin]
@@ -27,14 +27,14 @@ pub struct WaitQueue {
     wakeups: Atomic<u32>,
 }
 
-// SAFETY: A wait queue may be used from any thread.
+// SAFETY: Any thread may use a wait queue.
 unsafe impl Send for WaitQueue {}
 
-// SAFETY: A wait queue has its own lock.
+// SAFETY: A wait queue has its own lock, and the count is atomic.
 unsafe impl Sync for WaitQueue {}
 
 impl WaitQueue {
-    /// A signal that was not raised yet.
+    /// Creates a wait queue without waiters, and with no wakeups.
     pub fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             waiters <- Opaque::ffi_init(|slot| {
@@ -45,24 +45,24 @@ impl WaitQueue {
         })
     }
 
-    /// Wakes all who wait. Any context but NMI.
+    /// Wakes all waiters. Any context but NMI.
     pub fn wake_up_all(&self) {
         self.wakeups.fetch_add(1, Full);
-        // SAFETY: The wait queue was initialised, and is pinned.
+        // SAFETY: The wait queue is initialised and pinned.
         unsafe { helpers::vbrs_wake_up_all(self.waiters.get()) };
     }
 
-    /// How often it was raised; wraps. Any context.
+    /// Returns the number of wakeups. Wraps. Any context.
     pub fn wakeups(&self) -> u32 {
         self.wakeups.load(kernel::sync::atomic::Acquire)
     }
 
-    /// Waits until it has been raised since [`wakeups`](Self::wakeups) was `seen`, for `limit`
-    /// milliseconds at most. Returns whether it was.
+    /// Waits until the number of [`wakeups`](Self::wakeups) differs from `seen`, for at most
+    /// `limit` milliseconds. Returns whether it does.
     ///
-    /// Sleeps, and does not heed signals to the process. Allocates nothing.
+    /// Sleeps, and signals do not interrupt it. Does not allocate memory.
     pub fn wait_timeout(&self, seen: u32, limit: Msecs) -> bool {
-        // SAFETY: The wait queue was initialised and the counter is valid; both are pinned.
+        // SAFETY: The wait queue is initialised, and the counter is valid. Both are pinned.
         unsafe {
             helpers::vbrs_wait_event_timeout(
                 self.waiters.get(),
@@ -85,7 +85,7 @@ mod tests {
         let seen = wait_queue.wakeups();
         wait_queue.wake_up_all();
         assert!(wait_queue.wait_timeout(seen, 60_000));
-        // It was seen then, and only another one counts.
+        // `wakeups` includes the wakeup above, so only a further one would end the wait.
         assert!(!wait_queue.wait_timeout(wait_queue.wakeups(), 1));
         Ok(())
     }

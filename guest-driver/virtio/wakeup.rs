@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Keeping the system awake while an event of the device is being dealt with.
+//! Wakeup events: keep the system awake while the driver handles an event of the device.
 //!
 //! C header: `include/linux/pm_wakeup.h`.
 
@@ -12,15 +12,17 @@ use super::compat::SpinLockIrq;
 use super::Device;
 use crate::bindings as helpers;
 
-/// Keeps the system from falling asleep while events of a device are being dealt with.
+/// Keeps the system awake while the driver handles events of a device.
 ///
-/// An event that comes by an interrupt is [begun](Self::stay_awake) there and [taken up](Self::clear_event)
-/// by the work that it starts; when no begun event is left and the work has nothing more to do, it
-/// lets the system [rest](Self::relax). Has an effect only where user space has enabled the device's
-/// `power/wakeup`, and does nothing in kernels that cannot sleep.
+/// The interrupt handler reports an event with [`stay_awake`](Self::stay_awake). The work item for
+/// the event calls [`clear_event`](Self::clear_event) when it starts, and [`relax`](Self::relax)
+/// when it has no more work. The system may then sleep if no event is pending. All of this only has
+/// an effect if user space has enabled the device's `power/wakeup`, and if the kernel supports
+/// system sleep.
 ///
-/// While this lives, the device is marked as capable of wakeup. All methods may be called in any
-/// context but NMI; making and dropping it may sleep.
+/// While a `Wakeup` exists, the device is marked as capable of wakeup. A spin lock that is held
+/// with interrupts disabled protects the state. All methods may be called in any context but NMI.
+/// Creating and dropping a `Wakeup` may sleep.
 #[pin_data(PinnedDrop)]
 pub struct Wakeup {
     dev: ARef<Device>,
@@ -30,52 +32,58 @@ pub struct Wakeup {
 
 #[derive(Default)]
 struct State {
-    /// One bit for each event that was begun and not taken up.
+    /// One bit for each pending event.
     pending: u32,
-    /// The system is kept awake.
+    /// Whether the system is kept awake.
     awake: bool,
 }
 
 impl Wakeup {
-    /// Marks `dev` as capable of wakeup. Fails with `ENOMEM`.
+    /// Creates a `Wakeup`, and marks `dev` as capable of wakeup.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub fn new(dev: ARef<Device>) -> Result<Arc<Self>> {
         let wakeup = pin_init!(Self {
             dev,
             state <- SpinLockIrq::new(State::default(), c"virtio::Wakeup", static_lock_class!()),
         });
         let wakeup = Arc::pin_init(wakeup, GFP_KERNEL)?;
-        // SAFETY: The device is valid as long as there are references to it.
+        // SAFETY: `wakeup` has a reference to the device, so the device is valid.
         unsafe { helpers::vbrs_set_wakeup_capable(wakeup.device(), true) };
         Ok(wakeup)
     }
 
     fn device(&self) -> *mut kernel::bindings::device {
-        // SAFETY: The device is valid as long as there are references to it.
+        // SAFETY: `self` has a reference to the device, so the device is valid.
         unsafe { &raw mut (*self.dev.as_raw()).dev }
     }
 
-    /// Event number `event` (0 to 31) has come: stay awake.
+    /// Marks event `event` (0 to 31) as pending, and keeps the system awake.
     pub fn stay_awake(&self, event: u32) {
         let mut state = self.state.lock();
         state.pending |= 1 << event;
         if !state.awake {
             state.awake = true;
-            // SAFETY: As in `new`; may be called with a spin lock held.
+            // SAFETY: `self` has a reference to the device, so the device is valid.
+            // `pm_stay_awake()` may be called with a spin lock held.
             unsafe { helpers::vbrs_stay_awake(self.device()) };
         }
     }
 
-    /// Event number `event` is being dealt with: if it comes again, it is another one.
+    /// Clears the pending event `event`. If it occurs again, it is a new event.
     pub fn clear_event(&self, event: u32) {
         self.state.lock().pending &= !(1 << event);
     }
 
-    /// The caller has nothing more to do: sleep is allowed, unless an event was begun meanwhile.
+    /// Lets the system sleep, unless an event is pending.
     pub fn relax(&self) {
         let mut state = self.state.lock();
         if state.awake && state.pending == 0 {
             state.awake = false;
-            // SAFETY: As in `stay_awake`.
+            // SAFETY: `self` has a reference to the device, so the device is valid. `pm_relax()`
+            // may be called with a spin lock held.
             unsafe { helpers::vbrs_relax(self.device()) };
         }
     }
@@ -86,7 +94,7 @@ impl PinnedDrop for Wakeup {
     fn drop(self: Pin<&mut Self>) {
         self.state.lock().pending = 0;
         self.relax();
-        // SAFETY: As in `new`.
+        // SAFETY: `self` has a reference to the device, so the device is valid.
         unsafe { helpers::vbrs_set_wakeup_capable(self.device(), false) };
     }
 }

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Deferred work of a driver that can be unbound at any time.
+//! Deferred work for drivers that can be unbound at any time.
 //!
-//! Virtqueue and config callbacks run in interrupt context and can do little more than start work.
-//! `kernel::workqueue` can start it, but a driver that goes needs three more things, and here they
-//! hold however the driver is written:
+//! Virtqueue and config callbacks run in interrupt context, and usually only enqueue a work item.
+//! `kernel::workqueue` can do that, but unloading a driver safely requires three more guarantees.
+//! This module enforces them for any driver:
 //!
-//! - **A work queue outlives its tasks.** A [`DelayedWork`] is made for one [`WorkQueue`], keeps it, and
-//!   is enqueued there and nowhere else. So no timer of delayed work finds its queue destroyed,
-//!   also if the driver forgets to [end](disable) the task.
-//! - **The module outlives its work queues.** [`ModuleExit`] waits for the last of them, hence for all
-//!   tasks that are queued or running.
-//! - **No work waits for itself.** To destroy a work queue means to wait for its work. If the last
-//!   reference to one goes in a task of its own, another context destroys it.
+//! - **A work queue outlives its work items.** A [`DelayedWork`] belongs to one [`WorkQueue`], has
+//!   a reference to it, and is only enqueued there. So the timer of delayed work never finds its
+//!   queue destroyed, even if the driver does not [`disable`] the work item.
+//! - **The module outlives its work queues.** [`ModuleExit`] waits until the last work queue is
+//!   destroyed, and therefore for all work items that are queued or running.
+//! - **A work item does not wait for itself.** Destroying a work queue waits for its work items. If
+//!   one of them drops the last reference to the queue, another context destroys the queue.
 //!
 //! C header: `include/linux/workqueue.h`.
 
@@ -30,44 +30,50 @@ use kernel::types::Opaque;
 
 use crate::bindings as helpers;
 
-/// How many work queues exist.
+/// The number of work queues.
 static QUEUES: Atomic<i32> = Atomic::new(0);
-/// The first of the work queues that wait for being destroyed by another context than their own.
+/// A list of work queues whose last reference was dropped by one of their own work items. Another
+/// context has to destroy them.
 static ORPHANS: Atomic<*mut Inner> = Atomic::new(ptr::null_mut());
 
-/// A work queue of its own, for work that may take long; frozen while the system sleeps.
+/// A work queue for work that may take long. It is frozen while the system sleeps.
 ///
-/// Its work runs on any CPU and does not hold up other work. Clones are the same queue. The last
-/// one to be dropped, those of its [`DelayedWork`]s included, waits for work that is still running; it may
-/// be dropped wherever one may sleep, also by the queue's own work.
+/// Work items run on any CPU, and do not delay those of other queues. Clones are the same queue.
+/// [`DelayedWork`]s also have a reference to their queue. Dropping the last reference waits for
+/// running work items. It may be dropped in any context that may sleep, also by a work item of the
+/// queue.
 #[derive(Clone)]
 pub struct WorkQueue(Arc<Inner>);
 
 /// # Invariants
 ///
-/// `raw` is a work queue which lives until the drop.
+/// `raw` is a valid work queue until `drop`.
 struct Inner {
     raw: NonNull<bindings::workqueue_struct>,
-    /// The next of the [`ORPHANS`].
+    /// The next entry of the list [`ORPHANS`].
     next: Atomic<*mut Inner>,
 }
 
-// SAFETY: A work queue may be used and destroyed by any thread.
+// SAFETY: Any thread may use and destroy a work queue.
 unsafe impl Send for Inner {}
 
-// SAFETY: A work queue may be used by several threads at once.
+// SAFETY: Several threads may use a work queue concurrently.
 unsafe impl Sync for Inner {}
 
 impl WorkQueue {
-    /// Makes a work queue with this name. May sleep. Fails with `ENOMEM`.
+    /// Creates a work queue with this name. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`ENOMEM`].
     pub fn new(name: &CStr) -> Result<Self> {
         destroy_orphans();
         let room = UniqueArc::<Inner>::new_uninit(GFP_KERNEL)?;
-        // SAFETY: `name` is a valid string, and is copied.
+        // SAFETY: `name` is a valid string, and the kernel copies it.
         let raw = unsafe { helpers::vbrs_alloc_workqueue(name.as_char_ptr()) };
         let raw = NonNull::new(raw).ok_or(ENOMEM)?;
         QUEUES.add(1, Relaxed);
-        // INVARIANT: The queue was just made, and is destroyed by the drop only.
+        // INVARIANT: The queue was created above, and only `drop` destroys it.
         let inner = room.write(Inner {
             raw,
             next: Atomic::new(ptr::null_mut()),
@@ -75,16 +81,17 @@ impl WorkQueue {
         Ok(Self(inner.into()))
     }
 
-    /// Drops this in a task of the queue. Does not wait.
+    /// Drops the reference in a work item of the queue. Does not wait.
     fn drop_from_work(self) {
         let Some(last) = Arc::into_unique_or_drop(self.0) else {
             return;
         };
-        // To destroy the queue here would be to wait for the caller.
+        // Destroying the queue here would wait for the caller.
         let inner = Arc::into_raw(Arc::from(last)).cast_mut();
         let mut first = ORPHANS.load(Relaxed);
         loop {
-            // SAFETY: The reference that was just leaked keeps it valid, and nobody else has one.
+            // SAFETY: This is the last reference to `inner`, and it was leaked above. So `inner` is
+            // valid, and no other code uses it.
             unsafe { (*inner).next.store(first, Relaxed) };
             match ORPHANS.cmpxchg(first, inner, Release) {
                 Ok(_) => return,
@@ -96,33 +103,34 @@ impl WorkQueue {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // SAFETY: By the invariant the queue exists. Nobody can reach it any more: each task that
-        // is queued, delayed or running has a reference. This is none of its own tasks: each gives
-        // its reference up by `drop_from_work`.
+        // SAFETY: By the type invariants, the queue is valid. No other code can use it: each work
+        // item that is queued, delayed or running has a reference. This is not a work item of the
+        // queue, because those drop their reference with `drop_from_work`.
         unsafe { bindings::destroy_workqueue(self.raw.as_ptr()) };
         QUEUES.fetch_sub(1, Release);
     }
 }
 
-/// Destroys the queues whose last reference one of their own tasks had. May sleep.
+/// Destroys the work queues in [`ORPHANS`]. May sleep.
 fn destroy_orphans() {
     let mut next = ORPHANS.xchg(ptr::null_mut(), Acquire);
     while !next.is_null() {
-        // SAFETY: `drop_from_work` leaked the reference, and the exchange made the list ours.
+        // SAFETY: `drop_from_work` leaked this reference, and the exchange made this context the
+        // only owner of the list.
         let inner = unsafe { Arc::from_raw(next.cast_const()) };
         next = inner.next.load(Relaxed);
     }
 }
 
-/// Keeps the module while it has work queues: to be dropped after all drivers.
+/// Keeps the module loaded while it has work queues. Must be dropped after all drivers.
 ///
-/// The drop waits for the tasks that nobody ended. May sleep.
-/// [`module_virtio_driver!`](crate::module_virtio_driver) makes it.
+/// Dropping it waits for work items that are not disabled. May sleep.
+/// [`module_virtio_driver!`](crate::module_virtio_driver) creates it.
 #[derive(Default)]
 pub struct ModuleExit(());
 
 impl ModuleExit {
-    /// To be made before the first driver.
+    /// Creates the value. Must be called before the first driver is registered.
     pub const fn new() -> Self {
         Self(())
     }
@@ -150,9 +158,10 @@ impl Drop for ModuleExit {
     }
 }
 
-/// A work item of a `T`, to be a field of it: see [`impl_has_delayed_work!`](crate::impl_has_delayed_work).
+/// A delayed work item of a `T`, as a field of `T`: see
+/// [`impl_has_delayed_work!`](crate::impl_has_delayed_work).
 ///
-/// While it is queued, waits for its delay or runs, it has a reference to its `T`.
+/// It has a reference to its `T` while it is queued, delayed or running.
 #[pin_data]
 pub struct DelayedWork<T, const ID: u64 = 0> {
     queue: WorkQueue,
@@ -161,32 +170,32 @@ pub struct DelayedWork<T, const ID: u64 = 0> {
     owner: PhantomData<fn(Arc<T>)>,
 }
 
-// SAFETY: Work items are usable from any thread.
+// SAFETY: Any thread may use a work item.
 unsafe impl<T, const ID: u64> Send for DelayedWork<T, ID> {}
 
-// SAFETY: As above.
+// SAFETY: Several threads may use a work item concurrently.
 unsafe impl<T, const ID: u64> Sync for DelayedWork<T, ID> {}
 
-/// Does the work of the [`DelayedWork`] with the number `ID`.
+/// The function of the [`DelayedWork`] with the number `ID`.
 pub trait WorkItem<const ID: u64 = 0>: HasDelayedWork<ID> + Send + Sync + 'static {
-    /// Does the work. Process context, may sleep. One call at a time.
+    /// Runs the work item. Process context, may sleep. Calls do not overlap.
     fn run(this: Arc<Self>);
 }
 
-/// A type with a field that is the [`DelayedWork`] with the number `ID`.
+/// A type that has the [`DelayedWork`] with the number `ID` as a field.
 ///
 /// # Safety
 ///
-/// Both functions must be true inverses of each other, between a valid `Self` and the field.
+/// Both functions must be inverses of each other, between a valid `Self` and its field.
 pub unsafe trait HasDelayedWork<const ID: u64 = 0>: Sized {
-    /// The field in `this`.
+    /// Returns the field of `this`.
     ///
     /// # Safety
     ///
     /// `this` must point to a valid `Self`.
     unsafe fn raw_get_work(this: *const Self) -> *const DelayedWork<Self, ID>;
 
-    /// What the field `dwork` is in.
+    /// Returns the value that contains the field `dwork`.
     ///
     /// # Safety
     ///
@@ -194,20 +203,23 @@ pub unsafe trait HasDelayedWork<const ID: u64 = 0>: Sized {
     unsafe fn work_container_of(dwork: *const DelayedWork<Self, ID>) -> *const Self;
 }
 
-/// Says which fields of a type are its [`DelayedWork`](crate::virtio::work::DelayedWork)s.
+/// Declares which fields of a type are its [`DelayedWork`](crate::virtio::work::DelayedWork)s.
 #[macro_export]
 macro_rules! impl_has_delayed_work {
     ($(impl HasDelayedWork<$id:literal> for $self:ty { self.$field:ident })*) => {$(
         #[allow(unsafe_code)]
-        // SAFETY: Compiles only if the field has the right type.
+        // SAFETY: Both functions use the same field. They only compile if the field has the right
+        // type.
         unsafe impl $crate::virtio::work::HasDelayedWork<$id> for $self {
             unsafe fn raw_get_work(this: *const Self) -> *const $crate::virtio::work::DelayedWork<Self, $id> {
-                // SAFETY: By the requirement of this function.
+                // SAFETY: By the safety requirements of this function, `this` points to a valid
+                // `Self`.
                 unsafe { &raw const (*this).$field }
             }
 
             unsafe fn work_container_of(dwork: *const $crate::virtio::work::DelayedWork<Self, $id>) -> *const Self {
-                // SAFETY: By the requirement of this function.
+                // SAFETY: By the safety requirements of this function, `dwork` points to the field
+                // of a valid `Self`.
                 unsafe { ::kernel::container_of!(dwork, Self, $field) }
             }
         }
@@ -215,7 +227,8 @@ macro_rules! impl_has_delayed_work {
 }
 pub use crate::impl_has_delayed_work;
 
-/// Makes an initialiser of a [`DelayedWork`](crate::virtio::work::DelayedWork) with this name, for this queue.
+/// Returns an initialiser of a [`DelayedWork`](crate::virtio::work::DelayedWork) with this name,
+/// for this work queue.
 #[macro_export]
 macro_rules! new_delayed_work {
     ($queue:expr, $name:literal) => {
@@ -231,7 +244,7 @@ macro_rules! new_delayed_work {
 pub use crate::new_delayed_work;
 
 impl<T: WorkItem<ID>, const ID: u64> DelayedWork<T, ID> {
-    /// See [`new_delayed_work!`](crate::new_delayed_work).
+    /// Returns an initialiser: see [`new_delayed_work!`](crate::new_delayed_work).
     pub fn new(
         queue: WorkQueue,
         name: &'static CStr,
@@ -242,8 +255,8 @@ impl<T: WorkItem<ID>, const ID: u64> DelayedWork<T, ID> {
         pin_init!(Self {
             queue,
             work <- Opaque::ffi_init(|slot: *mut bindings::delayed_work| {
-                // SAFETY: The slot is room for delayed work, and pinned. The function of the timer
-                // is that for delayed work, with the flag that it needs.
+                // SAFETY: The slot is pinned memory for delayed work. The timer has the function
+                // for delayed work, and the flag that this function requires.
                 unsafe {
                     bindings::init_work_with_key(
                         &raw mut (*slot).work,
@@ -265,13 +278,16 @@ impl<T: WorkItem<ID>, const ID: u64> DelayedWork<T, ID> {
         })
     }
 
+    /// Runs the work item.
+    ///
     /// # Safety
     ///
-    /// `work` must be the `work` of a task of a `T` that [`enqueue_delayed`] has enqueued, and that the
-    /// kernel runs now.
+    /// The kernel must call it for the `work` of a [`DelayedWork`] that [`enqueue_delayed`] has
+    /// enqueued.
     unsafe extern "C" fn callback(work: *mut bindings::work_struct) {
-        // SAFETY: The kernel calls with what was enqueued, which is the `work` of a task that is a
-        // field of a `T`; `enqueue_delayed` leaked a reference to that.
+        // SAFETY: By the safety requirements of this function, `work` is the `work` of a
+        // `DelayedWork`, which is a field of a `T`. `enqueue_delayed` leaked a reference to that
+        // `T`.
         let (item, queue) = unsafe {
             let work = container_of!(work, bindings::delayed_work, work);
             let dwork: *const Self = container_of!(Opaque::cast_from(work), Self, work);
@@ -281,24 +297,25 @@ impl<T: WorkItem<ID>, const ID: u64> DelayedWork<T, ID> {
             )
         };
         T::run(item);
-        // Whatever of the queue was dropped in there, this is the last of it in this context.
+        // The work item may have dropped other references to the queue. This is the last one in
+        // this context.
         queue.drop_from_work();
     }
 }
 
-/// Enqueues the task, unless it is queued or delayed already, or [ended](disable). Returns whether
-/// it was enqueued.
+/// Enqueues the work item, unless it is queued, delayed or [disabled](disable). Returns whether it
+/// was enqueued.
 ///
 /// Any context but NMI.
 pub fn enqueue<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>) -> bool {
     enqueue_delayed(item, 0)
 }
 
-/// As [`enqueue`], after a delay.
+/// Enqueues the work item after a delay: see [`enqueue`].
 pub fn enqueue_delayed<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>, delay: Jiffies) -> bool {
     let owner = Arc::into_raw(item.clone());
-    // SAFETY: The task is valid, and so is its queue, for as long as the reference that was leaked
-    // just now is not taken back: by `callback`, `disable`, or below.
+    // SAFETY: The leaked reference keeps the work item and its queue valid. It is only dropped by
+    // `callback`, by `disable`, or below.
     let enqueued = unsafe {
         let dwork = T::raw_get_work(owner);
         bindings::queue_delayed_work_on(
@@ -309,29 +326,28 @@ pub fn enqueue_delayed<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>, delay: Jif
         )
     };
     if !enqueued {
-        // SAFETY: The kernel has not taken the reference.
+        // SAFETY: The work item was not enqueued, so the leaked reference is still ours.
         drop(unsafe { Arc::from_raw(owner) });
     }
     enqueued
 }
 
-/// Ends the task for good: waits while it runs, takes it off its queue, and lets every later attempt
-/// to enqueue it fail.
+/// Disables the work item: waits while it runs, removes it from its queue, and makes all later
+/// attempts to enqueue it fail.
 ///
-/// May sleep. Must not be called from the task itself, nor under a lock that it takes.
+/// May sleep. Must not be called from the work item, nor while holding a lock that it takes.
 pub fn disable<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>) {
     let owner = Arc::as_ptr(item);
-    // SAFETY: `owner` is a valid `T`, hence its task, which was initialised with it.
+    // SAFETY: `owner` points to a valid `T`, which contains the initialised work item.
     let was_queued =
         unsafe { bindings::disable_delayed_work_sync((*T::raw_get_work(owner)).work.get()) };
     if was_queued {
-        // SAFETY: Enqueueing leaked one reference for `callback` to take back, which will not be
-        // called.
+        // SAFETY: `enqueue_delayed` leaked a reference for `callback`, which is not called.
         drop(unsafe { Arc::from_raw(owner) });
     }
 }
 
-/// Lets others run, if the processor is wanted: for work that goes on for long.
+/// Reschedules if another task needs the CPU. Call it in long loops.
 ///
 /// May sleep.
 pub fn cond_resched() {
@@ -346,19 +362,19 @@ mod tests {
     use kernel::sync::atomic::AtomicFlag;
     use kernel::sync::{new_mutex, Mutex};
 
-    /// What the tests see of a [`Worker`], which it outlives.
+    /// The state of a [`Worker`] that tests check. It outlives the worker.
     struct Record {
         runs: Atomic<i32>,
         dropped: AtomicFlag,
-        /// The task enqueues itself each time.
+        /// Whether the work item enqueues itself each time.
         enqueues_itself: bool,
     }
 
-    /// Something with a task.
+    /// The owner of a work item.
     #[pin_data(PinnedDrop)]
     struct Worker {
         record: Arc<Record>,
-        /// Dropped by the task, after the reference to its `Worker`.
+        /// Dropped by the work item, after the reference to its `Worker`.
         #[pin]
         extra_queue: Mutex<Option<WorkQueue>>,
         #[pin]
@@ -404,7 +420,7 @@ mod tests {
         Ok((Arc::pin_init(worker, GFP_KERNEL)?, record))
     }
 
-    /// Whether this is the one reference that is left.
+    /// Returns whether this is the last reference.
     fn is_last(worker: Arc<Worker>) -> bool {
         Arc::into_unique_or_drop(worker).is_some()
     }
@@ -423,7 +439,7 @@ mod tests {
                 drop((worker, queue));
                 assert!(wait_for(|| record.dropped.load(Acquire)));
                 assert_eq!(record.runs.load(Relaxed), 1);
-                // Its work could not destroy the queue; others do.
+                // The work item could not destroy the queue, so another context does.
                 assert!(wait_for(|| {
                     destroy_orphans();
                     QUEUES.load(Acquire) == before
@@ -438,13 +454,13 @@ mod tests {
         let queue = WorkQueue::new(c"kunit")?;
         let (worker, record) = worker(queue, false)?;
         assert!(enqueue_delayed(&worker, Jiffies::MAX / 4));
-        // It is queued once.
+        // It is already queued.
         assert!(!enqueue(&worker));
         assert!(!enqueue_delayed(&worker, 1));
         disable(&worker);
         assert!(!enqueue(&worker));
         assert!(!enqueue_delayed(&worker, 1));
-        // Once more is nothing special.
+        // Disabling it again is allowed.
         disable(&worker);
         assert_eq!(record.runs.load(Relaxed), 0);
         assert!(is_last(worker));

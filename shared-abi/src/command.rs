@@ -2,26 +2,29 @@
 
 //! Command ids of free page hinting.
 //!
-//! The device shows one in config space; the driver repeats it on the free page queue when it
-//! begins, and sends STOP when it ends. Source: virtio specification, "Traditional Memory Balloon
-//! Device / Free Page Hinting", and `VIRTIO_BALLOON_CMD_ID_*`. The range of hinting ids is QEMU's
-//! (`VIRTIO_BALLOON_FREE_PAGE_HINT_CMD_ID_MIN`); the rest below it is reserved for commands to come.
+//! The device shows a command id in configuration space. The driver sends the id on the free page
+//! queue when it starts the hint round, and STOP when it ends the round.
 //!
-//! A device issues ids of the range for hinting only: [`HintId`]. A driver must be more liberal, since
-//! the specification tells it to answer every id from 2 on, and there are devices that count from 2
-//! (Firecracker's): [`HintRoundId`].
+//! The device only issues ids of the range for hinting: [`HintId`]. The driver accepts more:
+//! [`HintRoundId`]. The specification requires the driver to answer every id of 2 or greater, and
+//! some devices (Firecracker) start at 2.
+//!
+//! Source: virtio specification, "Traditional Memory Balloon Device / Free Page Hinting", and
+//! `VIRTIO_BALLOON_CMD_ID_*`. The range for hinting is QEMU's
+//! (`VIRTIO_BALLOON_FREE_PAGE_HINT_CMD_ID_MIN`). QEMU reserves the ids below it for future
+//! commands.
 
-/// The id of one round of hinting: `0x8000_0000 ..= u32::MAX`.
+/// The command id of one hint round, as the device issues it: `0x8000_0000 ..= u32::MAX`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HintId(u32);
 
 impl HintId {
     /// The lowest id.
     pub const FIRST: Self = Self(0x8000_0000);
-    /// The highest id; its successor is [`FIRST`](Self::FIRST).
+    /// The highest id. Its successor is [`FIRST`](Self::FIRST).
     pub const LAST: Self = Self(u32::MAX);
 
-    /// The id with this number, or `None` outside the range.
+    /// Returns the id with this number, or `None` if the number is out of range.
     pub const fn new(number: u32) -> Option<Self> {
         if number >= Self::FIRST.0 {
             Some(Self(number))
@@ -30,31 +33,33 @@ impl HintId {
         }
     }
 
-    /// The number, as config space and queue show it.
+    /// Returns the number, as in configuration space and on the free page queue.
     pub const fn number(self) -> u32 {
         self.0
     }
 
-    /// The next id. Wraps inside the range, so that it never becomes STOP, DONE or reserved.
+    /// Returns the next id. Wraps within the range, so the result is never STOP, DONE or a reserved
+    /// id.
     #[must_use]
     pub const fn successor(self) -> Self {
-        // Every id has the top bit set; a carry out of the lower 31 bits is the wrap.
+        // Every id has the top bit set. The bitwise OR restores it after a wrap to 0.
         Self(self.0.wrapping_add(1) | Self::FIRST.0)
     }
 
-    /// How many times [`successor`](Self::successor) leads from `earlier` to `self`:
+    /// Returns the number of [`successor`](Self::successor) steps from `earlier` to `self`:
     /// `0 ..= 0x7fff_ffff`.
     pub const fn steps_since(self, earlier: Self) -> u32 {
         self.0.wrapping_sub(earlier.0) & (Self::FIRST.0 - 1)
     }
 }
 
-/// The id of a round as a driver takes it: `2 ..= u32::MAX`, everything but STOP and DONE.
+/// The command id of one hint round, as the driver accepts it: `2 ..= u32::MAX`, everything except
+/// STOP and DONE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HintRoundId(u32);
 
 impl HintRoundId {
-    /// The number, as config space and queue show it.
+    /// Returns the number, as in configuration space and on the free page queue.
     pub const fn number(self) -> u32 {
         self.0
     }
@@ -66,21 +71,21 @@ impl From<HintId> for HintRoundId {
     }
 }
 
-/// What a command id says.
+/// The meaning of a command id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CommandId {
-    /// 0: hints are not wanted now; the driver keeps the blocks that it holds.
+    /// 0: the device does not want hints now. The driver keeps the hinted blocks.
     Stop,
-    /// 1: the device has no more use for the hinted blocks; the driver takes them back.
+    /// 1: the device no longer needs the hinted blocks. The driver returns them to the guest.
     Done,
-    /// Below `0x8000_0000`, and neither STOP nor DONE: no device of this project issues it.
+    /// Below `0x8000_0000`, and neither STOP nor DONE. Devices of this project do not issue it.
     Reserved(u32),
-    /// A round of hinting.
+    /// The id of a hint round.
     Hint(HintId),
 }
 
 impl CommandId {
-    /// What this number says. Every number says something.
+    /// Returns the meaning of a number. Every number has one.
     pub const fn from_number(number: u32) -> Self {
         match number {
             0 => Self::Stop,
@@ -92,7 +97,7 @@ impl CommandId {
         }
     }
 
-    /// The round that the id asks a driver for; `None` for STOP and DONE.
+    /// Returns the hint round that the id requests from a driver; `None` for STOP and DONE.
     pub const fn hint_round(self) -> Option<HintRoundId> {
         match self.number() {
             0 | 1 => None,
@@ -100,7 +105,7 @@ impl CommandId {
         }
     }
 
-    /// The number, as config space and queue show it.
+    /// Returns the number, as in configuration space and on the free page queue.
     pub const fn number(self) -> u32 {
         match self {
             Self::Stop => 0,

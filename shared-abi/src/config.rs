@@ -1,26 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 OR BSD-3-Clause
 
-//! The device's config space.
+//! Configuration space of the device.
 //!
-//! Source: virtio specification, "Traditional Memory Balloon Device / Device configuration layout"
-//! and `struct virtio_balloon_config`. Every field is a little-endian 32-bit word, for legacy
-//! devices too.
+//! Every field is a little-endian 32-bit word, also for legacy devices.
+//!
+//! Source: virtio specification, "Traditional Memory Balloon Device / Device configuration layout",
+//! and `struct virtio_balloon_config`.
 
 use super::features::Features;
 
-/// Offset of `num_pages`: how many 4 KiB pages the device wants in the balloon. The device's.
+/// Offset of `num_pages`: the number of 4 KiB pages that the device wants in the balloon. Written
+/// by the device.
 pub const NUM_PAGES: usize = 0;
-/// Offset of `actual`: how many 4 KiB pages are in the balloon. The driver's.
+/// Offset of `actual`: the number of 4 KiB pages in the balloon. Written by the driver.
 pub const ACTUAL: usize = 4;
-/// Offset of `free_page_hint_cmd_id`. The device's; there with
+/// Offset of `free_page_hint_cmd_id`. Written by the device. Exists with
 /// [`FREE_PAGE_HINT`](Features::FREE_PAGE_HINT).
 pub const FREE_PAGE_HINT_CMD_ID: usize = 8;
-/// Offset of `poison_val`. The driver's; there with [`PAGE_POISON`](Features::PAGE_POISON).
+/// Offset of `poison_val`. Written by the driver. Exists with
+/// [`PAGE_POISON`](Features::PAGE_POISON).
 pub const POISON_VAL: usize = 12;
-/// Bytes of the whole layout.
+/// The size of the whole layout in bytes.
 pub const MAX_SIZE: usize = 16;
 
-/// The layout as C would declare it; exists so that the compiler checks the offsets above.
+/// The layout as a C structure, which the compiler checks against the offsets above.
 #[repr(C)]
 #[allow(dead_code)]
 struct Layout {
@@ -42,9 +45,9 @@ const _: () = {
     assert!(size_for(Features::FREE_PAGE_HINT.union(Features::PAGE_POISON)) == MAX_SIZE);
 };
 
-/// How many bytes of config space there are for a feature set: 8, 12 or 16.
+/// Returns the size of configuration space in bytes for a feature set: 8, 12 or 16.
 ///
-/// A field exists when its feature does, and everything before a field that exists does too.
+/// A field exists if its feature is negotiated, or if a later field exists.
 pub const fn size_for(features: Features) -> usize {
     if features.contains(Features::PAGE_POISON) {
         MAX_SIZE
@@ -55,23 +58,23 @@ pub const fn size_for(features: Features) -> usize {
     }
 }
 
-/// The values of config space, in the machine's own byte order.
+/// The values of configuration space, in native byte order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ConfigSpace {
-    /// How many 4 KiB pages the device wants in the balloon.
+    /// The number of 4 KiB pages that the device wants in the balloon.
     pub num_pages: u32,
-    /// How many 4 KiB pages are in the balloon, as the driver says.
+    /// The number of 4 KiB pages in the balloon, as reported by the driver.
     pub actual: u32,
     /// The raw command id: see [`CommandId`](super::command::CommandId).
     pub free_page_hint_cmd_id: u32,
-    /// What the guest fills its free pages with.
+    /// The pattern that the guest fills free pages with.
     pub poison_val: u32,
 }
 
 impl ConfigSpace {
-    /// The values as they stand in config space.
+    /// Returns the values as the bytes of configuration space.
     ///
-    /// A device shows only the first [`size_for`] bytes of them.
+    /// The device shows only the first [`size_for`] bytes.
     pub const fn to_bytes(self) -> [u8; MAX_SIZE] {
         let a = self.num_pages.to_le_bytes();
         let b = self.actual.to_le_bytes();
@@ -83,7 +86,7 @@ impl ConfigSpace {
         ]
     }
 
-    /// The values that stand in `bytes`.
+    /// Returns the values that the bytes of configuration space contain.
     pub const fn from_bytes(bytes: [u8; MAX_SIZE]) -> Self {
         let [a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3] = bytes;
         Self {
@@ -94,12 +97,13 @@ impl ConfigSpace {
         }
     }
 
-    /// Takes from a driver's write the fields that are the driver's, and returns the result.
+    /// Applies a write of the driver, and returns the new values.
     ///
-    /// `offset` and `data` are as they came from the front end and may be anything. Only `actual`
-    /// and `poison_val` are taken; the rest is the device's, and a VMM that writes all of config
-    /// space back for one field's sake must not overwrite it with an older value. Bytes beyond the
-    /// layout are dropped.
+    /// Only changes `actual` and `poison_val`, which the driver writes. The other fields belong to
+    /// the device: a VMM may write all of configuration space to change one field, and must not
+    /// overwrite these fields with old values. Ignores bytes beyond the layout.
+    ///
+    /// `offset` and `data` come from the front end and are not trusted.
     #[must_use]
     pub fn with_driver_write(self, offset: usize, data: &[u8]) -> Self {
         let mut bytes = self.to_bytes();

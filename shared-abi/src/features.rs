@@ -1,44 +1,46 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 OR BSD-3-Clause
 
-//! The feature bits of a balloon.
+//! Feature bits of the balloon.
 //!
 //! Source: virtio specification, "Traditional Memory Balloon Device / Feature bits".
 
 use core::fmt;
 use core::ops::{BitAnd, BitOr, Not};
 
-/// A set of virtio feature bits, numbered as on the wire: bit `n` is `1 << n`.
+/// A set of virtio feature bits: bit `n` is `1 << n`.
 ///
-/// Bits that are not a balloon's (transport and ring features) may be in the set; they are kept
-/// and mean nothing here.
+/// The set may contain bits that are not specific to the balloon (transport and ring features).
+/// They are kept, and have no meaning here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Features(u64);
 
 impl Features {
-    /// No feature at all: inflate and deflate only.
+    /// No feature: inflate and deflate only.
     pub const NONE: Self = Self(0);
-    /// Bit 0: the driver tells the device before it uses a page from the balloon again.
+    /// Bit 0: the driver notifies the device before it uses a page of the balloon again.
     pub const MUST_TELL_HOST: Self = Self(1 << 0);
-    /// Bit 1: there is a statistics queue.
+    /// Bit 1: the statistics queue exists.
     pub const STATS_VQ: Self = Self(1 << 1);
-    /// Bit 2: the driver takes pages back by itself when the guest runs out of memory.
+    /// Bit 2: OOM deflation. The driver deflates the balloon when the guest is out of memory.
     pub const DEFLATE_ON_OOM: Self = Self(1 << 2);
-    /// Bit 3: there is a free page queue, and a command id in config space.
+    /// Bit 3: the free page queue exists, and configuration space has a command id.
     pub const FREE_PAGE_HINT: Self = Self(1 << 3);
-    /// Bit 4: `poison_val` in config space says what the guest fills its free pages with.
+    /// Bit 4: `poison_val` in configuration space is the pattern that the guest fills free pages
+    /// with.
     pub const PAGE_POISON: Self = Self(1 << 4);
-    /// Bit 5: there is a reporting queue.
+    /// Bit 5: the reporting queue exists.
     pub const REPORTING: Self = Self(1 << 5);
-    /// Bit 63, private to this project and in no specification: the driver keeps a hinted block
-    /// until the device has returned the block's buffer.
+    /// Bit 63, private to this project and not in the specification: the driver keeps a hinted
+    /// block until the device has used its buffer.
     ///
-    /// Only then may a device change or discard a hinted page (not merely skip sending it): a
-    /// driver without this promise may have given the page to somebody else before the device
-    /// sees the hint. The highest bit is the farthest from what the specification will assign.
+    /// Only with this feature may a device change or discard a hinted page, instead of only not
+    /// sending it: a driver without the feature may have returned the page to the guest before the
+    /// device processes the hint. The highest bit is the least likely to be assigned by the
+    /// specification.
     pub const KEEPS_HINTED_UNTIL_RETURNED: Self = Self(1 << 63);
 
-    /// Every feature bit that a balloon gives a meaning, with the name this project gives it in
-    /// command lines and reports.
+    /// All feature bits of the balloon, with their names in command lines and reports of this
+    /// project.
     pub const NAMES: [(Self, &'static str); 7] = [
         (Self::MUST_TELL_HOST, "must-tell-host"),
         (Self::STATS_VQ, "stats"),
@@ -49,44 +51,44 @@ impl Features {
         (Self::KEEPS_HINTED_UNTIL_RETURNED, "discard-hinted"),
     ];
 
-    /// The set whose bits are those of `bits`.
+    /// Returns the set with the bits of `bits`.
     pub const fn from_bits(bits: u64) -> Self {
         Self(bits)
     }
 
-    /// The set as a bit mask, as it stands in the device's feature words.
+    /// Returns the set as a bit mask, as in the feature words of the device.
     pub const fn bits(self) -> u64 {
         self.0
     }
 
-    /// Whether every bit of `other` is in `self`.
+    /// Returns whether `self` contains all bits of `other`.
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
     }
 
-    /// The bits of both.
+    /// Returns the union of both sets.
     pub const fn union(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// The bits of `self` that are not in `other`.
+    /// Returns the bits of `self` that are not in `other`.
     pub const fn without(self, other: Self) -> Self {
         Self(self.0 & !other.0)
     }
 
-    /// Whether no bit is set.
+    /// Returns whether no bit is set.
     pub const fn is_empty(self) -> bool {
         self.0 == 0
     }
 
-    /// The bit number of a set with exactly one bit, as `virtio_has_feature` wants it.
+    /// Returns the number of the lowest bit in the set, as `virtio_has_feature` takes it.
     ///
-    /// For a set of several bits, the lowest of them; for the empty set 64, which is no bit.
+    /// The set usually has one bit. For the empty set, returns 64, which is not a bit.
     pub const fn bit_number(self) -> u32 {
         self.0.trailing_zeros()
     }
 
-    /// The one-bit set that bears `name`.
+    /// Returns the feature with this name, or `None` if the name is unknown.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::NAMES
             .iter()
@@ -94,7 +96,8 @@ impl Features {
             .map(|(feature, _)| *feature)
     }
 
-    /// The names of the balloon features in the set, lowest bit first.
+    /// Returns the names of the balloon features in the set, in the order of
+    /// [`NAMES`](Self::NAMES).
     pub fn names(self) -> impl Iterator<Item = &'static str> {
         Self::NAMES
             .iter()
@@ -127,7 +130,7 @@ impl Not for Features {
     }
 }
 
-/// Writes the names of the balloon features, separated by commas.
+/// Writes the names of the balloon features in the set, separated by commas.
 impl fmt::Display for Features {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (n, name) in self.names().enumerate() {

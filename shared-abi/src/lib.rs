@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 OR BSD-3-Clause
 
-//! What a virtio memory balloon's driver and its device must agree on, and nothing else.
+//! The interface between the driver and the device of a virtio memory balloon.
 //!
-//! The layout of config space, the feature bits, the order of the queues, the statistics tags, the
-//! command ids of free page hinting, and the two state machines of hinting: the driver's and the
-//! device's. All of it is plain data and pure functions, so that the kernel module, the host device
-//! and their tests run the very same code.
+//! The crate defines the layout of configuration space, the feature bits, the order of the
+//! virtqueues, the statistics tags, the command ids of free page hinting, and the state machines of
+//! hinting for the driver and for the device. It contains only plain data and pure functions, so
+//! that the kernel module, the host device and their tests run the same code.
 //!
-//! Compiled twice from the same files: by cargo as the crate `shared_abi`, and by Kbuild as a module
-//! of the guest driver. Paths inside are therefore relative (`super::`), never `crate::`.
+//! The files are compiled twice: by cargo as the crate `shared_abi`, and by Kbuild as a module of
+//! the guest driver. Therefore paths in this crate are relative (`super::`), never `crate::`.
 //!
-//! Source: the section "Traditional Memory Balloon Device" of the virtio specification, and
+//! Source: section "Traditional Memory Balloon Device" of the virtio specification, and
 //! `include/uapi/linux/virtio_balloon.h`.
 
-// Kbuild includes this file as a module, where a crate attribute has no place; it compiles
-// without the standard library anyhow.
+// Kbuild includes this file as a module, where a crate attribute is not allowed. Kbuild compiles
+// without the standard library anyway.
 #![cfg_attr(not(MODULE), no_std)]
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]

@@ -1,27 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 OR BSD-3-Clause
 
-//! Pages as the balloon's interface counts them: 4 KiB each, whatever the guest's page size.
+//! Balloon pages: the 4 KiB pages of the balloon interface, regardless of the page size of the
+//! guest.
 //!
 //! Source: `VIRTIO_BALLOON_PFN_SHIFT`.
 
-/// The shift between an address and a balloon page number.
+/// The shift from a balloon page number to an address.
 pub const PFN_SHIFT: u32 = 12;
-/// Bytes of a balloon page.
+/// The size of a balloon page in bytes.
 pub const BALLOON_PAGE_SIZE: u64 = 1 << PFN_SHIFT;
 
-/// A balloon page number: a guest physical address in units of 4 KiB, as it travels in the
-/// inflate and deflate queues.
+/// A balloon page number: a guest physical address in units of 4 KiB, as in requests on the inflate
+/// and deflate queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Pfn(u32);
 
 impl Pfn {
-    /// The page with this number.
+    /// Creates a balloon page number.
     pub const fn new(number: u32) -> Self {
         Self(number)
     }
 
-    /// The page that `address` lies in, or `None` if its number does not fit in 32 bits
-    /// (an address of 16 TiB or more).
+    /// Returns the balloon page that contains `address`, or `None` if its number does not fit in 32
+    /// bits (an address of 16 TiB or more).
     pub const fn from_address(address: u64) -> Option<Self> {
         let number = address >> PFN_SHIFT;
         if number > u32::MAX as u64 {
@@ -31,31 +32,31 @@ impl Pfn {
         }
     }
 
-    /// The page's number.
+    /// Returns the number.
     pub const fn number(self) -> u32 {
         self.0
     }
 
-    /// The guest physical address of the page's first byte.
+    /// Returns the guest physical address of the first byte.
     pub const fn address(self) -> u64 {
         (self.0 as u64) << PFN_SHIFT
     }
 
-    /// As it stands in a request.
+    /// Returns the bytes of the number in a request.
     pub const fn to_le_bytes(self) -> [u8; 4] {
         self.0.to_le_bytes()
     }
 
-    /// From a request.
+    /// Returns the page number that the bytes of a request contain.
     pub const fn from_le_bytes(bytes: [u8; 4]) -> Self {
         Self(u32::from_le_bytes(bytes))
     }
 }
 
-/// How many balloon pages one guest page of `1 << guest_page_shift` bytes is.
+/// Returns the number of balloon pages in one guest page of `1 << guest_page_shift` bytes.
 ///
-/// 1 for a guest with 4 KiB pages, 16 for 64 KiB. `None` for a guest page smaller than a balloon
-/// page, or one whose count does not fit.
+/// 1 for guest pages of 4 KiB, 16 for 64 KiB. `None` if a guest page is smaller than a balloon
+/// page, or if the number does not fit in 32 bits.
 pub const fn balloon_pages_per_guest_page(guest_page_shift: u32) -> Option<u32> {
     match guest_page_shift.checked_sub(PFN_SHIFT) {
         Some(shift) => 1u32.checked_shl(shift),
@@ -63,10 +64,12 @@ pub const fn balloon_pages_per_guest_page(guest_page_shift: u32) -> Option<u32> 
     }
 }
 
-/// `pages` rounded up to whole guest pages of `1 << guest_page_shift` bytes, in balloon pages.
+/// Returns `pages` rounded up to whole guest pages of `1 << guest_page_shift` bytes, in balloon
+/// pages.
 ///
-/// A driver whose pages are larger than the interface's steers towards this, lest it inflates and
-/// deflates the same page for ever. `None` where [`balloon_pages_per_guest_page`] is, or on overflow.
+/// A driver with larger pages uses the result as its target, so that it does not inflate and
+/// deflate the same page forever. `None` if [`balloon_pages_per_guest_page`] returns `None`, or on
+/// overflow.
 pub const fn round_up_to_guest_pages(pages: u32, guest_page_shift: u32) -> Option<u32> {
     match balloon_pages_per_guest_page(guest_page_shift) {
         Some(unit) => pages.checked_next_multiple_of(unit),

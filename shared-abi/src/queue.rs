@@ -1,25 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 OR BSD-3-Clause
 
-//! The virtqueues, and the index that each one gets.
+//! The virtqueues and their indices.
 //!
-//! Source: virtio specification, "Traditional Memory Balloon Device / Virtqueues". Queues that the
-//! features leave out take no index: Linux numbers only those that exist, so without
-//! [`STATS_VQ`](Features::STATS_VQ) the free page queue is number 2.
+//! Queues whose feature is not negotiated have no index: Linux numbers only the queues that exist.
+//! For example, the free page queue has index 2 without [`STATS_VQ`](Features::STATS_VQ).
+//!
+//! Source: virtio specification, "Traditional Memory Balloon Device / Virtqueues".
 
 use super::features::Features;
 
-/// A virtqueue of the balloon, by its duty.
+/// A virtqueue of the balloon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Queue {
-    /// Page numbers that go into the balloon. Always there.
+    /// The inflate queue: page numbers that enter the balloon. Always exists.
     Inflate,
-    /// Page numbers that come out of the balloon. Always there.
+    /// The deflate queue: page numbers that leave the balloon. Always exists.
     Deflate,
-    /// Guest memory statistics.
+    /// The statistics queue: memory statistics of the guest.
     Stats,
-    /// Command ids and blocks of free pages: free page hinting.
+    /// The free page queue, for free page hinting: command ids and free blocks.
     FreePage,
-    /// Blocks of free pages that the guest reports by itself.
+    /// The reporting queue, for free page reporting: blocks of free pages.
     Reporting,
 }
 
@@ -33,10 +34,10 @@ impl Queue {
         Self::Reporting,
     ];
 
-    /// The most queues that a balloon can have.
+    /// The maximum number of queues.
     pub const MAX_COUNT: usize = Self::ALL.len();
 
-    /// The feature that brings this queue; the empty set if it is always there.
+    /// Returns the feature that adds this queue, or the empty set if the queue always exists.
     pub const fn feature(self) -> Features {
         match self {
             Self::Inflate | Self::Deflate => Features::NONE,
@@ -46,7 +47,7 @@ impl Queue {
         }
     }
 
-    /// The queue's name in messages and reports.
+    /// Returns the name of the queue in messages and reports.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Inflate => "inflate",
@@ -57,28 +58,29 @@ impl Queue {
         }
     }
 
-    /// Whether the queue exists with `features` negotiated.
+    /// Returns whether the queue exists with `features` negotiated.
     pub const fn exists(self, features: Features) -> bool {
         features.contains(self.feature())
     }
 
-    /// The queue's index with `features` negotiated, or `None` if it does not exist then.
+    /// Returns the index of the queue with `features` negotiated, or `None` if the queue does not
+    /// exist.
     pub fn index(self, features: Features) -> Option<usize> {
         negotiated_queues(features).position(|queue| queue == self)
     }
 
-    /// The queue at `index` with `features` negotiated.
+    /// Returns the queue at `index` with `features` negotiated.
     pub fn from_index(index: usize, features: Features) -> Option<Self> {
         negotiated_queues(features).nth(index)
     }
 
-    /// How many queues there are with `features` negotiated: 2 to 5.
+    /// Returns the number of queues with `features` negotiated: 2 to 5.
     pub fn count(features: Features) -> usize {
         negotiated_queues(features).count()
     }
 }
 
-/// The queues that exist with `features` negotiated, in the order of their indices.
+/// Returns the queues that exist with `features` negotiated, in the order of their indices.
 pub fn negotiated_queues(features: Features) -> impl Iterator<Item = Queue> {
     Queue::ALL
         .into_iter()

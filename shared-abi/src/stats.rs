@@ -3,9 +3,9 @@
 //! Memory statistics that the guest sends.
 //!
 //! Source: virtio specification, "Traditional Memory Balloon Device / Memory Statistics", and
-//! `struct virtio_balloon_stat`. The names are those that QEMU gives in `guest-stats`.
+//! `struct virtio_balloon_stat`. The names are those of QEMU's property `guest-stats`.
 
-/// What a statistic counts.
+/// The tag of a statistic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u16)]
 pub enum StatTag {
@@ -17,29 +17,29 @@ pub enum StatTag {
     MajorFaults = 2,
     /// Minor page faults since boot.
     MinorFaults = 3,
-    /// Bytes that are used for nothing.
+    /// Unused memory in bytes.
     FreeMemory = 4,
-    /// Bytes that the guest has.
+    /// Total memory in bytes.
     TotalMemory = 5,
-    /// Bytes that new programs could have without swapping.
+    /// Memory in bytes that new programs could allocate without swapping.
     AvailableMemory = 6,
-    /// Bytes of the page cache.
+    /// Page cache in bytes.
     DiskCaches = 7,
     /// Huge pages allocated since boot.
     HugetlbAllocations = 8,
     /// Huge page allocations that failed since boot.
     HugetlbFailures = 9,
-    /// Processes that the OOM killer ended since boot.
+    /// Processes that the OOM killer killed since boot.
     OomKills = 10,
-    /// Times an allocation had to reclaim memory by itself.
+    /// Allocations since boot that entered direct reclaim.
     AllocationStalls = 11,
-    /// Bytes that background reclaim has looked at.
+    /// Bytes that background reclaim scanned since boot.
     AsyncScanned = 12,
-    /// Bytes that direct reclaim has looked at.
+    /// Bytes that direct reclaim scanned since boot.
     DirectScanned = 13,
-    /// Bytes that background reclaim has freed.
+    /// Bytes that background reclaim reclaimed since boot.
     AsyncReclaimed = 14,
-    /// Bytes that direct reclaim has freed.
+    /// Bytes that direct reclaim reclaimed since boot.
     DirectReclaimed = 15,
 }
 
@@ -64,17 +64,17 @@ impl StatTag {
         Self::DirectReclaimed,
     ];
 
-    /// The tag with this number.
+    /// Returns the tag with this number, or `None` if the number is unknown.
     pub fn from_number(number: u16) -> Option<Self> {
         Self::ALL.get(usize::from(number)).copied()
     }
 
-    /// The tag's number on the wire.
+    /// Returns the number of the tag on the wire.
     pub const fn number(self) -> u16 {
         self as u16
     }
 
-    /// The name that QEMU gives the statistic.
+    /// Returns QEMU's name for the statistic.
     pub const fn qemu_name(self) -> &'static str {
         match self {
             Self::SwapIn => "stat-swap-in",
@@ -97,27 +97,28 @@ impl StatTag {
     }
 }
 
-/// One statistic as it travels: ten bytes without padding, little-endian.
+/// One statistic on the wire: ten bytes without padding, little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
-    /// The raw tag; [`StatTag::from_number`] knows it, or it is newer than this code.
+    /// The raw tag. [`StatTag::from_number`] returns `None` for tags that this code does not
+    /// define.
     pub tag: u16,
-    /// The value, in the unit that the tag says.
+    /// The value, in the unit of the tag.
     pub value: u64,
 }
 
 impl Stat {
-    /// Bytes of a statistic on the wire.
+    /// The size of a statistic on the wire in bytes.
     pub const SIZE: usize = 10;
 
-    /// The statistic as it travels.
+    /// Returns the statistic as its bytes on the wire.
     pub const fn to_bytes(self) -> [u8; Self::SIZE] {
         let [t0, t1] = self.tag.to_le_bytes();
         let [v0, v1, v2, v3, v4, v5, v6, v7] = self.value.to_le_bytes();
         [t0, t1, v0, v1, v2, v3, v4, v5, v6, v7]
     }
 
-    /// The statistic that stands in `bytes`.
+    /// Returns the statistic that the bytes on the wire contain.
     pub const fn from_bytes(bytes: [u8; Self::SIZE]) -> Self {
         let [t0, t1, v0, v1, v2, v3, v4, v5, v6, v7] = bytes;
         Self {

@@ -1,32 +1,35 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 OR BSD-3-Clause
 
-//! The device's side of free page hinting.
+//! The state machine of free page hinting for the device.
 //!
-//! The driver's free page queue is ordered, and this machine leans on that: a start id says which
-//! round the following blocks and the following STOP belong to. It remembers the round that the
-//! queue *speaks of*, which may be an older one than the round that the device wants now.
+//! The free page queue is ordered, and the state machine relies on that: a start id determines the
+//! hint round of the free blocks and of the STOP that follow it. The state machine tracks the
+//! current hint round of the queue. It may be older than the hint round that the device wants now.
 
 use super::super::command::{CommandId, HintId};
 
-/// The round that the device wants, and how far it has come.
+/// The phase of the hint round that the device wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
-    /// No round is wanted. Config space shows STOP.
+    /// The device wants no hints. Configuration space shows STOP.
     Stopped,
-    /// A dirty sync runs in the middle of a migration; a new id follows. Config space shows STOP.
+    /// A dirty sync is in progress during a migration. A new id follows. Configuration space shows
+    /// STOP.
     Syncing,
-    /// This id was issued; the driver has not answered yet. Config space shows it.
+    /// The device issued this id, and the driver has not started the hint round. Configuration
+    /// space shows the id.
     Requested(HintId),
-    /// The driver has started this round; its blocks count. Config space shows the id.
+    /// The driver has started this hint round, and its free blocks are used. Configuration space
+    /// shows the id.
     Started(HintId),
-    /// The driver has no more blocks for this round. Config space shows the id.
+    /// The driver has no more free blocks for this hint round. Configuration space shows the id.
     Finished(HintId),
-    /// The device has no more use for hinted blocks. Config space shows DONE.
+    /// The device no longer needs hinted blocks. Configuration space shows DONE.
     Done,
 }
 
 impl Phase {
-    /// The id of the round that is wanted, if one is.
+    /// Returns the id of the hint round that the device wants, if there is one.
     pub const fn id(self) -> Option<HintId> {
         match self {
             Self::Requested(id) | Self::Started(id) | Self::Finished(id) => Some(id),
@@ -34,7 +37,7 @@ impl Phase {
         }
     }
 
-    /// The command id that config space shows.
+    /// Returns the command id that configuration space shows.
     pub const fn command(self) -> CommandId {
         match self {
             Self::Requested(id) | Self::Started(id) | Self::Finished(id) => CommandId::Hint(id),
@@ -44,19 +47,19 @@ impl Phase {
     }
 }
 
-/// What the driver's queue speaks of at the moment.
+/// The current hint round of the free page queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum QueueRound {
-    /// No round: none was started, or the last one was stopped.
+    /// None: no hint round was started, or the last one was stopped.
     NotStarted,
-    /// A round that this device issued.
+    /// A hint round that this device issued.
     Issued(HintId),
-    /// A start with an id that this device does not wait for; what follows it, up to the STOP,
-    /// belongs to no round.
+    /// A hint round with an id that is not outstanding. Free blocks up to the next STOP belong to
+    /// no hint round of this device.
     Unknown,
 }
 
-/// The ids that the driver may still speak of, oldest and newest.
+/// The outstanding ids: those that the driver may still send, from the oldest to the newest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Outstanding {
     oldest: HintId,
@@ -69,64 +72,69 @@ impl Outstanding {
     }
 }
 
-/// What happens to the device.
+/// An event for the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A round is wanted: the first of a migration, or of another one that follows a cancelled one.
+    /// The device wants hints: for a migration that begins, or for one that follows a cancelled
+    /// migration.
     Start,
-    /// Hints are of no use now.
+    /// The device wants no hints now.
     Stop,
-    /// Hinted blocks are of no more use at all: the migration has ended in whatever way.
+    /// The device no longer needs hinted blocks: the migration has completed, failed or been
+    /// cancelled.
     Done,
-    /// The dirty bitmap is about to be synchronised: hints that were given before it are dead.
+    /// A dirty sync is about to begin. It invalidates all earlier hints.
     SyncStarts,
-    /// The dirty bitmap was synchronised: hints are wanted again, under a new id.
+    /// The dirty sync has ended. The device wants hints again, with a new id.
     SyncEnds,
     /// The driver sent this command id on the free page queue.
     Command(CommandId),
-    /// The driver sent a block of free pages on the free page queue.
+    /// The driver sent a free block on the free page queue.
     FreeBlock,
-    /// The driver reset the device, or is gone: its queues and what was on them are no more.
+    /// The driver reset the device or was removed. The queues and their buffers no longer exist.
     Reset,
 }
 
-/// Why something that came from the driver was ignored.
+/// The reason why a buffer of the driver was ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Ignored {
-    /// A start whose id is not one that the device waits for, a reserved id, or DONE.
+    /// A start with an id that is not outstanding, the STOP after such a start, a reserved id, or
+    /// DONE.
     UnknownCommand(CommandId),
-    /// A start of a round that is no longer wanted.
+    /// The start of a hint round that has ended, or that the device no longer wants.
     StaleStart(HintId),
-    /// The start of the round that already runs.
+    /// A repeated start of the current hint round.
     RepeatedStart(HintId),
-    /// The STOP of a round that is no longer wanted.
+    /// The STOP of a hint round that the device no longer wants.
     StaleStop(HintId),
-    /// A STOP with no start before it.
+    /// A STOP without a start before it.
     StopWithoutStart,
-    /// A block of a round that is no longer wanted, or of no round.
+    /// A free block of a hint round that has not been started, has ended, or that the device no
+    /// longer wants.
     StaleFreeBlock,
 }
 
-/// What the device shall do.
+/// An action of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Config space shows another command id: tell the driver.
+    /// Configuration space shows another command id: notify the driver.
     NotifyConfig,
-    /// The driver has started this round.
+    /// The driver has started this hint round.
     HintRoundStarted(HintId),
-    /// The block that came is a hint of this round.
+    /// Use the free block as a hint of this hint round.
     UseFreeBlock(HintId),
-    /// The driver has ended this round by itself: there are no more free blocks.
+    /// The driver has ended this hint round, because it has no more free blocks.
     HintRoundFinished(HintId),
-    /// What came counts for nothing. Not an error as such: a round that was cut short leaves
-    /// stale words on the queue.
+    /// Ignore the buffer. This is not necessarily an error: a hint round that the device cancels
+    /// may leave stale buffers in the queue.
     Ignore(Ignored),
-    /// No id is free: the driver has not spoken of any of the last 2^31. No round was begun, and an
-    /// earlier one was ended: tell the driver as for [`NotifyConfig`](Self::NotifyConfig).
+    /// The next id is still outstanding: the driver has answered none of the last 2^31 ids. The
+    /// device starts no hint round, and the phase is now [`Phase::Stopped`]: notify the driver as
+    /// for [`NotifyConfig`](Self::NotifyConfig).
     IdsExhausted,
 }
 
-/// The device's state.
+/// The state of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct State {
     phase: Phase,
@@ -142,8 +150,8 @@ impl Default for State {
 }
 
 impl State {
-    /// A stopped device whose next round gets `next`: a fresh one, or one whose saved state says
-    /// how far its ids had come.
+    /// Creates a stopped device whose next hint round gets the id `next`: for a new device, or to
+    /// restore a saved [`next_id`](Self::next_id).
     pub const fn with_next_id(next: HintId) -> Self {
         Self {
             phase: Phase::Stopped,
@@ -153,27 +161,27 @@ impl State {
         }
     }
 
-    /// The round that is wanted, and how far it has come.
+    /// Returns the phase of the hint round that the device wants.
     pub const fn phase(self) -> Phase {
         self.phase
     }
 
-    /// The command id that config space shows.
+    /// Returns the command id that configuration space shows.
     pub const fn command(self) -> CommandId {
         self.phase.command()
     }
 
-    /// The id that the next round gets; part of the device's saved state.
+    /// Returns the id of the next hint round, which is part of the saved state of the device.
     pub const fn next_id(self) -> HintId {
         self.next
     }
 
-    /// Takes an event; gives the next state and what to do, if anything.
+    /// Takes an event, and returns the next state and an action, if there is one.
     #[must_use]
     pub const fn step(self, event: Event) -> (Self, Option<Action>) {
         match event {
             Event::Start => match self.phase {
-                // The end of the sync brings the new id.
+                // The end of the dirty sync issues the new id.
                 Phase::Syncing => (self, None),
                 _ => self.issue(),
             },
@@ -185,7 +193,8 @@ impl State {
                 Some(_) => self.show(Phase::Syncing),
                 None => (self, None),
             },
-            // After DONE the driver holds nothing, and the specification wants DONE to stand.
+            // After DONE the driver has no hinted blocks, and the specification requires the device
+            // to keep showing DONE.
             Event::Stop => match self.phase {
                 Phase::Done => (self, None),
                 _ => self.show(Phase::Stopped),
@@ -210,7 +219,8 @@ impl State {
         (self, Some(Action::Ignore(why)))
     }
 
-    /// Moves to `phase`, and notifies if config space shows it by another command id.
+    /// Changes to `phase`, and notifies the driver if the command id in configuration space
+    /// changes.
     const fn show(mut self, phase: Phase) -> (Self, Option<Action>) {
         let changed = self.phase.command().number() != phase.command().number();
         self.phase = phase;
@@ -224,7 +234,7 @@ impl State {
         )
     }
 
-    /// Issues a new id, unless the driver may still speak of it.
+    /// Issues the next id, unless it is still outstanding.
     const fn issue(mut self) -> (Self, Option<Action>) {
         let id = self.next;
         let oldest = match self.outstanding {
@@ -240,7 +250,7 @@ impl State {
         self.show(Phase::Requested(id))
     }
 
-    /// The driver has sent `id` as the start of a round.
+    /// Handles the start of hint round `id` by the driver.
     const fn started(mut self, id: HintId) -> (Self, Option<Action>) {
         let newest = match self.outstanding {
             Some(outstanding) if outstanding.contains(id) => outstanding.newest,
@@ -249,7 +259,7 @@ impl State {
                 return self.ignore(Ignored::UnknownCommand(CommandId::Hint(id)));
             }
         };
-        // A driver goes through the ids in order, so it will not speak of an older one again.
+        // A driver starts the ids in order, so it does not send an older one again.
         self.outstanding = Some(Outstanding { oldest: id, newest });
         self.queue_round = QueueRound::Issued(id);
         match self.phase {
@@ -264,7 +274,7 @@ impl State {
         }
     }
 
-    /// The driver has sent STOP: the end of the round that the queue speaks of, and of no other.
+    /// Handles a STOP by the driver: it ends the current hint round of the queue, and no other.
     const fn stopped(mut self) -> (Self, Option<Action>) {
         let queue_round = self.queue_round;
         self.queue_round = QueueRound::NotStarted;
@@ -344,10 +354,10 @@ mod tests {
                 start(A),
                 Event::Stop,
                 Event::Start,
-                // What the driver had already put on the queue for A:
+                // The driver had put these buffers into the queue for A.
                 Event::FreeBlock,
                 STOP,
-                // And then its answer to B.
+                // The driver starts B.
                 start(B),
                 Event::FreeBlock,
             ],
@@ -437,7 +447,7 @@ mod tests {
         let (refused, actions) = run(full, &[Event::Start]);
         assert_eq!(actions, [Action::IdsExhausted]);
         assert_eq!(refused.phase(), Phase::Stopped);
-        // The STOP of B sets it free.
+        // The STOP of B makes its id available.
         let (issued, actions) = run(refused, &[STOP, Event::Start]);
         assert_eq!(issued.phase(), Phase::Requested(B));
         assert_eq!(

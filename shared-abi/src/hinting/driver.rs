@@ -1,55 +1,56 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 OR BSD-3-Clause
 
-//! The driver's side of free page hinting.
+//! The state machine of free page hinting for the driver.
 //!
-//! The driver *offers* blocks of free pages while a round runs, and *holds* the offered blocks
-//! until the device says that it is done with them.
+//! The driver *offers* free blocks during a hint round. It keeps the offered blocks, the *hinted
+//! blocks*, until the device shows DONE.
 
 use super::super::command::{CommandId, HintRoundId};
 
-/// Where the driver stands.
+/// The state of the driver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum State {
-    /// No round since the device was last done; nothing is held.
+    /// No hint round since DONE or a reset. There are no hinted blocks.
     #[default]
     Idle,
-    /// The start of this round was sent and blocks are being offered.
+    /// The start of this hint round was sent, and free blocks are offered.
     Offering(HintRoundId),
-    /// The stop of this round was sent; its blocks are held until the device is done.
+    /// The STOP of this hint round was sent. The driver keeps the hinted blocks until DONE.
     AwaitingDone(HintRoundId),
 }
 
-/// What happens to the driver.
+/// An event for the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Config space changed and shows this command id.
+    /// Configuration space changed and shows this command id.
     ///
-    /// To be fed only with what was read after a config change: QEMU's device shows STOP again as
-    /// soon as it has seen the start of a round, without meaning the driver to stop.
+    /// Only pass an id that was read after a configuration change. QEMU's device shows STOP again
+    /// once it has seen the start of a hint round, although it does not want the driver to stop.
     ConfigChanged(CommandId),
-    /// There is no free block left that the driver may offer.
+    /// The driver has no more free blocks to offer.
     Exhausted,
-    /// The device was reset or is gone; nothing can be sent.
+    /// The device was reset or removed. Nothing can be sent.
     Reset,
 }
 
-/// What the driver shall do.
+/// An action of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Send this id on the free page queue, and then offer free blocks.
+    /// Send this id on the free page queue, then offer free blocks.
     SendStart(HintRoundId),
-    /// Offer the blocks that are still held from an earlier round again, before new ones.
+    /// Offer the hinted blocks of earlier hint rounds again, before new free blocks.
     ///
-    /// The new id may be the first of another migration, whose destination lacks those pages: DONE
-    /// of the earlier one may have been overwritten in config space before the driver could read it.
+    /// The new id may be the first of another migration, whose destination does not have these
+    /// pages. The driver may have missed the DONE between them: the device may have replaced it in
+    /// configuration space before the driver read it.
     ReofferHinted,
-    /// Offer no more, and send STOP on the free page queue.
+    /// Offer no more free blocks, and send STOP on the free page queue.
     SendStop,
-    /// Give every held block back to the guest, as soon as its buffer has come back.
+    /// Return each hinted block to the guest, as soon as the device has used its buffer.
     ReleaseHinted,
 }
 
-/// What the driver shall do, in this order: at most three things.
+/// Up to three actions of the driver, in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Actions([Option<Action>; 3]);
 
@@ -79,7 +80,7 @@ impl IntoIterator for Actions {
 }
 
 impl State {
-    /// The round whose blocks are being offered, if one runs.
+    /// Returns the hint round for which free blocks are offered, if there is one.
     pub const fn offering(self) -> Option<HintRoundId> {
         match self {
             Self::Offering(id) => Some(id),
@@ -87,7 +88,7 @@ impl State {
         }
     }
 
-    /// Takes an event; gives the next state and what to do.
+    /// Takes an event, and returns the next state and the actions.
     #[must_use]
     pub const fn step(self, event: Event) -> (Self, Actions) {
         use Action::{ReleaseHinted, ReofferHinted, SendStart, SendStop};
@@ -103,7 +104,8 @@ impl State {
             Event::ConfigChanged(command) => command,
         };
         match (self, command.hint_round()) {
-            // The round that runs, or that has ended, still stands in config space.
+            // Configuration space still shows the current hint round, or one that the driver has
+            // stopped.
             (Self::Offering(now) | Self::AwaitingDone(now), Some(id))
                 if now.number() == id.number() =>
             {

@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 OR BSD-3-Clause
 
-//! Both machines together, in any order of events.
+//! Property tests of both state machines together, with events in any order.
 //!
-//! The world between them is modelled as it is: config space is one word that may change several
-//! times before the driver looks at it, and the free page queue is a sequence that arrives late but
-//! in order. Every block that the driver offers carries the *epoch* in which it was offered, counted
-//! up by every sync, start, stop and reset, and every STOP the round that it was meant for: the truth
-//! that the machines have to guess right. Now and then a driver lies.
+//! The model includes the path between driver and device: configuration space is one word, which
+//! may change several times before the driver reads it. The free page queue delivers late, but in
+//! order.
+//!
+//! The model also records the truth that the state machines have to determine:
+//!
+//! - Each free block carries the *epoch* in which it was offered. Each start of a dirty sync and
+//!   each start, stop, DONE and reset begins a new epoch.
+//! - Each STOP carries the hint round that it ends.
+//!
+//! Some drivers send ids that were never issued.
 
 use super::super::command::{CommandId, HintId, HintRoundId};
 use super::{device, driver};
@@ -46,12 +52,13 @@ struct Model {
     driver: driver::State,
     config_changed: bool,
     queue: VecDeque<Message>,
-    /// Blocks that the driver holds, and how many of them to offer again.
+    /// The number of hinted blocks of the driver, and how many of them the driver has to offer
+    /// again.
     hinted: usize,
     to_reoffer: usize,
-    /// Counted up whenever hints given so far become worthless.
+    /// Incremented when the hints so far become invalid.
     epoch: u64,
-    /// Ids that were issued and that the driver may still speak of.
+    /// Ids that were issued and that the driver may still send.
     outstanding: Vec<HintId>,
     finished: Option<HintId>,
     used: usize,
@@ -111,7 +118,7 @@ impl Model {
         self.queue.push_back(Message::FreeBlock { epoch, round });
     }
 
-    /// A whole round, start to STOP, of an id that is far from all that were issued.
+    /// Sends a whole hint round, from start to STOP, with an id far from all issued ids.
     fn driver_sends_unknown_id(&mut self) {
         let far = self.device.next_id().number() ^ 0x4000_0000;
         let round = HintId::new(far).unwrap();
@@ -155,7 +162,7 @@ impl Model {
         }
     }
 
-    /// The driver has started `id`: it will not speak of older ones any more.
+    /// The driver has started `id`, so it does not send older ids again.
     fn retire_before(&mut self, id: HintId) {
         if let Some(at) = self
             .outstanding
@@ -211,7 +218,7 @@ impl Model {
         }
     }
 
-    /// Lets everything that is on its way arrive.
+    /// Delivers everything that is pending.
     fn settle(&mut self) {
         self.take(Step::DriverReadsConfig);
         while !self.queue.is_empty() {
@@ -258,8 +265,8 @@ fn run(first: HintId, steps: &[Step]) -> Model {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// The assertions are in the world: stale words end nothing, late hints are not used, ids are
-    /// not reused.
+    /// The assertions are in the model: stale buffers end no hint round, late hints are not used,
+    /// ids are not reused.
     #[test]
     fn r2_r6_r8_hold_in_any_interleaving(first in first_ids(), steps in steps()) {
         run(first, &steps);
@@ -278,8 +285,8 @@ proptest! {
         prop_assert_eq!(model.driver, driver::State::Idle);
     }
 
-    /// The machines are not safe by doing nothing: whatever came before, a new round that is left
-    /// alone uses every block that the driver holds and offers.
+    /// Liveness: after any history, an undisturbed hint round uses every hinted block that the
+    /// driver offers.
     #[test]
     fn a_round_that_is_left_alone_uses_every_block(
         first in first_ids(),
