@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the dirty bitmap of a guest with 64 GiB costs on one core, beside what the machine's memory can do.
+//! Benchmark of the dirty bitmap of a 64 GiB guest on one core, compared with a plain sum and copy of as many bytes.
 //!
-//! After criterion's figures it says whether the limits are kept, and fails if they are not.
+//! After criterion's figures, the benchmark compares its own measurements with fixed limits, and fails if one exceeds
+//! its limit.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -13,13 +14,13 @@ use guest_migration::{HintWindow, Layout, PageRun, Region, SyncPhase, PAGE_SIZE}
 
 const GUEST: u64 = 64 << 30;
 const HINT: u64 = 4 << 20;
-/// The bytes of its bitmap: a bit a page.
+/// Size of the guest's bitmap in bytes, with one bit for each page.
 const BITMAP: usize = (GUEST / PAGE_SIZE / 8) as usize;
 
 const HINTS_LIMIT: Duration = Duration::from_millis(5);
 const SCAN_LIMIT: Duration = Duration::from_millis(1);
 
-/// A guest's memory as it lies on a PC: with a hole below 4 GiB.
+/// Returns the memory layout of a guest on a PC, with a hole below 4 GiB.
 fn layout() -> Arc<Layout> {
     const LOW: u64 = 2 << 30;
     let low = Region::new(0, LOW).unwrap();
@@ -33,7 +34,7 @@ fn all_dirty(layout: &Arc<Layout>) -> HintWindow {
     sync.finish()
 }
 
-/// Hints for all that the guest has, one after the other.
+/// Hints all guest memory, in consecutive hints of 4 MiB.
 fn hint_all(window: &HintWindow) {
     for region in window.bitmap().layout().regions() {
         let mut at = region.start();
@@ -45,7 +46,7 @@ fn hint_all(window: &HintWindow) {
     }
 }
 
-/// Looks for a dirty page where there is none.
+/// Searches a clean bitmap for a dirty page.
 fn scan(window: &HintWindow) -> Option<PageRun> {
     window.bitmap().dirty_runs().next()
 }
@@ -78,8 +79,9 @@ fn bitmap(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// The fastest of some runs: what it takes when the core does nothing else; and the median, which also says how busy the
-/// machine is.
+/// Returns the fastest time and the median of several runs.
+///
+/// The fastest time is that of an otherwise idle core. The median also shows how busy the machine is.
 fn measure(mut once: impl FnMut() -> Duration) -> (Duration, Duration) {
     const TIMES: usize = 31;
     let mut all: Vec<Duration> = (0..TIMES).map(|_| once()).collect();
@@ -87,7 +89,7 @@ fn measure(mut once: impl FnMut() -> Duration) -> (Duration, Duration) {
     (all[0], all[TIMES / 2])
 }
 
-/// Whether what was promised is kept.
+/// Measures hints and search, and asserts that the fastest times are within the limits.
 fn limits() {
     let layout = layout();
     let (hints, hints_median) = measure(|| {
@@ -127,7 +129,7 @@ fn main() {
         .configure_from_args();
     bitmap(&mut criterion);
     criterion.final_summary();
-    // `cargo test --benches` only looks whether it runs; nothing is optimised then.
+    // `cargo test --benches` only checks that the benchmark runs. Its build is not optimised.
     if !cfg!(debug_assertions) {
         limits();
     }

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How fast a stream is, beside a plain copy of the same bytes over the same kind of socket, in turns within one run.
+//! Benchmark of a stream, compared with a plain copy of the same bytes over the same kind of socket.
 //!
-//! `cargo bench -p guest-migration --bench stream [-- MEBIBYTES]`. Two tables: with a reader that takes the bytes in and does
-//! nothing with them, so that it is the sender that is measured; and with the receiver as in real use, beside a plain
-//! reader that writes the bytes into a file of the same kind. It fails if a Unix socket's stream falls below 60 % of the
-//! plain copy.
+//! `cargo bench -p guest-migration --bench stream [-- MEBIBYTES]` measures all ways in turns, and prints two tables for
+//! each kind of socket:
+//!
+//! - a reader discards the bytes, so the table measures the sender;
+//! - the real receiver writes into a file, next to a plain reader that writes into a file of the same kind.
+//!
+//! The benchmark fails if a stream over a Unix socket, with one channel and without compression, reaches less than 60 %
+//! of the speed of the plain copy.
 
 use std::error::Error;
 use std::fs::File;
@@ -28,9 +32,11 @@ use xxhash_rust::xxh3::xxh3_64;
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 const MEBIBYTE: usize = 1 << 20;
-/// Each way is measured so often, in turns. The medians are shown: of the speeds, and of the parts of the same turn's plain copy.
+/// How often each way is measured, in turns.
+///
+/// The tables show medians: of the speeds, and of the ratios to the plain copy in the same turn.
 const REPETITIONS: usize = 9;
-/// What a stream over a Unix socket must reach of the plain copy, in percent.
+/// The minimum speed of a stream over a Unix socket, in percent of the plain copy.
 const ENOUGH: f64 = 60.0;
 
 fn main() -> Result<()> {
@@ -117,7 +123,7 @@ impl Bench {
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC)?);
         ftruncate(&file, length)?;
         file.write_all_at(&bytes, 0)?;
-        // Guest memory is in a tmpfs as a rule.
+        // Guest memory usually is in a tmpfs.
         let shared = Path::new("/dev/shm");
         let directory = match shared.is_dir() {
             true => tempfile::tempdir_in(shared)?,
@@ -135,7 +141,7 @@ impl Bench {
         })
     }
 
-    /// Prints a table, and returns what the slower of the second and the third way reaches of the first, in percent.
+    /// Prints a table. Returns the speed of the slower of the second and third way, in percent of the first way.
     fn table(&self, title: &str, ways: &[(&str, &dyn Fn() -> Result<Duration>)]) -> Result<f64> {
         println!("\n{title}\n");
         let mut times: Vec<Vec<Duration>> = vec![Vec::new(); ways.len()];
@@ -154,7 +160,7 @@ impl Bench {
         let mut parts = Vec::new();
         for (way, (name, _)) in times.iter().zip(ways) {
             let speed: Vec<f64> = way.iter().map(|time| size / time.as_secs_f64()).collect();
-            // Turn by turn: the machine may have become busier meanwhile.
+            // Compare within a turn, because the load of the machine may change between turns.
             let pairs = times[0].iter().zip(way);
             let part = pairs.map(|(plain, way)| 100.0 * plain.as_secs_f64() / way.as_secs_f64());
             let part = median(part.collect());
@@ -168,7 +174,7 @@ impl Bench {
         Ok(parts[1].min(parts[2]))
     }
 
-    /// From the start of sending until the reader has everything.
+    /// Measures a plain copy, from the start of sending until the reader has all bytes.
     fn plain(&self, pair: Pair, into_file: bool, out_of_file: bool) -> Result<Duration> {
         let (to, from) = pair()?;
         let (mut to, mut from) = (File::from(to), File::from(from));
@@ -228,7 +234,7 @@ impl Bench {
     fn sender(&self, pair: Pair, uncopied: bool) -> Result<Duration> {
         let (to, from) = pair()?;
         let mut from = File::from(from);
-        // The header, the heads of all records, and the final record: docs/stream.md.
+        // Bytes of the stream header, the pages, all record headers, and the final record; see docs/stream.md.
         let records = self
             .run
             .pages
@@ -268,7 +274,7 @@ impl Bench {
         let destination = Destination::with_file(&path);
         let start = Instant::now();
         if channels > 1 {
-            // A listening socket of the same kind.
+            // Several channels need a listening socket of the same kind.
             let address = match std::ptr::fn_addr_eq(pair, unix as Pair) {
                 true => format!("unix:{}", self.directory.path().join("socket").display()),
                 false => "tcp:127.0.0.1:0".to_owned(),
@@ -300,7 +306,7 @@ impl Bench {
     }
 }
 
-/// A receiver's answer without words: docs/stream.md.
+/// Returns an encoded answer of a receiver without a message; see docs/stream.md.
 fn answer(kind: u8) -> Vec<u8> {
     let mut bytes = b"\x8dANS".to_vec();
     bytes.extend([kind, 0, 0, 0]);

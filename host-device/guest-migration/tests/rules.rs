@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The rules of hinting, against a model that looks at each page by itself.
+//! Tests of the hinting rules (`docs/rules.md`) against a model that handles each page separately.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,11 +11,13 @@ use guest_migration::{
 };
 use proptest::prelude::*;
 
-/// Page numbers below this are in play; everything above is outside.
+/// Most test ranges start below this page number.
 const SPACE: u64 = 400;
 
-/// Regions from alternating gaps and lengths in pages. A gap of none makes regions that touch. All show one block, each some
-/// pages after the last, and in the other order if `turned`.
+/// Generates layouts from gaps and lengths, in pages. A gap of 0 makes adjacent regions.
+///
+/// All regions map one RAM block, some with unmapped pages between them. With `turned`, their order in the RAM block is
+/// reversed.
 fn layouts() -> impl Strategy<Value = Arc<Layout>> {
     let pieces = prop::collection::vec((0u64..40, 1u64..150, 0u64..5), 1..4);
     (pieces, any::<bool>()).prop_map(|(pieces, turned)| {
@@ -46,7 +48,7 @@ fn layouts() -> impl Strategy<Value = Arc<Layout>> {
     })
 }
 
-/// Byte ranges: aligned and not, short and long, near the ends of the address space.
+/// Generates byte ranges: aligned and unaligned, short and long, at both ends of the address space.
 fn ranges() -> impl Strategy<Value = (u64, u64)> {
     let start = prop_oneof![
         4 => (0..SPACE).prop_map(|page| page * PAGE_SIZE),
@@ -62,7 +64,7 @@ fn ranges() -> impl Strategy<Value = (u64, u64)> {
     (start, length)
 }
 
-/// Guest memory as a set of numbers of guest pages.
+/// Returns the guest page numbers of all regions.
 fn pages_of(layout: &Layout) -> BTreeSet<u64> {
     layout
         .regions()
@@ -71,7 +73,7 @@ fn pages_of(layout: &Layout) -> BTreeSet<u64> {
         .collect()
 }
 
-/// Those of the block's pages `run` that a region shows, as numbers of guest pages.
+/// Returns the guest page numbers at which regions map the pages `run` of the RAM block.
 fn shown(layout: &Layout, run: PageRun) -> impl Iterator<Item = u64> + '_ {
     layout.regions().iter().flat_map(move |region| {
         let offset = region.offset() / PAGE_SIZE;
@@ -81,7 +83,7 @@ fn shown(layout: &Layout, run: PageRun) -> impl Iterator<Item = u64> + '_ {
     })
 }
 
-/// The dirty pages as the bitmap's runs give them, checked for order and for being as long as can be.
+/// Returns the dirty guest pages from the runs of the bitmap. Asserts that the runs ascend and are maximal.
 fn dirty(window: &HintWindow) -> BTreeSet<u64> {
     let mut pages = BTreeSet::new();
     let mut last = None;
@@ -161,7 +163,7 @@ proptest! {
 
 #[test]
 fn r11_the_first_page_of_a_hint_is_its_start_and_the_count_its_length() {
-    // The bug of the first version: the start was computed from the length.
+    // Regression test: the start of the hint must not be computed from its length.
     let layout = Layout::from_regions([Region::new(0, 1024 * PAGE_SIZE).unwrap()])
         .unwrap()
         .into();
@@ -180,7 +182,7 @@ fn r11_the_first_page_of_a_hint_is_its_start_and_the_count_its_length() {
 
 #[test]
 fn r5_a_hint_is_never_applied_elsewhere() {
-    // A region that starts at an odd address, a hole, a second region.
+    // A region with a start that is only page-aligned, a hole, and a second region.
     let layout = Layout::from_regions([
         Region::new(0x3e_f000, 16 * PAGE_SIZE).unwrap(),
         Region::new(0x100_0000, 16 * PAGE_SIZE).unwrap(),
@@ -191,12 +193,12 @@ fn r5_a_hint_is_never_applied_elsewhere() {
     sync.set_all();
     let window = sync.finish();
 
-    // Over the end of the first region, into the hole: clamped.
+    // A hint beyond the end of the first region, into the hole, is clamped.
     let hinted = window
         .hint(0x3e_f000 + 15 * PAGE_SIZE, 8 * PAGE_SIZE)
         .unwrap();
     assert_eq!((hinted.cleared, hinted.ignored_bytes), (1, 7 * PAGE_SIZE));
-    // Over the hole into the second region: the hole counts for nothing, the rest stays where it points to.
+    // A hint across the hole clears pages in both regions, and none for the hole.
     let hinted = window
         .hint(0x3e_f000 + 14 * PAGE_SIZE, 0x100_1000 - 0x3f_d000)
         .unwrap();
@@ -230,7 +232,7 @@ fn r6_closing_the_window_waits_for_hints_under_way() {
                 let Some(window) = window.as_ref() else {
                     break;
                 };
-                // Whoever can reach the window can rely on no sync having come in between.
+                // No dirty sync can start while a thread has a reference to the window.
                 assert!(!synced.load(Ordering::Acquire));
                 let _ = window
                     .hint(thread * 64 * PAGE_SIZE, 64 * PAGE_SIZE)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where a stream goes or comes from, written as QEMU writes it.
+//! Addresses of streams, in the syntax of QEMU's migration addresses.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,22 +8,24 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-/// Where a stream goes or comes from.
+/// The address to which a stream is sent, or at which it is received.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     /// `unix:PATH`: a Unix socket. Two-way.
     Unix(PathBuf),
-    /// `tcp:HOST:PORT`. Two-way. An IPv6 address stands in brackets.
+    /// `tcp:HOST:PORT`: a TCP connection. Two-way. An IPv6 address is written in brackets.
     Tcp(String, u16),
-    /// `file:PATH`: written by the sender, read by the receiver.
+    /// `file:PATH`: a file that the sender writes and the receiver reads. One-way.
     File(PathBuf),
-    /// `fd:N`: an open file descriptor of this process: a stream socket (two-way), a pipe or a file. On the receiving
-    /// side also a socket that listens. The descriptor itself stays open in the process, so that the end of a pipe that
-    /// is broken off shows only when its owner closes it.
+    /// `fd:N`: an open file descriptor of this process: a stream socket (two-way), a pipe or a file (one-way). For a
+    /// receiver also a listening socket.
+    ///
+    /// The stream uses a duplicate. The descriptor stays open in the process, so the reader of a pipe sees the end of
+    /// an aborted stream only after the owner of the descriptor closes it.
     Fd(i32),
 }
 
-/// Why a text is not an [`Address`].
+/// The error for a text that is not an [`Address`].
 #[derive(Debug, Clone, Error, PartialEq, Eq)]
 #[error("'{text}' is not an address: {why}; known are unix:PATH, tcp:HOST:PORT, file:PATH and fd:NUMBER")]
 pub struct AddressError {

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the threads of one stream share: why it stops, and how those who wait hear of it.
+//! The state that the threads of one stream share: why the stream stops, and the barrier between iterations.
+//!
+//! A stop wakes all waiting threads: an eventfd ends waits for file descriptors, and a condition variable ends waits at
+//! the barrier. A mutex protects the reason, the registered sockets and the state of the barrier.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,10 +17,10 @@ use rustix::net::Shutdown;
 use super::StreamError;
 use crate::CancelToken;
 
-/// The state of one stream. Whoever finds something wrong ends it for all threads: the first reason counts.
+/// The state of one stream. Any thread can stop the stream for all threads. The first reason is kept.
 #[derive(Debug)]
 pub(super) struct Control {
-    /// Readable once the stream has been stopped, and from then on.
+    /// An eventfd that becomes readable when the stream is stopped, and stays readable.
     event: OwnedFd,
     stopped: AtomicBool,
     state: Mutex<State>,
@@ -27,15 +30,16 @@ pub(super) struct Control {
 #[derive(Debug, Default)]
 struct State {
     reason: Option<StreamError>,
-    /// What is shut down when somebody cancels.
+    /// The sockets to shut down on cancellation.
     sockets: Vec<Arc<OwnedFd>>,
-    /// How many channels wait at the end of the round that is under way, and how many rounds have ended.
+    /// Number of channels that wait at the end of the current iteration.
     waiting: u16,
+    /// Number of iterations that all channels have ended.
     iterations: u64,
 }
 
 impl Control {
-    /// The control of a stream that `cancel` ends.
+    /// Creates the state of a stream that `cancel` can cancel.
     pub fn new(cancel: &CancelToken) -> Result<Arc<Self>, StreamError> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let event = eventfd(0, flags).map_err(|error| StreamError::System {
@@ -57,28 +61,28 @@ impl Control {
         Ok(control)
     }
 
-    /// Ends the stream, and the connections at once, so that the other side knows as well.
+    /// Stops the stream and shuts down its connections, so that the peer notices at once.
     pub fn cancel(&self) {
         self.stop(StreamError::Cancelled);
         for socket in std::mem::take(&mut self.state().sockets) {
-            // It may be closed already, which is as good.
+            // Ignored: it fails if the connection is closed already.
             let _ = rustix::net::shutdown(&socket, Shutdown::Both);
         }
     }
 
-    /// Ends the stream because of `reason`, unless it has one already; whichever it is now is returned.
+    /// Stops the stream with `reason`, unless it is stopped already. Returns the reason that is kept.
     pub fn stop(&self, reason: StreamError) -> StreamError {
         let mut state = self.state();
         let reason = state.reason.get_or_insert(reason).clone();
         self.stopped.store(true, Ordering::Release);
         drop(state);
-        // It can fail only when it is readable already.
+        // Ignored: it fails only if the eventfd is readable already.
         let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
         self.changed.notify_all();
         reason
     }
 
-    /// Has `socket` shut down when somebody cancels.
+    /// Registers `socket` for shutdown on cancellation. Shuts it down at once if the stream is cancelled already.
     pub fn register_socket(&self, socket: &Arc<OwnedFd>) {
         let mut state = self.state();
         if matches!(state.reason, Some(StreamError::Cancelled)) {
@@ -88,9 +92,11 @@ impl Control {
         }
     }
 
+    /// Checks that the stream is not stopped.
+    ///
     /// # Errors
     ///
-    /// Why the stream was stopped, if it was.
+    /// The reason, if the stream is stopped.
     pub fn check(&self) -> Result<(), StreamError> {
         if !self.stopped.load(Ordering::Acquire) {
             return Ok(());
@@ -101,11 +107,11 @@ impl Control {
         }
     }
 
-    /// Waits until one of `events` is there on `fd`, at most for `timeout`: `None` if it was not.
+    /// Waits for one of `events` on `fd`, for at most `timeout`. Returns `None` after the timeout.
     ///
     /// # Errors
     ///
-    /// Why the stream was stopped, if it was.
+    /// The reason, if the stream is stopped; or a failure of `poll`.
     pub fn wait(
         &self,
         fd: BorrowedFd<'_>,
@@ -140,22 +146,22 @@ impl Control {
         }
     }
 
-    /// Sleeps for `duration`.
+    /// Sleeps for `duration`, or until the stream is stopped.
     ///
     /// # Errors
     ///
-    /// Why the stream was stopped, if it was.
+    /// The reason, if the stream is stopped; or a failure of `poll`.
     pub fn sleep(&self, duration: Duration) -> Result<(), StreamError> {
-        // Nothing but a stop makes it readable.
+        // Only a stop makes the eventfd readable.
         self.wait(self.event.as_fd(), PollFlags::IN, Some(duration))?;
         self.check()
     }
 
-    /// Waits until all `channels` have come to the end of a round, and returns how many rounds have ended.
+    /// Waits until all `channels` are at the end of the current iteration. Returns how many iterations have ended.
     ///
     /// # Errors
     ///
-    /// Why the stream was stopped, if it was.
+    /// The reason, if the stream is stopped.
     pub fn wait_at_barrier(&self, channels: u16) -> Result<u64, StreamError> {
         let mut state = self.state();
         state.waiting += 1;

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One channel of a stream on its way in: bytes become records that are right in themselves and in their place.
+//! The receiving end of one channel: reads bytes and decodes them into records.
+//!
+//! The decoder verifies each record header against its checksum chain and the RAM blocks, each payload against its
+//! checksum, and the final counts of the channel. The digests of the whole stream are the receiver's part.
 
 use std::io::IoSliceMut;
 use std::sync::Arc;
@@ -17,14 +20,15 @@ use super::transport::Transport;
 use super::StreamError;
 use crate::{PageRun, PAGE_SIZE};
 
-/// Small records are read together, up to this many bytes.
+/// Size of the read buffer, in bytes. One read can return several small records.
 const BUFFER: usize = 64 << 10;
-/// The longest payload.
+/// The maximum length of a payload, in bytes.
 const PAYLOAD: usize = (RECORD_PAGES * PAGE_SIZE) as usize;
 
-/// Where bytes come from.
+/// A source of the bytes of a channel.
 pub(super) trait ByteSource {
-    /// Reads at least a byte; 0 is the end. Waits for `timeout` at most, if there is one.
+    /// Reads at least one byte, and returns how many. Returns 0 at the end of the stream. Waits for at most `timeout`,
+    /// if it is given.
     fn read(
         &mut self,
         slices: &mut [IoSliceMut<'_>],
@@ -42,33 +46,33 @@ impl ByteSource for Transport {
     }
 }
 
-/// What a record says.
+/// A decoded record.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Record<'a> {
-    /// Pages of this content.
+    /// A run of pages, and their content.
     Pages(PageRun, &'a [u8]),
-    /// Pages of zeros.
+    /// A run of zero pages.
     Zeros(PageRun),
-    /// A round has ended; its number.
+    /// The end of the iteration with this number.
     IterationEnd(u64),
-    /// All has been said; with the check value that the channel had before.
+    /// The final record, and the last checksum of the channel before it.
     Final(Final, u64),
 }
 
-/// Reads a channel. Takes a bounded amount of memory, whatever comes.
+/// Decodes a channel. Uses a bounded amount of memory for any input.
 pub(super) struct Decoder<S> {
     source: S,
     channel: u16,
-    /// How long the other side may be silent inside a record.
+    /// How long the peer may be silent inside the header or a record.
     timeout: Duration,
     buffer: Box<[u8]>,
-    /// The part of the buffer that was read and not used.
+    /// `buffer[start..end]` is read and not consumed yet.
     start: usize,
     end: usize,
     /// Bytes of the stream before `start`.
     offset: u64,
     chain: u64,
-    /// What it was before the last head.
+    /// The value of `chain` before the last record header.
     chain_before: u64,
     sequence: u64,
     iteration: u64,
@@ -79,16 +83,16 @@ pub(super) struct Decoder<S> {
     blocks: Arc<[RamBlockEntry]>,
 }
 
-/// Where a payload is.
+/// Where a payload is stored.
 enum PayloadLocation {
-    /// In the buffer, which has these bytes still unused in front of the next record.
+    /// In this range of `Decoder::buffer`, until the next read.
     Buffer(std::ops::Range<usize>),
-    /// By itself, so many bytes.
+    /// In the first bytes of `Decoder::payload`: this many.
     Own(usize),
 }
 
 impl<S: ByteSource> Decoder<S> {
-    /// Reads what `source` begins with.
+    /// Creates a decoder at the start of a stream.
     pub fn new(source: S, timeout: Duration) -> Self {
         Self {
             source,
@@ -110,17 +114,17 @@ impl<S: ByteSource> Decoder<S> {
         }
     }
 
-    /// The transport.
+    /// Returns the source.
     pub fn source(&mut self) -> &mut S {
         &mut self.source
     }
 
-    /// Bytes of the stream that were taken in.
+    /// Returns how many bytes of the stream are consumed.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// An error about what begins at `offset`.
+    /// Returns the error for a fault in the header or record that begins at `offset`.
     pub fn fault(&self, offset: u64, fault: Fault) -> StreamError {
         StreamError::Malformed {
             channel: self.channel,
@@ -129,7 +133,7 @@ impl<S: ByteSource> Decoder<S> {
         }
     }
 
-    /// Reads the header.
+    /// Reads the stream header.
     pub fn header(&mut self) -> Result<StreamHeader, StreamError> {
         let ended = Fault::TruncatedHeader;
         let timeout = Some(self.timeout);
@@ -144,7 +148,7 @@ impl<S: ByteSource> Decoder<S> {
         Ok(header)
     }
 
-    /// The next record. Between records the other side may be silent for as long as it likes.
+    /// Reads the next record. Waits for its first byte without a timeout.
     pub fn next(&mut self) -> Result<Record<'_>, StreamError> {
         let at = self.offset;
         let head = self.head()?;
@@ -228,7 +232,7 @@ impl<S: ByteSource> Decoder<S> {
         }
     }
 
-    /// That nothing follows, as far as one can see without waiting.
+    /// Checks that nothing follows the final record, as far as that is known without waiting.
     pub fn expect_end(&mut self) -> Result<(), StreamError> {
         if self.start < self.end {
             return Err(self.fault(self.offset, Fault::TrailingData));
@@ -294,7 +298,7 @@ impl<S: ByteSource> Decoder<S> {
         Ok(head)
     }
 
-    /// Reads `length` bytes that follow the head at `at`.
+    /// Reads the payload, `length` bytes, of the record that begins at `at`.
     fn payload(&mut self, length: usize, at: u64) -> Result<PayloadLocation, StreamError> {
         let have = self.end - self.start;
         if have >= length {
@@ -318,7 +322,7 @@ impl<S: ByteSource> Decoder<S> {
         while filled < length {
             let rest = self.payload.get_mut(filled..length).unwrap_or_default();
             let missing = rest.len();
-            // What follows the payload comes along, as far as it is there.
+            // The second slice takes bytes after the payload that have already arrived.
             let mut slices = [IoSliceMut::new(rest), IoSliceMut::new(&mut self.buffer)];
             let count = self.source.read(&mut slices, Some(self.timeout))?;
             if count == 0 {
@@ -331,7 +335,7 @@ impl<S: ByteSource> Decoder<S> {
         Ok(PayloadLocation::Own(length))
     }
 
-    /// Appends the next `length` bytes of what begins at `at`.
+    /// Appends the next `length` bytes of the stream to `to`. If the stream ends too early, fails with `ended` at `at`.
     fn take(
         &mut self,
         at: u64,
@@ -358,7 +362,7 @@ impl<S: ByteSource> Decoder<S> {
         self.offset += count as u64;
     }
 
-    /// Reads more into the buffer, which must not be full.
+    /// Reads more bytes into the buffer, which must not be full. Returns how many, or 0 at the end of the stream.
     fn fill(&mut self, timeout: Option<Duration>) -> Result<usize, StreamError> {
         self.buffer.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
@@ -369,7 +373,7 @@ impl<S: ByteSource> Decoder<S> {
     }
 }
 
-/// Unpacks into exactly `raw` bytes: what would be more or less is refused, and takes no more memory.
+/// Decompresses `packed` into exactly `raw` bytes. Fails on any other length, without using more memory.
 fn decompress(
     decompressor: &mut Option<Decompressor<'static>>,
     packed: &[u8],

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The memory files that a stream is written into, and the marks beside them as long as they are incomplete.
+//! The memory files that a stream is received into, and the markers beside them while they are incomplete.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -18,35 +18,35 @@ use crate::digest::{is_zero, ContentDigest, PageHasher};
 use crate::{PageRun, PAGE_SIZE};
 
 const PAGE: usize = PAGE_SIZE as usize;
-/// Pages that are hashed between two looks at the clock.
+/// Number of pages that a thread hashes between two calls of `keep_going`.
 const DIGEST_BUFFER_PAGES: usize = 64;
-/// Pages that one thread hashes before it takes others: 64 MiB.
+/// Number of pages in a chunk, which one thread hashes: 64 MiB.
 const DIGEST_CHUNK_PAGES: u64 = 16384;
-/// The most threads that hash.
+/// The maximum number of hashing threads.
 const DIGEST_THREADS_MAX: usize = 4;
 
-/// Memory files for the blocks of a stream.
+/// The memory files for the RAM blocks of a stream.
 ///
-/// A file that does not exist is created; one that does must be empty or as long as its block, and its content is given
-/// up. It may be mapped already by a VMM that waits for it. What the stream does not bring, or brings as zeros, is
-/// a hole afterwards.
+/// A file that does not exist is created. An existing file must be empty or as long as its RAM block; its content is
+/// discarded. A waiting VMM may have mapped it already. Zero pages, and pages that the stream does not contain, are
+/// holes at the end.
 ///
-/// From before the first byte is written until the stream has ended well, `PATH.incomplete` stands beside the file,
-/// and if the stream ends badly it stays there and says why.
+/// The marker `PATH.incomplete` exists beside each file from before the first write until the stream is received and
+/// verified. After a failure the marker stays, and contains the reason.
 #[derive(Debug, Clone, Default)]
 pub struct Destination {
-    /// For the one block of a stream, whatever its name.
+    /// The file for a stream with one RAM block of any name.
     only: Option<PathBuf>,
     named: Vec<(String, PathBuf)>,
 }
 
 impl Destination {
-    /// No file yet: see [`with_ram_block`](Self::with_ram_block).
+    /// Creates a destination without files. [`with_ram_block`](Self::with_ram_block) adds them.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// One file, for a stream that has one block, whatever its name is.
+    /// Creates a destination of one file, for a stream with one RAM block of any name.
     pub fn with_file(path: impl Into<PathBuf>) -> Self {
         Self {
             only: Some(path.into()),
@@ -54,14 +54,14 @@ impl Destination {
         }
     }
 
-    /// The file for the block `name`.
+    /// Adds the file for the RAM block `name`.
     #[must_use]
     pub fn with_ram_block(mut self, name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
         self.named.push((name.into(), path.into()));
         self
     }
 
-    /// The mark beside a memory file that is not complete.
+    /// Returns the path of the marker beside an incomplete memory file.
     pub fn marker(path: &Path) -> PathBuf {
         let mut name = OsString::from(path);
         name.push(".incomplete");
@@ -73,7 +73,7 @@ impl Destination {
         self.only.iter().chain(named)
     }
 
-    /// Marks all files as incomplete. Nothing is written into them yet.
+    /// Marks all files as incomplete, without opening them.
     pub(super) fn mark_incomplete(self) -> Result<IncompleteFiles, DestinationError> {
         if self.paths().next().is_none() {
             return Err(DestinationError::NoFile);
@@ -91,7 +91,7 @@ impl Destination {
         })
     }
 
-    /// The file for each block, in the order of the blocks.
+    /// Returns the path for each RAM block, in the order of `blocks`.
     fn assign(&self, blocks: &[RamBlockEntry]) -> Result<Vec<PathBuf>, DestinationError> {
         if let Some(path) = &self.only {
             if blocks.len() == 1 && self.named.is_empty() {
@@ -123,7 +123,7 @@ impl Destination {
     }
 }
 
-/// Files that are marked as incomplete, and hold nothing yet of the stream.
+/// A destination whose files are marked as incomplete.
 #[derive(Debug)]
 pub(super) struct IncompleteFiles {
     destination: Destination,
@@ -131,10 +131,10 @@ pub(super) struct IncompleteFiles {
 }
 
 impl IncompleteFiles {
-    /// Opens a file for each of the blocks, and makes it empty and as long as the block.
+    /// Opens the file of each RAM block, and makes it one hole as long as the RAM block.
     pub fn open(&self, blocks: &[RamBlockEntry]) -> Result<OpenFiles, DestinationError> {
         let paths = self.destination.assign(blocks)?;
-        // All are looked at before one is changed.
+        // All files are checked before the content of any is discarded.
         let files = blocks
             .iter()
             .zip(&paths)
@@ -154,15 +154,15 @@ impl IncompleteFiles {
         Ok(OpenFiles { slots })
     }
 
-    /// Takes the marks away: the files are complete.
+    /// Removes the markers: the files are complete.
     pub fn complete(&self) -> Result<(), DestinationError> {
         self.markers.iter().try_for_each(IncompleteMarker::remove)
     }
 
-    /// Puts the marks there again, if they were taken away, and says in them why the files are not complete.
+    /// Writes the reason of a failure into the markers. Creates the markers again if they were removed.
     pub fn write_failure(&self, why: &str) {
         for marker in &self.markers {
-            // There is nobody to tell but the one who is told of the first error.
+            // Ignored: the caller already gets the first error.
             let _ = marker.write_reason(why);
         }
     }
@@ -181,7 +181,7 @@ fn open(block: &RamBlockEntry, path: &Path) -> Result<File, DestinationError> {
         .write(true)
         .create(true)
         .truncate(false)
-        // It will hold all that the guest has in memory.
+        // Only the owner may read guest memory.
         .mode(0o600)
         .open(path)
         .map_err(error("cannot open the memory file"))?;
@@ -201,7 +201,7 @@ fn open(block: &RamBlockEntry, path: &Path) -> Result<File, DestinationError> {
     Ok(file)
 }
 
-/// The file of one block.
+/// The memory file of one RAM block.
 #[derive(Debug)]
 struct RamBlockFile {
     file: File,
@@ -218,7 +218,7 @@ impl RamBlockFile {
         }
     }
 
-    /// Makes it all one hole. It is not cut: somebody may have mapped it.
+    /// Makes the whole file one hole. Does not truncate it, because a VMM may have mapped it.
     fn clear(&self) -> Result<(), DestinationError> {
         self.file
             .set_len(self.pages.saturating_mul(PAGE_SIZE))
@@ -237,7 +237,7 @@ impl RamBlockFile {
         let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match fallocate(&self.file, how, offset, length) {
             Ok(()) => Ok(()),
-            // A file system without holes.
+            // The file system does not support holes.
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros(offset, length),
             Err(error) => Err(error.into()),
         }
@@ -255,7 +255,7 @@ impl RamBlockFile {
         Ok(())
     }
 
-    /// Whether something there is not a hole, as far as one can tell.
+    /// Returns whether the range contains data. Returns true if the file system cannot tell.
     fn has_data(&self, offset: u64, length: u64) -> bool {
         match seek(&self.file, SeekFrom::Data(offset)) {
             Ok(data) => data < offset.saturating_add(length),
@@ -263,7 +263,7 @@ impl RamBlockFile {
         }
     }
 
-    /// Writes pages; those of zeros become, or stay, holes.
+    /// Writes pages. Zero pages become holes or stay holes.
     fn write(&self, first: u64, bytes: &[u8]) -> Result<(), DestinationError> {
         let mut at = first;
         let mut rest = bytes;
@@ -288,19 +288,19 @@ impl RamBlockFile {
     }
 }
 
-/// Files that pages are written into, from several threads.
+/// The open memory files of a stream. Several threads can write to them.
 #[derive(Debug)]
 pub(super) struct OpenFiles {
     slots: Vec<RamBlockFile>,
 }
 
 impl OpenFiles {
-    /// Writes whole pages into a block from page `first` on.
+    /// Writes whole pages into a RAM block, starting at page `first`.
     pub fn write(&self, block: usize, first: u64, bytes: &[u8]) -> Result<(), DestinationError> {
         self.slot(block)?.write(first, bytes)
     }
 
-    /// Makes pages zero.
+    /// Zeroes a run of pages.
     pub fn zero(&self, block: usize, first: u64, pages: u64) -> Result<(), DestinationError> {
         self.slot(block)?.zero(first, pages)
     }
@@ -309,12 +309,14 @@ impl OpenFiles {
         self.slots.get(block).ok_or(DestinationError::NoFile)
     }
 
-    /// The paths, by block.
+    /// Returns the paths of the files, by RAM block.
     pub fn paths(&self) -> Vec<PathBuf> {
         self.slots.iter().map(|slot| slot.path.clone()).collect()
     }
 
-    /// The digest of what is in the files, computed by a few threads. Calls `tick` now and then, whose error ends it.
+    /// Returns the content digest of the files, computed by several threads.
+    ///
+    /// Calls `tick` regularly in the thread of the caller. An error of `tick` ends the computation.
     pub fn digest<E: From<DestinationError>>(
         &self,
         hasher: &PageHasher,
@@ -326,7 +328,7 @@ impl OpenFiles {
         let helpers = std::thread::available_parallelism()
             .map_or(1, |it| it.get().min(DIGEST_THREADS_MAX))
             - 1;
-        // Takes parts until there are none, or somebody has found a reason to stop.
+        // Hashes chunks until none is left or any thread stops.
         let work =
             |keep_going: &mut dyn FnMut() -> bool| -> Result<ContentDigest, DestinationError> {
                 let mut digest = ContentDigest::new();
@@ -377,14 +379,14 @@ impl OpenFiles {
     }
 }
 
-/// Some pages of a file, which one thread looks at.
+/// A chunk of a memory file, which one thread hashes.
 struct DigestChunk<'a> {
     slot: &'a RamBlockFile,
     run: PageRun,
 }
 
 impl DigestChunk<'_> {
-    /// Adds the pages' parts to a digest. `false` if `keep_going` said that it is to be given up.
+    /// Adds the pages of the chunk to `digest`. Returns false if `keep_going` ended it early.
     fn digest(
         &self,
         hasher: &PageHasher,
@@ -398,7 +400,7 @@ impl DigestChunk<'_> {
             at = match seek(&self.slot.file, SeekFrom::Data(at)) {
                 Ok(data) => data / PAGE_SIZE * PAGE_SIZE,
                 Err(Errno::NXIO) => break,
-                // A file system that does not know holes.
+                // The file system cannot report holes.
                 Err(_) => at,
             };
             let count = end.saturating_sub(at).min(buffer.len() as u64);
@@ -421,7 +423,7 @@ impl DigestChunk<'_> {
     }
 }
 
-/// `PATH.incomplete`, locked for this receiver.
+/// The marker `PATH.incomplete`, locked by this receiver.
 #[derive(Debug)]
 struct IncompleteMarker {
     path: PathBuf,

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One channel of a stream on its way out.
+//! The sending end of one channel: encodes records and writes them to a transport.
+//!
+//! Small records are batched. Large payloads are written directly from the buffer of the caller, and long runs of a
+//! memory file are sent without a copy.
 
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,14 +19,14 @@ use super::transport::Transport;
 use super::{Compression, StreamError};
 use crate::{Memory, PageRun, PAGE_SIZE};
 
-/// Small things are gathered up to this many bytes before they are written.
+/// Small records are batched up to this many bytes before they are written.
 const GATHER: usize = 256 << 10;
-/// A payload at least this long is written from where it lies.
+/// A payload of at least this many bytes is written directly, without a copy into the batch.
 const LARGE: usize = 32 << 10;
-/// Pages that are not copied at least come in runs of this many: fewer are quicker copied.
+/// A run of at least this many pages is sent from a memory file without a copy. For shorter runs a copy is faster.
 const UNCOPIED_PAGES: u64 = 16;
 
-/// Makes records and writes them. A run given to it fits into one record.
+/// Encodes the records of one channel and writes them. Each run that it gets must fit into one record.
 pub(super) struct Encoder {
     transport: Transport,
     chain: u64,
@@ -32,15 +35,16 @@ pub(super) struct Encoder {
     counts: StreamCounts,
     gathered: Vec<u8>,
     compressor: Option<Compressor<'static>>,
-    /// Pages that were read, compressed pages.
+    /// Buffer for pages that are read from a memory file.
     pages: Vec<u8>,
+    /// Buffer for compressed pages.
     packed: Vec<u8>,
-    /// Bytes on the wire, of all channels.
+    /// Bytes on the wire, summed over all channels.
     total: Arc<AtomicU64>,
 }
 
 impl Encoder {
-    /// Goes on after a header whose check value is `chain`, and which is on the wire already.
+    /// Creates an encoder for the records after a stream header that is already written and has the checksum `chain`.
     pub fn new(
         transport: Transport,
         chain: u64,
@@ -71,22 +75,22 @@ impl Encoder {
         })
     }
 
-    /// What was sent so far.
+    /// Returns the counts of the pages and bytes sent so far.
     pub fn counts(&self) -> StreamCounts {
         self.counts
     }
 
-    /// The check value of the last record.
+    /// Returns the checksum of the last record header, or of the stream header before the first record.
     pub fn chain(&self) -> u64 {
         self.chain
     }
 
-    /// The transport, when nothing more is to be sent.
+    /// Returns the transport. The batch must be empty.
     pub fn into_transport(self) -> Transport {
         self.transport
     }
 
-    /// Pages whose bytes are here.
+    /// Sends a run of pages with the content `bytes`.
     pub fn pages(&mut self, run: PageRun, bytes: &[u8]) -> Result<(), StreamError> {
         let mut packed = std::mem::take(&mut self.packed);
         let payload = self.compress(bytes, &mut packed);
@@ -99,7 +103,7 @@ impl Encoder {
         done
     }
 
-    /// Pages that are in a file: as they lie there, without a copy if there are enough of them.
+    /// Sends a run of pages from a memory file. Without compression, a long run is sent without a copy.
     pub fn pages_from(&mut self, run: PageRun, memory: &Memory) -> Result<(), StreamError> {
         let failed = |error: std::io::Error| StreamError::Memory {
             block: run.block,
@@ -131,14 +135,14 @@ impl Encoder {
         done?.map_err(failed)
     }
 
-    /// Pages of zeros.
+    /// Sends a run of zero pages.
     pub fn zeros(&mut self, run: PageRun) -> Result<(), StreamError> {
         let head = self.head(RecordKind::Zeros, 0, run, 0, 0)?;
         self.counts.zeros = self.counts.zeros.saturating_add(run.pages);
         self.gather(&head)
     }
 
-    /// The end of a round. All that was given is on the wire then.
+    /// Sends the end of an iteration, and writes the batch.
     pub fn end_iteration(&mut self) -> Result<(), StreamError> {
         self.iteration += 1;
         let iteration = PageRun {
@@ -151,7 +155,7 @@ impl Encoder {
         self.flush()
     }
 
-    /// The end of the stream.
+    /// Sends the final record, and writes the batch.
     pub fn finish(&mut self, totals: Totals) -> Result<(), StreamError> {
         let payload = Final {
             counts: self.counts,
@@ -176,16 +180,16 @@ impl Encoder {
         self.flush()
     }
 
-    /// Puts what was gathered on the wire.
+    /// Writes the batch.
     pub fn flush(&mut self) -> Result<(), StreamError> {
         self.write_with(&[])
     }
 
-    /// The packed pages, if they are smaller.
+    /// Compresses `bytes`. Returns `None` without a compressor, or if the result is not smaller.
     fn compress<'a>(&mut self, bytes: &[u8], packed: &'a mut Vec<u8>) -> Option<&'a [u8]> {
         let compressor = self.compressor.as_mut()?;
         packed.resize(bytes.len().saturating_sub(1), 0);
-        // It fails only for want of room.
+        // It fails only if the result does not fit into the buffer, which is one byte smaller than `bytes`.
         let length = compressor
             .compress_to_buffer(bytes, packed.as_mut_slice())
             .ok()?;
@@ -249,7 +253,7 @@ impl Encoder {
         Ok(head.encode(&mut self.chain))
     }
 
-    /// Adds to what is written together.
+    /// Adds `bytes` to the batch. Writes the batch first if it would exceed [`GATHER`].
     fn gather(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
         if self.gathered.len() + bytes.len() > GATHER {
             self.flush()?;
@@ -273,12 +277,12 @@ impl Encoder {
     }
 }
 
-/// The bytes of a run that fits into a record.
+/// Returns the length of a run that fits into one record, in bytes.
 fn length(run: PageRun) -> usize {
     usize::try_from(run.pages.saturating_mul(PAGE_SIZE)).unwrap_or(0)
 }
 
-/// That the caller's run is none.
+/// Returns the error for a run that is not in the layout, or that does not have the length of `bytes`.
 pub(super) fn invalid_run(run: PageRun, bytes: usize) -> StreamError {
     StreamError::InvalidRun {
         block: run.block,

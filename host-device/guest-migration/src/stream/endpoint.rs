@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How the channels of a stream come to be: connecting, listening, opening.
+//! Opens the channels of a stream: connects, listens and opens files and file descriptors.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -23,18 +23,18 @@ use rustix::process::{getpid, pidfd_getfd, pidfd_open, PidfdFlags, PidfdGetfdFla
 use super::control::Control;
 use super::{Address, StreamError};
 
-/// How long it takes to notice that a TCP peer's host is gone: a probe after this much silence, ...
+/// TCP keep-alive: silence before the first probe. With the two constants below, a dead host is noticed after 25 s.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
-/// ... then this often, ...
+/// TCP keep-alive: interval between probes.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(5);
-/// ... and so many that may go unanswered.
+/// TCP keep-alive: number of unanswered probes after which the connection fails.
 const KEEP_ALIVE_PROBES: u32 = 3;
-/// What is asked of the system for the buffer of a socket or a pipe. It may give less.
+/// The buffer size that is requested for a socket or a pipe, in bytes. The kernel may grant less.
 const BUFFER: usize = 1 << 20;
-/// How long a full queue of a listening socket is left alone.
+/// Delay before another attempt to connect to a Unix socket whose queue is full.
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Connects `channels` channels to `address`, or opens it for writing.
+/// Connects `channels` channels to `address`, or opens the address for writing.
 pub(super) fn connect_to(
     address: &Address,
     channels: u16,
@@ -58,7 +58,10 @@ pub(super) fn connect_to(
         .collect()
 }
 
-/// The outer error is a stop of the stream.
+/// Connects or opens one channel.
+///
+/// The inner error is a failure to connect or open. The outer error is the reason of a stopped stream, or a failure to
+/// wait.
 fn connect_once(
     address: &Address,
     control: &Control,
@@ -94,7 +97,7 @@ fn connect_once(
             .write(true)
             .create(true)
             .truncate(true)
-            // It holds all that the guest has in memory.
+            // Only the owner may read guest memory.
             .mode(0o600)
             .open(path)
             .map(OwnedFd::from),
@@ -117,7 +120,7 @@ fn connect_socket(
     loop {
         match connect(&fd, target) {
             Ok(()) => break,
-            // A Unix socket whose queue is full.
+            // The queue of the Unix socket is full.
             Err(Errno::AGAIN) if end.is_some_and(|end| Instant::now() < end) => {
                 control.sleep(RETRY_INTERVAL)?;
             }
@@ -139,12 +142,12 @@ fn connect_socket(
     Ok(Ok(fd))
 }
 
-/// What makes a transport quicker and its end noticed. All of it may be refused.
+/// Sets socket options for throughput, and for noticing a dead peer. Ignores failures.
 fn set_socket_options(fd: &OwnedFd) {
     let _ = sockopt::set_socket_send_buffer_size(fd, BUFFER);
     let family = sockopt::socket_domain(fd);
     if family == Ok(AddressFamily::INET) || family == Ok(AddressFamily::INET6) {
-        // Records are gathered here, not in the kernel.
+        // The encoder batches records, so the kernel does not need to.
         let _ = sockopt::set_tcp_nodelay(fd, true);
         let _ = sockopt::set_socket_keepalive(fd, true);
         let _ = sockopt::set_tcp_keepidle(fd, KEEP_ALIVE);
@@ -153,9 +156,9 @@ fn set_socket_options(fd: &OwnedFd) {
     }
 }
 
-/// Another file descriptor for what is open under `number` in this process.
+/// Returns a duplicate of the file descriptor `number` of this process.
 fn duplicate_fd(number: i32) -> io::Result<OwnedFd> {
-    // The descriptor's owner is not known here, so it is asked for by number, as of another process.
+    // The owner of the descriptor is unknown, so it cannot be borrowed. `pidfd_getfd` takes a bare number.
     let process = pidfd_open(getpid(), PidfdFlags::empty())?;
     let fd = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
     set_socket_options(&fd);
@@ -163,7 +166,7 @@ fn duplicate_fd(number: i32) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// What receives: a socket that listens, or something that is open already.
+/// The source of a receiver's channels: a listening socket, or a file descriptor that is open already.
 #[derive(Debug)]
 pub struct Listener {
     address: Address,
@@ -172,24 +175,24 @@ pub struct Listener {
 
 #[derive(Debug)]
 enum ListenerState {
-    /// Connections come out of this.
+    /// A socket that accepts connections.
     Listening {
         fd: OwnedFd,
-        /// Kept, because it removes itself.
+        /// Removes the file of a Unix socket on drop.
         _file: Option<SocketFile>,
     },
-    /// This is the one channel.
+    /// The only channel.
     Open(OwnedFd),
 }
 
 impl Listener {
-    /// Listens at `address`, or opens it for reading. A port of 0 takes one that is free.
+    /// Listens at `address`, or opens it for reading. Port 0 selects a free port.
     ///
-    /// A Unix socket that a dead process left at the path is replaced; the path is removed when this is dropped.
+    /// A Unix socket that a dead process left at the path is replaced. Dropping the listener removes its socket file.
     ///
     /// # Errors
     ///
-    /// [`StreamError::Listen`].
+    /// [`StreamError::Listen`] if the address cannot be listened at or opened.
     pub fn bind(address: &Address) -> Result<Self, StreamError> {
         Self::open(address).map_err(|error| StreamError::Listen {
             address: address.clone(),
@@ -234,7 +237,7 @@ impl Listener {
         })
     }
 
-    /// A channel that is connected already: its descriptor.
+    /// Creates a listener for one channel that is connected already.
     pub fn from_fd(fd: OwnedFd) -> Self {
         use std::os::fd::AsRawFd;
         Self {
@@ -243,12 +246,14 @@ impl Listener {
         }
     }
 
-    /// Where it listens: with the port that it got.
+    /// Returns the address, with the actual port.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// The next channel: `None` if none came within `timeout`, or none can come.
+    /// Returns the next channel, or `None` if none connects within `timeout`.
+    ///
+    /// If the channel was open already, each call returns a duplicate of its file descriptor.
     pub(super) fn accept(
         &mut self,
         control: &Control,
@@ -281,20 +286,20 @@ impl Listener {
                         return Ok(None);
                     }
                 }
-                // Of one who came and went: no reason to stop listening.
+                // The call was interrupted, or the peer has already closed its connection. Keep listening.
                 Err(Errno::INTR | Errno::CONNABORTED | Errno::PROTO) => {}
                 Err(other) => return Err(error(other)),
             }
         }
     }
 
-    /// Whether more than one channel can come.
+    /// Returns whether more than one channel can connect.
     pub(super) fn accepts_many(&self) -> bool {
         matches!(self.state, ListenerState::Listening { .. })
     }
 }
 
-/// The file of a listening Unix socket, removed when dropped, unless it is another's by then.
+/// The file of a listening Unix socket. Drop removes it, unless another socket has replaced it.
 #[derive(Debug)]
 struct SocketFile {
     path: PathBuf,
@@ -340,7 +345,7 @@ impl SocketFile {
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if self.identity.is_some() && self.identity == Self::identity(&self.path) {
-            // If it cannot be removed, the next who listens replaces it.
+            // Ignored: the next listener replaces a stale socket.
             let _ = fs::remove_file(&self.path);
         }
     }

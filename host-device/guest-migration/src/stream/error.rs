@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What can go wrong with a stream.
+//! Errors of a stream.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,47 +13,49 @@ use super::format::{MESSAGE_MAX, VERSION};
 use super::Address;
 use crate::PAGE_SIZE;
 
-/// Why a stream ended before its time. Cheap to copy: whoever asks after the first failure is told the same.
+/// Why a stream ended early.
+///
+/// Cheap to clone: every call after the first failure returns a copy of the same error.
 #[derive(Debug, Clone, Error)]
 pub enum StreamError {
-    /// Somebody asked for it.
+    /// The caller cancelled the stream, or dropped the writer before its end.
     #[error("the stream was cancelled")]
     Cancelled,
-    /// The sender cannot reach the address.
+    /// The sender cannot connect to the address or open it.
     #[error("cannot send to {address}: {source}")]
     Connect {
         /// The address.
         address: Address,
-        /// Why.
+        /// The cause.
         source: Arc<io::Error>,
     },
-    /// The receiver cannot take the address.
+    /// The receiver cannot listen at the address, open it or accept a connection.
     #[error("cannot receive at {address}: {source}")]
     Listen {
         /// The address.
         address: Address,
-        /// Why.
+        /// The cause.
         source: Arc<io::Error>,
     },
-    /// Nobody, or too few, came within the time that they have.
+    /// Too few channels connected before the timeout.
     #[error("{there} of {wanted} channels were connected within {timeout:?}")]
     MissingChannels {
-        /// Channels that were there.
+        /// Number of channels that connected.
         there: usize,
-        /// Channels that were announced.
+        /// Number of channels in the header, or 1 if no channel connected.
         wanted: usize,
-        /// The time they had.
+        /// How long the receiver waited for the missing channel.
         timeout: Duration,
     },
-    /// The options do not go together, or exceed what the format has room for.
+    /// The options contradict each other, or exceed the limits of the format.
     #[error("{0}")]
     Options(String),
-    /// The system refused something that has no better name.
+    /// A system call or library call failed that has no variant of its own.
     #[error("{doing}: {source}")]
     System {
-        /// What was tried.
+        /// Description of the failure.
         doing: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: Arc<io::Error>,
     },
     /// The transport failed.
@@ -61,97 +63,97 @@ pub enum StreamError {
     Transport {
         /// The channel.
         channel: u16,
-        /// Bytes of its stream before the failure.
+        /// Bytes of the channel's stream before the failure.
         offset: u64,
-        /// What was tried.
+        /// The operation that failed.
         doing: &'static str,
-        /// Why it failed.
+        /// The cause.
         source: Arc<io::Error>,
     },
-    /// The other side went away.
+    /// The peer closed the connection.
     #[error("channel {channel}, byte {offset}: the other side has closed the connection")]
     Closed {
         /// The channel.
         channel: u16,
-        /// Bytes of its stream before that.
+        /// Bytes of the channel's stream before the end of the connection.
         offset: u64,
     },
-    /// The other side is connected and silent.
+    /// The peer is connected, but made no progress before the timeout.
     #[error("channel {channel}, byte {offset}: {doing}: nothing went on for {timeout:?}")]
     Stalled {
         /// The channel.
         channel: u16,
-        /// Bytes of its stream before that.
+        /// Bytes of the channel's stream before the wait.
         offset: u64,
-        /// What was waited for.
+        /// The operation that waited.
         doing: &'static str,
-        /// How long it was waited for.
+        /// The timeout.
         timeout: Duration,
     },
-    /// The receiver does not take the stream. Its words.
+    /// The receiver refused the stream, with this message.
     #[error("the receiver refuses the stream: {0}")]
     Refused(String),
-    /// The receiver took the stream and gave up later. Its words.
+    /// The receiver accepted the stream and failed later, with this message.
     #[error("the receiver has given up: {0}")]
     ReceiverFailed(String),
-    /// The receiver said what it must not say there.
+    /// The receiver sent an invalid or unexpected answer.
     #[error("channel {channel}: the receiver's answer makes no sense: {fault}")]
     Answer {
         /// The channel.
         channel: u16,
-        /// What is wrong with it.
+        /// The fault in the answer.
         fault: Fault,
     },
-    /// The stream is not what the format asks for.
+    /// The stream violates the format.
     #[error("channel {channel}, byte {offset}: {fault}")]
     Malformed {
         /// The channel.
         channel: u16,
-        /// Where in its stream the thing starts that is wrong.
+        /// Offset in the channel's stream where the faulty header, record or trailing data begins, in bytes.
         offset: u64,
-        /// What is wrong.
+        /// The fault in the stream.
         fault: Fault,
     },
-    /// The memory files cannot take the stream.
+    /// The memory files do not fit the stream, or cannot be used.
     #[error(transparent)]
     Destination(Arc<DestinationError>),
-    /// The memory that is to be sent cannot be read.
+    /// The guest memory to send cannot be read.
     #[error("cannot read {pages} pages from page {first} of block {block} on: {source}")]
     Memory {
-        /// Index of the block.
+        /// Index of the RAM block.
         block: usize,
         /// The first page.
         first: u64,
-        /// How many.
+        /// Number of pages.
         pages: u64,
-        /// Why.
+        /// The cause.
         source: Arc<io::Error>,
     },
-    /// The caller gave pages that the layout has not, or bytes that are not theirs.
+    /// The caller passed a run that is not in the layout, or bytes of another length than the run.
     #[error("{pages} pages from page {first} of block {block} on, given with {bytes} bytes, are not pages of the layout")]
     InvalidRun {
-        /// Index of the block.
+        /// Index of the RAM block.
         block: usize,
         /// The first page.
         first: u64,
-        /// How many.
+        /// Number of pages.
         pages: u64,
-        /// The bytes that came with them.
+        /// Number of bytes that the caller passed, or 0 if the call takes none.
         bytes: usize,
     },
-    /// What is in the memory files is not what the sender has.
+    /// The content of the memory files differs from the sender's guest memory.
     #[error("the memory files' digest is {here:032x}, the sender's {there:032x}: some page is not as it was sent")]
     ContentMismatch {
-        /// The digest of the files.
+        /// The content digest of the memory files.
         here: u128,
-        /// The digest that the sender gave.
+        /// The content digest in the sender's final record.
         there: u128,
     },
 }
 
-/// What is wrong with a stream or an answer.
+/// A violation of the format in a stream or an answer.
 #[derive(Debug, Clone, Error, PartialEq, Eq)]
-#[allow(missing_docs)] // The texts say it.
+#[allow(missing_docs)] // The messages describe the variants.
 pub enum Fault {
     #[error("the stream begins with {0:02x?}: this is not a stream of memory pages")]
     Magic([u8; 8]),
@@ -231,9 +233,9 @@ pub enum Fault {
     AnswerMessage(u16),
 }
 
-/// Why the memory files cannot take a stream.
+/// Why a stream cannot be received into the memory files.
 #[derive(Debug, Error)]
-#[allow(missing_docs)] // The texts say it.
+#[allow(missing_docs)] // The messages describe the variants.
 pub enum DestinationError {
     #[error("no memory file was given")]
     NoFile,

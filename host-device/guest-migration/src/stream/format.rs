@@ -1,28 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The bytes of a stream: `docs/stream.md` in code. Nothing here reads or writes; lengths are checked here.
+//! The format of a stream: encodes and decodes headers, records and answers as `docs/stream.md` describes them.
+//!
+//! This module does no I/O. Decoding checks lengths, flags and reserved fields. The decoder of a channel checks the
+//! rest, which depends on the RAM blocks and on earlier records.
 
 use xxhash_rust::xxh3::{xxh3_128, xxh3_64, xxh3_64_with_seed};
 
 use super::error::Fault;
 use crate::PAGE_SIZE;
 
-/// The version that is written, and the only one that is read.
+/// The format version of a sent stream. A receiver accepts no other version.
 pub const VERSION: u32 = 1;
-/// The most channels of one stream.
+/// The maximum number of channels of a stream.
 pub const CHANNELS_MAX: u16 = 64;
-/// The most pages that one record carries.
+/// The maximum number of pages in a record that carries page content.
 pub const RECORD_PAGES: u64 = 256;
-/// The most bytes of a receiver's words.
+/// The maximum length of the message in a receiver's answer, in bytes.
 pub const MESSAGE_MAX: u16 = 1024;
 
 pub(super) const MAGIC: [u8; 8] = *b"\x8dPAGES\r\n";
-/// Bytes of a header up to its length, which are read first.
+/// Length of the first part of a stream header, in bytes: magic, version and header length. It is read first.
 pub(super) const HEADER_START: usize = 16;
 const HEADER_FIXED: usize = 64;
 const NAME_MAX: usize = 255;
 const BLOCKS_MAX: usize = 256;
-/// 16 TiB.
+/// The maximum number of pages of a RAM block: 16 TiB.
 const BLOCK_PAGES_MAX: u64 = 1 << 32;
 const CHECKSUM_SIZE: usize = 8;
 const HEADER_MAX: usize = HEADER_FIXED + BLOCKS_MAX * (10 + NAME_MAX) + CHECKSUM_SIZE;
@@ -31,15 +34,17 @@ pub(super) const FINAL_SIZE: usize = 96;
 pub(super) const ANSWER_FIXED: usize = 8;
 const ANSWER_MAGIC: [u8; 4] = *b"\x8dANS";
 
-/// The sender waits for answers.
+/// Header flag: the sender waits for answers.
 const HEADER_ANSWERS: u32 = 1;
 
-/// The bytes of a record's raw payload. No record that is within bounds overflows.
+/// Returns the size of `pages` pages, in bytes. Saturates, which cannot happen within the limits of the format.
 pub(super) const fn page_bytes(pages: u64) -> u64 {
     pages.saturating_mul(PAGE_SIZE)
 }
 
-/// Takes little endian numbers from the front of bytes.
+/// A cursor that takes little-endian integers from the front of a byte slice.
+///
+/// Each method returns `None` if too few bytes are left.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -74,14 +79,14 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A block as the header names it.
+/// A RAM block, as the stream header describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct RamBlockEntry {
     pub name: String,
     pub pages: u64,
 }
 
-/// What each channel begins with.
+/// The stream header, with which each channel begins.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct StreamHeader {
     pub answers: bool,
@@ -93,7 +98,9 @@ pub(super) struct StreamHeader {
 }
 
 impl StreamHeader {
-    /// The bytes, and the check value that the chain of records begins with. `None` if the format has no room for it.
+    /// Returns the encoded header and its checksum, which starts the checksum chain of the channel's records.
+    ///
+    /// Returns `None` if the header exceeds the limits of the format.
     pub fn encode(&self) -> Option<(Vec<u8>, u64)> {
         let names: usize = self.blocks.iter().map(|block| 10 + block.name.len()).sum();
         let length = HEADER_FIXED + names + CHECKSUM_SIZE;
@@ -117,12 +124,14 @@ impl StreamHeader {
         }
         let check = xxh3_64(&bytes);
         bytes.extend(check.to_le_bytes());
-        // What is written can be read.
+        // The limits are checked in `decode` only. A header that passes can be read by every receiver.
         Self::decode(&bytes).ok()?;
         Some((bytes, check))
     }
 
-    /// How long the header is that begins with these [`HEADER_START`] bytes.
+    /// Returns the length of the header that begins with `start`, in bytes.
+    ///
+    /// `start` holds at least the first [`HEADER_START`] bytes. Fails if magic, version or length are invalid.
     pub fn length(start: &[u8]) -> Result<usize, Fault> {
         let mut fields = Fields(start);
         let (Some(magic), Some(version), Some(length)) =
@@ -142,7 +151,7 @@ impl StreamHeader {
         }
     }
 
-    /// The header in these bytes, and the check value that the chain of records begins with.
+    /// Decodes a header. Returns it with its checksum, which starts the checksum chain of the channel's records.
     pub fn decode(bytes: &[u8]) -> Result<(Self, u64), Fault> {
         let length = Self::length(bytes)?;
         if bytes.len() != length {
@@ -161,7 +170,7 @@ impl StreamHeader {
             .map(|header| (header, check))
     }
 
-    /// `None` if the bytes end too early.
+    /// Decodes the fields after the first [`HEADER_START`] bytes. Returns `None` if the bytes end too early.
     fn fields(fields: &mut Fields<'_>) -> Option<Result<Self, Fault>> {
         let page_size = fields.u32()?;
         if u64::from(page_size) != PAGE_SIZE {
@@ -216,7 +225,7 @@ impl StreamHeader {
     }
 }
 
-/// What a record is for.
+/// The kind of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum RecordKind {
     Pages,
@@ -246,29 +255,32 @@ impl RecordKind {
     }
 }
 
-/// The payload is compressed.
+/// Record flag: the payload is compressed with zstd.
 pub(super) const FLAG_ZSTD: u8 = 1;
-/// The payload has no check value: the sender has not seen it.
+/// Record flag: the payload has no checksum, because the sender handed it to the kernel without a copy.
 pub(super) const FLAG_NO_CHECKSUM: u8 = 2;
 
-/// The head of a record.
+/// The header of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct RecordHeader {
     pub kind: RecordKind,
     pub flags: u8,
     pub block: u16,
-    /// Bytes that follow the head.
+    /// Length of the payload that follows the header, in bytes.
     pub length: u32,
     pub sequence: u64,
-    /// The first page; of a round's end, its number.
+    /// The first page of the run. In an iteration end: the number of the iteration, from 1. In a final record: the
+    /// number of iterations.
     pub first: u64,
     pub pages: u64,
-    /// Check value of the payload, or 0.
+    /// The checksum of the payload. 0 without a payload or with [`FLAG_NO_CHECKSUM`].
     pub payload_checksum: u64,
 }
 
 impl RecordHeader {
-    /// The bytes after a record, or header, whose check value was `chain`, which becomes this one's.
+    /// Returns the encoded record header, and sets `chain` to its checksum.
+    ///
+    /// `chain` must be the checksum of the previous record header, or of the stream header before the first record.
     pub fn encode(&self, chain: &mut u64) -> [u8; RECORD_HEADER_SIZE] {
         let mut bytes = [0; RECORD_HEADER_SIZE];
         let words = [
@@ -291,8 +303,10 @@ impl RecordHeader {
         bytes
     }
 
-    /// The head in these bytes after a record or header whose check value was `chain`, which becomes this one's. It must
-    /// have the number `sequence`.
+    /// Decodes a record header, and sets `chain` to its checksum.
+    ///
+    /// `chain` must be the checksum of the previous record header, or of the stream header before the first record. The
+    /// record must have the sequence number `sequence`.
     pub fn decode(
         bytes: &[u8; RECORD_HEADER_SIZE],
         chain: &mut u64,
@@ -313,7 +327,7 @@ impl RecordHeader {
         head.check().map(|()| head)
     }
 
-    /// `None` if the bytes end too early.
+    /// Decodes the fields before the checksum. Returns `None` if the bytes end too early.
     fn fields(fields: &mut Fields<'_>) -> Option<Result<Self, Fault>> {
         let number = fields.u8()?;
         let Some(kind) = RecordKind::from_number(number) else {
@@ -331,10 +345,10 @@ impl RecordHeader {
         }))
     }
 
-    /// What can be said of the head without knowing the blocks.
+    /// Checks flags, lengths, page counts and reserved fields: everything that does not depend on the RAM blocks.
     fn check(&self) -> Result<(), Fault> {
         let flags = match self.kind {
-            // What is compressed was seen.
+            // The sender reads the pages that it compresses, so a compressed payload has a checksum.
             RecordKind::Pages if self.flags != FLAG_ZSTD | FLAG_NO_CHECKSUM => {
                 FLAG_ZSTD | FLAG_NO_CHECKSUM
             }
@@ -400,19 +414,19 @@ impl RecordHeader {
     }
 }
 
-/// The check value of a payload that the sender has seen.
+/// Returns the checksum of a payload.
 pub(super) fn payload_checksum(payload: &[u8]) -> u64 {
     xxh3_64(payload)
 }
 
-/// What was sent, on one channel or on all.
+/// Counts of the pages and bytes sent on one channel or on all channels.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct StreamCounts {
     /// Pages with content.
     pub pages: u64,
-    /// Pages of zeros.
+    /// Zero pages.
     pub zeros: u64,
-    /// Bytes after the heads of records with pages.
+    /// Payload bytes of the records that carry page content.
     pub payload: u64,
 }
 
@@ -424,20 +438,20 @@ impl StreamCounts {
     }
 }
 
-/// What the final record says of all channels.
+/// The part of the final record that describes all channels together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Totals {
     pub counts: StreamCounts,
-    /// The digest of the memory's content, if the sender has one.
+    /// The content digest of guest memory, if the sender has one.
     pub content: Option<u128>,
-    /// [`stream_digest`] of all channels.
+    /// The [`stream_digest`] of all channels.
     pub stream: u128,
 }
 
 /// The payload of the final record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Final {
-    /// Of this channel.
+    /// The counts of this channel.
     pub counts: StreamCounts,
     pub totals: Totals,
 }
@@ -464,7 +478,7 @@ impl Final {
         Self::fields(&mut Fields(bytes)).ok_or(Fault::Reserved)
     }
 
-    /// `None` if the bytes end too early, or a field that must be zero is not.
+    /// Decodes the fields. Returns `None` if the bytes end too early or a field has an invalid value.
     fn fields(fields: &mut Fields<'_>) -> Option<Self> {
         let mut counts = || {
             Some(StreamCounts {
@@ -492,25 +506,27 @@ impl Final {
     }
 }
 
-/// The digest of the stream: of the check values before the final records, by ascending channel. Through their chains
-/// they stand for all heads and all payloads that were seen.
+/// Returns the digest of the stream.
+///
+/// `chains` holds the last checksum of each channel before its final record, by ascending channel index. The checksum
+/// chains cover all record headers, and through them all payloads that have a checksum.
 pub(super) fn stream_digest(chains: impl IntoIterator<Item = u64>) -> u128 {
     let bytes: Vec<u8> = chains.into_iter().flat_map(u64::to_le_bytes).collect();
     xxh3_128(&bytes)
 }
 
-/// What a receiver answers.
+/// An answer of the receiver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// The stream may come.
+    /// The receiver accepts the stream. The sender can send records.
     Accepted,
-    /// It may not, because of this.
+    /// The receiver refuses the stream, for the reason in the message.
     Refused(String),
-    /// All of it is there and right.
+    /// The whole stream is received and verified. The memory files are no longer marked as incomplete.
     Complete,
-    /// It was given up, because of this.
+    /// The receiver accepted the stream and failed later, for the reason in the message.
     Failed(String),
-    /// All of it is there, and looked at: wait on.
+    /// The whole stream is received, and the receiver still verifies it. The sender keeps waiting.
     Working,
 }
 
@@ -532,14 +548,14 @@ impl Answer {
         };
         let mut bytes = ANSWER_MAGIC.to_vec();
         bytes.extend([self.number(), 0]);
-        // No longer than `MESSAGE_MAX`.
+        // The cast does not truncate: `shortened` limits the length to `MESSAGE_MAX`.
         bytes.extend((words.len() as u16).to_le_bytes());
         bytes.extend(words.bytes());
         bytes.extend(xxh3_64(&bytes).to_le_bytes());
         bytes
     }
 
-    /// How many bytes follow the first [`ANSWER_FIXED`] of an answer.
+    /// Returns how many bytes follow the first [`ANSWER_FIXED`] bytes of an answer.
     pub fn rest(fixed: &[u8; ANSWER_FIXED]) -> Result<usize, Fault> {
         let mut fields = Fields(fixed);
         if fields.array() != Some(ANSWER_MAGIC) {
@@ -574,7 +590,7 @@ impl Answer {
     }
 }
 
-/// At most [`MESSAGE_MAX`] bytes of a text, whole characters.
+/// Returns the longest prefix of `text` with at most [`MESSAGE_MAX`] bytes that ends between two characters.
 fn shortened(text: &str) -> &str {
     let mut end = text.len().min(usize::from(MESSAGE_MAX));
     while !text.is_char_boundary(end) {
@@ -583,7 +599,7 @@ fn shortened(text: &str) -> &str {
     text.get(..end).unwrap_or("")
 }
 
-/// What the other side says, fit for a terminal.
+/// Returns the peer's message with control characters replaced by spaces, so that it can be printed on a terminal.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })

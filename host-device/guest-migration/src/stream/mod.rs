@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guest memory on its way from one host to another: the format, both ends, and what carries it.
+//! The migration stream: the format of guest memory on the wire, its sender and receiver, and their transports.
 //!
-//! The bytes are described in `docs/stream.md`. [`Writer`] sends; [`Receiver`] takes in, and writes into a
-//! [`Destination`], memory files that stay marked as incomplete unless all of it has come and is right.
+//! `docs/stream.md` describes the format. [`Writer`] sends a stream. [`Receiver`] receives a stream and writes it into
+//! a [`Destination`]: memory files that stay marked as incomplete until the whole stream is received and verified.
 //!
 //! ```
 //! use std::sync::Arc;

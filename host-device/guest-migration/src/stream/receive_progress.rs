@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How far a receiver has come, for those who look on.
+//! The progress of a receiver, for other threads.
+//!
+//! All counters are atomics with relaxed ordering: each is exact, but several of them are not read as one snapshot.
 
 use std::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 use std::sync::Arc;
 
-/// What a receiver does at the moment.
+/// The phase of a receiver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReceivePhase {
-    /// Waits for a sender.
+    /// The receiver waits for the channels of a sender.
     Waiting,
-    /// Takes a stream in.
+    /// The receiver receives records.
     Receiving,
-    /// Has all of it, and compares it with the sender's digest.
+    /// The receiver has the whole stream and verifies it.
     Checking,
-    /// Has ended, well or not.
+    /// The receiver has succeeded or failed.
     Ended,
 }
 
-/// How far a receiver has come. Copies show the same receiver.
+/// The progress of a receiver. Clones show the same receiver.
 #[derive(Debug, Clone, Default)]
 pub struct ReceiveProgress(Arc<Shared>);
 
@@ -33,7 +35,7 @@ struct Shared {
 }
 
 impl ReceiveProgress {
-    /// What it does.
+    /// Returns the current phase.
     pub fn phase(&self) -> ReceivePhase {
         match self.0.phase.load(Ordering::Relaxed) {
             0 => ReceivePhase::Waiting,
@@ -43,27 +45,27 @@ impl ReceiveProgress {
         }
     }
 
-    /// Bytes of the stream that were taken in, of all channels.
+    /// Returns the number of bytes received, of all channels.
     pub fn bytes(&self) -> u64 {
         self.0.bytes.load(Ordering::Relaxed)
     }
 
-    /// Pages with content that were written, each as often as it was.
+    /// Returns the number of pages with content. A page that is received several times counts each time.
     pub fn pages(&self) -> u64 {
         self.0.pages.load(Ordering::Relaxed)
     }
 
-    /// Pages of zeros, each as often as they came.
+    /// Returns the number of zero pages. A page that is received several times counts each time.
     pub fn zeros(&self) -> u64 {
         self.0.zeros.load(Ordering::Relaxed)
     }
 
-    /// Rounds that have ended.
+    /// Returns how many iterations have ended.
     pub fn iterations(&self) -> u64 {
         self.0.iterations.load(Ordering::Relaxed)
     }
 
-    /// Pages of all blocks; 0 until a sender has said it.
+    /// Returns the number of pages of all RAM blocks, or 0 before the headers of all channels are read.
     pub fn total(&self) -> u64 {
         self.0.total.load(Ordering::Relaxed)
     }

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The receiving side.
+//! The receiver of a stream.
+//!
+//! The receiver accepts all channels, opens the memory files and accepts the stream. Then it receives the records of
+//! each channel in a thread; with one channel, in the thread of the caller. After the final records it verifies counts
+//! and digests, and removes the markers of the memory files.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,20 +22,20 @@ use super::{Address, StreamError};
 use crate::digest::PageHasher;
 use crate::CancelToken;
 
-/// How often a sender that waits for the verdict is told to wait on.
+/// Interval of [`Answer::Working`] while the receiver verifies the memory files.
 const WORKING_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a sender has to hear why its stream was given up.
+/// How long the receiver waits, after a failure, until the senders have closed their connections.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// How a stream is received.
+/// Options of a [`Receiver`].
 #[derive(Debug, Clone)]
 pub struct ReceiverOptions {
-    /// How long to wait for a sender's first channel; `None` is for ever.
+    /// How long to wait for the first channel. `None` waits without a timeout.
     pub accept_timeout: Option<Duration>,
-    /// How long the sender may take for its other channels and its headers, and inside a record. Between records it may
-    /// be silent for as long as it likes: a connection that dies meanwhile is noticed.
+    /// How long to wait for the other channels and the headers, inside a record, and for the sender to take an answer.
+    /// Between records the sender may be silent without a timeout. The end of the connection is still noticed.
     pub timeout: Duration,
-    /// Ends it from another thread.
+    /// Cancels the receiver from another thread.
     pub cancel: CancelToken,
 }
 
@@ -45,32 +49,33 @@ impl Default for ReceiverOptions {
     }
 }
 
-/// What was received, when all is done.
+/// The result of a received stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Received {
     /// Bytes of the stream, of all channels.
     pub bytes: u64,
-    /// Pages with content, each as often as it came.
+    /// Pages with content. A page that is received several times counts each time.
     pub pages: u64,
-    /// Pages of zeros, each as often as they came.
+    /// Zero pages. A page that is received several times counts each time.
     pub zeros: u64,
-    /// Rounds that were ended.
+    /// Number of iterations that have ended.
     pub iterations: u64,
-    /// Channels.
+    /// Number of channels.
     pub channels: u16,
-    /// The blocks' names, numbers of pages and files.
+    /// Name, number of pages and memory file of each RAM block.
     pub blocks: Vec<(String, u64, PathBuf)>,
-    /// The files were compared with the sender's digest of its memory, and are the same.
+    /// Whether the memory files were compared with the sender's content digest. They are equal then.
     pub content_checked: bool,
 }
 
 /// Receives one stream.
 ///
-/// Its destination is marked as incomplete from the moment that there is a receiver.
+/// The destination is marked as incomplete when the receiver is created.
 #[derive(Debug)]
 pub struct Receiver {
     address: Address,
-    /// Until all channels are there: whoever comes later is refused by the system, at once.
+    /// Dropped when all channels are connected. The kernel then refuses further connections at once, unless the
+    /// listening socket is open elsewhere.
     listener: Option<Listener>,
     marked: IncompleteFiles,
     options: ReceiverOptions,
@@ -78,7 +83,7 @@ pub struct Receiver {
     progress: ReceiveProgress,
 }
 
-/// Receives one stream that comes to `address` into `destination`, and waits for it as long as it takes.
+/// Receives one stream at `address` into `destination`. Waits for a sender without a timeout.
 ///
 /// # Errors
 ///
@@ -89,11 +94,12 @@ pub fn receive(address: &Address, destination: Destination) -> Result<Received, 
 }
 
 impl Receiver {
-    /// A receiver for one stream; marks the destination as incomplete.
+    /// Creates a receiver for one stream, and marks the destination as incomplete.
     ///
     /// # Errors
     ///
-    /// [`StreamError::Destination`] if that cannot be, or another receiver is at work on the same files.
+    /// [`StreamError::Destination`] if the destination cannot be marked, or another receiver uses the same files;
+    /// [`StreamError::System`] if no eventfd can be created.
     pub fn new(
         listener: Listener,
         destination: Destination,
@@ -110,21 +116,22 @@ impl Receiver {
         })
     }
 
-    /// How far it has come, readable from other threads.
+    /// Returns the progress of the receiver, for other threads.
     pub fn progress(&self) -> ReceiveProgress {
         self.progress.clone()
     }
 
-    /// Where it listens: with the port that it got.
+    /// Returns the address that the receiver listens at, with the actual port.
     pub fn address(&self) -> &Address {
         &self.address
     }
 
-    /// Waits for a sender, and takes its stream in. Where the sender can hear it, it is told how that went.
+    /// Waits for a sender and receives its stream. On a two-way transport, tells the sender the result.
     ///
     /// # Errors
     ///
-    /// Whatever is wrong with the stream, the transport or the files. The files stay marked as incomplete then.
+    /// A fault in the stream, a failure of the transport or the memory files, or a cancellation. The memory files stay
+    /// marked as incomplete then.
     pub fn run(mut self) -> Result<Received, StreamError> {
         let mut channels = Vec::new();
         let done = self.receive(&mut channels);
@@ -161,14 +168,14 @@ impl Receiver {
             content_checked: checked,
         };
         self.marked.complete()?;
-        // A sender that cannot be told goes on as if all had failed, and so does this side.
+        // A sender that does not get this answer treats the migration as failed. So the receiver fails as well.
         if let Some(channel) = channels.first_mut().filter(|it| it.header.answers) {
             channel.decoder.source().answer(&Answer::Complete)?;
         }
         Ok(received)
     }
 
-    /// Takes all channels and their headers, opens the files, and accepts the stream.
+    /// Accepts all channels, reads their headers, opens the memory files, and accepts the stream.
     fn accept(&mut self, channels: &mut Vec<Channel>) -> Result<OpenFiles, StreamError> {
         let Some(mut listener) = self.listener.take() else {
             return Err(StreamError::Cancelled);
@@ -216,7 +223,7 @@ impl Receiver {
         Ok(opened)
     }
 
-    /// Takes in all records of all channels, each in its thread.
+    /// Receives all records of all channels. With several channels, each has a thread.
     fn receive_records(
         &self,
         channels: &mut [Channel],
@@ -246,14 +253,14 @@ impl Receiver {
                 .collect();
             let ended = threads.into_iter().map(|thread| match thread.join() {
                 Ok(ended) => ended,
-                // The thread has reported its panic.
+                // The panic message is already printed.
                 Err(_) => Err(self.control.stop(StreamError::Cancelled)),
             });
             ended.collect()
         })
     }
 
-    /// Looks at the whole. Returns what has come, and whether the files' content was compared.
+    /// Verifies the final counts and the digests. Returns the counts, and whether the files' content was compared.
     fn check(
         &self,
         channels: &mut [Channel],
@@ -320,7 +327,7 @@ impl Channel {
         Self {
             decoder: Decoder::new(transport, timeout),
             header: StreamHeader {
-                // Until the header has come, a sender that can be answered is told what is wrong.
+                // Before the header is read, any sender on a two-way transport is told about a failure.
                 answers: true,
                 id: [0; 16],
                 channel: 0,
@@ -332,7 +339,7 @@ impl Channel {
         }
     }
 
-    /// Reads the header, and compares it with those of the channels before.
+    /// Reads the stream header, and compares it with the headers of the `others`.
     fn read_header(&mut self, others: &[Self], accepts_many: bool) -> Result<(), StreamError> {
         let header = self.decoder.header()?;
         let fault = |fault| Err(self.decoder.fault(0, fault));
@@ -364,16 +371,17 @@ impl Channel {
     }
 }
 
-/// How a channel ended.
+/// The end of one channel.
 struct ChannelResult {
     last: Final,
-    /// Its check value before the final record, and where that is.
+    /// The last checksum of the channel before the final record.
     chain: u64,
+    /// Offset of the final record in the channel's stream, in bytes.
     offset: u64,
     iterations: u64,
 }
 
-/// What the threads of the channels share.
+/// The state that the threads of all channels share.
 struct ReceiveContext<'a> {
     control: &'a Control,
     progress: &'a ReceiveProgress,
@@ -382,7 +390,7 @@ struct ReceiveContext<'a> {
 }
 
 impl ReceiveContext<'_> {
-    /// Takes in the records of a channel.
+    /// Receives all records of a channel.
     fn run(&self, channel: &mut Channel) -> Result<ChannelResult, StreamError> {
         let decoder = &mut channel.decoder;
         let mut before = 0;
@@ -400,7 +408,7 @@ impl ReceiveContext<'_> {
                     (0, run.pages)
                 }
                 Record::IterationEnd(iteration) => {
-                    // What is sent again in the next round must not be overtaken by another channel's of this one.
+                    // The next iteration may send a page again on another channel. That record must be applied last.
                     self.control.wait_at_barrier(self.channels)?;
                     self.progress.set_iterations(iteration);
                     iterations = iteration;
@@ -422,7 +430,7 @@ impl ReceiveContext<'_> {
     }
 }
 
-/// Tells the senders that can hear it why their stream has ended.
+/// Tells every sender that waits for answers why the stream has failed.
 fn report_failure(channels: &mut [Channel], error: &StreamError) {
     for channel in channels.iter_mut().filter(|it| it.header.answers) {
         let words = error.to_string();

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One end of one channel: bytes out of it and into it, without ever waiting deafly.
+//! The transport of one channel: reads and writes bytes on a socket, pipe or file.
+//!
+//! Sockets and pipes are non-blocking. Every wait for them ends when the stream is stopped (see [`Control`]). A sender
+//! that waits for buffer space on a socket also polls for an answer, so it notices a receiver that fails.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -18,39 +21,39 @@ use super::error::Fault;
 use super::format::{Answer, ANSWER_FIXED};
 use super::StreamError;
 
-/// How long words of a receiver that has given up may take to arrive.
+/// How long to wait for the message of a receiver that has failed.
 const RECEIVER_ERROR_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What the transport of a channel is.
+/// The kind of a transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TransportKind {
-    /// Both ways.
+    /// A stream socket. Two-way.
     Socket,
-    /// One way.
+    /// A pipe. One-way.
     Pipe,
-    /// One way, never waits.
+    /// A regular file or a character device. One-way; never waits.
     File,
 }
 
-/// One end of one channel.
+/// The transport of one channel.
 #[derive(Debug)]
 pub(super) struct Transport {
     fd: Arc<OwnedFd>,
     kind: TransportKind,
     control: Arc<Control>,
     channel: u16,
-    /// How long the other side may do nothing while it is waited for.
+    /// How long a write waits for the peer to take more bytes.
     timeout: Duration,
-    /// Bytes that have gone through.
+    /// Bytes of the stream that are read or written.
     offset: u64,
-    /// This is the side that answers: what comes from the other is no answer.
+    /// Whether this end sends answers. Bytes from the peer are not answers then.
     answers: bool,
-    /// The file of guest memory cannot be sent from without a copy.
+    /// Whether the kernel cannot send the memory file on this transport without a copy.
     must_copy: bool,
 }
 
 impl Transport {
-    /// The transport behind `fd`, which becomes non-blocking.
+    /// Creates a transport for `fd`. Makes a socket or pipe non-blocking.
     pub fn new(
         fd: OwnedFd,
         control: &Arc<Control>,
@@ -90,27 +93,27 @@ impl Transport {
         Ok(kind)
     }
 
-    /// Whether answers can come back.
+    /// Returns whether the receiver can answer on this transport.
     pub fn is_two_way(&self) -> bool {
         self.kind == TransportKind::Socket
     }
 
-    /// The index of the channel.
+    /// Returns the index of the channel.
     pub fn channel(&self) -> u16 {
         self.channel
     }
 
-    /// The channel turned out to have this index.
+    /// Sets the index of the channel, which the receiver reads from the header.
     pub fn set_channel(&mut self, channel: u16) {
         self.channel = channel;
     }
 
-    /// Bytes that have gone through.
+    /// Returns the number of bytes of the stream that are read or written.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Writes everything.
+    /// Writes all bytes of `slices`. Waits while the transport is full.
     pub fn write(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), StreamError> {
         IoSlice::advance_slices(&mut slices, 0);
         while !slices.is_empty() {
@@ -127,11 +130,12 @@ impl Transport {
         Ok(())
     }
 
-    /// Writes `length` bytes of `file` from `from` on, without a copy where the system can do it.
+    /// Writes `length` bytes of `file`, starting at offset `from`. Avoids a copy if the kernel supports that.
     ///
     /// # Errors
     ///
-    /// In `Ok`, that the file could not be read.
+    /// The inner error is a failure to read the file. The outer error is a failure of the transport, or the reason of a
+    /// stopped stream.
     pub fn write_file(
         &mut self,
         file: &File,
@@ -161,7 +165,8 @@ impl Transport {
         Ok(Ok(()))
     }
 
-    /// Reads what is there, at least a byte; 0 is the end. Waits for `timeout` at most.
+    /// Reads at least one byte, and returns how many. Returns 0 at the end of the stream. Waits for at most `timeout`,
+    /// if it is given.
     pub fn read(
         &mut self,
         slices: &mut [IoSliceMut<'_>],
@@ -187,9 +192,9 @@ impl Transport {
         }
     }
 
-    /// Gives the other side an answer.
+    /// Sends an answer to the sender.
     pub fn answer(&mut self, answer: &Answer) -> Result<(), StreamError> {
-        // What goes back does not count as a byte of the stream.
+        // Answers do not count as bytes of the stream.
         let offset = self.offset;
         self.answers = true;
         let done = self.write(&mut [IoSlice::new(&answer.encode())]);
@@ -197,17 +202,18 @@ impl Transport {
         done
     }
 
-    /// Tells the other side, if it can hear, why the stream ends, and hangs up. Works on a stopped stream as well.
+    /// Sends a last answer on a socket, and shuts down the sending direction. Works on a stopped stream as well.
     pub fn send_and_shut_down(&self, answer: &Answer) {
         if self.kind == TransportKind::Socket {
-            // Best effort: the buffer of an idle direction has room for it, and whoever is gone hears nothing.
+            // Best effort: the buffer of an idle direction has room for the answer. A dead peer does not need it.
             let _ = rustix::io::write(&self.fd, &answer.encode());
             let _ = rustix::net::shutdown(&self.fd, Shutdown::Write);
         }
     }
 
-    /// Reads and forgets what comes until the other side hangs up, at most until `end`. A connection that is closed
-    /// with bytes unread takes with it, on TCP, what was said last.
+    /// Reads and discards bytes until the peer closes the connection, at most until `end`.
+    ///
+    /// Closing a TCP connection with unread bytes resets it, and the peer may lose the last answer.
     pub fn drain(&self, end: std::time::Instant) {
         let mut buffer = [0; 16384];
         while self.kind == TransportKind::Socket && std::time::Instant::now() < end {
@@ -225,7 +231,7 @@ impl Transport {
         }
     }
 
-    /// Waits for an answer. What a receiver says that refuses or has given up is an error.
+    /// Waits for an answer. [`Answer::Refused`] and [`Answer::Failed`] are returned as errors.
     pub fn next_answer(&mut self, timeout: Duration) -> Result<Answer, StreamError> {
         let offset = self.offset;
         let answer = self.read_answer(timeout);
@@ -262,13 +268,13 @@ impl Transport {
         Ok(())
     }
 
-    /// Says something if a write did not go through: an error, or nothing if it is to be tried again.
+    /// Handles the error of a write. Waits while the transport is full. Returns `Ok` if the write can be retried.
     fn not_written(&mut self, doing: &'static str, error: Errno) -> Result<(), StreamError> {
         match error {
             Errno::INTR => Ok(()),
             Errno::AGAIN => {
                 let events = match self.kind {
-                    // The other side has nothing to say now, unless it gives up.
+                    // The receiver sends nothing at this point unless it fails.
                     TransportKind::Socket if !self.answers => PollFlags::OUT | PollFlags::IN,
                     _ => PollFlags::OUT,
                 };
@@ -294,7 +300,7 @@ impl Transport {
         }
     }
 
-    /// What the receiver said before it went, or else `error`.
+    /// Returns the failure that the receiver reported before the end of the connection, or else `error`.
     fn receiver_error_or(&mut self, error: StreamError) -> StreamError {
         let error = self.stop_reason_or(error);
         let hears = self.kind == TransportKind::Socket && !self.answers;
@@ -312,12 +318,13 @@ impl Transport {
         }
     }
 
-    /// Why the stream was stopped, or else `error`: a socket that was shut down on purpose fails in many ways.
+    /// Returns the reason of a stopped stream, or else `error`. A socket that was shut down on cancellation fails in
+    /// many ways.
     fn stop_reason_or(&self, error: StreamError) -> StreamError {
         self.control.check().err().unwrap_or(error)
     }
 
-    /// That the other side is gone.
+    /// Returns the error for a connection that the peer closed.
     pub fn closed(&self) -> StreamError {
         StreamError::Closed {
             channel: self.channel,

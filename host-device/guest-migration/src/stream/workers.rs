@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A thread for each of several channels.
+//! The threads of a writer with several channels.
+//!
+//! Each channel has a thread that owns its [`Encoder`], and a bounded queue of jobs. The first failure of any thread
+//! stops the stream through the shared [`Control`].
 
 use std::sync::mpsc::{sync_channel, Receiver, RecvError, SyncSender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,23 +15,23 @@ use super::writer::channel_of;
 use super::StreamError;
 use crate::{Memory, PageRun};
 
-/// Jobs that wait for one channel. Each is a record of at most 1 MiB.
+/// Capacity of the job queue of a channel. Each job is one record of at most 1 MiB.
 const QUEUE: usize = 4;
 
 enum Job {
     Pages(PageRun, Vec<u8>),
     PagesFrom(PageRun, Memory),
     Zeros(PageRun),
-    /// Tell when the round's end is on the wire.
+    /// Ends the iteration, and sends a message when its end is on the wire.
     EndIteration(SyncSender<()>),
 }
 
-/// The threads, and the ways to them.
+/// The threads of all channels, and their job queues.
 pub(super) struct Workers {
     queues: Vec<SyncSender<Job>>,
     threads: Vec<JoinHandle<Encoder>>,
     control: Arc<Control>,
-    /// Buffers that were sent.
+    /// Buffers for page content, for reuse after they are sent.
     spare: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
@@ -76,7 +79,7 @@ impl Workers {
         self.dispatch(run, Job::Zeros(run))
     }
 
-    /// Returns when each channel has written the end of the round.
+    /// Ends the iteration on all channels. Waits until each channel has written the end.
     pub fn end_iteration(&self) -> Result<(), StreamError> {
         let (done, all) = sync_channel(self.queues.len());
         for queue in &self.queues {
@@ -89,7 +92,7 @@ impl Workers {
         Ok(())
     }
 
-    /// Lets each do what is left, and returns the channels.
+    /// Waits until the threads have done all queued jobs. Returns the encoders.
     pub fn end(mut self) -> Result<Vec<Encoder>, StreamError> {
         self.queues.clear();
         let encoders = std::mem::take(&mut self.threads)
@@ -107,12 +110,12 @@ impl Workers {
         }
     }
 
-    /// Waits for a place in the queue. A thread that has stopped has no queue any more, so none waits for it.
+    /// Queues a job. Waits while the queue is full. Fails if the thread has stopped, which closes its queue.
     fn queue(&self, queue: &SyncSender<Job>, job: Job) -> Result<(), StreamError> {
         queue.send(job).map_err(|_| self.reason())
     }
 
-    /// Why a thread has stopped.
+    /// Returns why a thread has stopped.
     fn reason(&self) -> StreamError {
         self.control.check().err().unwrap_or(StreamError::Cancelled)
     }
@@ -125,7 +128,7 @@ impl Drop for Workers {
             self.control.stop(StreamError::Cancelled);
         }
         for thread in self.threads.drain(..) {
-            // A panic was reported already by the thread itself.
+            // Ignored: the message of a panic is already printed.
             let _ = thread.join();
         }
     }
@@ -152,7 +155,7 @@ impl Worker {
                 Ok(job) => job,
                 Err(TryRecvError::Disconnected) => return self.encoder.flush(),
                 Err(TryRecvError::Empty) => {
-                    // Nothing to wait for that could go along.
+                    // No queued job can share the write with the batch, so write the batch now.
                     self.encoder.flush()?;
                     match self.jobs.recv() {
                         Ok(job) => job,
@@ -170,7 +173,7 @@ impl Worker {
                 Job::Zeros(run) => self.encoder.zeros(run)?,
                 Job::EndIteration(done) => {
                     self.encoder.end_iteration()?;
-                    // Nobody waits any more if the stream has failed elsewhere.
+                    // Ignored: `Workers::end_iteration` has returned if another channel has failed.
                     let _ = done.send(());
                 }
             }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The sending side.
+//! The sender of a stream.
+//!
+//! With one channel, the thread of the caller encodes and writes. With several, each channel has a thread of
+//! [`Workers`].
 
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
@@ -19,12 +22,12 @@ use super::workers::Workers;
 use super::{Address, StreamError};
 use crate::{CancelToken, Layout, Memory, PageRun};
 
-/// Where a stream goes.
+/// The target of a stream.
 #[derive(Debug)]
 pub enum Target {
-    /// To be connected to, or opened.
+    /// An address to connect to or to open.
     Address(Address),
-    /// Open already: one descriptor a channel.
+    /// Open file descriptors, one for each channel.
     Connected(Vec<OwnedFd>),
 }
 
@@ -34,28 +37,30 @@ impl From<Address> for Target {
     }
 }
 
-/// How pages are packed.
+/// The compression of pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Compression {
-    /// Not at all.
+    /// No compression.
     #[default]
     None,
-    /// With zstd, at this level.
+    /// zstd, at this level.
     Zstd(i32),
 }
 
-/// How a stream is sent.
+/// Options of a [`Writer`].
 #[derive(Debug, Clone)]
 pub struct WriterOptions {
-    /// Connections, over which pages are spread by as many threads.
+    /// Number of channels. With several, pages are distributed over them, and each has a thread. Ignored for
+    /// [`Target::Connected`], which has one channel for each file descriptor.
     pub channels: u16,
-    /// How pages are packed. What does not become smaller goes as it is.
+    /// The compression of pages. Pages that do not become smaller are sent uncompressed.
     pub compression: Compression,
-    /// The seed of the content digest that [`Writer::finish`] is given, if it is given one.
+    /// The seed of the content digest that is passed to [`Writer::finish`], if any.
     pub seed: u64,
-    /// How long the other side may take to be reached, to accept, to take more, and to answer.
+    /// How long the writer waits for the peer each time: to connect, to accept the stream, to take more bytes, and to
+    /// answer.
     pub timeout: Duration,
-    /// Ends the stream from another thread, also while it is being started.
+    /// Cancels the stream from another thread, also during [`Writer::start`].
     pub cancel: CancelToken,
 }
 
@@ -71,25 +76,27 @@ impl Default for WriterOptions {
     }
 }
 
-/// What was sent, when all is done.
+/// The result of a sent stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Receipt {
-    /// Bytes on the wire.
+    /// Bytes on the wire, of all channels.
     pub bytes: u64,
-    /// Pages with content, each as often as it was sent.
+    /// Pages with content. A page that is sent several times counts each time.
     pub pages: u64,
-    /// Pages of zeros, each as often as it was sent.
+    /// Zero pages. A page that is sent several times counts each time.
     pub zeros: u64,
-    /// Rounds that were ended.
+    /// Number of iterations that have ended.
     pub iterations: u64,
-    /// The receiver has said that all is there and right. On a one-way transport nobody says so.
+    /// Whether the receiver confirmed that the stream is complete and verified. Always false on a one-way transport.
     pub confirmed: bool,
 }
 
 /// Sends a stream.
 ///
-/// Pages of one place always take the same channel, so what is sent later is applied later, also within a round.
-/// Dropping it before [`finish`](Self::finish) breaks the stream off: the receiver sees that it is incomplete.
+/// A page is always sent on the same channel, so the receiver applies its versions in the order of sending, also within
+/// an iteration.
+///
+/// Dropping the writer before [`finish`](Self::finish) aborts the stream: the receiver sees that it is incomplete.
 pub struct Writer {
     channels: Channels,
     control: Arc<Control>,
@@ -98,12 +105,12 @@ pub struct Writer {
     bytes: Arc<AtomicU64>,
     iterations: u64,
     timeout: Duration,
-    /// All was sent and, if somebody could say so, has arrived.
+    /// Whether [`finish`](Self::finish) succeeded.
     done: bool,
 }
 
 enum Channels {
-    /// The caller writes.
+    /// One channel. The thread of the caller writes.
     One(Box<Encoder>),
     Many(Workers),
     Finished,
@@ -119,12 +126,12 @@ impl std::fmt::Debug for Writer {
 }
 
 impl Writer {
-    /// Connects, writes the headers, and waits on a two-way transport until the receiver has accepted them.
+    /// Connects and writes the stream headers. On a two-way transport, waits until the receiver accepts the stream.
     ///
     /// # Errors
     ///
-    /// The target cannot be reached or does not fit the options; the receiver refuses ([`StreamError::Refused`], with
-    /// its words) or says nothing within the limit; the stream was cancelled.
+    /// The target cannot be reached or does not fit the options; the receiver refuses the stream
+    /// ([`StreamError::Refused`], with its message) or does not answer within the timeout; or the stream is cancelled.
     pub fn start(
         target: impl Into<Target>,
         layout: &Layout,
@@ -200,11 +207,12 @@ impl Writer {
         })
     }
 
-    /// Says that these pages are zero.
+    /// Sends a run of zero pages.
     ///
     /// # Errors
     ///
-    /// As all that follow: the first failure of any channel, again and again; or a run that is not in the layout.
+    /// The run is not in the layout; the stream can be continued. Or a channel failed; every later call fails with the
+    /// same error.
     pub fn zeros(&mut self, run: PageRun) -> Result<(), StreamError> {
         self.check(run, None)?;
         match &mut self.channels {
@@ -215,7 +223,7 @@ impl Writer {
         .map_err(|error| self.control.stop(error))
     }
 
-    /// Sends pages whose bytes are given.
+    /// Sends a run of pages with the content `bytes`.
     ///
     /// # Errors
     ///
@@ -243,15 +251,14 @@ impl Writer {
         .map_err(|error| self.control.stop(error))
     }
 
-    /// Sends pages as they lie in their file: without a copy, where the system can do that and there are enough of them
-    /// beside each other.
+    /// Sends a run of pages from their memory file.
     ///
-    /// Without a copy means also: what the guest writes a little later may be sent instead of what is there now. The
-    /// next sync of the dirty bits shows such a write.
+    /// Without compression, a long run is sent without a copy if the kernel supports that. The stream may then contain
+    /// a write that the guest makes shortly after this call. The next dirty sync marks such a write.
     ///
     /// # Errors
     ///
-    /// As [`zeros`](Self::zeros), or that the file cannot be read.
+    /// As [`zeros`](Self::zeros); or the memory file cannot be read.
     pub fn pages_from(&mut self, run: PageRun, memory: &Memory) -> Result<(), StreamError> {
         self.check(run, None)?;
         match &mut self.channels {
@@ -266,8 +273,9 @@ impl Writer {
         .map_err(|error| self.control.stop(error))
     }
 
-    /// Ends a round, and waits until all of it is on the wire. The receiver applies nothing of the next round before all
-    /// of this one.
+    /// Ends an iteration, and waits until all its records are on the wire.
+    ///
+    /// The receiver applies the whole iteration before it applies a record of the next one.
     ///
     /// # Errors
     ///
@@ -284,15 +292,15 @@ impl Writer {
         Ok(())
     }
 
-    /// Ends the stream, and waits on a two-way transport until the receiver has found all of it to be there and right.
+    /// Ends the stream. On a two-way transport, waits until the receiver has verified it.
     ///
-    /// `content` is the [digest](crate::digest::ContentDigest) of all memory, under the seed of the options; the
-    /// receiver compares it with that of its files.
+    /// `content` is the [digest](crate::digest::ContentDigest) of all guest memory, with the seed of the options. The
+    /// receiver compares it with the digest of its memory files.
     ///
     /// # Errors
     ///
-    /// As [`zeros`](Self::zeros); or the receiver found something wrong ([`StreamError::ReceiverFailed`], with its words), or
-    /// says nothing within the limit. The destination must be taken as incomplete then.
+    /// As [`zeros`](Self::zeros); or the receiver failed ([`StreamError::ReceiverFailed`], with its message) or does
+    /// not answer within the timeout. After an error the destination must be treated as incomplete.
     pub fn finish(mut self, content: Option<u128>) -> Result<Receipt, StreamError> {
         self.control.check()?;
         let channels = std::mem::replace(&mut self.channels, Channels::Finished);
@@ -324,7 +332,7 @@ impl Writer {
         }
         let mut wires = encoders.into_iter().map(Encoder::into_transport);
         let mut confirmed = false;
-        // The others stay open until the verdict.
+        // The other channels stay open until the receiver's final answer.
         if let Some(mut transport) = wires.next() {
             let _others: Vec<Transport> = wires.collect();
             if transport.is_two_way() {
@@ -341,7 +349,7 @@ impl Writer {
         })
     }
 
-    /// Puts on the wire what is held back to be sent together with more. Rounds' ends do so as well.
+    /// Writes the records that are batched. The end of an iteration does so as well.
     ///
     /// # Errors
     ///
@@ -350,24 +358,25 @@ impl Writer {
         self.control.check()?;
         match &mut self.channels {
             Channels::One(encoder) => encoder.flush(),
-            // Each does it when it has nothing else to do.
+            // Each worker writes its batch when its queue is empty.
             Channels::Many(_) | Channels::Finished => Ok(()),
         }
         .map_err(|error| self.control.stop(error))
     }
 
-    /// Bytes on the wire so far, of all channels.
+    /// Returns the number of bytes on the wire so far, of all channels.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Rounds that were ended.
+    /// Returns how many iterations have ended.
     pub fn iterations(&self) -> u64 {
         self.iterations
     }
 
-    /// Ends the stream from another thread: the connections are shut down at once, and every call fails with
-    /// [`StreamError::Cancelled`]. It is the one that came with the options.
+    /// Returns the token in the options, which cancels the stream from another thread.
+    ///
+    /// Cancellation shuts down the connections at once, and every later call fails with [`StreamError::Cancelled`].
     pub fn cancel_token(&self) -> CancelToken {
         self.cancel.clone()
     }
@@ -389,8 +398,8 @@ impl Writer {
 impl Drop for Writer {
     fn drop(&mut self) {
         if !self.done {
-            // Threads that wait for a silent peer hear this, and so does the peer, also if the connection is open
-            // elsewhere in this process.
+            // This wakes worker threads that wait for a silent peer. The shutdown also ends a connection that is still
+            // open elsewhere in this process, so the peer notices.
             self.control.cancel();
         }
     }
@@ -405,7 +414,7 @@ fn check_channels(count: usize) -> Result<u16, StreamError> {
     }
 }
 
-/// Writes the header of each channel, and returns what their chains of check values begin with.
+/// Writes the stream header on each channel. Returns the headers' checksums, which start the checksum chains.
 fn send_headers(
     wires: &mut [Transport],
     layout: &Layout,
@@ -443,7 +452,7 @@ fn send_headers(
     Ok(chains)
 }
 
-/// Waits for this answer.
+/// Waits for the answer `expected`. Each [`Answer::Working`] restarts the timeout.
 fn expect(
     transport: &mut Transport,
     expected: &Answer,
@@ -463,7 +472,7 @@ fn expect(
     }
 }
 
-/// The run in parts that do not cross a multiple of a record's pages: all of a part goes over one channel.
+/// Splits a run at multiples of [`RECORD_PAGES`]. Each part fits into one record and is sent on one channel.
 fn stripes(run: PageRun) -> impl Iterator<Item = PageRun> {
     let end = run.end();
     std::iter::successors(Some(run.first), move |at| {
@@ -480,7 +489,7 @@ fn stripes(run: PageRun) -> impl Iterator<Item = PageRun> {
     })
 }
 
-/// Which of `channels` channels the pages of a [stripe](stripes) take.
+/// Returns the index of the channel, out of `channels`, on which a [stripe](stripes) is sent.
 pub(super) fn channel_of(run: PageRun, channels: usize) -> usize {
     let stripe = (run.first / RECORD_PAGES).wrapping_add(run.block as u64);
     usize::try_from(stripe % channels.max(1) as u64).unwrap_or(0)

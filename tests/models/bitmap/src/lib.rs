@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The dirty bitmap of the crate `guest_migration`, from the same files, with loom's atomics in the place of the processor's.
+//! A loom model of the dirty bitmap: the source files of the crate `guest_migration`, with loom's atomics.
 //!
-//! loom runs a piece of code again and again, each time with its threads in another order and with another of the values
-//! that the memory model lets a load see, until there is none left.
+//! loom runs each test once for every interleaving of its threads, and for every value that the memory model allows a
+//! load to return.
 
 #![forbid(unsafe_code)]
-// Parts of the sources that only the rest of their crate needs.
+// The included source files contain items that only the rest of their crate uses.
 #![allow(dead_code)]
 
 #[path = "../../../../host-device/guest-migration/src/atomic_bitmap.rs"]
@@ -29,5 +29,5 @@ pub use hint_window::{HintError, HintWindow, Hinted, SyncPhase};
 pub use layout::{Layout, LayoutError, RamBlock, Region, RAM_BLOCK_NAME_MAX};
 pub use page_runs::{PageRun, PageRuns};
 
-/// As in the crate `guest_migration`.
+/// Size of a page in bytes, as in the crate `guest_migration`.
 pub const PAGE_SIZE: u64 = 4096;

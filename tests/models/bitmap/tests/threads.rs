@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Hints, sending and syncs at once, in every order.
+//! Loom tests of concurrent hints, sending and dirty syncs, in every interleaving.
 
 use bitmap_model::{DirtyBitmap, HintWindow, Layout, PageRun, Region, SyncPhase, PAGE_SIZE};
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::sync::{Arc, Mutex};
 use loom::thread;
 
-/// So that there are two words, and the second is not whole.
+/// Number of pages: two words of bits, the second of which is partial.
 const PAGES: u64 = 66;
-/// The last page of the first word and the first of the second.
+/// The last page of the first word. The next page is the first of the second word.
 const BORDER: u64 = 63;
 
 fn all_dirty() -> HintWindow {
@@ -34,7 +34,7 @@ fn hint(window: &HintWindow, first: u64, pages: u64) -> u64 {
     hinted.cleared
 }
 
-/// Pages for which it holds, from the bits and not from the counts.
+/// Returns the number of pages in `runs`, which come from the bits and not from the counts.
 fn number(runs: impl Iterator<Item = PageRun>) -> u64 {
     runs.map(|run| run.pages).sum()
 }
@@ -44,7 +44,7 @@ fn counts_are_exact(bitmap: &DirtyBitmap) {
     assert_eq!(bitmap.skipped_pages(), number(bitmap.skipped_runs()));
 }
 
-/// Two hints that overlap, and a sender that takes from the middle of both: each page is counted by one of them.
+/// Two hints overlap, and a sender takes pages of both. Each page is counted exactly once.
 #[test]
 fn r12_hints_and_sending_count_each_page_once_in_any_order() {
     loom::model(|| {
@@ -62,7 +62,7 @@ fn r12_hints_and_sending_count_each_page_once_in_any_order() {
     });
 }
 
-/// Whoever sees a count of nothing ends the round: then there must be nothing.
+/// A thread that reads a count of 0 ends the iteration, so no bit may be set then.
 #[test]
 fn r12_a_count_of_nothing_is_never_seen_while_a_bit_is_set() {
     loom::model(|| {
@@ -83,14 +83,14 @@ fn r12_a_count_of_nothing_is_never_seen_while_a_bit_is_set() {
     });
 }
 
-/// A page of a guest: what is in it, and the note of the kernel that it was written.
+/// A guest page: its content, and the kernel's record that the guest has written it.
 struct Page {
     value: AtomicU64,
     written: AtomicU64,
 }
 
-/// The guest writes while a thread sends, a thread hints another page, and then a sync comes while the sender still runs:
-/// what the guest wrote was sent, or is dirty, or the next sync will show it.
+/// The guest writes a page while one thread sends it and another hints the next page. Then a dirty sync runs, possibly
+/// while the sender still runs. The written content was sent, or the page is dirty, or the next dirty sync marks it.
 #[test]
 fn r6_no_page_that_was_written_after_the_sync_is_lost_in_any_order() {
     loom::model(|| {
@@ -137,8 +137,8 @@ fn r6_no_page_that_was_written_after_the_sync_is_lost_in_any_order() {
     });
 }
 
-/// A page that is taken at the moment at which a sync marks it is sent again, or was taken after it; and no count suffers for
-/// good.
+/// A sender takes pages while a dirty sync marks them. Each page is taken after the mark or stays dirty, and the counts
+/// are exact when both have ended.
 #[test]
 fn r12_marking_and_sending_at_once_do_not_make_counts_drift() {
     const HINTED: u64 = 8;
@@ -156,7 +156,7 @@ fn r12_marking_and_sending_at_once_do_not_make_counts_drift() {
         assert_eq!(sent, 2);
         assert_eq!(bitmap.dirty_pages(), PAGES - HINTED - sent + marked);
         assert_eq!(bitmap.dirty_pages(), number(bitmap.dirty_runs()));
-        // All is sent, and it is as it would be with one thread.
+        // After everything is sent, the counts are as with one thread.
         bitmap.take(run(0, PAGES));
         assert_eq!(bitmap.dirty_pages(), 0);
         assert_eq!(bitmap.skipped_pages(), HINTED);
@@ -164,7 +164,7 @@ fn r12_marking_and_sending_at_once_do_not_make_counts_drift() {
     });
 }
 
-/// The other side of a count of nothing: a bit that was seen is in the count.
+/// A thread that sees a bit set by a dirty sync does not read a count of 0.
 #[test]
 fn r12_a_bit_that_a_sync_has_set_is_counted_as_soon_as_it_can_be_seen() {
     loom::model(|| {

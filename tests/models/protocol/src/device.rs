@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device: what it takes from the queue goes through the real state machine, and what that lets through
+//! The device: it passes messages from the queue to the real state machine. A free block that the state machine accepts
 //! clears a dirty bit.
 
 use shared_abi::command::{CommandId, HintId};
@@ -9,12 +9,12 @@ use shared_abi::hinting::device::{Action, Event};
 use crate::instance::{Instance, Mutation};
 use crate::state::{Message, ModelState, PageState};
 
-/// What the device may do.
+/// A step of the device.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Step {
-    /// It takes the next message. A block that is not to be made zero is returned at once.
+    /// Processes the next message. Returns a free block at once, unless it must be zeroed.
     TakeBuffer,
-    /// It makes the page in its hand zero and returns the buffer.
+    /// Zeroes the pending page and returns its buffer.
     DiscardAndReturn,
 }
 

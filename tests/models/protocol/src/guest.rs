@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest: its kernel, and its driver around the real state machine.
+//! The guest: a model of its kernel, and of its driver around the real state machine.
 
 use shared_abi::command::{HintId, HintRoundId};
 use shared_abi::hinting::{device, driver};
@@ -8,25 +8,25 @@ use shared_abi::hinting::{device, driver};
 use crate::instance::{Driver, Instance};
 use crate::state::{Message, ModelState, PageState};
 
-/// What the guest may do.
+/// A step of the guest.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Step {
-    /// The kernel gives a free page to somebody, who fills it; or somebody writes a page that he has.
+    /// Writes a page. A free page is allocated first.
     Write {
         /// The page.
         page: usize,
-        /// What is in it then.
+        /// The new content.
         value: u8,
     },
-    /// The kernel gets a page back.
+    /// Frees a page in use.
     Free(usize),
-    /// The kernel wants a page that the driver holds.
+    /// The kernel reclaims a hinted page.
     Reclaim(usize),
     /// The driver reads config space.
     ReadConfig,
-    /// The driver offers a page.
+    /// The driver offers a page on the free page queue.
     Offer(usize),
-    /// The driver has no more pages, or wants to keep the rest.
+    /// The driver has no more free pages, or keeps the rest, and ends the hint round.
     Exhausted,
     /// The driver is unloaded.
     Unload,
@@ -38,7 +38,7 @@ pub(crate) fn enabled_steps(instance: &Instance, state: &ModelState, mut step: i
     for (page, now) in state.pages.iter().enumerate() {
         if state.guest_steps > 0 {
             match now.state {
-                // The very bytes that it had before are the interesting ones.
+                // The old content is included: a write of the same content is the interesting case.
                 PageState::Free => {
                     (0..instance.values).for_each(|value| step(Step::Write { page, value }))
                 }
@@ -68,7 +68,7 @@ pub(crate) fn enabled_steps(instance: &Instance, state: &ModelState, mut step: i
     }
 }
 
-/// What the driver holds and was told to offer again comes before what is free.
+/// Returns whether the driver may offer the page. Hinted pages that it must reoffer come before free pages.
 fn offerable(state: &ModelState, page: usize) -> bool {
     match state.pages[page].state {
         PageState::Free => state.offer_again == 0,
@@ -99,7 +99,7 @@ pub(crate) fn apply(instance: &Instance, state: &mut ModelState, step: Step) {
             state.guest_steps -= 1;
             state.offer_again &= !(1 << page);
             match instance.driver {
-                // Somebody may rely on the zeros.
+                // The new owner may rely on the zeros.
                 Driver::Owning => {
                     write(state, page, 0);
                     state.pages[page].state = PageState::Used;
@@ -127,7 +127,7 @@ pub(crate) fn apply(instance: &Instance, state: &mut ModelState, step: Step) {
             state.queue.clear();
             notify_driver(instance, state, driver::Event::Reset);
             state.notify_device(device::Event::Reset);
-            // The next one reads what is there.
+            // The next driver reads config space.
             state.config_changed = true;
         }
     }

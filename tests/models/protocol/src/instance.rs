@@ -1,81 +1,83 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is to be explored.
+//! The parameters of a model, and its steps.
 
 use stateright::{Model, Property};
 
 use crate::state::ModelState;
 use crate::{device, guest, migration, properties};
 
-/// Which driver the guest has.
+/// The driver of the guest.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Driver {
-    /// It gives a block to nobody before the device has returned the block's buffer, and what it gives away
-    /// before DONE it makes zero.
+    /// The driver of this project. It keeps a hinted block until the device has used its buffer. It zeroes a hinted
+    /// block that is reclaimed before DONE.
     Owning,
-    /// As Linux's own: a held block may be somebody's again before the device has seen the hint.
+    /// The driver of Linux. The kernel may reuse a hinted block before the device has processed the hint.
     Reusing,
 }
 
-/// How the migration learns which pages were written.
+/// How the migration tracks writes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Tracking {
-    /// The kernel notes each write; reading the notes and clearing them is one step.
+    /// The kernel records each write. Reading and clearing the records is one step.
     SoftDirty,
-    /// A page is dirty when it differs from what the destination has.
+    /// A page is dirty if its content differs from the destination's.
     ContentAsSent,
-    /// A page is dirty when it differs from what it was when somebody last looked, sent or not.
+    /// A page is dirty if its content differs from its content at the last dirty sync or sending, whichever was later.
     ContentAsSeen,
 }
 
-/// A mistake that is made on purpose.
+/// A deliberate fault, which the model must find.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Mutation {
-    /// None.
+    /// No fault.
     None,
-    /// R2: whatever round the driver starts is taken for the one that is wanted.
+    /// R2: the device treats any start as the start of the hint round that it requested.
     AcceptAnyStart,
-    /// R2: whatever round the driver stops is taken for the one that is wanted.
+    /// R2: the device treats any STOP as the STOP of the hint round that it requested.
     AcceptAnyStop,
-    /// R6: a sync does not end the time of hints, and no new id is issued after it.
+    /// R6: a dirty sync does not invalidate hints, and no new command id is issued after it.
     HintsOutliveSync,
-    /// R8: the ids of each migration begin at the first one again.
+    /// R8: each migration starts with the first command id again.
     ReuseIds,
-    /// R12: clearing a bit lowers the dirty count, also when the bit was clear already.
+    /// R12: clearing a bit decrements the dirty count even if the bit was clear already.
     CountClearBits,
-    /// R16: a cancelled migration says STOP, and not DONE.
+    /// R16: a cancelled migration reports STOP instead of DONE.
     CancelWithoutDone,
 }
 
-/// One small world and what may happen in it.
+/// The parameters of one model.
 #[derive(Clone, Copy, Debug)]
 pub struct Instance {
-    /// The guest's pages.
+    /// Number of guest pages.
     pub pages: usize,
-    /// Pages hold the values below this; 0 stands for zeros, which is also what a hole is.
+    /// Number of different page contents. Content 0 is a zero page, which is also how a hole reads.
     pub values: u8,
-    /// How often the guest's kernel may allocate, write, free or take a page from the driver.
+    /// How often the guest's kernel may allocate, write, free or reclaim a page, in total.
     pub guest_steps: u8,
-    /// Messages on the free page queue before the driver has to wait.
+    /// Capacity of the free page queue, in messages.
     pub queue: usize,
-    /// Migrations, one after the other.
+    /// Number of consecutive migrations.
     pub migrations: u8,
-    /// Syncs of each migration, without the last one.
+    /// Number of dirty syncs of each migration, without the final one.
     pub syncs: u8,
     /// How often the driver may be unloaded.
     pub resets: u8,
     /// The driver.
     pub driver: Driver,
-    /// The tracking.
+    /// The write tracking.
     pub tracking: Tracking,
-    /// Whether the device makes a hinted page zero before it returns the buffer.
+    /// Whether the device zeroes a hinted page before it returns the buffer.
     pub discards: bool,
-    /// What is wrong.
+    /// The deliberate fault.
     pub mutation: Mutation,
 }
 
 impl Instance {
-    /// Two pages, two rounds and a last one, and a migration that may be cancelled and followed by another.
+    /// Creates an instance with two pages and two migrations.
+    ///
+    /// Each migration has at most two iterations and a final one, and can be cancelled.
     pub const fn new(driver: Driver, tracking: Tracking) -> Self {
         Self {
             pages: 2,
@@ -92,14 +94,14 @@ impl Instance {
         }
     }
 
-    /// With `mutation`.
+    /// Returns the instance with the fault `mutation`.
     #[must_use]
     pub const fn with_mutation(mut self, mutation: Mutation) -> Self {
         self.mutation = mutation;
         self
     }
 
-    /// With a device that makes hinted pages zero.
+    /// Returns the instance with a device that zeroes hinted pages.
     #[must_use]
     pub const fn with_discard(mut self) -> Self {
         self.discards = true;
@@ -107,14 +109,14 @@ impl Instance {
     }
 }
 
-/// A step of somebody.
+/// A step of the model.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Step {
-    /// The guest's kernel or driver, which stand still while the guest is paused.
+    /// A step of the guest's kernel or driver. Not possible while the guest is paused.
     Guest(guest::Step),
-    /// The device, which does not.
+    /// A step of the device. Possible while the guest is paused.
     Device(device::Step),
-    /// The migration.
+    /// A step of the migration.
     Migration(migration::Step),
 }
 

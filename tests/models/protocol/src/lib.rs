@@ -1,25 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guest, balloon device and migration in small, for a model checker: every order in which their steps can
-//! follow one another.
+//! A model of guest, balloon device and migration. A model checker explores every interleaving of their steps.
 //!
-//! The two state machines of hinting are the real ones, [`shared_abi::hinting`]; around them stands a model of
-//! what they work with:
+//! The two state machines of hinting are the real ones, [`shared_abi::hinting`]. The model adds their environment:
 //!
-//! - a guest of a few pages, whose kernel allocates, writes and frees them, and whose driver offers free ones,
-//!   holds them and gives them back ([`guest`]);
-//! - config space, one word that may change several times before the driver looks at it, and the free page
-//!   queue, bounded and in order;
-//! - the device, which takes from the queue ([`device`]);
-//! - the migration: rounds of taking, reading and sending pages, dirty syncs with hints dead in between, the
-//!   pause, the last sync, the rest; cancelled at any moment, and perhaps followed by another one
-//!   ([`migration`]).
+//! - a guest of a few pages: its kernel allocates, writes and frees pages, and its driver offers free pages, keeps them
+//!   and releases them ([`guest`]);
+//! - config space: one command id, which may change several times before the driver reads it;
+//! - the free page queue, which is bounded and in order;
+//! - the device, which processes the messages on the queue ([`device`]);
+//! - the migration: iterations, dirty syncs during which hints are invalid, switchover and the final iteration. A
+//!   migration can be cancelled at any step, and another can follow ([`migration`]).
 //!
-//! [`Instance`] says which driver, which way of tracking writes, and what of it all is *broken on purpose*: a
-//! model is worth as much as the mistakes that it finds.
+//! [`Instance`] selects the driver, the write tracking and optionally one deliberate fault, a [`Mutation`]. The tests
+//! show that the model finds each fault.
 //!
-//! What it does not model: several processors inside one step (the bitmap's atomics have a model of their
-//! own, in the crate `guest_migration`), the stream, and time.
+//! The model does not cover concurrency inside one step, the stream, and time. The atomics of the dirty bitmap have
+//! their own model, `tests/models/bitmap`.
 
 #![forbid(unsafe_code)]
 

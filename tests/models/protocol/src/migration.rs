@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The migration: rounds, the pause, the end.
+//! The migration: iterations, dirty syncs, switchover and completion.
 
 use shared_abi::command::HintId;
 use shared_abi::hinting::device;
@@ -8,49 +8,49 @@ use shared_abi::hinting::device;
 use crate::instance::{Instance, Mutation, Tracking};
 use crate::state::ModelState;
 
-/// How far a migration has come.
+/// The phase of a migration.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum MigrationPhase {
-    /// None runs; the last one, if there was one, was cancelled, or its source goes on.
+    /// No migration runs. The last one, if any, was cancelled, or its source was resumed.
     None,
-    /// A round: pages are sent, and hints may come meanwhile.
+    /// An iteration: pages are sent, and hints are valid.
     Iteration,
-    /// Hints are over for good, DONE is said, and the guest still runs.
+    /// DONE is reported, so hints are no longer valid. Pages are sent, and the guest still runs.
     PreSwitchover,
-    /// Hints are dead, and the tracking is to be read.
+    /// A dirty sync: hints are invalid, and the tracking is not read yet.
     Syncing,
-    /// It was read; a new round may begin.
+    /// The dirty sync has ended. The next iteration can start.
     Synced,
-    /// The guest stands still. What was written since the last sync is not known yet.
+    /// The guest is paused. Writes since the last dirty sync are not marked yet.
     Paused,
-    /// The last sync was done; what is left is sent.
+    /// The final dirty sync has ended. The remaining dirty pages are sent.
     FinalIteration,
-    /// The destination has everything.
+    /// The migration is complete.
     Completed,
 }
 
-/// A migration and what it knows.
+/// The state of a migration.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub struct Migration {
-    /// How far it has come.
+    /// The phase of the migration.
     pub progress: MigrationPhase,
-    /// Migrations that may still begin.
+    /// Number of migrations that may still start.
     pub remaining: u8,
-    /// Syncs that may still be done.
+    /// Number of dirty syncs that may still happen, without the final one.
     pub syncs: u8,
-    /// The dirty bits.
+    /// The dirty bitmap.
     pub dirty: u8,
-    /// How many of them are set, as counted.
+    /// The dirty count.
     pub count: u8,
-    /// Pages that were written since the kernel's notes were last read.
+    /// Pages written since the kernel's records were last read, one bit each.
     pub written: u8,
-    /// What is in each page at the destination, zeros at first; and so what each page was when it was sent.
+    /// Content of each page at the destination: as last sent, or 0.
     pub destination: Vec<u8>,
-    /// What was in each page when somebody last looked, for [`Tracking::ContentAsSeen`].
+    /// Content of each page at the last dirty sync or sending, for [`Tracking::ContentAsSeen`].
     pub seen: Vec<u8>,
-    /// The page whose bit was cleared and which is being read.
+    /// The page whose dirty bit was cleared and which is not sent yet.
     pub taken: Option<usize>,
-    /// A hint has spared the sending of a page.
+    /// Whether a hint has cleared a dirty bit.
     pub hint_skipped_page: bool,
 }
 
@@ -70,7 +70,7 @@ impl Migration {
         }
     }
 
-    /// Clears a page's bit because of a hint.
+    /// Applies a hint: clears the page's dirty bit.
     pub(crate) fn hinted(&mut self, instance: &Instance, page: usize) {
         self.hint_skipped_page |= self.dirty & (1 << page) != 0;
         self.clear(instance, page);
@@ -92,30 +92,30 @@ impl Migration {
     }
 }
 
-/// What the migration may do.
+/// A step of the migration.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Step {
-    /// Begins: the tracking notes writes from now on, every page is dirty, the guest is asked for hints.
+    /// Starts a migration: starts write tracking, marks all pages as dirty, and requests hints.
     Begin,
     /// Clears a page's dirty bit, to send the page.
     Take(usize),
-    /// Reads the page and sends it.
+    /// Reads the taken page and sends it.
     Send,
-    /// Ends the time of hints: a sync begins.
+    /// Closes the hint window: hints are invalid, and a dirty sync starts.
     CloseWindow,
-    /// Reads the tracking and marks what was written.
+    /// Reads the tracking and marks the written pages as dirty.
     Sync,
-    /// Asks for hints again, under a new id.
+    /// Starts the next iteration, and requests hints with a new command id.
     OpenWindow,
-    /// Has no more use for hints, while the guest runs on.
+    /// Reports DONE while the guest still runs, because no more hints are needed.
     SendDone,
     /// Pauses the guest.
     Pause,
-    /// Nothing is left: the migration is complete, and DONE is said.
+    /// Completes the migration, because no page is dirty, and reports DONE.
     Complete,
-    /// The operator lets the source go on after a migration.
+    /// The administrator resumes the source after a completed migration.
     Resume,
-    /// Ends in the middle of it.
+    /// Cancels the migration.
     Cancel,
 }
 
@@ -149,7 +149,7 @@ pub(crate) fn enabled_steps(instance: &Instance, state: &ModelState, mut step: i
         MigrationPhase::Paused => step(Step::CloseWindow),
         MigrationPhase::Syncing => step(Step::Sync),
         MigrationPhase::Synced => step(Step::OpenWindow),
-        // The count decides, as it does in the engine.
+        // The dirty count decides, as in the engine.
         MigrationPhase::FinalIteration if is_idle && migration.count == 0 => step(Step::Complete),
         MigrationPhase::FinalIteration => {}
         MigrationPhase::Completed => step(Step::Resume),
@@ -257,7 +257,7 @@ fn sync(instance: &Instance, state: &mut ModelState) {
     };
 }
 
-/// The guest runs; what the migration knew is forgotten.
+/// Resumes the guest, and discards the state of the migration.
 fn end(instance: &Instance, state: &mut ModelState) {
     state.paused = false;
     state.migration = Migration {

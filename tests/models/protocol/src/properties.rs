@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What must hold in every state, and what must be possible so that the rest means something.
+//! The properties of the model.
+//!
+//! Most must hold in every state. The last two must hold in some state, so that the others are not vacuous.
 
 use stateright::Property;
 
@@ -8,21 +10,21 @@ use crate::instance::Instance;
 use crate::migration::MigrationPhase;
 use crate::state::{ModelState, PageState};
 
-/// No page that somebody will miss is missing at the destination.
+/// The destination has the content of every page in use.
 pub const COMPLETE: &str = "the destination has every page that is in use";
-/// R2.
+/// Rule R2: messages count for their own hint round only.
 pub const ROUNDS: &str = "R2: a block or a STOP counts for its own round only";
-/// R8.
+/// Rule R8: a command id that the driver may still use is not issued again.
 pub const IDS: &str = "R8: no id is issued while the driver may speak of it";
-/// R12.
+/// Rule R12: the dirty count is exact.
 pub const COUNT: &str = "R12: the count is the number of set bits";
-/// R16.
+/// Rule R16: the driver releases its hinted blocks after a migration.
 pub const RETURNED: &str = "R16: after a migration, when all is said, the driver holds nothing";
-/// R17.
+/// Rule R17: the device does not change a page in use.
 pub const NOT_CORRUPTED: &str = "R17: the device changes no page that is in use";
-/// A hint has an effect.
+/// Some migration completes after a hint has cleared a dirty bit.
 pub const HINT_SKIPPED_PAGE: &str = "a migration completes that a hint has spared a page";
-/// Both migrations can happen.
+/// The last of the instance's migrations can complete.
 pub const TWICE: &str = "a second migration completes";
 
 pub(crate) fn all() -> Vec<Property<Instance>> {
@@ -52,7 +54,8 @@ fn completed(state: &ModelState) -> bool {
     state.migration.progress == MigrationPhase::Completed
 }
 
-/// At the moment of completion the guest stands still, and the destination is what it goes on from.
+/// Returns whether the destination is complete, if the migration is. At completion the guest is paused, and the
+/// destination continues with the pages that it has.
 fn complete(state: &ModelState) -> bool {
     !completed(state)
         || state

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Everything that there is, at one moment.
+//! The state of the model.
 
 use std::collections::VecDeque;
 
@@ -10,56 +10,58 @@ use shared_abi::hinting;
 use crate::instance::{Instance, Mutation};
 use crate::migration::Migration;
 
-/// To whom a page belongs.
+/// The owner of a page.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum PageState {
-    /// To nobody: what is in it matters to nobody.
+    /// The page is free, and its content does not matter.
     Free,
-    /// To the driver, which has hinted it.
+    /// The page belongs to the driver, which has hinted it.
     Hinted,
-    /// To the driver, which is to give it back as soon as its buffer has come back.
+    /// The page belongs to the driver, which frees it when its buffer is used.
     ReleasePending,
-    /// To somebody who has written it, and will miss what is in it.
+    /// The page is in use, and its content must be preserved.
     Used,
 }
 
 /// A page of the guest.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub struct Page {
-    /// To whom it belongs.
+    /// The owner of the page.
     pub state: PageState,
-    /// What is in it.
+    /// The content of the page.
     pub value: u8,
 }
 
-/// On the free page queue. What a block and a STOP were meant for is not in the real message: the device has
-/// to guess it right, and the model knows.
+/// A message on the free page queue.
+///
+/// A real free block or STOP does not name its hint round, and the device derives it from the order of messages. The
+/// model stores the hint round that the driver meant, to check the device.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Message {
-    /// A round starts.
+    /// The start of a hint round.
     Start(HintId),
-    /// A page is free.
+    /// A free block of one page.
     FreeBlock {
         /// The page.
         page: usize,
-        /// The round that the driver meant.
+        /// The hint round that the driver meant.
         hint_round: HintId,
     },
-    /// A round ends.
+    /// The end of a hint round.
     Stop {
-        /// The round that the driver meant.
+        /// The hint round that the driver meant.
         hint_round: HintId,
     },
 }
 
-/// What must never happen, and did.
+/// Violations of rules that have happened.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub struct Violations {
-    /// R2: a STOP or a block of one round counted for another.
+    /// R2: a STOP or a free block of one hint round counted for another.
     pub hint_rounds_mixed: bool,
-    /// R8: an id was issued while the driver could still speak of it.
+    /// R8: a command id was issued while the driver still used it.
     pub id_reused: bool,
-    /// R17: the device changed a page that was not the driver's.
+    /// R17: the device changed a page that did not belong to the driver.
     pub page_corrupted: bool,
 }
 
@@ -68,32 +70,34 @@ pub struct Violations {
 pub struct ModelState {
     /// The guest's pages.
     pub pages: Vec<Page>,
-    /// Steps that its kernel may still take.
+    /// Number of steps that the guest's kernel may still take.
     pub guest_steps: u8,
-    /// How often its driver may still be unloaded.
+    /// How often the guest's driver may still be unloaded.
     pub resets: u8,
-    /// The guest stands still.
+    /// Whether the guest is paused.
     pub paused: bool,
-    /// The driver's side of hinting.
+    /// The state machine of hinting in the driver.
     pub driver: hinting::driver::State,
-    /// Pages that the driver is to offer again before others, a bit each.
+    /// Hinted pages that the driver must reoffer before it offers free pages, one bit each.
     pub offer_again: u8,
-    /// The driver has not yet seen what config space shows.
+    /// Whether the driver has yet to read config space after a change.
     pub config_changed: bool,
-    /// From the driver to the device.
+    /// The free page queue.
     pub queue: VecDeque<Message>,
-    /// The device's side of hinting.
+    /// The state machine of hinting in the device.
     pub device: hinting::device::State,
-    /// A page whose hint was used, and which the device is to make zero before it returns the buffer.
+    /// A page whose hint was applied, and which the device must zero before it returns the buffer.
     pub pending_discard: Option<usize>,
     /// The migration.
     pub migration: Migration,
-    /// What went wrong.
+    /// Violations of rules.
     pub violations: Violations,
 }
 
 impl ModelState {
-    /// The states in which everything begins: each page in use, or free with the bytes of an earlier use.
+    /// Returns the initial states: each number of pages in use, from none to all but one.
+    ///
+    /// The other pages are free, with the content of an earlier use.
     pub(crate) fn initial_states(instance: &Instance) -> Vec<Self> {
         let used = |count: usize| {
             let page = |number| Page {
@@ -115,7 +119,7 @@ impl ModelState {
             offer_again: 0,
             config_changed: false,
             queue: VecDeque::new(),
-            // So that the second id is the one after the wrap.
+            // The second command id is the first one after the wrap.
             device: hinting::device::State::with_next_id(match instance.mutation {
                 Mutation::ReuseIds => HintId::FIRST,
                 _ => HintId::LAST,
@@ -129,7 +133,7 @@ impl ModelState {
             .collect()
     }
 
-    /// Whether the device has a buffer of this page that it has not returned.
+    /// Returns whether a buffer of this page is in flight.
     pub fn in_flight(&self, page: usize) -> bool {
         self.pending_discard == Some(page)
             || self.queue.iter().any(
@@ -137,7 +141,7 @@ impl ModelState {
             )
     }
 
-    /// Tells the device's machine, and passes on what it says about config space.
+    /// Passes `event` to the device's state machine, and records a change of config space.
     pub(crate) fn notify_device(
         &mut self,
         event: hinting::device::Event,
@@ -164,7 +168,7 @@ impl ModelState {
             })
     }
 
-    /// Gives back what the driver was to give back and the device has returned.
+    /// Frees the pages in [`PageState::ReleasePending`] whose buffers are used.
     pub(crate) fn settle_releases(&mut self) {
         for page in 0..self.pages.len() {
             if self.pages[page].state == PageState::ReleasePending && !self.in_flight(page) {

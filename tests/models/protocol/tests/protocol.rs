@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the model says of the protocol as it is, and that it finds what is broken on purpose.
+//! Tests of the protocol model: all properties hold, and the model finds each deliberate fault.
 //!
-//! `cargo test -p protocol-model -- --nocapture` prints how many states were seen, and the shortest way to each
-//! mistake. With `--ignored --nocapture` the worlds are larger, and take minutes.
+//! `cargo test -p protocol-model -- --nocapture` prints the number of states, and the shortest path to each violation.
+//! With `--ignored --nocapture` the models are larger and take minutes.
 
 use std::thread;
 
 use protocol_model::{properties, Driver, Instance, Mutation, Step, Tracking};
 use stateright::{Checker, HasDiscoveries, Model};
 
-/// How a migration may learn of writes and use hints: what the daemon does, and nothing else.
+/// The combinations of driver, write tracking and discarding with which the daemon uses hints.
 const SOUND: [Instance; 3] = [
     Instance::new(Driver::Reusing, Tracking::SoftDirty),
     Instance::new(Driver::Owning, Tracking::SoftDirty),
@@ -21,7 +21,7 @@ fn threads() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Goes through every state that can be reached, and finds each property in order.
+/// Explores every reachable state, and asserts all properties.
 fn explore(instance: Instance) {
     let checker = instance.checker().threads(threads()).spawn_bfs().join();
     println!(
@@ -32,9 +32,9 @@ fn explore(instance: Instance) {
     checker.assert_properties();
 }
 
-/// Looks for a state in which `property` does not hold, and prints the shortest way there.
+/// Finds a state in which `property` does not hold, prints the shortest path to it, and returns the steps of the path.
 fn finds_violation(instance: Instance, property: &'static str) -> Vec<Step> {
-    // One thread, so that the first way that is found is the shortest.
+    // With one thread, the first path that is found is the shortest.
     let checker = instance
         .checker()
         .finish_when(HasDiscoveries::AllOf([property].into()))
@@ -59,12 +59,12 @@ fn finds_violation(instance: Instance, property: &'static str) -> Vec<Step> {
     steps
 }
 
-/// As [`finds_violation`], and the same world is in order when nothing is broken.
+/// As [`finds_violation`]. Also asserts that the same path does not violate `property` without the fault.
 fn mutation_breaks(instance: Instance, property: &'static str) -> Vec<Step> {
     let steps = finds_violation(instance, property);
     let sound = instance.with_mutation(Mutation::None);
     let mut state = sound.init_states().into_iter();
-    // The way to the mistake, as far as it can be gone at all without it, leads to none.
+    // Follow the path without the fault, up to the first step that is not possible.
     assert!(state.all(|state| {
         let mut state = state;
         for step in &steps {
@@ -82,7 +82,7 @@ fn mutation_breaks(instance: Instance, property: &'static str) -> Vec<Step> {
 
 const C_DRIVER: Instance = Instance::new(Driver::Reusing, Tracking::SoftDirty);
 
-/// For mistakes that need no second migration, and a guest that does little.
+/// Returns a smaller instance, for faults that need one migration and few steps of the guest.
 const fn smaller(instance: Instance, guest_steps: u8) -> Instance {
     Instance {
         migrations: 1,
@@ -91,7 +91,7 @@ const fn smaller(instance: Instance, guest_steps: u8) -> Instance {
     }
 }
 
-/// For mistakes that need two migrations.
+/// An instance for faults that need two migrations.
 const TWO_MIGRATIONS: Instance = Instance {
     syncs: 0,
     guest_steps: 2,
@@ -205,7 +205,7 @@ fn r16_the_driver_keeps_its_pages_if_a_cancelled_migration_does_not_say_done() {
     mutation_breaks(mutation, properties::RETURNED);
 }
 
-/// Linux's driver promises nothing, so the device must not discard.
+/// The driver of Linux may reuse a hinted page before its buffer is used, so the device must not discard it.
 #[test]
 fn r17_a_page_in_use_is_changed_if_the_device_discards_what_the_driver_may_reuse() {
     finds_violation(
@@ -214,8 +214,8 @@ fn r17_a_page_in_use_is_changed_if_the_device_discards_what_the_driver_may_reuse
     );
 }
 
-/// Why content comparison ignores hints when the device does not discard: a page that was skipped, and filled with
-/// the very bytes that it had before, looks clean.
+/// Content tracking must ignore hints if the device does not discard. A page that was skipped and then filled with its
+/// old content looks clean.
 #[test]
 fn r17_a_page_is_missing_if_content_is_compared_and_hints_are_used_without_discarding() {
     for driver in [Driver::Owning, Driver::Reusing] {

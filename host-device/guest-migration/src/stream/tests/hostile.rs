@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Streams that are damaged, or that lie.
+//! Malformed streams: damaged, truncated or with forged fields.
 
 use std::io::IoSliceMut;
 use std::sync::LazyLock;
@@ -17,7 +17,7 @@ use super::*;
 
 const PAGES: [u64; 2] = [40, 3];
 
-/// Makes streams of one channel, right in themselves unless a record is changed.
+/// Builds streams of one channel. A stream is valid unless the test changes one of its parts.
 #[derive(Clone)]
 struct Forge {
     header: StreamHeader,
@@ -25,7 +25,7 @@ struct Forge {
     sequence: u64,
     iterations: u64,
     counts: StreamCounts,
-    /// The header, and then each record.
+    /// The stream header, then each record.
     parts: Vec<Vec<u8>>,
 }
 
@@ -57,7 +57,7 @@ impl Forge {
         }
     }
 
-    /// Any head, with a right check value.
+    /// Adds a record whose header `change` has changed. The checksum of the header is valid.
     fn forged(&mut self, change: impl FnOnce(&mut RecordHeader), payload: &[u8]) {
         let mut head = RecordHeader {
             kind: RecordKind::Pages,
@@ -132,7 +132,7 @@ impl Forge {
         self.parts.concat()
     }
 
-    /// A bit of everything.
+    /// Returns a valid stream with every kind of record.
     fn example() -> Self {
         let mut forge = Self::new();
         forge.pages(run(0, 3, 1), &[1; PAGE]);
@@ -147,7 +147,7 @@ impl Forge {
 
 struct Slice<'a> {
     rest: &'a [u8],
-    /// The most that is given at once.
+    /// The maximum number of bytes of one read.
     piece: usize,
 }
 
@@ -164,7 +164,7 @@ impl ByteSource for Slice<'_> {
     }
 }
 
-/// What comes out of a decoder, in pieces of `piece` bytes: records, and the error that it ended with.
+/// Decodes `bytes` in reads of at most `piece` bytes. Returns the number of records before the end, and the error.
 fn decode(bytes: &[u8], piece: usize) -> (usize, Option<StreamError>) {
     let source = Slice { rest: bytes, piece };
     let mut decoder = Decoder::new(source, Duration::from_secs(1));
@@ -183,7 +183,9 @@ fn decode(bytes: &[u8], piece: usize) -> (usize, Option<StreamError>) {
     }
 }
 
-/// What a receiver makes of a file of these bytes: it must fail, and leave its mark and its reason.
+/// Receives a file of `bytes`. Asserts that the receiver fails and leaves its marker with the reason.
+///
+/// Returns the offset and the fault.
 fn refused(dir: &TestDir, bytes: &[u8]) -> (u64, Fault) {
     std::fs::write(dir.path("stream"), bytes).unwrap();
     let (_, receiving) = dir.receive(&dir.address("file"));
@@ -229,7 +231,7 @@ fn cut_at_any_byte_it_is_incomplete() {
     let forge = Forge::example();
     let bytes = forge.bytes();
     let dir = TestDir::new();
-    // Where each part begins.
+    // The offset of each part.
     let mut starts = vec![0];
     for part in &forge.parts {
         starts.push(starts[starts.len() - 1] + part.len());
@@ -314,7 +316,7 @@ fn swapped_repeated_and_missing_records_are_found() {
             assert_eq!(found, (before as u64, Fault::RecordChecksum));
         }
     }
-    // Of another migration with the same blocks.
+    // A record of another migration with the same RAM blocks.
     let mut other = Forge::new();
     other.header.id = [8; 16];
     let mut other = Forge::with_header(other.header);
@@ -362,7 +364,7 @@ fn headers_that_cannot_be() {
                 channels: u16::MAX,
             },
         ),
-        // A file has no room for another channel.
+        // A file carries one channel only.
         (
             with(40, &[0, 0, 2, 0]),
             Fault::Channels {
@@ -405,7 +407,7 @@ fn headers_that_cannot_be() {
     let mut damaged = header.clone();
     damaged[30] ^= 1;
     assert_eq!(refused(&dir, &damaged), (0, Fault::HeaderChecksum));
-    // A receiver that no header satisfied has not made files.
+    // A receiver that accepts no header creates no memory files.
     assert!(!dir.path("ram").exists());
 }
 
@@ -506,7 +508,7 @@ fn heads_that_lie_are_refused_where_they_stand() {
         let mut forge = Forge::new();
         forge.forged(lie, payload);
         if forge.parts[1][0] == 4 && fault != &length(4096, 1) {
-            // A final record's pages are none.
+            // The page count of a final record is 0.
             forge = Forge::new();
             forge.forged(
                 |head| {
@@ -519,7 +521,7 @@ fn heads_that_lie_are_refused_where_they_stand() {
         let start = forge.parts[0].len() as u64;
         assert_eq!(refused(&dir, &forge.bytes()), (start, fault.clone()));
     }
-    // A kind that there is not needs a head by hand.
+    // `RecordHeader` has no unknown kind, so the test changes the encoded byte.
     let mut forge = Forge::new();
     let chain = forge.chain;
     forge.forged(|_| {}, &page);
@@ -570,7 +572,7 @@ fn final_counts_and_digests_must_add_up() {
         let mut forge = Forge::example();
         let dir = TestDir::new();
         forge.parts.pop();
-        // As before the final record.
+        // The same records, without the final one.
         let mut again = Forge::new();
         again.pages(run(0, 3, 1), &[1; PAGE]);
         again.zeros(run(1, 0, 3));
@@ -707,7 +709,7 @@ fn files_that_do_not_fit_say_what_to_do() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
 
-    /// As a fuzzer would: whatever comes, nothing but an error comes of it.
+    /// Random bytes after a valid header are an error.
     #[test]
     fn garbage_after_a_header_is_an_error(
         garbage in prop::collection::vec(any::<u8>(), 0..300),
@@ -749,7 +751,7 @@ proptest! {
             bytes.extend(head);
             bytes.extend(std::iter::repeat_n(0x28, payload));
         }
-        // It ends, and never well: there is no final record whose counts and digest are right.
+        // Decoding always ends with an error, because no final record has a valid payload.
         let (_, error) = decode(&bytes, usize::MAX);
         prop_assert!(error.is_some());
     }

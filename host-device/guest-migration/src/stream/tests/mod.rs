@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Streams against a plain model of memory, streams that lie, and peers that die.
+//! Tests of streams: round trips against a plain model of memory, malformed streams, and failing peers.
 
 mod hostile;
 mod peers;
@@ -47,12 +47,12 @@ fn memory(layout: &Layout) -> Memory {
     Memory::new(Arc::new(layout.clone()), files.collect()).unwrap()
 }
 
-/// Where a test's files are.
+/// The directory of a test's files.
 struct TestDir(TempDir);
 
 impl TestDir {
     fn new() -> Self {
-        // Where guest memory is, as a rule, and where files are quickly made.
+        // Guest memory usually is in a tmpfs, and files are fast there.
         let shared = Path::new("/dev/shm");
         Self(match shared.is_dir() {
             true => tempfile::tempdir_in(shared).unwrap(),
@@ -85,7 +85,7 @@ impl TestDir {
         marks[0]
     }
 
-    /// Receives at `address`, and returns where that is and what comes of it.
+    /// Starts a receiver at `address`. Returns its actual address and its thread.
     fn receive(&self, address: &Address) -> (Address, Receiving) {
         self.receive_with(address, ReceiverOptions::default())
     }
@@ -100,7 +100,7 @@ impl TestDir {
         (address, Receiving { thread, progress })
     }
 
-    /// The content of the file of a block, and which of its pages are not holes.
+    /// Returns the content of a RAM block's file, and for each page whether it is not a hole.
     fn content(&self, block: usize) -> (Vec<u8>, Vec<bool>) {
         read(&self.path(NAMES[block]))
     }
@@ -137,7 +137,7 @@ fn read(path: &Path) -> (Vec<u8>, Vec<bool>) {
     (bytes, data)
 }
 
-/// Bytes for pages: some of zeros, some that pack well, some that do not.
+/// Returns the content of `pages` pages: some zero, some compressible, some incompressible.
 fn pattern(seed: u64, pages: u64) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(pages as usize * PAGE);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Peers that refuse, die, or stand still, and those who cancel.
+//! Peers that refuse, die or stall, and cancellation.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
@@ -14,10 +14,10 @@ use super::*;
 use crate::CancelToken;
 
 const PAGES: [u64; 2] = [5000, 3];
-/// Far more than anything here takes.
+/// A limit far above the duration of any test.
 const LONG: Duration = Duration::from_secs(600);
 
-/// A receiver by hand: takes `channels` headers, and accepts them.
+/// Plays the receiver: reads the headers of `channels` channels, and accepts the stream.
 fn by_hand(listener: &UnixListener, channels: usize) -> Vec<UnixStream> {
     let mut streams: Vec<_> = (0..channels)
         .map(|_| listener.accept().unwrap().0)
@@ -162,7 +162,7 @@ fn a_receiver_that_dies_before_its_verdict_has_not_confirmed() {
     let listener = UnixListener::bind(dir.path("stream")).unwrap();
     let receiver = std::thread::spawn(move || {
         let mut streams = by_hand(&listener, 1);
-        // Until a bit of the final record.
+        // Reads a part of the final record.
         streams[0].read_exact(&mut [0; 60]).unwrap();
         streams[0].write_all(&Answer::Working.encode()).unwrap();
     });
@@ -191,7 +191,7 @@ fn an_answer_that_makes_no_sense_is_an_error() {
         let receiver = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             stream.write_all(&bytes).unwrap();
-            // Until the other side hangs up.
+            // Wait until the sender closes the connection.
             std::io::copy(&mut stream, &mut std::io::sink()).ok();
         });
         let address = dir.address("unix");
@@ -290,7 +290,7 @@ fn cancel_ends_a_writer_that_nobody_reads_from() {
             };
             (error, writer.end_iteration().unwrap_err())
         });
-        // So that it is stuck in the middle: nothing more goes through.
+        // Wait until the writer has written to every channel. Nobody reads, so the writer stalls soon.
         let full = |stream: &UnixStream| {
             let mut fds = [rustix::event::PollFd::new(
                 stream,
@@ -303,7 +303,7 @@ fn cancel_ends_a_writer_that_nobody_reads_from() {
         let (error, again) = writing.join().unwrap();
         assert!(matches!(error, StreamError::Cancelled), "{error}");
         assert!(matches!(again, StreamError::Cancelled), "{again}");
-        // And the other side sees it.
+        // The receiver sees the end of the stream.
         for stream in &mut streams {
             std::io::copy(stream, &mut std::io::sink()).unwrap();
         }
@@ -362,7 +362,7 @@ fn cancel_ends_a_writer_into_a_full_pipe() {
 
 #[test]
 fn cancel_ends_a_receiver_that_waits() {
-    // For a sender, for its other channels, for a record, and at a round's end for another channel.
+    // The receiver waits: for a sender, for the rest of a header, for a record, for a record of the second iteration.
     for stage in 0..4 {
         let dir = TestDir::new();
         let cancel = CancelToken::default();
@@ -414,7 +414,7 @@ fn silence_has_limits_where_somebody_must_speak() {
         timeout: short,
         ..ReceiverOptions::default()
     };
-    // Nobody comes.
+    // No sender connects.
     let dir = TestDir::new();
     let (_, receiving) = dir.receive_with(&dir.address("unix"), timeout());
     let error = receiving.end().unwrap_err();
@@ -423,7 +423,7 @@ fn silence_has_limits_where_somebody_must_speak() {
         "{error}"
     );
 
-    // Somebody comes and says nothing.
+    // A sender connects and sends nothing.
     let dir = TestDir::new();
     let mut options = timeout();
     options.accept_timeout = None;
@@ -436,7 +436,7 @@ fn silence_has_limits_where_somebody_must_speak() {
     assert!(matches!(error, StreamError::Stalled { .. }), "{error}");
     drop(stream);
 
-    // The second of two channels does not come. The first is there before anybody looks.
+    // The second of two channels does not connect. The first connects before the receiver accepts.
     let dir = TestDir::new();
     let listener = Listener::bind(&dir.address("unix")).unwrap();
     let receiver = Receiver::new(listener, dir.destination(), options.clone()).unwrap();
@@ -455,7 +455,7 @@ fn silence_has_limits_where_somebody_must_speak() {
         "{error}"
     );
 
-    // A receiver that takes nothing, or does not answer.
+    // A receiver does not answer, or does not read.
     let dir = TestDir::new();
     let listener = UnixListener::bind(dir.path("stream")).unwrap();
     let sender = WriterOptions {
@@ -466,7 +466,7 @@ fn silence_has_limits_where_somebody_must_speak() {
     let error = start().unwrap_err();
     assert!(matches!(error, StreamError::Stalled { .. }), "{error}");
     drop(listener.accept().unwrap());
-    // The limit holds for the answer as well, which may be late on a busy host: then there is more time for the next.
+    // The timeout also applies to the answer, which may be late on a busy host. So each retry doubles the timeout.
     let mut timeout = short;
     let (mut writer, kept) = loop {
         let hand = listener.try_clone().unwrap();
@@ -480,7 +480,7 @@ fn silence_has_limits_where_somebody_must_speak() {
             Err(StreamError::Stalled { .. }) if timeout < LONG => timeout *= 2,
             Err(error) => panic!("{error}"),
         }
-        // It may have failed to answer the one that has gone.
+        // Ignored: the receiver may have failed to answer the writer that timed out.
         drop(receiver.join());
     };
     let error = write_until_it_fails(&mut writer);
@@ -488,7 +488,7 @@ fn silence_has_limits_where_somebody_must_speak() {
     drop(kept);
 }
 
-/// The header of one of several channels.
+/// Returns the encoded stream header of one of `channels` channels.
 fn header(channel: u16, channels: u16) -> Vec<u8> {
     let blocks = NAMES.iter().zip(PAGES);
     let header = StreamHeader {
@@ -565,7 +565,7 @@ fn what_is_at_a_sockets_path_is_not_taken_from_the_living() {
     assert!(error.contains("another process listens there"), "{error}");
     drop(first);
     assert!(!dir.path("stream").exists());
-    // As a process leaves it that was killed.
+    // A killed process leaves such a socket file.
     drop(UnixListener::bind(dir.path("stream")).unwrap());
     Listener::bind(&address).unwrap();
     std::fs::write(dir.path("stream"), "precious").unwrap();
@@ -607,7 +607,7 @@ fn a_sender_that_cannot_be_told_of_success_leaves_the_mark() {
     let Address::Unix(path) = &address else {
         panic!("{address}");
     };
-    // All of a stream, from one who does not stay for the verdict.
+    // A sender sends a whole stream and cannot receive the final answer.
     let mut stream = UnixStream::connect(path).unwrap();
     let bytes = header(0, 1);
     stream.write_all(&bytes).unwrap();
@@ -654,7 +654,7 @@ fn a_connection_that_is_open_elsewhere_ends_with_the_stream() {
 #[test]
 fn a_large_memory_is_compared_by_several_threads() {
     let dir = TestDir::new();
-    // Two parts and a bit, mostly holes.
+    // More than two chunks, mostly holes.
     let pages = [40_000, 3];
     let hasher = crate::digest::PageHasher::with_random_seed().unwrap();
     let mut digest = crate::digest::ContentDigest::new();

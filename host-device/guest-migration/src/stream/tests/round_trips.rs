@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What goes in comes out, over every transport and with every option.
+//! Round trips over every transport and with every option: the destination must equal the sent pages.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -14,9 +14,9 @@ const PAGES: [u64; 2] = [600, 30];
 
 #[derive(Debug, Clone)]
 enum Op {
-    /// Bytes that the caller has.
+    /// Pages from a buffer of the caller.
     Bytes(PageRun, u64),
-    /// Bytes in a file.
+    /// Pages from a memory file.
     File(PageRun, u64),
     Zeros(PageRun),
     IterationEnd,
@@ -53,7 +53,7 @@ fn options() -> impl Strategy<Value = WriterOptions> {
     })
 }
 
-/// Memory as plain bytes.
+/// Guest memory as plain bytes.
 struct Model(Vec<Vec<u8>>);
 
 impl Model {
@@ -88,7 +88,9 @@ impl Model {
     }
 }
 
-/// Sends `ops`, and applies them to a model. Files to be sent from stay as they are.
+/// Sends `ops`, and applies them to a model.
+///
+/// Each memory file stays unchanged until the stream ends, because it may be sent without a copy.
 fn send(mut writer: Writer, ops: &[Op], content: Option<&PageHasher>) -> (Model, Receipt) {
     let layout = layout(PAGES);
     let mut model = Model::new();
@@ -154,7 +156,7 @@ proptest! {
     ) {
         let dir = TestDir::new();
         if exists {
-            // As a VMM that waits leaves it: of the right size, with something in it.
+            // A waiting VMM leaves files of the right size, with some content.
             for (name, pages) in NAMES.iter().zip(PAGES) {
                 std::fs::write(dir.path(name), pattern(9, pages)).unwrap();
             }
@@ -325,7 +327,7 @@ fn pages_that_are_not_of_the_layout_are_refused_and_the_stream_goes_on() {
 #[test]
 fn where_the_system_cannot_send_without_a_copy_pages_are_copied() {
     let dir = TestDir::new();
-    // The system refuses to send from a file to one that is only appended to.
+    // The kernel refuses `sendfile` to a file that is open for appending.
     let file = File::options()
         .append(true)
         .create(true)
