@@ -133,7 +133,7 @@ pub struct Args {
 }
 
 impl Args {
-    /// The features to offer.
+    /// Returns the features to offer: those of `--features` and those that have an option of their own.
     pub fn offered_features(&self) -> Features {
         let FeatureList(listed) = self.features;
         [
@@ -152,7 +152,7 @@ impl Args {
         .fold(listed, |all, (_, feature)| all | feature)
     }
 
-    /// How drivers are asked to leave out notifications.
+    /// Returns how drivers are asked to leave out notifications.
     pub fn suppression(&self) -> NotificationSuppression {
         match (self.every_notification, self.no_event_idx) {
             (true, _) => NotificationSuppression::Never,
@@ -162,7 +162,7 @@ impl Args {
     }
 }
 
-/// A list of features by name.
+/// A set of features, parsed from a comma-separated list of names.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct FeatureList(pub Features);
 
@@ -170,7 +170,7 @@ impl std::str::FromStr for FeatureList {
     type Err = String;
 
     fn from_str(list: &str) -> Result<Self, String> {
-        // This one changes what a hint does to memory: it is asked for by an option of its own only.
+        // This feature changes the effect of a hint on memory, so only its own option enables it.
         let known = Features::from_bits(u64::MAX).without(Features::KEEPS_HINTED_UNTIL_RETURNED);
         list.split(',')
             .map(str::trim)

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The face towards the crate `vhost-user-backend`.
+//! The [`VhostUserBackend`] of the crate `vhost-user-backend`: passes vhost-user requests and queue
+//! events to the [`Device`].
+//!
+//! The device holds all state of the balloon. Two threads of the crate call this module: one handles the front end's
+//! messages, the other watches the kick descriptors of all queues. Both lock the device.
 
 use std::io;
 use std::net::Shutdown;
@@ -24,25 +28,25 @@ use crate::device::{Device, MAX_QUEUE_SIZE};
 use crate::lock;
 use crate::vring::{NotificationSuppression, Vring};
 
-/// The event that stands for "go on with the queues whose turn was over". The crate reserves the numbers up to
-/// the number of queues.
+/// Event number of [`Backend::reschedule_fd`]: queues that exhausted their drain budget get another turn. The crate
+/// reserves the numbers from 0 to the number of queues, inclusive.
 pub const RESCHEDULE_EVENT: u16 = Queue::MAX_COUNT as u16 + 1;
 
-/// Passes what the crate tells on to the device. One for each connection.
+/// Passes vhost-user requests and queue events to the device. There is one for each connection.
 #[derive(Debug)]
 pub struct Backend {
     device: Arc<Mutex<Device>>,
-    /// One bit for each queue that has more to do.
+    /// One bit for each queue that has more work.
     pending_queues: AtomicU64,
     reschedule: (EventConsumer, EventNotifier),
-    /// To be closed when a queue cannot be watched any more.
+    /// The connection. It is shut down when the kick descriptor of a queue fails.
     front_end: UnixStream,
     failure: Mutex<Option<String>>,
     exit: (EventConsumer, EventNotifier),
 }
 
 impl Backend {
-    /// A face for `device` towards `front_end`.
+    /// Creates the backend that serves the connection `front_end` with `device`.
     ///
     /// # Errors
     ///
@@ -59,20 +63,21 @@ impl Backend {
         })
     }
 
-    /// The descriptor that [`RESCHEDULE_EVENT`] is to be registered for.
+    /// Returns the descriptor to register for [`RESCHEDULE_EVENT`].
     pub fn reschedule_fd(&self) -> RawFd {
         self.reschedule.0.as_raw_fd()
     }
 
-    /// Why the connection was closed from here, if it was.
+    /// Returns why a queue failure closed the connection, if one did.
     pub fn failure(&self) -> Option<String> {
         lock(&self.failure).clone()
     }
 
-    /// Ends the connection: without its notifications a queue would stand still for ever, and nobody would know.
+    /// Closes the connection after the kick descriptor of a queue failed. Without notifications the
+    /// queue would hang silently.
     fn fail(&self, index: usize, error: &str) {
         lock(&self.failure).get_or_insert_with(|| {
-            // Fails if the front end was faster.
+            // Fails if the front end has already closed the connection.
             let _ = self.front_end.shutdown(Shutdown::Both);
             format!("the front end's notifications for queue {index} cannot be read: {error}")
         });
@@ -81,7 +86,7 @@ impl Backend {
     fn handle(&self, index: usize, vrings: &[Vring]) {
         if lock(&self.device).handle_queue(index, vrings) {
             self.pending_queues.fetch_or(1 << index, Ordering::AcqRel);
-            // Fails only if it is pending 2^64 - 1 times.
+            // Fails only if the counter of the event descriptor would overflow.
             let _ = self.reschedule.1.notify();
         }
     }
@@ -124,15 +129,15 @@ impl VhostUserBackend for Backend {
         lock(&self.device).reset();
     }
 
-    /// The queue is not ready any more, so no request is taken from it. Waits until the last one has been served: then the guest may
-    /// use for something else what it was about.
+    /// Waits until the device has served the last request of the queue. The guest may then reuse the memory of its
+    /// requests. The crate has already marked the queue not ready, so the device takes no further request.
     fn stop_vring(&self, _index: u32) -> io::Result<()> {
         drop(lock(&self.device));
         Ok(())
     }
 
     fn set_event_idx(&self, _enabled: bool) {
-        // The queues know it by themselves.
+        // The crate tells each queue itself.
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
@@ -140,7 +145,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn set_config(&self, offset: u32, data: &[u8]) -> io::Result<()> {
-        // An error would end the connection, and with it the guest's device, for a write that can be ignored.
+        // An error would end the connection, and with it the guest's device. An invalid write is ignored instead.
         lock(&self.device).write_config(offset, data);
         Ok(())
     }
@@ -154,7 +159,8 @@ impl VhostUserBackend for Backend {
         Some((self.exit.0.try_clone().ok()?, self.exit.1.try_clone().ok()?))
     }
 
-    /// Never fails: an error would end the thread that watches the queues, silently.
+    /// Handles a kick, or gives queues another turn. Never fails: an error would silently end the thread
+    /// that watches the queues.
     fn handle_event(
         &self,
         device_event: u16,
@@ -197,7 +203,7 @@ mod tests {
         let backend = Backend::new(device.clone(), ours).unwrap();
         let served = std::sync::atomic::AtomicBool::new(false);
         std::thread::scope(|scope| {
-            // What serves a request holds the device.
+            // A thread that serves a request holds this lock.
             let serving = lock(&device);
             scope.spawn(|| {
                 backend.stop_vring(0).unwrap();
@@ -221,7 +227,7 @@ mod tests {
         let vrings = [Vring::new(memory, 16).unwrap()];
         backend.handle_event(0, EventSet::IN, &vrings, 0).unwrap();
         assert_eq!(backend.failure(), None);
-        // A pipe that nobody will ever write to again.
+        // The write end of this pipe is closed, so reading the kick fails.
         let (reader, _) = std::io::pipe().unwrap();
         let reader = std::os::fd::OwnedFd::from(reader);
         vrings[0].set_kick(Some(reader.into()));

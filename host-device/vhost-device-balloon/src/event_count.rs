@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! "Something has changed, look again", for threads that wait without holding what they look at.
+//! A counter of changes, for threads that wait for a change without holding the lock of the changing state.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::lock;
 
-/// A counter of changes that can be waited for. Giving the signal never waits, and is allowed under any lock.
+/// A counter of changes that threads can wait for. Notifying does not wait for other threads, and is
+/// allowed under any lock.
 #[derive(Debug, Default)]
 pub struct EventCount {
     generation: Mutex<u64>,
@@ -15,7 +16,7 @@ pub struct EventCount {
 }
 
 impl EventCount {
-    /// Wakes all who wait.
+    /// Counts a change, and wakes all waiters.
     pub fn notify_all(&self) {
         let mut generation = lock(&self.generation);
         *generation = generation.wrapping_add(1);
@@ -23,13 +24,14 @@ impl EventCount {
         self.changed.notify_all();
     }
 
-    /// The number of changes so far. Who waits takes it before looking, so that no change after the look is missed.
+    /// Returns the number of changes so far. A waiter reads this number before it checks its condition, so that it
+    /// misses no later change.
     pub fn generation(&self) -> u64 {
         *lock(&self.generation)
     }
 
-    /// Sleeps until there have been other than `seen` changes, or until `deadline`; without a limit as long as it takes.
-    /// Says whether there was a change.
+    /// Sleeps until the number of changes differs from `seen`, or until `deadline`; `None` means no deadline. Returns
+    /// whether there was a change.
     pub fn wait(&self, seen: u64, deadline: Option<Instant>) -> bool {
         let mut generation = lock(&self.generation);
         while *generation == seen {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Events for operators.
+//! Events for QMP clients.
 
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex};
@@ -11,7 +11,7 @@ use tracing::warn;
 
 use crate::lock;
 
-/// Sends events to all who listen. Never waits for one of them: who does not read loses events.
+/// Sends events to all subscribers. Never waits for a subscriber: a subscriber that does not read loses events.
 #[derive(Debug, Default)]
 pub struct Events {
     subscribers: Mutex<Subscribers>,
@@ -30,7 +30,7 @@ struct Subscriber {
     lost: u64,
 }
 
-/// Events come as long as this lives.
+/// A subscription to events. Dropping it ends the subscription.
 #[derive(Debug)]
 #[must_use = "dropping it ends the events"]
 pub struct Subscription {
@@ -47,7 +47,7 @@ impl Drop for Subscription {
 }
 
 impl Events {
-    /// Sends each event as a line of JSON to `lines` from now on.
+    /// Subscribes `lines`. Each later event is sent as one line of JSON.
     pub fn subscribe(self: &Arc<Self>, lines: SyncSender<String>) -> Subscription {
         let mut subscribers = lock(&self.subscribers);
         let number = subscribers.next;
@@ -63,7 +63,7 @@ impl Events {
         }
     }
 
-    /// Sends the event `name` with `data` to everybody.
+    /// Sends the event `name` with `data` to all subscribers.
     pub fn emit(&self, name: &str, data: Value) {
         tracing::debug!("event {name} {data}");
         let mut subscribers = lock(&self.subscribers);

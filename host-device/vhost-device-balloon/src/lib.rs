@@ -2,28 +2,28 @@
 
 //! A virtio memory balloon as a vhost-user device.
 //!
-//! A VMM (QEMU with `vhost-user-test-device-pci`, user-mode Linux with `virtio_uml.device`) attaches the
-//! balloon over a Unix socket; an operator steers it over another one, in the manner of QMP.
+//! A VMM (QEMU with `vhost-user-test-device-pci`, user-mode Linux with `virtio_uml.device`) attaches the balloon over
+//! a Unix socket. QMP clients control the balloon over another Unix socket.
 //!
 //! ```text
 //!   VMM ── vhost-user ──► relay ──► crate vhost-user-backend ──► backend ──► device
 //!                           ▲                                                  │
 //!                           └───────── "the configuration changed" ◄───────────┤
-//!   operators ── QMP ──► qmp ────────────────────────────────────────────────► │ ──► migration: dirty bitmap
+//!   QMP clients ───────► qmp ────────────────────────────────────────────────► │ ──► migration: dirty bitmap
 //! ```
 //!
-//! - [`server`] owns the two sockets and decides who may connect, and when the program ends.
-//! - [`session`] is one connected front end.
-//! - [`relay`] exists only to be able to send the configuration change message.
-//! - [`backend`] is the face towards the crate `vhost-user-backend`; it has no state of the balloon's.
-//! - [`vring`] is a queue of that crate's, which counts.
-//! - [`device`] is the balloon: configuration space, queues, hinting rounds, statistics.
-//! - [`memory`] is the guest's memory as files that space can be given back from.
-//! - [`migrate`] is what a migration needs of all these, and its start and end.
-//! - [`qmp`] is the operators' side.
+//! - [`server`] owns the two sockets, accepts connections, and decides when the program ends.
+//! - [`session`] serves one connected front end.
+//! - [`relay`] relays vhost-user messages, in order to send the configuration change message.
+//! - [`backend`] implements the interface of the crate `vhost-user-backend`. It holds no state of the balloon.
+//! - [`vring`] is a virtqueue that counts notifications and interrupts.
+//! - [`device`] is the balloon: configuration space, queues, hint rounds, statistics.
+//! - [`memory`] is guest memory as files that can be released to the host.
+//! - [`migrate`] starts, controls and ends migrations.
+//! - [`qmp`] serves QMP clients.
 //!
-//! Whatever the guest puts on a queue is checked once, in [`device::request`], and wrong input becomes a
-//! counted error that names the queue and the address. Nothing in this crate is unsafe.
+//! [`device::request`] validates each request of the guest once. Invalid input is a counted error that names the queue
+//! and the address. This crate contains no unsafe code.
 
 #![forbid(unsafe_code)]
 
@@ -43,7 +43,7 @@ pub mod vring;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks `mutex`, also after a thread panicked while it held it: what the mutexes of this crate guard is
+/// Locks `mutex`, even if a thread panicked while it held the lock. The state under the mutexes of this crate is
 /// consistent after every statement.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

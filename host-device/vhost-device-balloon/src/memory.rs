@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's memory: regions of files that the front end shares.
+//! Guest memory: regions of files that the front end shares.
 //!
-//! The files are what counts. Memory that several processes map is given back to the host only by making a
-//! hole in the file; advice on one mapping frees nothing. Looking for holes goes through the file too:
-//! reading a hole through a mapping would fill it.
+//! Memory is released through the files. Several processes map a file, so only a hole in the file frees its pages;
+//! `MADV_DONTNEED` on one mapping frees nothing. Holes are also found through the files: reading a hole through a
+//! mapping would allocate its pages.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -23,99 +23,99 @@ use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestM
 /// `f_type` of a file system of huge pages (`HUGETLBFS_MAGIC`).
 const HUGETLBFS: u64 = 0x9584_58f6;
 
-/// Unit of `st_blocks`, whatever the file system's block size is.
+/// Unit of `st_blocks`, independent of the block size of the file system.
 const STAT_BLOCK: u64 = 512;
 
-/// Why memory could not be given back.
+/// Why memory cannot be released.
 #[derive(Debug, Error)]
 pub enum ReleaseError {
-    /// Some of the range is not guest memory. The rest was released.
+    /// Part of the range is outside guest memory. The rest was released.
     #[error("{bytes:#x} bytes of the range at {start:#x} lie outside guest memory")]
     Outside {
         /// Guest physical address where the range starts.
         start: u64,
-        /// How many bytes of it are not guest memory.
+        /// Bytes of the range that are outside guest memory.
         bytes: u64,
     },
-    /// The host's file system refused.
+    /// The host cannot punch a hole in the memory file.
     #[error("the memory file has no hole at {start:#x} for {length:#x} bytes: {source}")]
     Punch {
         /// Guest physical address.
         start: u64,
         /// Bytes.
         length: u64,
-        /// What the host says.
+        /// The error of the host.
         source: io::Error,
     },
 }
 
-/// Why guest memory cannot be migrated, or its pages not be tracked.
+/// Why guest memory cannot be migrated or tracked.
 #[derive(Debug, Error)]
 pub enum RamLayoutError {
-    /// It is not what a migration can work with.
+    /// The layout cannot be migrated.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// Its files are not what a migration can work with.
+    /// The memory files cannot be migrated.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// Some of it is not shared as a file.
+    /// A region is not shared as a file.
     #[error("the guest memory at {start:#x} is not a file: give the VMM shared memory, such as QEMU's memory-backend-memfd with share=on")]
     NoFile {
         /// Guest physical address.
         start: u64,
     },
-    /// The system refused.
+    /// The host cannot examine a memory file.
     #[error("the file of the guest memory at {start:#x} cannot be examined: {source}")]
     Io {
         /// Guest physical address.
         start: u64,
-        /// Why.
+        /// The error of the host.
         source: io::Error,
     },
 }
 
-/// A piece of guest memory without holes, and the part of a file that it is.
+/// A contiguous region of guest memory, and the part of a file that backs it.
 #[derive(Clone, Debug)]
 pub struct RamRegion {
     start: u64,
     length: u64,
     file: Option<FileOffset>,
-    /// What the file gives back at once: the host's page size, or a huge page's.
+    /// The smallest unit that the file can free: the size of a host page, or of a huge page.
     granule: u64,
 }
 
-/// How much of a region, and of all guest memory, takes space on the host.
+/// Host memory that is allocated for guest memory.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Allocated {
-    /// Start, length, and bytes that take space, of each region.
+    /// Start, length and allocated bytes of each region.
     pub regions: Vec<(u64, u64, u64)>,
-    /// Bytes that all memory files take, each file counted once.
+    /// Allocated bytes of all memory files. Each file counts once.
     pub total: u64,
 }
 
-/// Guest memory by ascending address.
+/// Guest memory: regions in ascending order of addresses.
 #[derive(Clone, Debug, Default)]
 pub struct Ram {
     regions: Vec<RamRegion>,
     hole_recorder: Option<HoleRecorder>,
 }
 
-/// Where a migration wants to know of holes that are made in guest memory.
+/// Records for a migration which holes are punched in guest memory.
 #[derive(Clone, Debug)]
 pub struct HoleRecorder {
-    /// Guest memory as the migration knows it.
+    /// The layout of guest memory in the migration.
     pub layout: Arc<Layout>,
-    /// The notes.
+    /// The recorded pages.
     pub punched: PunchedPages,
 }
 
 impl HoleRecorder {
-    /// The guest physical addresses `range` become holes.
+    /// Records that holes are punched at the guest physical addresses `range`.
     fn record(&self, range: &Range<u64>) {
         self.pages(range).for_each(|run| self.punched.note(run));
     }
 
-    /// The pages that share a byte with the guest physical addresses `range`.
+    /// Returns the pages that overlap the guest physical addresses `range`.
     fn pages<'a>(&'a self, range: &'a Range<u64>) -> impl Iterator<Item = PageRun> + 'a {
         self.layout.regions().iter().filter_map(|region| {
             let start = range.start.max(region.start());
@@ -138,7 +138,7 @@ impl HoleRecorder {
 }
 
 impl Ram {
-    /// The memory that a front end has shared.
+    /// Creates the map of the memory that a front end has shared.
     pub fn new(memory: &GuestMemoryMmap) -> Self {
         let regions = memory.iter().map(|region| {
             let file = region.file_offset().cloned();
@@ -155,36 +155,37 @@ impl Ram {
         }
     }
 
-    /// Notes from now on, or no more, which holes are made.
+    /// Sets where punched holes are recorded. `None` ends the recording.
     pub fn set_hole_recorder(&mut self, hole_recorder: Option<HoleRecorder>) {
         self.hole_recorder = hole_recorder;
     }
 
-    /// Where holes are noted.
+    /// Returns where punched holes are recorded.
     pub fn hole_recorder(&self) -> Option<HoleRecorder> {
         self.hole_recorder.clone()
     }
 
-    /// The number of bytes.
+    /// Returns the size of guest memory in bytes.
     pub fn size(&self) -> u64 {
         self.regions.iter().map(|region| region.length).sum()
     }
 
-    /// Where it lies, as the migration side knows it: each memory file is a block, named `ram0` and so on in the order of the
-    /// guest physical addresses that show them. Memory without a file is a block by itself.
+    /// Returns the layout of guest memory for a migration. Each memory file is a RAM block. RAM blocks are named
+    /// `ram0`, `ram1` and so on, in the order of the guest physical addresses that first map them. A region without a
+    /// file is a RAM block of its own.
     ///
     /// # Errors
     ///
-    /// If it is not made of whole pages, or a file cannot be examined.
+    /// If a region does not consist of whole pages, or a file cannot be examined.
     pub fn layout(&self) -> Result<Layout, RamLayoutError> {
         Ok(self.ram_blocks()?.0)
     }
 
-    /// Guest memory as the migration side reads it.
+    /// Returns guest memory for a migration to read.
     ///
     /// # Errors
     ///
-    /// If part of it has no file, and as [`Ram::layout`].
+    /// If a region has no file, and as [`Ram::layout`].
     pub fn memory(&self) -> Result<Memory, RamLayoutError> {
         let (layout, files) = self.ram_blocks()?;
         let files = files
@@ -198,7 +199,7 @@ impl Ram {
         Ok(Memory::new(Arc::new(layout), files)?)
     }
 
-    /// The layout, and the file of each block with the guest physical address that it first shows at.
+    /// Returns the layout, and for each RAM block its file and the first guest physical address that maps it.
     #[allow(clippy::type_complexity)]
     fn ram_blocks(&self) -> Result<(Layout, Vec<(u64, Option<&File>)>), RamLayoutError> {
         let (mut ram_blocks, mut regions) = (Vec::new(), Vec::new());
@@ -230,12 +231,12 @@ impl Ram {
         Ok((Layout::new(ram_blocks, regions)?, files))
     }
 
-    /// The number of regions.
+    /// Returns the number of regions.
     pub fn num_regions(&self) -> usize {
         self.regions.len()
     }
 
-    /// Whether `other` is the same parts of the same files, at the same addresses.
+    /// Returns whether `other` maps the same parts of the same files at the same addresses.
     pub fn has_same_layout(&self, other: &Self) -> bool {
         let layout = |ram: &Self| -> Vec<_> {
             ram.regions
@@ -246,22 +247,23 @@ impl Ram {
         layout(self) == layout(other)
     }
 
-    /// Whether a byte of the guest physical addresses `range` is guest memory.
+    /// Returns whether the guest physical addresses `range` overlap guest memory.
     pub fn overlaps(&self, range: &Range<u64>) -> bool {
         self.regions.iter().any(|region| {
             range.start < region.start.saturating_add(region.length) && range.end > region.start
         })
     }
 
-    /// Gives the memory at the guest physical addresses `range` back to the host, and returns how many bytes
-    /// were. It reads as zeros from then on, and takes space again when it is written.
+    /// Releases the guest physical addresses `range` to the host, and returns the number of released bytes. Released
+    /// memory reads as zeros, and the host allocates memory again when the guest writes to it.
     ///
-    /// Only what the host can free as a whole is touched: of a host page that `range` covers in part, nothing
-    /// changes. Memory that is free already counts as freed.
+    /// Only whole host pages (or huge pages) are released. A page that `range` covers in part does not change. Memory
+    /// that is already free counts as released. Memory without a file is not released.
     ///
     /// # Errors
     ///
-    /// If part of the range is outside guest memory (the rest is released), or if the host refuses.
+    /// If part of the range is outside guest memory; the rest is released. If the host cannot punch a hole; part of
+    /// the range may be released.
     pub fn release(&self, range: Range<u64>) -> Result<u64, ReleaseError> {
         let (mut released, mut inside) = (0, 0);
         if let Some(hole_recorder) = &self.hole_recorder {
@@ -292,12 +294,13 @@ impl Ram {
         Ok(released)
     }
 
-    /// Gives back to the host what it can free as a whole of the guest physical addresses `range`, and returns
-    /// these parts: only they read as zeros from then on. What is not guest memory, or not in a file, is left out.
+    /// Discards the guest physical addresses `range`, and returns the discarded parts. Only these parts read as
+    /// zeros afterwards. Addresses outside guest memory, memory without a file, and pages that `range` covers in
+    /// part are left out.
     ///
     /// # Errors
     ///
-    /// If the host refuses. Some of the parts may read as zeros by then.
+    /// If the host cannot punch a hole. Part of the range may be discarded.
     pub fn discard(&self, range: Range<u64>) -> Result<Vec<Range<u64>>, ReleaseError> {
         let mut parts = Vec::new();
         if let Some(hole_recorder) = &self.hole_recorder {
@@ -326,11 +329,11 @@ impl Ram {
         Ok(parts)
     }
 
-    /// How much space guest memory takes on the host.
+    /// Returns the host memory that is allocated for guest memory.
     ///
     /// # Errors
     ///
-    /// If a memory file cannot be asked.
+    /// If a memory file cannot be examined.
     pub fn allocated(&self) -> io::Result<Allocated> {
         let mut files = BTreeSet::new();
         let mut allocated = Allocated::default();
@@ -350,16 +353,16 @@ impl Ram {
 }
 
 impl RamRegion {
-    /// What says which bytes of which file it is: device, inode, offset. Nothing if there is no file, or it cannot be
-    /// asked.
+    /// Returns which part of which file backs the region: device, inode, offset. `None` if there is no file, or if the
+    /// file cannot be examined.
     fn identity(&self) -> Option<(u64, u64, u64)> {
         let file = self.file.as_ref()?;
         let stat = fstat(file.file()).ok()?;
         Some((stat.st_dev, stat.st_ino, file.start()))
     }
 
-    /// Offset and length of the whole granules among `length` bytes from `offset` on, which must be in the region.
-    /// Nothing if there are none, or the region is not in a file.
+    /// Returns offset and length of the whole granules among `length` bytes from `offset`, which must be inside the
+    /// region. `None` if there are no whole granules, or the region has no file.
     fn whole_granules(&self, offset: u64, length: u64) -> Option<(u64, u64)> {
         let start = self.file.as_ref()?.start();
         let first = start.checked_add(offset)?;
@@ -369,7 +372,8 @@ impl RamRegion {
         Some((first - start, length))
     }
 
-    /// Frees the whole granules among `length` bytes from `offset` on, which must be in the region.
+    /// Frees the whole granules among `length` bytes from `offset`, which must be inside the region. Returns the
+    /// number of bytes freed.
     fn release(&self, offset: u64, length: u64) -> io::Result<u64> {
         let whole = self.whole_granules(offset, length);
         let (Some(file), Some((offset, length))) = (&self.file, whole) else {
@@ -384,7 +388,7 @@ impl RamRegion {
         Ok(length)
     }
 
-    /// Bytes of the region that are not holes.
+    /// Returns the number of bytes of the region that are not in holes.
     fn allocated(&self) -> io::Result<u64> {
         let Some(file) = &self.file else {
             return Ok(self.length);
@@ -412,7 +416,7 @@ impl RamRegion {
     }
 }
 
-/// The least that a hole in `file` frees, in bytes.
+/// Returns the smallest unit that a hole in `file` frees, in bytes.
 fn granule(file: &FileOffset) -> u64 {
     let page = rustix::param::page_size() as u64;
     match fstatfs(file.file()) {
@@ -432,14 +436,14 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A memory file of `length` bytes.
+    /// Creates a memory file of `length` bytes.
     pub(crate) fn memfd(length: u64) -> File {
         let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
         ftruncate(&file, length).unwrap();
         file
     }
 
-    /// Guest memory of regions (start, length, offset in the file) in one memory file, all of it written.
+    /// Creates guest memory of regions (start, length, offset in the file) in one memory file. All bytes are written.
     pub(crate) fn guest(regions: &[(u64, u64, u64)]) -> GuestMemoryMmap {
         let file = memfd(
             regions
@@ -466,13 +470,13 @@ pub(crate) mod tests {
 
     #[test]
     fn release_frees_whole_pages_at_the_right_offset() {
-        // As user-mode Linux has it: a region at an odd address, whose file begins before it.
+        // As in user-mode Linux: the region starts at an irregular address, and its file starts before the region.
         let memory = guest(&[(0x3e_f000, 0x10_0000, 0x3e_f000)]);
         let ram = Ram::new(&memory);
         assert_eq!(ram.allocated().unwrap().total, 0x10_0000);
 
         assert_eq!(ram.release(0x3f_0000..0x3f_4000).unwrap(), 0x4000);
-        // The pages at both ends are covered in part only.
+        // The first and the last page are covered only in part.
         assert_eq!(ram.release(0x40_0800..0x40_2800).unwrap(), 0x1000);
         assert_eq!(ram.release(0x41_0001..0x41_0fff).unwrap(), 0);
 
@@ -500,7 +504,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_ram_block_is_a_whole_file() {
-        // Two regions of one file in another order, with a gap between them that the guest does not see.
+        // Two regions of one file in a different order, with a gap that the guest does not map.
         let memory = guest(&[(0x1000, 0x4000, 0x6000), (0x8000, 0x4000, 0)]);
         let layout = Ram::new(&memory).memory().unwrap().layout().clone();
         let ram_blocks: Vec<_> = layout

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A hop between the front end and the crate `vhost-user-backend`, for one message's sake.
+//! Relays messages between the front end and the crate `vhost-user-backend`, in order to send one more message.
 //!
-//! The crate (0.24, on `vhost` 0.18) cannot send `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, without which a
-//! balloon is useless: it takes the channel for such messages from the front end and hides it. The relay
-//! stands in between, passes every message on with its descriptors, and takes that channel out of
-//! `VHOST_USER_SET_BACKEND_REQ_FD`; the crate gets one of the relay's own in its place. (It would refuse the
-//! one of user-mode Linux anyway, which is a pipe.) Only the control path takes the extra hop.
+//! The crate (0.24, on `vhost` 0.18) cannot send `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, which a balloon needs. It
+//! takes the channel for such messages from the front end and does not expose it. The relay passes on every message
+//! with its descriptors, but keeps the channel in `VHOST_USER_SET_BACKEND_REQ_FD` for itself. The crate gets one end
+//! of a socket pair instead. (The crate would reject the channel of user-mode Linux anyway, which is a pipe.) Only the
+//! control path takes the extra hop.
 //!
-//! When the crate learns the message, this file and its use in [`crate::session`] can go.
+//! Once the crate can send the message, this module and its use in [`crate::session`] can be removed.
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -26,38 +26,38 @@ use tracing::{debug, warn};
 
 use crate::lock;
 
-/// Bytes of a message's header: request, flags, size of what follows, 32 bits each.
+/// Bytes of a message header: request, flags and payload size, 32 bits each.
 const HEADER: usize = 12;
-/// The most bytes that follow a header; the crate takes no more either.
+/// The largest payload in bytes. The crate has the same limit.
 const MAX_PAYLOAD: usize = 4096;
-/// The most descriptors that come with a message.
+/// The most descriptors in one message.
 const MAX_FDS: usize = 32;
-/// The front end's message that carries the channel for the device's own messages.
+/// The front end's message with the channel for messages of the device.
 const SET_BACKEND_REQ_FD: u32 = 21;
-/// The device's message "read the configuration again".
+/// The device's message that the configuration has changed.
 const CONFIG_CHANGE: u32 = 2;
-/// Version 1 of the protocol, no reply wanted.
+/// Version 1 of the protocol, without a reply.
 const FLAGS: u32 = 1;
 
-/// Tells the front end that the configuration has changed.
+/// Notifies the front end of configuration changes.
 #[derive(Debug, Default)]
 pub struct ConfigNotifier {
     channel: Mutex<Option<OwnedFd>>,
 }
 
 impl ConfigNotifier {
-    /// Takes the channel to the front end.
+    /// Sets the channel to the front end, and makes it non-blocking.
     ///
     /// # Errors
     ///
-    /// If it cannot be made to not block.
+    /// If the channel cannot be made non-blocking.
     pub fn connect(&self, channel: OwnedFd) -> io::Result<()> {
         rustix::io::ioctl_fionbio(&channel, true)?;
         *lock(&self.channel) = Some(channel);
         Ok(())
     }
 
-    /// Tells the front end, if there is a channel to it. Never blocks.
+    /// Notifies the front end, if there is a channel. Never blocks.
     pub fn notify(&self) {
         let channel = lock(&self.channel);
         let Some(channel) = channel.as_ref() else {
@@ -71,7 +71,7 @@ impl ConfigNotifier {
         }
         match rustix::io::write(channel, &message) {
             Ok(HEADER) => {}
-            // It has not read the last ones: it will read the configuration once it does.
+            // Earlier messages are unread. The front end reads the current configuration once it reads them.
             Err(rustix::io::Errno::AGAIN) => {}
             Ok(_) => warn!("the front end was not told of a configuration change: short write"),
             Err(error) => warn!("the front end was not told of a configuration change: {error}"),
@@ -79,18 +79,18 @@ impl ConfigNotifier {
     }
 }
 
-/// Who ended a connection.
+/// How a connection ended.
 #[derive(Debug)]
 pub enum CloseReason {
-    /// The front end closed its side.
+    /// The front end closed the connection.
     ByFrontEnd,
-    /// This program did.
+    /// This program closed the connection.
     ByBackend,
-    /// A message could not be passed on.
+    /// A message could not be relayed.
     Failed(io::Error),
 }
 
-/// The two threads that pass messages on, one each way.
+/// The two threads that relay messages, one for each direction.
 #[derive(Debug)]
 pub struct Relay {
     to_device: JoinHandle<CloseReason>,
@@ -98,12 +98,11 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Starts to pass messages between `front_end` and `device`. Ends when either side closes, and closes the
-    /// other then.
+    /// Starts to relay messages between `front_end` and `device`. When one side closes, the relay closes the other.
     ///
     /// # Errors
     ///
-    /// If a thread or a copy of a descriptor cannot be made.
+    /// If a thread cannot be started, or a descriptor cannot be duplicated.
     pub fn start(
         front_end: UnixStream,
         device: UnixStream,
@@ -117,7 +116,7 @@ impl Relay {
                     Ok(closed) => closed,
                     Err(error) => CloseReason::Failed(error),
                 };
-                // The ends may be closed already; that is what was wanted.
+                // Fails if a side is already closed.
                 let _ = device.shutdown(Shutdown::Both);
                 let _ = front_end.shutdown(Shutdown::Both);
                 closed
@@ -137,7 +136,7 @@ impl Relay {
         })
     }
 
-    /// Waits for both threads, and says who ended the connection.
+    /// Waits for both threads, and returns how the connection ended.
     pub fn join(self) -> CloseReason {
         let _ = self.to_front_end.join();
         self.to_device
@@ -146,7 +145,7 @@ impl Relay {
     }
 }
 
-/// Passes the device's replies on. None of those that this device gives carries a descriptor.
+/// Relays the device's replies. No reply of this device has descriptors.
 fn pass_replies(device: &mut UnixStream, front_end: &mut UnixStream) -> io::Result<()> {
     let mut buffer = [0; HEADER + MAX_PAYLOAD];
     loop {
@@ -160,7 +159,7 @@ fn pass_replies(device: &mut UnixStream, front_end: &mut UnixStream) -> io::Resu
     }
 }
 
-/// Passes the front end's requests on, message by message, until a side closes.
+/// Relays the front end's requests, one message at a time, until a side closes.
 fn pass_requests(
     front_end: &UnixStream,
     device: &UnixStream,
@@ -195,7 +194,7 @@ fn pass_requests(
         if request == Some(SET_BACKEND_REQ_FD) {
             if let Some(channel) = fds.pop() {
                 notifier.connect(channel)?;
-                // Nobody reads the other end, and nothing is ever written to this one.
+                // The other end of the pair is closed at once. The crate writes nothing to its end.
                 fds = vec![UnixStream::pair()?.0.into()];
             }
         }
@@ -209,7 +208,8 @@ fn pass_requests(
     }
 }
 
-/// Fills `buffer`, and appends the descriptors that come with it. False if the stream has ended before it.
+/// Fills `buffer`, and appends the received descriptors to `fds`. Returns false if the stream ended
+/// before the first byte.
 fn receive(stream: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
     let mut filled = 0;
     while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {

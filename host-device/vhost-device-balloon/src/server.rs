@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The two sockets: who may connect, and when the program ends.
+//! The server: owns the sockets for the front end and for QMP clients, and decides when the program ends.
+//!
+//! One thread polls the two listeners, the connections that have sent nothing yet, and a socket pair that
+//! other threads write to.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -23,64 +26,64 @@ use crate::session::{Session, SessionEnd, SessionError};
 use crate::socket::{SocketError, SocketListener};
 use crate::vring::NotificationSuppression;
 
-/// What to serve, and where.
+/// The options of a server.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
-    /// Where the front end connects.
+    /// Path of the socket for the front end.
     pub socket_path: PathBuf,
-    /// Where operators connect.
+    /// Path of the socket for QMP clients.
     pub qmp_socket: Option<PathBuf>,
-    /// What the device offers.
+    /// The features that the device offers.
     pub features: Features,
     /// How drivers are asked to leave out notifications.
     pub suppression: NotificationSuppression,
-    /// Whether to wait for the next front end when one has gone.
+    /// Whether to wait for another front end when one disconnects.
     pub persistent: bool,
-    /// The file with the saved state to go on from.
+    /// The file with the saved state to restore.
     pub device_state: Option<PathBuf>,
 }
 
-/// Why the program cannot go on.
+/// Why the server failed.
 #[derive(Debug, Error)]
 pub enum ServerError {
-    /// A socket cannot be listened at.
+    /// A socket cannot be bound.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// There is no going on from the saved state.
+    /// The saved state cannot be restored.
     #[error(transparent)]
     SavedState(#[from] SavedStateError),
-    /// The front end broke the protocol.
+    /// The connection to the front end failed, or the front end violated the protocol.
     #[error("{0}")]
     FrontEnd(String),
     /// A front end cannot be served.
     #[error(transparent)]
     Session(#[from] SessionError),
-    /// The host refused something.
+    /// The host reported an error.
     #[error("the sockets cannot be watched: {0}")]
     Io(#[from] io::Error),
 }
 
-/// Why the program has ended.
+/// Why the server ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Exit {
-    /// It was told to.
+    /// The server was told to end.
     Stopped,
-    /// The front end has gone.
+    /// The front end disconnected.
     FrontEndDisconnected(SessionEnd),
 }
 
-/// Ends a server, also from another thread.
+/// Ends a server, from any thread.
 #[derive(Debug)]
 pub struct ShutdownHandle(UnixStream);
 
 impl ShutdownHandle {
     /// Ends the server.
     pub fn stop(&self) {
-        // Fails if the server has ended, or if it was told so many times that it knows.
+        // Fails if the server has ended, or if the socket is full of earlier requests.
         let _ = (&self.0).write(&[SHUTDOWN_REQUESTED]);
     }
 
-    /// A stream that ends the server when anything but 0 or 1 is written to it.
+    /// Returns a stream that ends the server when a byte other than 0 or 1 is written to it.
     ///
     /// # Errors
     ///
@@ -90,24 +93,25 @@ impl ShutdownHandle {
     }
 }
 
-/// Not [`SHUTDOWN_REQUESTED`]: the session has ended.
+/// Reports the end of the session, unlike [`SHUTDOWN_REQUESTED`].
 const SESSION_ENDED: u8 = 0;
-/// Not [`SHUTDOWN_REQUESTED`]: a migration has ended.
+/// Reports the end of a migration, unlike [`SHUTDOWN_REQUESTED`].
 const MIGRATION_ENDED: u8 = 1;
 const SHUTDOWN_REQUESTED: u8 = 2;
 
-/// How long the program stays for its operators, so that they can ask how the migration of a guest ended that is gone.
+/// How long the program stays after the migration of a guest that has disconnected, so that QMP clients can query
+/// how the migration ended.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often it looks then whether they have gone.
+/// How often the program checks during that time whether all QMP clients have disconnected.
 const LINGER_POLL_INTERVAL: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 50_000_000,
 };
 
-/// The most connections that may be there without a word.
+/// The most connections that have sent nothing yet.
 const MAX_PENDING_CONNECTIONS: usize = 8;
 
-/// The program between its start and its end. Its sockets exist as long as it does.
+/// A running server. Its sockets exist as long as it does.
 pub struct Server {
     options: ServerOptions,
     front_end_listener: SocketListener,
@@ -115,29 +119,29 @@ pub struct Server {
     qmp_clients: QmpClients,
     device: Arc<Mutex<Device>>,
     migration_manager: Arc<MigrationManager>,
-    /// The front end has gone during a migration, which goes on.
+    /// How the session ended, if the front end disconnected during a migration that continues.
     session_end: Option<SessionEnd>,
-    /// When the program ends at the latest, after that.
+    /// The latest end of the program after that migration.
     exit_deadline: Option<Instant>,
-    /// What other threads write to, and this one reads.
+    /// Socket pair that wakes the server: other threads write to the second socket.
     wake: (UnixStream, UnixStream),
     session: Option<Session>,
-    /// Connections that have not said anything yet.
+    /// Connections that have sent nothing yet.
     pending_connections: Vec<UnixStream>,
 }
 
 impl Server {
-    /// Listens at the sockets.
+    /// Binds the sockets.
     ///
     /// # Errors
     ///
-    /// If one is in use, the host refuses, or there is no going on from the saved state.
+    /// If a socket is in use, the host reports an error, or the saved state cannot be restored.
     pub fn bind(options: ServerOptions) -> Result<Self, ServerError> {
         Self::bind_with_shutdown_handle(options, |_| Ok(()))
     }
 
-    /// As [`Server::bind`], but before it listens hands the means to end it to `on_handle`: it can be told to end as soon as it is seen
-    /// to listen.
+    /// As [`Server::bind`], but first passes a shutdown handle to `on_handle`. The server can therefore be told to end
+    /// as soon as its sockets exist.
     ///
     /// # Errors
     ///
@@ -205,7 +209,7 @@ impl Server {
         })
     }
 
-    /// The means to end the server.
+    /// Returns a handle that ends the server.
     ///
     /// # Errors
     ///
@@ -214,14 +218,14 @@ impl Server {
         Ok(ShutdownHandle(self.wake.1.try_clone()?))
     }
 
-    /// Serves until it is told to end, or the front end has gone. Both sockets are removed then.
+    /// Serves until the server is told to end, or the front end disconnects. Removes both sockets at the end.
     ///
     /// # Errors
     ///
-    /// If the front end broke the protocol, or the host refuses something.
+    /// If the connection to the front end fails, the front end violates the protocol, or the host reports an error.
     pub fn run(mut self) -> Result<Exit, ServerError> {
         let result = self.serve();
-        // While there is a driver that can take its pages back.
+        // While a driver is still connected and can free its hinted blocks.
         self.migration_manager.shut_down();
         if let Some(session) = self.session.take() {
             session.close();
@@ -272,7 +276,7 @@ impl Server {
         }
     }
 
-    /// Sleeps until something happens.
+    /// Sleeps until a socket is ready.
     fn wait(&self) -> io::Result<Ready> {
         let mut fds = vec![
             PollFd::new(&self.wake.0, PollFlags::IN),
@@ -299,8 +303,8 @@ impl Server {
         })
     }
 
-    /// Somebody connected. It is the front end if nobody else is, and once it has said something: whoever only
-    /// looks whether the socket is alive is none.
+    /// Handles a new connection. It becomes the front end once it sends something and no other front end is connected.
+    /// A connection that sends nothing only checks whether the server runs.
     fn add_pending_connection(&mut self, stream: UnixStream) {
         if self.is_busy() || self.pending_connections.len() >= MAX_PENDING_CONNECTIONS {
             self.refuse();
@@ -309,7 +313,8 @@ impl Server {
         }
     }
 
-    /// Whether there is a guest already: one that is served, or one that has gone from here and is still being moved.
+    /// Returns whether there is a guest already: its front end is connected, or its migration has not ended. Also true
+    /// while the program waits for QMP clients before it ends.
     fn is_busy(&self) -> bool {
         self.session.is_some()
             || self.exit_deadline.is_some()
@@ -331,7 +336,7 @@ impl Server {
         );
     }
 
-    /// The first of the silent connections that says something becomes the front end.
+    /// Makes the first pending connection that has sent something the front end.
     fn check_pending_connections(&mut self) -> Result<(), ServerError> {
         for stream in std::mem::take(&mut self.pending_connections) {
             let mut byte = [0u8];
@@ -358,12 +363,13 @@ impl Server {
         Ok(())
     }
 
-    /// The front end has gone. Says whether the program ends.
+    /// Handles the end of the session. Returns how the program ends, if it does.
     fn session_ended(&mut self) -> Result<Option<Exit>, ServerError> {
         let Some(session) = self.session.take() else {
             return Ok(None);
         };
-        // Before the device tells it, and it may end: there are operators who want to know how.
+        // Checked before the device is told, because that may end the migration. QMP clients can then still
+        // query how it ended.
         let migrating = self.migration_manager.is_in_progress();
         let ended = session.join();
         if self.options.persistent {
@@ -384,8 +390,8 @@ impl Server {
 }
 
 impl Server {
-    /// Whether the program ends, after its front end has gone during a migration: once that is over, and the operators
-    /// have heard of it.
+    /// Returns how the program ends, if its front end disconnected during a migration. The program ends when the
+    /// migration is over and all QMP clients have disconnected, or after [`LINGER_TIMEOUT`].
     fn exit_after_migration(&mut self) -> Result<Option<Exit>, ServerError> {
         let Some(ended) = self.session_end.as_ref() else {
             return Ok(None);
@@ -407,7 +413,7 @@ impl Server {
     }
 }
 
-/// What has happened.
+/// The sockets that are ready.
 struct Ready {
     wake: bool,
     front_end_listener: bool,

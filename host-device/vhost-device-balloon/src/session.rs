@@ -23,10 +23,10 @@ use crate::relay::{CloseReason, ConfigNotifier, Relay};
 /// Why a front end cannot be served.
 #[derive(Debug, Error)]
 pub enum SessionError {
-    /// The host refused something.
+    /// The host reported an error.
     #[error("the front end cannot be served: {0}")]
     Io(#[from] io::Error),
-    /// The vhost-user crate refused something.
+    /// The vhost-user crate reported an error.
     #[error("the front end cannot be served: {0}")]
     VhostUser(vhost_user_backend::Error),
 }
@@ -34,13 +34,13 @@ pub enum SessionError {
 /// How a connection ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct SessionEnd {
-    /// For the log and for operators: a sentence without its full stop.
+    /// For the log and for QMP clients: a sentence without a full stop.
     pub reason: String,
-    /// Whether the front end is to blame.
+    /// Whether the connection failed or the front end violated the protocol.
     pub is_error: bool,
 }
 
-/// A connection that is being served.
+/// A front end that is being served.
 #[derive(Debug)]
 pub struct Session {
     front_end: UnixStream,
@@ -50,12 +50,12 @@ pub struct Session {
 }
 
 impl Session {
-    /// Serves `front_end` with `device`, in threads of its own, and calls `on_end` after the last of them
-    /// has done its work.
+    /// Serves `front_end` with `device` in threads of its own. Calls `on_end` when the last of these threads
+    /// has finished its work.
     ///
     /// # Errors
     ///
-    /// If the threads or their means cannot be made.
+    /// If threads or descriptors cannot be created.
     pub fn start(
         front_end: UnixStream,
         device: Arc<Mutex<Device>>,
@@ -78,7 +78,7 @@ impl Session {
 
         let (listener, inner) = private_connection()?;
         let notifier = Arc::new(ConfigNotifier::default());
-        // Before the first message can arrive: the device drops what comes without a connection.
+        // Before the first message can arrive: without a connection, the device ignores messages.
         lock(&device).front_end_connected(notifier.clone());
         let started = daemon
             .start(&mut Listener::from(listener))
@@ -127,14 +127,14 @@ impl Session {
     /// Closes the connection, if it is still open.
     pub fn close(&self) {
         self.closing.store(true, Ordering::Release);
-        // Fails if the front end was faster.
+        // Fails if the front end has already closed the connection.
         let _ = self.front_end.shutdown(Shutdown::Both);
     }
 
-    /// Waits for the end of the connection, and tells the device of it.
+    /// Waits for the end of the connection, and reports it to the device.
     ///
-    /// Not before: the device tells the operators, and one who then starts the next VMM must find whoever
-    /// calls this ready for it.
+    /// The session's threads do not report it. The device emits an event, and a QMP client may then start the next VMM
+    /// at once. The caller must be ready to accept that VMM by the time of the event.
     pub fn join(self) -> SessionEnd {
         let ended = self.thread.join().unwrap_or_else(|_| SessionEnd {
             reason: "the thread that serves the front end panicked".into(),
@@ -166,10 +166,10 @@ fn classify_end(closed: &CloseReason, served: vhost_user_backend::Result<()>) ->
     }
 }
 
-/// A listener with one connection waiting, and that connection's other end.
+/// Returns a listener with one pending connection, and the other end of that connection.
 ///
-/// The crate can serve only what it accepts itself. The directory is nobody else's, and is gone before the
-/// first message.
+/// The crate serves only a connection that it accepts itself. The directory of the listener is private, and is removed
+/// before the first message.
 fn private_connection() -> io::Result<(UnixListener, UnixStream)> {
     let directory = tempfile::Builder::new()
         .prefix("vhost-device-balloon-")

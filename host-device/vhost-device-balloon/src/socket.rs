@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Listening sockets in the file system that neither steal a living process's place nor stay behind.
+//! Listening Unix sockets in the file system. A listener does not replace the socket of a running process, and removes
+//! its own when it is dropped.
 
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -12,46 +13,46 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 use tracing::{info, warn};
 
-/// Why nobody can listen at a path.
+/// Why a socket cannot be bound.
 #[derive(Debug, Error)]
 pub enum SocketError {
-    /// Another process listens there.
+    /// Another process listens at the path.
     #[error("{path} is in use by a running process: end it, or choose another path")]
     InUse {
         /// The path.
         path: PathBuf,
     },
-    /// What is there is not a socket, and is not touched.
+    /// The path exists and is not a socket. It is not changed.
     #[error("{path} exists and is not a socket: remove it, or choose another path")]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
-    /// The host refused.
+    /// The host reported an error.
     #[error("cannot listen at {path}: {source}")]
     Bind {
         /// The path.
         path: PathBuf,
-        /// What the host says.
+        /// The error of the host.
         source: io::Error,
     },
 }
 
-/// A socket that listens at a path, and takes the path away when it is dropped.
+/// A listening socket at a path. Dropping it removes the path.
 #[derive(Debug)]
 pub struct SocketListener {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the socket file: another process may have put its own there since.
+    /// Device and inode of the socket file. Another process may have replaced the file since.
     file: Option<(u64, u64)>,
 }
 
 impl SocketListener {
-    /// Listens at `path`. A socket that a dead process left there is replaced.
+    /// Listens at `path`. Replaces a socket that an ended process has left there.
     ///
     /// # Errors
     ///
-    /// If a process listens there, if there is something else, or if the host refuses.
+    /// If a process listens there, if the path is not a socket, or if the host reports an error.
     pub fn bind(path: &Path) -> Result<Self, SocketError> {
         let bind = |source| SocketError::Bind {
             path: path.into(),
@@ -72,12 +73,12 @@ impl SocketListener {
         })
     }
 
-    /// Where it listens.
+    /// Returns the path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The next connection, if one waits.
+    /// Returns the next pending connection, if there is one.
     pub fn accept(&self) -> Option<UnixStream> {
         match self.listener.accept() {
             Ok((stream, _)) => Some(stream),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Queues as the crate `vhost-user-backend` wants them, with two things that its own lack: they count
-//! notifications and interrupts, and without event index they mind the driver's wish to take no interrupt.
+//! A virtqueue for the crate `vhost-user-backend`. It extends the crate's [`VringRwLock`]: it counts notifications and
+//! interrupts, and without event index it sends no interrupt that the driver does not want.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
@@ -16,40 +16,40 @@ use crate::lock;
 
 type AtomicGuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
-/// `VIRTQ_AVAIL_F_NO_INTERRUPT`
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT`.
 const NO_INTERRUPT: u16 = 1;
 
-/// How a driver may be asked to leave out notifications.
+/// How the device asks a driver to leave out notifications.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum NotificationSuppression {
-    /// By `VIRTIO_RING_F_EVENT_IDX`: it says after which buffer a notification is wanted.
+    /// By `VIRTIO_RING_F_EVENT_IDX`: the device tells after which buffer it wants a notification.
     #[default]
     EventIdx,
-    /// By the used ring's flag while the device looks at the queue anyway.
+    /// By the flag of the used ring, while the device processes the queue.
     Flag,
-    /// Not at all.
+    /// Never.
     Never,
 }
 
-/// What a queue has counted since its front end connected.
+/// Counters of a queue since its front end connected.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct NotificationCounts {
-    /// Notifications that the driver made. One look at the queue may have answered many.
+    /// Notifications by the driver. One turn of the queue may answer several.
     pub notifications: u64,
-    /// Interrupts that the driver was given.
+    /// Interrupts that were sent to the driver.
     pub interrupts: u64,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// What is read of for a notification. The crate has another descriptor of the same file.
+    /// The kick descriptor, to read its counter. The crate has another descriptor of the same file.
     kick: Mutex<Option<File>>,
     failure: Mutex<Option<String>>,
     notifications: AtomicU64,
     interrupts: AtomicU64,
 }
 
-/// A queue.
+/// A virtqueue that counts.
 #[derive(Clone)]
 pub struct Vring {
     inner: VringRwLock,
@@ -58,7 +58,7 @@ pub struct Vring {
 }
 
 impl Vring {
-    /// What has been counted.
+    /// Returns the counters.
     pub fn notification_counts(&self) -> NotificationCounts {
         NotificationCounts {
             notifications: self.shared.notifications.load(Ordering::Relaxed),
@@ -66,19 +66,20 @@ impl Vring {
         }
     }
 
-    /// Why no notification can be read, if that is so. It will not be better by itself.
+    /// Returns why notifications cannot be read, if they cannot. The failure lasts until the front end
+    /// sets another kick descriptor.
     pub fn failure(&self) -> Option<String> {
         lock(&self.shared.failure).clone()
     }
 
-    /// Whether the driver says, by the available ring's flag, that it wants no interrupt.
+    /// Returns whether the driver asks for no interrupts, by the flag of the available ring.
     fn is_interrupt_suppressed(&self) -> bool {
         let address = GuestAddress(self.inner.get_ref().get_queue().avail_ring());
         let flags: Result<u16, _> = self.memory.memory().read_obj(address);
         flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT != 0)
     }
 
-    /// Reads how many notifications have come; an event descriptor sums them up.
+    /// Returns the number of notifications since the last read. An event descriptor sums them up.
     fn read_notifications(&self) -> io::Result<u64> {
         let kick = lock(&self.shared.kick);
         let mut count = [0; size_of::<u64>()];
@@ -131,7 +132,7 @@ impl VringT<AtomicGuestMemory> for Vring {
 
     fn needs_notification(&self) -> Result<bool, QueueError> {
         let needed = self.inner.needs_notification()?;
-        // The crate knows the event index, but not the flag that stands for it where there is none.
+        // The crate checks the event index. Without event index, it does not check the driver's flag.
         let by_flag = !self.inner.get_ref().get_queue().event_idx_enabled();
         Ok(needed && !(by_flag && self.is_interrupt_suppressed()))
     }
@@ -188,7 +189,8 @@ impl VringT<AtomicGuestMemory> for Vring {
         self.inner.set_kick(file);
     }
 
-    /// Never fails: an error would end the thread that watches the queues, silently. See [`Vring::failure`].
+    /// Counts the notifications, and returns whether the device must handle the queue. Never fails: an error would
+    /// silently end the thread that watches the queues. See [`Vring::failure`].
     fn read_kick(&self) -> io::Result<bool> {
         match self.read_notifications() {
             Ok(count) => {

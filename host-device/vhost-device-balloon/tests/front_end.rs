@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The server with a real front end, over real sockets.
+//! Tests of the server with a real front end over real sockets.
 
 mod common;
 
@@ -65,7 +65,7 @@ fn inflate_through_real_queues() {
     let mut qmp = server.qmp();
     let (_, why) = qmp.fail("balloon", &json!({ "value": 1 << 20 }));
     assert!(why.contains("no front end"), "{why}");
-    // As user-mode Linux has it: a pipe for the device's messages.
+    // A pipe for messages of the device, as in user-mode Linux.
     let mut vmm = Vmm::connect_with_pipe(&server.socket());
     vmm.start_driver(Features::NONE);
     qmp.event("DRIVER_STARTED", &json!({}));
@@ -76,7 +76,8 @@ fn inflate_through_real_queues() {
     assert_eq!(vmm.config(8), [2, 0, 0, 0, 0, 0, 0, 0]);
     let before = qmp.run("query-guest-memory")["allocated"].as_u64().unwrap();
     let pfn = |address: u64| ((address >> 12) as u32).to_le_bytes();
-    // The pages of the rings: they take space, and the next use of them takes it again.
+    // The first page holds the request: writing the request allocates the page, and the inflation releases it. The
+    // second page was never allocated.
     vmm.send(
         Queue::Inflate,
         &[pfn(START + 0x10_0000), pfn(Vmm::FREE)].concat(),
@@ -119,7 +120,7 @@ fn r13_a_silent_connection_is_no_front_end() {
     for _ in 0..3 {
         drop(UnixStream::connect(server.socket()).unwrap());
     }
-    // This one stays and says nothing, and is in nobody's way.
+    // This connection sends nothing, and does not block others.
     let _silent = UnixStream::connect(server.socket()).unwrap();
     let vmm = Vmm::connect(&server.socket());
     qmp.event("FRONTEND_CONNECTED", &json!({}));
@@ -164,7 +165,7 @@ fn r16_a_qmp_client_that_disconnects_leaves_the_hint_round_to_others() {
         (&state["status"], &state["blocks"]),
         (&json!("started"), &json!(1))
     );
-    // The other one ends it, and the guest is told to take its pages back.
+    // The other client ends the hint round, and the guest is notified that it may free its hinted blocks.
     second.run("free-page-hint-done");
     vmm.config_change();
     assert_eq!(vmm.cmd_id(), 1);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device as a migration's source of hints, with a driver behind a real front end.
+//! Tests of the device as the hint source of a migration, with a driver behind a real front end.
 
 mod common;
 
@@ -25,7 +25,7 @@ use vhost_device_balloon::session::Session;
 const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
 const DISCARD: Features = HINT.union(Features::KEEPS_HINTED_UNTIL_RETURNED);
 
-/// A device with a driver, claimed by a migration.
+/// A device with a driver that a migration has claimed.
 struct Fixture {
     device: Arc<Mutex<Device>>,
     session: Option<Session>,
@@ -85,14 +85,14 @@ impl Fixture {
         self.vmm.as_mut().unwrap()
     }
 
-    /// Opens the window, and returns the id that the driver sees.
+    /// Opens the window, and returns the id that the driver reads.
     fn open(&mut self) -> u32 {
         let window = self.window.take().unwrap();
         self.hints().open(window).unwrap();
         self.vmm().cmd_id()
     }
 
-    /// Tries to, and returns why it does not open.
+    /// Fails to open the window, and returns the error.
     fn does_not_open(&mut self) -> String {
         let window = self.window.take().unwrap();
         let (window, error) = self.hints().open(window).unwrap_err();
@@ -100,7 +100,7 @@ impl Fixture {
         error.to_string()
     }
 
-    /// Closes the window, and returns how many pages are still dirty.
+    /// Closes the window, and returns the number of pages that are still dirty.
     fn close(&mut self) -> u64 {
         let sync = self.hints().close().unwrap().close();
         let dirty = sync.bitmap().dirty_pages();
@@ -132,7 +132,7 @@ fn r6_hints_count_between_open_and_close_only() {
     let mut it = Fixture::new(HINT, HINT);
     assert!(!it.hints().discards());
     let all = it.window.as_ref().unwrap().bitmap().dirty_pages();
-    // What comes before anybody asked belongs to nothing.
+    // A hint before any request belongs to no hint round.
     it.hint(0, 0x1000);
     let first = it.open();
     it.send_cmd_id(first);
@@ -143,7 +143,7 @@ fn r6_hints_count_between_open_and_close_only() {
         it.hints().wait(HANG_TIMEOUT, &cancel),
         WaitOutcome::Finished
     );
-    // R14: hints that come after the wait count as well, until the window is closed.
+    // R14: hints after the wait count until the window is closed.
     assert_eq!(it.close(), all - 4);
     assert_eq!(it.vmm().cmd_id(), 0);
     it.hint(0x4000, 0x1000);
@@ -171,7 +171,7 @@ fn r14_waiting_ends_at_its_limit_and_when_the_migration_is_given_up() {
     let limit = Duration::from_millis(50);
     assert_eq!(it.hints().wait(limit, &cancel), WaitOutcome::TimedOut);
     assert!(began.elapsed() >= limit);
-    // It has begun, and does not come to an end.
+    // The driver has started the round and does not finish it.
     it.send_cmd_id(id);
     assert_eq!(
         it.hints().wait(Duration::ZERO, &cancel),
@@ -195,7 +195,7 @@ fn r16_the_window_is_not_lost_with_the_driver_or_the_front_end() {
     let all = it.window.as_ref().unwrap().bitmap().dirty_pages();
     let cancel = it.cancel.clone();
 
-    // The driver is reset in the middle of a round, and starts anew.
+    // The driver is reset during a hint round, and restarts.
     let first = it.open();
     it.send_cmd_id(first);
     it.hint(0, 0x1000);
@@ -250,7 +250,7 @@ fn a_migration_has_exclusive_hinting_until_it_releases_the_claim() {
     refused(&it);
     it.open();
     refused(&it);
-    // R16: letting go with a window open is an end as well.
+    // R16: releasing the claim with an open window ends hinting.
     it.hints = None;
     assert_eq!(it.vmm().cmd_id(), 1);
     it.device().start_hinting().unwrap();
@@ -263,7 +263,7 @@ fn a_migration_has_exclusive_hinting_until_it_releases_the_claim() {
 #[test]
 fn changed_memory_invalidates_the_claim_and_no_hint_counts() {
     let mut it = Fixture::new(HINT, HINT);
-    // The same once more, as a front end sends it when the guest goes on after a pause.
+    // The same memory again, as a front end sends it when the guest resumes after a pause.
     it.vmm().share_memory();
     it.open();
     assert!(it.invalidations.try_recv().is_err());

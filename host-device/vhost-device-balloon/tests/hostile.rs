@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Migrations of guests whose drivers lie. A guest can hurt itself only: whatever it says, the destination has each page that
-//! it wrote, or the migration fails and says why; and nothing takes longer than its limit.
+//! Migrations of guests with hostile drivers. A guest can harm only itself. Whatever the driver sends, either the
+//! destination has each page that the guest wrote, or the migration fails with an error. No timeout is exceeded.
 
 mod common;
 
@@ -17,28 +17,28 @@ use serde_json::{json, Value};
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
 
-/// Also the promise to keep hinted blocks, which these drivers break when they like.
+/// Includes the promise to keep hinted blocks. These drivers break it.
 const FEATURES: Features = Features::STATS_VQ
     .union(Features::FREE_PAGE_HINT)
     .union(Features::KEEPS_HINTED_UNTIL_RETURNED);
 const PAGE: usize = 4096;
-/// How long a migration waits for hints that do not come, or do not come to an end.
+/// The timeout for hints that never come or never end.
 const SHORT: Duration = Duration::from_millis(300);
-/// How long it waits where the driver says when it is done, however late that is.
+/// The timeout for hints of a driver that finishes its round, however late.
 const LONG: Duration = Duration::from_secs(600);
 
-/// A guest whose memory is full, on its way to a destination, and asked for its free pages.
+/// A migration of a guest whose memory is full. The guest has been asked for hints.
 struct Migration {
     server: TestServer,
     qmp: QmpClient,
     vmm: Vmm,
     destination_memory: PathBuf,
     receiver: JoinHandle<Result<Received, StreamError>>,
-    /// The id under which it was asked.
+    /// The id of the hint round.
     id: u32,
 }
 
-/// What came of it.
+/// The result of a migration.
 struct MigrationResult {
     status: Value,
     source_memory: Vec<u8>,
@@ -46,12 +46,12 @@ struct MigrationResult {
 }
 
 impl Migration {
-    /// The driver will say when it is done.
+    /// Starts a migration whose driver finishes the hint round.
     fn begin() -> Self {
         Self::with_hint_timeout(LONG)
     }
 
-    /// It waits so long for hints.
+    /// Starts a migration that waits for hints for at most `limit`.
     fn with_hint_timeout(limit: Duration) -> Self {
         let server = TestServer::start(FEATURES, false);
         let mut qmp = server.qmp();
@@ -64,12 +64,12 @@ impl Migration {
         let folder = server.directory.path();
         let (socket, destination_memory) = (folder.join("ram.sock"), folder.join("there"));
         let uri = format!("unix:{}", socket.display());
-        // It listens before anybody is told of it.
+        // The receiver listens before the migration knows its address.
         let listener = Listener::bind(&uri.parse().unwrap()).unwrap();
         let destination = Destination::with_file(&destination_memory);
         let receiver = Receiver::new(listener, destination, ReceiverOptions::default()).unwrap();
         let receiver = thread::spawn(move || receiver.run());
-        // Nobody has to pause this guest: it does nothing but what the test does.
+        // This guest needs no VMM to pause it: the test performs all of its writes.
         ok(
             &mut qmp,
             "migrate-set-capabilities",
@@ -102,13 +102,13 @@ impl Migration {
         self.vmm.offer(Queue::FreePage, address, length, true);
     }
 
-    /// Says what the device waits for, and that this is all.
+    /// Sends the id that the device waits for, and STOP.
     fn end_honestly(&mut self) {
         self.send_cmd_id(self.id);
         self.send_cmd_id(0);
     }
 
-    /// Lets it go on to its end.
+    /// Lets the migration complete.
     fn finish(mut self) -> MigrationResult {
         self.qmp
             .event("MIGRATION", &json!({ "status": "pre-switchover" }));
@@ -141,7 +141,7 @@ fn ok(qmp: &mut QmpClient, command: &str, arguments: &Value) {
 }
 
 impl MigrationResult {
-    /// The addresses of pages that differ.
+    /// Returns the addresses of pages that differ.
     fn different(&self) -> Vec<u64> {
         assert_eq!(self.source_memory.len(), self.destination_memory.len());
         let pages = self
@@ -173,7 +173,7 @@ impl MigrationResult {
         self.status["ram"][name].as_u64().unwrap()
     }
 
-    /// What the guest has written of itself is what the destination has.
+    /// Checks that the page at the destination has the `content` that the guest wrote.
     fn holds(&self, address: u64, content: u64) {
         let at = address as usize;
         let page = &self.destination_memory[at..at + PAGE];
@@ -181,7 +181,7 @@ impl MigrationResult {
     }
 }
 
-/// The others lie; this one shows that hints count when they do not.
+/// Shows that honest hints count. The drivers of the other tests are hostile.
 #[test]
 fn r15_an_honest_driver_spares_its_pages() {
     let mut migration = Migration::begin();
@@ -205,7 +205,7 @@ fn r14_a_driver_that_never_answers_is_waited_for_no_longer_than_the_limit() {
     result.is_whole();
     result.holds(Vmm::FREE, Vmm::FREE);
     assert_eq!(result.pages("skipped"), 0);
-    // A wait without a limit would never end.
+    // A wait without a timeout would never end.
     assert!(result.waited() >= SHORT, "{}", result.status);
 }
 
@@ -273,7 +273,7 @@ fn r5_hints_outside_memory_or_across_its_end_are_applied_nowhere_else() {
         migration.vmm.post(Queue::FreePage, address, length, true);
         migration.vmm.wait_used(Queue::FreePage);
     }
-    // Half of it is memory, and counts; it goes on at no other place.
+    // Half of the block is guest memory, and counts. The other half applies nowhere else.
     migration
         .vmm
         .post(Queue::FreePage, START + LENGTH - 0x10_0000, 0x20_0000, true);
@@ -296,17 +296,18 @@ fn r6_r17_a_page_that_is_written_after_its_hint_is_at_the_destination() {
         if index % 2 == 0 {
             migration.hint(address, 0x2_0000);
         } else {
-            // It does not even wait until the device has seen the hint.
+            // The driver does not even wait until the device has seen the hint.
             migration.vmm.post(Queue::FreePage, address, 0x2_0000, true);
         }
-        // Its old content as well: a page that holds what it always held must not pass for one that was left alone.
+        // Writes the old content to the first page: the page must be sent although its content has not changed.
         migration
             .vmm
             .write(address, &address.to_le_bytes().repeat(PAGE / 8));
         migration
             .vmm
             .write(address + 0x1000, &MINE.to_le_bytes().repeat(PAGE / 8));
-        // Until the device is done with it, what it does to the page is the driver's own fault.
+        // Until the buffer is used, the device may discard the pages after these writes. That is the fault of the
+        // driver, so it writes again.
         migration.vmm.wait_used(Queue::FreePage);
         migration
             .vmm
@@ -326,13 +327,13 @@ fn r6_r17_a_page_that_is_written_after_its_hint_is_at_the_destination() {
     assert_eq!(result.pages("skipped"), 8 * 0x1e);
 }
 
-/// The device makes a page zero that holds the very ring through which it was told to. What the guest loses is its own.
+/// The device discards the page with the ring through which the hint came. The guest loses only its own data.
 #[test]
 fn r17_a_driver_that_hints_its_own_rings_hurts_itself_only() {
     let mut migration = Migration::begin();
     migration.send_cmd_id(migration.id);
     migration.vmm.post(Queue::FreePage, START, 0x10_0000, true);
-    // The ring does not tell when the device is done with it.
+    // The ring is discarded, so it does not show when the buffer is used.
     let end = Instant::now() + HANG_TIMEOUT;
     while migration.qmp.run("query-free-page-hint")["blocks"] != 1 {
         assert!(Instant::now() < end, "the hint does not count");

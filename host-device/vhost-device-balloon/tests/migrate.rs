@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Migrations, with a driver that hints and a receiver, all over real sockets.
+//! Tests of migrations with a hinting driver and a receiver, over real sockets.
 
 mod common;
 
@@ -26,17 +26,17 @@ use vhost_device_balloon::server::Exit;
 
 const HINT: Features = Features::STATS_VQ.union(Features::FREE_PAGE_HINT);
 const DISCARD: Features = HINT.union(Features::KEEPS_HINTED_UNTIL_RETURNED);
-/// What the driver says is free.
+/// Bytes that the driver hints.
 const FREE_BYTES: u32 = 0x10_0000;
 
-/// A guest, in which a driver and nothing else runs, and its VMM.
+/// A guest that runs only a driver, and its VMM.
 struct Guest {
     stop: Arc<AtomicBool>,
     driver: JoinHandle<Vmm>,
 }
 
 impl Guest {
-    /// The driver answers as long as it runs, if it `answers` at all.
+    /// Starts a driver. It answers hint requests if `answers` is set.
     fn start(mut vmm: Vmm, answers: bool) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
@@ -63,7 +63,7 @@ impl Guest {
     }
 }
 
-/// Everything that a migration needs.
+/// The sockets and the VMM of a migration.
 struct Fixture {
     directory: tempfile::TempDir,
     vmm_qmp: FakeVmmQmp,
@@ -98,7 +98,7 @@ impl Fixture {
         json!({ "uri": self.uri(), "vmm-qmp": self.vmm_qmp.path })
     }
 
-    /// Begins a migration.
+    /// Starts a migration.
     fn migrate(&self, qmp: &mut QmpClient) {
         ok(qmp, "migrate", &self.arguments());
     }
@@ -127,7 +127,7 @@ fn until(qmp: &mut QmpClient, status: &str) -> Value {
     qmp.run("query-migrate")
 }
 
-/// A VMM whose driver runs, with content in every page of its memory.
+/// Returns a VMM whose driver runs and whose guest memory has content in every page.
 fn filled(socket: &std::path::Path, accepted: Features, qmp: &mut QmpClient) -> Vmm {
     let mut vmm = Vmm::connect(socket);
     let pages = LENGTH >> 12;
@@ -152,7 +152,7 @@ fn memory_is_migrated_and_hinted_pages_are_not_sent() {
     let (server, mut qmp) = server(DISCARD);
     let vmm = filled(&server.socket(), DISCARD, &mut qmp);
     let guest = Guest::start(vmm, true);
-    // The driver answers, however late.
+    // The timeout is long, because the driver always answers.
     set(&mut qmp, &json!({ "free-page-hint-wait": 600_000 }));
     let receiving = fixture.receive();
     assert_eq!(qmp.run("query-migrate")["status"], "none");
@@ -175,7 +175,7 @@ fn memory_is_migrated_and_hinted_pages_are_not_sent() {
     assert_eq!(ram["skipped"], free, "{status}");
     assert_eq!(ram["remaining"], 0);
     assert_eq!(ram["total"], START + LENGTH);
-    // All but what was free and, of the rings, what is zero.
+    // All pages except the free ones and the zero pages of the rings.
     let normal = ram["normal"].as_u64().unwrap();
     let (pages, rings) = (LENGTH >> 12, 3 * 3);
     assert!(
@@ -191,7 +191,7 @@ fn memory_is_migrated_and_hinted_pages_are_not_sent() {
     assert!(there == vmm.bytes(), "the memory is the same");
     assert!(!Destination::marker(&fixture.memory_file()).exists());
 
-    // The operator may want it back.
+    // The guest can be resumed here.
     qmp.run("cont");
     assert_eq!(fixture.vmm_qmp.commands(), ["stop", "cont"]);
     let (_, why) = qmp.fail("cont", &json!({}));
@@ -206,7 +206,7 @@ fn memory_is_migrated_and_hinted_pages_are_not_sent() {
 fn r17_hints_are_ignored_where_nothing_else_is_sound_and_it_says_so() {
     let fixture = Fixture::new();
     let (server, mut qmp) = server(DISCARD);
-    // As Linux's own driver: it hints, and does not keep its blocks.
+    // As Linux's own driver, this one hints and does not keep its hinted blocks.
     let vmm = filled(&server.socket(), HINT, &mut qmp);
     let guest = Guest::start(vmm, true);
     set(
@@ -244,7 +244,7 @@ fn it_goes_without_hints_where_there_are_none() {
         assert!(receiving.join().unwrap().unwrap().content_checked);
         assert_eq!(status["tracking"]["free-page-hint"], false, "{status}");
         assert_eq!(status["ram"]["missed"], 0, "{status}");
-        // The VMM knows that its guest is paused; once that is told to go on, there can be another.
+        // The VMM reports that its guest is paused. After it resumes the guest, another migration is possible.
         let vmm_knows = until_failed(&fixture, &mut qmp);
         assert!(vmm_knows.contains("does not run"), "{attempt}: {vmm_knows}");
         fixture.vmm_qmp.cont();
@@ -255,7 +255,7 @@ fn it_goes_without_hints_where_there_are_none() {
     server.stop();
 }
 
-/// Migrates, and returns why that fails.
+/// Starts a migration that fails, and returns its error.
 fn until_failed(fixture: &Fixture, qmp: &mut QmpClient) -> String {
     qmp.events.clear();
     fixture.migrate(qmp);
@@ -276,7 +276,7 @@ fn r14_a_silent_guest_delays_it_by_the_limit_at_most() {
     receiving.join().unwrap().unwrap();
     let waits = status["rounds"].as_array().unwrap().iter();
     let waited: u64 = waits.map(|it| it["hint-wait-us"].as_u64().unwrap()).sum();
-    // It would wait without end if it had no limit.
+    // Without a timeout the wait would never end.
     assert!(waited >= 100_000, "{status}");
     assert_eq!(status["ram"]["skipped"], 0);
     let mut vmm = guest.end();
@@ -292,7 +292,7 @@ fn r16_it_can_be_cancelled_at_any_point_and_the_guest_has_its_pages() {
     let guest = Guest::start(vmm, false);
     let path = fixture.directory.path().join("ram");
 
-    // Nobody accepts the stream.
+    // This socket does not accept the stream.
     let deaf = UnixListener::bind(&path).unwrap();
     fixture.migrate(&mut qmp);
     qmp.event("MIGRATION", &json!({ "status": "setup" }));
@@ -302,7 +302,7 @@ fn r16_it_can_be_cancelled_at_any_point_and_the_guest_has_its_pages() {
     drop(deaf);
     fs::remove_file(&path).unwrap();
 
-    // It waits for hints that do not come.
+    // The migration waits for hints that do not come.
     set(&mut qmp, &json!({ "free-page-hint-wait": 600_000 }));
     let receiving = fixture.receive();
     fixture.migrate(&mut qmp);
@@ -313,7 +313,7 @@ fn r16_it_can_be_cancelled_at_any_point_and_the_guest_has_its_pages() {
     assert!(receiving.join().unwrap().is_err());
     assert!(Destination::marker(&fixture.memory_file()).exists());
 
-    // It sends, so slowly that it cannot have sent all before it is told to stop.
+    // The migration sends so slowly that it cannot complete before it is cancelled.
     let slow = json!({ "free-page-hint-wait": 0, "max-bandwidth": 10_000 });
     set(&mut qmp, &slow);
     let receiving = fixture.receive();
@@ -328,7 +328,7 @@ fn r16_it_can_be_cancelled_at_any_point_and_the_guest_has_its_pages() {
     until(&mut qmp, "cancelled");
     assert!(receiving.join().unwrap().is_err());
 
-    // It waits to be continued.
+    // The migration waits for `migrate-continue`.
     set(&mut qmp, &json!({ "max-bandwidth": 0 }));
     pause_before_switchover(&mut qmp);
     let receiving = fixture.receive();
@@ -346,7 +346,7 @@ fn r16_it_can_be_cancelled_at_any_point_and_the_guest_has_its_pages() {
     );
     let mut vmm = guest.end();
     assert_eq!(vmm.cmd_id(), 1);
-    // Cancelling nothing is no error, as in QEMU.
+    // As in QEMU, it is no error to cancel when no migration is in progress.
     qmp.run("migrate_cancel");
     server.stop();
 }
@@ -417,7 +417,7 @@ fn one_migration_at_a_time_and_hinting_is_its_own() {
     let guest = Guest::start(vmm, true);
     pause_before_switchover(&mut qmp);
     let receiving = fixture.receive();
-    // A round of the operator's gives way.
+    // The migration ends the hint round of a QMP client.
     qmp.run("free-page-hint-start");
     fixture.migrate(&mut qmp);
     until(&mut qmp, "pre-switchover");
@@ -434,7 +434,7 @@ fn one_migration_at_a_time_and_hinting_is_its_own() {
     );
     until(&mut qmp, "completed");
     receiving.join().unwrap().unwrap();
-    // Whoever asked for the pause has made it himself.
+    // With `pause-before-switchover`, the migration does not pause the guest.
     assert_eq!(fixture.vmm_qmp.commands(), [""; 0]);
     let vmm = guest.end();
     assert!(fs::read(fixture.memory_file()).unwrap() == vmm.bytes());
@@ -473,11 +473,11 @@ fn a_balloon_that_is_unplugged_for_the_switchover_does_not_end_it() {
     fixture.migrate(&mut qmp);
     until(&mut qmp, "pre-switchover");
     let vmm = guest.end();
-    // The guest works on after the balloon is gone; then it is paused.
+    // The guest writes after the balloon is unplugged. Then it is paused.
     let memory = vmm.unplug();
     qmp.event("FRONTEND_DISCONNECTED", &json!({}));
     memory.write(Vmm::FREE + 0x1234, &[7; 0x2000]);
-    // Another front end has to wait: the guest that is being moved has not ended.
+    // Another front end is refused until the migration has ended.
     let mut other = std::os::unix::net::UnixStream::connect(server.socket()).unwrap();
     other.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
     let end = std::io::Read::read(&mut other, &mut [0]);
@@ -491,7 +491,7 @@ fn a_balloon_that_is_unplugged_for_the_switchover_does_not_end_it() {
     assert_eq!(status["status"], "completed");
     receiving.join().unwrap().unwrap();
     assert!(fs::read(fixture.memory_file()).unwrap() == memory.bytes());
-    // It has stayed for who wants to know, and ends now.
+    // The server stays until its QMP clients have disconnected. Then it ends.
     drop(qmp);
     assert!(matches!(server.join(), Ok(Exit::FrontEndDisconnected(_))));
 }
@@ -565,7 +565,7 @@ fn a_vmm_that_does_not_answer_is_an_error_before_anything_is_sent() {
     let why = status["error-desc"].as_str().unwrap();
     assert!(why.contains("nowhere"), "{why}");
     assert_eq!(qmp.run("query-free-page-hint")["blocks"], 0);
-    // Hinting is the operator's again.
+    // QMP clients can use hinting again.
     qmp.run("free-page-hint-start");
     let _vmm = guest.end();
     server.stop();
@@ -586,7 +586,7 @@ fn r16_a_daemon_that_is_told_to_end_gives_up_and_the_guest_has_its_pages() {
     assert!(vmm.cmd_id() > 1);
     program.signal(Signal::TERM);
     vmm.config_change();
-    // It stays for the driver to hear it, but not for long: a late driver finds the connection closed.
+    // The program waits for the driver to read DONE, but not for long: a slow driver finds the connection closed.
     let heard = vmm.last_cmd_id();
     assert!(heard.is_none_or(|command| command == 1), "{heard:?}");
     qmp.event("MIGRATION", &json!({ "status": "cancelled" }));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The program as a process: signals, sockets, sleep.
+//! Tests of the program as a process: signals, sockets, idle time.
 
 mod common;
 
@@ -48,7 +48,7 @@ fn r13_a_second_program_is_refused_and_a_dead_one_is_replaced() {
     assert_eq!(output.status.code(), Some(1));
     assert!(log.contains("is in use by a running process"), "{log}");
 
-    // The first was not disturbed; then it dies in the middle of a round.
+    // The first program still works. Then it is killed during a hint round.
     let mut vmm = Vmm::connect(&first.socket);
     vmm.start_driver(HINT);
     let mut qmp = QmpClient::connect(&first.qmp);
@@ -82,12 +82,12 @@ fn a_front_end_that_disconnects_during_a_hint_round_is_reported() {
     assert!(empty(directory.path()));
 }
 
-/// Context switches and CPU time, in clock ticks, of each thread of a process.
+/// Returns context switches and CPU time in clock ticks of each thread of a process.
 fn activity(id: u32) -> BTreeMap<OsString, (u64, u64)> {
     let mut threads = BTreeMap::new();
     for task in fs::read_dir(format!("/proc/{id}/task")).unwrap() {
         let task = task.unwrap();
-        // A thread may end while it is looked at.
+        // A thread may end while its files are read.
         let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
         let switches = read("status")
             .lines()
@@ -121,7 +121,7 @@ fn r1_it_sleeps_while_a_hint_round_waits_for_the_guest() {
     let id = qmp.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
     vmm.send(Queue::FreePage, &id.to_le_bytes());
     qmp.event("FREE_PAGE_HINT", &json!({ "status": "started" }));
-    // It has something to do until it sleeps, and a busy host may keep it from that for a while. Then it does nothing.
+    // The program has some work left before it sleeps, and a busy host may delay that. After that it does nothing.
     let limit = Instant::now() + HANG_TIMEOUT;
     loop {
         let before = activity(program.id());
@@ -152,7 +152,7 @@ fn r17_the_log_says_once_why_nothing_is_discarded() {
         let mut qmp = QmpClient::connect(&program.qmp);
         for _ in 0..2 {
             vmm.start_driver(accepted);
-            // Until each queue is known to have begun anew, the driver may be taken for the one before.
+            // Until the device has seen that the queues restarted, it may take the new driver for the previous one.
             vmm.send(Queue::FreePage, &[0; 4]);
             let id = qmp.run("free-page-hint-start")["id"].as_u64().unwrap() as u32;
             vmm.send(Queue::FreePage, &id.to_le_bytes());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The operators' socket.
+//! Tests of the QMP socket.
 
 mod common;
 
@@ -105,7 +105,7 @@ fn oversized_input_ends_the_session() {
     let mut qmp = server.qmp();
     let mut long = b"{\"execute\":\"".to_vec();
     long.resize(100_000, b'x');
-    // The server may have ended the conversation before the last byte is out.
+    // The server may end the session before it has read the last byte.
     let _ = qmp.try_send(&long);
     let answer = qmp.answer();
     assert!(
@@ -116,7 +116,7 @@ fn oversized_input_ends_the_session() {
         "{answer}"
     );
     assert_eq!(qmp.read(), Value::Null);
-    // Others are not concerned.
+    // Other clients are not affected.
     server.qmp().run("query-version");
     server.stop();
 }
@@ -131,7 +131,7 @@ fn several_qmp_clients_at_once_up_to_a_limit() {
         qmp.run("query-version");
     }
     qmp_clients.clear();
-    // A place is free as soon as one has gone.
+    // A place becomes free when a client has disconnected.
     loop {
         let mut qmp = QmpClient::connect_without_negotiation(&server.directory.path().join("qmp"));
         if qmp.read().get("QMP").is_some() {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The operator's side of the balloon.
+//! Operations of QMP clients on the balloon: target size, hinting, statistics, status. The caller
+//! holds the device's lock.
 
 use shared_abi::command::HintId;
 use shared_abi::features::Features;
@@ -15,11 +16,12 @@ use crate::memory::Ram;
 use crate::vring::Vring;
 
 impl Device {
-    /// Sets the size that guest memory should have outside the balloon, in bytes.
+    /// Sets the target: the size in bytes of guest memory outside the balloon. Notifies the driver if the number
+    /// of balloon pages changes.
     ///
     /// # Errors
     ///
-    /// If the size is 0, or guest memory is not known yet.
+    /// If the size is 0, if guest memory is not known yet, or if the balloon would need more than 2^32 - 1 pages.
     pub fn set_target(&mut self, bytes: u64) -> Result<(), BalloonError> {
         if bytes == 0 {
             return Err(BalloonError::ZeroTarget);
@@ -35,7 +37,7 @@ impl Device {
         Ok(())
     }
 
-    /// The size of guest memory outside the balloon, in bytes, as the driver says.
+    /// Returns the size in bytes of guest memory outside the balloon, as reported by the driver.
     ///
     /// # Errors
     ///
@@ -58,12 +60,11 @@ impl Device {
         }
     }
 
-    /// Begins a round of hinting with all pages dirty, and returns its id. A round that is under way is
-    /// cancelled.
+    /// Starts a hint round with all pages dirty, and returns its id. Cancels a hint round in progress.
     ///
     /// # Errors
     ///
-    /// If no driver is there that could answer.
+    /// If the driver cannot answer, a migration has claimed hinting, guest memory cannot be tracked, or no id is free.
     pub fn start_hinting(&mut self) -> Result<HintId, HintingError> {
         self.detect_driver_restart();
         self.check_hinting_available()?;
@@ -73,12 +74,11 @@ impl Device {
         self.publish_hint_round(cmd_id, result)
     }
 
-    /// Does what a dirty sync does to hinting: the id dies, and hints are wanted under a new one, which is
-    /// returned.
+    /// Performs the hinting part of a dirty sync: ends the hint round and starts another one. Returns the new id.
     ///
     /// # Errors
     ///
-    /// If no round is under way, or no driver is there any more.
+    /// If no hint round is in progress, the driver cannot answer, a migration has claimed hinting, or no id is free.
     pub fn sync_hinting(&mut self) -> Result<HintId, HintingError> {
         self.detect_driver_restart();
         self.check_hinting_available()?;
@@ -88,35 +88,35 @@ impl Device {
         self.publish_hint_round(cmd_id, result)
     }
 
-    /// Hints are of no use now: config space shows STOP, and the driver keeps its blocks.
+    /// Stops the hint round: config space shows STOP, and the driver keeps its hinted blocks. Does nothing after DONE.
     pub fn stop_hinting(&mut self) {
         let changes = self.hinting.stop();
         self.publish_changes(changes);
     }
 
-    /// Hinted blocks are of no more use: config space shows DONE, and the driver takes them back.
+    /// Ends hinting: config space shows DONE, and the driver frees its hinted blocks.
     pub fn finish_hinting(&mut self) {
         let changes = self.hinting.done();
         self.publish_changes(changes);
     }
 
-    /// The state of hinting.
+    /// Returns the state of hinting.
     pub fn hinting_status(&self) -> HintingStatus {
         self.hinting.status()
     }
 
-    /// The runs of pages that hints have spared, as (guest physical address, bytes): at most `limit` of those
-    /// that end after the address `from`. How many there are is the guest's to say; hence the limit.
+    /// Returns the runs of pages that hints have skipped, as (guest physical address, bytes): at most `limit` runs
+    /// that end after the address `from`. The limit is needed because the guest determines the number of runs.
     pub fn hinted_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
         self.hinting.hinted_ranges(from, limit)
     }
 
-    /// Guest memory, to be looked at without holding the device.
+    /// Returns a copy of the map of guest memory, for use without the device's lock.
     pub fn ram(&self) -> Ram {
         self.ram.clone()
     }
 
-    /// The state of the connection.
+    /// Returns the state of the connection.
     pub fn virtio_status(&self) -> VirtioStatus {
         let none = Connection::default();
         let connection = self.connection.as_ref().unwrap_or(&none);
@@ -159,7 +159,7 @@ impl Device {
         }
     }
 
-    /// The last statistics.
+    /// Returns the latest statistics.
     pub fn stats(&self) -> StatsReport {
         StatsReport {
             values: self.stats.values().to_vec(),
@@ -168,7 +168,7 @@ impl Device {
         }
     }
 
-    /// Asks the driver for new statistics, and says whether that was possible.
+    /// Returns the statistics buffer to the driver, which requests new statistics. Returns whether that was possible.
     pub fn request_stats(&mut self) -> bool {
         self.detect_driver_restart();
         if !self.is_running() {
@@ -190,11 +190,11 @@ impl Device {
         requested
     }
 
-    /// Checks that no migration has hinting.
+    /// Checks that no migration has claimed hinting.
     ///
     /// # Errors
     ///
-    /// If one has.
+    /// [`HintingError::Migrating`] if a migration has.
     pub fn check_unclaimed(&self) -> Result<(), HintingError> {
         match self.claim {
             Some(_) => Err(HintingError::Migrating),
@@ -222,7 +222,7 @@ impl Device {
         Ok(())
     }
 
-    /// Passes on what issuing an id has changed, also if it failed after it had ended a round.
+    /// Publishes the changes of a request for a new id. A failed request may still have ended a hint round.
     fn publish_hint_round(
         &mut self,
         before: shared_abi::command::CommandId,

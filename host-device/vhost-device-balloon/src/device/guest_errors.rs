@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest's mistakes: counted all, logged at a bounded rate.
+//! Errors of the guest: all of them are counted, and their log messages are rate-limited.
 
 use std::time::{Duration, Instant};
 
@@ -9,11 +9,11 @@ use tracing::warn;
 
 use super::request::RequestError;
 
-/// How many mistakes are logged in one [`RATELIMIT_INTERVAL`].
+/// The number of errors that are logged in one [`RATELIMIT_INTERVAL`].
 const RATELIMIT_BURST: u32 = 5;
 const RATELIMIT_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The count of mistakes and the state of the log's limit.
+/// Counts the errors of the guest, and limits the rate of their log messages.
 #[derive(Debug)]
 pub struct GuestErrors {
     total: u64,
@@ -36,7 +36,7 @@ impl Default for GuestErrors {
 }
 
 impl GuestErrors {
-    /// Counts `error`, and logs it unless there were too many of late.
+    /// Counts `error`, and logs it unless this interval's limit is reached.
     pub fn record(&mut self, queue: Queue, error: &RequestError) {
         self.total = self.total.saturating_add(1);
         if self.period.elapsed() >= RATELIMIT_INTERVAL {
@@ -60,12 +60,12 @@ impl GuestErrors {
         }
     }
 
-    /// How many there were.
+    /// Returns the number of errors.
     pub fn total(&self) -> u64 {
         self.total
     }
 
-    /// The last one that was logged.
+    /// Returns the last error that was logged.
     pub fn last(&self) -> Option<&str> {
         self.last.as_deref()
     }

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Free page hinting: rounds, and what the driver's blocks do to the dirty bitmap.
+//! Free page hinting: hint rounds, and the effect of hinted blocks on the dirty bitmap.
 //!
-//! The protocol is [`shared_abi::hinting::device`]; the bitmap and the time in which hints count are
-//! [`guest_migration`]. This file joins the two: a block that the protocol accepts becomes a call of
-//! [`HintWindow::hint`], and there is a window exactly while a round is wanted.
+//! [`shared_abi::hinting::device`] implements the protocol. [`guest_migration`] implements the dirty bitmap and the
+//! hint window. This module connects them: each block that the protocol accepts becomes a call of
+//! [`HintWindow::hint`]. A window is open while a hint round is in progress. Under a migration's claim, the migration
+//! opens and closes the window.
 //!
 //! A hint spares *sending* a page (R17). It changes the page only if the driver has accepted
-//! [`KEEPS_HINTED_UNTIL_RETURNED`](shared_abi::features::Features::KEEPS_HINTED_UNTIL_RETURNED): any other driver
-//! may have given a block to somebody else before the device gets to see the hint. See [`Hinting::handle_free_block`].
+//! [`KEEPS_HINTED_UNTIL_RETURNED`](shared_abi::features::Features::KEEPS_HINTED_UNTIL_RETURNED). With any other
+//! driver, the guest may already use a block again when the device sees the hint. See [`Hinting::handle_free_block`].
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,14 +22,14 @@ use thiserror::Error;
 use super::request::{RequestError, Segment};
 use crate::memory::{Ram, RamLayoutError};
 
-/// The most bytes that one request discards: what is given back takes time for each page, and the device is locked
-/// meanwhile. Linux hints 4 MiB in a request.
+/// The most bytes that one request discards. Discarding takes time for each page, and the device is locked meanwhile.
+/// Linux hints 4 MiB per request.
 pub const MAX_DISCARD: u64 = 256 << 20;
 
-/// Why a hinting command of the operator cannot be done.
+/// Why a hinting command fails.
 #[derive(Debug, Error)]
 pub enum HintingError {
-    /// There is nobody to ask.
+    /// No front end is connected.
     #[error("no front end is connected: start the VMM with this device's socket first")]
     NoFrontEnd,
     /// The daemon does not offer the feature.
@@ -36,38 +37,38 @@ pub enum HintingError {
         "free page hinting is not offered: restart vhost-device-balloon with --free-page-hint"
     )]
     NotOffered,
-    /// The driver does not know the feature.
+    /// The driver did not accept the feature.
     #[error("the guest's driver did not accept free page hinting: it needs a driver that knows VIRTIO_BALLOON_F_FREE_PAGE_HINT")]
     NotNegotiated,
-    /// There is no driver, or the guest is paused.
+    /// No driver runs, or the guest is paused.
     #[error("the guest's driver is not running: load it, or let the guest run, and try again")]
     NoDriver,
-    /// The front end's memory does not fit a bitmap.
+    /// Guest memory cannot be tracked in a dirty bitmap.
     #[error("guest memory cannot be tracked: {0}")]
     Memory(#[from] RamLayoutError),
-    /// The driver has answered none of the ids that were issued.
+    /// No id is free: the driver has answered none of the last 2^31.
     #[error("no command id is free: the driver has not answered any of the last 2^31")]
     IdsExhausted,
-    /// A migration has hinting.
+    /// A migration has claimed hinting.
     #[error("a migration is under way, and hinting is its own: wait for its end, or give it up with migrate-cancel")]
     Migrating,
-    /// The memory has changed under a migration.
+    /// Guest memory changed during the migration.
     #[error("the guest's memory is not that any more which is being migrated")]
     MemoryChanged,
-    /// A sync without a round.
+    /// A dirty sync was requested without a hint round.
     #[error("no round of hinting is under way: start one with free-page-hint-start")]
     NoHintRound,
 }
 
-/// The right to change the dirty bitmap, in the form that the state of the round allows.
+/// Access to the dirty bitmap, in the form that the state of the hint round allows.
 #[derive(Debug)]
 enum BitmapAccess {
-    /// A round is wanted: hints clear bits.
+    /// A hint round is in progress: hints clear dirty bits.
     Hint(HintWindow),
-    /// No round is wanted: the bitmap stands as it is.
+    /// No hint round is in progress: the bitmap does not change.
     Sync(SyncPhase),
-    /// A migration has hinting. The window is here while it is open, and waits to be taken back after its round has
-    /// ended, for whatever reason.
+    /// A migration has claimed hinting. Holds the migration's window from [`Hinting::open_window`] until
+    /// [`Hinting::close_window`] returns it, even if the hint round ends earlier.
     Claimed(Option<HintWindow>),
 }
 
@@ -102,12 +103,12 @@ impl BitmapAccess {
     }
 }
 
-/// What one round has brought.
+/// Results of one hint round.
 #[derive(Clone, Copy, Debug)]
 struct HintRound {
     id: HintId,
     requested: Instant,
-    /// From the request to the driver's STOP, or to the operator's end if that came first.
+    /// Time from the request to the driver's STOP, or to the end of the round by the device if that came first.
     duration: Option<Duration>,
     blocks: u64,
     bytes: u64,
@@ -132,44 +133,46 @@ impl HintRound {
     }
 }
 
-/// The state of hinting as an operator sees it.
+/// State of hinting, as QMP clients see it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct HintingStatus {
-    /// How far the round has come.
+    /// Phase of the hint round.
     pub phase: Phase,
-    /// The last round's id, also when it has ended.
+    /// Id of the last hint round, even if it has ended.
     pub id: Option<HintId>,
-    /// Blocks that counted in the last round.
+    /// Blocks that were accepted in the last hint round.
     pub blocks: u64,
-    /// Bytes in these blocks.
+    /// Bytes in the whole pages that were hinted in the last hint round.
     pub bytes: u64,
-    /// Dirty bits that these blocks cleared.
+    /// Dirty bits that these hints cleared.
     pub pages_cleared: u64,
-    /// Pages of guest memory, 0 if no round was ever started.
+    /// Pages that the dirty bitmap covers: all RAM blocks. 0 without a bitmap: before the first hint round, after a
+    /// change of guest memory, after a migration, and while a migration holds the window.
     pub pages_total: u64,
-    /// Pages that are still to be sent.
+    /// Pages that are still dirty. 0 if there is no bitmap, as for `pages_total`.
     pub pages_dirty: u64,
-    /// From the request to the driver's STOP; up to now if it has not come.
+    /// Time from the request to the driver's STOP, or to the end of the round by the device if that came first. The
+    /// time so far, while the round is in progress.
     pub duration: Duration,
-    /// Bytes that hints have given back to the host, in all rounds.
+    /// Bytes that hints have discarded, in all hint rounds.
     pub bytes_discarded: u64,
-    /// Blocks that did not count, in all rounds.
+    /// Blocks that were ignored or rejected, in all hint rounds.
     pub ignored_blocks: u64,
-    /// Command ids that did not count, in all rounds.
+    /// Command ids that were ignored, in all hint rounds.
     pub stale_commands: u64,
 }
 
-/// What changed, for the caller to pass on.
+/// Changes that an operation made. The caller publishes them.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[must_use]
 pub struct HintingChanges {
-    /// Config space shows another command id.
+    /// Whether config space shows a different command id.
     pub config: bool,
-    /// The phase is another one.
+    /// Whether the phase changed.
     pub phase: bool,
 }
 
-/// Rounds of hinting.
+/// The device's side of free page hinting: protocol state, dirty bitmap and counters.
 #[derive(Debug, Default)]
 pub struct Hinting {
     state: State,
@@ -181,8 +184,8 @@ pub struct Hinting {
 }
 
 impl Hinting {
-    /// Hinting that goes on after another device's: the next round gets the id `next`, and with `over` the driver is
-    /// shown that no earlier one is of use any more.
+    /// Creates the hinting state that continues another device's. The next hint round gets the id `next`. With `over`,
+    /// config space shows DONE, so that the driver frees the blocks that it hinted before.
     pub fn from_saved_state(next: HintId, over: bool) -> Self {
         let mut hinting = Self {
             state: State::with_next_id(next),
@@ -194,27 +197,27 @@ impl Hinting {
         hinting
     }
 
-    /// The id that the next round gets.
+    /// Returns the id of the next hint round.
     pub fn next_id(&self) -> HintId {
         self.state.next_id()
     }
 
-    /// The command id for config space.
+    /// Returns the command id that config space shows.
     pub fn cmd_id(&self) -> CommandId {
         self.state.command()
     }
 
-    /// How far the round has come.
+    /// Returns the phase of the hint round.
     pub fn phase(&self) -> Phase {
         self.state.phase()
     }
 
-    /// Bytes that hints have given back to the host, in all rounds.
+    /// Returns the number of bytes that hints have discarded, in all hint rounds.
     pub fn bytes_discarded(&self) -> u64 {
         self.bytes_discarded
     }
 
-    /// The state as an operator sees it.
+    /// Returns the state, as QMP clients see it.
     pub fn status(&self) -> HintingStatus {
         let bitmap = self.bitmap_access.as_ref().and_then(BitmapAccess::bitmap);
         let hint_round = self.hint_round.as_ref();
@@ -237,7 +240,7 @@ impl Hinting {
         }
     }
 
-    /// The runs of pages that hints have spared, as (guest physical address, bytes): at most `limit` of those
+    /// Returns the runs of pages that hints have skipped, as (guest physical address, bytes): at most `limit` runs
     /// that end after the address `from`.
     pub fn hinted_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
         let bitmap = self.bitmap_access.as_ref().and_then(BitmapAccess::bitmap);
@@ -256,12 +259,13 @@ impl Hinting {
         })
     }
 
-    /// Begins a migration's first round: every page is dirty, and hints are wanted. A round that is under way
-    /// is cancelled first.
+    /// Starts the first hint round of a migration: marks all pages dirty, and requests hints. Cancels a
+    /// hint round in progress.
     ///
     /// # Errors
     ///
-    /// If the memory cannot be tracked, or no id is free. A round that was under way has ended then.
+    /// If guest memory cannot be tracked; a hint round in progress continues. If no id is free; a hint round
+    /// in progress has ended.
     pub fn start(&mut self, ram: &Ram) -> Result<HintingChanges, HintingError> {
         let sync = SyncPhase::new(&Arc::new(ram.layout()?)).map_err(RamLayoutError::from)?;
         sync.set_all();
@@ -269,12 +273,12 @@ impl Hinting {
         self.start_hint_round(Event::Start)
     }
 
-    /// A dirty sync: the window closes, the id dies, and a new window opens under a new id. What earlier hints
-    /// cleared stays clear.
+    /// Performs a dirty sync: closes the window, invalidates the id, and opens a new window under a new id. Bits that
+    /// earlier hints cleared stay clear.
     ///
     /// # Errors
     ///
-    /// If no round is under way, or no id is free.
+    /// If no hint round is in progress, or no id is free. Without a free id, the hint round in progress has ended.
     pub fn sync(&mut self) -> Result<HintingChanges, HintingError> {
         if self.phase().id().is_none() {
             return Err(HintingError::NoHintRound);
@@ -287,53 +291,53 @@ impl Hinting {
         })
     }
 
-    /// Hints are of no use now. The driver keeps its blocks.
+    /// Stops the hint round: config space shows STOP, and the driver keeps its hinted blocks. Does nothing after DONE.
     pub fn stop(&mut self) -> HintingChanges {
         self.end_hint_round(Event::Stop)
     }
 
-    /// Hinted blocks are of no more use: the driver takes them back.
+    /// Ends hinting: config space shows DONE, and the driver frees its hinted blocks.
     pub fn done(&mut self) -> HintingChanges {
         self.end_hint_round(Event::Done)
     }
 
-    /// The driver is gone, and with it what it held.
+    /// Handles a reset of the driver: ends the hint round, and config space shows STOP. Ids continue (R8).
     pub fn reset(&mut self) -> HintingChanges {
         self.end_hint_round(Event::Reset)
     }
 
-    /// The memory is another one: the bitmap means nothing any more.
+    /// Handles a change of guest memory: ends the hint round, and drops the dirty bitmap of the old memory.
     pub fn handle_memory_change(&mut self) -> HintingChanges {
         let changes = self.stop();
-        // A migration's window is the migration's to take back.
+        // A migration's window stays here until the migration closes it.
         if !matches!(self.bitmap_access, Some(BitmapAccess::Claimed(_))) {
             self.bitmap_access = None;
         }
         changes
     }
 
-    /// Lends hinting to a migration. A round that is under way ends.
+    /// Gives hinting to a migration. Ends a hint round in progress.
     pub fn claim(&mut self) -> HintingChanges {
         let changes = self.stop();
         self.bitmap_access = Some(BitmapAccess::Claimed(None));
         changes
     }
 
-    /// Takes hinting back from a migration.
+    /// Ends a migration's use of hinting.
     pub fn release_claim(&mut self) {
         self.bitmap_access = None;
     }
 
-    /// Whether the driver was ever asked for hints.
+    /// Returns whether any hint round was requested since the daemon started, from this driver or from an earlier one.
     pub fn has_requested_hints(&self) -> bool {
         self.hint_round.is_some()
     }
 
-    /// Asks for hints under a new id, which count in `window`.
+    /// Requests hints under a new id, and applies them to `window`.
     ///
     /// # Errors
     ///
-    /// If no id is free. The window comes back.
+    /// If no id is free. The error contains the window.
     pub fn open_window(
         &mut self,
         window: HintWindow,
@@ -351,7 +355,7 @@ impl Hinting {
         }
     }
 
-    /// A dirty sync of the migration begins: the id dies, and its window, if one was open, goes back.
+    /// Starts a dirty sync of the migration: invalidates the id, and returns the window if it was open.
     pub fn close_window(&mut self) -> (Option<HintWindow>, HintingChanges) {
         let changes = self.end_hint_round(Event::SyncStarts);
         match &mut self.bitmap_access {
@@ -360,7 +364,7 @@ impl Hinting {
         }
     }
 
-    /// The driver sent a command id.
+    /// Handles a command id that the driver sent.
     pub fn handle_cmd_id(&mut self, cmd_id: CommandId) -> HintingChanges {
         let before = self.phase();
         let action = self.step(Event::Command(cmd_id));
@@ -378,22 +382,22 @@ impl Hinting {
         }
     }
 
-    /// The driver sent a block of free pages. Its buffer is still the device's.
+    /// Handles a block of free pages that the driver sent. The device still owns the block's buffer.
     ///
-    /// With `discard` the memory of a block that counts is given back to the host, and reads as zeros before the
-    /// driver gets it back. Only a driver that keeps the block until then allows that (R17). Exactly the pages that
-    /// were made zero are struck out of the dirty bitmap: who compares what the destination has with what the guest
-    /// has may rely on it. What the host cannot free, and what is beyond [`MAX_DISCARD`], stays to be sent.
+    /// With `discard`, the memory of an accepted block is discarded: it reads as zeros before the driver gets the
+    /// buffer back. Only a driver that keeps the block until then allows this (R17). Exactly the discarded pages are
+    /// cleared in the dirty bitmap, and a comparison of source and destination memory relies on that. Pages that the
+    /// host cannot free, and bytes beyond [`MAX_DISCARD`], stay dirty.
     ///
-    /// A sender may be reading such a page at the same moment, because it took the page's dirty bit earlier. It
-    /// reads the old bytes, zeros, or some of each, and any of these will do: nobody relies on the content of a page
-    /// that is free, and whoever gets the page next writes to it first. A tracker that compares content notes the
-    /// bytes that were really sent, so it finds the page changed if they differ from the zeros, or from what the
-    /// guest writes there later; a tracker that notices writes sees those.
+    /// A sender that took the dirty bit of a page earlier may read the page at the same time. It reads the old bytes,
+    /// zeros, or a mix of both. All of these are correct: the content of a free page is irrelevant, and the next user
+    /// of the page writes it first. A tracker that compares content records the bytes that were sent. It finds the
+    /// page changed if these bytes differ from the zeros, or from a later write of the guest. A tracker that detects
+    /// writes finds the later write.
     ///
     /// # Errors
     ///
-    /// Names the first segment that is not in guest memory or cannot be discarded. The others count.
+    /// The first segment that is not in guest memory or cannot be discarded. The other segments are applied.
     pub fn handle_free_block(
         &mut self,
         segments: &[Segment],
@@ -449,7 +453,7 @@ impl Hinting {
         action
     }
 
-    /// Takes an event that brings no new id.
+    /// Applies an event that issues no new id. Closes the window, unless a migration owns it.
     fn end_hint_round(&mut self, event: Event) -> HintingChanges {
         let (phase, cmd_id) = (self.phase(), self.cmd_id());
         self.step(event);
@@ -463,7 +467,7 @@ impl Hinting {
         }
     }
 
-    /// Takes an event that brings a new id, and opens the window for it.
+    /// Applies an event that issues a new id, and opens the window, unless a migration owns it.
     fn start_hint_round(&mut self, event: Event) -> Result<HintingChanges, HintingError> {
         let cmd_id = self.cmd_id();
         let action = self.step(event);
@@ -482,16 +486,16 @@ impl Hinting {
     }
 }
 
-/// Makes the whole pages of a range zero, and strikes those out that are.
+/// Discards the whole pages of a range, and clears the dirty bits of the discarded pages.
 ///
-/// In this order: a page whose memory the host did not take back is still to be sent.
+/// The discard comes first, so that a page that the host did not free stays dirty.
 fn hint_and_discard(
     window: &HintWindow,
     ram: &Ram,
     start: u64,
     length: u64,
 ) -> Result<Hinted, RequestError> {
-    // The whole range goes through the same checks as without discarding (R5), before anything is touched.
+    // The whole range passes the same checks as without discarding (R5), before anything changes.
     let end = start
         .checked_add(length)
         .ok_or(HintError::Wraps { start, length })?;
@@ -514,6 +518,6 @@ fn hint_and_discard(
 }
 
 fn log_ignored(ignored: Ignored) {
-    // A round that was cut short leaves these behind; they are no errors.
+    // An interrupted hint round leaves such entries on the queue. They are no errors.
     tracing::trace!("ignored on the free page queue: {ignored:?}");
 }

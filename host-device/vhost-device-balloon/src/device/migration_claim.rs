@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Hinting in the hands of a migration.
+//! A migration's exclusive use of hinting.
 //!
-//! One migration at a time may claim hinting. From then until it lets go, rounds are its own: the operator's commands
-//! are refused, and it gives and takes back the window in which hints count. The device tells it when the memory or the
-//! front end goes. All of this happens under the device's lock and waits for nothing.
+//! One migration at a time may claim hinting. Until it releases the claim, the hinting commands of QMP clients are
+//! refused, and the migration opens and closes the hint window. The device reports to the migration when guest memory
+//! changes or the front end disconnects. All of this happens under the device's lock and never waits.
 
 use std::sync::Arc;
 
@@ -18,68 +18,70 @@ use super::Device;
 use crate::event_count::EventCount;
 use crate::memory::{HoleRecorder, RamLayoutError};
 
-/// What happens to the device while a migration has a claim on it.
+/// An event that invalidates a migration's claim.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Invalidated {
-    /// The front end shares other memory than that which is being migrated.
+    /// The front end shares different guest memory.
     MemoryChanged(String),
-    /// The front end has gone.
+    /// The front end disconnected.
     FrontEndDisconnected(String),
 }
 
-/// Who is told of [`Invalidated`], under the device's lock: it must not wait, nor lock the device.
+/// Callback for [`Invalidated`]. It runs under the device's lock: it must neither wait nor lock the device.
 pub type OnInvalidated = Box<dyn Fn(Invalidated) + Send>;
 
 /// A migration's claim.
 pub(super) struct MigrationClaim {
     on_invalidated: OnInvalidated,
-    /// The memory is another than that which the migration's window is about.
+    /// Whether guest memory is no longer the memory that the migration's window covers.
     is_invalidated: bool,
 }
 
-/// Why a migration cannot begin.
+/// Why a migration cannot claim hinting.
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
-    /// Another one has hinting.
+    /// Another migration has claimed hinting.
     #[error("a migration is under way already: one at a time")]
     AlreadyClaimed,
-    /// There is nothing to migrate.
+    /// No front end has shared guest memory.
     #[error(
         "no front end has shared its memory yet: start the VMM with this device's socket first"
     )]
     NoMemory,
-    /// Guest memory is not in files.
+    /// Guest memory cannot be migrated: for example, it is not in files.
     #[error("guest memory cannot be migrated: {0}")]
     Memory(#[from] RamLayoutError),
-    /// There is no memory for what has to be noted.
+    /// The host has no memory for the bitmap of punched pages.
     #[error(transparent)]
     Track(#[from] TrackingError),
 }
 
-/// What a migration gets with its claim.
+/// Resources that a migration gets with its claim.
 #[derive(Debug)]
 pub struct ClaimedResources {
     /// Guest memory.
     pub memory: Memory,
-    /// Where the device notes what it gives back to the host, under its lock, as long as the claim lasts.
+    /// Records the pages that the device releases or discards. The device updates it under its lock
+    /// while the claim lasts.
     pub punched: PunchedPages,
-    /// Whether the memory of hinted blocks is given back to the host before the guest may use them again.
+    /// Whether hinted blocks are discarded before the guest may use them again.
     pub discards: bool,
-    /// Whether hints could be had now, and why not.
+    /// Whether hints are available now; the error is the reason if they are not.
     pub hint_availability: Result<(), HintingError>,
 }
 
 impl Device {
-    /// What gives a signal whenever a round of hinting gets further, or whoever answers goes.
+    /// Returns the event count of hinting. It changes when a hint round changes its phase, when the driver reads the
+    /// command id, and when the claim is invalidated.
     pub fn hinting_events(&self) -> Arc<EventCount> {
         self.hinting_events.clone()
     }
 
-    /// Claims hinting, and guest memory as it is now, for a migration. A round of the operator's ends.
+    /// Claims hinting, and the current guest memory, for a migration. Ends a hint round in progress.
     ///
     /// # Errors
     ///
-    /// If another migration has it, or there is no memory that can be migrated.
+    /// If another migration has the claim, or guest memory cannot be migrated.
     pub fn claim(&mut self, on_invalidated: OnInvalidated) -> Result<ClaimedResources, ClaimError> {
         if self.claim.is_some() {
             return Err(ClaimError::AlreadyClaimed);
@@ -108,7 +110,8 @@ impl Device {
         })
     }
 
-    /// The migration is over: the guest takes its blocks back (R16), and the operator may give commands again.
+    /// Releases the claim at the end of the migration. The guest frees its hinted blocks (R16), and QMP clients
+    /// may use hinting again.
     pub fn release_claim(&mut self) {
         if self.claim.take().is_some() {
             self.ram.set_hole_recorder(None);
@@ -117,11 +120,12 @@ impl Device {
         }
     }
 
-    /// Asks the driver for hints under a new id, and lets them count in `window`.
+    /// Requests hints under a new id, and applies them to `window`.
     ///
     /// # Errors
     ///
-    /// If no driver is there that could answer. The window comes back.
+    /// If the driver cannot answer, guest memory has changed since the claim, or no id is free. The
+    /// error contains the window.
     pub fn open_window(
         &mut self,
         window: HintWindow,
@@ -139,7 +143,7 @@ impl Device {
         match self.hinting.open_window(window) {
             Ok(changes) => {
                 self.publish_changes(changes);
-                // `open_window` has just issued it.
+                // `open_window` has just issued the id.
                 Ok(self.hinting.phase().id().unwrap_or(HintId::FIRST))
             }
             Err((window, error)) => {
@@ -153,25 +157,25 @@ impl Device {
         }
     }
 
-    /// Ends the window, and gives it back if it was open: whatever has become of the driver.
+    /// Closes the window, and returns it if it was open, whatever the state of the driver.
     pub fn close_window(&mut self) -> Option<HintWindow> {
         let (window, changes) = self.hinting.close_window();
         self.publish_changes(changes);
         window
     }
 
-    /// Tells the driver that hinted blocks are of no more use, if it was ever asked for some.
+    /// Shows DONE to the driver, if any hint round was requested since the daemon started.
     pub fn finish_hinting_if_requested(&mut self) {
         if self.hinting.has_requested_hints() {
             self.finish_hinting();
         }
     }
 
-    /// Whether the driver has said all in the round `id`; an error if it will not say more, and why.
+    /// Returns whether the driver has finished the hint round `id`.
     ///
     /// # Errors
     ///
-    /// If the driver of that round has gone, or cannot answer.
+    /// Why the driver will not finish the round: it was reset or disconnected, or cannot answer.
     pub fn is_hint_round_finished(&mut self, id: HintId) -> Result<bool, String> {
         self.detect_driver_restart();
         match self.hinting.phase() {
@@ -184,7 +188,8 @@ impl Device {
         }
     }
 
-    /// Whether the driver knows of the last command, as far as it is there to hear of it.
+    /// Returns whether the driver has read the last command id. True if it cannot: its queues are stopped, or no
+    /// front end is connected.
     pub fn is_cmd_id_read(&self) -> bool {
         self.are_queues_stopped()
             || self
@@ -193,10 +198,10 @@ impl Device {
                 .is_none_or(|it| !it.cmd_id_unread.get())
     }
 
-    /// Tells the migration, if there is one.
+    /// Reports an event to the migration, if there is one, and invalidates its claim.
     pub(super) fn invalidate_claim(&mut self, invalidated: Invalidated) {
         if let Some(claim) = &mut self.claim {
-            // With the front end goes the memory that it shared.
+            // A front end that disconnects no longer shares memory, so this holds for both events.
             claim.is_invalidated = true;
             (claim.on_invalidated)(invalidated);
         }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The balloon: what it shows in configuration space, and what it does with its queues.
+//! The balloon device: configuration space and virtqueues.
 //!
-//! One [`Device`] lives as long as the program and sees front ends, and drivers in them, come and go. It sits
-//! behind one mutex; locks are taken in the order device, queue. Everything that is done under them is
-//! bounded, whatever the guest sends.
+//! One [`Device`] lives as long as the program. Front ends connect and disconnect, and drivers start and stop. One
+//! mutex protects the device. Locks are taken in the order device, queue. All work under these locks is bounded,
+//! whatever the guest sends.
 
 mod control;
 pub mod guest_errors;
@@ -44,85 +44,86 @@ use hinting::{Hinting, HintingChanges};
 use migration_claim::{Invalidated, MigrationClaim};
 use stats::Stats;
 
-/// The longest queue that is offered.
+/// The largest queue size that is offered.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
-/// Why an operator's request for the balloon cannot be done.
+/// Why a balloon command fails.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum BalloonError {
-    /// The size of guest memory is not known yet.
+    /// Guest memory is not known yet.
     #[error(
         "no front end has shared its memory yet: start the VMM with this device's socket first"
     )]
     NoMemory,
-    /// A guest without memory is not a target.
+    /// The target is 0.
     #[error("the target must be a size in bytes, larger than 0")]
     ZeroTarget,
-    /// The interface counts pages in 32 bits.
+    /// The balloon would need more pages than 32 bits can count.
     #[error("the balloon cannot hold {0} pages: 2^32 - 1 of 4 KiB are the most")]
     TooLarge(u64),
 }
 
-/// What an operator sees of a queue.
+/// State and counters of a queue, as QMP clients see them.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct QueueStatus {
-    /// Which queue.
+    /// The queue.
     pub queue: Queue,
-    /// Its index, with the features that the driver accepted.
+    /// Its index, under the negotiated features.
     pub index: usize,
-    /// Notifications that the driver made: each an exit of the guest.
+    /// Notifications by the driver. Each is a VM exit.
     pub notifications: u64,
-    /// How often the device turned to the queue: after one or more notifications, or when the queue started.
+    /// Turns of the queue: after one or more notifications, when the queue starts, or after a turn
+    /// that exhausted its budget.
     pub wakeups: u64,
-    /// Interrupts that the driver was given.
+    /// Interrupts that were sent to the driver.
     pub interrupts: u64,
-    /// How many chains were taken from it.
+    /// Descriptor chains that were taken from the queue.
     pub requests: u64,
 }
 
-/// What an operator sees of the connection.
+/// State of the connection, as QMP clients see it.
 #[derive(Clone, Debug)]
 pub struct VirtioStatus {
     /// Whether a front end is connected.
     pub is_connected: bool,
-    /// Whether the guest's driver can use the queues.
+    /// Whether the driver's queues are running.
     pub is_running: bool,
-    /// What the device offers.
+    /// The features that the device offers.
     pub offered_features: Features,
-    /// What the driver accepted; nothing before it did.
+    /// The features that the driver accepted; `None` before it has accepted any.
     pub negotiated_features: Option<Features>,
-    /// What the guest fills its free pages with, if it says so.
+    /// The value that the guest fills free pages with, if page poison is negotiated.
     pub poison_val: Option<u32>,
-    /// The queues that exist.
+    /// The queues that exist under the negotiated features.
     pub queues: Vec<QueueStatus>,
-    /// How often configuration space was read since the front end connected.
+    /// Reads of configuration space since the front end connected.
     pub config_reads: u64,
-    /// How often it was written.
+    /// Writes of configuration space since the front end connected.
     pub config_writes: u64,
-    /// How often the front end was told that it has changed.
+    /// Notifications of configuration changes since the front end connected.
     pub config_changes: u64,
-    /// Whether the memory of hinted blocks is given back to the host.
+    /// Whether hinted blocks are discarded.
     pub discards_hinted: bool,
-    /// Pages that the driver put into the balloon and took out of it.
+    /// Pages that the driver has put into the balloon since the daemon started.
     pub pages_inflated: u64,
-    /// See `pages_inflated`.
+    /// Pages that the driver has taken out of the balloon since the daemon started.
     pub pages_deflated: u64,
-    /// Bytes that inflating has given back to the host.
+    /// Bytes that inflation has released to the host.
     pub bytes_released: u64,
-    /// Bytes that free page reporting has given back to the host.
+    /// Bytes that free page reporting has released to the host.
     pub bytes_reported: u64,
-    /// The guest's mistakes.
+    /// Errors of the guest.
     pub errors: u64,
-    /// The last of them that was logged.
+    /// The last error that was logged.
     pub last_error: Option<String>,
 }
 
-/// The statistics as an operator sees them.
+/// The memory statistics, as QMP clients see them.
 #[derive(Clone, Debug, Default)]
 pub struct StatsReport {
-    /// The values that the guest gave.
+    /// The values that the guest reported.
     pub values: Vec<(StatTag, u64)>,
-    /// When.
+    /// Time of the last update.
     pub updated: Option<SystemTime>,
     /// Changes with every update.
     pub generation: u64,
@@ -133,11 +134,11 @@ pub struct StatsReport {
 struct QueueCounters {
     wakeups: u64,
     requests: u64,
-    /// The queue's place in the available ring when it was last looked at: see [`Device::detect_driver_restart`].
+    /// The next available index when the queue was last checked: see [`Device::detect_driver_restart`].
     last_avail_idx: Option<u16>,
 }
 
-/// What is there only while a front end is.
+/// State that exists only while a front end is connected.
 #[derive(Default)]
 struct Connection {
     notifier: Arc<ConfigNotifier>,
@@ -147,13 +148,13 @@ struct Connection {
     config_reads: u64,
     config_writes: u64,
     config_changes: Cell<u64>,
-    /// The configuration has changed while the queues were stopped, and the driver was not told.
+    /// Whether the configuration changed while the queues were stopped, and the driver was not notified.
     config_change_pending: Cell<bool>,
-    /// The driver was told of a change, and has not read the command id since.
+    /// Whether the driver was notified of a change and has not read the command id since.
     cmd_id_unread: Cell<bool>,
-    /// The driver has accepted features, and no queue was used since.
+    /// Whether the driver has accepted features and has not used a queue since.
     driver_starting: bool,
-    /// The log says why hinted memory is not discarded.
+    /// Whether the log already says why hinted blocks are not discarded.
     discard_warning_logged: bool,
 }
 
@@ -168,7 +169,7 @@ impl std::fmt::Debug for Device {
     }
 }
 
-/// A memory balloon.
+/// A virtio memory balloon.
 pub struct Device {
     offered_features: Features,
     suppression: NotificationSuppression,
@@ -176,7 +177,7 @@ pub struct Device {
     config: ConfigSpace,
     ram: Ram,
     hinting: Hinting,
-    /// There while a migration has hinting.
+    /// The claim of a migration, while it lasts.
     claim: Option<MigrationClaim>,
     hinting_events: Arc<EventCount>,
     stats: Stats,
@@ -187,12 +188,12 @@ pub struct Device {
     pages_deflated: u64,
     bytes_released: u64,
     bytes_reported: u64,
-    /// Where requests are read into, kept for its space.
+    /// Buffer that requests are read into. Kept to reuse its allocation.
     buffer: Vec<u8>,
 }
 
 impl Device {
-    /// A balloon that offers `offered_features`, with no front end.
+    /// Creates a balloon that offers `offered_features`, with no front end connected.
     pub fn new(offered_features: Features, events: Arc<Events>) -> Self {
         Self {
             offered_features,
@@ -215,26 +216,26 @@ impl Device {
         }
     }
 
-    /// What the device offers.
+    /// Returns the features that the device offers.
     pub fn offered_features(&self) -> Features {
         self.offered_features
     }
 
-    /// Asks drivers to leave out notifications in another way.
+    /// Sets how drivers are asked to leave out notifications.
     #[must_use]
     pub fn with_suppression(mut self, suppression: NotificationSuppression) -> Self {
         self.suppression = suppression;
         self
     }
 
-    /// How drivers are asked to leave out notifications.
+    /// Returns how drivers are asked to leave out notifications.
     pub fn suppression(&self) -> NotificationSuppression {
         self.suppression
     }
 
-    // The front end's side.
+    // Requests of the front end.
 
-    /// A front end has connected; `notifier` is the way to tell it of configuration changes.
+    /// Handles the connection of a front end. `notifier` reports configuration changes to it.
     pub fn front_end_connected(&mut self, notifier: Arc<ConfigNotifier>) {
         self.connection = Some(Connection {
             notifier,
@@ -243,7 +244,8 @@ impl Device {
         self.events.emit("FRONTEND_CONNECTED", json!({}));
     }
 
-    /// The front end has gone, for this `reason`. With it go the driver, its queues and its memory.
+    /// Handles the disconnection of the front end, for this `reason`. Drops the state of the driver, the
+    /// queues and guest memory.
     pub fn front_end_disconnected(&mut self, reason: &str) {
         if let Some(id) = self.hinting.phase().id() {
             let status = self.hinting.status();
@@ -270,7 +272,8 @@ impl Device {
             .emit("FRONTEND_DISCONNECTED", json!({ "reason": reason }));
     }
 
-    /// The front end shares this memory.
+    /// Handles the guest memory that the front end shares. A changed layout ends the hint round and
+    /// invalidates a migration's claim.
     pub fn set_memory(&mut self, memory: GuestMemoryAtomic<GuestMemoryMmap>) {
         let mut ram = Ram::new(&memory.memory());
         if !self.ram.has_same_layout(&ram) {
@@ -298,7 +301,8 @@ impl Device {
         }
     }
 
-    /// The driver has accepted these features.
+    /// Handles the features that the driver accepted. Features that differ from the last ones are those
+    /// of a new driver.
     pub fn set_features(&mut self, bits: u64) {
         let features = Features::from_bits(bits) & self.offered_features;
         info!("the driver accepted: {features}");
@@ -314,17 +318,17 @@ impl Device {
         }
     }
 
-    /// The front end resets the device.
+    /// Handles a device reset by the front end.
     pub fn reset(&mut self) {
         self.reset_driver_state();
         self.negotiated_features = None;
     }
 
-    /// Bytes of configuration space. The space is as long as the features say (R10): the accepted ones, or
-    /// before there are any the offered ones.
+    /// Reads configuration space. Its size depends on the negotiated features (R10), or on the
+    /// offered ones before negotiation.
     ///
-    /// A front end that asks for more, as QEMU's generic device does with its fixed size, gets zeros there.
-    /// Beyond the longest layout there is nothing: an empty answer.
+    /// A front end may read more, as QEMU's generic device does with its fixed size. The absent fields read as zeros.
+    /// A read beyond the longest layout returns nothing.
     pub fn read_config(&mut self, offset: u32, size: u32) -> Vec<u8> {
         self.detect_driver_restart();
         let cmd_id_offset = config::FREE_PAGE_HINT_CMD_ID as u64;
@@ -352,7 +356,8 @@ impl Device {
             .map_or_else(Vec::new, <[u8]>::to_vec)
     }
 
-    /// The front end writes configuration space: the driver's fields of it count, as far as they exist.
+    /// Writes configuration space. Only the driver's fields change, and only those that exist
+    /// under the negotiated features.
     pub fn write_config(&mut self, offset: u32, data: &[u8]) {
         self.detect_driver_restart();
         if let Some(connection) = &mut self.connection {
@@ -382,7 +387,7 @@ impl Device {
         config::size_for(self.negotiated_features.unwrap_or(self.offered_features))
     }
 
-    /// The queue `index` wants attention. Returns whether it needs more of it than one turn.
+    /// Gives the queue `index` a turn. Returns whether the queue needs another one.
     pub fn handle_queue(&mut self, index: usize, vrings: &[Vring]) -> bool {
         if let Some(connection) = &mut self.connection {
             if connection.vrings.is_empty() {
@@ -418,7 +423,7 @@ impl Device {
         }
     }
 
-    /// Whether the driver's queues can be used: it is there, and the guest is not paused.
+    /// Returns whether the driver's queues are running: a driver is started, and the guest is not paused.
     fn is_running(&self) -> bool {
         let inflate = self
             .connection
@@ -431,11 +436,11 @@ impl Device {
             })
     }
 
-    /// Finds out whether another driver has taken over since the queues were last looked at.
+    /// Detects whether another driver has taken over since the queues were last checked. If so, resets the state
+    /// of the previous driver.
     ///
-    /// The front end does not say: a reset of the device, and a guest that was paused and goes on, are both
-    /// queues that stop and start again. But after a reset the queues start from the beginning, and after a
-    /// pause they go on where they were.
+    /// The front end does not tell a device reset from a paused guest: in both cases the queues stop and start again.
+    /// After a reset, the queues start from the beginning. After a pause, they continue at their last index.
     fn detect_driver_restart(&mut self) {
         let Some(connection) = &mut self.connection else {
             return;
@@ -454,13 +459,13 @@ impl Device {
         }
     }
 
-    /// Whether the memory of hinted blocks is given back to the host (R17).
+    /// Returns whether hinted blocks are discarded (R17).
     pub fn discards_hinted(&self) -> bool {
         self.negotiated_features
             .is_some_and(|features| features.contains(Features::KEEPS_HINTED_UNTIL_RETURNED))
     }
 
-    /// Says why nothing is discarded, if that was wanted: once for each connection.
+    /// Logs, once for each connection, why hinted blocks are not discarded although that was requested.
     fn warn_discard_not_negotiated(&mut self) {
         let wanted = self
             .offered_features
@@ -479,7 +484,7 @@ impl Device {
         }
     }
 
-    /// Notices the first use of a queue after the driver has accepted its features.
+    /// Handles the first use of a queue after the driver has accepted its features.
     fn handle_driver_start(&mut self) {
         let Some(connection) = &mut self.connection else {
             return;
@@ -496,12 +501,12 @@ impl Device {
         self.events
             .emit("DRIVER_STARTED", json!({ "features": features }));
         if self.hinting.cmd_id() != CommandId::Stop {
-            // It missed the notice of a command that came while it was not there.
+            // The driver was not running when the command id changed, and missed the notification.
             self.notify_config_change();
         }
     }
 
-    /// A driver starts from nothing: what the last one held and promised is no more.
+    /// Resets the state of the previous driver: its hint round, its statistics buffer and its poison value.
     fn reset_driver_state(&mut self) {
         if let Some(id) = self.hinting.phase().id() {
             warn!(
@@ -515,9 +520,9 @@ impl Device {
         self.config.poison_val = 0;
     }
 
-    // What the outside is told.
+    // Notifications of the driver and of QMP clients.
 
-    /// Whether there were queues, and they are stopped: the driver has gone, or the guest is paused.
+    /// Returns whether queues exist and are stopped: no driver runs, or the guest is paused.
     fn are_queues_stopped(&self) -> bool {
         let vrings = self.connection.iter().flat_map(|it| &it.vrings);
         vrings
@@ -525,7 +530,7 @@ impl Device {
             .any(|vring| !vring.get_ref().get_queue().ready())
     }
 
-    /// Tells the driver of a change that it could not be told of when it happened.
+    /// Notifies the driver of a change that happened while the queues were stopped.
     fn send_pending_config_change(&self) {
         let config_change_pending = self
             .connection
@@ -536,8 +541,9 @@ impl Device {
         }
     }
 
-    /// Tells the driver that its configuration has changed; later, if it is not there to hear it. QEMU 11.1 crashes
-    /// when it starts the queues of a generic vhost-user device that has told it of a change while they were stopped.
+    /// Notifies the driver that its configuration has changed. Defers the notification while the queues are
+    /// stopped. QEMU 11.1 crashes when it starts the queues of a generic vhost-user device that sent a notification
+    /// while they were stopped.
     fn notify_config_change(&self) {
         if let Some(connection) = &self.connection {
             if self.are_queues_stopped() {
@@ -571,7 +577,7 @@ impl Device {
     }
 }
 
-/// The name of a phase in answers and events.
+/// Returns the name of a phase in QMP answers and events.
 pub fn phase_name(phase: Phase) -> &'static str {
     match phase {
         Phase::Stopped => "stopped",

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Page numbers of inflate and deflate requests.
+//! Page frame numbers in inflate and deflate requests.
 
 use std::ops::Range;
 
 use shared_abi::page::{Pfn, BALLOON_PAGE_SIZE};
 
-/// Bytes of a page number in a request.
+/// Bytes per page frame number.
 pub const PFN_BYTES: usize = 4;
 
-/// The most page numbers in one request: 256 MiB worth. Linux sends 256.
+/// The most page frame numbers in one request: 256 MiB of memory. Linux sends 256.
 pub const MAX_PFNS: usize = 1 << 16;
 
-/// The page numbers in `bytes`, as many as there are whole ones.
+/// Returns the page frame numbers in `bytes`. Ignores an incomplete number at the end.
 pub fn pfns(bytes: &[u8]) -> impl Iterator<Item = Pfn> + '_ {
     bytes
         .chunks_exact(PFN_BYTES)
@@ -20,7 +20,7 @@ pub fn pfns(bytes: &[u8]) -> impl Iterator<Item = Pfn> + '_ {
         .map(Pfn::from_le_bytes)
 }
 
-/// The page numbers in `bytes` as address ranges: ascending, as long as can be, no page twice.
+/// Returns the pages in `bytes` as address ranges: in ascending order, as long as possible, each page once.
 pub fn ranges(bytes: &[u8]) -> Vec<Range<u64>> {
     let mut pages: Vec<Pfn> = pfns(bytes).collect();
     pages.sort_unstable();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The queues: taking requests, doing what they ask for, returning the buffers.
+//! The virtqueues: takes requests, processes them, and returns their buffers. The caller holds the device's lock.
 
 use shared_abi::command::CommandId;
 use shared_abi::features::Features;
@@ -14,31 +14,32 @@ use super::request::{MemoryGuard, Request, RequestError};
 use super::{pfn, stats, Device};
 use crate::vring::{NotificationSuppression, Vring};
 
-/// Roughly how many ranges of memory are handled before other queues, and operators, get their turn.
+/// Work units per turn of a queue. Roughly the number of memory ranges that are processed before other queues and QMP
+/// clients get a turn.
 const DRAIN_BUDGET: usize = 1 << 14;
 
-/// How many bytes of memory take as long to give back as a range takes by itself, roughly.
+/// The number of discarded bytes that cost roughly as much as one memory range.
 const BYTES_PER_WORK_UNIT: u64 = 1 << 16;
 
-/// How a look at a queue ended.
+/// How a pass over the available buffers ended.
 enum DrainOutcome {
-    /// There was nothing more to take; `taken` says whether there was anything at all.
+    /// No more buffers are available. `taken` tells whether the pass took any.
     Empty { taken: bool },
-    /// The turn is over, and there may be more.
+    /// The budget of the turn is exhausted. More buffers may be available.
     BudgetExhausted,
-    /// The ring cannot be read. The driver's next notification is another try.
+    /// The ring cannot be read. The driver's next notification starts another attempt.
     Broken,
 }
 
-/// One queue's turn.
+/// The context of one turn of a queue.
 struct QueueContext<'a> {
     queue: Queue,
     index: usize,
     vring: &'a Vring,
     memory: MemoryGuard,
-    /// What is left of [`DRAIN_BUDGET`].
+    /// The rest of [`DRAIN_BUDGET`].
     budget: usize,
-    /// Whether a buffer was returned.
+    /// Whether a buffer was returned to the driver.
     returned: bool,
 }
 
@@ -49,10 +50,10 @@ impl QueueContext<'_> {
 }
 
 impl Device {
-    /// Takes requests from the queue until it is empty or the turn is over. Returns whether there may be more.
+    /// Takes requests from the queue until it is empty or the budget is exhausted. Returns whether
+    /// more may be available.
     ///
-    /// Nothing is waited for (R1): an empty queue ends the turn, and the driver's next notification begins
-    /// another.
+    /// The device never polls (R1): an empty queue ends the turn, and the driver's next notification starts another.
     pub(super) fn drain(
         &mut self,
         queue: Queue,
@@ -69,8 +70,8 @@ impl Device {
             returned: false,
         };
         let more = loop {
-            // The driver need not notify while the queue is being looked at anyway. Where these words cannot
-            // be written, the ring cannot be read either, and that is reported.
+            // The driver need not notify while the device processes the queue. Errors are ignored here: if these words
+            // cannot be written, the ring cannot be read either, and that error is recorded.
             if self.suppression != NotificationSuppression::Never {
                 let _ = vring.disable_notification();
             }
@@ -81,8 +82,8 @@ impl Device {
                     break false;
                 }
                 DrainOutcome::Empty { taken } => {
-                    // Something may have come before notifications were on again. If nothing could be taken,
-                    // what is there cannot be taken at all.
+                    // A buffer may have become available before notifications were enabled again. If the last pass
+                    // took nothing, another one cannot take that buffer either.
                     if !vring.enable_notification().unwrap_or(false) || !taken {
                         break false;
                     }
@@ -105,7 +106,7 @@ impl Device {
                 Ok(Some(chain)) => chain,
                 Ok(None) => return DrainOutcome::Empty { taken },
                 Err(error @ RequestError::NoSuchDescriptor { .. }) => {
-                    // There is no buffer that could be returned.
+                    // The head does not exist, so there is no buffer to return.
                     self.guest_errors.record(context.queue, &error);
                     taken = true;
                     continue;
@@ -125,7 +126,7 @@ impl Device {
             let Some(head) = give_back else {
                 continue;
             };
-            // The device writes to no buffer: a length of 0 is the truth for both directions.
+            // The device writes to no buffer, so the used length is 0 for both directions.
             match context.vring.add_used(head, 0) {
                 Ok(()) => context.returned = true,
                 Err(source) => {
@@ -137,7 +138,7 @@ impl Device {
         DrainOutcome::BudgetExhausted
     }
 
-    /// Does what a chain asks for. Returns the buffer that is to go back, if one is: usually this one.
+    /// Processes one chain. Returns the head of the buffer to return, if any. This is usually the buffer of the chain.
     fn process_chain(
         &mut self,
         context: &mut QueueContext<'_>,
@@ -155,7 +156,7 @@ impl Device {
         Ok(Some(head))
     }
 
-    /// Reads the page numbers of a request into the buffer, and returns how many there are.
+    /// Reads the page frame numbers of a request into `self.buffer`, and returns their number.
     fn read_pfns(
         &mut self,
         context: &mut QueueContext<'_>,
@@ -172,7 +173,7 @@ impl Device {
         Ok((self.buffer.len() / pfn::PFN_BYTES) as u64)
     }
 
-    /// Pages go into the balloon: their memory goes back to the host.
+    /// Handles an inflate request: releases the memory of the pages to the host.
     fn handle_inflate(
         &mut self,
         context: &mut QueueContext<'_>,
@@ -192,7 +193,7 @@ impl Device {
         result
     }
 
-    /// Pages come out of the balloon. The host gives memory again when the guest writes to it.
+    /// Handles a deflate request. The host allocates memory again when the guest writes to the pages.
     fn handle_deflate(
         &mut self,
         context: &mut QueueContext<'_>,
@@ -203,7 +204,7 @@ impl Device {
         Ok(())
     }
 
-    /// Statistics come, and their buffer stays. Returns the buffer that stayed until now.
+    /// Handles new statistics, and keeps their buffer. Returns the buffer that was kept before, if any.
     fn handle_stats(
         &mut self,
         context: &QueueContext<'_>,
@@ -226,18 +227,18 @@ impl Device {
         Ok(before)
     }
 
-    /// A command id or a block of free pages.
+    /// Handles a command id or a block of free pages.
     ///
-    /// Page poison makes no difference to hints, whatever `poison_val` is (R3). A page that is not sent reads
-    /// as zeros at the destination, not as `poison_val`; but the specification lets that be: the driver "MUST
-    /// treat the content of all hinted pages as uninitialized memory" and, if it takes a page back before
-    /// DONE, initialises it. Linux fills pages with its pattern when it frees them, which is after the hint,
-    /// and the write makes them dirty again. (Reported pages are another matter: see
-    /// [`handle_report`](Self::handle_report).)
+    /// Hints count whatever the value of `poison_val` (R3). A page that is not sent reads as zeros at the destination,
+    /// not as `poison_val`. The specification allows this: the driver "MUST treat the content of all hinted pages as
+    /// uninitialized memory" and, if it reuses a page before DONE, initialises the page. Linux writes its poison
+    /// pattern when it frees pages. That is after the hint, and the write makes the pages dirty again. Reported pages
+    /// are different: see [`handle_report`](Self::handle_report).
     ///
-    /// For the same reason a hinted page may be discarded here and read as zeros, whatever `poison_val` is, once the
-    /// driver has promised to keep it until its buffer is returned (R17): uninitialised memory has no content that
-    /// a device could spoil. Without that promise nothing is discarded, because the page may be in use again.
+    /// For the same reason the device may discard a hinted page, which then reads as zeros whatever the value of
+    /// `poison_val`. This requires the driver's promise to keep the page until its buffer is returned (R17):
+    /// uninitialised memory has no content to preserve. Without the promise nothing is discarded, because the guest
+    /// may already use the page again.
     fn handle_free_page(
         &mut self,
         context: &mut QueueContext<'_>,
@@ -255,7 +256,7 @@ impl Device {
         }
         let expected = "a command id of 4 bytes";
         request.read(&context.memory, &mut self.buffer, 4, 4, expected)?;
-        // Nothing at all is no command id either.
+        // An empty request contains no command id.
         if let Some(Ok(bytes)) = self.buffer.get(..4).map(<[u8; 4]>::try_from) {
             let cmd_id = CommandId::from_number(u32::from_le_bytes(bytes));
             let changes = self.hinting.handle_cmd_id(cmd_id);
@@ -264,8 +265,8 @@ impl Device {
         Ok(())
     }
 
-    /// Blocks that the guest reports as free by itself: their memory goes back to the host, and the guest may
-    /// use it again as soon as the buffer is returned.
+    /// Handles a free page report: releases the memory of the blocks to the host. The guest may use the blocks again
+    /// once their buffer is returned.
     fn handle_report(
         &mut self,
         context: &mut QueueContext<'_>,
@@ -273,8 +274,8 @@ impl Device {
     ) -> Result<(), RequestError> {
         let segments = request.writable()?;
         if self.poison_val().is_some_and(|value| value != 0) {
-            // "MUST NOT modify the content of a reported page to a value other than poison_val", and a hole
-            // reads as zeros.
+            // The device "MUST NOT modify the content of a reported page to a value other than poison_val", and a
+            // hole reads as zeros.
             return Ok(());
         }
         context.spend(segments.len());
@@ -289,7 +290,7 @@ impl Device {
         result
     }
 
-    /// What the guest fills its free pages with, if it says so.
+    /// Returns the value that the guest fills free pages with, if page poison is negotiated.
     pub(super) fn poison_val(&self) -> Option<u32> {
         self.negotiated_features
             .is_some_and(|features| features.contains(Features::PAGE_POISON))
@@ -297,7 +298,7 @@ impl Device {
     }
 }
 
-/// The next chain of the queue, if it runs and is not empty.
+/// Returns the next available chain, if the queue runs and is not empty.
 fn next_chain(
     vring: &Vring,
     memory: &MemoryGuard,

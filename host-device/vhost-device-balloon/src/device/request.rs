@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a driver puts on a queue, checked.
+//! Validated requests of the driver.
 //!
-//! A descriptor chain is the guest's word and may be anything: a loop, longer than memory, pointing nowhere.
-//! [`Request::parse`] looks at it once and gives a value of bounded size that went through to its end; the
-//! accessors check the direction and read through the bounds of guest memory.
+//! The guest controls a descriptor chain, so the chain may loop, be longer than memory, or point anywhere.
+//! [`Request::parse`] walks the chain once and returns a value of bounded size that holds the complete chain. The
+//! accessors check the direction of segments, and read within the bounds of guest memory.
 
 use thiserror::Error;
 use virtio_queue::DescriptorChain;
@@ -12,16 +12,17 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::memory::ReleaseError;
 
-/// The most descriptors in one chain: the longest queue that is offered.
+/// The most descriptors in one chain: the largest queue size that is offered.
 pub const MAX_SEGMENTS: usize = super::MAX_QUEUE_SIZE as usize;
 
-/// The guest memory of a load guard, as chains hold it.
+/// Guest memory, as descriptor chains hold it.
 pub type MemoryGuard = vm_memory::GuestMemoryLoadGuard<GuestMemoryMmap>;
 
-/// What is wrong with what the driver sent. Each is the guest's fault, but for [`RequestError::Release`].
+/// An error in a request. The guest causes all of these errors, except for [`ReleaseError::Punch`],
+/// which the host causes.
 #[derive(Debug, Error)]
 pub enum RequestError {
-    /// The ring itself cannot be read.
+    /// The available ring cannot be read.
     #[error("the available ring is unusable: {0}")]
     Ring(virtio_queue::Error),
     /// The used ring cannot be written.
@@ -29,34 +30,34 @@ pub enum RequestError {
     Return {
         /// Index of the chain's first descriptor.
         head: u16,
-        /// What the queue says.
+        /// The error of the queue.
         source: virtio_queue::Error,
     },
-    /// A chain starts behind the end of the descriptor table.
+    /// A chain starts beyond the end of the descriptor table.
     #[error("descriptor {head} does not exist: the queue has {size}")]
     NoSuchDescriptor {
         /// Index of the chain's first descriptor.
         head: u16,
-        /// Length of the queue.
+        /// Size of the queue.
         size: u16,
     },
-    /// A chain loops, leaves the descriptor table, or lies outside memory.
+    /// A chain loops, leaves the descriptor table, or is outside guest memory.
     #[error("the chain at descriptor {head} does not end: it breaks after {segments} segments, last at {address:#x}")]
     BrokenChain {
         /// Index of the chain's first descriptor.
         head: u16,
-        /// How many segments could be read.
+        /// The number of segments that could be read.
         segments: usize,
-        /// Guest physical address of the last of them; 0 if there is none.
+        /// Guest physical address of the last segment; 0 if there are no segments.
         address: u64,
     },
-    /// More descriptors than a chain may have.
+    /// A chain has more than [`MAX_SEGMENTS`] descriptors.
     #[error("the chain at descriptor {head} has more than {MAX_SEGMENTS} segments")]
     TooManySegments {
         /// Index of the chain's first descriptor.
         head: u16,
     },
-    /// A buffer that the device should read is for writing, or the other way round.
+    /// A segment has the wrong direction: device-writable instead of device-readable, or vice versa.
     #[error("the buffer at {address:#x} of {length:#x} bytes has the wrong direction")]
     WrongDirection {
         /// Guest physical address.
@@ -64,17 +65,17 @@ pub enum RequestError {
         /// Bytes.
         length: u32,
     },
-    /// The length makes no sense for this queue.
+    /// The length is invalid for this queue.
     #[error("the request at {address:#x} has {length:#x} bytes, which is not {expected}")]
     BadLength {
         /// Guest physical address of the first segment.
         address: u64,
         /// Bytes in all segments.
         length: u64,
-        /// What it should have been.
+        /// The valid lengths, in words.
         expected: &'static str,
     },
-    /// A buffer cannot be read.
+    /// A segment is not in guest memory.
     #[error("the buffer at {address:#x} of {length:#x} bytes is not in guest memory")]
     Unreadable {
         /// Guest physical address.
@@ -82,18 +83,18 @@ pub enum RequestError {
         /// Bytes.
         length: u32,
     },
-    /// A hint was refused.
+    /// A hint is invalid.
     #[error(transparent)]
     Hint(#[from] guest_migration::HintError),
-    /// Memory could not be given back.
+    /// Memory cannot be released to the host.
     #[error(transparent)]
     Release(#[from] ReleaseError),
-    /// The driver gave a second statistics buffer while the device still has one.
+    /// The driver sent a second statistics buffer while the device still held one.
     #[error("a second statistics buffer came before the first was returned")]
     SecondStatsBuffer,
 }
 
-/// A piece of a request.
+/// A segment of a request.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Segment {
     /// Guest physical address. Not checked.
@@ -103,18 +104,18 @@ pub struct Segment {
     writable: bool,
 }
 
-/// A descriptor chain that has an end: at least one segment, at most [`MAX_SEGMENTS`].
+/// A complete descriptor chain: at least one segment, at most [`MAX_SEGMENTS`].
 #[derive(Clone, Debug)]
 pub struct Request {
     segments: Vec<Segment>,
 }
 
 impl Request {
-    /// Follows a chain to its end.
+    /// Walks a chain to its end.
     ///
     /// # Errors
     ///
-    /// If it has no proper end, or too late a one.
+    /// If the chain is broken, or has more than [`MAX_SEGMENTS`] descriptors.
     pub fn parse(chain: DescriptorChain<MemoryGuard>) -> Result<Self, RequestError> {
         let head = chain.head_index();
         let mut segments = Vec::new();
@@ -140,26 +141,26 @@ impl Request {
         Ok(Self { segments })
     }
 
-    /// Whether the first segment is one that the device writes to.
+    /// Returns whether the first segment is device-writable.
     pub fn starts_writable(&self) -> bool {
         self.segments.first().is_some_and(|first| first.writable)
     }
 
-    /// The segments, if all of them are for the device to write to.
+    /// Returns the segments, if all of them are device-writable.
     ///
     /// # Errors
     ///
-    /// Names the first that is not.
+    /// The first segment that is not.
     pub fn writable(&self) -> Result<&[Segment], RequestError> {
         self.all(true)
     }
 
-    /// Reads the request, all of whose segments must be for the device to read, into `buffer`.
+    /// Reads the request into `buffer`. All segments must be device-readable.
     ///
     /// # Errors
     ///
-    /// If a segment has the other direction or is not in guest memory, or if there are more than `limit`
-    /// bytes or no whole number of `unit` bytes; `expected` says so in words.
+    /// If a segment is device-writable or not in guest memory. If the length is more than `limit` bytes, or is not a
+    /// multiple of `unit` bytes; `expected` describes the valid lengths for the error.
     pub fn read(
         &self,
         memory: &GuestMemoryMmap,

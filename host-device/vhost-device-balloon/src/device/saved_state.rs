@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device's saved state (R9): what a fresh daemon needs so that a guest's driver can go on with it.
+//! The device's saved state (R9): what a new daemon needs to continue with the same guest driver.
 //!
-//! It is a small JSON object with a version, made for files and for the operator's eyes. Memory is not in it, nor
-//! are the rings: the front end gives both again.
+//! The format is a small JSON object with a version, for files and for QMP clients. It contains neither guest memory
+//! nor the rings: the front end provides both again.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -19,14 +19,14 @@ use tracing::info;
 use super::hinting::Hinting;
 use super::Device;
 
-/// The version that is written, and the only one that is read.
+/// The version that is written, and the only one that is accepted.
 pub const VERSION: u32 = 1;
-/// What `device` says.
+/// Value of the field `device`.
 const DEVICE: &str = "virtio-balloon";
-/// The most bytes of a file that are looked at. A state has some hundred.
+/// The most bytes that are read from a file. A saved state has a few hundred.
 const MAX_BYTES: u64 = 1 << 16;
 
-/// Why a state cannot be saved, or a saved one cannot be taken.
+/// Why a state cannot be saved or restored.
 #[derive(Debug, Error)]
 pub enum SavedStateError {
     /// The file cannot be read.
@@ -34,73 +34,74 @@ pub enum SavedStateError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host says.
+        /// The error of the host.
         source: io::Error,
     },
-    /// The file cannot be written. What was there before is untouched.
+    /// The file cannot be written. Its old content is unchanged, unless only the last step failed: the sync of the
+    /// directory after the rename.
     #[error("the device state cannot be written to {path}: {source}")]
     Write {
         /// The file.
         path: PathBuf,
-        /// What the host says.
+        /// The error of the host.
         source: io::Error,
     },
-    /// The file is no state.
+    /// The file is not a saved state.
     #[error("{path} is not a saved device state: {why}")]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and where.
+        /// The error, and its position.
         why: String,
     },
-    /// A newer or older program wrote it.
+    /// A newer or older program wrote the state.
     #[error("the device state has version {0}; this program knows version {VERSION}")]
     Version(u64),
-    /// Of something else.
+    /// The state is that of another kind of device.
     #[error("the device state is that of a '{0}', not of a '{DEVICE}'")]
     OtherDevice(String),
-    /// A feature without a meaning.
+    /// The state names an unknown feature.
     #[error("the device state names the feature '{0}', which does not exist")]
     UnknownFeature(String),
-    /// The guest's driver uses what this daemon does not offer.
+    /// The driver uses features that this daemon does not offer.
     #[error(
         "the guest's driver uses {0}, which is not offered here: start with the options of the daemon that saved \
          the state"
     )]
     NotOffered(Features),
-    /// The ids go on from where no id is.
+    /// The next hint id is outside the range of hint ids.
     #[error(
         "the device state has the next hint id {0:#x}, which is outside 0x80000000 to 0xffffffff"
     )]
     NextId(u32),
-    /// A command that no device of this kind shows.
+    /// The command id is reserved.
     #[error("the device state has the command id {0:#x}, which is reserved")]
     Command(u32),
 }
 
-/// What a device has to keep when another process takes over.
+/// The state that a device needs to continue in another process.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct SavedState {
-    /// What it is the state of.
+    /// The kind of device.
     device: String,
-    /// The format's version.
+    /// The version of the format.
     version: u32,
-    /// The names of the features that the driver accepted; none if there was no driver.
+    /// The names of the features that the driver accepted; `None` if there was no driver.
     negotiated_features: Option<Vec<String>>,
-    /// Config space: how many 4 KiB pages the balloon shall hold.
+    /// Config space: the target number of 4 KiB pages in the balloon.
     num_pages: u32,
-    /// Config space: how many it holds, as the driver says.
+    /// Config space: the number of 4 KiB pages in the balloon, as reported by the driver.
     actual: u32,
-    /// Config space: what the guest fills its free pages with.
+    /// Config space: the value that the guest fills free pages with.
     poison_val: u32,
-    /// Config space: the command id that it shows.
+    /// Config space: the command id.
     command_id: u32,
-    /// The id that the next round of hinting gets.
+    /// The id of the next hint round.
     next_hint_id: u32,
 }
 
-/// Only the part that says how to read the rest.
+/// The fields that identify the format of the others.
 #[derive(Deserialize)]
 struct Header {
     device: String,
@@ -112,7 +113,7 @@ impl SavedState {
     ///
     /// # Errors
     ///
-    /// If the file cannot be read, is no state, or is one of another version or device.
+    /// If the file cannot be read, is not a saved state, or has another version or kind of device.
     pub fn read(path: &Path) -> Result<Self, SavedStateError> {
         let cannot = |source| SavedStateError::Read {
             path: path.into(),
@@ -143,12 +144,12 @@ impl SavedState {
         serde_json::from_slice(&bytes).map_err(|why| malformed(why.to_string()))
     }
 
-    /// Writes the state to a file: under another name beside it first, so that there is either the whole of it or
-    /// what was there before.
+    /// Writes the state to a file. Writes a temporary file in the same directory and renames it, so that the file
+    /// holds either the complete state or its old content.
     ///
     /// # Errors
     ///
-    /// If the host refuses.
+    /// If the host reports an error.
     pub fn write(&self, path: &Path) -> Result<(), SavedStateError> {
         self.try_write(path)
             .map_err(|source| SavedStateError::Write {
@@ -168,7 +169,7 @@ impl SavedState {
         file.write_all(text.as_bytes())?;
         file.as_file().sync_all()?;
         file.persist(path)?;
-        // The new name, too, is to survive the host.
+        // Makes the new name durable.
         File::open(directory)?.sync_all()
     }
 
@@ -188,7 +189,7 @@ impl SavedState {
 }
 
 impl Device {
-    /// The state to be saved (R9).
+    /// Returns the state to save (R9).
     pub fn saved_state(&self) -> SavedState {
         let names = |features: Features| features.names().map(str::to_owned).collect();
         SavedState {
@@ -203,15 +204,15 @@ impl Device {
         }
     }
 
-    /// Goes on where the device was whose state was saved, with the same driver. To be called before the first
-    /// front end comes.
+    /// Restores the saved state of another device, to continue with the same driver. Must be called before the
+    /// first front end connects.
     ///
-    /// Ids go on where they were (R8). A round that was under way then is over: its migration has ended or failed,
-    /// and the driver is shown DONE, so that it takes back what it holds (R16).
+    /// Hint ids continue (R8). A hint round that was in progress is over: its migration has ended or failed. Config
+    /// space shows DONE, so that the driver frees its hinted blocks (R16).
     ///
     /// # Errors
     ///
-    /// If the state has a value that no device has, or its driver uses what is not offered here.
+    /// If the state has an invalid value, or the driver uses features that are not offered here.
     pub fn restore(&mut self, saved: &SavedState) -> Result<(), SavedStateError> {
         let features = saved.features()?;
         let missing = features.unwrap_or_default().without(self.offered_features);

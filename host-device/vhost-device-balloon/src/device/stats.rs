@@ -2,28 +2,29 @@
 
 //! Memory statistics of the guest.
 //!
-//! The driver gives one buffer of statistics, and the device keeps it. Returning it asks for new ones.
+//! The driver provides one buffer of statistics, and the device keeps it. Returning the
+//! buffer requests new statistics.
 
 use std::time::SystemTime;
 
 use shared_abi::stats::{Stat, StatTag};
 
-/// The most bytes of statistics that are read: more than all tags take.
+/// The most bytes of statistics that are accepted: more than all tags need.
 pub const MAX_BYTES: usize = Stat::SIZE * 64;
 
-/// The last statistics, and the buffer that they came in.
+/// The latest statistics, and the buffer that the device keeps.
 #[derive(Debug, Default)]
 pub struct Stats {
     values: Vec<(StatTag, u64)>,
     updated: Option<SystemTime>,
     generation: u64,
-    /// Index of the descriptor chain that the device keeps.
+    /// Head of the descriptor chain that the device keeps.
     buffer_head: Option<u16>,
 }
 
 impl Stats {
-    /// Takes the statistics in `bytes` and the buffer that they came in, and returns the buffer that was kept
-    /// until now, if one was.
+    /// Stores the statistics in `bytes`, and keeps their buffer `head`. Returns the buffer that was
+    /// kept before, if any.
     pub fn update(&mut self, bytes: &[u8], head: u16) -> Option<u16> {
         self.values.clear();
         for chunk in bytes.chunks_exact(Stat::SIZE) {
@@ -31,7 +32,7 @@ impl Stats {
                 continue;
             };
             let stat = Stat::from_bytes(chunk);
-            // A tag that is newer than this code is left out.
+            // Tags that this version does not know are ignored.
             if let Some(tag) = StatTag::from_number(stat.tag) {
                 self.values.retain(|(known, _)| *known != tag);
                 self.values.push((tag, stat.value));
@@ -42,27 +43,27 @@ impl Stats {
         self.buffer_head.replace(head)
     }
 
-    /// The buffer to return in order to ask for new statistics.
+    /// Takes the kept buffer. Returning it to the driver requests new statistics.
     pub fn take_buffer(&mut self) -> Option<u16> {
         self.buffer_head.take()
     }
 
-    /// The driver is gone, and its buffer with it. The values stay, with their age.
+    /// Drops the buffer after a reset of the driver. Keeps the values and the time of their update.
     pub fn reset(&mut self) {
         self.buffer_head = None;
     }
 
-    /// The last values.
+    /// Returns the latest values.
     pub fn values(&self) -> &[(StatTag, u64)] {
         &self.values
     }
 
-    /// When they came.
+    /// Returns the time of the last update.
     pub fn updated(&self) -> Option<SystemTime> {
         self.updated
     }
 
-    /// Changes with every update.
+    /// Returns a counter that changes with every update.
     pub fn generation(&self) -> u64 {
         self.generation
     }

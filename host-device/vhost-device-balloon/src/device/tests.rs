@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device against a guest that is nothing but memory and queues.
+//! Tests of the device, with a fake guest that consists only of memory and virtqueues.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -19,7 +19,7 @@ use super::*;
 use crate::events::Subscription;
 use crate::memory::tests::guest;
 
-/// Where the guest's memory starts: at an odd place, as with user-mode Linux.
+/// Start of guest memory: an irregular address, as in user-mode Linux.
 const START: u64 = 0x3e_f000;
 const LENGTH: u64 = 0x40_0000;
 /// A second region, after a hole.
@@ -36,7 +36,7 @@ const ALL: Features = Features::STATS_VQ
     .union(Features::PAGE_POISON)
     .union(Features::REPORTING);
 
-/// One queue as the driver sees it.
+/// A virtqueue, as the driver sees it.
 struct DriverQueue {
     base: u64,
     added: u16,
@@ -92,7 +92,7 @@ impl Guest {
         guest
     }
 
-    /// What a driver does when it binds: features, then queues from their beginning.
+    /// Starts a driver: negotiates features, and sets up the queues from index 0.
     fn start_driver(&mut self, features: Features) {
         self.features = features;
         self.device.set_features(features.bits());
@@ -155,7 +155,7 @@ impl Guest {
         memory.write_obj(added, GuestAddress(index)).unwrap();
     }
 
-    /// Offers one chain of (address, length, writable), from descriptor 0 on.
+    /// Makes one chain of (address, length, writable) available, from descriptor 0 on.
     fn add(&mut self, queue: Queue, segments: &[(u64, u32, bool)]) {
         let base = self.queue(queue).0.base;
         for (index, (address, length, writable)) in segments.iter().enumerate() {
@@ -176,7 +176,7 @@ impl Guest {
         while self.kick_index(index) {}
     }
 
-    /// How many buffers have come back since the last call.
+    /// Returns the number of used buffers since the last call.
     fn returned(&mut self, queue: Queue) -> u16 {
         let (driver, _) = self.queue(queue);
         let (at, seen) = (driver.base + 0x2002, driver.seen);
@@ -185,14 +185,14 @@ impl Guest {
         used.wrapping_sub(seen)
     }
 
-    /// Sends one chain, and checks that it comes back.
+    /// Sends one chain, and checks that its buffer is used.
     fn send(&mut self, queue: Queue, segments: &[(u64, u32, bool)]) {
         self.add(queue, segments);
         self.kick(queue);
         assert_eq!(self.returned(queue), 1, "{queue:?} {segments:x?}");
     }
 
-    /// Where the guest keeps what it sends.
+    /// Address of the data that the guest sends.
     const SCRATCH: u64 = START + 0x10_0000;
 
     fn send_bytes(&mut self, queue: Queue, bytes: &[u8]) {
@@ -224,7 +224,7 @@ impl Guest {
         ConfigSpace::from_bytes(bytes.try_into().unwrap())
     }
 
-    /// How many configuration change messages have come since the last call.
+    /// Returns the number of configuration change messages since the last call.
     fn config_changes(&mut self) -> usize {
         let mut messages = [0; 1200];
         let length = self.changes.read(&mut messages).unwrap_or(0);
@@ -270,7 +270,7 @@ fn a_driver_whose_queues_are_stopped_is_told_of_a_change_when_they_start_again()
     assert_eq!(guest.config_changes(), 0);
 }
 
-/// The first address that the fake driver does not use itself.
+/// The first address that the fake driver does not use.
 const FREE: u64 = START + 0x20_0000;
 
 #[test]
@@ -349,7 +349,7 @@ fn a_whole_hint_round_clears_the_hinted_pages() {
     guest.send_cmd_id(0);
 
     let status = guest.device.hinting_status();
-    // The whole file, also what the guest does not see of it.
+    // The bitmap covers the whole file, including the part that the guest does not map.
     let total = (START + LENGTH + SECOND_LENGTH) >> 12;
     assert_eq!(status.phase, Phase::Finished(id));
     assert_eq!(
@@ -370,7 +370,7 @@ fn a_whole_hint_round_clears_the_hinted_pages() {
         guest.device.hinted_ranges(FREE + 0x10_0000, 9),
         [(SECOND, 0x8000)]
     );
-    // The time stands still once the driver has stopped.
+    // The duration is constant after the driver's STOP.
     assert_eq!(guest.device.hinting_status().duration, status.duration);
 
     guest.device.finish_hinting();
@@ -399,7 +399,7 @@ fn r1_an_empty_queue_ends_the_drain() {
         .all(|queue| queue.wakeups == 4 && queue.requests == 0));
 }
 
-/// A front end's ends of the kick and call descriptors of `queue`.
+/// Sets the kick and call descriptors of `queue`, and returns the front end's copies.
 fn event_fds(guest: &mut Guest, queue: Queue) -> (File, File) {
     let (_, index) = guest.queue(queue);
     let event = || File::from(eventfd(0, EventfdFlags::NONBLOCK).unwrap());
@@ -409,7 +409,7 @@ fn event_fds(guest: &mut Guest, queue: Queue) -> (File, File) {
     (kick, call)
 }
 
-/// What an event descriptor has summed up.
+/// Returns the counter of an event descriptor.
 fn events(mut fd: &File) -> u64 {
     let mut sum = [0; 8];
     fd.read(&mut sum).map_or(0, |_| u64::from_ne_bytes(sum))
@@ -425,7 +425,7 @@ fn each_notification_counts_even_if_one_drain_handles_several() {
     assert!(guest.vrings[0].read_kick().unwrap());
     guest.kick_index(0);
     let status = guest.device.virtio_status();
-    // The other wake-up is the start of the queue.
+    // The start of the queue is the other wakeup.
     assert_eq!(
         (status.queues[0].notifications, status.queues[0].wakeups),
         (3, 2)
@@ -446,7 +446,7 @@ fn an_interrupt_counts_and_is_spared_a_driver_that_wants_none() {
     guest.send_pfns(Queue::Inflate, &[FREE]);
     assert_eq!(interrupts(&guest), 1);
     assert_eq!(events(&call), 0, "a call that the driver did not want");
-    // With the event index the flag means nothing: the index itself does.
+    // With event index, the used event decides, and the flag has no meaning.
     guest.vrings[0].set_queue_event_idx(true);
     let used: u16 = memory
         .read_obj(GuestAddress(guest.queue(Queue::Inflate).0.base + 0x2002))
@@ -495,7 +495,7 @@ fn r2_a_stale_stop_does_not_end_the_hint_round() {
     let mut guest = Guest::new(ALL, ALL);
     let first = guest.start_hint_round();
     let second = guest.device.start_hinting().unwrap();
-    // What the driver had on the queue for the first round, then its answer to the second.
+    // The queue still holds the driver's buffers for the first round. Its answer to the second follows.
     guest.hint(FREE, 0x1000);
     guest.send_cmd_id(0);
     guest.send_cmd_id(second.number());
@@ -556,7 +556,7 @@ fn r5_hints_outside_memory_are_refused_and_counted() {
     assert!(guest
         .last_error()
         .starts_with("free-page queue: the range at 0xfffffffffffff000"));
-    // Over the end of a region: only what is inside, and no neighbour.
+    // Across the end of a region: only the part inside counts, and no other region.
     guest.hint(START + LENGTH - 0x1000, 0x10_0000);
     let status = guest.device.hinting_status();
     assert_eq!(status.pages_cleared, 1);
@@ -574,14 +574,14 @@ fn r6_a_sync_kills_the_old_id_and_asks_again() {
     guest.hint(FREE, 0x1000);
     let second = guest.device.sync_hinting().unwrap();
     assert_eq!(second, first.successor());
-    // Blocks that were on their way do not count, and neither does the old id.
+    // Blocks that were sent before the new id do not count. The old id does not count either.
     guest.hint(FREE + 0x1000, 0x1000);
     guest.send_cmd_id(first.number());
     guest.hint(FREE + 0x1000, 0x1000);
     assert_eq!(guest.device.hinted_ranges(0, usize::MAX), [(FREE, 0x1000)]);
     guest.send_cmd_id(second.number());
     guest.hint(FREE + 0x1000, 0x1000);
-    // What was spared before stays spared: no page was written in between.
+    // Bits that were cleared before the sync stay clear: no page was written in between.
     assert_eq!(guest.device.hinted_ranges(0, usize::MAX), [(FREE, 0x2000)]);
 }
 
@@ -608,7 +608,7 @@ fn r8_each_hint_round_has_its_own_id_in_the_range() {
     for _ in 0..20 {
         ids.push(guest.device.start_hinting().unwrap().number());
     }
-    // Also across a driver that starts anew.
+    // Ids are also unique across a driver restart.
     guest.send_cmd_id(ids[19]);
     guest.start_driver(ALL);
     ids.push(guest.device.start_hinting().unwrap().number());
@@ -626,7 +626,7 @@ fn r16_a_new_driver_finds_no_hint_round() {
     guest.start_driver(ALL);
     assert_eq!(guest.device.hinting_status().phase, Phase::Stopped);
     assert_eq!(guest.config().free_page_hint_cmd_id, 0);
-    // What it sends belongs to no round.
+    // The hints of the new driver belong to no hint round.
     guest.hint(FREE, 0x1000);
     assert_eq!(guest.device.hinting_status().ignored_blocks, 1);
 }
@@ -688,7 +688,7 @@ fn r9_the_saved_state_goes_on_in_a_fresh_device() {
     guest.device.write_config(12, &0xaaaa_aaaau32.to_le_bytes());
     let used: Vec<_> = (0..3).map(|_| guest.start_hint_round()).collect();
     let before = guest.config();
-    // As an operator sees it, and as a file has it.
+    // The JSON text that QMP clients and files get.
     let text = serde_json::to_string(&guest.device.saved_state()).unwrap();
     let saved: saved_state::SavedState = serde_json::from_str(&text).unwrap();
     assert_eq!(saved, guest.device.saved_state());
@@ -701,7 +701,7 @@ fn r9_the_saved_state_goes_on_in_a_fresh_device() {
         value.insert("command-id".into(), 1.into());
         serde_json::from_value(value.into()).unwrap()
     });
-    // The driver that goes on: the same features, and nothing written again.
+    // The same driver continues: it has the same features, and writes nothing again.
     device.front_end_connected(Arc::default());
     device.set_features(ALL.bits());
     let config = ConfigSpace::from_bytes(device.read_config(0, 16).try_into().unwrap());
@@ -709,12 +709,12 @@ fn r9_the_saved_state_goes_on_in_a_fresh_device() {
         (config.num_pages, config.actual, config.poison_val),
         (before.num_pages, 7, 0xaaaa_aaaa)
     );
-    // R16: the round is over, and its blocks are the guest's.
+    // R16: the hint round is over, and the guest frees its hinted blocks.
     assert_eq!(config.free_page_hint_cmd_id, 1);
-    // R8: no id comes twice.
+    // R8: no id is issued twice.
     let mut next = Guest::with_device(device, ALL);
     assert_eq!(next.device.start_hinting().unwrap(), used[2].successor());
-    // Another driver promises nothing of what this one did.
+    // A driver with other features is a new driver: its poison value starts at 0.
     next.start_driver(Features::PAGE_POISON);
     assert_eq!(next.config().poison_val, 0);
 }
@@ -752,10 +752,10 @@ fn r17_a_hint_discards_for_a_driver_that_keeps_the_block() {
         let mut guest = Guest::new(DISCARD, DISCARD);
         guest.device.write_config(12, &poison.to_le_bytes());
         let before = guest.device.ram().allocated().unwrap().total;
-        // Not before the round is current, nor after it.
+        // Hints before the round is started and after it has ended discard nothing.
         guest.hint(FREE, 0x1000);
         guest.start_hint_round();
-        // The page at each end is covered in part only.
+        // The first and the last page are covered only in part.
         guest.hint(FREE + 0x800, 0x4000);
         guest.send(
             Queue::FreePage,
@@ -817,7 +817,7 @@ fn r17_nothing_is_discarded_without_the_drivers_promise() {
 fn r17_what_is_discarded_is_what_is_struck_out() {
     let mut guest = Guest::new(DISCARD, DISCARD);
     guest.start_hint_round();
-    // Outside, around the end of the addresses, and over the end of a region: R5 as ever.
+    // R5: outside guest memory, across the end of the address space, and across the end of a region.
     guest.hint(0x1000, 0x1000);
     guest.hint(u64::MAX - 0xfff, 0x2000);
     assert_eq!(guest.errors(), 2);
@@ -833,7 +833,7 @@ fn r17_what_is_discarded_is_what_is_struck_out() {
         (guest.byte(START + LENGTH - 1), guest.byte(SECOND)),
         (0, 0x5a)
     );
-    // A request that names more than is discarded at a time: the rest is left alone, and stays to be sent.
+    // A request of more than the discard limit: the excess is not discarded, and stays dirty.
     let far = hinting::MAX_DISCARD as u32;
     for (length, byte) in [(far, 0x5a), (far - 0x1000, 0)] {
         guest.send(
@@ -850,7 +850,7 @@ fn a_paused_guest_continues_its_hint_round() {
     let mut guest = Guest::new(ALL, ALL);
     let id = guest.start_hint_round();
     guest.hint(FREE, 0x1000);
-    // What a front end does around a pause: queues stop, features come again, queues go on where they were.
+    // A front end does this around a pause: the queues stop, features are set again, and the queues continue.
     for vring in &guest.vrings {
         vring.set_queue_ready(false);
     }
@@ -891,7 +891,7 @@ fn r10_config_space_is_as_long_as_the_accepted_features_say() {
         (Features::PAGE_POISON, 16),
     ] {
         let mut guest = Guest::new(ALL, accepted);
-        // A front end that writes everything back, fields that are not there and foreign ones included.
+        // A front end that writes all fields back, including absent ones and those of the device.
         guest.device.write_config(0, &[0xff; 16]);
         guest.device.write_config(12, &poison);
         let bytes = guest.device.read_config(0, 16);
@@ -992,10 +992,10 @@ fn statistics_come_when_they_are_asked_for() {
     assert_eq!(guest.device.stats().values, [(StatTag::FreeMemory, 200)]);
     assert_eq!(guest.errors(), 0);
 
-    // A second buffer sends the first one back.
+    // A second buffer is an error. The device returns the first one.
     guest.send(Queue::Stats, &[(Guest::SCRATCH, 10, false)]);
     assert_eq!(guest.errors(), 1);
-    // And a driver that starts anew owes nothing to the one before it.
+    // The device does not return a buffer of the previous driver to a restarted one.
     guest.start_driver(ALL);
     assert!(!guest.device.request_stats());
 }
@@ -1007,7 +1007,8 @@ fn hostile_chains_are_counted_and_come_back() {
     let mut errors = 0;
     for queue in Queue::ALL {
         let base = guest.queue(queue).0.base;
-        // A loop; one out of the table; an indirect table outside memory; more bytes than there are addresses.
+        // Two loops, a descriptor outside the table, an indirect table outside memory, an indirect table of a bad
+        // length, and a segment that is too long.
         for (address, length, flags, next) in [
             (FREE, 0x1000, NEXT, 0),
             (FREE, 0x1000, NEXT | WRITE, 0),
@@ -1032,7 +1033,7 @@ fn hostile_chains_are_counted_and_come_back() {
             );
         }
     }
-    // The wrong direction, and nothing at all.
+    // Segments with the wrong direction. Mixed directions, bad lengths and addresses outside memory follow.
     let wrong = [
         (Queue::Inflate, true),
         (Queue::Deflate, true),
@@ -1059,7 +1060,7 @@ fn a_broken_ring_ends_the_drain() {
     let mut guest = Guest::new(ALL, ALL);
     let (driver, index) = guest.queue(Queue::Inflate);
     let base = driver.base;
-    // More chains than the queue is long.
+    // More available chains than the queue has entries.
     guest
         .memory
         .memory()
@@ -1067,7 +1068,7 @@ fn a_broken_ring_ends_the_drain() {
         .unwrap();
     assert!(!guest.kick_index(index));
     assert_eq!(guest.errors(), 1);
-    // A head that does not exist cannot be returned, and is passed over.
+    // A head that does not exist cannot be returned. The device skips it.
     guest
         .memory
         .memory()
@@ -1086,7 +1087,7 @@ fn a_broken_ring_ends_the_drain() {
 #[test]
 fn a_large_request_exhausts_the_drain_budget() {
     let mut guest = Guest::new(ALL, ALL);
-    // Every second page number: nothing can be merged. Most lie outside memory, which is as much work.
+    // Every second page frame number, so that no ranges merge. Most are outside memory, which costs as much work.
     let bytes: Vec<u8> = (0..40_000u32)
         .flat_map(|number| (number * 2).to_le_bytes())
         .collect();
@@ -1143,7 +1144,7 @@ proptest! {
             let Some(queue) = Queue::from_index(index, accepted) else { continue };
             guest.offer(queue, head);
             if let Some(added) = added {
-                // A ring index out of nowhere. The rings may be in what was released, too.
+                // A random available index. The rings may also be in released memory.
                 let at = guest.queues[index].base + 0x1002;
                 let _ = guest.memory.memory().write_obj(added, GuestAddress(at));
             }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The device as a migration's source of hints.
+//! The device as the hint source of a migration.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,13 +13,13 @@ use crate::device::Device;
 use crate::event_count::EventCount;
 use crate::lock;
 
-/// A migration's claim on a device. Dropping it lets the claim go, and the guest takes its hinted pages back (R16).
+/// A migration's claim on a device. Dropping it releases the claim, and the guest frees its hinted blocks (R16).
 #[derive(Debug)]
 #[must_use = "dropping it ends the claim"]
 pub struct ClaimGuard(Arc<Mutex<Device>>);
 
 impl ClaimGuard {
-    /// Claims `device`. `on_invalidated` is called under the device's lock: it must not wait, nor lock the device.
+    /// Claims `device`. `on_invalidated` runs under the device's lock: it must neither wait nor lock the device.
     ///
     /// # Errors
     ///
@@ -39,18 +39,18 @@ impl Drop for ClaimGuard {
     }
 }
 
-/// Asks the driver of a device that this migration has claimed. The claim goes with it.
+/// Requests hints from the driver of a claimed device. Owns the claim.
 #[derive(Debug)]
 pub struct DeviceHintSource {
     claim: ClaimGuard,
     hinting_events: Arc<EventCount>,
     discards: bool,
-    /// The round whose window is open.
+    /// The hint round whose window is open.
     hint_round: Option<HintId>,
 }
 
 impl DeviceHintSource {
-    /// The hints of the device that is claimed; `discards` is what came with the claim. `cancel` ends a wait.
+    /// Creates the hint source of a claimed device. `discards` is that of the claimed resources. `cancel` ends a wait.
     pub fn new(claim: ClaimGuard, discards: bool, cancel: &CancelToken) -> Self {
         let hinting_events = lock(&claim.0).hinting_events();
         let woken = hinting_events.clone();
@@ -71,7 +71,7 @@ impl HintSource for DeviceHintSource {
 
     fn open(&mut self, window: HintWindow) -> Result<(), (HintWindow, HintSourceError)> {
         let mut device = lock(&self.claim.0);
-        // Another driver may have come since the migration began, one that does not keep its blocks.
+        // Another driver may have started since the migration began, one that does not keep its hinted blocks.
         if self.discards && !device.discards_hinted() {
             let text = "the guest's driver has changed, and does not keep hinted blocks until they are returned";
             return Err((window, HintSourceError(text.into())));

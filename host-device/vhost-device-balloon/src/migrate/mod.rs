@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Migrations of the guest whose balloon this is: one at a time, in a thread of its own.
+//! Migrations of the guest: one at a time, each in a thread of its own.
 //!
-//! The rounds are those of [`guest_migration::precopy`]. Here is what they need of this program: the guest's memory and its
-//! hints ([`hint_source`]), what operators have set ([`parameters`]), and the choice of everything else ([`setup`]).
+//! [`guest_migration::precopy`] runs the iterations. This module provides guest memory and its hints
+//! ([`hint_source`]), the parameters that QMP clients set ([`parameters`]), and the choice of tracker,
+//! VM and stream ([`setup`]).
 //!
-//! Locks are taken in the order migrations, device, progress. The device tells of trouble under its own lock, and may
-//! only touch what comes after it.
+//! Locks are taken in the order manager, device, progress. The device reports an invalidated claim under its own lock,
+//! so the callback takes only locks after that one.
 
 pub mod hint_source;
 pub mod parameters;
@@ -33,58 +34,58 @@ use crate::lock;
 use hint_source::ClaimGuard;
 use parameters::{MigrationCapabilities, MigrationParameters};
 
-/// How long the end of the program waits for a driver to hear that it gets its pages back.
+/// How long the program waits at its end for the driver to read that it may free its hinted blocks.
 const CMD_ID_READ_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Why a migration was not begun, or not told what it was to be told.
+/// Why a migration command fails.
 #[derive(Debug, Error)]
 pub enum MigrateError {
-    /// One is under way.
+    /// A migration is in progress.
     #[error("a migration is under way ({}): one at a time; wait for its end, or give it up with migrate-cancel", .0.name())]
     InProgress(MigrationStatus),
-    /// There is no such place.
+    /// The address of the destination is invalid.
     #[error(transparent)]
     Address(#[from] AddressError),
     /// See [`ClaimError`].
     #[error(transparent)]
     Claim(#[from] ClaimError),
-    /// What was set does not go together.
+    /// The parameters and capabilities contradict each other.
     #[error(transparent)]
     Refused(PrecopyError),
-    /// The host refuses a thread.
+    /// The host cannot start a thread.
     #[error("the migration cannot be started: {0}")]
     Thread(std::io::Error),
-    /// `migrate-continue` for a state in which nothing waits.
+    /// `migrate-continue` names a state in which no migration waits.
     #[error("a migration waits to be continued in the state pre-switchover only, not in '{0}'")]
     NotAWaitState(String),
-    /// The guest's processes are stopped since the last one.
+    /// The last migration left the guest's processes stopped.
     #[error("the guest is at the destination of the last migration, and its processes are stopped here: let it go on with 'cont' first, if it is to be migrated once more")]
     Paused,
-    /// `cont` with nothing to let go on.
+    /// `cont` while no migration has left the guest paused.
     #[error("no migration from here has left the guest paused")]
     NotPaused,
-    /// The guest does not go on.
+    /// The guest cannot be resumed.
     #[error("the guest does not go on: {0}")]
     Vm(#[from] VmError),
-    /// `migrate-continue` while nothing waits.
+    /// `migrate-continue` while no migration waits.
     #[error("no migration waits in the state pre-switchover: its state is {}", .0.name())]
     NotWaiting(MigrationStatus),
 }
 
-/// Where to, and who pauses the guest.
+/// Arguments of `migrate`: the destination, and how to pause the guest.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct MigrateRequest {
-    /// The address of the destination, as QEMU writes it.
+    /// Address of the destination, as QEMU writes it.
     pub uri: String,
-    /// The VMM's QMP socket. Without it the processes that map guest memory are stopped.
+    /// The VMM's QMP socket. Without it, the processes that map guest memory are stopped.
     pub vmm_qmp: Option<PathBuf>,
 }
 
-/// The migrations of a device.
+/// Starts and controls the migrations of a device.
 pub struct MigrationManager {
     device: Arc<Mutex<Device>>,
     events: Arc<Events>,
-    /// Called after the end of each.
+    /// Called at the end of each migration.
     on_end: Arc<dyn Fn() + Send + Sync>,
     state: Mutex<Shared>,
 }
@@ -93,25 +94,25 @@ pub struct MigrationManager {
 struct Shared {
     parameters: MigrationParameters,
     capabilities: MigrationCapabilities,
-    /// The one that is under way, or was the last.
+    /// The migration in progress, or the last one.
     current: Option<CurrentMigration>,
 }
 
-/// A migration.
+/// A migration that is in progress or has ended.
 struct CurrentMigration {
     progress: Progress,
     cancel: CancelToken,
     failure: FailureReason,
     thread: Option<JoinHandle<()>>,
     vm: PausedVm,
-    /// Whether the guest is paused by its VMM's own command, and not by stopping processes.
+    /// Whether the VMM pauses the guest through QMP. Otherwise the guest's processes are stopped.
     by_vmm: bool,
 }
 
-/// The machine that a completed migration has left paused.
+/// The VM that a completed migration has left paused.
 type PausedVm = Arc<Mutex<Option<Box<dyn Vm>>>>;
 
-/// Why a migration was ended from here, if it was. What looks cancelled has failed then.
+/// Why this program ended the migration, if it did. Such a migration is shown as failed, not as cancelled.
 type FailureReason = Arc<OnceLock<String>>;
 
 impl CurrentMigration {
@@ -125,7 +126,7 @@ impl CurrentMigration {
 }
 
 impl MigrationManager {
-    /// None yet. `on_end` is called after the end of each, in its thread.
+    /// Creates a manager without migrations. `on_end` is called at the end of each migration, in its thread.
     pub fn new(
         device: Arc<Mutex<Device>>,
         events: Arc<Events>,
@@ -139,17 +140,17 @@ impl MigrationManager {
         }
     }
 
-    /// How the next migration is to go.
+    /// Returns the parameters of the next migration.
     pub fn parameters(&self) -> MigrationParameters {
         lock(&self.state).parameters.clone()
     }
 
-    /// How the next migration is to go.
+    /// Returns the capabilities of the next migration.
     pub fn capabilities(&self) -> MigrationCapabilities {
         lock(&self.state).capabilities
     }
 
-    /// Changes how the next migration is to go. One that is under way goes on as it began.
+    /// Changes the parameters and capabilities of the next migration. A migration in progress keeps its own.
     pub fn set<T>(
         &self,
         change: impl FnOnce(&mut MigrationParameters, &mut MigrationCapabilities) -> T,
@@ -163,22 +164,23 @@ impl MigrationManager {
         change(parameters, capabilities)
     }
 
-    /// Begins a migration, which goes on by itself. What can be known to be wrong is an error at once; the rest shows in
-    /// the status.
+    /// Starts a migration in a thread of its own. Returns the errors that are known at once. Later errors
+    /// are in the status.
     ///
     /// # Errors
     ///
-    /// If one is under way, if what was asked for does not go together, or if there is nothing that can be migrated.
+    /// If a migration is in progress, if the last one left the guest's processes stopped, if the arguments, parameters
+    /// or capabilities are invalid, or if guest memory cannot be migrated.
     pub fn start(&self, request: MigrateRequest) -> Result<(), MigrateError> {
         let mut state = lock(&self.state);
         if let Some(current) = &mut state.current {
             if !current.is_over() {
                 return Err(MigrateError::InProgress(current.status().status));
             }
-            // It has nothing left to wait for.
+            // The migration is over, so this wait is short.
             current.thread.take().map(JoinHandle::join);
-            // Stopped processes would go on if their machine was dropped. A VMM may have been told by others to go on,
-            // and says by itself if it was not.
+            // Dropping the VM of stopped processes would resume them. A VMM is different: another QMP client may have
+            // resumed the guest, and if none has, the new migration fails with the VMM's answer.
             if !current.by_vmm && lock(&current.vm).is_some() {
                 return Err(MigrateError::Paused);
             }
@@ -232,7 +234,7 @@ impl MigrationManager {
         Ok(())
     }
 
-    /// What tells operators how it goes.
+    /// Creates the progress of a migration. It emits events for QMP clients.
     fn progress(&self, failure: &FailureReason) -> Progress {
         let (events, failure) = (self.events.clone(), failure.clone());
         Progress::new(move |event| match event {
@@ -251,7 +253,7 @@ impl MigrationManager {
         emit(&self.events, state);
     }
 
-    /// Gives up the migration that is under way, if one is. The guest runs on, and has its pages back.
+    /// Cancels the migration in progress, if there is one. The guest keeps running and gets its hinted blocks back.
     pub fn cancel(&self) {
         let active = match &lock(&self.state).current {
             Some(current) if !current.is_over() => {
@@ -269,7 +271,7 @@ impl MigrationManager {
     ///
     /// # Errors
     ///
-    /// If none waits there.
+    /// If no migration waits in that state.
     pub fn continue_migration(&self, waits_in: &str) -> Result<(), MigrateError> {
         if waits_in != MigrationStatus::PreSwitchover.name() {
             let name = waits_in.chars().take(64).collect();
@@ -286,20 +288,20 @@ impl MigrationManager {
         }
     }
 
-    /// Lets the guest go on that a completed migration has left paused: what the destination has is old then.
+    /// Resumes the guest that a completed migration has left paused. The memory at the destination is outdated then.
     ///
     /// # Errors
     ///
-    /// If none has, or the guest does not go on.
+    /// If no migration has left the guest paused, or the guest cannot be resumed.
     pub fn resume(&self) -> Result<(), MigrateError> {
         let paused_vm = lock(&self.state).current.as_mut().map(|current| {
             if current.is_over() {
-                // It may be about to hand the machine over.
+                // The thread may not have stored the VM yet.
                 current.thread.take().map(JoinHandle::join);
             }
             current.vm.clone()
         });
-        // Not under the lock of everything: it takes as long as the VMM takes to answer.
+        // Not under the manager's lock: resuming takes as long as the VMM takes to answer.
         let paused_vm = paused_vm.ok_or(MigrateError::NotPaused)?;
         let mut vm = lock(&paused_vm);
         vm.as_mut().ok_or(MigrateError::NotPaused)?.resume()?;
@@ -307,7 +309,7 @@ impl MigrationManager {
         Ok(())
     }
 
-    /// How the migration stands that is under way, or how the last one ended.
+    /// Returns the status of the migration in progress, or of the last one.
     pub fn status(&self) -> MigrationInfo {
         let state = lock(&self.state);
         state
@@ -316,14 +318,14 @@ impl MigrationManager {
             .map_or_else(MigrationInfo::default, CurrentMigration::status)
     }
 
-    /// Whether a migration is under way.
+    /// Returns whether a migration is in progress.
     pub fn is_in_progress(&self) -> bool {
         let state = lock(&self.state);
         state.current.as_ref().is_some_and(|it| !it.is_over())
     }
 
-    /// Gives up the migration that is under way, and waits until it has: the guest runs then, and has been told to take
-    /// its pages back.
+    /// Cancels the migration in progress, and waits for its end. Unless it completed, the guest runs then and has been
+    /// notified that it may free its hinted blocks.
     pub fn shut_down(&self) {
         let given_up = self.is_in_progress();
         self.cancel();
@@ -339,7 +341,7 @@ impl MigrationManager {
             .current
             .as_ref()
             .map(|current| current.vm.clone());
-        // A guest that is at the destination must not go on here as well, and dropping its machine might let it.
+        // The guest is at the destination and must not run here as well. Dropping the VM might resume it.
         if let Some(vm) = paused_vm.and_then(|paused_vm| lock(&paused_vm).take()) {
             info!(
                 "the guest was migrated, and is left as it is ({})",
@@ -351,8 +353,8 @@ impl MigrationManager {
 }
 
 impl MigrationManager {
-    /// Waits until the driver has read what it was told last, for a moment at most: with the connection goes the
-    /// configuration space that it reads it from.
+    /// Waits until the driver has read the last command id, for at most [`CMD_ID_READ_TIMEOUT`]. The driver cannot
+    /// read configuration space after the connection is closed.
     fn wait_for_cmd_id_read(&self) {
         let deadline = Instant::now() + CMD_ID_READ_TIMEOUT;
         let hinting_events = lock(&self.device).hinting_events();
@@ -366,12 +368,12 @@ impl MigrationManager {
                 return;
             }
         }
-        // What it has read is still on its way through the connection.
+        // The answer to the driver's read is still on its way through the connection.
         thread::sleep(Duration::from_millis(10));
     }
 }
 
-/// What a thread does for a migration.
+/// The work of a migration's thread.
 struct Job {
     config: setup::MigrationConfig,
     claimed_device: setup::ClaimedDevice,
@@ -391,7 +393,7 @@ impl Job {
             vm: paused_vm,
             on_end,
         } = self;
-        // Also after a panic, which has given everything back on its way.
+        // Runs after a panic as well. Unwinding has released the claim by then.
         let _over = OnDrop(|| {
             if !progress.status().status.is_over() {
                 let text = "the thread of the migration has panicked";
@@ -404,7 +406,7 @@ impl Job {
             Ok((parts, stream_config)) => {
                 let connect = stream_config.connector(&cancel);
                 match Precopy::run(parameters, parts, connect, &progress, &cancel) {
-                    // It stays paused: the guest is at the destination now.
+                    // The VM stays paused: the guest is at the destination now.
                     Ok(vm) => {
                         *lock(&paused_vm) = vm;
                         info!("migration: completed");
@@ -435,7 +437,8 @@ fn emit(events: &Events, state: MigrationStatus) {
     events.emit("MIGRATION", json!({ "status": state.name() }));
 }
 
-/// A status as operators see it: what was ended for a reason has failed, though its rounds only know that it was ended.
+/// Returns a status as QMP clients see it. A migration that this program ended for a reason is shown as failed;
+/// [`Precopy`] reports it as cancelled.
 fn effective_status(mut status: MigrationInfo, failure: &FailureReason) -> MigrationInfo {
     if let Some(why) = failure.get() {
         match status.status {
@@ -450,7 +453,7 @@ fn effective_status(mut status: MigrationInfo, failure: &FailureReason) -> Migra
     status
 }
 
-/// What the device tells, and what becomes of the migration then.
+/// Returns the callback for an invalidated claim. It ends the migration, unless the migration can continue.
 fn on_invalidated(
     progress: Progress,
     cancel: CancelToken,
@@ -459,7 +462,7 @@ fn on_invalidated(
     Box::new(move |invalidated| {
         let state = progress.status().status;
         let why = match invalidated {
-            // The balloon is unplugged then; the memory files are still here.
+            // The balloon is unplugged in these states. The memory files are still open.
             Invalidated::FrontEndDisconnected(why)
                 if matches!(
                     state,
@@ -475,7 +478,7 @@ fn on_invalidated(
             Invalidated::MemoryChanged(why) => format!("the guest's memory has changed: {why}"),
         };
         if !state.is_over() {
-            // The first reason counts.
+            // The first reason is kept.
             let _ = failure.set(why);
             cancel.cancel();
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How the next migration is to go: parameters and capabilities, with QEMU's names where QEMU has one.
+//! Parameters and capabilities of the next migration. The names are those of QEMU where QEMU has one.
 
 use std::time::Duration;
 
@@ -10,39 +10,39 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-/// Why a parameter or a capability was not set. None was changed.
+/// Why parameters or capabilities cannot be set. None was changed.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 pub enum ParameterError {
-    /// There is none of this name.
+    /// No parameter has this name.
     #[error("there is no parameter '{name}'; there are {}", NAMES.join(", "))]
     Unknown {
         /// The name.
         name: String,
     },
-    /// Not a number, or out of range.
+    /// The value is not a number, or is out of range.
     #[error("parameter '{name}' expects a whole number from {min} to {max}, in {unit}")]
     Number {
         /// The parameter.
         name: &'static str,
-        /// The least that it takes.
+        /// The smallest valid value.
         min: u64,
-        /// The most.
+        /// The largest valid value.
         max: u64,
-        /// What is counted.
+        /// The unit of the value.
         unit: &'static str,
     },
-    /// Neither true nor false.
+    /// The value is neither true nor false.
     #[error("parameter '{0}' expects true or false")]
     Switch(&'static str),
-    /// Not one of its values.
+    /// The value is not one of the choices.
     #[error("parameter '{name}' expects one of {}", choices.join(", "))]
     Choice {
         /// The parameter.
         name: &'static str,
-        /// What it takes.
+        /// The valid values.
         choices: &'static [&'static str],
     },
-    /// There is no capability of this name.
+    /// No capability has this name.
     #[error("there is no capability '{name}'; there are {}", MigrationCapabilities::NAMES.join(", "))]
     Capability {
         /// The name.
@@ -64,63 +64,63 @@ const NAMES: [&str; 11] = [
     "verify",
 ];
 
-/// How pages are packed.
+/// Compression of pages.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Compression {
-    /// Not at all.
+    /// No compression.
     None,
-    /// With zstd.
+    /// Compression with zstd.
     Zstd,
 }
 
-/// Where pages of zeros are looked for.
+/// How zero pages are detected.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ZeroPageDetection {
-    /// Only holes of the memory files are sent as zeros.
+    /// Only holes of the memory files are sent as zero pages.
     None,
-    /// Pages are read to see whether they are zero.
+    /// Pages are read to detect zero pages.
     Multifd,
 }
 
-/// How the guest's writes are noticed.
+/// How writes of the guest are detected.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DirtyTracking {
-    /// Soft-dirty where the kernel has it, else by content.
+    /// By soft-dirty bits if the kernel has them, otherwise by content.
     Auto,
     /// By the soft-dirty bits of every process that maps guest memory.
     SoftDirty,
-    /// By comparing each page with what was sent.
+    /// By comparing each page with the content that was sent.
     Content,
 }
 
-/// What `query-migrate-parameters` shows and `migrate-set-parameters` sets.
+/// Parameters that `query-migrate-parameters` returns and `migrate-set-parameters` sets.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MigrationParameters {
-    /// Bytes a second over the wire while the guest runs; 0 for as many as there can be.
+    /// Limit of the bandwidth while the guest runs, in bytes per second. 0 means no limit.
     pub max_bandwidth: u64,
-    /// The guest is paused once what is left can be sent in so many milliseconds.
+    /// The guest is paused once the remaining pages can be sent in this time, in milliseconds.
     pub downtime_limit: u64,
-    /// Connections that pages are spread over.
+    /// Number of connections that send pages.
     pub multifd_channels: u16,
-    /// How pages are packed.
+    /// Compression of pages.
     pub multifd_compression: Compression,
-    /// How hard zstd tries.
+    /// Level of zstd compression.
     pub multifd_zstd_level: u8,
-    /// Where pages of zeros are looked for.
+    /// How zero pages are detected.
     pub zero_page_detection: ZeroPageDetection,
-    /// The guest is paused after so many rounds, however much is left.
+    /// The guest is paused after this number of iterations, whatever number of pages remains.
     pub max_rounds: u32,
-    /// Whether the guest is asked for its free pages, where that is sound.
+    /// Whether to ask the guest for its free pages, where that is sound.
     pub free_page_hint: bool,
-    /// How long a migration waits for the guest's hints, in all its rounds together, in milliseconds (R14).
+    /// Timeout for the guest's hints, for all iterations together, in milliseconds (R14).
     pub free_page_hint_wait: u64,
-    /// How the guest's writes are noticed.
+    /// How writes of the guest are detected.
     pub dirty_tracking: DirtyTracking,
-    /// Whether each page is compared with what was sent of it, with the guest paused.
+    /// Whether to compare each page with the content that was sent, while the guest is paused.
     pub verify: bool,
 }
 
@@ -143,11 +143,11 @@ impl Default for MigrationParameters {
 }
 
 impl MigrationParameters {
-    /// Sets those that `values` names; all of them or none.
+    /// Sets the parameters in `values`: all of them or none.
     ///
     /// # Errors
     ///
-    /// Names the first that does not exist or does not take its value.
+    /// The first parameter that does not exist or has an invalid value.
     pub fn set(&mut self, values: &Map<String, Value>) -> Result<(), ParameterError> {
         let mut new = self.clone();
         for (name, value) in values {
@@ -228,7 +228,7 @@ impl MigrationParameters {
         Ok(())
     }
 
-    /// What the rounds need of them.
+    /// Returns the parameters in the form that [`precopy`] needs.
     pub fn to_precopy(&self, capabilities: MigrationCapabilities) -> precopy::Parameters {
         precopy::Parameters {
             max_bandwidth: self.max_bandwidth,
@@ -280,19 +280,20 @@ fn choice<T: Copy>(
         .ok_or(ParameterError::Choice { name, choices })
 }
 
-/// What `query-migrate-capabilities` shows and `migrate-set-capabilities` sets.
+/// Capabilities that `query-migrate-capabilities` returns and `migrate-set-capabilities` sets.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct MigrationCapabilities {
-    /// To go on at the destination before all pages are there. Not to be had here, and with hints never (R7).
+    /// Run the guest at the destination before all pages are there. Migrations refuse this capability: post-copy is
+    /// not implemented, and hints would make it unsound (R7).
     pub postcopy_ram: bool,
-    /// To wait, before the guest is paused, for `migrate-continue`.
+    /// Wait for `migrate-continue` before the switchover. The QMP client pauses the guest.
     pub pause_before_switchover: bool,
 }
 
 impl MigrationCapabilities {
     const NAMES: [&'static str; 2] = ["postcopy-ram", "pause-before-switchover"];
 
-    /// Each with its name.
+    /// Returns each capability with its name.
     pub fn all(self) -> [(&'static str, bool); 2] {
         let [postcopy, pause] = Self::NAMES;
         [
@@ -301,11 +302,11 @@ impl MigrationCapabilities {
         ]
     }
 
-    /// Switches those that `states` names; all of them or none.
+    /// Sets the capabilities in `states`: all of them or none.
     ///
     /// # Errors
     ///
-    /// Names the first that does not exist.
+    /// The first capability that does not exist.
     pub fn set<'a>(
         &mut self,
         states: impl IntoIterator<Item = (&'a str, bool)>,

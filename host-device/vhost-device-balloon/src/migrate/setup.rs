@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a migration is made of: who tracks writes, whether hints are used, who pauses the guest, where pages go.
+//! Setup of a migration: chooses the tracker, the use of hints, the VM to pause, and the stream.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -19,38 +19,38 @@ use super::parameters::{Compression, DirtyTracking, MigrationCapabilities, Migra
 use crate::device::migration_claim::ClaimedResources;
 use crate::device::Device;
 
-/// What was asked for.
+/// What a migration was requested with.
 pub struct MigrationConfig {
-    /// Where to.
+    /// Address of the destination.
     pub address: Address,
     /// The VMM's QMP socket.
     pub vmm_qmp: Option<PathBuf>,
-    /// How.
+    /// The parameters.
     pub parameters: MigrationParameters,
-    /// See [`MigrationParameters`].
+    /// The capabilities.
     pub capabilities: MigrationCapabilities,
 }
 
-/// What was found at the device.
+/// The device that a migration has claimed.
 pub struct ClaimedDevice {
-    /// The claim on it.
+    /// The claim on the device.
     pub claim: ClaimGuard,
-    /// What came with that.
+    /// The resources that came with the claim.
     pub claimed: ClaimedResources,
     /// The device.
     pub device: Arc<Mutex<Device>>,
 }
 
-/// The way to the destination, not gone yet.
+/// Configuration of the stream to the destination, before it is connected.
 pub struct StreamConfig {
     address: Address,
     parameters: MigrationParameters,
-    /// There if the hints have not got it: it is to last until the end.
+    /// The claim, if the hint source does not own it. The claim must last until the end of the migration.
     claim: Option<ClaimGuard>,
 }
 
 impl MigrationConfig {
-    /// Chooses everything, and notes in `progress` how writes are tracked and why.
+    /// Chooses the parts of the migration. Stores in `progress` how writes are tracked, and why.
     ///
     /// Takes as long as the VMM takes to answer.
     pub fn prepare(
@@ -77,7 +77,7 @@ impl MigrationConfig {
             DirtyTracking::Content => TrackingMode::Content,
         };
         let wanted = self.parameters.free_page_hint;
-        // Whatever this program writes to guest memory, it writes under the device's lock.
+        // This program writes to guest memory only under the device's lock.
         let quiesce = Box::new(device);
         let choice = choose_tracker(request, wanted, discards, &memory, &punched, quiesce)?;
         let mut reason = choice.why;
@@ -118,7 +118,7 @@ impl MigrationConfig {
         Ok((parts, stream_config))
     }
 
-    /// Who pauses the guest: nobody, if somebody else is to do that.
+    /// Returns the VM that the migration pauses, or `None` if the QMP client pauses the guest.
     fn vm(&self, memory: &Memory) -> Result<Option<Box<dyn Vm>>, PrecopyError> {
         if self.capabilities.pause_before_switchover {
             return Ok(None);
@@ -133,7 +133,7 @@ impl MigrationConfig {
 }
 
 impl StreamConfig {
-    /// What goes it. `cancel` ends that.
+    /// Returns a function that connects the stream to the destination. `cancel` ends the stream.
     pub fn connector(
         self,
         cancel: &CancelToken,
@@ -163,11 +163,11 @@ impl StreamConfig {
     }
 }
 
-/// A stream, and the claim on the device while it lasts.
+/// A stream. Keeps the claim on the device while it exists.
 struct StreamSink {
-    /// There until the end.
+    /// `None` after the end of the stream.
     writer: Option<Writer>,
-    /// What went over the wire, when it has ended.
+    /// Bytes that were sent, once the stream has ended.
     bytes: u64,
     _claim: Option<ClaimGuard>,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The commands.
+//! The commands of the balloon.
 
 use std::path::PathBuf;
 use std::thread;
@@ -20,25 +20,25 @@ use crate::lock;
 use crate::migrate::parameters::ParameterError;
 use crate::migrate::MigrateError;
 
-/// How long `query-guest-stats` waits for the guest.
+/// How long `query-guest-stats` waits for the driver.
 const STATS_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a command was not done.
+/// Why a command fails.
 #[derive(Debug, Error)]
 pub enum CommandError {
-    /// No such command.
+    /// No command has this name.
     #[error("The command {0} has not been found")]
     NotFound(String),
-    /// The operator has not said `qmp_capabilities`.
+    /// The client has not sent `qmp_capabilities`.
     #[error("Expecting capabilities negotiation with 'qmp_capabilities'")]
     NotNegotiated,
-    /// It has said it already.
+    /// The client has already sent `qmp_capabilities`.
     #[error("Capabilities negotiation is already complete, command ignored")]
     AlreadyNegotiated,
-    /// The arguments are not those of the command.
+    /// The arguments are not valid for the command.
     #[error("the arguments are wrong: {0}")]
     Arguments(#[from] serde_json::Error),
-    /// A capability that is not offered.
+    /// The capability is not offered.
     #[error("Capability '{0}' is not available")]
     Capability(String),
     /// See [`BalloonError`].
@@ -56,16 +56,16 @@ pub enum CommandError {
     /// See [`ParameterError`].
     #[error(transparent)]
     Parameter(#[from] ParameterError),
-    /// The memory files cannot be asked.
+    /// The memory files cannot be examined.
     #[error("the guest's memory files cannot be examined: {0}")]
     Memory(std::io::Error),
-    /// There are no statistics.
+    /// The guest has sent no statistics.
     #[error("the guest gives no statistics: its driver has not accepted VIRTIO_BALLOON_F_STATS_VQ, or has not sent any yet")]
     NoStats,
 }
 
 impl CommandError {
-    /// The class in QMP's sense.
+    /// Returns the class of the error in QMP.
     pub fn class(&self) -> &'static str {
         match self {
             Self::NotFound(_) | Self::NotNegotiated | Self::AlreadyNegotiated => "CommandNotFound",
@@ -74,12 +74,12 @@ impl CommandError {
     }
 }
 
-/// The most ranges in an answer of `query-hinted-ranges`.
+/// The most ranges in one answer of `query-hinted-ranges`.
 const MAX_RANGES: usize = 1 << 16;
 
 pub(super) type CommandHandler = fn(&CommandContext, Option<&Value>) -> Result<Value, CommandError>;
 
-/// What `query-commands` lists, but for those of migration and those that the protocol itself serves.
+/// The commands that `query-commands` lists, without those of migration and those of the protocol itself.
 const COMMANDS: [(&str, CommandHandler); 15] = [
     ("balloon", balloon),
     ("query-balloon", query_balloon),
@@ -102,7 +102,7 @@ fn all() -> impl Iterator<Item = &'static (&'static str, CommandHandler)> {
     COMMANDS.iter().chain(&migration_commands::COMMANDS)
 }
 
-/// Does the command `name`.
+/// Executes the command `name`.
 ///
 /// # Errors
 ///
@@ -118,11 +118,11 @@ pub fn execute(
     }
 }
 
-/// Checks the arguments of `qmp_capabilities`: no capability is offered.
+/// Checks the arguments of `qmp_capabilities`. The server offers no capability.
 ///
 /// # Errors
 ///
-/// If one is asked for.
+/// If the client requests a capability.
 pub fn negotiate_capabilities(arguments: Option<&Value>) -> Result<(), CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -148,7 +148,7 @@ pub(super) fn parse<T: DeserializeOwned>(arguments: Option<&Value>) -> Result<T,
 ///
 /// # Errors
 ///
-/// If there are.
+/// If there are any.
 pub fn expect_no_arguments(arguments: Option<&Value>) -> Result<(), CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -238,8 +238,9 @@ fn query_hint(context: &CommandContext, arguments: Option<&Value>) -> Result<Val
     Ok(answer)
 }
 
-/// Without arguments, all ranges of a guest of up to 512 MiB, and of any guest that is not hostile. Beyond the
-/// limit, the next call starts where the last answer ended.
+/// Returns the ranges of pages that hints have skipped, at most [`MAX_RANGES`] in one answer. A guest of up to 512 MiB
+/// cannot exceed that limit, and a larger one exceeds it only with hostile hints. To get the rest, a client calls
+/// again with the end of the last range as `start`.
 fn query_hinted_ranges(
     context: &CommandContext,
     arguments: Option<&Value>,
@@ -340,14 +341,14 @@ fn save_device_state(
         filename: PathBuf,
     }
     let Arguments { filename } = parse(arguments)?;
-    // Not under the device's lock: a file may take its time.
+    // Not under the device's lock: writing a file may take long.
     let state = lock(&context.device).saved_state();
     state.write(&filename)?;
     Ok(json!({}))
 }
 
-/// Asks the guest, and waits a little for its answer. Without one the last statistics are given: their age
-/// shows.
+/// Requests statistics from the guest, and waits for at most [`STATS_TIMEOUT`]. Without an answer, returns the
+/// previous statistics; `last-update` shows their age.
 fn query_guest_stats(
     context: &CommandContext,
     arguments: Option<&Value>,

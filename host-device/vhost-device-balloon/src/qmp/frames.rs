@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Cutting a stream of bytes into JSON objects.
+//! Splits a byte stream into JSON objects.
 //!
-//! QMP does not care about lines: objects follow each other with or without space, and may span lines. Only
-//! the extent of an object is found here, from braces and strings; whether it is proper JSON is for the
-//! parser to say.
+//! QMP is not line-oriented: objects follow each other with or without white space, and may span lines. This module
+//! finds only the extent of an object, by its braces and strings. The JSON parser validates the object.
 
 use std::io::{self, BufRead, BufReader, Read};
 
@@ -13,13 +12,13 @@ use thiserror::Error;
 /// The longest command, in bytes.
 pub const MAX_FRAME: usize = 64 * 1024;
 
-/// Why there is no object.
+/// Why no object was returned.
 #[derive(Debug, Error)]
 pub enum FrameError {
-    /// Something that does not begin with a brace. It was skipped up to the end of its line.
+    /// The input does not begin with a brace. It was skipped up to the end of its line.
     #[error("an object was expected")]
     Garbage,
-    /// The object is too long. The rest of the stream is of no use.
+    /// The object is too long. The rest of the stream is unusable.
     #[error("the command is longer than {MAX_FRAME} bytes")]
     TooLong,
     /// The stream failed.
@@ -27,22 +26,22 @@ pub enum FrameError {
     Io(#[from] io::Error),
 }
 
-/// JSON objects from a stream.
+/// Reads JSON objects from a stream.
 #[derive(Debug)]
 pub struct Frames<R> {
     stream: BufReader<R>,
 }
 
 impl<R: Read> Frames<R> {
-    /// Reads from `stream`.
+    /// Creates a reader of `stream`.
     pub fn new(stream: R) -> Self {
         Self {
             stream: BufReader::new(stream),
         }
     }
 
-    /// The bytes of the next object, or `None` at the end of the stream. An object that the end cuts off is
-    /// none.
+    /// Returns the bytes of the next object, or `None` at the end of the stream. An incomplete object at
+    /// the end is ignored.
     ///
     /// # Errors
     ///

@@ -11,7 +11,7 @@ use super::commands::{expect_no_arguments, parse, CommandError, CommandHandler};
 use super::CommandContext;
 use crate::migrate::MigrateRequest;
 
-/// Their names, and what they do.
+/// The commands of migration, with their names.
 pub const COMMANDS: [(&str, CommandHandler); 10] = [
     ("migrate", migrate),
     ("migrate_cancel", cancel),
@@ -32,7 +32,7 @@ fn migrate(context: &CommandContext, arguments: Option<&Value>) -> Result<Value,
         uri: String,
         #[serde(default)]
         vmm_qmp: Option<PathBuf>,
-        /// QEMU's monitor takes it and does the same with and without.
+        /// Ignored, as in QEMU.
         #[serde(default, rename = "detach")]
         _detach: bool,
     }
@@ -44,7 +44,7 @@ fn migrate(context: &CommandContext, arguments: Option<&Value>) -> Result<Value,
     Ok(json!({}))
 }
 
-/// As in QEMU no error if there is nothing to give up.
+/// Cancels the migration in progress. As in QEMU, no migration is no error.
 fn cancel(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
     context.migration_manager.cancel();
@@ -126,7 +126,7 @@ fn query_capabilities(
         .collect())
 }
 
-/// The guest that a completed migration has left paused goes on.
+/// Resumes the guest that a completed migration has left paused.
 fn cont(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
     context.migration_manager.resume()?;

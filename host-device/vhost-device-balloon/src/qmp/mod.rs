@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The operators' socket, in the manner of QMP, the protocol of QEMU's monitor.
+//! The control socket. It speaks QMP, the protocol of QEMU's monitor.
 //!
-//! Each operator gets a greeting, has to say `qmp_capabilities`, and may then send commands; a command's `id`
-//! comes back with its answer. Events come in between. Commands and arguments are those of QEMU where QEMU
-//! has them.
+//! Each client gets a greeting, must send `qmp_capabilities`, and may then send commands. An answer repeats the `id`
+//! of its command. Events may arrive between answers. Commands and arguments are those of QEMU where QEMU has them.
+//!
+//! Two threads serve each client: one reads and executes its commands, the other writes answers and events.
 
 mod commands;
 mod frames;
@@ -29,24 +30,24 @@ use crate::migrate::MigrationManager;
 use frames::{FrameError, Frames};
 use protocol::QmpSession;
 
-/// The most operators at a time.
+/// The most clients that are connected at the same time.
 const MAX_CLIENTS: usize = 16;
-/// The most answers and events that wait for an operator to read them.
+/// The most answers and events that are queued for a client.
 const MAX_LINES: usize = 1024;
 
-/// What commands act on.
+/// State that the commands act on.
 pub struct CommandContext {
     /// The balloon.
     pub device: Arc<Mutex<Device>>,
-    /// Its migrations.
+    /// The migrations of its guest.
     pub migration_manager: Arc<MigrationManager>,
-    /// Where events come from.
+    /// The source of events.
     pub events: Arc<Events>,
     /// Ends the program.
     pub quit: Box<dyn Fn() + Send + Sync>,
 }
 
-/// The operators that are connected.
+/// The connected QMP clients.
 pub struct QmpClients {
     context: Arc<CommandContext>,
     clients: Arc<Mutex<HashMap<u64, UnixStream>>>,
@@ -55,7 +56,7 @@ pub struct QmpClients {
 }
 
 impl QmpClients {
-    /// Nobody yet.
+    /// Creates an empty set of clients.
     pub fn new(context: CommandContext) -> Self {
         Self {
             context: Arc::new(context),
@@ -65,12 +66,12 @@ impl QmpClients {
         }
     }
 
-    /// How many there are.
+    /// Returns the number of connected clients.
     pub fn count(&self) -> usize {
         lock(&self.clients).len()
     }
 
-    /// Serves an operator in threads of its own, if there are not too many.
+    /// Serves a client in threads of its own. Refuses the client if too many are connected.
     pub fn serve(&mut self, stream: UnixStream) {
         self.threads.retain(|thread| !thread.is_finished());
         if lock(&self.clients).len() >= MAX_CLIENTS {
@@ -104,7 +105,7 @@ impl QmpClients {
             .push(thread::Builder::new().name(name).spawn(move || {
                 info!("operator {number} has connected");
                 let why = serve_client(&stream, lines, &context);
-                // The writer still holds a copy; the operator is to see the end now.
+                // The client can send no more commands. The writer thread closes the connection after the last line.
                 let _ = stream.shutdown(Shutdown::Read);
                 lock(&clients).remove(&number);
                 let phase = lock(&context.device).hinting_status().phase;
@@ -119,7 +120,7 @@ impl QmpClients {
         Ok(())
     }
 
-    /// Ends all connections and waits for their threads.
+    /// Closes all connections, and waits for their threads.
     pub fn close(self) {
         for stream in lock(&self.clients).values() {
             let _ = stream.shutdown(Shutdown::Read);
@@ -130,7 +131,7 @@ impl QmpClients {
             context,
             ..
         } = self;
-        // What waits to be written may be written, but nobody is waited for who does not read.
+        // Queued lines are still written, but a client that does not read should not delay the end of the program.
         for stream in lock(&clients).values() {
             let _ = stream.set_write_timeout(Some(std::time::Duration::from_millis(200)));
         }
@@ -141,7 +142,7 @@ impl QmpClients {
     }
 }
 
-/// Reads commands and answers them until the operator goes. Returns why it went.
+/// Executes the commands of a client until it disconnects. Returns why it was disconnected.
 fn serve_client(
     stream: &UnixStream,
     lines: SyncSender<String>,

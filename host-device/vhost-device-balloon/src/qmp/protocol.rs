@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The conversation with one operator: greeting, negotiation, commands, answers.
+//! The session of one QMP client: greeting, negotiation, commands, answers.
 
 use std::sync::mpsc::SyncSender;
 
@@ -11,7 +11,7 @@ use super::commands::{self, CommandError};
 use super::CommandContext;
 use crate::events::Subscription;
 
-/// A command as it comes.
+/// A command, as received.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct QmpRequest {
@@ -22,7 +22,7 @@ struct QmpRequest {
     id: Option<Value>,
 }
 
-/// What the operator hears first.
+/// Returns the greeting, the first line of a session.
 pub fn greeting() -> String {
     json!({
         "QMP": {
@@ -33,7 +33,7 @@ pub fn greeting() -> String {
     .to_string()
 }
 
-/// An error answer.
+/// Returns an error answer.
 pub fn error(id: Option<&Value>, class: &str, desc: &str) -> String {
     with_id(json!({ "error": { "class": class, "desc": desc } }), id)
 }
@@ -45,16 +45,16 @@ fn with_id(mut answer: Value, id: Option<&Value>) -> String {
     answer.to_string()
 }
 
-/// One operator's state.
+/// The state of one client's session.
 pub struct QmpSession<'a> {
     context: &'a CommandContext,
-    /// There once the operator has negotiated.
+    /// The subscription to events; `None` before the negotiation.
     events: Option<Subscription>,
     quit_requested: bool,
 }
 
 impl<'a> QmpSession<'a> {
-    /// Before `qmp_capabilities`.
+    /// Creates a session in the state before `qmp_capabilities`.
     pub fn new(context: &'a CommandContext) -> Self {
         Self {
             context,
@@ -63,12 +63,12 @@ impl<'a> QmpSession<'a> {
         }
     }
 
-    /// Whether the operator has asked for the end of the program.
+    /// Returns whether the client has sent `quit`.
     pub fn quit_requested(&self) -> bool {
         self.quit_requested
     }
 
-    /// The answer to the command in `frame`. Events go to `lines` once the operator has negotiated.
+    /// Returns the answer to the command in `frame`. Events are sent to `lines` after the negotiation.
     pub fn answer(&mut self, frame: &[u8], lines: &SyncSender<String>) -> String {
         let value: Value = match serde_json::from_slice(frame) {
             Ok(value) => value,

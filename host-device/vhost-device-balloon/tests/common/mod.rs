@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A front end and an operator for tests, both over real sockets.
+//! A front end and a QMP client for tests, both over real sockets.
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
@@ -31,7 +31,7 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-/// What takes longer hangs. Nothing else is told by time.
+/// An operation that takes longer is regarded as hung. Tests judge nothing else by time.
 pub const HANG_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A server in a thread of this process.
@@ -76,13 +76,13 @@ impl TestServer {
         QmpClient::connect(&self.directory.path().join("qmp"))
     }
 
-    /// Ends the server, and checks that it leaves nothing behind.
+    /// Stops the server, and checks that it leaves no files.
     pub fn stop(self) {
         self.shutdown_handle.stop();
         assert_eq!(self.join().unwrap(), Exit::Stopped);
     }
 
-    /// Waits for the server's end, and checks that it leaves nothing behind.
+    /// Waits until the server ends, and checks that it leaves no files.
     pub fn join(self) -> Result<Exit, ServerError> {
         let limit = Instant::now() + HANG_TIMEOUT;
         while !self.thread.is_finished() {
@@ -96,7 +96,7 @@ impl TestServer {
     }
 }
 
-/// Somebody at the QMP socket.
+/// A QMP client.
 pub struct QmpClient {
     stream: UnixStream,
     lines: BufReader<UnixStream>,
@@ -104,7 +104,7 @@ pub struct QmpClient {
 }
 
 impl QmpClient {
-    /// Connects and says `qmp_capabilities`.
+    /// Connects, and sends `qmp_capabilities`.
     pub fn connect(path: &Path) -> Self {
         let mut qmp = Self::connect_without_negotiation(path);
         assert!(qmp.read().get("QMP").is_some());
@@ -112,7 +112,7 @@ impl QmpClient {
         qmp
     }
 
-    /// Connects and says nothing.
+    /// Connects, and sends nothing.
     pub fn connect_without_negotiation(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
         stream.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
@@ -132,8 +132,8 @@ impl QmpClient {
         self.stream.write_all(bytes)
     }
 
-    /// The next line, or null at the end. A reset is an end as well: the kernel gives it to whose bytes
-    /// the server has not read to the last.
+    /// Returns the next line, or null at the end. A reset is an end as well: the kernel resets a connection on which
+    /// the server has not read all bytes.
     pub fn read(&mut self) -> Value {
         let mut line = String::new();
         match self.lines.read_line(&mut line) {
@@ -144,7 +144,7 @@ impl QmpClient {
         }
     }
 
-    /// The next answer. Events before it are kept.
+    /// Returns the next answer, and keeps the events before it.
     pub fn answer(&mut self) -> Value {
         loop {
             let value = self.read();
@@ -161,7 +161,7 @@ impl QmpClient {
         self.answer()
     }
 
-    /// Runs a command that has to work.
+    /// Runs a command that must succeed.
     pub fn run(&mut self, command: &str) -> Value {
         let answer = self.execute(command, &json!({}));
         answer
@@ -170,7 +170,7 @@ impl QmpClient {
             .clone()
     }
 
-    /// Runs a command that must not work, and returns the error's class and description.
+    /// Runs a command that must fail, and returns the class and description of the error.
     pub fn fail(&mut self, command: &str, arguments: &Value) -> (String, String) {
         let answer = self.execute(command, arguments);
         let text = |name: &str| {
@@ -183,7 +183,7 @@ impl QmpClient {
         (text("class"), text("desc"))
     }
 
-    /// Waits until a driver can be asked.
+    /// Waits until the driver's queues are running.
     pub fn until_running(&mut self) {
         let limit = Instant::now() + HANG_TIMEOUT;
         while self.run("query-virtio-status")["status"] != "running" {
@@ -192,7 +192,7 @@ impl QmpClient {
         }
     }
 
-    /// Waits for an event whose data has these members.
+    /// Waits for an event whose data has the members of `data`.
     pub fn event(&mut self, name: &str, data: &Value) -> Value {
         let fits = |event: &Value| {
             event["event"] == name
@@ -216,7 +216,7 @@ impl QmpClient {
     }
 }
 
-/// Where the guest's memory starts.
+/// Start of guest memory.
 pub const START: u64 = 0x3e_f000;
 pub const LENGTH: u64 = 0x80_0000;
 const SIZE: u16 = 16;
@@ -228,34 +228,34 @@ struct DriverQueue {
     call: EventFd,
 }
 
-/// A VMM with a guest in which nothing but a balloon driver runs.
+/// A VMM whose guest runs only a balloon driver.
 pub struct Vmm {
     frontend: Frontend,
     memory: GuestMemoryMmap,
     file: File,
     queues: Vec<DriverQueue>,
     features: Features,
-    /// Whether event index was offered; a driver here does not accept it.
+    /// Whether event index was offered. The driver does not accept it.
     pub event_idx: bool,
-    /// Where the device's own messages come.
+    /// The channel for messages of the device.
     pub channel: Box<dyn Read + Send>,
 }
 
-/// Guest memory whose balloon was unplugged.
+/// The memory of a guest whose balloon was unplugged.
 pub struct Unplugged {
     memory: GuestMemoryMmap,
     file: File,
 }
 
 impl Unplugged {
-    /// What the guest writes.
+    /// Writes to guest memory, as the guest.
     pub fn write(&self, address: u64, bytes: &[u8]) {
         self.memory
             .write_slice(bytes, GuestAddress(address))
             .unwrap();
     }
 
-    /// Guest memory as bytes, with what the guest does not see of its file.
+    /// Returns the whole memory file, including the part that the guest does not map.
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; (START + LENGTH) as usize];
         self.file.read_exact_at(&mut bytes, 0).unwrap();
@@ -263,18 +263,18 @@ impl Unplugged {
     }
 }
 
-/// The virtio feature bit for the current specification.
+/// The feature bit `VIRTIO_F_VERSION_1`.
 const VERSION_1: u64 = 1 << 32;
 
 impl Vmm {
-    /// Connects, as far as a VMM does before there is a driver.
+    /// Connects, and does what a VMM does before a driver starts.
     pub fn connect(socket: &Path) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
         Self::connect_with(socket, Box::new(ours), &OwnedFd::from(theirs))
     }
 
-    /// As user-mode Linux does it: the device's messages come through a pipe.
+    /// As [`Vmm::connect`], but messages of the device come through a pipe, as in user-mode Linux.
     pub fn connect_with_pipe(socket: &Path) -> Self {
         let (ours, theirs) = rustix::pipe::pipe().unwrap();
         Self::connect_with(socket, Box::new(File::from(ours)), &theirs)
@@ -315,12 +315,12 @@ impl Vmm {
         }
     }
 
-    /// Guest memory as bytes, with what the guest does not see of its file.
+    /// Returns the whole memory file, including the part that the guest does not map.
     pub fn bytes(&self) -> Vec<u8> {
         self.memory().bytes()
     }
 
-    /// What the guest writes.
+    /// Writes to guest memory, as the guest.
     pub fn write(&self, address: u64, bytes: &[u8]) {
         self.memory().write(address, bytes);
     }
@@ -332,7 +332,7 @@ impl Vmm {
         }
     }
 
-    /// The VMM takes the balloon from its guest, which runs on.
+    /// Unplugs the balloon. The guest keeps running.
     pub fn unplug(self) -> Unplugged {
         self.memory()
     }
@@ -341,12 +341,12 @@ impl Vmm {
         self.features
     }
 
-    /// Tells where guest memory is.
+    /// Shares guest memory with the device.
     pub fn share_memory(&mut self) {
         self.share(LENGTH);
     }
 
-    /// Tells that there is less of it than there was.
+    /// Shares only half of guest memory.
     pub fn share_half_the_memory(&mut self) {
         self.share(LENGTH / 2);
     }
@@ -363,7 +363,7 @@ impl Vmm {
             .unwrap();
     }
 
-    /// What happens when a driver binds and has accepted `features`.
+    /// Starts a driver that has accepted `features`.
     pub fn start_driver(&mut self, features: Features) {
         self.features = features;
         let ring = VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -400,7 +400,7 @@ impl Vmm {
         }
     }
 
-    /// What happens when the driver unbinds, or the guest is paused.
+    /// Stops the queues, as when the driver unbinds or the guest is paused.
     pub fn stop_driver(&mut self) {
         for index in 0..self.queues.len() {
             self.frontend.set_vring_enable(index, false).unwrap();
@@ -428,7 +428,7 @@ impl Vmm {
         u32::from_le_bytes(config[8..12].try_into().unwrap())
     }
 
-    /// As [`Vmm::cmd_id`]; none if the device has closed the connection.
+    /// As [`Vmm::cmd_id`]. Returns `None` if the device has closed the connection.
     pub fn last_cmd_id(&mut self) -> Option<u32> {
         let flags = VhostUserConfigFlags::WRITABLE;
         let answer = self.frontend.get_config(0, 16, flags, &[0; 16]);
@@ -436,16 +436,16 @@ impl Vmm {
         Some(u32::from_le_bytes(config[8..12].try_into().unwrap()))
     }
 
-    /// Waits for the message that the configuration has changed.
+    /// Waits for the configuration change message.
     pub fn config_change(&mut self) {
         let mut message = [0; 12];
         self.channel.read_exact(&mut message).unwrap();
         assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
     }
 
-    /// Where the guest keeps what it sends.
+    /// Address of the data that the guest sends.
     const SCRATCH: u64 = START + 0x10_0000;
-    /// The first address that nothing here uses.
+    /// The first address that the driver does not use.
     pub const FREE: u64 = START + 0x20_0000;
 
     pub fn send(&mut self, queue: Queue, bytes: &[u8]) {
@@ -455,7 +455,7 @@ impl Vmm {
         self.offer(queue, Self::SCRATCH, bytes.len() as u32, false);
     }
 
-    /// Offers one buffer, kicks, and waits for it to come back.
+    /// Makes one buffer available, kicks, and waits until the buffer is used. Checks that the driver was interrupted.
     pub fn offer(&mut self, queue: Queue, address: u64, length: u32, writable: bool) {
         self.post(queue, address, length, writable);
         self.wait_used(queue);
@@ -464,7 +464,7 @@ impl Vmm {
         assert!(queue.call.read().unwrap() > 0, "the driver was interrupted");
     }
 
-    /// Waits until all buffers that were offered have come back.
+    /// Waits until all available buffers are used.
     pub fn wait_used(&mut self, queue: Queue) {
         let index = queue.index(self.features).unwrap();
         let queue = &mut self.queues[index];
@@ -482,7 +482,7 @@ impl Vmm {
         }
     }
 
-    /// Offers one buffer and kicks, whatever becomes of it.
+    /// Makes one buffer available and kicks, without waiting.
     pub fn post(&mut self, queue: Queue, address: u64, length: u32, writable: bool) {
         let index = queue.index(self.features).unwrap();
         let queue = &mut self.queues[index];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The program as a process.
+//! The program as a child process.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -11,7 +11,7 @@ use rustix::process::{kill_process, Pid, Signal};
 
 use super::HANG_TIMEOUT;
 
-/// The program, with its sockets in a directory of its own. Killed if the test fails before its end.
+/// A running program, with its sockets in a given directory. Dropping it kills the program.
 pub struct Program {
     child: Option<Child>,
     pub socket: PathBuf,
@@ -35,7 +35,7 @@ impl Program {
         }
     }
 
-    /// Waits until it listens.
+    /// Waits until the program listens.
     pub fn ready(self) -> Self {
         let limit = Instant::now() + HANG_TIMEOUT;
         while std::os::unix::net::UnixStream::connect(&self.qmp).is_err() {

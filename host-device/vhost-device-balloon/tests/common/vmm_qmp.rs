@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A VMM's QMP socket, behind which a guest can be paused.
+//! The QMP socket of a fake VMM whose guest can be paused.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -10,7 +10,8 @@ use std::thread;
 
 use serde_json::{json, Value};
 
-/// Answers `query-status`, `stop` and `cont`, one client at a time as QEMU does, and writes them down.
+/// Answers `query-status`, `stop` and `cont`, and records `stop` and `cont`. Serves one client at a
+/// time, as QEMU does.
 pub struct FakeVmmQmp {
     pub path: PathBuf,
     commands: Arc<Mutex<Vec<String>>>,
@@ -25,7 +26,7 @@ impl FakeVmmQmp {
             path,
             commands: Arc::clone(&commands),
         };
-        // It ends with the test program.
+        // The thread ends with the test program.
         thread::spawn(move || {
             for stream in listener.incoming() {
                 serve(&stream.unwrap(), &commands);
@@ -34,12 +35,12 @@ impl FakeVmmQmp {
         vmm_qmp
     }
 
-    /// Somebody else tells it to go on.
+    /// Resumes the guest, as another QMP client would.
     pub fn cont(&self) {
         self.commands.lock().unwrap().push("cont".into());
     }
 
-    /// What it was told, in this order.
+    /// Returns the recorded commands in order.
     pub fn commands(&self) -> Vec<String> {
         self.commands.lock().unwrap().clone()
     }
