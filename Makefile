@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 #
-# Thin: every target calls cargo, Kbuild or xtask. `make help` lists them.
+# Each target calls cargo, Kbuild or xtask. `make help` lists the targets.
 
 CARGO ?= cargo
 XTASK := $(CARGO) xtask

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What only the debug kernel can show: that nothing is left behind, and that allocations may fail.
+//! Tests that need the debug kernel: leak checks (page owner, kmemleak), fault injection and page poisoning.
 
 use anyhow::{ensure, Context, Result};
 use harness::artifacts::Artifacts;
@@ -13,9 +13,11 @@ use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, MIB};
 use shared_abi::features::Features;
 
-/// With less the kernel does not report free pages: it wants 32 blocks of the largest order free.
+/// The guest's memory. The kernel reports free pages of a zone only while the zone has 32 blocks of the reporting order
+/// free above its low watermark, so a smaller guest would report nothing.
 const MEMORY: u64 = 256 * MIB;
-/// All that our device offers. The kernel clears its pages when it frees them, so that the driver takes all of it.
+/// All features that our device offers. [`FILL`] has the kernel clear the pages that it frees, so the driver accepts
+/// all of them.
 const FEATURES: [&str; 6] = [
     "must-tell-host",
     "stats",
@@ -26,7 +28,7 @@ const FEATURES: [&str; 6] = [
 ];
 const FILL: &str = "init_on_free=1";
 
-/// A guest of the debug kernel, whose device offers all that there is.
+/// Boots a guest with the debug kernel and a device that offers [`FEATURES`].
 fn guest(arguments: &str) -> Result<Guest> {
     let artifacts = Artifacts::load()?;
     let arguments = format!("{FILL} {arguments}");
@@ -39,7 +41,7 @@ fn guest(arguments: &str) -> Result<Guest> {
     Ok(guest)
 }
 
-/// Loads our driver, which takes every feature, and has it do everything.
+/// Loads our driver, checks that it accepts all [`FEATURES`], and exercises the balloon.
 fn load_and_exercise(guest: &mut Guest) -> Result<()> {
     guest.load(Driver::Ours)?;
     let agreed = guest.exercise()?;
@@ -59,7 +61,7 @@ fn no_page_and_no_object_is_left_of_our_driver_on_the_debug_kernel() -> Result<(
     let name = Driver::Ours.module_name();
     let code = guest.module_code(Driver::Ours)?;
 
-    // The kernel knows the balloon's pages for the driver's.
+    // The page owner attributes the balloon's pages to the driver.
     let whole = guest.balloon_qmp()?.balloon_actual()?;
     let target = whole - 16 * MIB;
     guest.balloon_qmp()?.set_balloon(target)?;
@@ -71,7 +73,7 @@ fn no_page_and_no_object_is_left_of_our_driver_on_the_debug_kernel() -> Result<(
         "{pages} pages have an owner, of 16 MiB in the balloon"
     );
 
-    // The device is taken away with a full balloon, then in a round, then at rest.
+    // Unbinds with a full balloon, then in a hint round, then when idle.
     guest.unbind()?;
     guest.bind()?;
     guest.balloon_qmp()?.set_balloon(whole)?;
@@ -92,7 +94,8 @@ fn no_page_and_no_object_is_left_of_our_driver_on_the_debug_kernel() -> Result<(
     guest.check_and_power_off(before)
 }
 
-/// The allocators and the bus say that they failed, and tracing warns. Anything else is a report.
+/// Fails if the kernel log has a bug report. Messages of the allocators and the bus about failed allocations are no bug
+/// reports. A warning of `trace_events.c` about a failed allocation is expected.
 fn check_log(guest: &mut Guest) -> Result<()> {
     const OF_FAILURE: &str = "kernel/trace/trace_events.c";
     let log = guest.kernel_log()?;
@@ -105,7 +108,7 @@ fn check_log(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// How many allocations failed, one at a time, and in how many of these cases all of it did.
+/// The number of injected allocation failures, and the number of these that failed the whole operation.
 #[derive(Debug, Default)]
 struct FaultCounts {
     failed: u32,
@@ -113,7 +116,8 @@ struct FaultCounts {
 }
 
 impl FaultCounts {
-    /// Adds an outcome; whether there was no allocation left to fail.
+    /// Counts an outcome. Returns whether the operation had no allocation left to fail. Fails if the operation failed
+    /// without an injected failure.
     fn ends_with(&mut self, outcome: &FailNthResult) -> Result<bool> {
         if outcome.injected {
             self.failed += 1;
@@ -127,8 +131,8 @@ impl FaultCounts {
 
 #[test]
 fn probe_survives_the_failure_of_each_allocation_on_the_debug_kernel() -> Result<()> {
-    /// The driver's own objects and those that the kernel makes for it, as counted. Fewer would mean that not all were
-    /// tried.
+    /// Minimum counts, from a measurement: the driver's own allocations and the kernel's on its behalf. Lower counts
+    /// mean that not all allocations were tried.
     const AT_LEAST: FaultCounts = FaultCounts {
         failed: 50,
         refused: 40,
@@ -172,7 +176,8 @@ fn probe_survives_the_failure_of_each_allocation_on_the_debug_kernel() -> Result
 
 #[test]
 fn loading_survives_the_failure_of_allocations_on_the_debug_kernel() -> Result<()> {
-    /// Most of them are the module loader's and the driver core's; those of the probe fail one by one in another test.
+    /// Every third allocation is tried. Most are the module loader's and the driver core's. Another test covers each
+    /// allocation of the probe.
     const ONE_OF: u32 = 3;
     const AT_LEAST: FaultCounts = FaultCounts {
         failed: 50,
@@ -212,10 +217,10 @@ fn loading_survives_the_failure_of_allocations_on_the_debug_kernel() -> Result<(
 fn the_target_is_reached_after_allocations_failed_at_random_on_the_debug_kernel() -> Result<()> {
     const PERCENT: u32 = 30;
     const TIMES: usize = 6;
-    /// It ends when so many have failed.
+    /// The minimum number of injected failures.
     const AT_LEAST: u64 = 20;
     let mut guest = guest("")?;
-    // What the kernel keeps of the first time is no loss.
+    // The first load fills caches that the kernel keeps, which are no leak.
     load_and_exercise(&mut guest)?;
     guest.unload(Driver::Ours)?;
     let before = guest.settled_memory_usage()?;
@@ -261,7 +266,7 @@ fn the_target_is_reached_after_allocations_failed_at_random_on_the_debug_kernel(
 #[test]
 fn no_page_is_written_to_while_it_is_free_on_the_debug_kernel() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    // The kernel writes a pattern to each page that is freed, and looks for it when the page is used again.
+    // The kernel fills each freed page with a pattern and checks the pattern when it allocates the page.
     let mut guest = Builder::new(&artifacts, Vmm::Debug)
         .memory(MEMORY)
         .features(&FEATURES)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a driver's work costs, ours beside the C driver's. Counts, not seconds: they are the same on a busy host.
+//! Compares the costs of our driver with those of the C driver. Costs are counts, not times, so host load does not
+//! change them.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ const MEMORY: u64 = 768 * MIB;
 const INFLATED: u64 = 512 * MIB;
 const REPEATS: usize = 3;
 
-/// The C driver's costs and ours.
+/// Returns the costs of the C driver and of our driver, in this order.
 fn both(suppression: NotificationSuppression) -> Result<(DriverCosts, DriverCosts)> {
     let artifacts = Artifacts::load()?;
     let of = |driver| measure_driver(&artifacts, driver, suppression, MEMORY, INFLATED, REPEATS);
@@ -28,7 +29,7 @@ fn both(suppression: NotificationSuppression) -> Result<(DriverCosts, DriverCost
     Ok((c, ours))
 }
 
-/// Fails unless `part` of the C driver's count is as much as ours.
+/// Fails unless `ours` is at most one `part`th of `c`.
 fn at_most(what: &str, ours: u64, c: u64, part: u64) -> Result<()> {
     ensure!(
         ours * part <= c,
@@ -41,7 +42,7 @@ fn at_most(what: &str, ours: u64, c: u64, part: u64) -> Result<()> {
 fn unsuppressed_our_driver_notifies_a_tenth_as_often_as_the_c_driver_to_hint_and_a_quarter_to_inflate(
 ) -> Result<()> {
     let (c, ours) = both(NotificationSuppression::Never)?;
-    // The C driver notifies for each request, and so nothing was lost in counting.
+    // The C driver notifies for each request. Equal counts show that no notification was lost in counting.
     ensure!(
         c.hint.counts.notifications == c.hint.counts.requests,
         "{c:?}"
@@ -83,8 +84,9 @@ fn unsuppressed_our_driver_notifies_a_tenth_as_often_as_the_c_driver_to_hint_and
 #[test]
 fn with_event_index_our_driver_notifies_no_more_often_than_the_c_driver() -> Result<()> {
     let (c, ours) = both(NotificationSuppression::EventIdx)?;
-    // How often the C driver notifies to hint depends on who runs when: a device that has just looked need not be told. How
-    // many requests it makes does not. Ours notifies no more often than without event index.
+    // The number of the C driver's notifications for hints depends on scheduling: a device that is still processing the
+    // queue needs no kick. The number of its requests does not. Our driver notifies no more often than without event
+    // index.
     let mine = ours.hint.counts;
     at_most(
         "notifications and interrupts to hint, of as many requests,",
@@ -123,7 +125,7 @@ fn the_driver_counts_the_notifications_that_the_device_counts() -> Result<()> {
         qmp.set_balloon(target)?;
         qmp.wait_balloon(target, HANG_TIMEOUT)?;
     }
-    // The device may be late to look at the last of them.
+    // The device may read the last notifications late.
     let deadline = Instant::now() + HANG_TIMEOUT;
     loop {
         let counters = guest.counters()?;
@@ -137,7 +139,7 @@ fn the_driver_counts_the_notifications_that_the_device_counts() -> Result<()> {
     guest.check_and_power_off(before)
 }
 
-/// Fails unless the driver and the device have counted alike.
+/// Fails unless the driver and the device have counted the same notifications, at least one per queue.
 fn agree(counters: &Counters, queues: &[QueueStatus]) -> Result<()> {
     for queue in queues {
         let name = queue.name.replace('-', "_");
@@ -146,7 +148,7 @@ fn agree(counters: &Counters, queues: &[QueueStatus]) -> Result<()> {
             driver == queue.notifications && driver > 0,
             "{name}: the driver counted {driver} notifications, the device {queue:?}"
         );
-        // One interrupt may stand for many signals of the device, but none comes without.
+        // One interrupt may cover several signals of the device. No interrupt comes without a signal.
         let taken = counters.get(&format!("{name}_interrupts"))?;
         ensure!(
             taken <= queue.interrupts,

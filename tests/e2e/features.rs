@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Our driver with devices that offer this and not that.
+//! Tests our driver with devices that offer different features, rings and transports.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -14,7 +14,7 @@ use shared_abi::features::Features;
 
 const MEMORY: u64 = 256 * MIB;
 
-/// The features that a device may offer, from the specification.
+/// The balloon features of the specification.
 const FEATURES: [Features; 6] = [
     Features::MUST_TELL_HOST,
     Features::STATS_VQ,
@@ -24,7 +24,7 @@ const FEATURES: [Features; 6] = [
     Features::REPORTING,
 ];
 
-/// Whether the guest's kernel fills the pages that it frees.
+/// Whether the guest's kernel clears the pages that it frees (`init_on_free`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum InitOnFree {
     Off,
@@ -33,18 +33,19 @@ enum InitOnFree {
 
 impl InitOnFree {
     fn arguments(self) -> &'static str {
-        // A kernel that clears memory when it is allocated writes to what is hinted: see the pairs.
+        // With `init_on_alloc` the kernel writes to the blocks that the driver allocates for hints: see
+        // interoperability.rs.
         match self {
             Self::Off => "init_on_alloc=0",
             Self::On => "init_on_alloc=0 init_on_free=1",
         }
     }
 
-    /// What our driver takes of an offer.
+    /// Returns the features of `offer` that our driver accepts.
     fn accepted_features(self, offer: Features) -> Features {
         match self {
             Self::Off => offer.without(Features::PAGE_POISON),
-            // A device that does not know what fills free pages must not touch them.
+            // Without PAGE_POISON the device does not know the fill value of free pages, so it must not discard them.
             Self::On if !offer.contains(Features::PAGE_POISON) => {
                 offer.without(Features::REPORTING)
             }
@@ -53,7 +54,7 @@ impl InitOnFree {
     }
 }
 
-/// All that is of a balloon, without the ring's and the transport's.
+/// Returns the balloon features among `features`, without those of the ring and the transport.
 fn of_balloon(features: Features) -> Features {
     let known = FEATURES
         .into_iter()
@@ -61,7 +62,7 @@ fn of_balloon(features: Features) -> Features {
     features & known
 }
 
-/// Loads our driver, tries all that it and the device agree on, and unloads it.
+/// Loads our driver, exercises all negotiated features, and unloads it. Returns the negotiated features.
 fn try_offer(guest: &mut Guest, offer: Features, init_on_free: InitOnFree) -> Result<Features> {
     let before = guest.settled_memory_usage()?;
     guest.load(Driver::Ours)?;
@@ -77,10 +78,10 @@ fn try_offer(guest: &mut Guest, offer: Features, init_on_free: InitOnFree) -> Re
     Ok(agreed)
 }
 
-/// Every subset of the features, on a kernel that fills freed pages and on one that does not.
+/// Tries every subset of the features, with and without `init_on_free`.
 #[test]
 fn our_driver_takes_any_offer_of_our_device_in_user_mode_linux() -> Result<()> {
-    /// Most of the time a guest waits for the kernel's own timers.
+    /// The number of guests that run in parallel. A guest mostly waits for the kernel's own timers.
     const AT_ONCE: usize = 4;
     let then = Instant::now();
     let all = FEATURES
@@ -89,12 +90,12 @@ fn our_driver_takes_any_offer_of_our_device_in_user_mode_linux() -> Result<()> {
     let subsets: Vec<(Features, InitOnFree)> = (0..1 << FEATURES.len())
         .map(Features::from_bits)
         .flat_map(|offer| [(offer, InitOnFree::Off), (offer, InitOnFree::On)])
-        // The kernels differ only to these features.
+        // `init_on_free` matters only to these features.
         .filter(|(offer, init_on_free)| {
             let differs = Features::PAGE_POISON | Features::REPORTING;
             *init_on_free == InitOnFree::Off || !(*offer & differs).is_empty()
         })
-        // The debug kernel takes its time: there the sets that QEMU is offered must do.
+        // The debug kernel is slow, so it gets only the offers that the guest in QEMU gets.
         .filter(|(offer, _)| !Vmm::is_debug_only() || offers(all).contains(offer))
         .collect();
     let next = AtomicUsize::new(0);
@@ -131,7 +132,7 @@ fn boot_and_try(offer: Features, init_on_free: InitOnFree) -> Result<()> {
     Ok(())
 }
 
-/// A machine with an empty slot.
+/// Boots a guest in QEMU with an empty hotplug slot.
 fn machine(init_on_free: InitOnFree) -> Result<Guest> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
@@ -144,7 +145,7 @@ fn machine(init_on_free: InitOnFree) -> Result<Guest> {
     Ok(guest)
 }
 
-/// All features, all but one, and none.
+/// Returns the offers to try: all features, all without each single one, and none.
 fn offers(all: Features) -> Vec<Features> {
     let offered = FEATURES.into_iter().filter(|one| all.contains(*one));
     let mut offers = vec![all];
@@ -174,7 +175,7 @@ fn our_driver_takes_what_our_device_offers_in_qemu() -> Result<()> {
     Ok(())
 }
 
-/// QEMU's own device has a property for some features; the others it always or never offers.
+/// The features that QEMU's own device has a property for. The device always or never offers the others.
 const PROPERTIES: [(Features, &str); 4] = [
     (Features::DEFLATE_ON_OOM, "deflate-on-oom"),
     (Features::FREE_PAGE_HINT, "free-page-hint"),
@@ -182,7 +183,7 @@ const PROPERTIES: [(Features, &str); 4] = [
     (Features::REPORTING, "free-page-reporting"),
 ];
 
-/// What QEMU's own device is told, to offer just this.
+/// Returns the properties with which QEMU's own device offers exactly the features in `offer`.
 fn qemu_options(offer: Features) -> Vec<String> {
     let option = |(feature, name)| {
         let value = if offer.contains(feature) { "on" } else { "off" };
@@ -198,7 +199,7 @@ fn plug_and_try(
     more: &[&str],
 ) -> Result<Features> {
     let then = Instant::now();
-    // It always has statistics.
+    // QEMU's device always offers statistics.
     let offer = offer | Features::STATS_VQ;
     let options = qemu_options(offer);
     let options: Vec<&str> = options
@@ -214,7 +215,7 @@ fn plug_and_try(
     Ok(agreed)
 }
 
-/// All that QEMU's device can be told to offer.
+/// Returns all features that QEMU's device has a property for.
 fn all_of_qemu() -> Features {
     let all = PROPERTIES.map(|(feature, _)| feature).into_iter();
     all.fold(Features::NONE, |all, one| all | one)
@@ -232,12 +233,12 @@ fn our_driver_takes_what_qemus_device_offers() -> Result<()> {
     Ok(())
 }
 
-/// Rings and transports: what QEMU is told, the feature bit that it is about, and whether that is then agreed on.
+/// Rings and transports: options for QEMU, a feature bit, and whether driver and device negotiate that feature.
 const TRANSPORTS: [(&[&str], u32, bool); 8] = [
     (&["packed=on"], 34, true),
     (&["event_idx=off"], 29, false),
     (&["packed=on", "event_idx=off"], 29, false),
-    // Our driver declines indirect descriptors in any case.
+    // Our driver never accepts indirect descriptors.
     (&["indirect_desc=off"], 28, false),
     (&["in_order=on"], 35, true),
     (IN_ORDER_PACKED, 35, true),
@@ -245,8 +246,8 @@ const TRANSPORTS: [(&[&str], u32, bool); 8] = [
     (&["disable-modern=on", "disable-legacy=off"], 32, false),
 ];
 
-/// Linux 7.3 and QEMU 11.1 do not agree on this ring: a request of several buffers, which a report is, never comes back,
-/// with the kernel's own driver neither. So nothing is reported over it.
+/// A packed ring with in-order use. Over it QEMU 11.1 never returns a request of several buffers to Linux 7.3, with our
+/// driver or the C driver. A free page report has several buffers, so the test does not offer reporting.
 const IN_ORDER_PACKED: &[&str] = &["packed=on", "in_order=on"];
 
 #[test]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What the guest and its kernel can still do while hinted blocks are held.
+//! Tests what the guest and its kernel can still do while the driver keeps hinted blocks.
 
 use std::fs::File;
 use std::thread::sleep;
@@ -16,7 +16,7 @@ use harness::vmm::Vmm;
 use harness::zones::ZoneInfo;
 use harness::{HANG_TIMEOUT, MIB};
 
-/// Has a shell of the guest do something, and returns what it says.
+/// Runs a shell script in the guest and returns its output.
 fn shell(guest: &mut Guest, script: &str) -> Result<String> {
     let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
     let done = guest.call(Run { argv })?;
@@ -42,8 +42,8 @@ fn summary(zones: &[ZoneInfo]) -> String {
     zones.iter().map(one).collect()
 }
 
-/// CMA stays whole while a round is held: what is in it can be had by those for whom it is kept. The rest is hinted all the
-/// same.
+/// Hinting leaves CMA free, so contiguous allocations can still use it during a hint round. Other free memory is
+/// hinted.
 #[test]
 fn hinting_keeps_out_of_cma_in_qemu() -> Result<()> {
     let artifacts = Artifacts::load()?;
@@ -84,12 +84,12 @@ fn hinting_keeps_out_of_cma_in_qemu() -> Result<()> {
     Ok(())
 }
 
-/// Half of memory is for movable pages only, which hinting does not use. The rest is all that the kernel has, and enough of
-/// it is left in each of its zones.
+/// Half of memory is `ZONE_MOVABLE`, which hinting does not use. Hinting leaves each other zone its floor, and the
+/// whole reserve in zones that serve kernel allocations.
 #[test]
 fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
     const FILES: u32 = 15_000;
-    /// Pages of the reserve that programs of the guest may use.
+    /// Pages of the reserve that the guest's programs may use.
     const OWN_USE: u64 = 2 * MIB / 4096;
     let artifacts = Artifacts::load()?;
     for driver in [Driver::C, Driver::Ours] {
@@ -113,7 +113,7 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
             summary(&while_hinted),
             summary(&guest.zones()?.zones)
         );
-        // Not a verdict: the number of stalls depends on the scheduling of kswapd.
+        // Printed for information: the number of stalls depends on the scheduling of kswapd.
         for (name, count) in &events_after {
             let more = count.saturating_sub(events.get(name).copied().unwrap_or_default());
             let tells = ["allocstall", "scan", "kswapd"]
@@ -148,7 +148,7 @@ fn the_reserve_is_where_the_kernel_can_use_it_in_qemu() -> Result<()> {
     Ok(())
 }
 
-/// With two NUMA nodes each keeps its part of the reserve.
+/// With two NUMA nodes, each node keeps its part of the reserve.
 #[test]
 fn no_node_is_emptied_in_qemu() -> Result<()> {
     let artifacts = Artifacts::load()?;
@@ -176,7 +176,7 @@ fn no_node_is_emptied_in_qemu() -> Result<()> {
                 let of_node = || while_hinted.iter().filter(|zone| zone.node == node);
                 let free: u64 = of_node().map(ZoneInfo::free_for_kernel).sum();
                 let managed: u64 = of_node().map(|zone| zone.managed).sum();
-                // No less than 1/64 of memory is left in all.
+                // The reserve is at least 1/64 of memory.
                 ensure!(
                     managed > total / 3 && free >= managed / 64,
                     "node {node} has {free} pages left of {managed}: {while_hinted:?}"
@@ -193,16 +193,16 @@ fn no_node_is_emptied_in_qemu() -> Result<()> {
     Ok(())
 }
 
-/// The zone with this name, of the first node that has one.
+/// Returns the zone with this name, of the first node that has one.
 fn zone<'a>(zones: &'a [ZoneInfo], name: &str) -> Result<&'a ZoneInfo> {
     let found = zones.iter().find(|zone| zone.name == name);
     found.with_context(|| format!("there is no zone {name}: {zones:?}"))
 }
 
-/// In each zone that hinting uses there is more than half-way between its minimum and low watermarks, beyond what it keeps
-/// from allocations that could have come from a higher zone.
+/// Fails unless each zone that hinting uses keeps its floor: the midpoint of its minimum and low watermarks, plus its
+/// `lowmem_reserve` against allocations that could use a higher zone.
 fn check_reserves(zones: &[ZoneInfo]) -> Result<()> {
-    /// The kernel's counters are off by so many for each processor; and the guest's own programs take some.
+    /// The tolerance in pages, for the drift of per-processor counters and the guest's own programs.
     const OWN_USE: u64 = 200;
     for zone in zones.iter().filter(|zone| zone.is_hintable()) {
         ensure!(
@@ -214,8 +214,8 @@ fn check_reserves(zones: &[ZoneInfo]) -> Result<()> {
     Ok(())
 }
 
-/// The guest is hibernated, and woken at once, while a round holds most of its memory and a balloon has some, as its kernel
-/// initialises its memory in each of the ways that there are. Afterwards it has its data, its balloon and its counters.
+/// Hibernates the guest and resumes it at once, during a hint round and with an inflated balloon, for each way in which
+/// a kernel initialises memory. Afterwards the guest has its data, its balloon and its counters.
 #[test]
 fn a_guest_in_qemu_is_hibernated_while_blocks_are_hinted() -> Result<()> {
     for arguments in ["init_on_alloc=1", "init_on_alloc=0 init_on_free=1"] {
@@ -304,7 +304,7 @@ fn hibernated(driver: Driver, arguments: &str) -> Result<()> {
     Ok(())
 }
 
-/// Memory that can be unplugged is hinted as well, and goes offline all the same, block by block, while the round is held.
+/// Memory that can be unplugged is hinted, and its memory blocks go offline during the hint round.
 #[test]
 fn memory_with_hinted_blocks_goes_offline_in_qemu() -> Result<()> {
     const PLUGGED: u64 = 512 * MIB;
@@ -348,7 +348,7 @@ fn memory_with_hinted_blocks_goes_offline_in_qemu() -> Result<()> {
         let hinted = pages.ballooned.intersection(&range).bytes();
         let free = pages.free.intersection(&range).bytes();
         println!("{memory_block}: {hinted} of {size} bytes are hinted, {free} free");
-        // Where the kernel has put something of its own, a block of memory cannot go offline.
+        // A memory block with other kernel allocations in it cannot go offline.
         if hinted + free < size {
             continue;
         }
@@ -369,8 +369,9 @@ fn memory_with_hinted_blocks_goes_offline_in_qemu() -> Result<()> {
     guest.check_and_power_off(before)
 }
 
-/// A process that needs memory takes it back from a held round. Debian's kernel initialises what it gives out, and nobody
-/// else does; another kernel's pages are cleared before they go back.
+/// The shrinker reclaims hinted blocks for a process that needs memory. A kernel with `init_on_alloc`, as Debian's,
+/// clears pages when it allocates them, so the driver does not. For other kernels the driver clears the pages before it
+/// frees them.
 #[test]
 fn pages_are_cleared_once_in_qemu() -> Result<()> {
     const NEEDED: u64 = 100 * MIB;

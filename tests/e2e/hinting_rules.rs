@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Rules of hinting that show only when driver, device and VMM work together.
+//! Tests the rules of hinting (docs/rules.md) that need driver, device and VMM together.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -17,25 +17,27 @@ use harness::ranges::{PhysicalRange, RangeSet};
 use harness::vmm::Vmm;
 use harness::MIB;
 
-/// A guest of user-mode Linux whose free memory has been used, with a driver loaded, and what is free.
+/// Boots a user-mode Linux guest, fills and frees its memory, and loads `driver`. Returns the guest and its memory
+/// usage.
 fn uml_guest(artifacts: &Artifacts, driver: Driver) -> Result<(Guest, MemoryUsage)> {
     Builder::new(artifacts, Vmm::Uml).boot_filled(16 * MIB, driver)
 }
 
 #[test]
 fn r1_the_daemon_sleeps_while_a_hint_round_waits_for_the_guest() -> Result<()> {
-    /// What an idle second may cost; a loop, even one that sleeps a millisecond at a time, costs far more.
+    /// Limits for an idle second: voluntary context switches and processor ticks. A polling loop exceeds them, even if
+    /// it sleeps for a millisecond at a time.
     const SLEEPS: u64 = 5;
     const TICKS: u64 = 3;
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Uml).boot()?;
     guest.load(Driver::Ours)?;
-    // The guest stands still: the round begins and gets no block, for a second.
+    // The guest is stopped: the hint round starts and gets no block for a second.
     guest.vmm().stop()?;
     guest.daemon()?.qmp().hint_start()?;
     check_idle(&mut guest, SLEEPS, TICKS).context("while the guest is silent")?;
     guest.vmm().signal(harness::process::Signal::SIGCONT)?;
-    // Then it goes on, finishes, and holds its blocks.
+    // The guest resumes, finishes the hint round, and keeps the hinted blocks.
     let hint_round = guest.daemon()?.qmp().wait_hint_status("finished")?;
     ensure!(
         hint_round.blocks > 0,
@@ -53,7 +55,7 @@ fn check_idle(guest: &mut Guest, voluntary_switches: u64, ticks: u64) -> Result<
     let (before, since) = (activity(process)?, Instant::now());
     sleep(Duration::from_secs(1));
     let after = activity(process)?;
-    // A host that has much to do may be late.
+    // On a busy host the sleep may last longer.
     let seconds = since.elapsed().as_secs() + 1;
     let (voluntary_switches, ticks) = (voluntary_switches * seconds, ticks * seconds);
     let notified = guest.daemon()?.notifications()? - notifications;
@@ -91,7 +93,7 @@ fn r2_a_hint_round_that_follows_a_cancelled_one_at_once_is_complete() -> Result<
                 hint_round.id
             );
             let hinted = qmp.hinted_ranges()?.bytes();
-            // The C driver does not offer again what it holds of the first round, which was cancelled.
+            // The C driver keeps the blocks of the cancelled hint round and does not hint them again.
             let enough = if driver == Driver::Ours {
                 before.free / 10 * 9
             } else {
@@ -187,7 +189,7 @@ fn r16_pages_return_when_the_daemon_is_gone() -> Result<()> {
     guest.hint_all()?;
     check_hinted(&mut guest, before.free)?;
     guest.daemon()?.process().kill()?;
-    // User-mode Linux notices, and takes the device away.
+    // User-mode Linux detects the end of the daemon and removes the device.
     guest.check_memory(before)?;
     guest.unload(Driver::Ours)?;
     guest.check_memory(before)?;
@@ -204,7 +206,7 @@ fn r16_a_guest_in_qemu_can_use_its_pages_when_the_daemon_is_gone() -> Result<()>
     guest.hint_all()?;
     check_hinted(&mut guest, before.free)?;
     guest.daemon()?.process().kill()?;
-    // QEMU does not tell the guest; but who needs memory gets it.
+    // QEMU does not tell the guest. The shrinker reclaims hinted blocks for processes that need memory.
     let filled = guest.call(Fill {
         bytes: before.free - 64 * MIB,
         keep_every: 1,
@@ -242,7 +244,9 @@ fn r17_a_hint_takes_no_page_away() -> Result<()> {
     Ok(())
 }
 
-/// With its driver's promise, a guest gives memory back by hinting, and goes on well without it.
+/// With `--discard-hinted` the device discards hinted pages only if the driver has promised to keep a hinted block
+/// until the device has used its buffer. Our driver promises that, the C driver does not. The guest works correctly
+/// afterwards.
 #[test]
 fn r17_a_hint_gives_memory_back_only_where_the_driver_keeps_its_blocks() -> Result<()> {
     let artifacts = Artifacts::load()?;
@@ -255,7 +259,7 @@ fn r17_a_hint_gives_memory_back_only_where_the_driver_keeps_its_blocks() -> Resu
         let after = guest.host_memory_in_use()?;
         let gone = on_host.saturating_sub(after);
         let enough = match driver {
-            // Nearly all of its memory was used, so what is hinted took space.
+            // The guest has used nearly all of its memory, so the hinted pages occupied host memory.
             Driver::Ours => gone >= hinted / 10 * 9,
             Driver::C => gone <= MIB,
         };
@@ -281,15 +285,15 @@ fn r17_a_hint_gives_memory_back_only_where_the_driver_keeps_its_blocks() -> Resu
     Ok(())
 }
 
-/// How the pages of a guest look from the host.
+/// Pages of a guest by their contents, as the host sees them.
 struct PageContents {
-    /// Pages that hold the pattern of a process that is no more.
+    /// Pages that hold the pattern of a process that has ended.
     old: RangeSet,
     zero: RangeSet,
 }
 
-/// Looks at `ranges` of the guest's memory from the host. User-mode Linux keeps its memory in a file, each page where its
-/// physical address says.
+/// Reads `ranges` of the guest's memory on the host and returns the pages by their contents. The offset of a page in
+/// the memory file of user-mode Linux is its guest physical address.
 fn read_pages(guest: &mut Guest, ranges: &RangeSet) -> Result<PageContents> {
     const PAGE: usize = 4096;
     let path = guest_memory_file(guest.vmm().id())?;
@@ -317,15 +321,15 @@ fn read_pages(guest: &mut Guest, ranges: &RangeSet) -> Result<PageContents> {
     })
 }
 
-/// A page that goes back to the guest before the device is done with it is initialised first; one that is held is as it
-/// was, for a hint changes nothing.
+/// Hinted pages that are reclaimed before DONE are cleared first. Pages that the driver keeps do not change, because a
+/// hint does not modify memory. The driver clears a few pages ahead of the guest's needs.
 #[test]
 fn r17_what_the_guest_reclaims_before_done_is_initialised_and_the_rest_is_as_it_was() -> Result<()>
 {
     const TAKEN: u64 = 64 * MIB;
-    /// What the guest may use for itself meanwhile.
+    /// Memory that the guest may use meanwhile.
     const OWN_USE: u64 = MIB;
-    /// What the driver clears before the guest needs it.
+    /// The most memory that the driver clears ahead of the guest's needs.
     const CLEARED_AHEAD: u64 = 4 * MIB;
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, Vmm::Uml).memory(192 * MIB);
@@ -340,7 +344,7 @@ fn r17_what_the_guest_reclaims_before_done_is_initialised_and_the_rest_is_as_it_
         before_reclaim.old.bytes()
     );
 
-    // No memory group, first node, so many pages.
+    // The arguments of `scan`: no memory cgroup, node 0, the number of pages.
     let script = format!(
         "for file in /sys/kernel/debug/shrinker/virtio-balloon-rs-*/scan; do echo 0 0 {} > $file; done",
         TAKEN / 4096
@@ -370,7 +374,7 @@ fn r17_what_the_guest_reclaims_before_done_is_initialised_and_the_rest_is_as_it_
         "given back with their old content: {:x?}",
         stale.ranges()
     );
-    // Some are cleared ahead of the guest's needs.
+    // The driver clears some pages ahead of the guest's needs.
     let changed = before_reclaim.old.difference(&after.old).difference(&back);
     let ahead = changed.intersection(&after.zero);
     let changed = changed.difference(&ahead);
@@ -381,7 +385,7 @@ fn r17_what_the_guest_reclaims_before_done_is_initialised_and_the_rest_is_as_it_
         ahead.ranges()
     );
 
-    // Done: the rest goes back as it is.
+    // After DONE the driver frees the other blocks unchanged.
     guest.daemon()?.qmp().hint_done()?;
     guest.check_memory_uncompacted(before)?;
     let done = read_pages(&mut guest, &hinted)?;
@@ -398,7 +402,8 @@ fn r17_what_the_guest_reclaims_before_done_is_initialised_and_the_rest_is_as_it_
     guest.check_and_power_off(before)
 }
 
-/// A guest that fills its free pages says with what, and its hints count all the same (R3); one that does not declines.
+/// A guest that fills its free pages tells the device the fill value, and its hints count (R3). A guest that does not
+/// fill them declines the feature.
 fn poison_is_said_and_hints_count(
     vmm: Vmm,
     arguments: &str,
@@ -444,7 +449,7 @@ fn r3_a_guest_in_qemu_that_clears_its_free_pages_says_so_and_its_hints_count() -
 #[test]
 fn r3_a_guest_with_the_debug_kernel_that_poisons_its_free_pages_says_so_and_its_hints_count(
 ) -> Result<()> {
-    /// `PAGE_POISON`, four times.
+    /// The kernel's `PAGE_POISON` byte, four times.
     const POISON: u32 = 0xaaaa_aaaa;
     let arguments = "page_poison=1";
     poison_is_said_and_hints_count(Vmm::Uml, arguments, Driver::each(), Some(POISON))
@@ -452,8 +457,9 @@ fn r3_a_guest_with_the_debug_kernel_that_poisons_its_free_pages_says_so_and_its_
 
 #[test]
 fn r3_a_guest_that_does_not_fill_its_free_pages_declines_poison() -> Result<()> {
-    // A boot for each: user-mode Linux, once a driver has declined what it had accepted, forgets that it speaks more of
-    // vhost-user than the bare rings, and the next driver hears of no change of configuration.
+    // One boot per driver. Both drivers clear the feature when they validate features, so the kernel finalizes features
+    // twice. User-mode Linux then drops VHOST_USER_F_PROTOCOL_FEATURES, and the next driver gets no configuration
+    // changes.
     for &driver in Driver::each() {
         poison_is_said_and_hints_count(Vmm::Uml, "", &[driver], None)?;
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Hints are right, not only many.
+//! Tests that hints are correct: kept pages are never hinted, nearly all free memory is, and the guest keeps its
+//! reserve.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use harness::vmm::Vmm;
 use harness::zones::ZoneInfo;
 use harness::MIB;
 
-/// One page of so many is kept: then nearly every block of the largest order holds one.
+/// The guest keeps one page in this many: about one per two blocks of the largest order.
 const KEEP_EVERY: u64 = 2000;
 
 #[test]
@@ -36,8 +37,8 @@ fn the_c_drivers_hints_spare_what_a_guest_in_user_mode_linux_keeps() -> Result<(
     hints_spare_what_is_kept(Vmm::Uml, Driver::C)
 }
 
-/// The guest keeps pages all over its memory. None of them is hinted, and all keep what they hold, though all the memory
-/// around them is hinted and given back.
+/// The guest keeps pages all over its memory. None of them is hinted, and all keep their contents while the memory
+/// around them is hinted and reused.
 fn hints_spare_what_is_kept(vmm: Vmm, driver: Driver) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, vmm).boot()?;
@@ -77,7 +78,7 @@ fn hints_spare_what_is_kept(vmm: Vmm, driver: Driver) -> Result<()> {
     }
     guest.daemon()?.qmp().hint_done()?;
     guest.check_memory_uncompacted(settled_memory_usage)?;
-    // Others use what was hinted; the pages that were kept are as they were.
+    // Other processes use the hinted memory. The kept pages must not change.
     guest.fill_and_free(64 * MIB, 5)?;
     for workload in workloads {
         let found = guest.call(Verify { workload })?;
@@ -106,7 +107,8 @@ fn our_driver_hints_what_the_buddy_lists_of_user_mode_linux_hold() -> Result<()>
     hinted_is_what_was_free(Vmm::Uml, Driver::Ours)
 }
 
-/// While a round holds its blocks, the kernel uses just what was hinted beyond what it used before.
+/// While the driver keeps the hinted blocks, the kernel's memory use exceeds its earlier use by the hinted bytes,
+/// within a tolerance.
 fn hinted_is_what_was_free(vmm: Vmm, driver: Driver) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let (mut guest, before) = Builder::new(&artifacts, vmm).boot_filled(24 * MIB, driver)?;
@@ -140,8 +142,8 @@ fn fragmented_memory_of_user_mode_linux_is_hinted_as_well() -> Result<()> {
     fragmented_memory_is_hinted_as_well(Vmm::Uml)
 }
 
-/// With a page kept in each MiB there is hardly a block of the largest order, and the C driver has nothing to hint. Ours
-/// hints what is free in blocks of the smallest order that it was told, or more.
+/// With one kept page in each MiB there is hardly a free block of the largest order, and the C driver hints almost
+/// nothing. Our driver hints the free blocks of order `hint_min_order` and above.
 fn fragmented_memory_is_hinted_as_well(vmm: Vmm) -> Result<()> {
     const LARGEST: usize = 10;
     let artifacts = Artifacts::load()?;
@@ -201,19 +203,18 @@ fn hinting_leaves_a_reserve_to_a_guest_in_qemu() -> Result<()> {
     hinting_leaves_a_reserve(Vmm::Qemu)
 }
 
-/// While a round goes on, and while its blocks are held, the guest has its reserve. A process that needs more gets it, and
-/// at once, without the OOM killer.
+/// During hint rounds the guest keeps its reserve. A process that needs more memory gets it without the OOM killer.
 fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
-    /// What the guest's own programs may meanwhile take of the reserve, and processors keep on lists of their own.
+    /// The part of the reserve that the guest's programs and the per-processor page lists may use meanwhile.
     const OWN_USE: u64 = 2 * MIB;
-    /// How long each round holds its blocks while they are counted, and while a process needs them.
+    /// How long each hint round keeps its blocks: while free memory is sampled, and while a process needs memory.
     const HOLD: Duration = Duration::from_millis(50);
     const LONG_HOLD: Duration = Duration::from_millis(500);
     const NEEDED: u64 = 100 * MIB;
-    /// It is looked on until there have been more of both than this.
+    /// Sampling continues until both counts exceed these values.
     const HINT_ROUNDS: u64 = 2;
     const SAMPLES: u64 = 100;
-    /// How often a process needs memory, at least.
+    /// The minimum number of times that a process needs memory.
     const TIMES: u32 = 3;
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, vmm).kernel_arguments("init_on_alloc=0");
@@ -252,7 +253,8 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     );
 
     let alone = use_memory(&mut guest, NEEDED)?;
-    // Until one has needed what a round held. One that got nothing would hang, and the call would fail.
+    // Repeats until the shrinker has reclaimed hinted blocks for a process. A process that gets no memory hangs, and
+    // its call fails.
     let (worst, hint_rounds) = guest.with_hint_rounds(LONG_HOLD, |guest, hint_rounds| {
         let mut attempts = Attempts::default();
         let mut worst = Duration::ZERO;
@@ -274,8 +276,9 @@ fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
     guest.check_and_power_off(before)
 }
 
-/// Three times the high watermarks of the zones that have memory, within 1/64 and 1/20 of memory; no less than half-way
-/// between the minimum and the low ones, nor than what is left of each zone that the kernel can use.
+/// Returns the documented default reserve in bytes. It is three times the sum of the high watermarks, but at most 1/20
+/// and at least 1/64 of memory. It is at least the sum of the midpoints of the minimum and low watermarks, even above
+/// 1/20. It is also at least the sum of the floors of the zones that hinting uses.
 fn documented_reserve(guest: &mut Guest) -> Result<u64> {
     let page_size = guest.agent().hello().page_size;
     let zones = guest.zones()?.zones;
@@ -288,7 +291,7 @@ fn documented_reserve(guest: &mut Guest) -> Result<u64> {
     Ok(reserve.max(floors) * page_size)
 }
 
-/// How long a process takes to fill so much memory and find it as it was.
+/// Returns the time that a process needs to fill `bytes` of memory and verify them.
 fn use_memory(guest: &mut Guest, bytes: u64) -> Result<Duration> {
     let start = Instant::now();
     let filled = guest.call(Fill {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Each driver with each device: load, inflate, deflate, a hint round, unload, and all of it again.
+//! Tests each driver with each device: load, inflate, deflate, a hint round and unload, all of it twice.
 
 use anyhow::{ensure, Context, Result};
 use harness::artifacts::Artifacts;
@@ -7,7 +7,7 @@ use harness::guest::{Builder, Device, Driver, Guest};
 use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, MIB};
 
-/// What the acceptance asks for.
+/// The size of the balloon, from the acceptance criteria.
 const INFLATE_BY: u64 = 100 * MIB;
 const SPARE: u64 = 24 * MIB;
 
@@ -43,8 +43,8 @@ fn the_c_driver_with_our_device_in_user_mode_linux() -> Result<()> {
 
 fn work_through(vmm: Vmm, driver: Driver, device: Device) -> Result<()> {
     let artifacts = Artifacts::load()?;
-    // A kernel that clears memory when it is allocated writes to what its driver hints. QEMU then takes those pages up
-    // once more, as zero pages, and its counts do not show what was hinted.
+    // With `init_on_alloc` the kernel clears the blocks that the driver allocates for hints. QEMU then sends these
+    // pages again as zero pages, and its counts do not show the hints.
     let arguments = if device == Device::QemuOwn {
         "init_on_alloc=0"
     } else {
@@ -56,7 +56,7 @@ fn work_through(vmm: Vmm, driver: Driver, device: Device) -> Result<()> {
         .boot()?;
     guest.kernel_log()?;
     for (time, seed) in [("first", 1), ("second", 2)] {
-        // What was free has contents then, on the host too, so that there is something to give back.
+        // Gives the free memory contents, so it occupies memory of the host that hints and inflation can release.
         guest.fill_and_free(SPARE, seed)?;
         let before = guest.settled_memory_usage()?;
         guest.load(driver)?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A round in whose middle somebody goes: the module, the operator, the guest, the daemon.
+//! Tests interrupted hint rounds: the module is unloaded, or a QMP client, the guest or the daemon ends.
 
 use anyhow::{ensure, Context, Result};
 use harness::artifacts::Artifacts;
@@ -21,18 +21,19 @@ fn guest(artifacts: &Artifacts, vmm: Vmm) -> Result<Guest> {
 
 #[test]
 fn the_module_is_unloaded_in_a_hint_round_in_qemu() -> Result<()> {
-    // Emulated, a round takes seconds.
+    // A hint round of an emulated guest takes seconds.
     unload_during_hint_rounds(Vmm::Qemu, &[0, 1, 20, u64::MAX], Some("started"))
 }
 
 #[test]
 fn the_module_is_unloaded_in_a_hint_round_in_user_mode_linux() -> Result<()> {
-    // A round takes two milliseconds: which state the unload meets cannot be chosen, so it is tried often.
+    // A hint round takes two milliseconds. The test cannot choose the state that an unload meets, so it unloads often.
     unload_during_hint_rounds(Vmm::Uml, &[0, 0, 0, 0, 1, 1, u64::MAX], None)
 }
 
-/// Unloads the driver in the middle of a round, and loads it again; once for each of `blocks`, when the device has seen
-/// that many or the round is finished. All of it again until an unload was asked for when the round had the state that it must meet.
+/// Unloads the driver during a hint round and loads it again, once for each of `blocks`: when the device has received
+/// that many blocks, or the hint round has finished. Continues with `blocks` from the start until one unload began
+/// while the hint round had the status `must_meet`.
 fn unload_during_hint_rounds(vmm: Vmm, blocks: &[u64], must_meet: Option<&str>) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = guest(&artifacts, vmm)?;
@@ -58,7 +59,7 @@ fn unload_during_hint_rounds(vmm: Vmm, blocks: &[u64], must_meet: Option<&str>) 
         guest.unload(Driver::Ours)?;
         guest.check_memory_and_log(before)?;
     }
-    // After all that a round is as good as ever.
+    // After all unloads a hint round still hints everything.
     guest.load(Driver::Ours)?;
     guest.full_hint_round()?;
     guest.check_and_power_off(before)
@@ -70,7 +71,7 @@ fn a_qmp_client_disconnects_in_a_hint_round() -> Result<()> {
     let mut guest = guest(&artifacts, Vmm::Uml)?;
     guest.load(Driver::Ours)?;
     let before = guest.settled_memory_usage()?;
-    // A guest that stands still cannot finish first.
+    // A stopped guest cannot finish the hint round before the client disconnects.
     guest.vmm().stop()?;
     let mut client = guest.daemon()?.connect()?;
     let id = client.hint_start()?;
@@ -83,7 +84,7 @@ fn a_qmp_client_disconnects_in_a_hint_round() -> Result<()> {
         HANG_TIMEOUT,
     )?;
     guest.vmm().signal(harness::process::Signal::SIGCONT)?;
-    // Another one can bring the round to its end.
+    // Another client can finish the hint round.
     let hint_round = guest.daemon()?.qmp().wait_hint_status("finished")?;
     ensure!(
         hint_round.id == Some(id) && hint_round.bytes >= before.free / 10 * 9,
@@ -116,7 +117,7 @@ fn the_guest_is_killed_in_a_hint_round() -> Result<()> {
     Ok(())
 }
 
-/// The daemon ends by itself when its guest has gone, with its sockets.
+/// Checks that the daemon exits after its guest has ended, and that no sockets or other files are left.
 fn check_no_leftovers(guest: &mut Guest) -> Result<()> {
     let daemon = guest.daemon()?;
     let status = daemon.wait()?;
@@ -167,10 +168,11 @@ fn the_daemon_is_killed_in_a_hint_round() -> Result<()> {
     Ok(())
 }
 
-/// Starts a round, and returns while blocks come (user-mode Linux) or when the guest holds them (QEMU).
+/// Starts a hint round. Returns when it has started (user-mode Linux) or finished (QEMU).
 ///
-/// Not earlier in QEMU: version 11.1 aborts when a guest reads the configuration of a generic vhost-user device whose
-/// daemon has gone ("Assertion `hdev->vhost_ops' failed"), and a driver reads it when a round is announced.
+/// QEMU 11.1 aborts when a guest reads the configuration of a generic vhost-user device whose daemon has ended
+/// ("Assertion `hdev->vhost_ops' failed"). The driver reads it when a hint round is announced, so the test waits longer
+/// with QEMU.
 fn start_hint_round(guest: &mut Guest) -> Result<u32> {
     let vmm = guest.vmm_kind();
     let qmp = guest.daemon()?.qmp();
@@ -183,14 +185,14 @@ fn start_hint_round(guest: &mut Guest) -> Result<u32> {
     Ok(id)
 }
 
-/// The guest has lost its device, not its memory: it works, the module can go, and nothing is missing.
+/// Checks a guest that has lost its device: the guest works, the module unloads, and all memory is back.
 fn check_guest_survives(guest: &mut Guest) -> Result<()> {
-    // Until the module goes, blocks that were in flight are the device's.
+    // Blocks in flight belong to the device until the module is unloaded, so only a part of memory is filled.
     let spare = guest.mem_info()?.total() / 2;
     guest.fill_and_free(spare, 11)?;
     guest.unload(Driver::Ours)?;
     guest.fill_and_free(48 * MIB, 12)?;
-    // Processes and the processors' own lists of free pages may have some, the kernel no more than this.
+    // Processes and the per-processor page lists may use memory. The kernel may use no more than this.
     let total = guest.mem_info()?.total();
     let little = MemoryUsage {
         free: total / 10 * 9,

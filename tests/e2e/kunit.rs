@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The tests that run in the kernel: KUnit runs a module's suites when it is loaded.
+//! Runs the module's KUnit suites. KUnit runs the suites of a module when the module is loaded.
 
 use std::env;
 
@@ -11,12 +11,12 @@ use harness::guest::{Builder, Device, Driver, Guest, DEFAULT_HOST_TIMEOUT};
 use harness::ktap::{self, Case, TestStatus, CASES_VARIABLE};
 use harness::vmm::Vmm;
 
-/// The suites that must be among those that ran.
+/// Suites that must have run and passed when all cases are selected.
 const SUITES: [&str; 2] = [
     "virtio_balloon_rs_virtqueue",
     "virtio_balloon_rs_shared_abi",
 ];
-/// All cases of all suites.
+/// The glob of all cases of all suites.
 const ALL: &str = "*.*";
 
 #[test]
@@ -38,7 +38,7 @@ fn every_kunit_case_of_the_module_passes() -> Result<()> {
         }
     }
     for case in &all {
-        // A suite as a whole says no more than its cases, unless none of them says why it failed.
+        // The line of a suite only repeats the results of its cases, unless none of them has the same status.
         let whole = |other: &Case| {
             other.name.starts_with(&format!("{}.", case.name)) && other.status == case.status
         };
@@ -57,7 +57,7 @@ fn every_kunit_case_of_the_module_passes() -> Result<()> {
     Ok(())
 }
 
-/// Loads the module, which runs the cases that `glob` names, and unloads it.
+/// Loads the module, which runs the cases that match `glob`. Unloads it unless a case failed. Returns the cases.
 fn run(guest: &mut Guest, glob: &str) -> Result<Vec<Case>> {
     guest.call(WriteFile {
         path: "/sys/module/kunit/parameters/filter_glob".to_owned(),
@@ -73,7 +73,7 @@ fn run(guest: &mut Guest, glob: &str) -> Result<Vec<Case>> {
         .iter()
         .flat_map(|(suite, text)| ktap::parse(suite, text))
         .collect();
-    // What a case that failed has left behind keeps the module for ever.
+    // A failed case may leave references to the module, which then cannot be unloaded.
     if !cases.iter().any(|case| case.status == TestStatus::Failed) {
         guest.unload(Driver::Ours)?;
     }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The driver from its loading to its end, and all that may happen to it, its device and its guest in between.
+//! Tests the life cycle of the driver: load, bind, suspend, unplug, kexec and unload, with devices that answer and
+//! devices that do not.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -28,11 +29,11 @@ const ALL: [&str; 5] = [
 ];
 const INFLATE_BY: u64 = 100 * MIB;
 
-/// A machine with a balloon that has whatever we know, and with QEMU's device whatever that knows.
+/// Returns a builder for a guest whose balloon has all features of the device.
 fn builder(artifacts: &Artifacts, vmm: Vmm, device: Device) -> Builder<'_> {
     let builder = Builder::new(artifacts, vmm)
         .device(device)
-        // See the pairs.
+        // See interoperability.rs.
         .kernel_arguments("init_on_alloc=0");
     match device {
         Device::QemuOwn => builder.device_options(&["free-page-reporting=on", "deflate-on-oom=on"]),
@@ -40,7 +41,7 @@ fn builder(artifacts: &Artifacts, vmm: Vmm, device: Device) -> Builder<'_> {
     }
 }
 
-/// Asks for [`INFLATE_BY`] bytes and waits for them; returns the target.
+/// Inflates the balloon by [`INFLATE_BY`] bytes and waits until it has its size. Returns the target.
 fn inflate(guest: &mut Guest) -> Result<u64> {
     let balloon = guest.balloon_qmp()?;
     let target = balloon.balloon_actual()? - INFLATE_BY;
@@ -49,7 +50,7 @@ fn inflate(guest: &mut Guest) -> Result<u64> {
     Ok(target)
 }
 
-/// Fills so much memory, and finds it as it was.
+/// Fills `bytes` of memory, verifies them, and frees them.
 fn fill_and_verify(guest: &mut Guest, bytes: u64, seed: u64) -> Result<Filled> {
     let filled = guest.call(Fill {
         bytes,
@@ -73,11 +74,11 @@ fn a_guest_sleeps_with_an_inflated_balloon_of_qemus_device() -> Result<()> {
     suspends_inflated(Device::QemuOwn)
 }
 
-/// The guest sleeps (S3), the balloon inflated, and, with our device, blocks held. When it wakes the balloon is filled
-/// again, and everything works.
+/// Suspends the guest (S3) with an inflated balloon and, with our device, with hinted blocks. After the resume the
+/// driver fills the balloon again, and everything works.
 ///
-/// Once, and it is not switched off: the machine that Linux wakes to does not sleep again, nor does it switch off, with
-/// or without a balloon (QEMU 11.1).
+/// The guest is suspended once, and then killed: with QEMU 11.1, a machine that Linux has resumed can neither suspend
+/// again nor power off, with or without a balloon.
 fn suspends_inflated(device: Device) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = builder(&artifacts, Vmm::Qemu, device)
@@ -113,8 +114,9 @@ fn a_balloon_of_qemus_device_is_unplugged_while_it_works() -> Result<()> {
     unplugged(Device::QemuOwn)
 }
 
-/// The balloon is pulled while it is being inflated, and, if it is ours (QEMU pulls nothing while it migrates), in
-/// the middle of a round; each time the guest has its memory back, and the next balloon works.
+/// Unplugs the balloon while it inflates and, with our device, during a hint round. (QEMU's own device hints only
+/// during a migration, when QEMU refuses to unplug.) Each time the guest gets its memory back, and the next balloon
+/// works.
 fn unplugged(device: Device) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = builder(&artifacts, Vmm::Qemu, Device::None)
@@ -213,8 +215,8 @@ fn a_new_kernel_takes_over_a_balloon_of_qemus_device() -> Result<()> {
     a_new_kernel_takes_over(Device::QemuOwn)
 }
 
-/// The guest starts another kernel (kexec) while the balloon is inflated and, with our device, blocks are held. The new
-/// kernel has all memory, and its driver fills the balloon.
+/// The guest starts another kernel (kexec) with an inflated balloon and, with our device, with hinted blocks. The new
+/// kernel has all memory, and its driver fills the balloon again.
 fn a_new_kernel_takes_over(device: Device) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = builder(&artifacts, Vmm::Qemu, device)
@@ -248,8 +250,8 @@ fn a_new_kernel_takes_over(device: Device) -> Result<()> {
     guest.check_and_power_off(before)
 }
 
-/// A device that never answers does not keep a guest from starting another kernel, with a report, requests and hints
-/// under way; the new kernel has all memory, and a driver that can go.
+/// A device that never answers does not prevent kexec, with a report, requests and hints in flight. The new kernel has
+/// all memory, and its driver can be unloaded.
 #[test]
 fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
     let artifacts = Artifacts::load()?;
@@ -289,8 +291,8 @@ fn a_new_kernel_in_qemu_takes_over_from_a_silent_host() -> Result<()> {
     Ok(())
 }
 
-/// Returns the kernel's complaints, without the warning about a report that the device does not answer: the driver logs it after ten
-/// seconds, and a test may take shorter or longer.
+/// Returns the kernel's warnings, without the one about a report that the device does not answer. The driver logs that
+/// one after the total timeout, ten seconds by default, so a test may see it or not.
 fn warnings_of_silent_device(log: &[KernelLogRecord]) -> Vec<&str> {
     const NO_ANSWER: &str = "the free pages that were reported last stay with the device";
     let texts = kernel_warnings(log)
@@ -299,8 +301,8 @@ fn warnings_of_silent_device(log: &[KernelLogRecord]) -> Vec<&str> {
     texts.filter(|text| !text.contains(NO_ANSWER)).collect()
 }
 
-/// A host that takes no page, no hint, no report and no statistics costs the guest what is in flight, no more, and the
-/// module can go: the driver waits two seconds for a host that must take pages back, and not for ever.
+/// A host that never answers costs the guest only the pages in flight, and the module can be unloaded. The driver waits
+/// for a host that must acknowledge pages for `host_timeout_ms`, two seconds here, and then resets the device.
 #[test]
 fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
     const PAGES: u32 = 30_000;
@@ -311,7 +313,7 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
     let all = (most | Features::REPORTING, PAGES, CMD_ID);
     let sorts = [(Features::NONE, PAGES, 0), (hint, 0, CMD_ID), all];
     for &vmm in Vmm::each() {
-        // One boot of an emulated machine must do.
+        // An emulated machine boots slowly, so it gets one case.
         let sorts = if vmm == Vmm::Uml { &sorts[..] } else { &[all] };
         for &(features, num_pages, cmd_id) in sorts {
             let scratch = Scratch::new()?;
@@ -333,7 +335,7 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
                     guest.wait_counter(&format!("{queue}_notifications"), 1, HANG_TIMEOUT)?;
                 }
             }
-            // A third of what is left once it has all that it can have in flight.
+            // Fills a third of the memory that is left once the driver has all the pages in flight that it can have.
             let left = guest.call(WaitMemSettled {
                 tolerance: MIB,
                 stable_samples: 30,
@@ -353,7 +355,7 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
                 (before.free - left) / MIB
             );
             guest.check_memory(before).with_context(what)?;
-            // What it did not take back it did not acknowledge: that is worth a warning, and no other.
+            // The device has not acknowledged the pages in flight. The driver warns about that, and about nothing else.
             let log = guest.kernel_log()?;
             let (expected, others): (Vec<_>, Vec<_>) = warnings_of_silent_device(&log)
                 .into_iter()
@@ -372,19 +374,19 @@ fn a_host_that_never_answers_leaves_the_guest_alive() -> Result<()> {
     Ok(())
 }
 
-/// The driver drains a balloon of any size in small steps: the kernel takes pages out of it with interrupts off. The guest's
-/// clock counts instructions, so that the host's other work does not count. `VIRTIO_BALLOON_RS_LARGE=1` has a balloon of 15 GiB
-/// in a guest of 16 GiB.
+/// The driver drains a balloon of any size in small steps, because the kernel dequeues balloon pages with interrupts
+/// off. The guest's clock counts instructions, so host load does not change the times. `VIRTIO_BALLOON_RS_LARGE=1`
+/// selects a balloon of 15 GiB in a guest of 16 GiB.
 #[test]
 fn a_balloon_is_drained_in_small_steps_in_qemu() -> Result<()> {
     const TRACING: &str = "/sys/kernel/tracing";
-    /// The most pages that may be taken out at a time.
+    /// The most pages that the driver may dequeue at a time.
     const AT_A_TIME: u64 = 32;
-    /// The longest time with interrupts off, in the guest's time, which is a nanosecond for each instruction.
+    /// The longest time with interrupts off, in microseconds of guest time. A guest instruction takes a nanosecond.
     const LONGEST_US: f64 = 1000.0;
     let artifacts = Artifacts::load()?;
     let scratch = Scratch::new()?;
-    // The kernel keeps a part for itself.
+    // The balloon is smaller than memory: the kernel needs a part.
     let (memory, balloon) = if std::env::var_os("VIRTIO_BALLOON_RS_LARGE").is_some() {
         (16 * 1024 * MIB, 15 * 1024 * MIB)
     } else {
@@ -397,7 +399,7 @@ fn a_balloon_is_drained_in_small_steps_in_qemu() -> Result<()> {
     };
     let silent_device =
         SilentDevice::start_silent_after(u64::MAX, &scratch, Features::NONE, config)?;
-    // Nobody touches the pages: the guest's memory stays sparse.
+    // Nothing touches the pages, so the guest's memory file stays sparse.
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
         .memory(memory)
         .external_device(silent_device.socket())
@@ -462,8 +464,8 @@ fn a_balloon_is_drained_in_small_steps_in_qemu() -> Result<()> {
     Ok(())
 }
 
-/// A silent host does not keep a guest from its sleep. (With reports under way the kernel refuses to sleep, after twenty
-/// seconds and with a message: it waits for its own reporting, whatever the driver.)
+/// A device that never answers does not prevent suspend. The test does not offer reporting: with a report in flight the
+/// kernel waits for its reporting, with any driver, and refuses to suspend after twenty seconds.
 #[test]
 fn a_guest_in_qemu_of_a_silent_host_sleeps() -> Result<()> {
     let artifacts = Artifacts::load()?;
@@ -481,7 +483,7 @@ fn a_guest_in_qemu_of_a_silent_host_sleeps() -> Result<()> {
         .boot()?;
     let before = guest.settled_memory_usage()?;
     guest.load(Driver::Ours)?;
-    // The driver has given what it could: it waits for the host.
+    // The driver has made available all the pages that it could, and waits for the device.
     guest.fill_and_free(before.free / 2, 26)?;
     let then = Instant::now();
     guest.suspend_and_resume()?;
@@ -503,10 +505,10 @@ fn a_few_load_cycles_leak_nothing_in_qemu() -> Result<()> {
     load_cycles(Vmm::Qemu, 8)
 }
 
-/// What a life might leave behind.
+/// Memory that load cycles could leak, in bytes.
 #[derive(Debug)]
 struct MemoryFootprint {
-    /// What the kernel has in use.
+    /// Memory that the kernel has in use.
     used: u64,
     slab: u64,
     unreclaimable: u64,
@@ -524,7 +526,7 @@ fn in_use(guest: &mut Guest) -> Result<MemoryFootprint> {
     })
 }
 
-/// Bytes of the kernel's virtual mappings, of which a module has some.
+/// Returns the bytes of the kernel's virtual mappings, which include those of modules.
 fn vmalloc(guest: &mut Guest) -> Result<u64> {
     let text = guest.call(ReadFile {
         path: "/proc/vmallocinfo".into(),
@@ -538,9 +540,9 @@ fn vmalloc(guest: &mut Guest) -> Result<u64> {
     Ok(bytes.sum())
 }
 
-/// Loads the driver, inflates, hints, deflates and unloads it, over and over.
+/// Loads the driver, inflates, hints, deflates and unloads it, `times` times.
 fn load_cycles(vmm: Vmm, times: u32) -> Result<()> {
-    /// The first ones fill caches that stay.
+    /// The number of first cycles, which fill caches that the kernel keeps.
     const FIRST: u32 = 4;
     let times = vmm.repeats(times);
     let artifacts = Artifacts::load()?;
@@ -560,7 +562,7 @@ fn load_cycles(vmm: Vmm, times: u32) -> Result<()> {
         let balloon = guest.balloon_qmp()?;
         balloon.set_balloon(whole)?;
         balloon.wait_balloon(whole, HANG_TIMEOUT)?;
-        // Every other life ends with its blocks held.
+        // Every other cycle unloads the driver with hinted blocks.
         if time % 2 == 0 {
             balloon.hint_done()?;
         }
@@ -574,7 +576,7 @@ fn load_cycles(vmm: Vmm, times: u32) -> Result<()> {
     let took = then.elapsed();
     let first = first.context("too few lives")?;
     println!("{vmm:?}: {times} lives in {took:?}\nafter {FIRST}: {first:?}");
-    // What the last life freed may be given back a little later.
+    // The kernel may free memory of the last cycle a little later.
     let deadline = Instant::now() + HANG_TIMEOUT;
     loop {
         let last = in_use(&mut guest)?;
@@ -592,7 +594,7 @@ fn load_cycles(vmm: Vmm, times: u32) -> Result<()> {
     Ok(())
 }
 
-/// Fails if so many lives have left something behind.
+/// Fails if memory use has grown over `load_cycles` cycles.
 fn has_not_grown(
     vmm: Vmm,
     load_cycles: u64,
@@ -612,7 +614,8 @@ fn has_not_grown(
         ),
         ("vmalloc", first.vmalloc, last.vmalloc),
     ] {
-        // One page a life would show. But the stock kernel takes memory for modules' code 2 MiB at a time.
+        // A leak of one page per cycle exceeds the limit. The stock kernel allocates memory for module code in units of
+        // 2 MiB.
         let least = if (vmm, what) == (Vmm::Qemu, "vmalloc") {
             3 * MIB
         } else {

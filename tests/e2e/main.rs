@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The tests of guests. `cargo xtask test` makes what they need and runs them.
+//! End-to-end tests, which boot guests. `cargo xtask test` builds the artifacts that they need and runs them.
 
 mod debug_kernel;
 mod driver_cost;
@@ -21,7 +21,8 @@ mod resize;
 mod soft_dirty;
 mod stress;
 
-/// A file that is not named above would never be compiled, and nobody would miss its tests.
+/// Checks that this file declares every module in the folder. Cargo does not compile an undeclared file, so its tests
+/// would silently not run.
 #[test]
 fn each_file_here_is_part_of_this_program() {
     let folder = env!("CARGO_MANIFEST_DIR");

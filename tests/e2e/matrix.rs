@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The matrix of machines: see `tests/harness/src/matrix/table.rs` for its rows.
+//! Runs the matrix of machines. Its rows are in `tests/harness/src/matrix/table.rs`.
 
 use anyhow::{ensure, Result};
 use harness::artifacts::Artifacts;

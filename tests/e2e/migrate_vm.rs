@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guests that go on where `balloonctl migrate-vm` has moved them.
+//! Tests `balloonctl migrate-vm`: guests continue at the destination, or at the source after a rollback.
 
 use std::path::Path;
 use std::process::Command;
@@ -22,15 +22,15 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 const MEMORY: u64 = 256 * MIB;
-/// What is worked on.
+/// Memory that the workloads use.
 const LOAD: u64 = 64 * MIB;
-/// What the balloon has.
+/// The size of the balloon.
 const INFLATE_BY: u64 = 24 * MIB;
-/// How many pages each workload is to compare at each place.
+/// The number of pages that each workload must compare before and after each migration.
 const PAGES: u64 = 500;
 const FEATURES: [&str; 3] = ["stats", "must-tell-host", "free-page-hint"];
 
-/// How often the guest is moved: once, or as often as the environment says.
+/// The environment variable with the number of migrations. The default is one.
 const TIMES_VARIABLE: &str = "VIRTIO_BALLOON_RS_MIGRATIONS";
 
 fn times() -> Result<u32> {
@@ -42,7 +42,7 @@ fn times() -> Result<u32> {
     }
 }
 
-/// What `migrate-vm` says at the end.
+/// The report that `migrate-vm` prints.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct MigrateVmReport {
@@ -50,7 +50,7 @@ struct MigrateVmReport {
     memory: guest_migration::status::MigrationInfo,
 }
 
-/// A machine that waits, and who receives its memory.
+/// The destination: a VM that waits for a guest, and the process that receives the guest's memory.
 struct DestinationVm {
     waiting: IncomingVm,
     destination: Destination,
@@ -67,7 +67,7 @@ impl DestinationVm {
         })
     }
 
-    /// The command that moves a guest to it.
+    /// Returns the `migrate-vm` command that moves `guest` to this destination.
     fn command(&self, artifacts: &Artifacts, guest: &mut Guest, more: &[&str]) -> Result<Command> {
         let mut command = Command::new(&artifacts.balloonctl);
         let scratch = self.waiting.scratch();
@@ -81,7 +81,7 @@ impl DestinationVm {
         ] {
             command.arg(option).arg(path);
         }
-        // Whatever the guest and the host have to do meanwhile, hints are waited for, and steps are.
+        // Long limits for hints and steps: load on the guest or the host must not fail the migration.
         command.args(["--hint-wait", &HANG_TIMEOUT_MS.to_string()]);
         command.args(["--step-limit", &HANG_TIMEOUT.as_secs().to_string()]);
         command.args(more);
@@ -99,9 +99,9 @@ fn builder<'a>(artifacts: &'a Artifacts, memory: &'a Path) -> Builder<'a> {
         .device_options(&["--persistent", "--discard-hinted"])
 }
 
-/// Waits until `balloonctl` has ended, and returns whether it was content, and what it said.
+/// Waits until `balloonctl` exits. Returns its process, and the daemon of the destination if there is one.
 ///
-/// Once it has saved the state of the balloon, a fresh daemon goes on from that.
+/// Starts this daemon as soon as `balloonctl` has saved the device state. The daemon continues from that state.
 fn wait(
     artifacts: &Artifacts,
     destination_vm: &DestinationVm,
@@ -135,7 +135,7 @@ fn wait(
     Ok((child, daemon))
 }
 
-/// Moves the guest. Returns what it has left, and the memory that it has now.
+/// Migrates the guest. Returns the source VM and the destination, which has the guest's memory now.
 fn migrate_vm(artifacts: &Artifacts, guest: &mut Guest) -> Result<(SourceVm, Destination)> {
     let mut destination_vm = DestinationVm::start(artifacts)?;
     let command = destination_vm.command(artifacts, guest, &["--downtime-limit", "100"])?;
@@ -165,8 +165,8 @@ fn migrate_vm(artifacts: &Artifacts, guest: &mut Guest) -> Result<(SourceVm, Des
     Ok((source, destination_vm.destination))
 }
 
-/// The strongest check: a guest that works is moved, and its own checks of every page that it has, in memory and in the
-/// page cache, go on at the destination and find no wrong byte.
+/// The strongest test: the guest is migrated while it works. Its workloads check every page that they own, in memory
+/// and in the page cache. They continue at the destination and find no wrong byte.
 #[test]
 fn r15_a_guest_in_qemu_goes_on_where_it_is_migrated_to() -> Result<()> {
     let artifacts = Artifacts::load()?;
@@ -184,11 +184,11 @@ fn r15_a_guest_in_qemu_goes_on_where_it_is_migrated_to() -> Result<()> {
         let what = || format!("move {time}");
         let (mut source, now) = migrate_vm(&artifacts, &mut guest).with_context(what)?;
         check_source(&mut source).with_context(what)?;
-        // The guest has nothing there any more: neither a process nor, at the end of this, a file.
+        // The guest depends on nothing at the source any longer: the VMM ends here, and the memory file goes away.
         source.vmm.kill()?;
         drop((source, memory.replace(now)));
         guest.daemon()?.wait_driver().with_context(what)?;
-        // R9: the balloon is as large as it was.
+        // R9: the balloon keeps its size.
         guest.balloon_qmp()?.wait_balloon(target, HANG_TIMEOUT)?;
         stress
             .wait_compared(&mut guest, PAGES, HANG_TIMEOUT)
@@ -203,7 +203,7 @@ fn r15_a_guest_in_qemu_goes_on_where_it_is_migrated_to() -> Result<()> {
     Ok(())
 }
 
-/// The source stands still for good, and its daemon has no driver any more.
+/// Checks that the source VM stays paused and that its daemon has no driver.
 fn check_source(source: &mut SourceVm) -> Result<()> {
     #[derive(Debug, Deserialize)]
     struct RunState {
@@ -222,7 +222,8 @@ fn check_source(source: &mut SourceVm) -> Result<()> {
     Ok(())
 }
 
-/// Memory is in order: each object of the kernel's caches, and each free page, those hinted on the way among them.
+/// Checks the guest's memory: reads the counts of the kernel's slab caches, and hints and then fills nearly all free
+/// pages, including those hinted during the migration.
 fn check_all_memory(guest: &mut Guest) -> Result<()> {
     let before = guest.settled_memory_usage()?;
     let slabs = guest.call(ReadFile {
@@ -244,8 +245,8 @@ fn check_all_memory(guest: &mut Guest) -> Result<()> {
     guest.check_log()
 }
 
-/// A dry run changes nothing; a move that fails when the guest has stood still already, and has no balloon any more, is
-/// undone; and then the guest can still be moved.
+/// A dry run changes nothing. A migration that fails after the guest was paused and the balloon unplugged is rolled
+/// back. The guest can still be migrated afterwards.
 #[test]
 fn a_guest_in_qemu_that_cannot_be_migrated_goes_on_where_it_is() -> Result<()> {
     let artifacts = Artifacts::load()?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guests whose memory is moved while they work.
+//! Tests live migration of guests that work.
 
 use std::collections::BTreeMap;
 use std::thread::sleep;
@@ -19,22 +19,22 @@ use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
 use serde_json::{json, Value};
 
-/// What the proofs below rest on: the flags of a page tell whether somebody relies on what it holds.
+/// The tests below rely on page flags to tell whether the guest uses a page. No flag may say so of a hinted page.
 #[test]
 fn r15_no_flag_says_that_a_hinted_page_is_in_use() -> Result<()> {
-    /// What the guest may use for itself meanwhile.
+    /// Memory that the guest may use meanwhile.
     const OWN_USE: u64 = 4 * MIB;
     let artifacts = Artifacts::load()?;
     for &vmm in Vmm::each() {
         for &driver in Driver::each() {
             if vmm == Vmm::Qemu && driver == Driver::C {
-                // Its blocks are the kernel's as much as ours are: user-mode Linux shows that.
+                // The C driver allocates hinted blocks as ours does. User-mode Linux covers the C driver.
                 continue;
             }
             let mut guest = Builder::new(&artifacts, vmm).memory(256 * MIB).boot()?;
             guest.fill_and_free(16 * MIB, 10)?;
             match driver {
-                // So much that the kernel takes nothing back while the flags are looked at.
+                // A reserve so large that the shrinker reclaims nothing while the flags are read.
                 Driver::Ours => guest.load_with(driver, "hint_reserve_mib=16")?,
                 Driver::C => guest.load(driver)?,
             }
@@ -81,12 +81,12 @@ fn r15_no_flag_says_that_a_hinted_page_is_in_use() -> Result<()> {
     Ok(())
 }
 
-/// How much a guest has, and how much of it is worked on.
+/// The guest's memory, and the part that the workloads use.
 const MEMORY: u64 = 256 * MIB;
 const LOAD: u64 = 96 * MIB;
 const INFLATE_BY: u64 = 24 * MIB;
 
-/// How often each kind of guest is moved: a few times, or as often as the environment says.
+/// The number of migrations of each kind of guest, unless the environment variable sets it.
 const TIMES: u32 = 3;
 const TIMES_VARIABLE: &str = "VIRTIO_BALLOON_RS_MIGRATIONS";
 
@@ -110,9 +110,9 @@ fn r15_a_guest_that_works_is_migrated_with_the_c_driver_in_qemu() -> Result<()> 
     migrates_while_it_works(Vmm::Qemu, Driver::C)
 }
 
-/// Moves a guest again and again while it works. Each time, with the source paused, both sides are compared to the last page.
-/// Every other time the guest goes on with what the destination got, and the other times with its own memory, whereupon its
-/// kernel says that it has no use for pages that differ.
+/// Migrates a guest several times while it works. Each time, while the source is paused, all pages of source and
+/// destination are compared. Every other time the guest continues with the memory of the destination. The other times
+/// it continues with its own memory, and its kernel must have the pages that differ as free pages.
 fn migrates_while_it_works(vmm: Vmm, driver: Driver) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, vmm)
@@ -154,18 +154,18 @@ fn times() -> Result<u32> {
     }
 }
 
-/// How the migration with this number is done: each in another way.
+/// Returns the parameters of the migration with this number. Consecutive migrations differ.
 fn parameters(turn: u32) -> Value {
     let (channels, compression) = match turn % 3 {
         0 => (1, "none"),
         1 => (4, "none"),
         _ => (2, "zstd"),
     };
-    // However fast it is sent, the guest is to write meanwhile, and there are to be rounds.
+    // A short downtime limit causes several iterations, however fast the transfer is. The guest writes between them.
     json!({
         "downtime-limit": 20, "max-rounds": 4, "multifd-channels": channels, "multifd-compression": compression,
         "verify": turn % 2 == 1,
-        // A guest that has little of the processor answers late.
+        // A guest that gets little processor time answers late.
         "free-page-hint-wait": HANG_TIMEOUT_MS,
     })
 }
@@ -175,14 +175,14 @@ fn migrate_once(stressed_guest: &mut StressedGuest, driver: Driver, turn: u32) -
     let guest = &mut stressed_guest.guest;
     let (adopt, resize) = (turn % 2 == 0, turn % 3 == 1);
     let mut destination = Destination::start(&artifacts.balloonctl, guest.memory())?;
-    // Every third time its processes are stopped, whatever runs it.
+    // Every third time the migration pauses the guest by stopping its processes, with either VMM.
     let qmp_socket = guest.vmm_qmp_socket().filter(|_| turn % 3 != 2);
     let qmp = guest.daemon()?.qmp();
     qmp.migrate_set_parameters(parameters(turn))?;
     let whole = qmp.balloon_actual()?;
     qmp.migrate(&destination.uri(), qmp_socket.as_deref())?;
     if resize {
-        // Pages go into the balloon meanwhile, and their memory goes.
+        // Pages enter the balloon during the migration, and the device discards them.
         qmp.set_balloon(whole - INFLATE_BY)?;
     }
     let status = guest.finish_migration(&mut destination)?;
@@ -216,7 +216,7 @@ fn migrate_once(stressed_guest: &mut StressedGuest, driver: Driver, turn: u32) -
         ram.skipped
     );
     if tracking.mode == "content" {
-        // What it leaves out is zero on both sides.
+        // A page that content tracking skips is zero on both sides.
         ensure!(
             differ == 0,
             "these differ: {:x?}",
@@ -252,8 +252,8 @@ fn migrate_once(stressed_guest: &mut StressedGuest, driver: Driver, turn: u32) -
     stressed_guest.check_unharmed()
 }
 
-/// The places in a guest's memory of the first `pages` pages of a workload with this seed, and of what is left of them where they
-/// have been before.
+/// Returns where a guest's memory holds the first `pages` pages of the workload with this seed. Stale copies, at
+/// earlier places of these pages, are included.
 fn places(memory_image: &MemoryImage, seed: u64, pages: u64) -> Result<RangeSet> {
     const WORD: usize = 8;
     let mut by_start = BTreeMap::new();
@@ -274,8 +274,8 @@ fn places(memory_image: &MemoryImage, seed: u64, pages: u64) -> Result<RangeSet>
     Ok(places.into())
 }
 
-/// The proofs above can fail: pages that the destination did not get are seen to differ and to be in use, and a guest that goes on
-/// without them misses them.
+/// The tests above can fail: pages that the destination lacks are found to differ and to be in use, and a guest that
+/// continues without them finds them wrong.
 #[test]
 fn r15_pages_that_the_destination_lacks_are_missed() -> Result<()> {
     const KEPT: u64 = 4 * MIB;
@@ -287,7 +287,7 @@ fn r15_pages_that_the_destination_lacks_are_missed() -> Result<()> {
         .device_options(&["--discard-hinted"]);
     let mut stressed_guest =
         StressedGuest::start(builder, Driver::Ours, StressLoad::new(32 * MIB), 17)?;
-    // What the other workloads have may be free the next moment. This one keeps what it has.
+    // Pages of the other workloads may become free at any time. This workload keeps its pages.
     let kept = stressed_guest.guest.call(Fill {
         bytes: KEPT,
         keep_every: 1,
@@ -299,7 +299,7 @@ fn r15_pages_that_the_destination_lacks_are_missed() -> Result<()> {
         let mut destination = Destination::start(&artifacts.balloonctl, guest.memory())?;
         guest.migrate_to(&mut destination)?;
         let memory_image = destination.memory_image()?;
-        // Where they are while the guest is paused: compaction may have moved them till then.
+        // Searched while the guest is paused, because compaction may migrate the pages before.
         let lost = places(&guest.memory_image()?, SEED, LOST)?;
         ensure!(lost.bytes() >= LOST * 4096, "only {} bytes", lost.bytes());
         for page in lost.pages() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Migrations in whose middle something goes wrong. Each time the guest at the source goes on unharmed, has back what it
-//! hinted (R16), and an error says what happened.
+//! Tests migrations that fail midway. Each time the guest continues unharmed at the source and has its hinted blocks
+//! back (R16), and an error says what happened.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -21,11 +21,11 @@ use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, MIB};
 use serde_json::json;
 
-/// Small, so that there can be many migrations: what goes wrong does not depend on it.
+/// The guest's memory. It is small, so that many migrations fit into a test. The faults do not depend on its size.
 const MEMORY: u64 = 160 * MIB;
 const LOAD: u64 = 32 * MIB;
 
-/// How often a fault at a random point is tried: some times, or as often as the environment says.
+/// The number of faults at random points, unless the environment variable sets it.
 const TIMES: u32 = 24;
 const TIMES_VARIABLE: &str = "VIRTIO_BALLOON_RS_CUTS";
 
@@ -47,7 +47,7 @@ fn times() -> Result<u32> {
     }
 }
 
-/// Has each migration last long enough to do something in its middle.
+/// Limits the bandwidth, so that each migration lasts long enough to be interrupted.
 fn limit_bandwidth(stressed_guest: &mut StressedGuest) -> Result<()> {
     let parameters =
         json!({ "max-bandwidth": 16 * MIB, "downtime-limit": 0, "max-rounds": 100_000 });
@@ -58,10 +58,10 @@ fn limit_bandwidth(stressed_guest: &mut StressedGuest) -> Result<()> {
         .migrate_set_parameters(parameters)
 }
 
-/// Returns a line to `destination` that becomes slow after a little more than `bytes`: a migration over it cannot complete before the
-/// test acts.
+/// Starts a proxy to `destination` that becomes slow after a little more than `bytes`. A migration through it cannot
+/// complete before the test acts.
 fn slow_proxy(scratch: &Scratch, destination: &Destination, bytes: u64) -> Result<FaultProxy> {
-    /// The daemon sends pieces of up to 1 MiB, and counts them afterwards.
+    /// The daemon sends chunks of up to 1 MiB and counts them after sending.
     const MORE: u64 = 2 * MIB;
     let socket = scratch.path(&format!("wire-{bytes}"));
     FaultProxy::start(
@@ -72,7 +72,7 @@ fn slow_proxy(scratch: &Scratch, destination: &Destination, bytes: u64) -> Resul
     )
 }
 
-/// Waits until so many bytes are on their way.
+/// Waits until the migration has transferred `bytes`.
 fn wait_sent(stressed_guest: &mut StressedGuest, bytes: u64) -> Result<MigrationInfo> {
     stressed_guest.guest.daemon()?.qmp().wait_migration(
         "so many bytes sent",
@@ -81,7 +81,7 @@ fn wait_sent(stressed_guest: &mut StressedGuest, bytes: u64) -> Result<Migration
     )
 }
 
-/// The migration must have failed, with a reason that holds one of `words`, and the guest run on.
+/// Checks that the migration has failed with one of `words` in its error, and that the guest runs. Returns the error.
 fn check_failed(stressed_guest: &mut StressedGuest, words: &[&str]) -> Result<String> {
     let status = stressed_guest.guest.daemon()?.qmp().wait_migration_end()?;
     let why = status.error_desc.clone().unwrap_or_default();
@@ -96,7 +96,7 @@ fn check_failed(stressed_guest: &mut StressedGuest, words: &[&str]) -> Result<St
     Ok(why)
 }
 
-/// What an error may call a line that is gone.
+/// Texts by which an error may describe a lost connection.
 const CONNECTION_LOST: [&str; 5] = ["Broken pipe", "reset", "closed", "gone", "end of"];
 
 #[test]
@@ -110,7 +110,7 @@ fn r16_a_connection_that_is_cut_at_a_random_point_harms_nobody() -> Result<()> {
         .daemon()?
         .qmp()
         .migrate_set_parameters(parameters)?;
-    // What a whole one takes.
+    // Measures a complete migration.
     let mut destination = Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
     let mut whole = stressed_guest
         .guest
@@ -134,7 +134,7 @@ fn r16_a_connection_that_is_cut_at_a_random_point_harms_nobody() -> Result<()> {
             met.len()
         );
         seed = next_random(seed);
-        // In the header, in the first round, and anywhere.
+        // In the header, in the first iteration, and anywhere.
         let bytes = match turn % 6 {
             0 => seed % 256,
             1 => seed % (whole / 4),
@@ -153,7 +153,7 @@ fn r16_a_connection_that_is_cut_at_a_random_point_harms_nobody() -> Result<()> {
         let status = stressed_guest.guest.daemon()?.qmp().wait_migration_end()?;
         let state = status.rounds.len();
         if status.status == MigrationStatus::Completed {
-            // The guest has written less than it had before.
+            // The guest has written less than during the measured migration.
             ensure!(!proxy.has_failed(), "{what}: {status:?}");
             whole = whole.min(status.ram.transferred);
             destination.wait()?;
@@ -187,7 +187,7 @@ fn r16_a_migration_that_is_cancelled_at_a_random_point_harms_nobody() -> Result<
         seed = next_random(seed);
         let mut destination =
             Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
-        // Every third line stalls. The others become slow: the migration must not complete before it is cancelled.
+        // Every third proxy stalls. The others become slow, so that no migration completes before the test cancels it.
         let (bytes, fault) = if turn % 3 == 0 {
             (seed % (4 * MIB), ProxyFault::Stall)
         } else {
@@ -217,11 +217,11 @@ fn r16_a_migration_that_is_cancelled_at_a_random_point_harms_nobody() -> Result<
     stressed_guest.end().map(drop)
 }
 
-/// Begins a migration over a line that holds, and returns when the guest is paused, or about to be, for the last of it. The end of it
-/// cannot have passed then: the line carries little between two looks.
+/// Starts a migration through a proxy that holds. Returns when the guest is paused, or about to be paused, for the last
+/// iteration. The last iteration cannot be over then, because the proxy forwards little data between two queries.
 fn migrate_until_switchover(stressed_guest: &mut StressedGuest, proxy: &FaultProxy) -> Result<()> {
     const AT_ONCE: u64 = 1 << 16;
-    // One round, and all that was written meanwhile is to be found and sent with the guest paused.
+    // One iteration. All later writes are found and sent while the guest is paused.
     let parameters = json!({ "max-bandwidth": 0, "downtime-limit": 0, "max-rounds": 1 });
     let qmp = stressed_guest.guest.daemon()?.qmp();
     qmp.migrate_set_parameters(parameters)?;
@@ -261,7 +261,8 @@ fn r16_a_connection_that_is_cut_while_the_guest_is_paused_lets_it_go_on() -> Res
     stressed_guest.end().map(drop)
 }
 
-/// Nobody is left then who would let the processes go on that it has stopped; whoever does finds a guest that is whole.
+/// If the daemon is killed while the guest is paused, nothing resumes the processes that it has stopped. After SIGCONT
+/// the guest continues unharmed.
 #[test]
 fn r16_a_guest_whose_daemon_is_killed_while_it_is_paused_goes_on_when_it_is_told_to() -> Result<()>
 {
@@ -277,10 +278,10 @@ fn r16_a_guest_whose_daemon_is_killed_while_it_is_paused_goes_on_when_it_is_told
     )?;
     migrate_until_switchover(&mut stressed_guest, &proxy)?;
     stressed_guest.guest.daemon()?.process().kill()?;
-    // What is on the way may come, and then the end.
+    // The destination receives the data in transit, and then the end of the stream.
     proxy.allow_bytes(u64::MAX);
     println!("{}", destination.wait_failure()?);
-    // User-mode Linux may be late to stop or may not have been told to.
+    // User-mode Linux may stop late, or the daemon may not have stopped it yet.
     stressed_guest.guest.vmm().signal(Signal::SIGCONT)?;
     stressed_guest.check_progress()?;
     stressed_guest.end_without_device().map(drop)
@@ -304,7 +305,7 @@ fn r16_a_destination_that_is_killed_or_not_there_harms_nobody() -> Result<()> {
         ensure!(destination.is_incomplete(), "a part passes for a whole");
         stressed_guest.check_unharmed()?;
     }
-    // Nobody listens; somebody listens who is no receiver.
+    // First nothing listens, then a listener that is no receiver.
     stressed_guest
         .guest
         .start_migration(&uri(&scratch.path("nobody")))?;
@@ -403,7 +404,7 @@ fn r16_a_module_that_is_unloaded_in_a_migration_leaves_nothing_behind() -> Resul
             wait_sent(&mut stressed_guest, bytes)?;
         }
         stressed_guest.guest.unload(Driver::Ours)?;
-        // Without hints it may go on, or say why it does not.
+        // Without hints the migration may continue, or fail with a reason.
         let qmp = stressed_guest.guest.daemon()?.qmp();
         sleep(Duration::from_millis(100));
         if !qmp.query_migrate()?.status.is_over() {
@@ -426,10 +427,10 @@ fn r16_a_module_that_is_unloaded_in_a_migration_leaves_nothing_behind() -> Resul
     stressed_guest.end().map(drop)
 }
 
-/// A migration without a word from the guest is late by the limit, and whole.
+/// A guest that never answers delays its migration by `free-page-hint-wait`, and all of its memory arrives.
 #[test]
 fn r14_a_guest_that_never_answers_delays_its_migration_by_the_limit_at_most() -> Result<()> {
-    /// Longer than the limit that there is without this.
+    /// Longer than the default limit.
     const WAIT: Duration = Duration::from_secs(3);
     let artifacts = Artifacts::load()?;
     let mut stressed_guest = stressed_guest(&artifacts, &[])?;
@@ -439,7 +440,7 @@ fn r14_a_guest_that_never_answers_delays_its_migration_by_the_limit_at_most() ->
         .daemon()?
         .qmp()
         .migrate_set_parameters(parameters)?;
-    // It stands still: whatever it is asked, it is silent.
+    // The guest is stopped, so it never answers.
     stressed_guest.guest.vmm().stop()?;
     let mut destination = Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
     let status = stressed_guest.guest.migrate_to(&mut destination)?;
@@ -449,7 +450,7 @@ fn r14_a_guest_that_never_answers_delays_its_migration_by_the_limit_at_most() ->
     let waits = status.rounds.iter().map(|iteration| iteration.hint_wait_us);
     let waits: Vec<_> = waits.map(Duration::from_micros).collect();
     println!("waited {waits:?} of {} ms in all", status.total_time);
-    // A wait without a limit would never end.
+    // Without a limit the wait would never end.
     ensure!(
         waits.first().is_some_and(|wait| *wait >= WAIT),
         "it waited for {waits:?}: {status:#?}"

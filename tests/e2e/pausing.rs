@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Guests that are paused by stopping their processes, again and again, in the middle of their work: they do not notice, and
-//! nothing writes to their memory meanwhile.
+//! Tests pausing a guest by stopping its processes, many times and at any point of its work. The guest does not notice,
+//! and nothing writes to its memory while it is paused.
 
 use std::fs::{File, OpenOptions};
 use std::thread::sleep;
@@ -19,9 +19,9 @@ use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, MIB};
 
 const MEMORY: u64 = 256 * MIB;
-/// How often a pause is long enough to look at all of memory twice.
+/// One pause in this many is long enough to read all memory twice.
 const CHECK_EVERY: u32 = 50;
-/// How far each workload must come between two looks.
+/// The number of pages that each workload must compare after such a pause.
 const PAGES: u64 = 100;
 
 #[test]
@@ -56,7 +56,7 @@ fn paused_again_and_again(vmm: Vmm, arguments: &str, cycles: u32) -> Result<()> 
     let (mut longest, mut all, mut most) = (Duration::ZERO, Duration::ZERO, 0);
     let cycles = vmm.repeats(cycles);
     for cycle in 0..cycles {
-        // Not always at the same point of what the guest does by the clock.
+        // Varies the point of the pause relative to the guest's timers.
         sleep(Duration::from_micros(u64::from(cycle % 17) * 300));
         let then = Instant::now();
         vm.pause()?;
@@ -73,7 +73,7 @@ fn paused_again_and_again(vmm: Vmm, arguments: &str, cycles: u32) -> Result<()> 
             stress.wait_compared(&mut guest, PAGES, HANG_TIMEOUT)?;
         }
     }
-    // One that is dropped goes on.
+    // Dropping the `ProcessVm` resumes the guest.
     vm.pause()?;
     drop(vm);
     let done = stress.end_and_verify(&mut guest)?;
@@ -86,7 +86,7 @@ fn paused_again_and_again(vmm: Vmm, arguments: &str, cycles: u32) -> Result<()> 
     guest.check_and_power_off(before)
 }
 
-/// The guest's memory file as one block.
+/// Opens the guest's memory file as one RAM block.
 fn memory_of(vmm: u32) -> Result<Memory> {
     let path = guest_memory_file(vmm)?;
     let file = open(&path)?;
@@ -99,7 +99,7 @@ fn open(path: &std::path::Path) -> Result<File> {
     file.with_context(|| format!("cannot open {}", path.display()))
 }
 
-/// Sees whether anybody writes.
+/// Detects writes to the guest's memory.
 struct WriteDetector<'a> {
     memory: &'a Memory,
     seen: SentTable,
@@ -111,7 +111,7 @@ impl<'a> WriteDetector<'a> {
         Ok(Self { memory, seen })
     }
 
-    /// Looks at all of memory twice.
+    /// Reads all memory twice. Fails if nothing has changed since the last call, or if anything changes in between.
     fn check_no_writes(&mut self) -> Result<()> {
         let mut changed = Vec::new();
         self.seen.compare(self.memory, |run| changed.push(run))?;

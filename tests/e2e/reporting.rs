@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Free page reporting, and what the driver says of itself in debugfs.
+//! Tests free page reporting, and the driver's counters in debugfs, tracepoints and module parameters.
 
 use anyhow::{ensure, Result};
 use harness::artifacts::Artifacts;
@@ -8,7 +8,7 @@ use harness::guest::{Builder, Device, Driver};
 use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, MIB};
 
-/// Pages of 4 KiB in so many bytes.
+/// Returns the number of 4 KiB pages in `bytes`.
 const fn pages(bytes: u64) -> u64 {
     bytes / 4096
 }
@@ -51,8 +51,8 @@ fn the_drivers_counters_agree_with_the_devices() -> Result<()> {
     for queue in guest.daemon()?.virtio_status()?.queues {
         let key = format!("{}_notifications", queue.name.replace('-', "_"));
         let counted = guest.counters()?.get(&key)?;
-        // The device wakes up once when the queue starts. It may take two notifications for one, and none is sent but
-        // for a request.
+        // The device wakes up once when the queue starts, and it may merge notifications. The driver sends a
+        // notification only for a request.
         ensure!(
             queue.notifications <= counted + 1 && counted <= queue.requests,
             "{key} {counted}, and the device has {queue:?}"
@@ -91,7 +91,7 @@ fn our_driver_reports_free_pages_to_qemus_device() -> Result<()> {
     reports_free_pages(Vmm::Qemu, Device::QemuOwn)
 }
 
-/// What the guest does not use goes back to the host without anybody asking for it, and the guest can use it again.
+/// Free pages of the guest return to the host without a request, and the guest can use them again.
 fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, vmm).device(device);
@@ -107,14 +107,14 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
     guest.load(Driver::Ours)?;
     let enough = before.free / 10 * 8;
     guest.wait_host_memory_in_use(on_host.saturating_sub(enough), HANG_TIMEOUT)?;
-    // The device has released pages before it answers, and so before the driver counts them.
+    // The device discards pages before it answers, and so before the driver counts them.
     let counters = guest.wait_counter("reported_pages", pages(enough), HANG_TIMEOUT)?;
     ensure!(counters.get("failed_reports")? == 0, "{counters:?}");
     ensure!(
         counters.get("reported_blocks")? > counters.get("reporting_notifications")?,
         "a notification for each block: {counters:?}"
     );
-    // The pages are the guest's all the time.
+    // The guest can use reported pages at any time.
     let filled = guest.call(Fill {
         bytes: before.free / 2,
         keep_every: 1,
@@ -134,7 +134,7 @@ fn reports_free_pages(vmm: Vmm, device: Device) -> Result<()> {
 #[test]
 fn parameters_are_clamped_and_keep_hinting_off_the_reserve() -> Result<()> {
     const RESERVE: u64 = 200 * MIB;
-    /// What the guest's own programs may have taken of it since; the driver's counter is exact.
+    /// Pages of the reserve that the guest's own programs may have used since. The driver's counter is exact.
     const OWN_USE: u64 = 2 * MIB;
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Uml).boot()?;
@@ -203,7 +203,7 @@ fn parameters_are_clamped_and_keep_hinting_off_the_reserve() -> Result<()> {
     Ok(())
 }
 
-/// The kernel's own way to watch: user-mode Linux has no tracepoints, the stock kernel has.
+/// Runs in QEMU only: the stock kernel has tracepoints, user-mode Linux has none.
 #[test]
 fn tracepoints_show_hinting_and_resizing_in_qemu() -> Result<()> {
     const TRACING: &str = "/sys/kernel/tracing";
@@ -236,7 +236,8 @@ fn tracepoints_show_hinting_and_resizing_in_qemu() -> Result<()> {
     ensure!(count(&format!(" id={id:#x} reserve=")) == 1, "{trace}");
     ensure!(count("balloon_hint_stop: virtio") == 1, "{trace}");
     for event in ["balloon_request", "balloon_acknowledge"] {
-        // A request is smaller if the blocks that the driver gives back meanwhile are at an end.
+        // The driver may take the pages of a request from hinted blocks. The request is smaller when these blocks run
+        // out.
         let lines = trace.lines().filter(|line| line.contains(event));
         let inflated = lines.filter_map(|line| line.split_once("queue=inflate pages="));
         let pages: Option<u64> = inflated
@@ -253,8 +254,8 @@ fn tracepoints_show_hinting_and_resizing_in_qemu() -> Result<()> {
     Ok(())
 }
 
-/// What a guest that fills its free pages makes of reporting: with `offered`, reports come or not, and the host releases
-/// what was reported or not.
+/// Tests reporting by a guest that fills its free pages. Without PAGE_POISON the driver accepts no reporting. With it
+/// the driver reports, and the device discards the pages if the fill value is 0.
 fn reporting_of_a_guest_that_fills_its_free_pages(
     vmm: Vmm,
     arguments: &str,
@@ -283,7 +284,7 @@ fn reporting_of_a_guest_that_fills_its_free_pages(
         );
         if accepted {
             guest.wait_counter("reported_pages", pages(before.free / 10 * 8), HANG_TIMEOUT)?;
-            // Pages are counted again when they are reported again: so the counter says little of what is released.
+            // A page counts each time it is reported, so the counter does not show how much the device has discarded.
             let enough = if poison == 0 { before.free / 10 * 7 } else { 0 };
             let at_most = match enough {
                 0 => u64::MAX,
@@ -296,7 +297,7 @@ fn reporting_of_a_guest_that_fills_its_free_pages(
                 "{released} bytes were released of {before:?} that were free"
             );
         }
-        // The kernel looks at what it filled pages with when it gives them out, and would complain.
+        // A kernel that poisons free pages checks the pattern when it allocates them, and logs a changed page.
         guest.fill_and_free(16 * MIB, 14)?;
         guest.check_and_power_off(before)?;
     }
@@ -311,12 +312,12 @@ fn a_guest_that_clears_its_free_pages_reports_them_only_with_page_poison() -> Re
 #[test]
 fn a_guest_with_the_debug_kernel_that_poisons_its_free_pages_reports_them_only_with_page_poison(
 ) -> Result<()> {
-    /// `PAGE_POISON`, four times.
+    /// The kernel's `PAGE_POISON` byte, four times.
     const POISON: u32 = 0xaaaa_aaaa;
     reporting_of_a_guest_that_fills_its_free_pages(Vmm::Uml, "page_poison=1", POISON)
 }
 
-/// While the system sleeps nothing is reported, and when it has woken all is as before.
+/// The driver reports free pages again after suspend and resume.
 #[test]
 fn reports_go_on_when_a_guest_in_qemu_has_slept() -> Result<()> {
     let artifacts = Artifacts::load()?;
@@ -331,14 +332,14 @@ fn reports_go_on_when_a_guest_in_qemu_has_slept() -> Result<()> {
     guest.suspend_and_resume()?;
     // Reports after this count happen after the sleep.
     let woken = guest.counters()?.get("reported_pages")?;
-    // Reported pages are reported again when they have been in use.
+    // The kernel reports a page again only after the page has been in use.
     guest.fill_and_free(64 * MIB, 15)?;
     let after = guest.wait_counter("reported_pages", woken + enough, HANG_TIMEOUT)?;
     let failed = after.get("failed_reports")?;
     ensure!(failed <= 1, "{failed} reports failed: {after:?}");
     guest.unload(Driver::Ours)?;
     guest.check_log()?;
-    // Linux does not switch off the machine that it woke to (QEMU 11.1).
+    // With QEMU 11.1, a machine that Linux has resumed does not power off.
     guest.kill()?;
     Ok(())
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The balloon where memory is short or in pieces: deflation on OOM, page migration, and the host that must be told.
+//! Tests the balloon when memory is short or fragmented: OOM deflation, page migration and MUST_TELL_HOST.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -18,12 +18,12 @@ use harness::vmm::hardware::Hardware;
 use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, MIB};
 
-/// What the balloon leaves to the guest.
+/// Memory that the balloon leaves free.
 const LEFT: u64 = 64 * MIB;
-/// What a process then wants.
+/// Memory that a process needs then.
 const WANTED: u64 = 128 * MIB;
 
-/// Inflates the balloon until so many bytes are left free, and returns what the guest then has.
+/// Inflates the balloon until `left` bytes are free. Returns the target, the size of the guest with this balloon.
 fn inflate_leaving(guest: &mut Guest, left: u64) -> Result<u64> {
     let before = guest.settled_memory_usage()?;
     let whole = guest.balloon_qmp()?.balloon_actual()?;
@@ -62,7 +62,7 @@ fn the_c_drivers_balloon_deflates_on_oom_in_user_mode_linux() -> Result<()> {
     deflates_on_oom(Vmm::Uml, Driver::C, &["stats", "deflate-on-oom"])
 }
 
-/// With the feature a process gets memory out of the balloon that it could not have had otherwise, and keeps it.
+/// With DEFLATE_ON_OOM a process gets memory from the balloon that it could not get otherwise, and keeps it.
 fn deflates_on_oom(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, vmm).features(features).boot()?;
@@ -71,7 +71,7 @@ fn deflates_on_oom(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
     guest.load(driver)?;
     let whole = guest.balloon_qmp()?.balloon_actual()?;
     let target = inflate_leaving(&mut guest, LEFT)?;
-    // The pages in such a balloon are the guest's all the same.
+    // With DEFLATE_ON_OOM the kernel counts the balloon's pages as memory of the guest.
     let total = guest.mem_info()?.total();
     ensure!(
         total >= managed - MIB,
@@ -90,7 +90,7 @@ fn deflates_on_oom(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
         guest.vmstat_counter("oom_kill")? == 0,
         "somebody was killed"
     );
-    // The driver says so after the process has its memory.
+    // The driver updates `actual` after the process has its memory.
     let enough = target + (WANTED - LEFT) / 2;
     let actual = guest.balloon_qmp()?.wait_balloon_at_least(enough)?;
     if driver == Driver::Ours {
@@ -98,7 +98,7 @@ fn deflates_on_oom(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
         let given = counters.get("oom_deflated_pages")? * 4096;
         ensure!(counters.get("oom_deflations")? > 0, "{counters:?}");
         ensure!(actual <= target + given, "{actual}, {target}: {counters:?}");
-        // As long as there is no memory the balloon does not want it back; when there is, it does.
+        // While memory is short the balloon does not inflate again. Once memory is free, it does.
         let still = guest.balloon_qmp()?.balloon_actual()?;
         ensure!(still >= actual, "{still} after {actual}");
         guest.call(Free {
@@ -126,7 +126,7 @@ fn a_balloon_without_deflate_on_oom_does_not_deflate() -> Result<()> {
         let before = guest.settled_memory_usage()?;
         guest.load(driver)?;
         let target = inflate_leaving(&mut guest, LEFT)?;
-        // The kernel may find out when the memory is used, as where more is mapped than is used.
+        // With overcommit the kernel detects the shortage only when the process uses the memory.
         guest.call(WriteFile {
             path: "/proc/sys/vm/overcommit_memory".to_owned(),
             text: "1".to_owned(),
@@ -154,7 +154,7 @@ fn our_balloon_inflates_out_of_hinted_blocks_in_qemu() -> Result<()> {
     inflates_out_of_hinted_blocks(Vmm::Qemu)
 }
 
-/// What is held for hints is free memory that nobody uses: the balloon takes it without a shortage, and without DONE.
+/// Hinted blocks are unused free memory: the balloon inflates out of them without a shortage and before DONE.
 fn inflates_out_of_hinted_blocks(vmm: Vmm) -> Result<()> {
     const BEYOND_FREE: u64 = 64 * MIB;
     let artifacts = Artifacts::load()?;
@@ -163,7 +163,7 @@ fn inflates_out_of_hinted_blocks(vmm: Vmm) -> Result<()> {
     guest.load(Driver::Ours)?;
     let whole = guest.balloon_qmp()?.balloon_actual()?;
     let hint_round = guest.hint_all()?;
-    // More than the page allocator has.
+    // More than the page allocator has free.
     let by = (guest.mem_info()?.free() + BEYOND_FREE) / MIB * MIB;
     ensure!(by <= hint_round.bytes, "only {hint_round:?} for {by}");
     let since = Instant::now();
@@ -205,8 +205,8 @@ fn the_c_drivers_balloon_comes_back_from_a_target_out_of_reach_in_qemu() -> Resu
     balloon_comes_back(Vmm::Qemu, Driver::C)
 }
 
-/// Once the host no longer wants a target that is out of reach, the guest has all its memory again. How long that takes is printed.
-/// `VIRTIO_BALLOON_RS_TIMES` says how often it is tried.
+/// When the host withdraws a target that is out of reach, the guest gets all of its memory back. Prints how long that
+/// takes. `VIRTIO_BALLOON_RS_TIMES` sets the number of attempts.
 fn balloon_comes_back(vmm: Vmm, driver: Driver) -> Result<()> {
     const TIMES: u32 = 4;
     const OUT_OF_REACH: u64 = 8 * MIB;
@@ -244,9 +244,9 @@ fn our_balloon_keeps_what_a_bound_process_cannot_use_in_qemu() -> Result<()> {
     balloon_keeps_other_nodes(Driver::Ours)
 }
 
-/// Balloon pages that lie on a node.
+/// Returns the number of balloon pages on a node.
 fn ballooned_on(guest: &mut Guest, node: u32) -> Result<u64> {
-    // Adds up what each processor has counted.
+    // Folds the per-processor counters.
     guest.vmstat_counter("nr_balloon_pages")?;
     let path = format!("/sys/devices/system/node/node{node}/vmstat");
     let text = guest.call(ReadFile { path })?;
@@ -258,8 +258,8 @@ fn ballooned_on(guest: &mut Guest, node: u32) -> Result<u64> {
         .parse()?)
 }
 
-/// A process that a cpuset binds to one node gets the balloon pages of that node before it is killed, and those of the other node
-/// stay where they are.
+/// A process that a cpuset binds to one node gets the balloon pages of that node before the OOM killer runs. The
+/// balloon pages of the other node stay in the balloon.
 fn balloon_keeps_other_nodes(driver: Driver) -> Result<()> {
     const NODE: u64 = 384 * MIB;
     const CPUSET: &str = "mkdir -p /cgroup && mount -t cgroup2 none /cgroup && echo +cpuset >/cgroup/cgroup.subtree_control \
@@ -281,7 +281,7 @@ fn balloon_keeps_other_nodes(driver: Driver) -> Result<()> {
     let argv = ["sh", "-c", CPUSET].map(str::to_owned).to_vec();
     let run = guest.call(Run { argv })?;
     ensure!(run.status == Some(0), "{run:?}");
-    // More than the node has.
+    // More memory than the node has.
     let error = guest.call(fill(NODE, 1, 3)).err();
     let error = error.context("a process has memory that is not there")?;
     ensure!(format!("{error:#}").contains("is gone"), "{error:#}");
@@ -300,8 +300,8 @@ fn balloon_keeps_other_nodes(driver: Driver) -> Result<()> {
     Ok(())
 }
 
-/// Memory of one node goes offline, and the balloon pages in it move to the other node: they count there, so that OOM deflation
-/// finds them.
+/// Memory of one node goes offline, and the balloon pages in it migrate to the other node. They count for that node
+/// afterwards, so OOM deflation finds them.
 #[test]
 fn balloon_pages_that_migrate_to_another_node_count_there_in_qemu() -> Result<()> {
     const NODE: u64 = 384 * MIB;
@@ -324,7 +324,8 @@ fn balloon_pages_that_migrate_to_another_node_count_there_in_qemu() -> Result<()
         argv: ["sh", "-c", BOUND].map(str::to_owned).to_vec(),
     })?;
     ensure!(bind.status == Some(0), "{bind:?}");
-    // A process has nearly all of the first node while the balloon is filled.
+    // A process uses half of node 0 while the balloon inflates. Its memory is free afterwards and can take the pages of
+    // node 1.
     let filled = guest.call(fill(NODE / 2, 1, 3))?;
     inflate_leaving(&mut guest, NODE / 2)?;
     guest.call(Free {
@@ -353,7 +354,7 @@ fn balloon_pages_that_migrate_to_another_node_count_there_in_qemu() -> Result<()
     guest.unload(Driver::Ours)?;
     let after = [ballooned_on(&mut guest, 0)?, ballooned_on(&mut guest, 1)?];
     ensure!(after == [0, 0], "of no balloon {after:?} pages are counted");
-    // The kernel log describes each page for which memory stayed online.
+    // The kernel log is not checked: it describes each page that kept memory online.
     guest.power_off()?;
     Ok(())
 }
@@ -383,21 +384,21 @@ fn the_c_drivers_balloons_pages_are_migrated_in_qemu() -> Result<()> {
     pages_are_migrated(Vmm::Qemu, Driver::C, &["stats"])
 }
 
-/// The balloon that is moved.
+/// The size of the balloon whose pages are migrated.
 const BALLOON: u64 = 40 * MIB;
-/// What is left to the guest meanwhile.
+/// Memory that the guest keeps free meanwhile.
 const SPARE: u64 = 24 * MIB;
 
-/// Inflates a balloon of single pages with other single pages in between, which are free then. Returns what the guest
-/// had before and has now.
+/// Inflates a fragmented balloon: single pages, with single free pages in between. Returns the size of the guest before
+/// and after.
 fn inflate_fragmented(guest: &mut Guest, free: u64) -> Result<(u64, u64)> {
-    // Compaction moves pages only to where something is in use nearby.
+    // Compaction migrates pages only to places with used pages nearby.
     let spread = guest.call(fill(free - SPARE, 128, 6))?;
     guest.call(Release {
         workload: spread.workload,
     })?;
-    // Every other page is free in the lower part of memory, the balloon takes these, and then the rest becomes free: compaction
-    // moves what is low to what is high.
+    // In the lower part of memory every other page becomes free, and the balloon takes these pages. Then the rest
+    // becomes free. Compaction migrates pages from low to high addresses.
     let pieces = guest.call(fill(free - 2 * SPARE, 2, 5))?;
     guest.call(ReleaseLowest {
         workload: pieces.workload,
@@ -420,8 +421,8 @@ fn compact(guest: &mut Guest) -> Result<()> {
     })
 }
 
-/// Compacts until so many pages of balloons have been moved, and returns how many. A page that the device does not answer for in time
-/// is left to the next compaction.
+/// Compacts until the kernel has migrated `migrated` balloon pages in all, and returns how many it has migrated. A page
+/// that the device does not answer for in time is left to the next compaction.
 fn compact_until(guest: &mut Guest, migrated: u64) -> Result<u64> {
     let deadline = Instant::now() + HANG_TIMEOUT;
     loop {
@@ -437,12 +438,13 @@ fn compact_until(guest: &mut Guest, migrated: u64) -> Result<u64> {
     }
 }
 
-/// Compaction moves the pages of a balloon that lies in pieces, and the host has the memory where they are now.
+/// Compaction migrates the pages of a fragmented balloon, and the host gets the memory of their new locations.
 fn pages_are_migrated(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()> {
     let artifacts = Artifacts::load()?;
-    /// How many are to be moved. Nearly all of the balloon's 10240 lie where compaction moves pages from.
+    /// The minimum number of migrated pages. Nearly all of the balloon's 10240 pages are where compaction migrates
+    /// from.
     const ENOUGH: u64 = 2000;
-    // User-mode Linux maps each piece by a mapping of the host, of which a process may have 65530.
+    // User-mode Linux maps each fragment with a host mapping, and a process may have only 65530, so memory is small.
     let mut guest = Builder::new(&artifacts, vmm)
         .features(features)
         .memory(256 * MIB)
@@ -457,7 +459,7 @@ fn pages_are_migrated(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()>
     let in_use = guest.host_memory_in_use()?;
     let migrated = compact_until(&mut guest, migrated_before + ENOUGH)? - migrated_before;
     println!("{driver:?} in {vmm:?}: {migrated} pages moved");
-    // The new places had contents, which the host has got; the old ones are empty.
+    // The new locations had contents, which the device has discarded. The old locations have none yet.
     let got = in_use.saturating_sub(guest.host_memory_in_use()?);
     ensure!(
         got >= migrated * 4096 / 2,
@@ -474,7 +476,7 @@ fn pages_are_migrated(vmm: Vmm, driver: Driver, features: &[&str]) -> Result<()>
         );
     }
 
-    // Moved into what was free, and nowhere else; and the balloon has as many pages as before.
+    // The pages migrated only to free locations, and the balloon has as many pages as before.
     let verified = guest.call(Verify {
         workload: kept.workload,
     })?;
@@ -503,7 +505,7 @@ fn the_host_is_told_when_it_must_be_in_qemu() -> Result<()> {
     host_is_told(Vmm::Qemu)
 }
 
-/// The driver accepts the feature, and a process that fills what came out of the balloon finds nothing changed.
+/// The driver accepts MUST_TELL_HOST, and a process that fills pages from the balloon finds none of them changed.
 fn host_is_told(vmm: Vmm) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, vmm)
@@ -523,7 +525,7 @@ fn host_is_told(vmm: Vmm) -> Result<()> {
     for seed in 0..3 {
         inflate_leaving(&mut guest, LEFT)?;
         guest.balloon_qmp()?.set_balloon(whole)?;
-        // Begins while the balloon deflates, and takes what has come out.
+        // Starts while the balloon deflates, and uses pages that have left it.
         guest.call(DropCachesAndCompact {})?;
         let filled = guest.call(fill(LEFT / 2, 1, seed))?;
         guest.balloon_qmp()?.wait_balloon(whole, HANG_TIMEOUT)?;
@@ -538,9 +540,9 @@ fn host_is_told(vmm: Vmm) -> Result<()> {
     guest.check_and_power_off(before)
 }
 
-/// Stops the daemon in its tracks, and not while user-mode Linux waits for its answer to a write to configuration space: that
-/// would stop all of the guest, which has one thread for its kernel. What the guest says is said when no such write is under way;
-/// and it makes none while nothing comes from the device.
+/// Stops the daemon, but not while user-mode Linux waits for its answer to a configuration write. That would stop the
+/// whole guest, whose kernel has one thread. While the agent answers, no such write is in progress. The guest starts
+/// none unless the device sends something.
 fn stop_device(guest: &mut Guest) -> Result<()> {
     guest.mem_info()?;
     guest.daemon()?.process().stop()
@@ -563,8 +565,8 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
     let (whole, target) = inflate_fragmented(&mut guest, before.free)?;
 
     stop_device(&mut guest)?;
-    // Until the guest has found out: what the device had answered before it was stopped is still taken. Neither of them would end if
-    // it waited for the device.
+    // The first compaction uses the answers that the device gave before it was stopped. Neither compaction would end if
+    // the driver waited for the device without a timeout.
     let since = Instant::now();
     compact(&mut guest)?;
     let first = since.elapsed();
@@ -583,7 +585,7 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
     let pages = guest.counters()?.get("balloon_pages")?;
     ensure!(pages == BALLOON / 4096, "{pages} pages are in the balloon");
 
-    // Whoever was waited for in vain gets the page back, and all is as before.
+    // The device answers again, and the driver gets back the pages of abandoned migrations. All works as before.
     continue_device(&mut guest)?;
     guest.balloon_qmp()?.set_balloon(target - MIB)?;
     guest
@@ -597,8 +599,8 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
     guest.check_and_power_off(before)
 }
 
-/// Boots a guest whose host must acknowledge deflation, and inflates the balloon until [`LEFT`] bytes are free. Returns the guest, its
-/// memory before, and the size without a balloon.
+/// Boots a guest whose driver must tell the host before it reuses pages, and inflates the balloon until [`LEFT`] bytes
+/// are free. Returns the guest, its memory usage before, and its size without a balloon.
 fn guest_without_memory(parameters: &str) -> Result<(Guest, MemoryUsage, u64)> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Uml)
@@ -621,11 +623,12 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     ensure!(guest.vmstat_counter("oom_kill")? > 0, "nobody was killed");
 
     continue_device(&mut guest)?;
-    // No further OOM deflation starts before the device acknowledges the last one. There is none if page migration was what waited.
+    // The next OOM deflation starts only after the device has acknowledged the last one. There was none if the process
+    // waited for page migration.
     if guest.counters()?.get("oom_deflations")? > 0 {
         guest.wait_counter("oom_deflated_pages", 1, HANG_TIMEOUT)?;
     }
-    // The default timeout may expire again on a busy host.
+    // On a busy host the default timeout may expire again.
     let deadline = Instant::now() + HANG_TIMEOUT;
     let filled = loop {
         match guest.call(fill(WANTED, 1, 4)) {
@@ -656,7 +659,7 @@ fn a_process_without_memory_waits_for_a_stalled_host_until_the_timeout() -> Resu
     let (mut guest, before, whole) = guest_without_memory("")?;
 
     stop_device(&mut guest)?;
-    // Longer than the default timeout.
+    // The stall is longer than the default timeout.
     let later = format!("sleep 4; kill -CONT {}", guest.daemon()?.process().id());
     let mut later = Command::new("sh").args(["-c", &later]).spawn()?;
     let filled = guest.call(fill(WANTED, 1, 3));
@@ -692,7 +695,7 @@ fn the_device_is_bound_and_unbound_through_sysfs() -> Result<()> {
     };
     guest.balloon_qmp()?.set_balloon(whole - BALLOON)?;
     for _ in 0..20 {
-        // Also in the middle of inflating.
+        // Unbinds also while the balloon inflates.
         guest.call(WriteFile {
             path: format!("{DRIVER}/unbind"),
             text: device.clone(),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Soft-dirty bits, where they are to be had: in a guest of QEMU with Debian's kernel.
+//! Tests soft-dirty tracking in a QEMU guest: Debian's kernel has soft-dirty bits, which the host's may lack.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use harness::scratch::Scratch;
 use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, MIB};
 
-/// How long a program may take inside an emulated guest before it is taken for hung. It is the sum of many waits.
+/// The timeout for a program in an emulated guest, which is the sum of many waits.
 const TIMEOUT: Duration = Duration::from_secs(6 * HANG_TIMEOUT.as_secs());
 
 #[test]
@@ -42,7 +42,7 @@ fn soft_dirty_bits_in_qemu_migrate_a_guest_of_user_mode_linux_with_the_c_driver(
     migrate_nested("c")
 }
 
-/// A guest in a guest, with our device and a receiver beside it.
+/// Migrates a user-mode Linux guest inside a QEMU guest, with our device and a receiver beside it.
 fn migrate_nested(driver: &str) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let nested = artifacts.nested.as_ref().context("not built")?;
@@ -96,7 +96,7 @@ fn migrate_nested(driver: &str) -> Result<()> {
     Ok(())
 }
 
-/// Runs a program in the guest to its end, and returns what it said.
+/// Runs a program in the guest until it exits, and returns its output.
 fn run(guest: &mut Guest, argv: &[&str]) -> Result<String> {
     let argv: Vec<String> = argv.iter().map(|&word| word.into()).collect();
     let done = guest

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Processes that are never done with memory, while rounds of hints follow each other and the balloon grows and shrinks.
+//! Tests hint rounds and resizing while processes map, fill and compare memory all the time.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -15,13 +15,13 @@ use harness::stress::{Stress, StressLoad};
 use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
 
-/// The processes, and what each has mapped at most.
+/// The guest's memory, the number of processes, and the most memory that each process maps.
 const MEMORY: u64 = 400 * MIB;
 const PROCESSES: u64 = 3;
 const EACH: u64 = 80 * MIB;
-/// What is left of the memory when the processes have all that they may have and the balloon is inflated.
+/// Memory that is left when the processes have mapped all they may and the balloon is inflated.
 const LEFT: u64 = MEMORY / 10;
-/// What the processes have to themselves between two rounds, lest the rounds have the only processor all the time.
+/// The pause between two hint rounds. Without it hint rounds would keep the only processor busy.
 const PAUSE: Duration = Duration::from_millis(10);
 
 #[test]
@@ -44,8 +44,8 @@ fn no_process_loses_a_page_while_the_c_driver_works_in_qemu() -> Result<()> {
     nothing_is_lost(Vmm::Qemu, Driver::C, 12)
 }
 
-/// With our driver the OOM killer never comes. With the kernel's own it is only counted: it takes nearly all free
-/// memory while it hints.
+/// No process may find a wrong page. With our driver there must be no OOM kill. With the C driver OOM kills are only
+/// counted, because that driver takes nearly all free memory while it hints.
 fn nothing_is_lost(vmm: Vmm, driver: Driver, hint_rounds: u32) -> Result<()> {
     let hint_rounds = vmm.repeats(hint_rounds);
     let artifacts = Artifacts::load()?;
@@ -64,7 +64,7 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, hint_rounds: u32) -> Result<()> {
         workloads.push(guest.call(ChurnMemory { bytes: EACH, seed })?);
     }
     let then = Instant::now();
-    // Not before all of them have what they want.
+    // Waits until the processes have mapped most of their memory.
     guest.call(WaitMemFree {
         at_least: 0,
         at_most: before.free - PROCESSES * EACH / 4 * 3,
@@ -117,8 +117,8 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, hint_rounds: u32) -> Result<()> {
     guest.check_and_power_off(before)
 }
 
-/// Rounds that are finished, cancelled or overtaken, while the target goes down and up; returns the bytes that were
-/// hinted.
+/// Runs hint rounds that finish, are cancelled or are restarted, while the target decreases and increases. Returns the
+/// hinted bytes.
 fn run_hint_rounds(guest: &mut Guest, hint_rounds: u32, inflate_by: u64) -> Result<u64> {
     let balloon = guest.balloon_qmp()?;
     let whole = balloon.balloon_actual()?;
@@ -131,7 +131,7 @@ fn run_hint_rounds(guest: &mut Guest, hint_rounds: u32, inflate_by: u64) -> Resu
         }
         balloon.hint_start()?;
         match hint_round % 4 {
-            // In the middle, however far it is.
+            // Cancels the hint round at any point.
             1 => balloon.hint_stop()?,
             2 => {
                 balloon.hint_sync()?;
@@ -147,7 +147,7 @@ fn run_hint_rounds(guest: &mut Guest, hint_rounds: u32, inflate_by: u64) -> Resu
     Ok(hinted)
 }
 
-/// A counter of `/proc/vmstat`.
+/// Returns a counter of `/proc/vmstat`.
 fn counted(guest: &mut Guest, name: &str) -> Result<u64> {
     let text = guest.call(ReadFile {
         path: "/proc/vmstat".into(),
@@ -158,7 +158,7 @@ fn counted(guest: &mut Guest, name: &str) -> Result<u64> {
     Ok(value.parse()?)
 }
 
-/// What the proofs of migration rest on: each of the workloads sees pages that were changed behind its back.
+/// The migration tests rely on the workloads: each must detect pages that were changed outside the guest.
 #[test]
 fn r15_every_workload_sees_pages_that_are_lost() -> Result<()> {
     let artifacts = Artifacts::load()?;
@@ -170,7 +170,7 @@ fn r15_every_workload_sees_pages_that_are_lost() -> Result<()> {
     let memory_image = MemoryImage::open(&guest_memory_file(guest.vmm().id())?)?;
     let deadline = Instant::now() + HANG_TIMEOUT;
     let mut lost = 0;
-    // One that had no page in use when pages were lost has nothing to see.
+    // A workload that had no page in use when pages were lost cannot detect the loss.
     let each = loop {
         lost += lose_patterns(&mut guest, &memory_image)?;
         sleep(PAUSE);
@@ -188,11 +188,11 @@ fn r15_every_workload_sees_pages_that_are_lost() -> Result<()> {
     Ok(())
 }
 
-/// Zeroes the pages of a guest that hold patterns, in use or not, and returns how many these were.
+/// Zeroes the pages of a guest that hold patterns, in use or not, and returns their number.
 fn lose_patterns(guest: &mut Guest, memory_image: &MemoryImage) -> Result<u64> {
     const PAGE: usize = 4096;
     let mut lost = 0;
-    // Else a page could become something else between the look and the loss.
+    // The guest is stopped, because a page could change its use between the read and the write.
     guest.vmm().stop()?;
     for range in memory_image.data()?.ranges() {
         for (start, page) in (range.start..)

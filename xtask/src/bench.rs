@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Our driver's work beside the C driver's, counted by our device in one run; our migration beside QEMU's own; and what the
-//! crates measure of themselves.
+//! Benchmarks: our driver against the C driver, counted by our device; our migration against QEMU's own; and the
+//! benchmarks of the guest-migration crate.
 
 mod migration;
 
@@ -32,7 +32,7 @@ pub struct Options {
     only: Option<Part>,
 }
 
-/// What can be measured.
+/// A part of the benchmark.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Part {
     /// What the driver's work costs.
@@ -43,7 +43,7 @@ enum Part {
     Crates,
 }
 
-/// What a guest keeps of its memory when the balloon is inflated, in MiB.
+/// Memory that the guest keeps when the balloon is inflated, in MiB.
 const SPARE: u64 = 128;
 
 const WAYS: [(NotificationSuppression, &str); 3] = [
@@ -52,7 +52,7 @@ const WAYS: [(NotificationSuppression, &str); 3] = [
     (NotificationSuppression::Never, "no suppression"),
 ];
 
-/// Does what `bench` says.
+/// Runs the `bench` command.
 pub fn command(options: &Options) -> Result<()> {
     let wanted = |part| options.only.is_none_or(|only| only == part);
     if wanted(Part::Crates) {
@@ -118,15 +118,15 @@ fn driver(artifacts: &Artifacts, options: &Options) -> Result<()> {
     compaction_after_hinting(artifacts, memory * MIB)
 }
 
-/// One page of so many is kept. The last is one in each MiB.
+/// The guest keeps one page in this many. The last value is one page per MiB.
 const KEPT: [u64; 4] = [4, 16, 64, 256];
-/// What a guest keeps when it fills its memory, so that its kernel and first process are not in want.
+/// Memory that a guest leaves free when it fills its memory, so that its kernel and first process have enough.
 const UNFILLED: u64 = 12 * MIB;
-/// The orders of a huge page and of the largest block, of x86-64.
+/// The orders of a huge page and of the largest free block on x86-64.
 const HPAGE_PMD_ORDER: usize = 9;
 const MAX_PAGE_ORDER: usize = 10;
 
-/// Hinting where free memory is in pieces, by the smallest order that is hinted.
+/// Prints the costs of hinting fragmented memory, for each smallest order to hint.
 fn fragmented(artifacts: &Artifacts, memory: u64, rounds: usize) -> Result<()> {
     println!();
     println!(
@@ -191,8 +191,8 @@ fn fragmented(artifacts: &Artifacts, memory: u64, rounds: usize) -> Result<()> {
     Ok(())
 }
 
-/// Whether a round has a price that is paid later: what compaction makes of fragmented memory after a round, and to whom
-/// the blocks of memory belong that the kernel groups its pages by.
+/// Prints whether a hint round has later costs: how well compaction works after a hint round in fragmented memory, and
+/// how many pageblocks are not movable.
 fn compaction_after_hinting(artifacts: &Artifacts, memory: u64) -> Result<()> {
     const KEEP_EVERY: u64 = 64;
     println!();
@@ -244,10 +244,10 @@ fn compaction_after_hinting(artifacts: &Artifacts, memory: u64) -> Result<()> {
     Ok(())
 }
 
-/// More than what files of [`use_kernel_memory`] cost.
+/// An upper bound of the memory that [`use_kernel_memory`] takes.
 const KERNEL_MEMORY: u64 = 64 * MIB;
 
-/// Has the kernel allocate some 20 MiB that it cannot move: for the inodes and names of files.
+/// Has the kernel allocate about 20 MiB that it cannot move, for the inodes and names of files.
 fn use_kernel_memory(guest: &mut Guest) -> Result<()> {
     let script =
         "PATH=/bin; mkdir /files && cd /files && busybox seq 1 25000 | busybox xargs busybox touch";
@@ -258,7 +258,7 @@ fn use_kernel_memory(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// The blocks of memory that the kernel keeps for pages that it cannot move.
+/// Returns the number of pageblocks of each migrate type that is not movable, in the first zone.
 fn unmovable_pageblocks(guest: &mut Guest) -> Result<String> {
     let text = guest.call(ReadFile {
         path: "/proc/pagetypeinfo".to_owned(),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What cargo builds for guests: the daemon, and the program in the initramfs.
+//! Builds everything that guests need: the daemon, `balloonctl`, the guest agent and the kernel module.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,26 +18,26 @@ use crate::progress::say;
 use crate::run;
 use crate::setup::{BuildEnv, Kernel};
 
-/// Guests are x86-64, as the host must be.
+/// The target of guest programs. Guests are x86-64, as the host must be.
 const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// How the daemon is built.
+/// The profile of the host programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
-    /// With every check: for tests.
+    /// With all checks, for tests.
     Dev,
-    /// As it is used.
+    /// As users run them.
     Release,
 }
 
-/// Cargo, in the repository.
+/// Returns a cargo command in the repository.
 pub fn cargo() -> Result<Command> {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(paths::repository()?);
     Ok(command)
 }
 
-/// Cargo's target folder.
+/// Returns cargo's target folder.
 pub fn target_folder() -> Result<PathBuf> {
     #[derive(Deserialize)]
     struct Metadata {
@@ -49,7 +49,7 @@ pub fn target_folder() -> Result<PathBuf> {
     Ok(metadata.target_directory)
 }
 
-/// Builds everything that guests with these kernels are made of.
+/// Builds everything that guests with these kernels need.
 pub fn artifacts(build_env: &BuildEnv, kernels: &[Kernel], profile: Profile) -> Result<Artifacts> {
     say("building the programs of the host and the guest");
     let daemon = program("vhost-device-balloon", profile)?;
@@ -103,8 +103,8 @@ pub fn artifacts(build_env: &BuildEnv, kernels: &[Kernel], profile: Profile) -> 
     Ok(artifacts)
 }
 
-/// Writes the artifacts to a file for the test program, and returns its path. Other content has another path: a run with other
-/// artifacts at the same time has a file of its own.
+/// Writes the artifacts to a file for the test program, and returns its path. Other artifacts get another path, so
+/// concurrent runs do not share a file.
 pub fn write_artifacts(artifacts: &Artifacts) -> Result<PathBuf> {
     let text = serde_json::to_string_pretty(artifacts).context("cannot encode paths")?;
     let digest = Sha256::digest(text.as_bytes());
@@ -120,7 +120,7 @@ pub fn write_artifacts(artifacts: &Artifacts) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// A program of the package of its name.
+/// Builds the host program `name` of the package with the same name, and returns its path.
 fn program(name: &str, profile: Profile) -> Result<PathBuf> {
     let mut command = cargo()?;
     command.args(["build", "--quiet", "--package", name]);
@@ -139,7 +139,7 @@ fn agent() -> Result<PathBuf> {
     for_guests("guest-agent", "guest-agent")
 }
 
-/// What runs user-mode Linux inside a guest of QEMU.
+/// Builds the programs that run user-mode Linux inside a QEMU guest.
 pub fn nested() -> Result<NestedPrograms> {
     say("building what is run inside a guest");
     Ok(NestedPrograms {
@@ -149,7 +149,8 @@ pub fn nested() -> Result<NestedPrograms> {
     })
 }
 
-/// Static, since the initramfs has no libraries; in a folder of its own, so that its flags do not disturb other builds.
+/// Builds a program for guests and returns its path. The program is static, because the initramfs has no libraries. It
+/// has a target folder of its own, so its flags do not cause rebuilds of other programs.
 fn for_guests(package: &str, program: &str) -> Result<PathBuf> {
     let folder = target_folder()?.join("agent");
     let mut command = cargo()?;

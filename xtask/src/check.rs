@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Formats, lints, where unsafe code stands, and whether the tests exist that the documents name and the rules need.
+//! Checks formats, lints, the places of unsafe code, and the tests that the documents name and the rules need.
 
 use anyhow::Result;
 
@@ -12,7 +12,7 @@ use crate::run;
 use crate::setup::{self, Kernel};
 use crate::unsafe_count;
 
-/// Does what `check` says.
+/// Runs the `check` command.
 pub fn command() -> Result<()> {
     say("format of the crates");
     run::inherit_output(build::cargo()?.args(["fmt", "--all", "--check"]))?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Holds `docs/conformance.md` to the tests that it names: one that was renamed or removed is missed at once.
+//! Checks that all tests named in `docs/conformance.md` exist.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,11 +9,11 @@ use anyhow::{ensure, Context, Result};
 use crate::paths;
 use crate::sources;
 
-/// Prints how many rows and tests the document has.
+/// Prints how many rows the document has and how many tests it names.
 ///
 /// # Errors
 ///
-/// If it names a test that does not exist.
+/// Fails if the document names a test that does not exist.
 pub fn check() -> Result<()> {
     let repository = paths::repository()?;
     let path = repository.join("docs/conformance.md");
@@ -41,7 +41,7 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-/// The names of the functions that are defined in a source.
+/// Returns the names of the functions that a source file defines.
 pub fn functions(text: &str) -> impl Iterator<Item = &str> {
     let definitions = text.lines().filter_map(|line| {
         let (before, after) = line.split_once("fn ")?;
@@ -50,7 +50,7 @@ pub fn functions(text: &str) -> impl Iterator<Item = &str> {
     definitions.filter_map(|after| after.split(['(', '<']).next())
 }
 
-/// What a row of a table has in its last column; none for headings.
+/// Returns the last cell of a table row; `None` for a heading or any other line.
 fn last_cell(line: &str) -> Option<&str> {
     let row = line.strip_prefix('|')?.trim_end().strip_suffix('|')?;
     let (_, last) = row.rsplit_once('|')?;
@@ -58,7 +58,8 @@ fn last_cell(line: &str) -> Option<&str> {
     (!last.starts_with("---") && last != "shown by").then_some(last)
 }
 
-/// The names in a cell that can only be those of tests: words of code with an underscore, perhaps with a star after it.
+/// Returns the test names in a cell: code of lower-case letters, digits and at least one underscore, perhaps with a
+/// star at the end.
 fn tests(cell: &str) -> impl Iterator<Item = &str> {
     let code = cell.split('`').skip(1).step_by(2);
     code.filter(|word| {

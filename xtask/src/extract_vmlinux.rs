@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Kernels that unpack themselves, unpacked: QEMU starts the program inside at once, which spares each emulated guest a third of
-//! its boot.
+//! Unpacks compressed kernel images. QEMU starts the program inside directly, which saves each emulated guest a third
+//! of its boot time.
 //!
-//! The format: `Documentation/arch/x86/boot.rst`, fields `setup_sects`, `header`, `payload_offset` and `payload_length`.
+//! The format: `Documentation/arch/x86/boot.rst`, fields `setup_sects`, `header`, `payload_offset` and
+//! `payload_length`.
 
 use std::fs;
 use std::io::Read;
@@ -11,11 +12,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{ensure, Context, Result};
 use zstd::stream::Decoder;
 
-/// More than any kernel has.
+/// The limit for the size of an unpacked kernel. No kernel reaches it.
 const LARGEST: u64 = 1 << 30;
 
-/// Unpacks the kernel `image` into `folder`, unless that was done before, and returns where it lies. `None` if it is packed in
-/// another way than by zstd.
+/// Unpacks the kernel `image` into `folder`, unless there is a copy that is not older, and returns the path of the
+/// copy. Returns `None` if the image is not compressed with zstd.
 pub fn ensure(image: &Path, folder: &Path) -> Result<Option<PathBuf>> {
     let target = folder.join("vmlinux");
     let changed = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified());
@@ -27,14 +28,14 @@ pub fn ensure(image: &Path, folder: &Path) -> Result<Option<PathBuf>> {
     let Some(program) = program(&image)? else {
         return Ok(None);
     };
-    // Another run may do the same: both get a whole file.
+    // A concurrent run may do the same. The rename gives both a complete file.
     let draft = folder.join(format!("vmlinux.{}", std::process::id()));
     fs::write(&draft, program).with_context(|| format!("cannot write {}", draft.display()))?;
     fs::rename(&draft, &target).with_context(|| format!("cannot write {}", target.display()))?;
     Ok(Some(target))
 }
 
-/// The program inside of a kernel image.
+/// Returns the program in a kernel image; `None` if it is not compressed with zstd.
 fn program(image: &[u8]) -> Result<Option<Vec<u8>>> {
     const SECTOR: usize = 512;
     const ZSTD: [u8; 4] = 0xfd2f_b528_u32.to_le_bytes();
@@ -58,7 +59,7 @@ fn program(image: &[u8]) -> Result<Option<Vec<u8>>> {
     if !payload.starts_with(&ZSTD) {
         return Ok(None);
     }
-    // Behind the packed program is its length.
+    // The length of the program follows the compressed data, so only one frame is decoded.
     let unpacking = Decoder::new(payload).context("cannot unpack the kernel")?;
     let mut program = Vec::new();
     unpacking

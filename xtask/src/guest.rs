@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A shell in a guest.
+//! Opens a shell in a guest.
 
 use std::io::stdin;
 use std::time::Duration;
@@ -55,7 +55,7 @@ enum DeviceChoice {
     Qemu,
 }
 
-/// Does what `guest` says.
+/// Runs the `guest` command.
 pub fn command(options: &Options) -> Result<()> {
     let (vmm, kernel) = match options.vmm {
         VmmChoice::Qemu => (Vmm::Qemu, Kernel::Stock),
@@ -68,7 +68,7 @@ pub fn command(options: &Options) -> Result<()> {
     };
     let build_env = setup::ensure(&[kernel])?;
     let artifacts = build::artifacts(&build_env, &[kernel], Profile::Release)?;
-    // The VMM makes the terminal raw; if it dies, someone must undo that.
+    // The VMM makes the terminal raw. The settings are restored here even if the VMM dies.
     let terminal = stdin();
     let settings = tcgetattr(&terminal).context("a shell needs a terminal")?;
     say("booting; `exit` ends the shell and the guest");

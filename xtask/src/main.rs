@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! `cargo xtask`: everything that takes more than cargo alone.
+//! `cargo xtask`: everything that needs more than cargo alone.
 #![forbid(unsafe_code)]
 
 mod bench;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Runs the matrix of machines: makes the kernels that its cells need, and writes its results into the documentation.
+//! Runs the matrix of machines: sets up the kernels that its cells need, and writes its results into the documentation.
 
 use std::fs;
 use std::path::Path;
@@ -17,16 +17,17 @@ use crate::run;
 use crate::setup::kernel_series::{self, KernelSeries};
 use crate::setup::{self, Kernel};
 
-/// The one test that goes through the cells.
+/// The test that runs the cells.
 const TEST: &str = "each_machine_of_the_matrix_has_a_balloon_that_works_in_qemu";
-/// Where the table stands.
+/// The document with the table.
 const DOCUMENT: &str = "docs/testing.md";
 const BEGIN: &str = "<!-- matrix: made by `cargo xtask test --matrix all` -->";
-/// The longest reason in it.
+/// The longest reason in the table, in characters.
 const LONGEST: usize = 200;
 const END: &str = "<!-- end of matrix -->";
 
-/// Runs the cells that `which` names: all, or those that have it in their names. All of them are then in the documentation.
+/// Runs the cells whose names contain `which`, or all cells for [`matrix::ALL`]. With all cells, writes the table into
+/// the document.
 pub fn command(which: &str) -> Result<()> {
     let cells = matrix::cells(Some(which))?;
     let mut kernels = vec![Kernel::Stock];
@@ -52,12 +53,13 @@ pub fn command(which: &str) -> Result<()> {
         document(&results)?;
         say(format_args!("the table is in {DOCUMENT}"));
     }
-    // Nothing was run if it is not there.
+    // The file is missing if no cell has run.
     let _ = fs::remove_file(&results);
     outcome
 }
 
-/// Adds what the cells that `which` names need: modules of the stock kernel, and kernels of other series.
+/// Adds the artifacts that the cells selected by `which` need: modules of the stock kernel, and kernels of other
+/// series.
 pub fn prepare(artifacts: &mut Artifacts, which: Option<&str>) -> Result<()> {
     let cells = matrix::cells(which)?;
     if let Some(stock) = &mut artifacts.stock {
@@ -75,7 +77,7 @@ pub fn prepare(artifacts: &mut Artifacts, which: Option<&str>) -> Result<()> {
                 say(format_args!("building the module for the {name} kernel"));
                 match module::make_named(build_env, Kernel::Stock, &name, false) {
                     Ok(path) => Some(path),
-                    // The cells of it fail; the others need not.
+                    // The cells with this kernel fail. Other cells need not.
                     Err(error) => {
                         say(format_args!("{error:#}"));
                         None
@@ -120,7 +122,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Writes the table of results between its marks.
+/// Writes the table of results between its marks in the document.
 fn document(results: &Path) -> Result<()> {
     let text = fs::read_to_string(results)
         .with_context(|| format!("cannot read {}", results.display()))?;
@@ -132,7 +134,7 @@ fn document(results: &Path) -> Result<()> {
     write(&path, &replaced(&document, &table_of(&outcomes))?)
 }
 
-/// The document with another text between the marks.
+/// Returns the document with `text` between the marks.
 fn replaced(document: &str, text: &str) -> Result<String> {
     let Some((before, rest)) = document.split_once(BEGIN) else {
         bail!("{DOCUMENT} has no line {BEGIN:?}");
@@ -144,7 +146,7 @@ fn replaced(document: &str, text: &str) -> Result<String> {
     Ok(format!("{before}{BEGIN}\n\n{text}\n{END}{after}"))
 }
 
-/// A line for each row of the matrix; below, why cells were not run, and how they failed.
+/// Returns the table: a line for each row of the matrix, and then the reasons of cells that did not run or failed.
 fn table_of(outcomes: &[CellResult]) -> String {
     let mut notes: Vec<String> = Vec::new();
     let mut lines = vec![

@@ -35,7 +35,7 @@ enum KernelChoice {
     All,
 }
 
-/// Does what `module` says.
+/// Runs the `module` command.
 pub fn command(options: &Options) -> Result<()> {
     let kernels = match options.kernel {
         KernelChoice::Stock => vec![Kernel::Stock],
@@ -58,12 +58,12 @@ pub fn command(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Builds it for one kernel, with every warning an error, and returns its path.
+/// Builds the module for one kernel, with every warning an error, and returns its path.
 pub fn make(build_env: &BuildEnv, kernel: Kernel, clippy: bool) -> Result<PathBuf> {
     make_named(build_env, kernel, kernel.name(), clippy)
 }
 
-/// As [`make`], for a kernel that is set up as `kernel` is and goes by another name.
+/// Builds the module as [`make`] does, for a kernel with another name that is set up like `kernel`.
 pub fn make_named(
     build_env: &BuildEnv,
     kernel: Kernel,
@@ -94,7 +94,8 @@ pub fn make_named(
     Ok(out.join("virtio_balloon_rs.ko"))
 }
 
-/// Kbuild does not end on a warning, and would not repeat it: what was built so is removed.
+/// Fails if the log has a warning, and removes the build then: Kbuild does not fail on a warning and would not repeat
+/// it.
 fn refuse_warnings(what: &str, log: &Path, out: &Path) -> Result<()> {
     let text = fs::read_to_string(log).with_context(|| format!("cannot read {}", log.display()))?;
     let warned = text
@@ -107,7 +108,7 @@ fn refuse_warnings(what: &str, log: &Path, out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Checks the sources against the kernel's own format.
+/// Checks the sources with rustfmt and the kernel's configuration for it.
 pub fn check_format(build_env: &BuildEnv) -> Result<()> {
     let mut command = build_env.sandbox().bind_ro(&paths::repository()?, "/repo").command(
         "find /repo/guest-driver -name '*.rs' -exec rustfmt --check --edition 2021 --config-path /src/linux \

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Where things are on this machine.
+//! The paths of the repository and the cache.
 
 use std::env;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// The root of the repository.
+/// Returns the root of the repository.
 pub fn repository() -> Result<PathBuf> {
-    // Cargo sets the variable when it runs this program; the path at compile time serves when it is run directly.
+    // Cargo sets the variable when it runs this program. Without cargo the path from compile time is used.
     let manifest = env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
     manifest
@@ -17,7 +17,7 @@ pub fn repository() -> Result<PathBuf> {
         .context("xtask does not lie in a repository")
 }
 
-/// The folder of everything that is set up once.
+/// Returns the folder of everything that is set up once.
 pub fn cache() -> Result<PathBuf> {
     let folder = match env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()) {
         Some(folder) => PathBuf::from(folder),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Lines for the person who waits.
+//! Progress messages on the terminal.
 
 use std::fmt::Display;
 use std::sync::OnceLock;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Holds the rules of hinting to their tests: each has at least one whose name starts with its number.
+//! Checks that each rule of hinting has at least one test whose name starts with the rule's number.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -10,11 +10,11 @@ use crate::conformance;
 use crate::paths;
 use crate::sources;
 
-/// Prints how many rules and tests of them there are.
+/// Prints how many rules there are, and how many tests have their numbers.
 ///
 /// # Errors
 ///
-/// If a rule has no test, or a test bears the number of no rule.
+/// Fails if a rule has no test, or if there is no rule for the number of a test.
 pub fn check() -> Result<()> {
     let repository = paths::repository()?;
     let path = repository.join("docs/rules.md");
@@ -43,7 +43,7 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-/// How many tests bear each number.
+/// Returns the number of tests by rule number.
 fn by_number<'a>(names: impl IntoIterator<Item = &'a str>) -> BTreeMap<u32, usize> {
     let mut tests = BTreeMap::new();
     for number in names.into_iter().flat_map(numbers) {
@@ -52,7 +52,7 @@ fn by_number<'a>(names: impl IntoIterator<Item = &'a str>) -> BTreeMap<u32, usiz
     tests
 }
 
-/// The rules without a test, and the numbers without a rule.
+/// Returns the rules without a test, and the numbers without a rule.
 fn mismatch(rules: &BTreeSet<u32>, tests: &BTreeMap<u32, usize>) -> (String, String) {
     let numbers: BTreeSet<u32> = tests.keys().copied().collect();
     let list = |one: &BTreeSet<u32>, other| {
@@ -62,13 +62,13 @@ fn mismatch(rules: &BTreeSet<u32>, tests: &BTreeMap<u32, usize>) -> (String, Str
     (list(rules, &numbers), list(&numbers, rules))
 }
 
-/// The rule that a row of the table is about.
+/// Returns the number of the rule in a row of the table.
 fn rule(line: &str) -> Option<u32> {
     let (first, _) = line.strip_prefix("| R")?.split_once(" |")?;
     first.parse().ok()
 }
 
-/// The rules that a test bears the numbers of: `r2_r6_hold_always` is of two.
+/// Returns the rule numbers at the start of a test's name: 2 and 6 for `r2_r6_hold_always`.
 fn numbers(name: &str) -> impl Iterator<Item = u32> + '_ {
     name.split('_')
         .map_while(|word| word.strip_prefix('r')?.parse().ok())
@@ -116,8 +116,7 @@ mod tests {
         names.map(str::to_owned).collect()
     }
 
-    /// The review asked for migration and virtio to be apart. Whatever the crate depends on, at whatever distance, its
-    /// build would need; so that is what is looked at.
+    /// Rule R4 separates migration from virtio. The test checks all dependencies of the crates, direct or not.
     #[test]
     fn r4_migration_needs_nothing_of_virtio_and_what_knows_virtio_needs_migration() {
         let migration = needed_by("guest-migration");

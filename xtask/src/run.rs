@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Runs programs: with their output in a file and signs of life on the terminal, or as part of the terminal's session.
-//! Either dies with this program.
+//! Runs commands: with their output in a log file and progress messages on the terminal, with inherited output, or with
+//! captured output. The commands die with this program.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -16,7 +16,7 @@ use crate::progress::say;
 const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
 const TAIL: usize = 30;
 
-/// Runs a command whose output is of interest only if it fails: it goes to `log`, which is kept.
+/// Runs a command with its output in `log`, which is kept. If the command fails, the error has the last lines.
 pub fn to_log_file(what: &str, command: &mut Command, log: &Path) -> Result<()> {
     if let Some(folder) = log.parent() {
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
@@ -57,7 +57,7 @@ pub fn to_log_file(what: &str, command: &mut Command, log: &Path) -> Result<()> 
     Ok(())
 }
 
-/// Runs a command that speaks for itself.
+/// Runs a command with inherited output.
 pub fn inherit_output(command: &mut Command) -> Result<()> {
     let status = die_with_parent(command)
         .status()
@@ -83,7 +83,7 @@ pub fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).context("the output is not text")
 }
 
-/// Whether a program is on the path and starts.
+/// Returns whether a program is on the path and starts.
 pub fn is_available(program: &str) -> bool {
     let probe = |flag| {
         Command::new(program)

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Runs programs in the Debian root file system, with folders of the host in it.
+//! Runs programs in the Debian root file system, with folders of the host mounted in it.
 //!
-//! A mount namespace of its own holds the mounts and a process namespace the processes, so that nothing is left mounted or
-//! running, however it ends. Root needs no more; others become root of a user namespace.
+//! The mounts and the processes have namespaces of their own, so nothing stays mounted or running, however the program
+//! ends. Root needs no user namespace. Other users become root of one.
 //!
-//! A folder is always seen at the same path inside, whatever it is called outside. That is why a kernel tree, whose
-//! files are full of absolute paths, can be built under a temporary name and renamed when it is done.
+//! A folder has a fixed path in the sandbox, whatever its path on the host. Files of a kernel tree are full of absolute
+//! paths: the fixed path allows building a tree under a temporary name and renaming it when it is complete.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -13,10 +13,10 @@ use std::process::Command;
 
 use nix::unistd::geteuid;
 
-/// Mounts what its arguments say below $1, then runs a script in there.
+/// The script that mounts what its arguments say below $1, and runs a command there.
 const ENTER: &str = include_str!("../scripts/enter.sh");
 
-/// A root file system and the folders that are to be seen in it.
+/// A root file system, and the folders to mount in it.
 pub struct Sandbox {
     rootfs: PathBuf,
     folders: Vec<OsString>,
@@ -24,7 +24,7 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// In `rootfs`, with nothing of the host but `/proc` and `/dev`.
+    /// Returns a sandbox in `rootfs` that shows nothing of the host but `/proc` and `/dev`.
     pub fn new(rootfs: &Path) -> Self {
         Self {
             rootfs: rootfs.to_owned(),
@@ -33,12 +33,12 @@ impl Sandbox {
         }
     }
 
-    /// Shows `folder` of the host at `inside`, where it may be written to.
+    /// Mounts the host's `folder` at `inside`, read-write.
     pub fn bind_rw(self, folder: &Path, inside: &str) -> Self {
         self.bind("rw", folder, inside)
     }
 
-    /// Shows `folder` of the host at `inside`, where it may only be read.
+    /// Mounts the host's `folder` at `inside`, read-only where the host allows it.
     pub fn bind_ro(self, folder: &Path, inside: &str) -> Self {
         self.bind("ro", folder, inside)
     }
@@ -49,13 +49,13 @@ impl Sandbox {
         self
     }
 
-    /// Sets a variable for the script.
+    /// Sets an environment variable for the script.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.variables.push(format!("{name}={value}"));
         self
     }
 
-    /// The command that runs a shell script in there. It starts with the variables and with `RUST_LIB_SRC` set.
+    /// Returns the command that runs a shell script in the sandbox, with the variables and `RUST_LIB_SRC` set.
     pub fn command(&self, script: &str) -> Command {
         let mut command = unshare(&[
             "--mount",
@@ -75,7 +75,7 @@ impl Sandbox {
     }
 }
 
-/// `unshare`, as root of a user namespace if need be.
+/// Returns an `unshare` command, with a user namespace unless the user is root.
 pub fn unshare(arguments: &[&str]) -> Command {
     let mut command = Command::new("unshare");
     if !geteuid().is_root() {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The Rust sources of the repository.
+//! Reads the Rust sources of the repository.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,17 +16,17 @@ const ROOTS: [&str; 5] = [
 
 /// A source file.
 pub struct Source {
-    /// Its path in the repository.
+    /// The path in the repository.
     pub name: String,
-    /// What it holds.
+    /// The contents.
     pub text: String,
 }
 
-/// Reads all of them.
+/// Reads all Rust sources of the repository.
 ///
 /// # Errors
 ///
-/// If one cannot be read.
+/// Fails if a file or folder cannot be read.
 pub fn read_all(repository: &Path) -> Result<Vec<Source>> {
     let mut sources = Vec::new();
     for root in ROOTS {

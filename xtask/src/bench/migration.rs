@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Our migration beside QEMU's own.
+//! Compares our migration with QEMU's own.
 
 use anyhow::Result;
 use harness::artifacts::Artifacts;
@@ -11,12 +11,12 @@ use harness::MIB;
 
 use crate::progress::say;
 
-/// The memory of the guests.
+/// The memory of the guests, in bytes.
 const MEMORY: u64 = 1024 * MIB;
-/// Without hints an idle guest's memory costs at least so many times what it costs with them.
+/// Without hints the migration of an idle guest sends at least this many times the bytes that it sends with hints.
 const SPARED: u64 = 5;
 
-/// Prints what it costs to move a guest's memory, and whether that is as little as it should be.
+/// Prints the costs of migrating a guest's memory, and whether they are within the limits.
 pub fn table(artifacts: &Artifacts) -> Result<()> {
     say(format_args!(
         "{} MiB of QEMU, emulated, moved at up to {} MiB/s; nine tenths of what is free were filled and freed before",

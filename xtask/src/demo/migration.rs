@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The last part of the demonstration: the running guest's memory is moved twice, without hints and with.
+//! The last part of the demonstration: migrates the running guest's memory twice, without hints and with.
 
 use anyhow::{ensure, Context, Result};
 use harness::artifacts::Artifacts;
@@ -11,17 +11,17 @@ use serde_json::json;
 use super::{mib, use_memory};
 use crate::progress::say;
 
-/// With hints at most this share of the bytes goes over the wire, in percent of what goes without.
+/// The limit for the bytes sent with hints, in percent of those sent without.
 const WIRE_AT_MOST: u64 = 60;
 
-/// One way of moving the guest.
+/// The outcome of one migration.
 pub struct MigrationOutcome {
     status: MigrationInfo,
-    /// Pages that are not the same at the destination.
+    /// The number of pages that differ at the destination.
     different: u64,
 }
 
-/// Moves the guest's memory without hints, and then with.
+/// Migrates the guest's memory without hints, and then with.
 pub fn with_and_without_hints(
     guest: &mut Guest,
     artifacts: &Artifacts,
@@ -78,7 +78,7 @@ fn migrate(
     Ok(MigrationOutcome { status, different })
 }
 
-/// Prints both side by side.
+/// Prints both outcomes side by side.
 pub fn print([without, with]: &[MigrationOutcome; 2]) {
     let pages = |pages: u64| format!("{pages} pages");
     let row = |name: &str, figure: &dyn Fn(&MigrationOutcome) -> String| {
@@ -104,7 +104,7 @@ pub fn print([without, with]: &[MigrationOutcome; 2]) {
     println!();
 }
 
-/// Whether hints have helped as they should.
+/// Fails if hints have saved less than they should.
 pub fn check_thresholds([without, with]: &[MigrationOutcome; 2]) -> Result<()> {
     let (without, with) = (without.status.ram.transferred, with.status.ram.transferred);
     ensure!(

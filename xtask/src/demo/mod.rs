@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The demonstration: a guest with the stock Debian kernel, our driver and our device, step by step and in figures.
+//! The demonstration: a guest with the stock Debian kernel, our driver and our device, with progress messages and
+//! tables.
 
 mod migration;
 
@@ -26,10 +27,10 @@ pub struct Options {
     memory: u64,
 }
 
-/// What a guest keeps when it fills its memory, so that its kernel and first process are not in want.
+/// Memory that a guest leaves free when it fills its memory, so that its kernel and first process have enough.
 const SPARE: u64 = 16 * MIB;
 const BALLOON_LIMIT: Duration = Duration::from_secs(60);
-/// What the figures must reach, in percent.
+/// The limits for the figures, in percent.
 const HINTED_AT_LEAST: u64 = 90;
 const RELEASED_AT_LEAST: u64 = 95;
 
@@ -49,7 +50,7 @@ struct Figures {
     host_after: u64,
 }
 
-/// Does what `demo` says.
+/// Runs the `demo` command.
 pub fn command(options: &Options) -> Result<()> {
     let build_env = setup::ensure(&[Kernel::Stock])?;
     let artifacts = build::artifacts(&build_env, &[Kernel::Stock], Profile::Release)?;
@@ -156,7 +157,7 @@ fn balloon(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
     use_memory(guest)?;
     let before = guest.settled_memory_usage()?;
     figures.host_before = guest.host_memory_in_use()?;
-    // All that is free but what a guest needs to go on.
+    // Everything free except what the guest needs to keep running.
     figures.asked = before.free.saturating_sub(4 * SPARE) / MIB * MIB;
     let target = figures.guest_memory - figures.asked;
     say(format_args!(
@@ -248,7 +249,7 @@ fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes / MIB)
 }
 
-// Figures for people: rounding does not matter.
+// The figures are only displayed, so rounding does not matter.
 #[allow(clippy::cast_precision_loss)]
 fn percent(part: u64, whole: u64) -> f64 {
     part as f64 * 100.0 / whole.max(1) as f64

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Shows that a change of prose, layout or names has changed no code.
+//! Shows that a change of comments, layout or names has changed no code.
 
 mod renames;
 mod tokens;
@@ -40,7 +40,7 @@ pub struct Options {
 ///
 /// # Errors
 ///
-/// If one differs, with the first difference of each.
+/// Fails if a file differs. The error has the first difference of each file.
 pub fn command(options: &Options) -> Result<()> {
     let repository = paths::repository()?;
     let renames = match &options.renames {
@@ -145,7 +145,7 @@ fn git(repository: &Path) -> Command {
     git
 }
 
-/// Returns the new paths of moved files by their old ones, as git detects them.
+/// Returns the new paths of moved files by their old paths, as git detects them.
 fn moves(repository: &Path, options: &Options) -> Result<BTreeMap<String, String>> {
     let mut git = git(repository);
     git.args(["diff", "--name-status", "-M40%", "-l0", &options.base]);

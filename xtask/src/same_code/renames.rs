@@ -6,16 +6,16 @@ use std::collections::{BTreeMap, HashMap};
 /// Renames of identifiers and files.
 #[derive(Default)]
 pub struct Renames {
-    /// By the old name.
+    /// Renames of identifiers by the old name.
     identifiers: HashMap<String, Vec<Rename>>,
-    /// New paths by the old ones.
+    /// New paths of files by the old paths.
     pub files: BTreeMap<String, String>,
 }
 
 struct Rename {
-    /// The file or folder in which it holds; empty for all.
+    /// The file or folder in which the rename applies; empty for all.
     scope: String,
-    /// The names that may stand for the old one. With more than one, a person has decided at each place.
+    /// The names that may replace the old one. With several names, each place may have any of them.
     new: Vec<String>,
 }
 
@@ -28,8 +28,9 @@ impl Rename {
 }
 
 impl Renames {
-    /// Reads lines of `ident`, the old name, new names separated by `|`, and paths separated by spaces or `*`; and of `file`, the old
-    /// path and the new one. Tabs separate the columns. Other lines are ignored: a missing rename is a difference.
+    /// Parses a table of renames. Tabs separate the columns of a line: `ident`, the old name, new names separated by
+    /// `|`, and paths separated by spaces, or `*`; or `file`, the old path and the new path. Other lines are ignored,
+    /// because a missing rename shows as a difference.
     pub fn parse(text: &str) -> Self {
         let mut all = Self::default();
         for line in text.lines() {
@@ -57,7 +58,7 @@ impl Renames {
         self.identifiers.values().map(Vec::len).sum()
     }
 
-    /// Returns the names that may stand for `old` in the file at `path`, of the rename with the narrowest scope.
+    /// Returns the names that may replace `old` in the file at `path`. The rename with the narrowest scope applies.
     pub fn names(&self, old: &str, path: &str) -> Option<&[String]> {
         let all = self.identifiers.get(old)?.iter();
         let here = all.filter(|rename| rename.holds_in(path));
@@ -65,7 +66,7 @@ impl Renames {
         Some(&narrowest.new)
     }
 
-    /// Returns a literal of characters with new names of the arguments within its braces.
+    /// Returns a string literal with new names for the arguments within its braces.
     pub fn in_format(&self, text: &str, path: &str) -> String {
         let mut renamed = String::with_capacity(text.len());
         let mut rest = text;

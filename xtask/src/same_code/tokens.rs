@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The code of a source file without its comments and its layout.
+//! Reads the tokens of a source file, without comments and layout.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,11 +12,11 @@ use super::renames::Renames;
 /// A token.
 #[derive(Clone, Debug)]
 pub struct Token {
-    /// What it is, with its new name.
+    /// The kind, with the new name.
     pub kind: Kind,
-    /// Other names that it may have instead.
+    /// Other names that the token may have instead.
     pub others: Vec<String>,
-    /// Its line, counted from 1.
+    /// The line, counted from 1.
     pub line: usize,
 }
 
@@ -34,7 +34,7 @@ impl Token {
 pub enum Kind {
     /// An identifier or a keyword.
     Word(String),
-    /// A literal of characters, as it is written.
+    /// A literal with quotation marks, as in the source.
     Text(String),
     /// Any other literal, punctuation, and the ends of a group.
     Other(String),
@@ -47,13 +47,13 @@ impl fmt::Display for Kind {
     }
 }
 
-/// Returns the tokens of a source file, without doc comments and without what rustfmt adds and removes: commas before the end of a
-/// group, braces around the single expression of a match arm or closure, and the order of neighbouring `use` and `mod` items.
-/// Names are those that `renames` gives to the file at `path`.
+/// Returns the tokens of a source file, without comments and with the names that `renames` has for the file at `path`.
+/// The result does not depend on what rustfmt changes: commas before the end of a group, braces around the single
+/// expression of a match arm or closure, and the order of adjacent `use` and `mod` items.
 ///
 /// # Errors
 ///
-/// If the text is not Rust.
+/// Fails if the text is not Rust.
 pub fn parse(text: &str, renames: &Renames, path: &str) -> Result<Vec<Token>> {
     let stream = TokenStream::from_str(text).map_err(|error| {
         let start = error.span().start();
@@ -129,7 +129,7 @@ impl Reader<'_> {
                     tokens.push(Token::other(close, group.span_close().start().line));
                 }
             }
-            // A match arm ends with a comma, whether it needs one or not.
+            // Every match arm with braces ends with a comma, whether the source has one or not.
             let more = trees
                 .iter()
                 .skip(at + 1)
@@ -171,7 +171,7 @@ fn kinds(tokens: &[Token]) -> impl Iterator<Item = &Kind> {
     tokens.iter().map(|token| &token.kind)
 }
 
-/// Returns the number of trees before the next import, at least one.
+/// Returns the number of token trees before the next import, at least 1.
 fn plain_length(trees: &[TokenTree]) -> usize {
     let starts = (1..trees.len()).find(|&start| {
         let after_item = match trees.get(start - 1) {
@@ -184,7 +184,8 @@ fn plain_length(trees: &[TokenTree]) -> usize {
     starts.unwrap_or(trees.len())
 }
 
-/// Returns the number of trees of the `use` or `mod …;` item at the start, if there is one, with its attributes.
+/// Returns the number of token trees of the `use` or `mod …;` item at the start, with its attributes; `None` if there
+/// is no such item.
 fn import_length(trees: &[TokenTree]) -> Option<usize> {
     let mut at = 0;
     while is_punct(trees.get(at), '#') && is_group(trees.get(at + 1), Delimiter::Bracket) {
@@ -209,7 +210,7 @@ fn import_length(trees: &[TokenTree]) -> Option<usize> {
     Some(at + end + 1)
 }
 
-/// Sorts what is between braces in an import, at every depth.
+/// Sorts the entries between the braces of an import, at every depth.
 fn sort_list(tokens: &mut Vec<Token>) {
     let Some(open) = kinds(tokens).position(|kind| *kind == Kind::Other("{".to_owned())) else {
         return;
@@ -246,7 +247,7 @@ fn sort_list(tokens: &mut Vec<Token>) {
     tokens.splice(open + 1..=open, sorted);
 }
 
-/// Removes `#[doc = …]` and `#![doc = …]`, which is also what doc comments are.
+/// Removes `#[doc = …]` and `#![doc = …]`. Doc comments are parsed as these attributes, too.
 fn without_doc(trees: Vec<TokenTree>) -> Vec<TokenTree> {
     let mut kept: Vec<TokenTree> = Vec::with_capacity(trees.len());
     for tree in trees {
@@ -272,7 +273,7 @@ fn is_doc_attribute(group: &Group) -> bool {
         && is_punct(trees.next().as_ref(), '=')
 }
 
-/// Whether the tree is the braces after the arrow of a match arm.
+/// Returns whether the tree is the braces after the arrow of a match arm.
 fn is_body(tree: &TokenTree, trees: &[TokenTree], at: usize) -> bool {
     is_group(Some(tree), Delimiter::Brace)
         && at > 1
@@ -280,7 +281,7 @@ fn is_body(tree: &TokenTree, trees: &[TokenTree], at: usize) -> bool {
         && is_punct(trees.get(at - 2), '=')
 }
 
-/// Whether these are braces around the one expression of a match arm or a closure.
+/// Returns whether the group is braces around the single expression of a match arm or a closure.
 fn is_wrapper(group: &Group, trees: &[TokenTree], at: usize) -> bool {
     let Some(tree) = trees.get(at) else {
         return false;

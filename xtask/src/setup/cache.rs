@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Folders that are made once: each is built under a temporary name and renamed when it is whole, so that a name that is
-//! there means that the thing is there, whenever the last set-up was interrupted.
+//! Folders that are made once. Each is built under a temporary name and renamed when it is complete, so a folder with
+//! its final name is complete even after an interrupted set-up.
 //!
-//! A stamp in each folder is the hash of the recipe that made it and of the stamps of what it was made from: if a recipe
-//! changes, its folder and those that depend on it are made anew.
+//! A stamp in each folder is the hash of its recipe and of the stamps of its inputs. If a recipe changes, its folder
+//! and those that depend on it are rebuilt.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -21,33 +21,33 @@ const STAMP: &str = ".stamp";
 const BUILDING: &str = ".building-";
 const OUTDATED: &str = ".outdated-";
 
-/// The folder of all of them, locked against a second set-up.
+/// The folder of all entries, locked against concurrent set-ups.
 pub struct Cache {
     root: PathBuf,
     _lock: Flock<File>,
 }
 
-/// One folder to be made.
+/// A folder to make.
 pub struct Step<'a> {
-    /// The folder's name, and the step's in messages.
+    /// The folder's name, which is also the step's name in messages.
     pub name: &'a str,
-    /// What it is, for the person who waits.
+    /// The description in progress messages.
     pub description: &'a str,
-    /// The stamps of what it is made from.
+    /// The folders that it is made from.
     pub inputs: &'a [&'a CacheEntry],
-    /// All that decides what comes out: scripts, names, versions.
+    /// Everything else that determines the result: scripts, names, versions.
     pub recipe: &'a [&'a str],
 }
 
-/// A folder that is whole.
+/// A complete folder.
 pub struct CacheEntry {
-    /// Where it lies.
+    /// The path of the folder.
     pub path: PathBuf,
     stamp: String,
 }
 
 impl Cache {
-    /// Locks the cache, waiting for another set-up to end, and clears away what interrupted ones have left.
+    /// Locks the cache, waiting for another set-up to end, and removes what interrupted set-ups have left.
     pub fn open(root: PathBuf) -> Result<Self> {
         fs::create_dir_all(&root).with_context(|| format!("cannot make {}", root.display()))?;
         let path = root.join("lock");
@@ -67,12 +67,13 @@ impl Cache {
         Ok(cache)
     }
 
-    /// The log file of a step.
+    /// Returns the path of the log file of a step.
     pub fn log(&self, step: &str) -> PathBuf {
         self.root.join("logs").join(format!("{step}.log"))
     }
 
-    /// Returns the step's folder, made by `make` in a folder of another name if it is not there or not of this recipe.
+    /// Returns the step's folder. If it is missing or has another stamp, `make` builds it. `make` gets a folder with a
+    /// temporary name, and the path of the log file.
     pub fn ensure(
         &self,
         step: &Step<'_>,
@@ -111,7 +112,7 @@ impl Cache {
         Ok(entry)
     }
 
-    /// Removes everything but the lock, which is held.
+    /// Removes all folders. The lock file stays, and stays locked.
     pub fn clear(&self) -> Result<()> {
         for entry in fs::read_dir(&self.root).context("cannot list the cache")? {
             let path = entry?.path();

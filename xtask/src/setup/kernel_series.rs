@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Debian's kernels of other series than the stock one: real clients of the device, with balloon drivers of their own, and
-//! one that our driver is built for as well. And modules of the stock kernel that only some guests load.
+//! Debian's kernels of other series than the stock kernel's, as clients of the device with balloon drivers of their
+//! own. Our driver is built for one of them, too. Also modules of the stock kernel that only some guests load.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,11 +15,11 @@ use crate::sandbox::Sandbox;
 
 const FETCH: &str = include_str!("../../scripts/fetch-kernel.sh");
 const UNCOMPRESS: &str = "find /out/modules -name '*.xz' -exec xz -d {} +";
-/// What of a kernel's modules guests may load. A kernel that has one built in has no such file.
+/// The modules that guests may load. A kernel with a module built in has no file for it.
 const MODULES: &str =
     "virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_console \
                        virtio_balloon virtio_blk virtio_mem";
-/// What the agent's line to the host needs, in the order of loading.
+/// The modules for the agent's connection to the host, in the order of loading.
 const CONSOLE_MODULES: [&str; 6] = [
     "virtio",
     "virtio_ring",
@@ -36,27 +36,27 @@ pub enum KernelSeries {
     V6_1,
     /// Debian 13's.
     V6_12,
-    /// The series before the stock kernel's, which our driver is built for, too.
+    /// The series before the stock kernel's. Our driver is built for it, too.
     V7_2,
 }
 
-/// Where the parts of a kernel of another series lie.
+/// The parts of a kernel of another series.
 pub struct SeriesKernel {
-    /// What is booted.
+    /// The kernel image to boot.
     pub image: PathBuf,
-    /// Its modules, uncompressed.
+    /// The folder of the kernel's modules, uncompressed.
     pub modules: PathBuf,
-    /// Those of them that the agent's line to the host needs, in the order of loading.
+    /// The modules for the agent's connection to the host, in the order of loading.
     pub early: Vec<PathBuf>,
-    /// Where our driver is built for it, if it can be.
+    /// The build environment for our driver, if our driver can be built for this kernel.
     pub build: Option<BuildEnv>,
 }
 
 impl KernelSeries {
-    /// All of them.
+    /// All series.
     pub const ALL: [Self; 3] = [Self::V6_1, Self::V6_12, Self::V7_2];
 
-    /// Its series, and its name in tests.
+    /// Returns the name of the series, which tests use, too.
     pub fn name(self) -> &'static str {
         match self {
             Self::V6_1 => "6.1",
@@ -78,7 +78,7 @@ impl KernelSeries {
     }
 }
 
-/// Makes what is missing for a kernel of another series.
+/// Sets up a kernel of another series, unless that is done already.
 pub fn ensure(series: KernelSeries) -> Result<SeriesKernel> {
     let cache = Cache::open(paths::cache()?)?;
     let tools = tools::find(&cache)?;
@@ -150,7 +150,7 @@ fn fetch(
     })
 }
 
-/// As for the stock kernel, from the parts of this one.
+/// Makes the build tree as for the stock kernel, from the files of this kernel.
 fn make_tree(
     cache: &Cache,
     rootfs: &CacheEntry,
@@ -186,7 +186,7 @@ fn make_tree(
     })
 }
 
-/// Modules of the stock kernel that only some guests load, uncompressed, in a folder.
+/// Returns a folder with uncompressed modules of the stock kernel that only some guests load.
 pub fn stock_modules() -> Result<PathBuf> {
     const NAMES: &str = "virtio_blk virtio_mem";
     const TAKE: &str = "for name in $NAMES; do

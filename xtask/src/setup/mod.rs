@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What builds and guests need, made once and kept.
+//! Sets up what builds and guests need. Everything is made once and kept.
 
 mod cache;
 pub mod kernel_series;
@@ -37,10 +37,10 @@ pub enum Kernel {
 }
 
 impl Kernel {
-    /// All of them.
+    /// All kernels.
     pub const ALL: [Self; 3] = [Self::Stock, Self::Uml, Self::Debug];
 
-    /// Its name in paths and messages.
+    /// Returns the kernel's name in paths and messages.
     pub fn name(self) -> &'static str {
         match self {
             Self::Stock => "stock",
@@ -49,7 +49,7 @@ impl Kernel {
         }
     }
 
-    /// The kernel's name of its architecture.
+    /// Returns the architecture as Kbuild calls it.
     pub fn architecture(self) -> &'static str {
         match self {
             Self::Stock => "x86",
@@ -57,7 +57,7 @@ impl Kernel {
         }
     }
 
-    /// Where its build tree is seen in the sandbox.
+    /// Returns the path of the build tree in the sandbox.
     pub fn sandbox_path(self) -> &'static str {
         match self {
             Self::Stock => "/src/stock",
@@ -77,7 +77,7 @@ pub struct Options {
     remove: bool,
 }
 
-/// Where things were set up.
+/// The paths of everything that was set up.
 #[derive(Clone)]
 pub struct BuildEnv {
     /// The Debian root file system.
@@ -93,7 +93,7 @@ pub struct BuildEnv {
 }
 
 impl BuildEnv {
-    /// The build tree of a kernel.
+    /// Returns the build tree of a kernel. Fails if the kernel was not set up.
     pub fn tree(&self, kernel: Kernel) -> Result<&PathBuf> {
         let tree = match kernel {
             Kernel::Stock => &self.stock,
@@ -104,13 +104,13 @@ impl BuildEnv {
             .with_context(|| format!("the {} kernel was not set up", kernel.name()))
     }
 
-    /// The root file system with the kernel's source in its place.
+    /// Returns a sandbox with the kernel's source in its place.
     pub fn sandbox(&self) -> Sandbox {
         Sandbox::new(&self.rootfs).bind_ro(&self.source, "/src/linux")
     }
 }
 
-/// Does what `setup` says.
+/// Runs the `setup` command.
 pub fn command(options: &Options) -> Result<()> {
     if options.remove {
         let root = paths::cache()?;
@@ -132,7 +132,7 @@ pub fn command(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Makes what is missing for these kernels.
+/// Sets up what these kernels need, unless that is done already.
 pub fn ensure(kernels: &[Kernel]) -> Result<BuildEnv> {
     let cache = Cache::open(paths::cache()?)?;
     let rootfs = rootfs::make(&cache, &tools::find(&cache)?)?;
@@ -156,7 +156,7 @@ pub fn ensure(kernels: &[Kernel]) -> Result<BuildEnv> {
     Ok(build_env)
 }
 
-/// The source of the kernel whose parts are in `rootfs`, or of that in `kernel`.
+/// Unpacks the source of the kernel in `kernel`, or of the kernel in `rootfs` if that is `None`.
 fn unpack_source(
     cache: &Cache,
     name: &str,
@@ -198,7 +198,7 @@ fn make_stock(cache: &Cache, rootfs: &CacheEntry, source: &CacheEntry) -> Result
     })
 }
 
-/// `kernel` is one of those that are user-mode Linux.
+/// Builds user-mode Linux. `kernel` is [`Kernel::Uml`] or [`Kernel::Debug`].
 fn make_uml(
     cache: &Cache,
     rootfs: &CacheEntry,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The Debian root file system: compilers, QEMU, and the parts of the stock kernel.
+//! Makes the Debian root file system: compilers, QEMU, and the parts of the stock kernel.
 
 use std::fs;
 use std::path::Path;
@@ -13,20 +13,20 @@ use super::tools::Tools;
 use crate::run;
 use crate::sandbox::unshare;
 
-/// The suite of everything but the kernel and QEMU, which come from its backports.
+/// The Debian suite. Only the kernel and QEMU come from its backports.
 const SUITE: &str = "trixie";
-/// Where Debian lies.
+/// The Debian mirror.
 pub const MIRROR: &str = "http://deb.debian.org/debian";
-/// The one version that is pinned; the newest of the series is taken.
+/// The only pinned version. The newest kernel of this series is used.
 const KERNEL_SERIES: &str = "7.3";
 const PACKAGES: &str =
     "bc,bindgen,bison,busybox-static,flex,gcc,kmod,libc6-dev,libelf-dev,libssl-dev,make,pahole,perl,\
     python3-minimal,qemu-system-x86,rsync,rust-clippy,rust-src,rustc,rustfmt,xz-utils";
 const KERNEL_PACKAGES: &str = include_str!("../../scripts/kernel-packages.sh");
-/// Where folders of the host are shown inside.
+/// Folders that must exist for mounts.
 const MOUNT_POINTS: [&str; 6] = ["src/linux", "src/stock", "src/uml", "repo", "out", "proc"];
 
-/// Makes it.
+/// Makes the root file system, unless it is there already.
 pub fn make(cache: &Cache, tools: &Tools) -> Result<CacheEntry> {
     let preferences =
         format!("Package: src:qemu src:seabios qemu-*\nPin: release n={SUITE}-backports\nPin-Priority: 900\n");
@@ -66,7 +66,7 @@ pub fn make(cache: &Cache, tools: &Tools) -> Result<CacheEntry> {
     })
 }
 
-/// Its mounts and processes live in namespaces of their own and end with it.
+/// Returns the command for root. Its mounts and processes are in namespaces of their own, which end with it.
 fn as_root(tools: &Tools, aside: &Path, target: &Path) -> Command {
     let mut command = unshare(&[
         "--mount",
@@ -85,8 +85,8 @@ fn as_root(tools: &Tools, aside: &Path, target: &Path) -> Command {
     command
 }
 
-/// mmdebstrap makes namespaces itself, with the user numbers that newuidmap grants; the files are then unpacked as the
-/// user's own, without the devices that only root may make.
+/// Makes the root file system as a user that is not root. mmdebstrap makes namespaces with the user ids that newuidmap
+/// grants. The files are then unpacked as the user's own, without the devices, which only root may make.
 fn as_user(tools: &Tools, aside: &Path, target: &Path, log: &Path) -> Result<()> {
     let archive = aside.join("rootfs.tar");
     let mut command = Command::new(&tools.mmdebstrap);
@@ -108,7 +108,7 @@ fn arguments(command: &mut Command, tools: &Tools, aside: &Path, target: &Path) 
         "--aptopt=APT::Install-Recommends \"false\"",
     ]);
     command.arg(format!("--include={PACKAGES}"));
-    // Hooks are run by a shell that knows the new system as $1; the names of our own files come as variables.
+    // Hooks run in a shell that has the path of the new system as $1. Paths of our own files are in variables.
     command.env("PARTS", aside).env("SERIES", KERNEL_SERIES);
     command.arg("--setup-hook=cp \"$PARTS/preferences\" \"$1/etc/apt/preferences.d/backports\"");
     command.arg("--customize-hook=chroot \"$1\" sh -s \"$SERIES\" <\"$PARTS/kernel-packages.sh\"");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What set-up itself runs with: mmdebstrap and Debian's keys. Taken from the host, or else downloaded as packages and
-//! unpacked into the cache: nothing is installed.
+//! The tools of set-up: mmdebstrap and Debian's keys. Tools that the host lacks are downloaded as packages and unpacked
+//! into the cache. Nothing is installed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,15 +16,15 @@ const PROGRAM: &str = "mmdebstrap";
 const KEYS: &str = "usr/share/keyrings/debian-archive-keyring.gpg";
 const KEYS_PACKAGE: &str = "debian-archive-keyring";
 
-/// Where they are.
+/// The paths of the tools.
 pub struct Tools {
     /// mmdebstrap.
     pub mmdebstrap: PathBuf,
-    /// The keys that the archive is signed with.
+    /// The keys of Debian's archive.
     pub keys: PathBuf,
 }
 
-/// Finds them, or fetches what is missing.
+/// Finds the tools, and fetches those that the host lacks.
 pub fn find(cache: &Cache) -> Result<Tools> {
     check_host()?;
     let host_keys = Path::new("/").join(KEYS);
@@ -65,7 +65,7 @@ pub fn find(cache: &Cache) -> Result<Tools> {
     Ok(tools)
 }
 
-/// Says what is missing and how to get it, before anything is begun.
+/// Fails if a program is missing, before set-up begins. The error names the package to install.
 fn check_host() -> Result<()> {
     for (program, package) in [
         ("apt-get", "apt"),
@@ -80,7 +80,7 @@ fn check_host() -> Result<()> {
     if geteuid().is_root() {
         return Ok(());
     }
-    // They have no harmless flag: being there is all that can be asked.
+    // newuidmap has no harmless option, so only its presence is checked.
     let path = std::env::var_os("PATH").unwrap_or_default();
     if !std::env::split_paths(&path).any(|folder| folder.join("newuidmap").exists()) {
         bail!("set-up without being root needs newuidmap: sudo apt-get install uidmap");
@@ -88,7 +88,8 @@ fn check_host() -> Result<()> {
     Ok(())
 }
 
-/// Downloads packages with lists of our own, so that neither `apt-get update` nor root is needed.
+/// Downloads and unpacks packages. The package lists are separate from the host's, so neither `apt-get update` nor root
+/// is needed.
 fn fetch(packages: &[&str], folder: &Path, log: &Path) -> Result<()> {
     let state = folder.join("apt");
     let downloads = folder.join("packages");

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The cases that the kernel module has for KUnit, by its sources.
+//! Finds the KUnit cases of the kernel module in its sources.
 
 use anyhow::{ensure, Result};
 
 use crate::paths;
 use crate::sources;
 
-/// The names of all of them, suite and case joined by a dot.
+/// Returns the names of all cases, as `suite.case`.
 pub fn cases() -> Result<Vec<String>> {
     let sources = sources::read_all(&paths::repository()?)?;
     let module = sources
@@ -17,7 +17,7 @@ pub fn cases() -> Result<Vec<String>> {
     Ok(cases)
 }
 
-/// The cases in a source file. A suite goes to the end of the file, or to the next.
+/// Returns the cases in a source file. A suite extends to the next suite, or to the end of the file.
 fn of(source: &str) -> Vec<String> {
     let mut suite = None;
     let mut marked = false;
@@ -36,8 +36,8 @@ fn of(source: &str) -> Vec<String> {
     cases
 }
 
-/// The `filter_glob`s with which KUnit runs, one after the other, the cases that have one of these names in theirs. Empty if there is
-/// no such case. All cases have the `common` name as well.
+/// Returns the `filter_glob`s for KUnit runs of the cases whose names contain one of `names`; none if there is no such
+/// case. Selects all cases if `names` is empty or one of them is part of `common`.
 pub fn globs(cases: &[String], names: &[String], common: &str) -> Vec<String> {
     if names.is_empty() || names.iter().any(|name| common.contains(name.as_str())) {
         return vec!["*.*".to_owned()];

@@ -27,9 +27,9 @@ use crate::setup::{self, Kernel};
 pub enum Layer {
     /// Unit, integration and documentation tests of the crates, the models among them.
     Crates,
-    /// The cases of the kernel module.
+    /// The KUnit cases of the kernel module.
     Kunit(KernelSet),
-    /// The tests of guests.
+    /// The tests that boot guests.
     Guests(KernelSet),
 }
 
@@ -45,36 +45,36 @@ impl Display for Layer {
     }
 }
 
-/// Which tests of each layer are run.
+/// The tests of each layer to run.
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
-    /// Those that have one of these texts in their names; all if there is none.
+    /// Run only tests with one of these texts in their names; all tests if empty.
     pub names: Vec<String>,
-    /// Further options of the test programs.
+    /// More options for the test programs.
     pub options: Vec<String>,
-    /// The number of tests of guests to run in parallel; `None`: by the number of processors.
+    /// The number of guest tests to run in parallel; `None`: depends on the number of processors.
     pub at_once: Option<NonZeroUsize>,
 }
 
 /// Part of the name of each test of a guest in QEMU.
 const NEEDS_QEMU: &str = "qemu";
-/// Part of the name of each test that cannot do without the kernel's own driver, which fails on the debug kernel.
+/// Part of the name of each test that needs the C driver, which fails on the debug kernel.
 const NEEDS_C_DRIVER: &str = "c_driver";
-/// Part of the name of each test that is for the debug kernel alone.
+/// Part of the name of each test that runs only with the debug kernel.
 const NEEDS_DEBUG: &str = "debug_kernel";
-/// Part of the name of each test whose guests are in user-mode Linux only, unless `qemu` is part of it, too.
+/// Part of the name of each test whose guests run in user-mode Linux only, unless the name also contains `qemu`.
 const NEEDS_UML_ONLY: &str = "user_mode_linux";
 /// The tests that run user-mode Linux inside a guest of QEMU.
 const SOFT_DIRTY: &str = "soft_dirty::";
-/// The test that has the kernel run the module's own.
+/// The test that has the kernel run the module's KUnit cases.
 const KUNIT: &str = "kunit::every_kunit_case_of_the_module_passes";
 
-/// How many guests run at once for each two processors. An emulated one keeps a processor busy, and its VMM and daemon some of
-/// another; one in user-mode Linux waits most of the time, for timers of its kernel.
+/// The number of guest tests in parallel for every two processors. An emulated guest keeps a processor busy, and its
+/// VMM and daemon need a part of another. A guest in user-mode Linux mostly waits for timers of its kernel.
 const USUAL_AT_ONCE: usize = 3;
 const DEBUG_AT_ONCE: usize = 4;
 
-/// Runs what is selected of a layer. Sets up and builds only what that needs.
+/// Runs the selected tests of a layer. Sets up and builds only what they need.
 pub fn run(layer: Layer, selection: &Selection) -> Result<LayerOutcome> {
     match layer {
         Layer::Crates => crates(selection),
@@ -134,7 +134,7 @@ fn guests(kernels: KernelSet, selection: &Selection) -> Result<LayerOutcome> {
     run_and_report(command, Layer::Guests(kernels))
 }
 
-/// The kernels that tests with these names need.
+/// Returns the kernels that the tests with these names need.
 fn needed(kernels: KernelSet, names: &[String]) -> &'static [Kernel] {
     let uml_only = |name: &String| name.contains(NEEDS_UML_ONLY) && !name.contains(NEEDS_QEMU);
     match kernels {
@@ -144,7 +144,7 @@ fn needed(kernels: KernelSet, names: &[String]) -> &'static [Kernel] {
     }
 }
 
-/// What tells the test program of guests which tests to run.
+/// Returns the arguments with which the guest test program selects the tests to run.
 fn filters(kernels: KernelSet, selection: &Selection) -> Vec<String> {
     let skipped: &[&str] = match kernels {
         KernelSet::Usual => &[KUNIT, NEEDS_DEBUG],
@@ -155,7 +155,7 @@ fn filters(kernels: KernelSet, selection: &Selection) -> Vec<String> {
     names.chain(skipped.map(str::to_owned)).collect()
 }
 
-/// The names of the tests of guests that are selected.
+/// Returns the names of the selected guest tests.
 fn list_tests(kernels: KernelSet, selection: &Selection) -> Result<Vec<String>> {
     let mut command = program_of_guests()?;
     command
@@ -164,7 +164,7 @@ fn list_tests(kernels: KernelSet, selection: &Selection) -> Result<Vec<String>> 
     Ok(libtest::parse_list(&run::output(&mut command)?))
 }
 
-/// The test program of guests, with what these kernels need.
+/// Returns the command that runs the guest test program, with the artifacts that these kernels need.
 fn test_program(kernels: KernelSet, needed: &[Kernel], nested: bool) -> Result<Command> {
     let build_env = setup::ensure(needed)?;
     let mut artifacts = build::artifacts(&build_env, needed, Profile::Dev)?;
@@ -176,7 +176,7 @@ fn test_program(kernels: KernelSet, needed: &[Kernel], nested: bool) -> Result<C
     }
     let path = build::write_artifacts(&artifacts)?;
     let mut command = program_of_guests()?;
-    // An error says where it comes from; a trace of the test program would only hide it.
+    // An error names its origin. A backtrace of the test program would hide that.
     command
         .env(artifacts::VARIABLE, path)
         .env("RUST_LIB_BACKTRACE", "0");
@@ -186,7 +186,7 @@ fn test_program(kernels: KernelSet, needed: &[Kernel], nested: bool) -> Result<C
     Ok(command)
 }
 
-/// The command that runs the tests of guests; options of the test program may follow.
+/// Returns the command that runs the guest tests. Options of the test program may follow.
 fn program_of_guests() -> Result<Command> {
     let mut command = build::cargo()?;
     command.args(["test", "--no-fail-fast", "--package", "e2e"]);
@@ -194,15 +194,15 @@ fn program_of_guests() -> Result<Command> {
     Ok(command)
 }
 
-/// Runs a command of cargo that tests, shows what it says, and sums it up.
+/// Runs tests with a cargo command, prints its output, and returns the outcome.
 fn run_and_report(mut command: Command, layer: Layer) -> Result<LayerOutcome> {
     let shown = format!("{command:?}");
-    // One line for both, so that what cargo says of a program comes before what the program says.
+    // Both streams share a pipe, so a line of cargo about a program comes before the output of the program.
     let (output, input) = nix::unistd::pipe().context("cannot make a pipe")?;
     let errors = input.try_clone().context("cannot share a pipe")?;
     die_with_parent(&mut command).stdout(input).stderr(errors);
     let spawned = command.spawn();
-    // It holds the pipe, which would have no end.
+    // The command holds the write end of the pipe, so the reader would wait for more output without end.
     drop(command);
     let mut child = spawned.with_context(|| format!("cannot run {shown}"))?;
     let mut parser = OutputParser::default();

@@ -1,30 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Reads what cargo and its test programs print.
+//! Parses the output of cargo and its test programs.
 
 use std::mem::take;
 
 use ::harness::ktap;
 
-/// What test programs have said.
+/// The results of test programs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Results {
-    /// How many tests passed.
+    /// The number of tests that passed.
     pub passed: u64,
     /// The tests that failed.
     pub failed: Vec<String>,
-    /// How many were left out by themselves.
+    /// The number of ignored tests.
     pub ignored: u64,
-    /// The KUnit cases that passed.
+    /// The number of KUnit cases that passed.
     pub cases_passed: u64,
     /// The KUnit cases that failed.
     pub cases_failed: Vec<String>,
 }
 
-/// Reads line by line.
+/// Parses the output line by line.
 #[derive(Debug, Default)]
 pub struct OutputParser {
     results: Results,
-    /// What cargo said last of what it runs, until it is shown.
+    /// The last line of cargo about the program that it runs, until the line is shown.
     heading: Option<String>,
     /// The program that runs, as cargo calls it.
     name: String,
@@ -39,14 +39,14 @@ enum State {
     Between,
     /// A program runs its tests.
     Running,
-    /// It says more of those that failed.
+    /// The program prints details of failed tests.
     Details,
-    /// It has no test that is selected.
+    /// The program has no selected test.
     Nothing,
 }
 
 impl OutputParser {
-    /// Takes a line, and returns what to show of it and of those before.
+    /// Parses a line. Returns what to show: the line, and perhaps a heading before it.
     pub fn push_line(&mut self, line: &str) -> Vec<String> {
         if let Some(name) = program(line) {
             self.close();
@@ -92,7 +92,7 @@ impl OutputParser {
             self.state = State::Between;
             self.results.passed += count(counts, "passed");
             self.results.ignored += count(counts, "ignored");
-            // Each was named before; if not, it is counted all the same.
+            // Most failures were already counted by name. The others are counted here.
             let failed = usize::try_from(count(counts, "failed")).unwrap_or_default();
             for _ in self.failed_here..failed {
                 self.results.failed.push(format!("a test of {}", self.name));
@@ -107,7 +107,7 @@ impl OutputParser {
         }
     }
 
-    /// The program that ran has ended.
+    /// Ends the program that ran. A program without a result has failed.
     fn close(&mut self) {
         if matches!(self.state, State::Running | State::Details) {
             let name = format!("{}, which ended before it had a result", self.name);
@@ -117,7 +117,7 @@ impl OutputParser {
         self.heading = None;
     }
 
-    /// What was read, at the end.
+    /// Returns the results at the end of the output.
     pub fn finish(mut self) -> Results {
         self.close();
         self.results
@@ -126,7 +126,11 @@ impl OutputParser {
 
 const RESULT: &str = "test result: ";
 
-/// `     Running unittests src/lib.rs (target/debug/deps/migration-0123456789abcdef)`, `   Doc-tests migration`.
+/// Returns the name of a program. Cargo prints one of these lines:
+///
+/// `     Running unittests src/lib.rs (target/debug/deps/guest_migration-0123456789abcdef)`
+///
+/// `   Doc-tests guest_migration`
 fn program(line: &str) -> Option<&str> {
     if let Some(name) = line.strip_prefix("   Doc-tests ") {
         return Some(name);
@@ -136,22 +140,22 @@ fn program(line: &str) -> Option<&str> {
     file.rsplit_once('-').map(|(name, _)| name)
 }
 
-/// `running 3 tests`.
+/// Returns the number of tests that a program announces: `running 3 tests`.
 fn announced(line: &str) -> Option<u64> {
     let (number, what) = line.strip_prefix("running ")?.split_once(' ')?;
     what.starts_with("test").then_some(())?;
     number.parse().ok()
 }
 
-/// `test NAME ... FAILED`.
+/// Returns the name of a failed test: `test NAME ... FAILED`.
 fn failure(line: &str) -> Option<&str> {
     let (name, outcome) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
-    // A program may say how long it took.
+    // The test program may append the time that the test took.
     outcome.starts_with("FAILED").then_some(())?;
     Some(name.strip_suffix(" - should panic").unwrap_or(name))
 }
 
-/// `ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s`.
+/// Returns a count of a result: `ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s`.
 fn count(counts: &str, what: &str) -> u64 {
     let words: Vec<&str> = counts.split([' ', ';', '.']).collect();
     let number = words.windows(2).find_map(|pair| match pair {
@@ -161,7 +165,7 @@ fn count(counts: &str, what: &str) -> u64 {
     number.unwrap_or_default()
 }
 
-/// The names in what a test program lists: `a::name: test`.
+/// Returns the test names in the list of a test program: `a::name: test`.
 pub fn parse_list(text: &str) -> Vec<String> {
     let names = text.lines().filter_map(|line| line.strip_suffix(": test"));
     names.map(str::to_owned).collect()
@@ -217,7 +221,7 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         let (results, shown) = read(TEXT);
         assert_eq!((results.passed, results.ignored), (2, 1));
         assert_eq!(results.failed, ["deep::two"]);
-        // What has no selected test is not shown.
+        // A program without a selected test is not shown.
         assert!(!shown.iter().any(|line| line.contains("tests/b.rs")));
         assert!(shown.iter().any(|line| line.contains("Doc-tests a")));
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Runs the tests of all layers, and sums up.
+//! Runs the tests of all layers and prints a summary.
 
 mod kunit;
 mod layers;
@@ -48,7 +48,7 @@ pub struct Options {
     rest: Vec<String>,
 }
 
-/// The tests of guests are run twice.
+/// The kernels of guest tests. The guest tests run once with each set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum KernelSet {
     /// With the stock kernel in QEMU, and with user-mode Linux.
@@ -57,7 +57,7 @@ enum KernelSet {
     Debug,
 }
 
-/// Does what `test` says. The last line that it prints is `N passed, N failed`.
+/// Runs the `test` command. The last line of output is `N passed, N failed`, unless it runs the matrix.
 pub fn command(options: &Options) -> Result<ExitCode> {
     if let Some(cells) = &options.matrix {
         return matrix::command(cells).map(|()| ExitCode::SUCCESS);
@@ -98,7 +98,7 @@ pub fn command(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// The layers to run, in this order.
+/// Returns the layers to run, in order.
 fn layers(options: &Options) -> Vec<Layer> {
     let of = |kernels| [Layer::Kunit(kernels), Layer::Guests(kernels)];
     match options.kernels {
@@ -113,7 +113,7 @@ fn layers(options: &Options) -> Vec<Layer> {
     }
 }
 
-/// Runs each layer, whatever becomes of the ones before.
+/// Runs each layer, even if an earlier layer has failed.
 fn run(layers: &[Layer], selection: &Selection, load_command: Option<&str>) -> Result<TestRun> {
     let mut background_load = load_command.map(BackgroundLoad::start).transpose()?;
     let start = Instant::now();
@@ -132,14 +132,14 @@ fn run(layers: &[Layer], selection: &Selection, load_command: Option<&str>) -> R
     Ok(run)
 }
 
-/// The load of the last one, five and fifteen minutes, as the kernel says.
+/// Returns the load averages over one, five and fifteen minutes.
 fn load_average() -> String {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let words: Vec<&str> = text.split_whitespace().take(3).collect();
     words.join(" ")
 }
 
-/// What keeps the machine busy. It ends with this value.
+/// A command that keeps the machine busy until this value is dropped.
 struct BackgroundLoad(Process);
 
 impl BackgroundLoad {
@@ -149,7 +149,7 @@ impl BackgroundLoad {
         Process::start("the load", command, Streams::Collected).map(Self)
     }
 
-    /// Fails if it has ended before the tests have: what they show is not what was asked for.
+    /// Fails if the command has ended before the tests: part of the tests then ran without the load.
     fn ensure_running(&mut self) -> Result<()> {
         let ended = self.0.status()?;
         ensure!(
@@ -163,7 +163,8 @@ impl BackgroundLoad {
 
 impl Drop for BackgroundLoad {
     fn drop(&mut self) {
-        // It may have processes of its own to end. Those that are gone need no signal; what does not go is killed.
+        // The command may have to end processes of its own, so it gets time. If it does not exit, `Process` kills it on
+        // drop.
         let _ = self.0.signal_group(Signal::SIGTERM);
         let _ = self.0.wait(Duration::from_secs(10));
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What came of the tests.
+//! The outcome of test runs.
 
 use std::fmt::{self, Display, Formatter};
 use std::process::ExitStatus;
@@ -9,7 +9,7 @@ use super::layers::Layer;
 use super::libtest::Results;
 use super::KernelSet;
 
-/// What came of one layer.
+/// The outcome of one layer.
 #[derive(Debug, Default)]
 pub struct LayerOutcome {
     passed: u64,
@@ -21,16 +21,16 @@ pub struct LayerOutcome {
 #[derive(Debug, PartialEq, Eq)]
 struct Failure {
     name: String,
-    /// The command that repeats it.
+    /// The command that repeats the test or layer.
     repeat: String,
 }
 
 impl LayerOutcome {
-    /// What test programs said, and how the command that ran them ended.
+    /// Returns the outcome of test programs, from their results and the exit status of the command that ran them.
     pub fn from_results(layer: Layer, results: Results, status: ExitStatus) -> Self {
         let (passed, mut failed) = match layer {
             Layer::Crates | Layer::Guests(_) => (results.passed, results.failed),
-            // The one test that has the kernel run them counts only if it failed for another reason.
+            // The test that runs the KUnit cases counts only if it failed while no case did.
             Layer::Kunit(_) if results.cases_failed.is_empty() => {
                 (results.cases_passed, results.failed)
             }
@@ -56,7 +56,7 @@ impl LayerOutcome {
         }
     }
 
-    /// A layer whose tests could not be run.
+    /// Returns the outcome of a layer whose tests could not run.
     pub fn from_error(layer: Layer, why: String) -> Self {
         Self {
             failed: vec![Failure {
@@ -68,10 +68,10 @@ impl LayerOutcome {
     }
 }
 
-/// The command that repeats a test, or the whole layer.
+/// Returns the command that repeats a test, or the whole layer if `test` is `None`.
 fn repeat(layer: Layer, test: Option<&str>) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_:.-".contains(&byte);
-    // What is no name is something that became of a program.
+    // These texts name a program instead of a test.
     let is_name = |name: &str| !name.contains(", which ") && !name.starts_with("a test of ");
     let name = test.filter(|name| is_name(name)).map(|name| {
         if name.bytes().all(plain) {
@@ -101,9 +101,9 @@ fn repeat(layer: Layer, test: Option<&str>) -> String {
 #[derive(Debug, Default)]
 pub struct TestRun {
     layers: Vec<(Layer, LayerOutcome, Duration)>,
-    /// How long it took.
+    /// The duration of the run.
     pub time: Duration,
-    /// The load of the machine at its end.
+    /// The load averages at the end of the run.
     pub load: String,
 }
 
@@ -113,7 +113,7 @@ impl TestRun {
         self.layers.push((layer, outcome, time));
     }
 
-    /// How many tests passed.
+    /// Returns the number of tests that passed.
     pub fn passed(&self) -> u64 {
         self.layers
             .iter()
@@ -121,7 +121,7 @@ impl TestRun {
             .sum()
     }
 
-    /// How many failed.
+    /// Returns the number of failures.
     pub fn failed(&self) -> usize {
         let failed = self
             .layers
@@ -130,7 +130,7 @@ impl TestRun {
         failed.sum()
     }
 
-    /// Whether no test ran.
+    /// Returns whether no test passed, failed or was ignored.
     pub fn is_empty(&self) -> bool {
         let ignored: u64 = self
             .layers
@@ -151,7 +151,7 @@ impl TestRun {
     }
 }
 
-/// A table of the layers, the failures, and last a line with the sums.
+/// Formats a table of the layers, the failures, and a last line with the totals.
 impl Display for TestRun {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         for (layer, outcome, time) in &self.layers {
@@ -174,7 +174,7 @@ impl Display for TestRun {
     }
 }
 
-/// Several runs: a line for each, all failures, and last a line with the sums.
+/// Several runs. Formats a line for each, all failures, and a last line with the totals.
 pub struct Table<'a>(pub &'a [TestRun]);
 
 impl Display for Table<'_> {
