@@ -1,43 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How a command can fail, and what the shell is told.
+//! Errors of a command, and their exit statuses.
 
 use std::error::Error as _;
 use std::io;
 
 use thiserror::Error;
 
-/// Why a command was not done.
+/// Why a command failed.
 #[derive(Debug, Error)]
 pub enum CommandError {
-    /// The command line does not make sense.
+    /// The command line is wrong.
     #[error("{0}")]
     Usage(String),
-    /// A QMP server refused, or is gone.
+    /// A QMP server refused a command, did not answer, or closed the connection.
     #[error(transparent)]
     Qmp(#[from] qmp_client::Error),
-    /// A migration failed, in the words of who did it.
+    /// The command failed or is not possible. The message states the reason.
     #[error("{0}")]
     Failed(String),
-    /// It was interrupted, and is undone.
+    /// The user interrupted the command, or the migration was cancelled.
     #[error("{0}")]
     Cancelled(String),
-    /// It takes longer than it may.
+    /// The command exceeded its time limit.
     #[error("{0}")]
     TimedOut(String),
-    /// What was received is no whole memory.
+    /// The memory that was received is incomplete.
     #[error("{0}")]
     Incomplete(String),
-    /// Things are in a state that somebody should look at.
+    /// The command left a state that the user must check.
     #[error("{0}")]
     RecoveryRequired(String),
-    /// The system reports an error.
+    /// A system call failed.
     #[error("{0}")]
     Io(String, #[source] io::Error),
 }
 
 impl CommandError {
-    /// The exit status, as `--help` documents it.
+    /// Returns the exit status, as `--help` documents it.
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
@@ -51,7 +51,7 @@ impl CommandError {
         }
     }
 
-    /// The whole story in one line.
+    /// Returns the message with all causes, in one line.
     #[must_use]
     pub fn full_message(&self) -> String {
         let mut text = self.to_string();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Ctrl-C, counted.
+//! Counts interrupts such as Ctrl-C.
 
 use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,16 +10,16 @@ use std::thread;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// How often the user asked for an end; clones share the count.
+/// Number of interrupts of this process. Clones share the number.
 #[derive(Clone, Debug, Default)]
 pub struct Interrupts(Arc<AtomicU32>);
 
 impl Interrupts {
-    /// Counts SIGINT, SIGTERM and SIGHUP of this process from now on; they do not end it any more.
+    /// Counts SIGINT, SIGTERM and SIGHUP from now on. These signals no longer end the process.
     ///
     /// # Errors
     ///
-    /// If the system refuses.
+    /// If the signal handlers cannot be installed.
     pub fn from_signals() -> io::Result<Self> {
         let interrupts = Self::default();
         let counter = interrupts.clone();
@@ -32,12 +32,12 @@ impl Interrupts {
         Ok(interrupts)
     }
 
-    /// One more.
+    /// Counts an interrupt.
     pub fn add(&self) {
         self.0.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// How many there were.
+    /// Returns the number of interrupts.
     #[must_use]
     pub fn count(&self) -> u32 {
         self.0.load(Ordering::SeqCst)

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The commands of `balloonctl`, which steers `vhost-device-balloon` over its QMP socket.
+//! The commands of `balloonctl`, which controls `vhost-device-balloon` over its QMP socket.
 //!
-//! [`migrate_vm`] moves a whole guest between two stock QEMUs; everything else is one conversation with the daemon.
+//! [`migrate_vm`] migrates a whole guest between two stock QEMUs. `receive` receives the memory of a guest and needs no
+//! daemon. All other commands connect only to the daemon.
 
 #![forbid(unsafe_code)]
 
@@ -22,7 +23,7 @@ use interrupt::Interrupts;
 use output::Output;
 use qmp_client::Client;
 
-/// Does what the command line says.
+/// Executes the command on the command line.
 ///
 /// # Errors
 ///

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `balloonctl`: parses the command line, runs the command, tells the shell.
+//! `balloonctl`: parses the command line, executes the command, and returns its exit status.
 
 #![forbid(unsafe_code)]
 
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
             output.clear_progress();
             let (status, full_message) = (error.exit_status(), error.full_message());
             let error = json!({ "error": { "exit-status": status, "desc": full_message } });
-            // Neither can be told if it fails; the status can.
+            // A failure to write is ignored. The exit status still reports the error.
             let _ = output.print_result(&error, "");
             let _ = writeln!(stderr(), "balloonctl: {full_message}");
             ExitCode::from(status)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the user sees: results on standard output, progress on standard error.
+//! Output for the user: results on standard output, progress on standard error.
 
 use std::io::{stderr, stdout, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -9,12 +9,12 @@ use serde::Serialize;
 
 use crate::error::CommandError;
 
-/// How often a line of progress is printed where lines stay.
+/// Minimum interval between two lines of progress if standard error is not a terminal.
 const EVERY: Duration = Duration::from_secs(1);
-/// The width that is assumed of a terminal that does not tell.
+/// Width that is assumed of a terminal that does not report its width.
 const WIDTH: usize = 80;
 
-/// The two streams.
+/// Writes results and progress.
 #[derive(Debug)]
 pub struct Output {
     json: bool,
@@ -24,7 +24,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// Results as JSON, if so wanted.
+    /// Returns an output, which writes results as JSON if `json` is true.
     #[must_use]
     pub fn new(json: bool) -> Self {
         Self {
@@ -35,13 +35,14 @@ impl Output {
         }
     }
 
-    /// Shows how it goes. On a terminal the line replaces the one before; elsewhere, lines are added, one a second.
+    /// Shows a line of progress. On a terminal it replaces the previous one. Elsewhere it is added at most once per
+    /// second, and not if results are JSON.
     pub fn show_progress(&mut self, line: &str) {
         if self.live {
             let width = rustix::termios::tcgetwinsize(stderr())
                 .map_or(WIDTH, |size| usize::from(size.ws_col).max(20));
             let line: String = line.chars().take(width - 1).collect();
-            // A terminal that is gone is no reason to end a migration.
+            // A lost terminal is no reason to end a migration.
             let _ = write!(stderr(), "\r{line}\x1b[K");
             let _ = stderr().flush();
             self.shown = true;
@@ -51,7 +52,7 @@ impl Output {
         }
     }
 
-    /// Says something that stays, on standard error; nothing where results are JSON.
+    /// Writes a line that stays to standard error, unless results are JSON.
     pub fn say(&mut self, line: &str) {
         self.clear_progress();
         if !self.json {
@@ -59,7 +60,7 @@ impl Output {
         }
     }
 
-    /// Takes the live line away.
+    /// Removes the line of progress from the terminal.
     pub fn clear_progress(&mut self) {
         if self.shown {
             let _ = write!(stderr(), "\r\x1b[K");
@@ -73,7 +74,7 @@ impl Output {
     ///
     /// # Errors
     ///
-    /// If nobody takes it.
+    /// If the result cannot be encoded or written.
     pub fn print_result(&mut self, value: &impl Serialize, text: &str) -> Result<(), CommandError> {
         self.clear_progress();
         let text = if self.json {
@@ -91,7 +92,7 @@ impl Output {
     }
 }
 
-/// A table, its columns as wide as they must be: the first to the left, the others to the right.
+/// Returns a table. The first column is aligned to the left, the others to the right.
 #[must_use]
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
@@ -114,7 +115,7 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Names and values, one a line.
+/// Returns names and values, one pair per line.
 #[must_use]
 pub fn fields(fields: &[(&str, String)]) -> String {
     let width = fields.iter().map(|(name, _)| name.len()).max().unwrap_or(0);

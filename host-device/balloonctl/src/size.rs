@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Sizes as people write and read them.
+//! Sizes in the format of the user.
 
-/// Suffixes and what they stand for.
+/// Suffixes and their factors.
 const UNITS: [(&str, u64); 5] = [
     ("T", 1 << 40),
     ("G", 1 << 30),
@@ -11,11 +11,11 @@ const UNITS: [(&str, u64); 5] = [
     ("", 1),
 ];
 
-/// Bytes from a text such as `2G`, `1.5G`, `512MiB` or `4096`. Suffixes are powers of 1024.
+/// Returns the bytes of a size such as `2G`, `1.5G`, `512MiB` or `4096`. Suffixes are powers of 1024.
 ///
 /// # Errors
 ///
-/// A sentence that says what is expected.
+/// A sentence that states the expected format.
 pub fn parse(text: &str) -> Result<u64, String> {
     let wrong = || format!("'{text}' is no size; examples: 2G, 1.5G, 512M, 4096");
     let upper = text.trim().to_ascii_uppercase();
@@ -49,12 +49,12 @@ pub fn parse(text: &str) -> Result<u64, String> {
     whole.checked_add(part).ok_or_else(too_large)
 }
 
-/// Bytes with three digits or so and a suffix: `1.50 GiB`.
+/// Returns a size with about three digits and a suffix: `1.50 GiB`.
 #[must_use]
 pub fn show(bytes: u64) -> String {
     for (name, unit) in UNITS {
         if bytes >= unit && !name.is_empty() {
-            // Precise enough for a number that is shown.
+            // Precise enough for a value that is shown.
             #[allow(clippy::cast_precision_loss)]
             let number = bytes as f64 / unit as f64;
             let digits = if number < 10.0 {

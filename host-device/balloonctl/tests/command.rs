@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The program itself: what it prints, what it ends with, and what Ctrl-C does.
+//! Tests of the program: its output, its exit statuses, and its response to Ctrl-C.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
@@ -15,7 +15,7 @@ use guest_migration::{Layout, PageRun, RamBlock, PAGE_SIZE};
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::{json, Value};
 
-/// What takes longer hangs.
+/// A limit that only a hanging test exceeds.
 const LIMIT: Duration = Duration::from_secs(600);
 
 fn balloonctl(arguments: &[&str]) -> Command {
@@ -37,7 +37,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-/// A daemon at `path` that answers with `answer`, and says which commands it got.
+/// Starts a daemon at `path` that answers with `answer`. Returns the names of the commands that it receives.
 fn daemon(
     path: &Path,
     answer: impl Fn(&str, &Value) -> Result<Value, &'static str> + Send + 'static,
@@ -74,7 +74,7 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// The program while it runs. Killed if the test fails before its end.
+/// The running program. It is killed if the test fails early.
 struct Running(Option<Child>);
 
 impl Running {
@@ -141,7 +141,7 @@ fn a_socket_that_is_missing_is_told_from_one_that_is_not_given() {
     assert_eq!(run(&["target", "much"]).status.code(), Some(2));
 }
 
-/// The first Ctrl-C cancels, the second one does not wait for that.
+/// The first Ctrl-C cancels. The second one leaves without waiting for the cancellation.
 #[test]
 fn ctrl_c_cancels_a_migration_and_a_second_one_leaves_it() {
     for times in [1, 2] {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `migrate-vm`, against peers that fail wherever a peer can.
+//! Tests of `migrate-vm` with peers that fail at every step.
 
 mod common;
 
@@ -31,7 +31,7 @@ fn migrate(fake: &mut Fake, vm_state: &str) -> Result<MigrationSummary, CommandE
     )
 }
 
-/// The guest runs at the source with its balloon, as if nothing had been.
+/// Checks that the guest runs at the source with its balloon, as before.
 fn check_source_is_whole(fake: &Fake, what: &str) {
     let state = fake.state();
     let source = &state.source;
@@ -98,11 +98,11 @@ fn the_state_of_the_balloon_is_written_for_the_fresh_daemon() {
     let mut fake = fake(None, &[]);
     let file = fake.path("state");
     fake.options.device_state = Some(file.clone());
-    // The socket is there only once the command has run, which wants the state.
+    // The command creates the socket as a copy of the state file, so the file must be written before the command runs.
     let socket = fake.path("late");
     fake.options.device_socket.clone_from(&socket);
     let (from, to) = (file.display(), socket.display());
-    // It ends when the test has ended, and its folder is gone.
+    // The command ends when the test has ended and its folder is removed.
     let lives = format!("while [ -e {to} ]; do sleep 1; done");
     fake.options.device_command = Some(format!("cp {from} {to}; {lives}"));
     migrate(&mut fake, VM_STATE).unwrap();
@@ -119,7 +119,7 @@ fn whatever_is_refused_the_guest_goes_on_at_the_source() {
             continue;
         };
         let name: &'static str = command.execute.clone().leak();
-        // That of the other QEMU is tried in its own turn.
+        // A later pass of the loop tries the same command of the other QEMU.
         let fault = Fault::Refuse(step.peer, name);
         let mut fake = fake(Some(fault.clone()), &["--downtime-limit", "100"]);
         let error = migrate(&mut fake, VM_STATE).unwrap_err();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A fixed number of bits that several threads set and clear, and their count.
+//! A bitmap of fixed size that several threads change at once, and the count of its set bits.
 
 use std::ops::Range;
 
@@ -8,12 +8,12 @@ use crate::sync::{AtomicU64, Ordering};
 
 const BITS: u64 = u64::BITS as u64;
 
-/// Atomic bits with a count that is never below the number of set bits, and equal to it whenever no
-/// operation is under way.
+/// Atomic bits with a count of the set bits. The count is never below the number of set bits, and equals it while no
+/// operation runs.
 ///
-/// To keep that order, an operation that sets bits raises the count before it touches them and takes back
-/// what was set already; one that clears bits lowers it after. Whoever sees a count of zero can therefore
-/// rely on there being no set bit.
+/// An operation that sets bits first raises the count by the number of bits in its range. Afterwards it subtracts the
+/// bits that were already set. An operation that clears bits lowers the count afterwards. A count of zero therefore
+/// means that no bit is set.
 #[derive(Debug)]
 pub(crate) struct AtomicBitmap {
     words: Box<[AtomicU64]>,
@@ -22,7 +22,7 @@ pub(crate) struct AtomicBitmap {
 }
 
 impl AtomicBitmap {
-    /// `len` clear bits, or `None` if there is no memory for them.
+    /// Returns `len` clear bits, or `None` if memory is insufficient.
     pub(crate) fn new(len: u64) -> Option<Self> {
         let words = usize::try_from(len.div_ceil(BITS)).ok()?;
         let mut vec = Vec::new();
@@ -35,12 +35,12 @@ impl AtomicBitmap {
         })
     }
 
-    /// The number of bits, set or clear.
+    /// Returns the number of bits, set or clear.
     pub(crate) fn len(&self) -> u64 {
         self.len
     }
 
-    /// The number of set bits.
+    /// Returns the number of set bits. The result may be too high while an operation runs.
     pub(crate) fn count(&self) -> u64 {
         self.count.load(Ordering::Acquire).min(self.len)
     }
@@ -73,8 +73,8 @@ impl AtomicBitmap {
         cleared
     }
 
-    /// Clears the bits in `range` here, and sets those of them that were set in `other`, which is as long. Returns how many
-    /// they are.
+    /// Clears the bits in `range`, and sets in `other` the bits that were set here. Returns their number. `other` must
+    /// have the same length.
     pub(crate) fn move_to(&self, other: &Self, range: Range<u64>) -> u64 {
         let range = self.clamp(range);
         let total = range.end - range.start;
@@ -93,7 +93,7 @@ impl AtomicBitmap {
         moved
     }
 
-    /// The next bit at or after `from` that is `set`, or `len` if there is none.
+    /// Returns the next bit at or after `from` whose value is `set`, or `len` if no such bit exists.
     pub(crate) fn find(&self, from: u64, set: bool) -> u64 {
         let flip = if set { 0 } else { u64::MAX };
         let words = self.words_from(from).iter();
@@ -104,7 +104,7 @@ impl AtomicBitmap {
         )
     }
 
-    /// The words from the one with the bit `from` on.
+    /// Returns the words from the one that contains the bit `from`.
     fn words_from(&self, from: u64) -> &[AtomicU64] {
         let first = usize::try_from(from / BITS).unwrap_or(usize::MAX);
         self.words.get(first..).unwrap_or_default()
@@ -115,7 +115,8 @@ impl AtomicBitmap {
         range.start.min(end)..end
     }
 
-    /// The words that `range` touches, each with the mask of the bits in it. `range` must be clamped.
+    /// Iterates over the words that `range` touches, each with the mask of its bits in `range`. `range` must be
+    /// clamped.
     fn masks(&self, range: Range<u64>) -> impl Iterator<Item = (&AtomicU64, u64)> {
         let first = range.start / BITS;
         let words = (range.end.div_ceil(BITS)).saturating_sub(first);
@@ -134,21 +135,23 @@ impl AtomicBitmap {
     }
 }
 
-/// The next bit at or after `from` that is set in neither `a` nor `b`, which are as long as each other; or, with `holds` false,
-/// one that is set in either. The length if there is none.
+/// Returns the next bit at or after `from` that is set in neither `a` nor `b`. If `holds` is false, returns the next
+/// bit that is set in at least one of them. Returns the length if no such bit exists. `a` and `b` must have the same
+/// length.
 pub(crate) fn find_in_neither(a: &AtomicBitmap, b: &AtomicBitmap, from: u64, holds: bool) -> u64 {
     let flip = if holds { u64::MAX } else { 0 };
     let words = a.words_from(from).iter().zip(b.words_from(from));
     let words = words.map(|(a, b)| {
-        // A bit that is just moving from `a` to `b` may be seen in neither: exact at rest only, as the counts are.
+        // While a bit moves from `a` to `b`, it may appear set in neither. As with the count, the result is exact only
+        // while no operation runs.
         let a = a.load(Ordering::Acquire);
         (a | b.load(Ordering::Acquire)) ^ flip
     });
     find(words, from, a.len)
 }
 
-/// The next bit at or after `from` that is set in `words`, of which the first is the one with the bit `from`; or `len` if
-/// there is none.
+/// Returns the next bit at or after `from` that is set in `words`, or `len` if no such bit exists. The first word must
+/// contain the bit `from`.
 fn find(words: impl Iterator<Item = u64>, from: u64, len: u64) -> u64 {
     let mut mask = u64::MAX << (from % BITS);
     let mut base = from - from % BITS;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Tests of [`crate::atomic_bitmap`], in a file of their own because that one is compiled in the crate `bitmap-model` too.
+//! Tests of [`crate::atomic_bitmap`]. They are in a file of their own because the crate `bitmap-model` compiles that
+//! module too.
 
 use proptest::prelude::*;
 
@@ -54,7 +55,7 @@ proptest! {
 fn r12_count_is_never_below_the_set_bits_and_exact_at_rest() {
     const LEN: u64 = 64 * 40 + 7;
     let bits = AtomicBitmap::new(LEN).unwrap();
-    // One bit that nobody clears: the count may never be seen at zero.
+    // No thread clears this bit, so the count must never be zero.
     bits.set(LEN - 1..LEN);
     std::thread::scope(|scope| {
         for seed in 1..=4u64 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which pages are still to be sent, and which were sent.
+//! The dirty bitmap: which pages have still to be sent, and which were taken to be sent.
 
 use std::sync::Arc;
 
@@ -8,25 +8,25 @@ use crate::atomic_bitmap::{self, AtomicBitmap};
 use crate::page_runs::{PageRun, PageRuns};
 use crate::{Layout, LayoutError, Region};
 
-/// What is asked of a page.
+/// A state of pages that a search looks for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum PageState {
-    /// Whether it is still to be sent.
+    /// The dirty bit is set: the page has still to be sent.
     Dirty,
-    /// Whether it need not be sent (any more).
+    /// The dirty bit is clear: the page need not be sent.
     Clean,
-    /// Whether it need not be sent and was not.
+    /// The dirty bit is clear, and the page was not taken to be sent since it was last marked dirty.
     Skipped,
-    /// Whether it was taken to be sent since it was last marked dirty.
+    /// The page was taken to be sent since it was last marked dirty.
     Taken,
 }
 
-/// The bits of one block.
+/// The bits of one RAM block.
 #[derive(Debug)]
 pub(crate) struct RamBlockBits {
-    /// Set for a page that is still to be sent.
+    /// Set for each page that has still to be sent.
     dirty: AtomicBitmap,
-    /// Set for a page that was taken to be sent since it was last marked dirty.
+    /// Set for each page that was taken to be sent since it was last marked dirty.
     taken: AtomicBitmap,
 }
 
@@ -35,7 +35,8 @@ impl RamBlockBits {
         self.dirty.len()
     }
 
-    /// The first page at or after `from` for which `kind` is `holds`, or the number of pages.
+    /// Returns the first page at or after `from` that is in state `kind` if `holds` is true, and that is not in this
+    /// state if `holds` is false. Returns the number of pages if no such page exists.
     pub(crate) fn find(&self, kind: PageState, from: u64, holds: bool) -> u64 {
         match kind {
             PageState::Dirty => self.dirty.find(from, holds),
@@ -50,12 +51,12 @@ impl RamBlockBits {
 
 /// The dirty bits of all guest memory.
 ///
-/// Shared by reference between threads. Whoever has a reference may look at the bits and *take* pages (clear
-/// their bits, in order to send them). Setting bits and applying hints need more than that: see
-/// [`SyncPhase`](crate::SyncPhase) and [`HintWindow`](crate::HintWindow).
+/// Threads share the bitmap by reference. A shared reference allows reading bits and *taking* pages: clearing the bits
+/// of pages in order to send these pages. Setting bits requires a [`SyncPhase`](crate::SyncPhase), applying hints
+/// requires a [`HintWindow`](crate::HintWindow).
 ///
-/// Counts are exact whenever no other thread is in the middle of a change, and never too low: zero always
-/// means that nothing is left.
+/// The number of dirty pages is exact while no other thread changes bits. It is never too low: zero means that no page
+/// is left to send.
 #[derive(Debug)]
 pub struct DirtyBitmap {
     layout: Arc<Layout>,
@@ -86,23 +87,23 @@ impl DirtyBitmap {
         })
     }
 
-    /// Where the pages lie.
+    /// Returns the layout of guest memory.
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
     }
 
-    /// The number of pages of guest memory.
+    /// Returns the number of pages of guest memory.
     pub fn pages(&self) -> u64 {
         self.blocks.iter().map(RamBlockBits::pages).sum()
     }
 
-    /// The number of pages that are still to be sent.
+    /// Returns the number of pages that have still to be sent.
     pub fn dirty_pages(&self) -> u64 {
         self.blocks.iter().map(|block| block.dirty.count()).sum()
     }
 
-    /// The number of pages that need not be sent and were not, since they were last marked dirty: what hints have
-    /// spared. The destination has zeros there, or older bytes.
+    /// Returns the number of pages that need not be sent and were not taken since they were last marked dirty. Hints
+    /// have cleared their bits. The destination has zeros or older content in these pages.
     pub fn skipped_pages(&self) -> u64 {
         let taken: u64 = self.blocks.iter().map(|block| block.taken.count()).sum();
         self.pages()
@@ -110,46 +111,47 @@ impl DirtyBitmap {
             .saturating_sub(taken)
     }
 
-    /// Clears the bits of the pages `run`, and returns how many of them were set. Pages that no block has have no bit.
+    /// Clears the dirty bits of the pages `run`, and returns how many of them were set. Ignores pages that no RAM block
+    /// has.
     ///
-    /// The bit goes before the page is read: a write that comes between the two is seen by the next sync.
+    /// Take a page before reading its content: the next dirty sync then finds a write between the two.
     pub fn take(&self, run: PageRun) -> u64 {
         self.blocks.get(run.block).map_or(0, |block| {
             block.dirty.move_to(&block.taken, run.first..run.end())
         })
     }
 
-    /// The first run of pages that are still to be sent at or after the page `page` of the block `block`, of at most
-    /// `most` pages.
+    /// Returns the first run of dirty pages at or after page `page` of the RAM block with index `block`, including
+    /// later RAM blocks. The run has at most `most` pages.
     pub fn next_dirty(&self, block: usize, page: u64, most: u64) -> Option<PageRun> {
         let run = PageRuns::starting_at(&self.blocks, PageState::Dirty, block, page).next()?;
         run.chunks(most).next()
     }
 
-    /// The runs of pages that are still to be sent, by ascending block and page.
+    /// Iterates over the runs of dirty pages, by ascending RAM block and page.
     ///
-    /// Clear words are skipped a word at a time.
+    /// The search skips words without set bits.
     pub fn dirty_runs(&self) -> PageRuns<'_> {
         PageRuns::new(&self.blocks, PageState::Dirty)
     }
 
-    /// The runs of pages that need not be sent (any more), by ascending block and page.
+    /// Iterates over the runs of pages that need not be sent, by ascending RAM block and page.
     pub fn clean_runs(&self) -> PageRuns<'_> {
         PageRuns::new(&self.blocks, PageState::Clean)
     }
 
-    /// The runs of pages that [`DirtyBitmap::skipped_pages`] counts, by ascending block and page.
+    /// Iterates over the runs of pages that [`DirtyBitmap::skipped_pages`] counts, by ascending RAM block and page.
     pub fn skipped_runs(&self) -> PageRuns<'_> {
         PageRuns::new(&self.blocks, PageState::Skipped)
     }
 
-    /// Those of [`DirtyBitmap::skipped_runs`] that `region` shows.
+    /// Iterates over those runs of [`DirtyBitmap::skipped_runs`] that `region` maps.
     pub fn skipped_in(&self, region: &Region) -> PageRuns<'_> {
         let pages = region.block_pages();
         PageRuns::within(&self.blocks, PageState::Skipped, region.block(), pages)
     }
 
-    /// The runs of pages among `run` that were sent since they were last marked dirty.
+    /// Iterates over the runs of pages in `run` that were taken to be sent since they were last marked dirty.
     pub fn taken_among(&self, run: PageRun) -> PageRuns<'_> {
         PageRuns::within(
             &self.blocks,
@@ -170,7 +172,7 @@ impl DirtyBitmap {
         }
     }
 
-    /// Marks pages dirty, and returns how many were not.
+    /// Marks the pages `run` dirty, and returns how many of them were clean.
     pub(crate) fn mark(&self, run: PageRun) -> u64 {
         self.blocks.get(run.block).map_or(0, |block| {
             block.taken.clear(run.first..run.end());
@@ -178,7 +180,7 @@ impl DirtyBitmap {
         })
     }
 
-    /// Clears the dirty bits of pages that are not to be sent, and returns how many were set.
+    /// Clears the dirty bits of pages that need not be sent, and returns how many of them were set.
     pub(crate) fn skip(&self, block: usize, pages: std::ops::Range<u64>) -> u64 {
         self.blocks
             .get(block)

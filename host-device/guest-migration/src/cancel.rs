@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The order to give up, from another thread.
+//! Cancellation of an operation from another thread.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 type Action = Box<dyn Fn() + Send>;
 
-/// Ends what is under way, at once and from any thread. Copies stand for the same order.
+/// A token that cancels an operation from any thread. Clones share their state.
 #[derive(Clone, Default)]
 pub struct CancelToken(Arc<Inner>);
 
@@ -24,7 +24,8 @@ struct State {
 }
 
 impl CancelToken {
-    /// Gives the order. Whatever was to happen on it has happened when this returns; once is enough.
+    /// Cancels the operation. Wakes all sleepers, and runs the registered actions in this thread before it returns.
+    /// Later calls have no effect.
     pub fn cancel(&self) {
         let actions = {
             let mut state = self.state();
@@ -37,13 +38,15 @@ impl CancelToken {
         }
     }
 
-    /// Whether the order was given.
+    /// Returns whether the token is cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.state().cancelled
     }
 
-    /// Does `action` when the order is given, in the thread that gives it; now, if it was given already. It must not wait
-    /// for anything: to close a connection that another thread is blocked in is what it is for.
+    /// Registers `action`, which runs in the thread that cancels the token. Runs `action` now if the token is cancelled
+    /// already.
+    ///
+    /// The action must not block. Its purpose is to wake blocked threads, for example by closing their connection.
     pub fn on_cancel(&self, action: impl Fn() + Send + 'static) {
         let mut state = self.state();
         if state.cancelled {
@@ -54,7 +57,7 @@ impl CancelToken {
         }
     }
 
-    /// Sleeps for `duration` or until the order is given, and says whether it was.
+    /// Sleeps for `duration` or until the token is cancelled, and returns whether it is cancelled.
     pub fn sleep(&self, duration: Duration) -> bool {
         let end = Instant::now().checked_add(duration);
         let mut state = self.state();

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Hashes of pages, and one digest over all of them that can be kept up to date page by page.
+//! Hashes of pages, and a digest over all pages that can be updated page by page.
 //!
-//! Both ends of a migration compute the same digest: the sender from the pages as it sent them, the receiver
-//! from its memory files. Layout and arithmetic are part of the stream's format (`docs/stream.md`).
+//! Both ends of a migration compute the same digest: the sender from the pages that it has sent, the receiver from its
+//! memory files. Layout and arithmetic are part of the stream format (`docs/stream.md`).
 
 use std::io;
 
@@ -14,25 +14,26 @@ use crate::PAGE_SIZE;
 
 static ZEROS: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
 
-/// Whether every byte is zero.
+/// Returns whether every byte is zero.
 pub fn is_zero(bytes: &[u8]) -> bool {
     bytes
         .chunks(ZEROS.len())
         .all(|chunk| ZEROS.get(..chunk.len()) == Some(chunk))
 }
 
-/// 128 bits that stand for the bytes of one page.
+/// A 128-bit hash of the content of one page.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct PageHash(u128);
 
 impl PageHash {
-    /// The hash of a page of zeros, and of no other. Also the default: a table of hashes starts as one of an
-    /// empty memory.
+    /// The hash of a page of zeros. No other page has this hash. It is the default, so a new table of hashes describes
+    /// an empty memory.
     pub const ZERO: Self = Self(0);
 }
 
-/// Hashes pages under a seed, which those who choose the pages' bytes must not know: without it they cannot
-/// make two pages of one hash.
+/// Hashes pages with a seed.
+///
+/// A guest must not know the seed: without it the guest cannot construct two different pages with the same hash.
 #[derive(Clone)]
 pub struct PageHasher {
     seed: u64,
@@ -46,17 +47,17 @@ impl std::fmt::Debug for PageHasher {
 }
 
 impl PageHasher {
-    /// A hasher under a seed that is known already: the other end's.
+    /// Returns a hasher with a known seed, such as the seed of the other end.
     pub fn new(seed: u64) -> Self {
         let secret = const_custom_default_secret(seed);
         Self { seed, secret }
     }
 
-    /// A hasher under a seed that nobody can guess.
+    /// Returns a hasher with a random seed.
     ///
     /// # Errors
     ///
-    /// The system has no random numbers yet.
+    /// If the system provides no random numbers.
     pub fn with_random_seed() -> io::Result<Self> {
         let mut seed = [0; 8];
         let got = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())?;
@@ -66,35 +67,36 @@ impl PageHasher {
         Ok(Self::new(u64::from_le_bytes(seed)))
     }
 
-    /// The seed, for the header of the stream.
+    /// Returns the seed, which the header of the stream contains.
     pub fn seed(&self) -> u64 {
         self.seed
     }
 
-    /// The hash of one page.
+    /// Returns the hash of one page.
     pub fn hash(&self, page: &[u8]) -> PageHash {
         if is_zero(page) {
             return PageHash::ZERO;
         }
-        // No page but the one of zeros may have its hash.
+        // Only the page of zeros may have the hash 0.
         PageHash(xxh3_128_with_secret(page, &self.secret).max(1))
     }
 }
 
-/// A digest over all pages of all blocks.
+/// A digest over all pages of all RAM blocks.
 ///
-/// The sum, wrapping, of each page's hash mixed with its place: so one page can be exchanged without looking
-/// at the others, in any order. Pages of zeros add nothing, and an empty memory's digest is zero.
+/// The digest is the wrapping sum of one term for each page. The term depends on the hash and the position of the page.
+/// A page can therefore be replaced in the digest without reading other pages, and in any order. Pages of zeros add
+/// nothing, so the digest of an empty memory is zero.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ContentDigest(u128);
 
 impl ContentDigest {
-    /// The digest of a memory of zeros.
+    /// Returns the digest of a memory of zeros.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Notes that the page `page` of the block with index `block`, whose hash was `old`, now has `new`.
+    /// Replaces the hash `old` of page `page` of the RAM block with index `block` by the hash `new`.
     pub fn replace(&mut self, block: usize, page: u64, old: PageHash, new: PageHash) {
         if old != new {
             let sum = self.0.wrapping_sub(digest_term(block, page, old));
@@ -102,23 +104,23 @@ impl ContentDigest {
         }
     }
 
-    /// Adds a page that was zero until now.
+    /// Adds the hash of a page that was zero before.
     pub fn add(&mut self, block: usize, page: u64, hash: PageHash) {
         self.replace(block, page, PageHash::ZERO, hash);
     }
 
-    /// Joins the digest of other pages to this one's.
+    /// Adds the digest of other pages.
     pub fn join(&mut self, other: Self) {
         self.0 = self.0.wrapping_add(other.0);
     }
 
-    /// The digest as a number.
+    /// Returns the digest as a number.
     pub fn value(self) -> u128 {
         self.0
     }
 }
 
-/// What a page adds to the digest: the hash of its hash, its block and its number, each little endian.
+/// Returns the term of a page: the hash of the page hash, the RAM block index and the page number, each little endian.
 fn digest_term(block: usize, page: u64, hash: PageHash) -> u128 {
     if hash == PageHash::ZERO {
         return 0;
@@ -176,7 +178,7 @@ mod tests {
         }
     }
 
-    /// What is written in `docs/stream.md`: another program must come to the same numbers.
+    /// Checks the values that `docs/stream.md` defines, which other implementations must compute too.
     #[test]
     fn the_numbers_are_those_of_the_format() {
         let hash = PageHasher::new(0x0123_4567_89ab_cdef).hash(&page(0xa5));

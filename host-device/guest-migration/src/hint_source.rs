@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Who asks the guest for its free pages.
+//! The interface through which a migration asks the guest for hints.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use crate::{CancelToken, HintWindow};
 
-/// Why there are no hints.
+/// Why a source cannot give hints.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 #[error("{0}")]
 pub struct HintSourceError(pub String);
@@ -16,45 +16,46 @@ pub struct HintSourceError(pub String);
 /// How waiting for hints ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum WaitOutcome {
-    /// The guest has said all that it knows.
+    /// The guest has given all hints of the hint round.
     Finished,
-    /// The time was over first.
+    /// The timeout expired first.
     TimedOut,
-    /// The migration is given up.
+    /// The migration was cancelled.
     Cancelled,
-    /// Nobody is there any more who could give hints, for this reason. Those that came still count.
+    /// The source can give no further hints, for this reason. Hints that arrived before remain valid.
     Lost(String),
 }
 
-/// A source of hints: something that can ask the guest which of its pages hold nothing worth sending.
+/// A source of hints, which asks the guest for pages that hold nothing worth sending.
 ///
-/// Between [`open`](Self::open) and [`close`](Self::close) it owns the right to give them. Both sides may be in different
-/// threads; hints are given while the migration sends.
+/// Between [`open`](Self::open) and [`close`](Self::close) the source owns the [`HintWindow`], and with it the right to
+/// apply hints. It may apply them in another thread while the migration sends pages.
 pub trait HintSource: Send {
-    /// Whether each page that was hinted reads as zeros before the guest may use it again (R17).
+    /// Returns whether each hinted page reads as zeros before the guest may use it again (R17).
     ///
-    /// That can only be had with a driver that has promised to keep a block until it was returned.
+    /// This requires a driver that has promised to keep a hinted block until the device marks its buffer used.
     fn discards(&self) -> bool;
 
-    /// Asks the guest for hints about the time from now on, and takes the window to apply them to.
+    /// Starts a hint round: takes the window, and asks the guest for hints that are valid from now on.
     ///
     /// # Errors
     ///
-    /// If the guest cannot be asked. The window comes back.
+    /// If the guest cannot be asked. The error returns the window.
     fn open(&mut self, window: HintWindow) -> Result<(), (HintWindow, HintSourceError)>;
 
-    /// Waits until the guest has said all, but no longer than `timeout` (R14). Hints are taken before and after, too.
+    /// Waits until the guest has given all hints of the hint round, for at most `timeout` (R14). Hints are also applied
+    /// before and after the wait.
     fn wait(&mut self, timeout: Duration, cancel: &CancelToken) -> WaitOutcome;
 
-    /// Ends the window and gives it back: no hint counts from now on (R6). The guest is told that none are wanted at the
-    /// moment.
+    /// Ends the hint round and returns the window. Hints that arrive later are ignored (R6). Tells the guest to stop
+    /// hinting.
     ///
     /// # Errors
     ///
-    /// If there is no window, or the memory that it is about is the guest's no more.
+    /// If no window is open, or the guest memory that it covers has changed its regions during the migration.
     fn close(&mut self) -> Result<HintWindow, HintSourceError>;
 
-    /// Tells the guest that hinted pages are of no more use, so that it takes them back (R16). A window that is open is
-    /// closed. May be called at any time, and again.
+    /// Tells the guest that it may reuse all hinted pages (R16), and closes an open window. May be called at any time
+    /// and more than once.
     fn done(&mut self);
 }

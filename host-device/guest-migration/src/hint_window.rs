@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The two states of a migration round, and what may be done in each.
+//! The two states of an iteration, and the operations that each state allows.
 //!
-//! A hint says "nothing in this page is worth sending" about the moment at which the guest gave it. The next
-//! sync sets the bit of each page that was written since the last one, also of a page that was free then and
-//! is in use now. A hint from before that sync must not clear such a bit, or the page is lost.
+//! A hint states that a page holds nothing worth sending at the moment at which the guest gives the hint. The next
+//! dirty sync sets the bit of each page that was written since the last one. Such a page may have been free at the time
+//! of the hint, and be in use now. A hint from before the sync must not clear this bit, or the page is lost.
 //!
-//! So there is one value that stands for the right to change the bitmap, and it has two forms. [`SyncPhase`]
-//! can set bits and cannot take hints; [`HintWindow`] can take hints and cannot set bits. Neither can be
-//! copied, each is consumed to make the other, and hints that other threads are giving through a reference
-//! have to be over before the window can be closed, because closing takes the window by value.
+//! One value therefore holds the right to change the bitmap, and this value has two forms. A [`SyncPhase`] sets bits
+//! and accepts no hints. A [`HintWindow`] accepts hints and sets no bits. Neither can be cloned, and each is consumed
+//! to make the other. Closing a window takes it by value, so threads that apply hints through a reference must finish
+//! before.
 
 use std::sync::Arc;
 
@@ -18,16 +18,16 @@ use thiserror::Error;
 use crate::page_runs::PageRun;
 use crate::{DirtyBitmap, Layout, LayoutError};
 
-/// The right to set dirty bits: a round is at a sync, and no hint can be given.
+/// The right to set dirty bits, during a dirty sync. Hints cannot be applied.
 #[derive(Debug)]
 #[must_use = "dropping it ends the round"]
 pub struct SyncPhase {
     bitmap: Arc<DirtyBitmap>,
 }
 
-/// The right to give hints: the time between the end of one sync and the start of the next.
+/// The right to apply hints, from the end of one dirty sync to the start of the next.
 ///
-/// Hints may come from several threads at once, through references.
+/// Several threads may apply hints at once, through references.
 ///
 /// A hint after the window was closed does not compile:
 ///
@@ -36,10 +36,10 @@ pub struct SyncPhase {
 /// # let layout = Layout::from_regions([Region::new(0, 0x10_0000).unwrap()]).unwrap().into();
 /// let window = SyncPhase::new(&layout).unwrap().finish();
 /// let sync = window.close();
-/// window.hint(0, 0x1000); // the window is gone
+/// window.hint(0, 0x1000); // the window has moved into `sync`
 /// ```
 ///
-/// nor does one while a sync is setting bits:
+/// A hint while a dirty sync sets bits does not compile:
 ///
 /// ```compile_fail,E0599
 /// # use guest_migration::{Layout, Region, SyncPhase};
@@ -48,7 +48,7 @@ pub struct SyncPhase {
 /// sync.hint(0, 0x1000);
 /// ```
 ///
-/// nor a sync that starts while another thread is still giving a hint:
+/// A dirty sync that starts while another thread applies a hint does not compile:
 ///
 /// ```compile_fail,E0505
 /// # use guest_migration::{Layout, Region, SyncPhase};
@@ -65,30 +65,30 @@ pub struct HintWindow {
     bitmap: Arc<DirtyBitmap>,
 }
 
-/// What a hint did.
+/// The effect of a hint.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[must_use]
 pub struct Hinted {
     /// Whole pages of guest memory inside the hint.
     pub pages: u64,
-    /// How many of them were to be sent, and now are not.
+    /// Pages among these that were dirty before.
     pub cleared: u64,
-    /// Bytes of the hint that lie outside guest memory, or in a page that the hint covers only in part.
-    /// Nothing was done for them.
+    /// Bytes of the hint that lie outside guest memory, or in a page that the hint covers only in part. The hint has no
+    /// effect on them.
     pub ignored_bytes: u64,
 }
 
-/// Why a hint, or a range to be marked, was refused. No bit was changed.
+/// Why a hint or a range to mark dirty was refused. No bit was changed.
 #[derive(Clone, Copy, Debug, Eq, Error, PartialEq)]
 pub enum HintError {
-    /// The range goes on beyond the last address.
+    /// The range extends beyond the end of the address space.
     #[error(
         "the range at {start:#x} of {length:#x} bytes goes on beyond the end of the address space"
     )]
     Wraps {
         /// Guest physical address.
         start: u64,
-        /// Bytes.
+        /// Length in bytes.
         length: u64,
     },
     /// No byte of the range is guest memory.
@@ -96,44 +96,44 @@ pub enum HintError {
     Outside {
         /// Guest physical address.
         start: u64,
-        /// Bytes.
+        /// Length in bytes.
         length: u64,
     },
 }
 
 impl SyncPhase {
-    /// A round over the memory that `layout` describes, at its first sync, with no page dirty.
+    /// Returns the first sync phase of a migration of the memory that `layout` describes. No page is dirty.
     ///
     /// # Errors
     ///
-    /// If there is no memory for the bitmap.
+    /// If memory for the bitmap is insufficient.
     pub fn new(layout: &Arc<Layout>) -> Result<Self, LayoutError> {
         Ok(Self {
             bitmap: Arc::new(DirtyBitmap::new(layout)?),
         })
     }
 
-    /// The bits.
+    /// Returns the bitmap.
     pub fn bitmap(&self) -> &Arc<DirtyBitmap> {
         &self.bitmap
     }
 
-    /// Marks all guest memory.
+    /// Marks all pages of guest memory dirty.
     pub fn set_all(&self) {
         self.bitmap.set_all();
     }
 
-    /// Marks the pages `run`, and returns how many were not marked yet. Pages that no block has are none.
+    /// Marks the pages `run` dirty, and returns how many of them were clean. Ignores pages that no RAM block has.
     pub fn mark(&self, run: PageRun) -> u64 {
         self.bitmap.mark(run)
     }
 
-    /// Marks each page that has a byte among the `length` bytes from the guest physical address `start`, and
-    /// returns how many were not marked yet. A page that is written in part is to be sent whole.
+    /// Marks each page dirty that has a byte among the `length` bytes at the guest physical address `start`. Returns
+    /// how many of these pages were clean. A page that was written in part is sent whole.
     ///
     /// # Errors
     ///
-    /// If the range wraps the address space or has no byte in guest memory. An empty range is none.
+    /// If the range exceeds the address space, or has no byte in guest memory. An empty range is no error.
     pub fn mark_dirty(&self, start: u64, length: u64) -> Result<u64, HintError> {
         if length == 0 {
             return Ok(0);
@@ -159,7 +159,7 @@ impl SyncPhase {
         Ok(marked)
     }
 
-    /// Ends the sync: from now on hints are taken.
+    /// Ends the dirty sync, and returns the window that accepts hints.
     pub fn finish(self) -> HintWindow {
         HintWindow {
             bitmap: self.bitmap,
@@ -168,20 +168,19 @@ impl SyncPhase {
 }
 
 impl HintWindow {
-    /// The bits.
+    /// Returns the bitmap.
     pub fn bitmap(&self) -> &Arc<DirtyBitmap> {
         &self.bitmap
     }
 
-    /// Says that the `length` bytes from the guest physical address `start` hold nothing worth sending.
+    /// Applies a hint: the `length` bytes at the guest physical address `start` hold nothing worth sending.
     ///
-    /// Clears the bit of each page that lies wholly inside both the range and guest memory, a word at a time.
-    /// The rest of the range, and only that, is ignored: a hint is applied nowhere but where it points to.
-    /// The page itself is not touched.
+    /// Clears the dirty bit of each page that is wholly inside both the range and guest memory, a word at a time.
+    /// Ignores the rest of the range (R5). Does not touch the pages themselves.
     ///
     /// # Errors
     ///
-    /// If the range wraps the address space or has no byte in guest memory. An empty range does nothing.
+    /// If the range exceeds the address space, or has no byte in guest memory. An empty range is no error.
     pub fn hint(&self, start: u64, length: u64) -> Result<Hinted, HintError> {
         if length == 0 {
             return Ok(Hinted::default());
@@ -205,7 +204,7 @@ impl HintWindow {
         Ok(hinted)
     }
 
-    /// Ends the time for hints: the next sync starts.
+    /// Closes the window: the next dirty sync starts.
     pub fn close(self) -> SyncPhase {
         SyncPhase {
             bitmap: self.bitmap,

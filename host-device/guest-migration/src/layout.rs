@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Where guest memory lies: in which files, and at which guest physical addresses.
+//! The layout of guest memory: its memory files and their guest physical addresses.
 //!
-//! What a migration moves are *blocks*: named memory files, which both sides know by the same names and sizes. What the
-//! guest addresses are *regions*: each shows a part of a block at a guest physical address. A block may hold memory that
-//! no region shows at the moment, as behind a PC's VGA window; it is moved with the rest. And a page may be shown by
-//! more than one region.
+//! A migration sends *RAM blocks*: named memory files, which have the same names and sizes at source and destination.
+//! The guest addresses *regions*: each region maps a part of a RAM block at a guest physical address. A RAM block may
+//! hold memory that no region maps at the moment, as behind the VGA window of a PC; the migration sends that memory
+//! too. Several regions may map the same page.
 
 use std::ops::Range;
 
@@ -13,10 +13,10 @@ use thiserror::Error;
 
 use crate::PAGE_SIZE;
 
-/// The longest name of a block, in bytes.
+/// Maximum length of the name of a RAM block, in bytes.
 pub const RAM_BLOCK_NAME_MAX: usize = 255;
 
-/// Why something cannot be the layout of guest memory.
+/// Why RAM blocks and regions do not form a valid layout.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 pub enum LayoutError {
     /// A start or a length is not a multiple of [`PAGE_SIZE`].
@@ -24,7 +24,7 @@ pub enum LayoutError {
     Unaligned {
         /// Guest physical address.
         start: u64,
-        /// Bytes.
+        /// Length in bytes.
         length: u64,
     },
     /// A region holds no page.
@@ -33,14 +33,14 @@ pub enum LayoutError {
         /// Guest physical address.
         start: u64,
     },
-    /// A region goes on beyond the last address.
+    /// A region extends beyond the end of the address space.
     #[error(
         "the region at {start:#x} of {length:#x} bytes goes on beyond the end of the address space"
     )]
     Wraps {
         /// Guest physical address.
         start: u64,
-        /// Bytes.
+        /// Length in bytes.
         length: u64,
     },
     /// Two regions share a guest physical address.
@@ -51,38 +51,39 @@ pub enum LayoutError {
         /// Guest physical address of the higher region.
         second: u64,
     },
-    /// A region shows what is not there.
+    /// A region maps bytes that its RAM block does not have, or its RAM block does not exist, or its offset is not a
+    /// multiple of [`PAGE_SIZE`].
     #[error("the region at {start:#x} shows bytes from {offset:#x} on of block {block}, which has not so many, or does not exist")]
     OutsideRamBlock {
         /// Guest physical address.
         start: u64,
-        /// The index of the block.
+        /// Index of the RAM block.
         block: usize,
-        /// Bytes from the start of the block.
+        /// Offset in the RAM block, in bytes.
         offset: u64,
     },
-    /// A block's name is empty or too long, or its length is 0 or not a multiple of [`PAGE_SIZE`].
+    /// The name of a RAM block is empty or too long, or its length is 0 or not a multiple of [`PAGE_SIZE`].
     #[error("a block needs a name of 1 to {RAM_BLOCK_NAME_MAX} bytes and a length of whole pages of {PAGE_SIZE} bytes; '{name}' has {length:#x} bytes")]
     RamBlock {
-        /// Its name.
+        /// Name of the RAM block.
         name: String,
-        /// Its bytes.
+        /// Length of the RAM block in bytes.
         length: u64,
     },
-    /// Two blocks have the same name.
+    /// Two RAM blocks have the same name.
     #[error("there are two blocks with the name '{0}'")]
     DuplicateName(String),
-    /// The bitmap of so large a block does not fit in memory.
+    /// The dirty bitmap of a RAM block does not fit in memory.
     #[error("no memory for the dirty bitmap of block '{name}' of {length:#x} bytes")]
     TooLarge {
-        /// The block.
+        /// Name of the RAM block.
         name: String,
-        /// Its bytes.
+        /// Length of the RAM block in bytes.
         length: u64,
     },
 }
 
-/// A memory file, of at least one page and of whole pages only.
+/// A memory file of the guest. It has a name and at least one page, and consists of whole pages.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct RamBlock {
     name: Box<str>,
@@ -90,11 +91,12 @@ pub struct RamBlock {
 }
 
 impl RamBlock {
-    /// The block `name` of `length` bytes.
+    /// Returns the RAM block `name` of `length` bytes.
     ///
     /// # Errors
     ///
-    /// If the name is empty or longer than [`RAM_BLOCK_NAME_MAX`], or the length is 0 or not one of whole pages.
+    /// If the name is empty or longer than [`RAM_BLOCK_NAME_MAX`], or the length is 0 or not a multiple of
+    /// [`PAGE_SIZE`].
     pub fn new(name: &str, length: u64) -> Result<Self, LayoutError> {
         if name.is_empty()
             || name.len() > RAM_BLOCK_NAME_MAX
@@ -112,24 +114,25 @@ impl RamBlock {
         })
     }
 
-    /// What both sides call it.
+    /// Returns the name, which is the same at source and destination.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The number of pages.
+    /// Returns the number of pages.
     pub const fn pages(&self) -> u64 {
         self.pages
     }
 
-    /// The number of bytes.
+    /// Returns the number of bytes.
     pub const fn length(&self) -> u64 {
         self.pages * PAGE_SIZE
     }
 }
 
-/// A piece of guest memory without holes, and the part of a block that it shows: at least one page, whole pages only,
-/// inside the address space.
+/// A contiguous range of guest physical addresses, and the part of a RAM block that it maps.
+///
+/// A region has at least one page, consists of whole pages, and ends inside the address space.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Region {
     start: u64,
@@ -139,11 +142,12 @@ pub struct Region {
 }
 
 impl Region {
-    /// A region of `length` bytes from the guest physical address `start`, which shows the start of the first block.
+    /// Returns a region of `length` bytes at the guest physical address `start`. The region maps the start of the first
+    /// RAM block.
     ///
     /// # Errors
     ///
-    /// If the region is empty, is not made of whole pages, or does not end within the address space.
+    /// If the region is empty, does not consist of whole pages, or does not end within the address space.
     pub const fn new(start: u64, length: u64) -> Result<Self, LayoutError> {
         if start % PAGE_SIZE != 0 || length % PAGE_SIZE != 0 {
             return Err(LayoutError::Unaligned { start, length });
@@ -162,7 +166,7 @@ impl Region {
         })
     }
 
-    /// The same addresses, but showing the block with this index from the byte `offset` on.
+    /// Returns the region at the same addresses that maps the RAM block with index `block` from byte `offset`.
     #[must_use]
     pub const fn backed_by(mut self, block: usize, offset: u64) -> Self {
         self.block = block;
@@ -170,39 +174,40 @@ impl Region {
         self
     }
 
-    /// The guest physical address of the first byte.
+    /// Returns the guest physical address of the first byte.
     pub const fn start(&self) -> u64 {
         self.start
     }
 
-    /// The number of bytes.
+    /// Returns the number of bytes.
     pub const fn length(&self) -> u64 {
         self.length
     }
 
-    /// The guest physical address after the last byte.
+    /// Returns the guest physical address after the last byte.
     pub const fn end(&self) -> u64 {
-        // `new` made sure that this does not wrap.
+        // `new` has checked that this does not overflow.
         self.start + self.length
     }
 
-    /// The index of the block that it shows.
+    /// Returns the index of the RAM block that the region maps.
     pub const fn block(&self) -> usize {
         self.block
     }
 
-    /// How many bytes of the block come before the first that it shows.
+    /// Returns the offset in the RAM block of the first byte that the region maps.
     pub const fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// The pages of the block that it shows.
+    /// Returns the pages of the RAM block that the region maps.
     pub(crate) const fn block_pages(&self) -> Range<u64> {
         let first = self.offset / PAGE_SIZE;
         first..first + self.length / PAGE_SIZE
     }
 
-    /// The pages of the block that lie wholly inside both this region and the guest physical addresses `bytes`.
+    /// Returns the pages of the RAM block that lie wholly inside both this region and the guest physical addresses
+    /// `bytes`.
     pub(crate) fn pages_within(&self, bytes: &Range<u64>) -> Range<u64> {
         let start = bytes.start.max(self.start) - self.start;
         let end = bytes.end.min(self.end()).saturating_sub(self.start);
@@ -210,7 +215,8 @@ impl Region {
         self.in_block(first..last.max(first))
     }
 
-    /// The pages of the block that share at least a byte with both this region and the guest physical addresses `bytes`.
+    /// Returns the pages of the RAM block that share at least one byte with both this region and the guest physical
+    /// addresses `bytes`.
     pub(crate) fn pages_touching(&self, bytes: &Range<u64>) -> Range<u64> {
         let start = bytes.start.max(self.start) - self.start;
         let end = bytes.end.min(self.end()).saturating_sub(self.start);
@@ -226,7 +232,7 @@ impl Region {
     }
 }
 
-/// The blocks of guest memory, and the regions that show them, by ascending address.
+/// The RAM blocks of guest memory and the regions that map them. Regions are sorted by address.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Layout {
     blocks: Vec<RamBlock>,
@@ -234,11 +240,13 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Guest memory that is kept in `blocks`, and that the guest addresses through `regions`, which may come in any order.
+    /// Returns the layout of guest memory in `blocks`, which the guest addresses through `regions`. The regions may
+    /// come in any order.
     ///
     /// # Errors
     ///
-    /// If two regions overlap, if one shows what no block has, or if two blocks have the same name.
+    /// If two regions overlap, if a region maps bytes that its RAM block does not have, or if two RAM blocks have the
+    /// same name.
     pub fn new(
         blocks: impl IntoIterator<Item = RamBlock>,
         regions: impl IntoIterator<Item = Region>,
@@ -279,7 +287,7 @@ impl Layout {
         Ok(Self { blocks, regions })
     }
 
-    /// Guest memory whose `regions` have each a block of its own, named by its address.
+    /// Returns a layout in which each region has a RAM block of its own, named after the address of the region.
     ///
     /// # Errors
     ///
@@ -296,22 +304,22 @@ impl Layout {
         Self::new(blocks, backed)
     }
 
-    /// The blocks, in the order of their indices.
+    /// Returns the RAM blocks, in the order of their indices.
     pub fn blocks(&self) -> &[RamBlock] {
         &self.blocks
     }
 
-    /// The regions by ascending address.
+    /// Returns the regions, by ascending address.
     pub fn regions(&self) -> &[Region] {
         &self.regions
     }
 
-    /// The number of pages in all blocks together.
+    /// Returns the number of pages of all RAM blocks.
     pub fn pages(&self) -> u64 {
         self.blocks.iter().map(RamBlock::pages).sum()
     }
 
-    /// The regions that share a byte with the guest physical addresses `bytes`.
+    /// Iterates over the regions that share a byte with the guest physical addresses `bytes`.
     pub(crate) fn overlapping(&self, bytes: &Range<u64>) -> impl Iterator<Item = &Region> {
         let first = self
             .regions

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The migration side of free page hinting.
+//! Live migration of guest memory that skips free pages.
 //!
-//! A migration keeps one bit for each page of guest memory that it still has to send. A *hint* says that a
-//! range of guest memory holds nothing worth sending, and clears its bits. This crate owns both, and knows
-//! neither who gives the hints nor how: a balloon is one source of them.
+//! A migration keeps one dirty bit for each page of guest memory. The bit is set while the page has still to be sent. A
+//! *hint* states that a range of guest memory holds nothing worth sending, and clears the bits of that range. This
+//! crate owns dirty bits and hints. It does not depend on virtio: a balloon is one possible source of hints.
 //!
-//! - [`Layout`] says where guest memory lies: in named blocks, which a migration moves, and in regions, through which
-//!   the guest addresses them. [`Memory`] are the files of these blocks.
-//! - [`DirtyBitmap`] is the bits, shared by whoever sends pages and whoever asks how much is left.
-//! - [`SyncPhase`] and [`HintWindow`] are the two states of a migration round, each owning the right to do
-//!   what only that state allows: bits are set in a `SyncPhase`, hints are taken in a `HintWindow`, and each
-//!   is consumed to make the other. A hint that comes too late has no value to be given to.
-//! - [`HintSource`] is who asks the guest for hints, [`dirty_tracking::DirtyTracker`] is who knows what the guest has written, and
-//!   [`vm::Vm`] is who can pause it.
+//! - [`Layout`] describes guest memory: named RAM blocks, which a migration sends, and regions, through which the guest
+//!   addresses the RAM blocks. [`Memory`] holds the files of the RAM blocks.
+//! - [`DirtyBitmap`] holds the dirty bits. The thread that sends pages shares it with threads that read the progress.
+//! - [`SyncPhase`] and [`HintWindow`] are the two states of an iteration. A `SyncPhase` sets bits, a `HintWindow`
+//!   accepts hints, and each is consumed to make the other. A hint that arrives too late therefore cannot be applied.
+//! - [`HintSource`] asks the guest for hints, [`dirty_tracking::DirtyTracker`] finds the pages that the guest has
+//!   written, and [`vm::Vm`] pauses the guest.
+//! - [`precopy::Precopy`] runs the migration, and [`stream`] carries pages to the destination.
 //!
 //! ```
 //! use guest_migration::{Layout, Region, SyncPhase, PAGE_SIZE};
@@ -62,7 +62,7 @@ pub use layout::{Layout, LayoutError, RamBlock, Region, RAM_BLOCK_NAME_MAX};
 pub use memory::{Memory, MemoryError};
 pub use page_runs::{PageRun, PageRuns};
 
-/// Bytes of guest memory that one bit stands for.
+/// Size of a page of guest memory in bytes. One dirty bit covers one page.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 
 /// Binary logarithm of [`PAGE_SIZE`].

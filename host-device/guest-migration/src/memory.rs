@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The files that guest memory is kept in, as a migration reads them.
+//! The memory files of the guest, as a migration reads them.
 //!
-//! Through the files and not through a mapping: to read a hole through a mapping would fill it.
+//! A migration reads the files and does not map them: reading a hole through a mapping would fill the hole.
 
 use std::fs::File;
 use std::io;
@@ -15,40 +15,40 @@ use thiserror::Error;
 
 use crate::{Layout, PageRun, RamBlock, PAGE_SIZE};
 
-/// Why files cannot be the memory of a guest.
+/// Why files cannot serve as guest memory.
 #[derive(Debug, Error)]
 pub enum MemoryError {
-    /// There must be one file for each block.
+    /// The number of files differs from the number of RAM blocks.
     #[error("there are {blocks} blocks of guest memory and {files} files")]
     FileCount {
-        /// Blocks.
+        /// Number of RAM blocks.
         blocks: usize,
-        /// Files.
+        /// Number of files.
         files: usize,
     },
-    /// A file is too short.
+    /// A file is shorter than its RAM block.
     #[error(
         "the file of block '{name}' has {length:#x} bytes, fewer than the {wanted:#x} of the block"
     )]
     FileTooShort {
-        /// The block.
+        /// Name of the RAM block.
         name: String,
-        /// Bytes of the file.
+        /// Length of the file in bytes.
         length: u64,
-        /// Bytes of the block.
+        /// Length of the RAM block in bytes.
         wanted: u64,
     },
-    /// The system refused.
+    /// A file cannot be examined.
     #[error("the file of block '{name}' cannot be examined: {source}")]
     Io {
-        /// The block.
+        /// Name of the RAM block.
         name: String,
-        /// Why.
+        /// The system error.
         source: io::Error,
     },
 }
 
-/// Guest memory: the layout, and a file for each block. Copies are the same files.
+/// Guest memory: its layout, and one file for each RAM block. Clones share the files.
 #[derive(Clone, Debug)]
 pub struct Memory {
     layout: Arc<Layout>,
@@ -56,11 +56,12 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// The memory in `files`, one for each block of `layout`, in the same order. Each may be longer than its block.
+    /// Returns the guest memory in `files`: one file for each RAM block of `layout`, in the same order. A file may be
+    /// longer than its RAM block.
     ///
     /// # Errors
     ///
-    /// If there are more or fewer files than blocks, or one is too short.
+    /// If the number of files differs from the number of RAM blocks, or if a file is too short or cannot be examined.
     pub fn new(layout: Arc<Layout>, files: Vec<File>) -> Result<Self, MemoryError> {
         let blocks = layout.blocks();
         if files.len() != blocks.len() {
@@ -89,26 +90,26 @@ impl Memory {
         })
     }
 
-    /// Where it lies.
+    /// Returns the layout.
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
     }
 
-    /// The blocks and their files.
+    /// Iterates over the RAM blocks and their files.
     pub fn blocks(&self) -> impl Iterator<Item = (&RamBlock, &File)> {
         self.layout.blocks().iter().zip(self.files.iter())
     }
 
-    /// The file of the block with this index.
+    /// Returns the file of the RAM block with index `block`.
     pub fn file(&self, block: usize) -> Option<&File> {
         self.files.get(block)
     }
 
-    /// Reads the pages `run` into `buffer`, which must be as long. A hole reads as zeros, and stays a hole.
+    /// Reads the pages `run` into `buffer`. A hole reads as zeros and stays a hole.
     ///
     /// # Errors
     ///
-    /// If the run is not in the block, if the buffer is not as long as the run, or if the system refuses.
+    /// If the run exceeds its RAM block, if `buffer` differs in length from the run, or if the system call fails.
     pub fn read(&self, run: PageRun, buffer: &mut [u8]) -> io::Result<()> {
         let (file, _) = self.within(run.block, run.end())?;
         if u64::try_from(buffer.len()).ok() != Some(run.length()) {
@@ -118,12 +119,12 @@ impl Memory {
         file.read_exact_at(buffer, run.offset())
     }
 
-    /// The first pages at or after the page `page` of a block that are not holes, up to the next hole; `None` if only
+    /// Returns the first run of pages at or after page `page` of a RAM block that are not holes. Returns `None` if only
     /// holes follow.
     ///
     /// # Errors
     ///
-    /// If there is no such block, or the system refuses.
+    /// If the RAM block does not exist, if `page` is beyond its end, or if the system call fails.
     pub fn next_data(&self, block: usize, page: u64) -> io::Result<Option<PageRun>> {
         let (file, pages) = self.within(block, page)?;
         if page >= pages {
@@ -131,7 +132,7 @@ impl Memory {
         }
         let data = match seek(file, SeekFrom::Data(page.saturating_mul(PAGE_SIZE))) {
             Ok(data) => data / PAGE_SIZE,
-            // No data up to the end of the file.
+            // No data follows up to the end of the file.
             Err(Errno::NXIO) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
@@ -147,7 +148,7 @@ impl Memory {
         }))
     }
 
-    /// The file of a block that has at least `pages` pages, and how many it has.
+    /// Returns the file of RAM block `block` and its number of pages. Fails if it has fewer than `pages` pages.
     fn within(&self, block: usize, pages: u64) -> io::Result<(&File, u64)> {
         let has = self.layout.blocks().get(block).map_or(0, RamBlock::pages);
         match self.files.get(block) {

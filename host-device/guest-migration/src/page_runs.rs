@@ -1,40 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Neighbouring pages in the same state.
+//! Runs of consecutive pages, and the search for runs of pages in one state.
 
 use std::ops::Range;
 
 use crate::bitmap::{PageState, RamBlockBits};
 use crate::PAGE_SIZE;
 
-/// Neighbouring pages of one block.
+/// A run of consecutive pages of one RAM block.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct PageRun {
-    /// The index of the block.
+    /// Index of the RAM block.
     pub block: usize,
-    /// The first page, counted from the start of the block.
+    /// The first page, counted from the start of the RAM block.
     pub first: u64,
-    /// The number of pages, at least one.
+    /// Number of pages, at least one.
     pub pages: u64,
 }
 
 impl PageRun {
-    /// How many bytes of the block come before the first page.
+    /// Returns the offset of the first page in the RAM block, in bytes.
     pub const fn offset(&self) -> u64 {
         self.first.saturating_mul(PAGE_SIZE)
     }
 
-    /// The number of bytes.
+    /// Returns the number of bytes.
     pub const fn length(&self) -> u64 {
         self.pages.saturating_mul(PAGE_SIZE)
     }
 
-    /// The page after the last.
+    /// Returns the page after the last page.
     pub const fn end(&self) -> u64 {
         self.first.saturating_add(self.pages)
     }
 
-    /// The same pages in pieces of at most `pages`, which is taken as 1 if it is 0.
+    /// Splits the run into runs of at most `pages` pages. A `pages` of 0 counts as 1.
     pub fn chunks(self, pages: u64) -> impl Iterator<Item = Self> {
         let most = pages.max(1);
         let end = self.end();
@@ -50,15 +50,16 @@ impl PageRun {
 
 /// Iterator over the runs of pages in one state.
 ///
-/// It looks at the bits as it goes: what other threads change ahead of it shows, what they change behind it
-/// does not.
+/// The iterator reads the bits as it advances. It sees changes by other threads ahead of its position, and misses
+/// changes behind its position.
 #[derive(Clone, Debug)]
 pub struct PageRuns<'a> {
     blocks: &'a [RamBlockBits],
     kind: PageState,
     block: usize,
     page: u64,
-    /// Where it stops, if before the end of the block: then other blocks do not count.
+    /// The page at which the search ends, if it covers only one RAM block. `None` if it covers all following RAM
+    /// blocks.
     end: Option<u64>,
 }
 
@@ -67,7 +68,7 @@ impl<'a> PageRuns<'a> {
         Self::starting_at(blocks, kind, 0, 0)
     }
 
-    /// From the page `page` of the block `block` on.
+    /// Returns the runs from page `page` of RAM block `block`, including later RAM blocks.
     pub(crate) fn starting_at(
         blocks: &'a [RamBlockBits],
         kind: PageState,
@@ -83,7 +84,7 @@ impl<'a> PageRuns<'a> {
         }
     }
 
-    /// Only these pages of the block `block`.
+    /// Returns the runs within the pages `pages` of RAM block `block`.
     pub(crate) fn within(
         blocks: &'a [RamBlockBits],
         kind: PageState,
@@ -108,7 +109,7 @@ impl Iterator for PageRuns<'_> {
             let limit = self.end.map_or(bits.pages(), |end| end.min(bits.pages()));
             let first = bits.find(self.kind, self.page, true);
             if first < limit {
-                // A bit that changed since it was found may make the run empty: it still counts as seen.
+                // Another thread may have changed the bit of `first` meanwhile. The run then still contains this page.
                 let end = bits.find(self.kind, first, false).clamp(first + 1, limit);
                 self.page = end;
                 return Some(PageRun {

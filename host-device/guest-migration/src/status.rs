@@ -1,38 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a migration shows of itself, in the shape of QEMU's `query-migrate`.
+//! The status of a migration, in the format of QEMU's `query-migrate`.
 //!
-//! Names are QEMU's where it has one. Times are in milliseconds, sizes in bytes, pages of [`PAGE_SIZE`](crate::PAGE_SIZE).
+//! Names are those of QEMU where QEMU has one. Times are in milliseconds unless the name states another unit. Sizes are
+//! in bytes. Pages have [`PAGE_SIZE`](crate::PAGE_SIZE) bytes.
 
 use serde::{Deserialize, Serialize};
 
-/// How far a migration has come.
+/// The state of a migration.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationStatus {
-    /// There was none.
+    /// No migration was started.
     #[default]
     None,
-    /// The destination is being connected to, and tracking begun.
+    /// The migration connects to the destination and starts dirty tracking.
     Setup,
     /// Memory is sent while the guest runs.
     Active,
-    /// What is left would fit the downtime. It waits for `migrate-continue`; the guest runs, and has its hinted pages back.
+    /// The migration waits for `migrate-continue` before the last iteration. The guest runs and has its hinted pages
+    /// back.
     PreSwitchover,
-    /// The guest is paused, and the rest is sent.
+    /// The guest is paused, and the remaining memory is sent.
     Device,
-    /// All of memory is at the destination, and the guest is paused here.
+    /// All of memory is at the destination. The guest is paused at the source.
     Completed,
-    /// It was given up, because of an error. The guest runs on.
+    /// The migration failed. The guest runs at the source.
     Failed,
-    /// It is being given up, as it was told to.
+    /// The migration is being cancelled.
     Cancelling,
-    /// It was given up, as it was told to. The guest runs on.
+    /// The migration was cancelled. The guest runs at the source.
     Cancelled,
 }
 
 impl MigrationStatus {
-    /// The name that operators see.
+    /// Returns the name that QMP shows.
     pub const fn name(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -47,7 +49,7 @@ impl MigrationStatus {
         }
     }
 
-    /// Whether it has ended, or there was none.
+    /// Returns whether the migration has ended or was never started.
     pub const fn is_over(self) -> bool {
         matches!(
             self,
@@ -56,61 +58,63 @@ impl MigrationStatus {
     }
 }
 
-/// What became of memory.
+/// Statistics of guest memory.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct RamStats {
     /// Bytes of guest memory.
     pub total: u64,
-    /// Bytes of pages that are dirty.
+    /// Bytes of dirty pages.
     pub remaining: u64,
-    /// Bytes that went over the wire.
+    /// Bytes sent over the wire.
     pub transferred: u64,
-    /// Bytes of a page.
+    /// Size of a page in bytes.
     pub page_size: u64,
-    /// Pages that were sent with their content, each as often as it was sent.
+    /// Pages sent with their content. A page counts each time it is sent.
     pub normal: u64,
-    /// Pages that were sent as "zeros", each as often.
+    /// Pages sent as zeros. A page counts each time it is sent.
     pub duplicate: u64,
-    /// Of both, those that had been sent before.
+    /// Pages of both kinds that were sent before.
     pub resent: u64,
-    /// Pages that hints have spared: not sent since they were last written, and not to be.
+    /// Pages that were not sent since they were last marked dirty, because hints cleared their dirty bits.
     pub skipped: u64,
-    /// Dirty pages that hints took out, each as often as they did.
+    /// Dirty pages whose bits hints cleared. A page counts each time.
     pub hinted: u64,
-    /// Pages that the check at the end found changed though tracking had not seen it, and sent again. Not 0: tracking has missed writes.
+    /// Pages that the check at the end found changed and sent again. A value other than 0 means that dirty tracking has
+    /// missed writes.
     pub missed: u64,
-    /// Megabits a second over the wire, over all.
+    /// Average throughput since the start, in megabits per second.
     pub mbps: f64,
-    /// Syncs of the dirty bitmap.
+    /// Number of dirty syncs.
     pub dirty_sync_count: u64,
-    /// Pages written a second, as of the last sync.
+    /// Pages per second that became dirty, as of the last dirty sync.
     pub dirty_pages_rate: u64,
 }
 
-/// One round: from the end of a sync to the end of the next.
+/// One iteration: from the end of a dirty sync to the end of the next. The last iteration starts with a dirty sync
+/// instead, with the guest paused.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct Iteration {
     /// Whether the guest was paused.
     pub paused: bool,
-    /// Dirty pages at its start.
+    /// Dirty pages at the start; in the last iteration, after its dirty sync.
     pub dirty: u64,
-    /// Of them, those that hints took out.
+    /// Dirty pages among these whose bits hints cleared.
     pub hinted: u64,
     /// Pages sent with their content.
     pub normal: u64,
-    /// Pages sent as "zeros".
+    /// Pages sent as zeros.
     pub duplicate: u64,
-    /// Bytes that went over the wire.
+    /// Bytes sent over the wire.
     pub transferred: u64,
-    /// How long it waited for hints, in microseconds.
+    /// Time spent waiting for hints, in microseconds.
     pub hint_wait_us: u64,
-    /// How long it sent, in microseconds.
+    /// Time spent sending, in microseconds.
     pub send_us: u64,
-    /// How long the sync at its end took, in microseconds; 0 if there was none.
+    /// Duration of the dirty sync, in microseconds.
     pub sync_us: u64,
-    /// How long processes were stopped for that sync, in microseconds.
+    /// How long processes were stopped for the dirty sync, in microseconds.
     pub stopped_us: u64,
 }
 
@@ -120,36 +124,36 @@ pub struct Iteration {
 pub struct TrackingInfo {
     /// `soft-dirty` or `content`.
     pub mode: String,
-    /// Whether hints are used with it.
+    /// Whether hints are used.
     pub free_page_hint: bool,
-    /// Why this way, and why hints are used or not.
+    /// Why this mode was selected, and why hints are used or not.
     pub reason: String,
 }
 
-/// A migration as an operator sees it.
+/// The status of a migration, as `query-migrate` returns it.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct MigrationInfo {
-    /// How far it has come.
+    /// State of the migration.
     pub status: MigrationStatus,
-    /// From the command to now, or to its end.
+    /// Time from the start of the migration until now, or until its end.
     pub total_time: u64,
-    /// Until the first page.
+    /// Time from the start until memory is sent.
     pub setup_time: u64,
-    /// How long the guest was paused, once it was.
+    /// How long the guest has been paused, if it was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime: Option<u64>,
-    /// How long it would be paused if it were now.
+    /// Estimated downtime if the guest were paused now.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_downtime: Option<u64>,
-    /// Memory.
+    /// Statistics of guest memory.
     pub ram: RamStats,
-    /// The rounds, the first ones first; after many, only the last.
+    /// The iterations in order, limited to the most recent ones.
     pub rounds: Vec<Iteration>,
     /// How writes are tracked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tracking: Option<TrackingInfo>,
-    /// Why it failed.
+    /// Why the migration failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The connection.
+//! The client: one QMP connection.
 
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
@@ -14,15 +14,15 @@ use crate::error::Error;
 use crate::json_lines::JsonLines;
 use crate::message::{Event, Message};
 
-/// How long a command, and the greeting, may take unless told otherwise.
+/// Default timeout of the greeting and of each command.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The most events that wait to be taken; of more, the oldest are dropped.
+/// Maximum number of events that are kept. The oldest ones are dropped.
 const MAX_EVENTS: usize = 1 << 14;
 
-/// A connection on which commands may be given.
+/// A QMP connection on which commands are executed.
 ///
-/// It may be dropped at any time; the peer goes on with what it was told.
+/// It may be dropped at any time. The peer continues with the commands that it has received.
 #[derive(Debug)]
 pub struct Client {
     lines: JsonLines,
@@ -32,16 +32,17 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to a socket and negotiates, with [`COMMAND_TIMEOUT`] for this and for each command.
+    /// Connects to a socket and negotiates capabilities. The timeout is [`COMMAND_TIMEOUT`], for this and for each
+    /// command.
     ///
     /// # Errors
     ///
-    /// If nobody listens there, or it is no QMP.
+    /// If the connection fails, or the peer does not speak QMP.
     pub fn connect(path: &Path) -> Result<Self, Error> {
         Self::connect_timeout(path, COMMAND_TIMEOUT)
     }
 
-    /// As [`Client::connect`], with another limit.
+    /// Connects as [`Client::connect`] does, with another timeout.
     ///
     /// # Errors
     ///
@@ -55,11 +56,11 @@ impl Client {
         Self::from_stream(stream, &peer, timeout)
     }
 
-    /// Negotiates on a connected stream; `peer` names the other end in messages.
+    /// Negotiates capabilities on a connected stream. `peer` names the peer in errors.
     ///
     /// # Errors
     ///
-    /// If it is no QMP.
+    /// If the peer does not speak QMP.
     pub fn from_stream(stream: UnixStream, peer: &str, timeout: Duration) -> Result<Self, Error> {
         let mut client = Self {
             lines: JsonLines::new(stream, peer),
@@ -69,7 +70,7 @@ impl Client {
         };
         match client.lines.receive(timeout)? {
             Some(Message::Greeting { .. }) => {}
-            // The daemon does so when too many are connected.
+            // The daemon sends an error instead of a greeting if too many clients are connected.
             Some(Message::Error { error, .. }) => {
                 return Err(Error::Refused {
                     peer: peer.to_owned(),
@@ -93,17 +94,17 @@ impl Client {
         Ok(client)
     }
 
-    /// The name of the other end in messages.
+    /// Returns the name of the peer in errors.
     #[must_use]
     pub fn peer(&self) -> &str {
         self.lines.peer()
     }
 
-    /// Gives a command and returns its answer. Events that come in between are kept.
+    /// Executes a command and returns its answer. Keeps the events that arrive meanwhile.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] if the peer refuses it, else what went wrong on the way.
+    /// [`Error::Refused`] if the peer refuses the command. Otherwise an error of the connection, or [`Error::Timeout`].
     pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value, Error> {
         self.last = self.last.wrapping_add(1);
         let number = Value::from(self.last);
@@ -122,7 +123,8 @@ impl Client {
             match message {
                 Message::Event(event) => self.keep(event),
                 Message::Return { value, id } if id.as_ref() == Some(&number) => return Ok(value),
-                // Without an id it is about a line that could not be read at all: none but ours is on the way.
+                // An error without an id concerns a line that the peer could not parse. Only the line of this command
+                // is in flight.
                 Message::Error { error, id } if id.is_none() || id.as_ref() == Some(&number) => {
                     return Err(Error::Refused {
                         peer: self.peer().to_owned(),
@@ -130,17 +132,17 @@ impl Client {
                         qmp_error: error,
                     });
                 }
-                // The answer to a command that was given up.
+                // The answer to an earlier command that has timed out.
                 Message::Return { .. } | Message::Error { .. } | Message::Greeting { .. } => {}
             }
         }
     }
 
-    /// Gives a command without arguments and reads its answer into a type.
+    /// Executes a command without arguments and deserializes its answer.
     ///
     /// # Errors
     ///
-    /// As [`Client::command`], or if the answer is of another shape.
+    /// As [`Client::command`], or if the answer does not have the expected type.
     pub fn query<T: DeserializeOwned>(&mut self, name: &str) -> Result<T, Error> {
         let value = self.command(name, json!({}))?;
         T::deserialize(&value).map_err(|source| Error::UnexpectedResponse {
@@ -151,12 +153,12 @@ impl Client {
         })
     }
 
-    /// The first event, of those that came and were not taken and of those to come, that satisfies `wanted`; earlier
-    /// ones are dropped. `None` when the limit is over.
+    /// Returns the first event that satisfies `wanted`, among the events that were kept and those that arrive. Drops
+    /// the events before it. Returns `None` at the timeout.
     ///
     /// # Errors
     ///
-    /// If the connection is gone.
+    /// If the connection fails.
     pub fn wait_event(
         &mut self,
         wanted: impl Fn(&Event) -> bool,
@@ -178,7 +180,7 @@ impl Client {
         }
     }
 
-    /// Forgets the events that have come.
+    /// Drops the events that were kept.
     pub fn clear_events(&mut self) {
         self.events.clear();
     }
@@ -198,11 +200,11 @@ mod tests {
 
     use super::*;
 
-    /// What takes longer hangs.
+    /// A limit that only a hanging test exceeds.
     const LONG: Duration = Duration::from_secs(600);
     const SHORT: Duration = Duration::from_millis(20);
 
-    /// Only the answer that does not come has a short limit.
+    /// Only the command that gets no answer has a short timeout.
     #[test]
     fn a_late_answer_is_not_taken_for_the_next_one() {
         let (near, far) = UnixStream::pair().unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What can go wrong.
+//! Errors of the client.
 
 use std::io;
 use std::path::PathBuf;
@@ -11,70 +11,71 @@ use thiserror::Error;
 use crate::json_lines::LineError;
 use crate::message::QmpError;
 
-/// Why there is no answer.
+/// Why a command has no result.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// Nobody listens there.
+    /// The connection to the socket failed.
     #[error("cannot connect to {}", path.display())]
     Connect {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
-        /// The system's reason.
+        /// The system error.
         source: io::Error,
     },
-    /// Nothing was said within the limit. A monitor of QEMU serves one client at a time: another one may hold it.
+    /// The peer sent no greeting before the timeout. A QEMU monitor serves one client at a time, so another client may
+    /// be connected.
     #[error("{peer} did not greet within {timeout:?}: is it a QMP socket, and is nobody else connected to it?")]
     NoGreeting {
-        /// Who.
+        /// Name of the peer.
         peer: String,
-        /// How long was waited.
+        /// The timeout.
         timeout: Duration,
     },
-    /// The first thing said was something else.
+    /// The first message was not a greeting.
     #[error("{peer} did not begin with a QMP greeting")]
     NotQmp {
-        /// Who.
+        /// Name of the peer.
         peer: String,
     },
-    /// The command was refused; the peer is ready for others.
+    /// The peer refused the command. The connection remains usable.
     #[error("{peer} refused {command}: {qmp_error}")]
     Refused {
-        /// Who.
+        /// Name of the peer.
         peer: String,
-        /// The command's name.
+        /// Name of the command.
         command: String,
-        /// In the peer's words.
+        /// The error that the peer returned.
         qmp_error: QmpError,
     },
-    /// No answer came within the limit. Should it still come, it is dropped.
+    /// The peer did not answer before the timeout. A later answer is dropped.
     #[error("{peer} did not answer {command} within {timeout:?}")]
     Timeout {
-        /// Who.
+        /// Name of the peer.
         peer: String,
-        /// The command's name.
+        /// Name of the command.
         command: String,
-        /// How long was waited.
+        /// The timeout.
         timeout: Duration,
     },
-    /// The answer is not of the type that was expected.
+    /// The answer does not have the expected type.
     #[error("{peer} gave a strange answer to {command}: {response}")]
     UnexpectedResponse {
-        /// Who.
+        /// Name of the peer.
         peer: String,
-        /// The command's name.
+        /// Name of the command.
         command: String,
-        /// What it said.
+        /// The answer.
         response: String,
-        /// What is wrong with it.
+        /// The reason why it cannot be deserialized.
         source: serde_json::Error,
     },
-    /// The connection is of no more use.
+    /// The connection is unusable.
     #[error(transparent)]
     Line(#[from] LineError),
 }
 
 impl Error {
-    /// What the peer said, if it refused.
+    /// Returns the error that the peer returned, if it refused the command.
     #[must_use]
     pub fn qmp_error(&self) -> Option<&QmpError> {
         match self {
@@ -83,7 +84,7 @@ impl Error {
         }
     }
 
-    /// Whether the connection can be used no more.
+    /// Returns whether the connection is unusable.
     #[must_use]
     pub fn is_fatal(&self) -> bool {
         matches!(

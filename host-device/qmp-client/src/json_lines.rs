@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! JSON values, one a line, over a stream socket, with a limit on each wait and on each line.
+//! JSON values over a stream socket, one per line. Each wait has a timeout, and each line has a maximum length.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -10,64 +10,64 @@ use serde::de::DeserializeOwned;
 use serde::Serialize;
 use thiserror::Error;
 
-/// The longest line that is taken, in bytes, unless [`JsonLines::with_max_line`] says otherwise. The daemon's longest answer,
-/// 65536 ranges, has less than half of that.
+/// Maximum length of a line in bytes, unless [`JsonLines::with_max_line`] sets another. The longest answer of the
+/// daemon, with 65536 ranges, is less than half as long.
 pub const MAX_LINE: usize = 8 << 20;
 
-/// How long a peer may take to make room for what is written to it.
+/// Timeout of a write if the peer does not read.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How much of a line that is no proper JSON is shown.
+/// Maximum number of bytes of an invalid line in an error.
 const SHOWN: usize = 200;
 
-/// Why the conversation cannot go on.
+/// Why the connection is unusable.
 #[derive(Debug, Error)]
 pub enum LineError {
-    /// It ended.
+    /// The peer has closed the connection.
     #[error("{peer} has closed the connection")]
     Closed {
-        /// Who.
+        /// Name of the peer.
         peer: String,
     },
-    /// The system reports an error.
+    /// A system call failed.
     #[error("cannot {what} {peer}")]
     Io {
         /// `read from` or `write to`.
         what: &'static str,
-        /// Who.
+        /// Name of the peer.
         peer: String,
-        /// The system's reason.
+        /// The system error.
         source: io::Error,
     },
-    /// A line does not end.
+    /// A line exceeds the maximum length.
     #[error("{peer} sent a line of more than {limit} bytes")]
     TooLong {
-        /// Who.
+        /// Name of the peer.
         peer: String,
-        /// The limit.
+        /// The maximum length in bytes.
         limit: usize,
     },
-    /// A line is not what it should be.
+    /// A line is not JSON, or does not have the expected type.
     #[error("{peer} sent {line:?}")]
     Json {
-        /// Who.
+        /// Name of the peer.
         peer: String,
         /// The beginning of the line.
         line: String,
-        /// What is wrong with it.
+        /// The reason why it cannot be deserialized.
         source: serde_json::Error,
     },
     /// A value cannot be written as JSON.
     #[error("cannot encode a message for {peer}")]
     Encode {
-        /// Who would have got it.
+        /// Name of the peer.
         peer: String,
         /// The reason.
         source: serde_json::Error,
     },
 }
 
-/// One end of such a conversation.
+/// A connection that carries JSON values.
 #[derive(Debug)]
 pub struct JsonLines {
     stream: UnixStream,
@@ -77,7 +77,7 @@ pub struct JsonLines {
 }
 
 impl JsonLines {
-    /// Talks over `stream`; `peer` names the other end in messages.
+    /// Returns a connection over `stream`. `peer` names the peer in errors.
     #[must_use]
     pub fn new(stream: UnixStream, peer: impl Into<String>) -> Self {
         Self {
@@ -88,14 +88,14 @@ impl JsonLines {
         }
     }
 
-    /// Takes lines of up to so many bytes.
+    /// Sets the maximum length of a received line, in bytes.
     #[must_use]
     pub fn with_max_line(mut self, bytes: usize) -> Self {
         self.max_line = bytes;
         self
     }
 
-    /// The name of the other end.
+    /// Returns the name of the peer.
     #[must_use]
     pub fn peer(&self) -> &str {
         &self.peer
@@ -105,7 +105,7 @@ impl JsonLines {
     ///
     /// # Errors
     ///
-    /// If the other end is gone, or does not read for half a minute.
+    /// If the value cannot be encoded, the connection is closed, or the peer does not read for 30 seconds.
     pub fn send(&mut self, value: &impl Serialize) -> Result<(), LineError> {
         let mut line = serde_json::to_vec(value).map_err(|source| LineError::Encode {
             peer: self.peer.clone(),
@@ -119,11 +119,11 @@ impl JsonLines {
         written.map_err(|source| self.failed("write to", source))
     }
 
-    /// The next value, or `None` when the limit is over. What had come by then of an unfinished line is kept.
+    /// Returns the next value, or `None` at the timeout. Keeps an unfinished line for the next call.
     ///
     /// # Errors
     ///
-    /// If the other end is gone or sent something else.
+    /// If the connection is closed or fails, or if the line is too long or does not contain the expected type.
     pub fn receive<T: DeserializeOwned>(
         &mut self,
         timeout: Duration,
@@ -152,7 +152,7 @@ impl JsonLines {
         }
     }
 
-    /// Reads once, for `timeout` at most.
+    /// Reads once, and waits for at most `timeout`.
     fn read(&mut self, timeout: Duration) -> Result<(), LineError> {
         let mut bytes = [0; 64 * 1024];
         let read = self
@@ -170,7 +170,7 @@ impl JsonLines {
             }
             Err(error) => match error.kind() {
                 ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted => Ok(()),
-                // Its process has ended with something of ours unread.
+                // The peer has exited without reading all of our data.
                 ErrorKind::ConnectionReset => Err(LineError::Closed {
                     peer: self.peer.clone(),
                 }),

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A client of the QEMU Monitor Protocol, which QEMU and our daemon both speak.
+//! A client of the QEMU Monitor Protocol (QMP), which QEMU and our daemon both speak.
 //!
-//! Every wait has a limit, every line a greatest length, and a peer that refuses, is silent, talks nonsense or goes
-//! gives an [`Error`] that names it. Commands and answers are JSON values: the daemon has commands that no schema of
-//! QEMU's knows.
+//! Every wait has a timeout, and every line has a maximum length. If a peer refuses a command, does not answer, sends
+//! invalid data or disconnects, the client returns an [`Error`] that names the peer. Commands and answers are JSON
+//! values, because the daemon has commands that QEMU's schema does not contain.
 //!
 //! ```no_run
 //! use qmp_client::Client;

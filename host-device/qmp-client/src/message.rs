@@ -1,34 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the peer may say.
+//! Messages from the peer.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
-/// The peer's refusal of a command.
+/// The error with which the peer refuses a command.
 #[derive(Clone, Debug, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[error("{desc} ({class})")]
 pub struct QmpError {
-    /// The class of the error: `GenericError`, `CommandNotFound`, ...
+    /// Class of the error: `GenericError`, `CommandNotFound`, ...
     pub class: String,
-    /// A sentence for people.
+    /// Description for the user.
     pub desc: String,
 }
 
-/// Something that the peer told unasked.
+/// An event that the peer sends.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Event {
-    /// Its name: `BALLOON_CHANGE`, ...
+    /// Name of the event: `BALLOON_CHANGE`, ...
     #[serde(rename = "event")]
     pub name: String,
-    /// Its data, `null` if it has none.
+    /// Data of the event, `null` if it has none.
     #[serde(default)]
     pub data: Value,
 }
 
 impl Event {
-    /// The text in a field of its data; empty if there is none.
+    /// Returns the text in a field of the data, or an empty string if the field has no text.
     #[must_use]
     pub fn text(&self, field: &str) -> &str {
         let value = self.data.get(field).and_then(Value::as_str);
@@ -36,7 +36,7 @@ impl Event {
     }
 }
 
-/// A line of the peer's.
+/// A message from the peer, one line.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 pub(crate) enum Message {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The client against peers that behave and peers that do not.
+//! Tests of the client with peers that behave well and with peers that do not.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -11,11 +11,11 @@ use qmp_client::{Client, Error};
 use serde_json::{json, Value};
 
 const GREETING: &str = r#"{"QMP": {"version": {}, "capabilities": []}}"#;
-/// What takes longer hangs.
+/// A limit that only a hanging test exceeds.
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// A peer that greets with `greeting`, takes the negotiation, and then answers each command with what `script` makes of
-/// it, line by line. It returns the commands that it got.
+/// Starts a peer that sends `greeting`, negotiates capabilities, and answers each command with the lines that `script`
+/// returns. The thread returns the commands that the peer received.
 fn peer(
     greeting: &'static str,
     script: impl Fn(&Value) -> Vec<String> + Send + 'static,
@@ -71,7 +71,7 @@ fn an_answer_is_that_of_its_command_and_events_are_kept() {
     assert_eq!(value, json!({ "n": 5 }));
     let event = client.wait_event(|event| event.name == "SECOND", LIMIT);
     assert_eq!(event.unwrap().unwrap().text("device"), "d");
-    // The first was passed over.
+    // `wait_event` has dropped the first event.
     let event = client.wait_event(|_| true, Duration::from_millis(1));
     assert_eq!(event.unwrap(), None);
     drop(client);

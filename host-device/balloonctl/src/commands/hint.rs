@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `hint`: rounds of free page hinting by hand.
+//! `hint`: hint rounds under manual control.
 
 use qmp_client::Client;
 use serde_json::{json, Value};
@@ -10,7 +10,7 @@ use crate::error::CommandError;
 use crate::output::Output;
 use crate::size;
 
-/// Gives the command.
+/// Executes the command.
 pub fn run(daemon: &mut Client, what: Hint, output: &mut Output) -> Result<(), CommandError> {
     let command = match what {
         Hint::Start => "free-page-hint-start",
@@ -35,7 +35,7 @@ fn id(answer: &Value) -> String {
     id.map_or_else(|| "unknown".to_owned(), |id| format!("{id:#x}"))
 }
 
-/// An answer of `query-free-page-hint` in a line.
+/// Returns an answer of `query-free-page-hint` as one line.
 pub fn line(answer: &Value) -> String {
     let number = |name: &str| answer.get(name).and_then(Value::as_u64).unwrap_or_default();
     let status = answer.get("status").and_then(Value::as_str);

@@ -13,8 +13,8 @@ use crate::interrupt::Interrupts;
 use crate::migrate_vm::{set_capability, PAUSE_BEFORE_SWITCHOVER};
 use crate::output::Output;
 
-/// What of it the daemon takes as `migrate-set-parameters`. The daemon keeps parameters from one migration to the next;
-/// options that are only there or not are therefore set each time.
+/// Returns the arguments of `migrate-set-parameters`. The daemon keeps parameters from one migration to the next.
+/// Flags, which are options without a value, are therefore always included.
 #[must_use]
 pub fn parameters(migration_parameters: &MigrationParameters) -> Map<String, Value> {
     let compression = migration_parameters.compress.map(|how| match how {
@@ -65,7 +65,7 @@ pub fn parameters(migration_parameters: &MigrationParameters) -> Map<String, Val
     given.collect()
 }
 
-/// Migrates, and shows how it goes.
+/// Migrates memory, and shows the progress.
 pub fn run(
     daemon: &mut Client,
     options: &Migrate,
@@ -76,7 +76,7 @@ pub fn run(
         "migrate-set-parameters",
         parameters(&options.migration_parameters).into(),
     )?;
-    // Whoever wanted to be waited for has gone, and nobody here would tell the daemon to go on.
+    // An earlier `migrate-vm` may have set this capability. Nothing here would continue a migration that waits.
     let pause = set_capability(PAUSE_BEFORE_SWITCHOVER, false);
     daemon.command(&pause.execute, pause.arguments)?;
     let mut arguments = json!({ "uri": options.to });
@@ -98,7 +98,7 @@ pub fn run(
     outcome
 }
 
-/// Cancels the one that runs.
+/// Cancels the current migration.
 pub fn cancel(daemon: &mut Client, output: &mut Output) -> Result<(), CommandError> {
     daemon.command("migrate-cancel", json!({}))?;
     let status = progress::wait_for_migration(daemon, None, &Interrupts::default(), output)?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One file a command.
+//! The commands, one module each, and the display of progress.
 
 pub mod hint;
 pub mod migrate;

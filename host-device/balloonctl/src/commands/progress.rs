@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A migration in a line while it runs, and in a table when it is over.
+//! Shows a migration: as a line while it runs, as tables when it has ended.
 
 use std::time::Duration;
 
@@ -14,15 +14,15 @@ use crate::interrupt::Interrupts;
 use crate::output::{fields, table, Output};
 use crate::size;
 
-/// How often it is looked at.
+/// Interval between two queries of the status.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Shows the daemon's migration until it is over, or in a state that is `wanted`, and returns how it stands then. The
-/// first interrupt cancels it; at the second one it is left alone.
+/// Shows the daemon's migration until it has ended or is in the state `wanted`, and returns its status. The first
+/// interrupt cancels the migration. The second one returns without waiting for the cancellation.
 ///
 /// # Errors
 ///
-/// If the daemon is gone, or at the second interrupt.
+/// If the connection to the daemon fails, or at the second interrupt.
 pub fn wait_for_migration(
     daemon: &mut Client,
     wanted: Option<MigrationStatus>,
@@ -45,7 +45,7 @@ pub fn wait_for_migration(
                 output.say("cancelling; Ctrl-C again leaves without waiting");
                 match daemon.command("migrate-cancel", json!({})) {
                     Err(error) if error.is_fatal() => return Err(error.into()),
-                    // It may have ended just now, and then there is nothing to cancel.
+                    // The migration may have ended just now. There is then nothing to cancel.
                     _ => {}
                 }
             }
@@ -60,11 +60,11 @@ pub fn wait_for_migration(
     }
 }
 
-/// The result of a migration that is over.
+/// Returns the result of a migration that has ended.
 ///
 /// # Errors
 ///
-/// If it has not completed.
+/// If the migration has not completed.
 pub fn outcome(status: &MigrationInfo) -> Result<(), CommandError> {
     let why = status.error_desc.as_deref();
     let why = why.unwrap_or("the daemon does not say why");
@@ -83,7 +83,7 @@ pub fn outcome(status: &MigrationInfo) -> Result<(), CommandError> {
     }
 }
 
-/// A migration in a line.
+/// Returns the status of a migration as one line.
 #[must_use]
 pub fn line(status: &MigrationInfo) -> String {
     let ram = &status.ram;
@@ -104,7 +104,7 @@ pub fn line(status: &MigrationInfo) -> String {
     parts.join(", ")
 }
 
-/// A migration that is over, in tables.
+/// Returns the status of a migration that has ended, as tables.
 #[must_use]
 pub fn report(status: &MigrationInfo) -> String {
     let ram = &status.ram;

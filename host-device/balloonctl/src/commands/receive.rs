@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `receive`: the other end of `migrate`.
+//! `receive`: the destination of `migrate`.
 
 use std::path::Path;
 use std::thread;
@@ -19,10 +19,10 @@ use crate::interrupt::Interrupts;
 use crate::output::{fields, Output};
 use crate::size;
 
-/// How often it is looked at.
+/// Interval between two checks of the progress.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Receives, and shows how it goes. An interrupt ends it.
+/// Receives memory, and shows the progress. An interrupt cancels it.
 pub fn run(
     options: &Receive,
     interrupts: &Interrupts,
@@ -62,7 +62,7 @@ pub fn run(
     }
 }
 
-/// Where blocks go: `PATH` for the only one, or `NAME=PATH` for each.
+/// Returns the destination of the RAM blocks: `PATH` for the only one, or `NAME=PATH` for each.
 fn destination(files: &[String]) -> Result<Destination, CommandError> {
     if let [file] = files {
         if !file.contains('=') {

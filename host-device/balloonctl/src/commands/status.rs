@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `status`: all that the daemon says of the balloon.
+//! `status`: the state of the balloon, as the daemon reports it.
 
 use guest_migration::status::{MigrationInfo, MigrationStatus};
 use qmp_client::{Client, Error};
@@ -12,7 +12,7 @@ use crate::error::CommandError;
 use crate::output::{fields, Output};
 use crate::size;
 
-/// What is asked; some of it may be missing, and then says why.
+/// The answers to all queries. A refused query has the reason in its place.
 #[derive(Debug, Serialize)]
 struct Overview {
     balloon: Answer,
@@ -22,7 +22,7 @@ struct Overview {
     migration: Answer,
 }
 
-/// An answer, or the refusal in the daemon's words.
+/// The answer to a query, or the daemon's reason for refusing it.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 enum Answer {
@@ -31,7 +31,7 @@ enum Answer {
 }
 
 impl Answer {
-    /// Asks; only a connection that is lost is an error.
+    /// Sends a query. A refusal is an answer and not an error.
     fn get(daemon: &mut Client, command: &str) -> Result<Self, CommandError> {
         match daemon.command(command, json!({})) {
             Ok(value) => Ok(Self::Given(value)),
@@ -42,7 +42,7 @@ impl Answer {
         }
     }
 
-    /// What `show` makes of it, or why there is nothing.
+    /// Returns the text that `show` makes of the answer, or the reason of the refusal.
     fn show(&self, show: impl Fn(&Value) -> String) -> String {
         match self {
             Self::Given(value) => show(value),
@@ -51,7 +51,7 @@ impl Answer {
     }
 }
 
-/// Shows it.
+/// Shows the state of the balloon.
 pub fn run(daemon: &mut Client, output: &mut Output) -> Result<(), CommandError> {
     let overview = Overview {
         balloon: Answer::get(daemon, "query-balloon")?,

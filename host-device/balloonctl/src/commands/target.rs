@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `target`: how much memory the guest shall have.
+//! `target`: sets the amount of memory of the guest.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::error::CommandError;
 use crate::output::Output;
 use crate::size;
 
-/// How often it is looked at; changes come as events too.
+/// Interval between two queries of the balloon. Events also report changes.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 #[derive(Deserialize)]
@@ -21,14 +21,14 @@ struct Balloon {
     actual: u64,
 }
 
-/// Sets it, and waits if asked to.
+/// Sets the target, and waits for the guest if `wait` is given.
 pub fn run(daemon: &mut Client, options: &Target, output: &mut Output) -> Result<(), CommandError> {
     let wanted = options.memory;
     daemon.command("balloon", json!({ "value": wanted }))?;
     let mut actual = daemon.query::<Balloon>("query-balloon")?.actual;
     if let Some(seconds) = options.wait {
         let (begun, timeout) = (Instant::now(), Duration::from_secs(seconds));
-        // The balloon holds whole pages.
+        // The balloon consists of whole pages.
         while actual.abs_diff(wanted) >= guest_migration::PAGE_SIZE {
             let (has, shall) = (size::show(actual), size::show(wanted));
             let left = timeout.saturating_sub(begun.elapsed());

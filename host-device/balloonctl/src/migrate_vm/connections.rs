@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The three whom commands are given to.
+//! QMP connections to the three peers of a migration.
 
 use std::time::{Duration, Instant};
 
@@ -12,28 +12,28 @@ use super::plan::Peer;
 use crate::error::CommandError;
 use crate::interrupt::Interrupts;
 
-/// How often something is looked at that no event tells of.
+/// Interval between two polls of a state that no event reports.
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Connections to all.
+/// QMP connections to all peers.
 #[derive(Debug)]
 pub struct Connections {
     /// The QEMU that runs the guest.
     pub source: Client,
-    /// The QEMU that waits for it.
+    /// The QEMU that waits for the guest.
     pub destination: Client,
     /// The daemon at the source.
     pub daemon: Client,
 }
 
-/// What `query-status` says.
+/// The answer to `query-status`.
 #[derive(Debug, Deserialize)]
 pub(super) struct RunState {
     pub running: bool,
     pub status: String,
 }
 
-/// Some of what QEMU's `query-migrate` says.
+/// Parts of QEMU's answer to `query-migrate`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub(super) struct QemuMigrationInfo {
@@ -48,7 +48,7 @@ impl QemuMigrationInfo {
 }
 
 impl Connections {
-    /// The connection to a side; `None` for this program itself.
+    /// Returns the connection to a peer, or `None` for this program.
     pub(super) fn client_mut(&mut self, peer: Peer) -> Option<&mut Client> {
         match peer {
             Peer::Source => Some(&mut self.source),
@@ -59,7 +59,7 @@ impl Connections {
     }
 }
 
-/// A property of an object in QEMU; `None` if there is no such object or property.
+/// Returns a property of an object in QEMU, or `None` if the object or the property does not exist.
 pub(super) fn property(
     qemu: &mut Client,
     path: &str,
@@ -72,16 +72,17 @@ pub(super) fn property(
     }
 }
 
-/// The path of a device that has an id.
+/// Returns the QOM path of a device with an id.
 pub(super) fn peripheral(id: &str) -> String {
     format!("/machine/peripheral/{id}")
 }
 
-/// Looks until there is something to see.
+/// Polls until `poll` returns a value.
 ///
 /// # Errors
 ///
-/// That of looking; or if the limit, which `what` did not keep, is over; or at an interrupt.
+/// The error of `poll`; [`CommandError::TimedOut`], whose message starts with `what`; or [`CommandError::Cancelled`] at
+/// an interrupt.
 pub(super) fn wait<T>(
     what: &str,
     timeout: Duration,

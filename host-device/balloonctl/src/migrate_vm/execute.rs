@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Does what was planned.
+//! Executes a plan.
 
 use std::fs;
 use std::io::Write;
@@ -24,32 +24,32 @@ use crate::error::CommandError;
 use crate::interrupt::Interrupts;
 use crate::output::Output;
 
-/// A step that was done.
+/// A step that has completed.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct CompletedStep {
-    /// By whom.
+    /// The peer that executed the step.
     #[serde(rename = "side")]
     pub peer: Peer,
-    /// What it was for.
+    /// The purpose of the step.
     pub what: String,
-    /// How long it took, in milliseconds.
+    /// Duration of the step in milliseconds.
     pub ms: u64,
 }
 
-/// A guest that was moved.
+/// The result of a migration that has completed.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MigrationSummary {
-    /// What was done.
+    /// The steps that were executed.
     pub steps: Vec<CompletedStep>,
-    /// How the guest's memory was moved.
+    /// The status of the migration of memory.
     pub memory: MigrationInfo,
-    /// How long the guest stood still, in milliseconds.
+    /// How long the guest was paused, in milliseconds.
     pub downtime_ms: u64,
 }
 
-/// A plan that is being carried out.
+/// The execution of a plan.
 pub(super) struct Execution<'a> {
     pub connections: &'a mut Connections,
     pub preflight: &'a Preflight,
@@ -59,12 +59,12 @@ pub(super) struct Execution<'a> {
     shell: Option<Child>,
 }
 
-/// Carries out a plan.
+/// Executes a plan.
 ///
 /// # Errors
 ///
-/// What went wrong, and what was undone: then the guest runs at the source. [`CommandError::RecoveryRequired`] if that is not so, or not
-/// known.
+/// The error of the step that failed, with the rollback actions that were run. The guest then runs at the source.
+/// [`CommandError::RecoveryRequired`] if the guest does not run at the source, or if its state is unknown.
 pub fn execute(
     connections: &mut Connections,
     preflight: &Preflight,
@@ -132,7 +132,8 @@ fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Whether a command that failed so was certainly not done: an interrupt is looked for before a command is given.
+/// Returns whether a command was certainly not executed if it failed with `error`. Interrupts are checked before a
+/// command is sent.
 fn is_harmless(error: &CommandError) -> bool {
     matches!(
         error,
@@ -147,7 +148,7 @@ impl Execution<'_> {
         }
         let answer = match (&step.command, self.connections.client_mut(step.peer)) {
             (Some(command), Some(client)) => {
-                // What was told before is not about this.
+                // Earlier events do not concern this command.
                 client.clear_events();
                 client.command(&command.execute, command.arguments.clone())?
             }
@@ -234,7 +235,7 @@ impl Execution<'_> {
         timeout: Duration,
     ) -> Result<(), CommandError> {
         if let Some(command) = shell {
-            // In a group of its own, so that Ctrl-C is for us alone.
+            // A process group of its own, so that Ctrl-C reaches only this program.
             let child = Command::new("/bin/sh")
                 .args(["-c", command])
                 .stdin(Stdio::null())
@@ -252,7 +253,7 @@ impl Execution<'_> {
             }
             let ended = child.as_mut().and_then(|child| child.try_wait().ok());
             match ended.flatten() {
-                // A command may put its daemon into the background.
+                // A command that has ended successfully may have started its daemon in the background.
                 Some(status) if !status.success() => Err(CommandError::Failed(format!(
                     "the command that was to start the destination's daemon ended: {status}"
                 ))),
@@ -261,11 +262,11 @@ impl Execution<'_> {
         })
     }
 
-    /// Ends what was started here.
+    /// Terminates the shell command, if one was started.
     pub(super) fn terminate_shell(&mut self) -> Option<String> {
         let mut child = self.shell.take()?;
         let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw)?;
-        // It may have ended by itself.
+        // The process group may have ended already.
         let _ = kill_process_group(group, Signal::TERM);
         let _ = child.wait();
         Some("the destination's daemon is ended".into())
@@ -297,7 +298,7 @@ impl Execution<'_> {
     }
 }
 
-/// Writes a file whole, or not at all.
+/// Writes a file atomically: whole or not at all.
 fn write(path: &Path, value: &Value) -> Result<(), CommandError> {
     let failed = |error| CommandError::Io(format!("cannot write {}", path.display()), error);
     let folder = path

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Moves a whole guest from one stock QEMU to another while it runs.
+//! Migrates a whole guest from one stock QEMU to another while it runs.
 //!
-//! Our daemon moves memory, QEMU the state of its devices. QEMU cannot migrate a guest that has a generic vhost-user
-//! device, so the balloon is unplugged for the last moment, and a fresh daemon's is plugged in at the destination.
+//! Our daemon migrates memory, and QEMU migrates the state of its devices. QEMU cannot migrate a guest that has a
+//! generic vhost-user device. The balloon is therefore unplugged before the switchover, and the balloon of a new daemon
+//! is plugged in at the destination.
 //!
-//! A [`preflight`] looks whether all is as it must be and changes nothing; a [`plan`] is every command that will be given,
-//! which `--dry-run` prints; [`execute`] gives them, and takes back what was done if one fails before the destination runs.
+//! [`preflight()`] checks that the migration is possible, and changes nothing. [`plan()`] returns all commands of the
+//! migration, which `--dry-run` prints. [`execute()`] executes them. If a command fails before the guest runs at the
+//! destination, `execute` undoes the previous ones.
 
 mod connections;
 mod execute;
@@ -31,7 +33,7 @@ use crate::error::CommandError;
 use crate::interrupt::Interrupts;
 use crate::output::{table, Output};
 
-/// Moves a guest, or says what it would do.
+/// Migrates a guest, or prints the plan with `--dry-run`.
 ///
 /// # Errors
 ///
@@ -48,7 +50,7 @@ pub fn run(
         daemon,
     };
     let preflight = preflight(&mut connections, options)?;
-    // Private, and gone when this is.
+    // Only this user can read the folder. It is removed on return.
     let folder = tempfile::Builder::new().prefix("balloonctl-").tempdir();
     let folder = folder.map_err(|error| CommandError::Io("cannot make a folder".into(), error))?;
     let default = format!("file:{}", folder.path().join("vm-state").display());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! All that will be done, before any of it is.
+//! The plan: all steps of a migration, before any of them is executed.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -15,13 +15,13 @@ use super::rollback::RollbackAction;
 use crate::args::MigrateVm;
 use crate::commands::migrate::parameters;
 
-/// Whom a command is given to.
+/// The peer that executes a command.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Peer {
     /// The QEMU that runs the guest.
     Source,
-    /// The QEMU that waits for it.
+    /// The QEMU that waits for the guest.
     Destination,
     /// Our daemon at the source.
     Daemon,
@@ -30,7 +30,7 @@ pub enum Peer {
 }
 
 impl Peer {
-    /// Its name.
+    /// Returns the name.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -45,33 +45,33 @@ impl Peer {
 /// A QMP command.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct QmpCommand {
-    /// Its name.
+    /// Name of the command.
     pub execute: String,
-    /// Its arguments.
+    /// Arguments of the command.
     pub arguments: Value,
 }
 
-/// What a step waits for.
+/// The condition that ends a step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WaitCondition {
-    /// The answer.
+    /// The command was answered.
     Answered,
-    /// The answer, which is written into a file.
+    /// The command was answered, and the answer is written to this file.
     Written(PathBuf),
-    /// The guest has let this device go.
+    /// The guest has released the device with this id.
     Unplugged(String),
-    /// The guest runs, or does not.
+    /// The guest runs, or is paused.
     Running(bool),
     /// The daemon's migration is in this state.
     Memory(#[serde(serialize_with = "name")] MigrationStatus),
     /// QEMU's migration has completed.
     VmState,
-    /// This socket is there, after the command, if any, was run in a shell.
+    /// This socket exists, after the shell command, if any, was started.
     Listening {
-        /// The socket.
+        /// Path of the socket.
         socket: PathBuf,
-        /// The command.
+        /// The shell command.
         shell: Option<String>,
     },
 }
@@ -80,37 +80,37 @@ fn name<S: serde::Serializer>(state: &MigrationStatus, serializer: S) -> Result<
     serializer.serialize_str(state.name())
 }
 
-/// One of the things to do.
+/// One step of the plan.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Step {
-    /// By whom.
+    /// The peer that executes the step.
     #[serde(rename = "side")]
     pub peer: Peer,
-    /// What it is for.
+    /// The purpose of the step.
     pub what: String,
     /// The command.
     #[serde(rename = "order")]
     pub command: Option<QmpCommand>,
-    /// What it waits for.
+    /// The condition that ends the step.
     pub until: WaitCondition,
-    /// The most time that this may take; `None` where the guest's work decides.
+    /// Timeout of the step. `None` if its duration depends on the work of the guest.
     #[serde(skip)]
     pub timeout: Option<Duration>,
-    /// How it is undone, should it or a later one fail.
+    /// The action that undoes the step if this step or a later one fails.
     #[serde(skip)]
     pub rollback: Option<RollbackAction>,
-    /// Whether nothing is undone once this was not refused.
+    /// Whether nothing is undone once the peer may have executed the command of this step.
     #[serde(skip)]
     pub is_commit_point: bool,
 }
 
-/// The capability by which QEMU leaves out memory in shared files.
+/// The capability of QEMU that leaves memory in shared files out of the migration.
 const IGNORE_SHARED: &str = "x-ignore-shared";
-/// The capability by which the daemon waits before the last of memory.
+/// The capability of the daemon to wait before the last iteration.
 pub const PAUSE_BEFORE_SWITCHOVER: &str = "pause-before-switchover";
 
-/// The command that sets a capability.
+/// Returns the command that sets a capability.
 #[must_use]
 pub fn set_capability(name: &str, state: bool) -> QmpCommand {
     let one = json!({ "capability": name, "state": state });
@@ -124,7 +124,7 @@ fn command(name: &str, arguments: Value) -> QmpCommand {
     }
 }
 
-/// The command that connects a chardev to a daemon.
+/// Returns the command that connects a chardev to a daemon.
 pub(super) fn chardev_add(id: &str, socket: &Path) -> QmpCommand {
     let address = json!({ "type": "unix", "data": { "path": socket } });
     let data = json!({ "addr": address, "server": false });
@@ -132,7 +132,7 @@ pub(super) fn chardev_add(id: &str, socket: &Path) -> QmpCommand {
     command("chardev-add", json!({ "id": id, "backend": backend }))
 }
 
-/// The command that plugs the balloon in.
+/// Returns the command that plugs the balloon in.
 pub(super) fn device_add(device: &Map<String, Value>, bus: &str, chardev: &str) -> QmpCommand {
     let mut device = device.clone();
     device.insert("bus".into(), bus.into());
@@ -140,14 +140,14 @@ pub(super) fn device_add(device: &Map<String, Value>, bus: &str, chardev: &str) 
     command("device_add", device.into())
 }
 
-/// A plan in the making.
+/// Collects the steps of a plan.
 struct PlanBuilder {
     timeout: Duration,
     steps: Vec<Step>,
 }
 
 impl PlanBuilder {
-    /// A step that ends with its answer; what it returns can be changed.
+    /// Adds a step that has the default timeout. The returned builder can change it.
     fn step(
         &mut self,
         peer: Peer,
@@ -187,7 +187,7 @@ impl<'a> StepBuilder<'a> {
     }
 }
 
-/// Every step, with QEMU's own state going to `vm_state`.
+/// Returns all steps of the migration. QEMU's own state goes to `vm_state`.
 #[must_use]
 pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<Step> {
     use Peer::{Daemon, Destination, Here, Source};
@@ -297,7 +297,8 @@ pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<S
     plan.steps
 }
 
-/// A file is written and then read; anything else needs a listener first.
+/// Adds the steps that migrate QEMU's own state. A file is written before it is read. Any other transport needs a
+/// listener first.
 fn migrate_vm_state(plan: &mut PlanBuilder, uri: &str) {
     use Peer::{Destination, Source};
     let send = command("migrate", json!({ "uri": uri }));
@@ -324,7 +325,7 @@ fn migrate_vm_state(plan: &mut PlanBuilder, uri: &str) {
     }
 }
 
-/// A plan for people.
+/// Returns a description of the plan for the user.
 #[must_use]
 pub fn describe(steps: &[Step]) -> String {
     let mut text = String::new();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Looks whether a guest can be moved, and at what has to be rebuilt at the destination. Changes nothing.
+//! Checks whether a guest can be migrated, and collects the settings of its balloon. Changes nothing.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,28 +14,28 @@ use super::connections::{peripheral, property, Connections, RunState};
 use crate::args::MigrateVm;
 use crate::error::CommandError;
 
-/// What was seen.
+/// The result of the checks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Preflight {
-    /// The balloon as `device_add` takes it, but for its bus and chardev.
+    /// Arguments of `device_add` for the balloon, without bus and chardev.
     pub device: Map<String, Value>,
-    /// The bus that it is on at the source.
+    /// The bus of the balloon at the source.
     pub bus: String,
-    /// Its chardev at the source.
+    /// The chardev of the balloon at the source.
     pub chardev: String,
-    /// The socket of the daemon behind it.
+    /// The vhost-user socket of the daemon at the source.
     pub socket: PathBuf,
-    /// The bus for it at the destination.
+    /// The bus for the balloon at the destination.
     pub destination_bus: String,
-    /// The chardev for it at the destination.
+    /// The chardev for the balloon at the destination.
     pub destination_chardev: String,
 }
 
-/// Looks.
+/// Runs all checks.
 ///
 /// # Errors
 ///
-/// [`CommandError::Failed`] with all that has to be otherwise, in a sentence each; or if a side is gone.
+/// [`CommandError::Failed`] with one sentence for each check that failed, or the error of a connection that failed.
 pub fn preflight(
     connections: &mut Connections,
     options: &MigrateVm,
@@ -95,7 +95,7 @@ struct MemoryBackend {
     size: u64,
 }
 
-/// QEMU leaves out of its own migration only what lies in a shared file with a name.
+/// Checks the memory backends: QEMU leaves memory out of its own migration only if it is in a shared file with a name.
 fn check_memory(
     connections: &mut Connections,
     wrong: &mut Vec<String>,
@@ -130,7 +130,7 @@ fn check_memory(
     Ok(())
 }
 
-/// What an object has.
+/// A property of a QOM object.
 #[derive(Deserialize)]
 struct Property {
     name: String,
@@ -179,7 +179,7 @@ fn inspect_device(
         return Ok(None);
     };
     let bus = text(property(source, &peripheral(id), "parent_bus")?);
-    // The path of a bus ends with its name.
+    // The last component of the path is the name of the bus.
     let bus = bus.and_then(|path| path.rsplit('/').next().map(str::to_owned));
     let bus = bus.unwrap_or_default();
     let socket = match &options.source_device_socket {
@@ -218,7 +218,7 @@ fn inspect_device(
     }))
 }
 
-/// The chardevs, with the paths of those that are Unix sockets of others.
+/// Returns the chardevs, each with the path of its Unix socket if QEMU is the client of that socket.
 fn chardev_sockets(qemu: &mut Client) -> Result<BTreeMap<String, Option<PathBuf>>, CommandError> {
     #[derive(Deserialize)]
     struct Chardev {
@@ -236,8 +236,8 @@ fn chardev_sockets(qemu: &mut Client) -> Result<BTreeMap<String, Option<PathBuf>
     Ok(all.collect())
 }
 
-/// The properties that the device was given, as far as they show: those that differ from their defaults. Those that are on
-/// by default are left out, since it is the daemon's features that take them away.
+/// Returns the properties with which the device was created: those that differ from their defaults. Skips properties
+/// that are on by default, because only the features of the daemon turn them off.
 fn properties(
     qemu: &mut Client,
     id: &str,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The way back: the guest goes on at the source as if nothing had been.
+//! Rollback: undoes the steps of a failed migration, so that the guest continues at the source.
 
 use std::time::Duration;
 
@@ -14,30 +14,30 @@ use super::plan::{chardev_add, device_add, Peer, QmpCommand};
 use super::preflight::Preflight;
 use crate::error::CommandError;
 
-/// How long a single thing may take.
+/// Timeout of one rollback action.
 const ROLLBACK_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long a device that the guest was asked for is waited for.
+/// How long to wait for the guest to release a device.
 const UNPLUG_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How a step is undone.
+/// The action that undoes a step.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RollbackAction {
-    /// QEMU does not save its state.
+    /// Cancel QEMU's own migration.
     CancelVmState,
-    /// The guest runs.
+    /// Resume the guest at the source.
     ResumeGuest,
-    /// Memory is not sent.
+    /// Cancel the daemon's migration of memory.
     CancelMemory,
-    /// The balloon is plugged in.
+    /// Plug the balloon in at the source.
     PlugBalloon,
-    /// The command that was run here is ended.
+    /// Terminate the command that this program has started.
     TerminateShell,
-    /// A capability is off.
+    /// Reset a capability of a peer with this command.
     RestoreCapability(Peer, QmpCommand),
 }
 
 impl RollbackAction {
-    /// The order in which things are undone: the guest has waited long enough.
+    /// Returns the rank of the action: actions of lower rank run first. The guest resumes as early as possible.
     fn rank(&self) -> u8 {
         match self {
             Self::CancelVmState => 0,
@@ -50,8 +50,7 @@ impl RollbackAction {
     }
 }
 
-/// Undoes all of these; one that fails does not keep others from being tried. Returns what was done, in words, and what
-/// could not be.
+/// Runs all actions. If one fails, the others still run. Returns descriptions of the completed and the failed actions.
 pub(super) fn rollback(
     execution: &mut Execution<'_>,
     rollback_actions: &[RollbackAction],
@@ -138,7 +137,7 @@ fn cancel_memory(execution: &mut Execution<'_>) -> Result<Option<String>, Comman
     if !status.status.is_over() {
         match daemon.command("migrate-cancel", json!({})) {
             Err(error) if error.is_fatal() => return Err(error.into()),
-            // It may be over by now.
+            // The migration may have ended meanwhile.
             _ => {}
         }
         status = wait("the daemon did not cancel", ROLLBACK_TIMEOUT, None, || {
@@ -152,7 +151,8 @@ fn cancel_memory(execution: &mut Execution<'_>) -> Result<Option<String>, Comman
     })
 }
 
-/// A device that the guest has not let go is there; one that it has gets its chardev anew, as QEMU has hung up.
+/// Plugs the balloon in at the source. Does nothing if the guest has not released the balloon. Adds a new chardev,
+/// because QEMU has closed the connection of the old one.
 fn plug(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
     let preflight = execution.preflight;
     let source = &mut execution.connections.source;
@@ -171,8 +171,8 @@ fn plug(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
         }
         Err(error) => return Err(error),
     }
-    // QEMU lets the chardev go a little after the device, and the daemon has to notice that QEMU has hung up, and to have
-    // done with its migration, before it takes anybody.
+    // QEMU releases the chardev a little after the device. The daemon accepts a connection only after it has noticed
+    // that QEMU has disconnected, and after its own migration has ended. Retry until then.
     let mut last = None;
     let plugged = wait("", ROLLBACK_TIMEOUT, None, || {
         match plug_once(source, preflight) {
@@ -191,10 +191,10 @@ fn plug(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
     Ok(Some("the balloon is plugged in again at the source".into()))
 }
 
-/// With a new chardev: QEMU does not connect one a second time.
+/// Makes one attempt to plug the balloon in, with a new chardev: QEMU does not reconnect an existing one.
 fn plug_once(source: &mut Client, preflight: &Preflight) -> Result<(), Error> {
     match source.command("chardev-remove", json!({ "id": preflight.chardev })) {
-        // It may have gone before.
+        // The chardev may be removed already.
         Err(error) if !error.to_string().contains("not found") => return Err(error),
         _ => {}
     }

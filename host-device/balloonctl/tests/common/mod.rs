@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Two QEMUs and a daemon that are none, but keep their states as the real ones do.
+//! Simulated peers: two QEMUs and a daemon, which keep their states as the real ones do.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
@@ -16,28 +16,28 @@ use clap::Parser;
 use qmp_client::Client;
 use serde_json::{json, Value};
 
-/// What goes wrong.
+/// The fault that is injected.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fault {
-    /// The first such command of that side is refused.
+    /// The peer refuses the first command of this name.
     Refuse(Peer, &'static str),
-    /// The side hangs up at the first such command, which it does not do.
+    /// The peer closes the connection at the first command of this name, and does not execute it.
     HangUp(Peer, &'static str),
-    /// The side does the command, and hangs up before it answers.
+    /// The peer executes the command, and closes the connection before it answers.
     HangUpAfter(Peer, &'static str),
-    /// The guest says that it keeps the balloon.
+    /// The guest refuses to release the balloon.
     Keeps,
-    /// The guest does not say anything when it is asked for the balloon.
+    /// The guest does not respond to the unplug request.
     Silent,
-    /// Sending memory fails, the first or the last of it.
+    /// Sending memory fails, in the first iterations (`first`) or in the last one (`last`).
     Memory(&'static str),
-    /// QEMU's own migration fails, here or there.
+    /// QEMU's own migration fails at this peer.
     VmState(Peer),
-    /// The user presses Ctrl-C when this side gets this command.
+    /// The user presses Ctrl-C when this peer receives this command.
     Interrupt(Peer, &'static str),
 }
 
-/// A QEMU.
+/// The state of a simulated QEMU.
 #[derive(Debug, Default)]
 pub struct Qemu {
     pub status: &'static str,
@@ -47,24 +47,24 @@ pub struct Qemu {
     pub vm_state: &'static str,
 }
 
-/// All of them.
+/// The state of all peers.
 #[derive(Debug, Default)]
 pub struct State {
     pub source: Qemu,
     pub destination: Qemu,
     pub memory: &'static str,
     pub waits: bool,
-    /// Every command that changes something.
+    /// Every command that changes something, and `query-device-state`.
     pub journal: Vec<(Peer, String, Value)>,
     pub fault: Option<Fault>,
     pub interrupts: balloonctl::interrupt::Interrupts,
-    /// Whether the destination's memory is shared, as it has to be.
+    /// Whether the destination's memory is shared, as the migration requires.
     pub destination_share: bool,
-    /// How often the daemon takes nobody when the balloon is plugged in again.
+    /// How many attempts to plug the balloon in at the source fail because the daemon is busy.
     pub busy: u32,
 }
 
-/// The three, and what the command line says of them.
+/// The simulated peers, and the options of the command line for them.
 pub struct Fake {
     pub state: Arc<Mutex<State>>,
     pub connections: Connections,
@@ -74,7 +74,7 @@ pub struct Fake {
 
 pub const SOURCE_SOCKET: &str = "/run/b1";
 
-/// Starts all, with `more` on the command line.
+/// Starts all peers. `more` are further arguments on the command line.
 pub fn fake(fault: Option<Fault>, more: &[&str]) -> Fake {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("b2");
@@ -137,14 +137,14 @@ impl Fake {
         self.state.lock().unwrap()
     }
 
-    /// The device state's file.
+    /// Returns the path of a file in the test's folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 }
 
 impl State {
-    /// The commands of the journal, as a plan has them.
+    /// Returns the commands of the journal, in the form that a plan has.
     pub fn commands(&self) -> Vec<(Peer, QmpCommand)> {
         let commands = self.journal.iter().map(|(peer, name, arguments)| {
             let command = QmpCommand {
@@ -156,7 +156,7 @@ impl State {
         commands.collect()
     }
 
-    /// How often a side was given a command.
+    /// Returns how often a peer received a command.
     pub fn count(&self, peer: Peer, name: &str) -> usize {
         let same = |entry: &&(Peer, String, Value)| entry.0 == peer && entry.1 == name;
         self.journal.iter().filter(same).count()
@@ -258,7 +258,7 @@ fn daemon(state: &mut State, name: &str, arguments: &Value) -> Result<Value, Str
         "query-device-state" => return Ok(json!({ "device": "virtio-balloon", "poison-val": 7 })),
         "query-migrate" => {
             let now = state.memory;
-            // It goes on while one looks.
+            // The state advances with each query.
             state.memory = match now {
                 "active" if ends_badly("first") => "failed",
                 "active" if state.waits => "pre-switchover",

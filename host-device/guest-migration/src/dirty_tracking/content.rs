@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Writes found by comparison: a page is dirty when it is not what the destination has.
+//! Dirty tracking by comparison: a page is dirty if its content differs from the content at the destination.
 //!
-//! It needs nothing of the kernel, sees whoever wrote, and reads all of guest memory at each sync. A hash of each page *as it
-//! was sent* says what the destination has, see [`SentTable`].
+//! This tracker needs no kernel support and sees writes of any origin. It reads all of guest memory at each sync. A
+//! [`SentTable`] keeps a hash of each page *as sent*, and thereby describes the content at the destination.
 //!
 //! # Hints
 //!
-//! A hinted page is skipped: the destination has what was sent before, or zeros. If the guest's page is anything else, the
-//! next sync marks it, and the hint has spared nothing. It spares something if the device makes each hinted page zero before
-//! the guest may use it again: then the page is zero, as at the destination, until the guest writes it.
+//! A hinted page is not sent. The destination keeps the content that was sent before, or zeros. If the page at the
+//! source differs from that, the next sync marks it, and the hint has saved nothing. A hint is useful if the device
+//! makes each hinted page zero before the guest may use it again. A page that was not sent before is then zero at both
+//! ends until the guest writes it.
 //!
-//! The other way, to take a hinted page for sent as it is, loses pages: used again and filled with the very bytes that it
-//! had, it looks as if nobody had written it, and the destination has a hole. A test shows it.
+//! The alternative, to record a hinted page as sent with its current content, loses pages. If the guest uses the page
+//! again and writes the same bytes, the page looks unchanged although the destination never received it. A test
+//! demonstrates this.
 
 use super::{DirtyTracker, SentTable, Stage, SyncStats, TrackingError};
 use crate::{Memory, PageRun, SyncPhase};
 
-/// A tracker that compares.
+/// A tracker that compares content.
 #[derive(Debug)]
 pub struct ContentTracker {
     memory: Memory,
@@ -25,7 +27,7 @@ pub struct ContentTracker {
 }
 
 impl ContentTracker {
-    /// For this memory.
+    /// Returns a tracker for `memory`.
     ///
     /// # Errors
     ///
@@ -35,7 +37,7 @@ impl ContentTracker {
         Ok(Self { memory, table })
     }
 
-    /// What must not be done: takes hinted pages for sent as they are now.
+    /// Records hinted pages as sent with their current content. This is unsound, as a test shows.
     #[cfg(test)]
     fn trust_hint(&mut self, run: PageRun) {
         let mut bytes = vec![0; usize::try_from(run.length()).unwrap()];
@@ -58,7 +60,7 @@ impl DirtyTracker for ContentTracker {
     }
 
     fn start(&mut self) -> Result<(), TrackingError> {
-        // The table begins with what the destination has, so any write so far is one since.
+        // The table describes an empty destination, so the first sync also shows all earlier writes.
         Ok(())
     }
 
@@ -94,7 +96,7 @@ mod tests {
 
     const PAGE: usize = PAGE_SIZE as usize;
 
-    /// A migration in small: the source, the destination's pages, and what is between them.
+    /// A minimal migration: the memory of the source, the tracker, and the pages of the destination.
     struct Small {
         memory: Memory,
         tracker: ContentTracker,
@@ -129,7 +131,7 @@ mod tests {
             fallocate(file, flags, run.offset(), run.length()).unwrap();
         }
 
-        /// Takes the hints, and then sends what is dirty.
+        /// Applies the hints, and then sends the dirty pages.
         fn iteration(&mut self, hints: &[PageRun]) {
             let window = self.phase.take().unwrap().finish();
             for hint in hints {
@@ -202,7 +204,7 @@ mod tests {
             }
             small.write(1, 0);
             small.write(1, 7);
-            // A discarded page that nobody has used stays spared.
+            // A discarded page that the guest has not used stays skipped.
             assert_eq!(small.sync(), if discards { 1 } else { 2 });
             small.send();
             assert_eq!(small.here(), small.there);

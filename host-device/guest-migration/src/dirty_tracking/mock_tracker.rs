@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Writes that a test says were made.
+//! A dirty tracker for tests, which reports the writes that the test names.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{DirtyTracker, Stage, SyncStats, TrackingError};
 use crate::{PageRun, SyncPhase};
 
-/// A tracker that believes what it is told through [`MockWrites`]. For tests of what is built on trackers.
+/// A tracker that marks the pages that the test names through [`MockWrites`].
 #[derive(Debug)]
 pub struct MockTracker {
     writes: MockWrites,
     is_started: bool,
 }
 
-/// Tells a [`MockTracker`] tracker what was written. Copies tell the same tracker, also from other threads.
+/// Reports writes to a [`MockTracker`]. Clones report to the same tracker, from any thread.
 #[derive(Clone, Debug, Default)]
 pub struct MockWrites(Arc<Mutex<Pending>>);
 
@@ -26,7 +26,7 @@ struct Pending {
     syncs: u64,
 }
 
-/// A tracker, and who tells it.
+/// Returns a tracker, and the handle that reports writes to it.
 pub fn mock_tracker() -> (MockTracker, MockWrites) {
     let writes = MockWrites::default();
     let tracker = MockTracker {
@@ -37,22 +37,22 @@ pub fn mock_tracker() -> (MockTracker, MockWrites) {
 }
 
 impl MockWrites {
-    /// The pages `run` have been written, now: call it after the write.
+    /// Reports that the pages `run` were written. Call it after the write.
     pub fn record_write(&self, run: PageRun) {
         self.pending().runs.push(run);
     }
 
-    /// The next sync fails, with these words.
+    /// Makes the next sync fail with the message `words`.
     pub fn fail(&self, words: &str) {
         self.pending().fault = Some(words.to_owned());
     }
 
-    /// The pages that the tracker was told were sent, as zeros or otherwise, in that order.
+    /// Returns the pages that were recorded as sent, as zeros or with content, in the order of the calls.
     pub fn sent(&self) -> Vec<PageRun> {
         self.pending().sent.clone()
     }
 
-    /// How many syncs there were.
+    /// Returns the number of successful syncs.
     pub fn syncs(&self) -> u64 {
         self.pending().syncs
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Who knows which pages the guest has written.
+//! Dirty tracking: finds the pages that the guest has written.
 
 mod content;
 mod mock_tracker;
@@ -29,65 +29,65 @@ use crate::{PageRun, SyncPhase};
 /// Why writes cannot be tracked.
 #[derive(Debug, Error)]
 pub enum TrackingError {
-    /// The way of tracking is not to be had, for this reason.
+    /// The tracking mode is not available, for this reason.
     #[error("{0}")]
     Unavailable(String),
     /// Guest memory cannot be read.
     #[error("guest memory cannot be read at {offset:#x} of block {block}: {source}")]
     Read {
-        /// The index of the block.
+        /// Index of the RAM block.
         block: usize,
-        /// Bytes from its start.
+        /// Offset in the RAM block, in bytes.
         offset: u64,
-        /// Why.
+        /// The system error.
         source: io::Error,
     },
     /// A process that maps guest memory cannot be examined.
     #[error("the process {pid}, which maps guest memory, cannot be tracked: {what}: {source}")]
     Process {
-        /// Its number.
+        /// The pid.
         pid: u32,
-        /// What was tried.
+        /// The file or operation that failed.
         what: &'static str,
-        /// Why it failed.
+        /// The system error.
         source: io::Error,
     },
 }
 
-/// Whether the guest runs during a sync.
+/// Whether the guest runs during a dirty sync.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Stage {
-    /// It runs: what it writes meanwhile may show at the next sync only.
+    /// The guest runs. A write during the sync may show only at the next sync.
     Live,
-    /// It is paused, and stays so.
+    /// The guest is paused, and stays paused.
     Paused,
 }
 
-/// What a sync did.
+/// The result of a dirty sync.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct SyncStats {
-    /// Pages that were not dirty before, and now are.
+    /// Pages that the sync marked and that were clean before.
     pub marked: u64,
-    /// How long processes were stopped for it.
+    /// How long processes were stopped for the sync.
     pub stop_time: Duration,
 }
 
-/// A way to know which pages were written.
+/// Finds the pages that were written.
 ///
-/// Sound means: a page that was written after it was taken to be sent is marked at the next sync at the latest that begins
-/// after the write.
+/// A tracker is sound if it marks each page that was written after it was taken to be sent. It must mark the page no
+/// later than at the first dirty sync that begins after the write.
 pub trait DirtyTracker: Send {
-    /// Its name for operators, as the parameter `dirty-tracking` has it.
+    /// Returns the name of the tracker, as the parameter `dirty-tracking` has it.
     fn name(&self) -> &'static str;
 
-    /// Whether it is sound with hints only if the hinted pages were made zero before the guest used them again
-    /// ([`HintSource::discards`](crate::HintSource::discards)).
+    /// Returns whether the tracker is sound with hints only if the hinted pages are made zero before the guest uses
+    /// them again ([`HintSource::discards`](crate::HintSource::discards)).
     fn hints_need_discard(&self) -> bool;
 
-    /// Whether it must be told the very bytes that are sent. Then no page goes out without a copy.
+    /// Returns whether the tracker needs the bytes of each page that is sent. The sender must then copy each page.
     fn wants_bytes(&self) -> bool;
 
-    /// Begins: each write after this shows at the first sync. Called once, before anything is sent.
+    /// Starts tracking: the first sync shows each write after this call. Called once, before any page is sent.
     ///
     /// # Errors
     ///
@@ -98,27 +98,30 @@ pub trait DirtyTracker: Send {
     ///
     /// # Errors
     ///
-    /// If writes cannot be tracked any more. The migration must fail then.
+    /// If writes can no longer be tracked. The migration must then fail.
     fn sync(&mut self, phase: &SyncPhase, stage: Stage) -> Result<SyncStats, TrackingError>;
 
-    /// The pages `run` were sent, as these `bytes`, [`PAGE_SIZE`](crate::PAGE_SIZE) each; there may be none if it does not
-    /// [want](Self::wants_bytes) them. Called for each page that is sent, before the next sync.
+    /// Records that the pages `run` were sent with the content `bytes`, [`PAGE_SIZE`](crate::PAGE_SIZE) each. `bytes`
+    /// may be empty if the tracker does not [want](Self::wants_bytes) them. Called before the next sync for each page
+    /// that is sent with its content.
     fn record_sent(&mut self, run: PageRun, bytes: &[u8]) {
         let _ = (run, bytes);
     }
 
-    /// The pages `run` were sent as zeros. Called for each page that is, before the next sync.
+    /// Records that the pages `run` were sent as zeros. Called before the next sync for each page that is sent as
+    /// zeros.
     fn record_sent_zeros(&mut self, run: PageRun) {
         let _ = run;
     }
 
-    /// What was sent of each page, if it keeps that.
+    /// Returns the content that was sent, if the tracker records it.
     fn sent_table(&self) -> Option<&SentTable> {
         None
     }
 }
 
-/// Memory with a block of so many pages each; the first is shown from address 0 on.
+/// Returns memory with one RAM block for each element of `pages`, which is its number of pages. A region maps the first
+/// RAM block at address 0.
 #[cfg(test)]
 fn test_memory(pages: &[u64]) -> crate::Memory {
     use crate::{Layout, Memory, RamBlock, Region, PAGE_SIZE};

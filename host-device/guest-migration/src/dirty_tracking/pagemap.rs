@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Soft-dirty bits: `/proc/PID/pagemap` shows them, `/proc/PID/clear_refs` clears them.
+//! Soft-dirty bits: read from `/proc/PID/pagemap`, cleared through `/proc/PID/clear_refs`.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -10,27 +10,27 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crate::processes::{none_if_exited, Mapping};
 use crate::{PageRun, PAGE_SIZE};
 
-/// Bytes of an entry of `pagemap`.
+/// Size of an entry of `pagemap`, in bytes.
 const ENTRY_SIZE: usize = 8;
-/// Set in an entry if the page was written since the bits were cleared.
+/// The bit of an entry that is set if the page was written since the bits were cleared.
 const SOFT_DIRTY: u64 = 1 << 55;
-/// What to write to `clear_refs` to clear the soft-dirty bits.
+/// The value that clears the soft-dirty bits when it is written to `clear_refs`.
 const CLEAR_SOFT_DIRTY: &str = "4";
-/// Entries that are read at once.
+/// Maximum number of entries per read.
 const ENTRIES_AT_ONCE: u64 = 1 << 16;
 
 /// The soft-dirty bits of a process.
 pub(super) struct PageMap(File);
 
 impl PageMap {
-    /// Of this process; nothing if it is no more.
+    /// Opens the bits of a process. Returns `None` if the process has exited.
     pub(super) fn open(pid: u32) -> io::Result<Option<Self>> {
         let file = none_if_exited(File::open(format!("/proc/{pid}/pagemap")))?;
         Ok(file.map(Self))
     }
 
-    /// Calls `dirty` with each run of pages that were written through `mapping`, as pages of its block, and returns how many
-    /// they are. If the process ends meanwhile, pages that it maps no more count as written.
+    /// Calls `dirty` with each run of pages that were written through `mapping`, as pages of its RAM block. Returns the
+    /// number of these pages. If the process exits meanwhile, the pages whose bits cannot be read count as written.
     pub(super) fn dirty(
         &self,
         mapping: &Mapping,
@@ -82,7 +82,7 @@ impl PageMap {
     }
 }
 
-/// Clears the soft-dirty bits of a process, unless it is no more.
+/// Clears the soft-dirty bits of a process. Does nothing if the process has exited.
 pub(super) fn clear(pid: u32) -> io::Result<()> {
     none_if_exited(fs::write(
         format!("/proc/{pid}/clear_refs"),
@@ -91,13 +91,14 @@ pub(super) fn clear(pid: u32) -> io::Result<()> {
     .map(drop)
 }
 
-/// Whether we may clear the soft-dirty bits of a process.
+/// Checks that we may clear the soft-dirty bits of a process.
 pub(super) fn can_clear(pid: u32) -> io::Result<()> {
     let path = format!("/proc/{pid}/clear_refs");
     none_if_exited(OpenOptions::new().write(true).open(path)).map(drop)
 }
 
-/// Whether the kernel notes writes in soft-dirty bits; if not, why it is thought so. Clears those of our own process.
+/// Checks that the kernel records writes in soft-dirty bits. Clears the bits of our own process. An error states why
+/// the bits are unusable.
 pub(super) fn check_support() -> Result<(), String> {
     const PAGES: usize = 4;
     let size = rustix::param::page_size();
@@ -106,7 +107,7 @@ pub(super) fn check_support() -> Result<(), String> {
     }
     let failed = |what, error| format!("{what} of our own process: {error}");
     let own = std::process::id();
-    // Some page in the middle of it is all ours.
+    // The buffer contains at least one page that holds no other data.
     let memory: Vec<AtomicU8> = (0..PAGES * size).map(|_| AtomicU8::new(1)).collect();
     let start = memory.as_ptr() as usize;
     let skip = start.next_multiple_of(size) - start;

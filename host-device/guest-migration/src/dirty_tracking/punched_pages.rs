@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Pages that were made zero by making holes.
+//! Pages that became zero because holes were punched in the memory files.
 
 use std::sync::Arc;
 
@@ -8,31 +8,31 @@ use super::TrackingError;
 use crate::atomic_bitmap::AtomicBitmap;
 use crate::{Layout, PageRun};
 
-/// Tells a tracker of soft-dirty bits which pages were made holes: no bit shows that.
+/// Tells a soft-dirty tracker in which pages holes were punched. Soft-dirty bits do not show holes.
 ///
-/// Whoever makes holes in guest memory notes them here, with what [`Quiesce`](super::Quiesce) holds still: before or after,
-/// but within. Copies are the same notes, and may be used by several threads at once.
+/// Code that punches holes in guest memory notes them here. It must punch and note under one hold of the lock that
+/// [`Quiesce`](super::Quiesce) takes, in either order. Clones share the notes. Several threads may use them at once.
 #[derive(Clone, Debug)]
 pub struct PunchedPages(Arc<[AtomicBitmap]>);
 
 impl PunchedPages {
-    /// No notes yet.
+    /// Returns an empty set of notes.
     ///
     /// # Errors
     ///
-    /// If there is no memory for a bit for each page.
+    /// If memory for one bit per page is insufficient.
     pub fn new(layout: &Layout) -> Result<Self, TrackingError> {
         Ok(Self(page_bitmaps(layout)?.into()))
     }
 
-    /// The pages `run` were made zero. Those that no block has are left out.
+    /// Notes that the pages `run` were made zero. Ignores pages that no RAM block has.
     pub fn note(&self, run: PageRun) {
         if let Some(bits) = self.0.get(run.block) {
             bits.set(run.first..run.end());
         }
     }
 
-    /// What was noted, once.
+    /// Removes and returns the notes.
     pub(super) fn drain(&self) -> Vec<PageRun> {
         let mut runs = Vec::new();
         for (block, bits) in self.0.iter().enumerate() {
@@ -45,7 +45,7 @@ impl PunchedPages {
     }
 }
 
-/// A bit for each page, by block.
+/// Returns a bitmap for each RAM block, with one bit per page.
 pub(super) fn page_bitmaps(layout: &Layout) -> Result<Vec<AtomicBitmap>, TrackingError> {
     let bits = layout.blocks().iter().map(|block| {
         AtomicBitmap::new(block.pages()).ok_or_else(|| {
@@ -58,7 +58,7 @@ pub(super) fn page_bitmaps(layout: &Layout) -> Result<Vec<AtomicBitmap>, Trackin
     bits.collect()
 }
 
-/// The runs of set bits from the page `from` on.
+/// Iterates over the runs of set bits from page `from`.
 pub(super) fn set_runs(
     block: usize,
     bits: &AtomicBitmap,

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Our own writers, kept from writing for a moment.
+//! Excludes the threads of our own process that write to guest memory.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Keeps the threads of our own process from writing to guest memory.
 ///
-/// Other processes can be stopped for a moment; our own cannot, since it does the looking. Whoever serves devices hands in
-/// the lock that they hold while they write.
+/// A dirty sync stops all other processes. It cannot stop our own process, in which it runs. A process that serves
+/// devices passes the lock that its threads hold while they write.
 pub trait Quiesce: Send {
-    /// Does `action`, once, while nobody in our process writes to guest memory or makes holes in it.
+    /// Runs `action` once, while no thread of our process writes to guest memory or punches holes in it.
     fn with_quiesced(&self, action: &mut dyn FnMut());
 }
 
-/// Of a process that never writes to guest memory.
+/// A [`Quiesce`] for a process that never writes to guest memory.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoWriters;
 
@@ -23,7 +23,7 @@ impl Quiesce for NoWriters {
     }
 }
 
-/// Writers hold this lock.
+/// A [`Quiesce`] for writers that hold this lock while they write.
 impl<T: Send> Quiesce for Arc<Mutex<T>> {
     fn with_quiesced(&self, action: &mut dyn FnMut()) {
         let _held = self.lock().unwrap_or_else(PoisonError::into_inner);

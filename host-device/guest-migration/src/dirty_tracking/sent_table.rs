@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the destination has, page by page, without keeping the pages.
+//! The content at the destination, recorded as a hash of each page.
 
 use std::fmt;
 
@@ -8,15 +8,17 @@ use super::TrackingError;
 use crate::digest::{ContentDigest, PageHash, PageHasher};
 use crate::{Layout, Memory, PageRun, PAGE_SIZE};
 
-/// Bytes of a page, as an index.
+/// Size of a page in bytes, as an index.
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// Pages that are read at once to be compared: 1 MiB.
+/// Pages per read during a comparison: 1 MiB.
 const PAGES_AT_ONCE: u64 = 256;
 
-/// A hash of each page as it was sent, at first of a page of zeros, since that is what the destination begins with.
+/// A hash of each page as sent. Each hash starts as that of a page of zeros, because the destination starts with
+/// zeros.
 ///
-/// Takes 16 bytes for each page. The hash has a secret seed, so a guest cannot make two pages that look the same.
+/// The table takes 16 bytes per page. The hash has a secret seed, so a guest cannot construct two different pages with
+/// the same hash.
 pub struct SentTable {
     hasher: PageHasher,
     blocks: Vec<Vec<PageHash>>,
@@ -25,11 +27,11 @@ pub struct SentTable {
 }
 
 impl SentTable {
-    /// The table of a destination that has nothing yet.
+    /// Returns the table of an empty destination.
     ///
     /// # Errors
     ///
-    /// If there is no memory for it, or the system has no random numbers.
+    /// If memory for the table is insufficient, or if the system provides no random numbers.
     pub fn new(layout: &Layout) -> Result<Self, TrackingError> {
         let hasher = PageHasher::with_random_seed().map_err(|error| {
             TrackingError::Unavailable(format!("no secret for hashes: {error}"))
@@ -37,11 +39,11 @@ impl SentTable {
         Self::with_hasher(layout, hasher)
     }
 
-    /// The same with another's hasher.
+    /// Returns the table of an empty destination that uses `hasher`.
     ///
     /// # Errors
     ///
-    /// If there is no memory for it.
+    /// If memory for the table is insufficient.
     pub fn with_hasher(layout: &Layout, hasher: PageHasher) -> Result<Self, TrackingError> {
         let mut blocks = Vec::new();
         for block in layout.blocks() {
@@ -73,18 +75,18 @@ impl SentTable {
         })
     }
 
-    /// The seed of the hashes is this one's.
+    /// Returns the hasher, which has the seed of the hashes.
     pub fn hasher(&self) -> &PageHasher {
         &self.hasher
     }
 
-    /// The digest of all that the destination has.
+    /// Returns the digest of the content at the destination.
     pub fn digest(&self) -> ContentDigest {
         self.digest
     }
 
-    /// Notes that the pages `run` were sent as these `bytes`, [`PAGE_SIZE`] each. Pages that no block has, or for which
-    /// there are no bytes, are left out.
+    /// Records that the pages `run` were sent with the content `bytes`, [`PAGE_SIZE`] each. Ignores a run that exceeds
+    /// its RAM block, and pages for which `bytes` is too short.
     pub fn record_sent(&mut self, run: PageRun, bytes: &[u8]) {
         let Self {
             hasher,
@@ -100,7 +102,7 @@ impl SentTable {
         }
     }
 
-    /// Notes that the pages `run` were sent as zeros.
+    /// Records that the pages `run` were sent as zeros. Ignores a run that exceeds its RAM block.
     pub fn record_sent_zeros(&mut self, run: PageRun) {
         let Self { blocks, digest, .. } = self;
         for (page, hash) in (run.first..).zip(hashes(blocks, run)) {
@@ -109,8 +111,8 @@ impl SentTable {
         }
     }
 
-    /// Compares all of guest memory with what was sent, and calls `differs` with each run of pages that are not the same,
-    /// by ascending block and page. Holes count as zeros, and are not read.
+    /// Compares guest memory with the recorded content, and calls `differs` with each run of pages that differ, by
+    /// ascending RAM block and page. Holes count as zeros and are not read.
     ///
     /// # Errors
     ///
@@ -179,7 +181,7 @@ impl fmt::Debug for SentTable {
     }
 }
 
-/// The hashes of the pages `run`; none if no block has them all.
+/// Returns the hashes of the pages `run`, or none if the run exceeds its RAM block.
 fn hashes(blocks: &mut [Vec<PageHash>], run: PageRun) -> &mut [PageHash] {
     let place = |page: u64| usize::try_from(page).ok();
     let range = place(run.first).zip(place(run.end()));
@@ -190,7 +192,7 @@ fn hashes(blocks: &mut [Vec<PageHash>], run: PageRun) -> &mut [PageHash] {
         .unwrap_or_default()
 }
 
-/// The hashes of these pages, with their numbers.
+/// Iterates over the hashes of these pages, with the page numbers.
 fn numbered(
     hashes: &[PageHash],
     pages: std::ops::Range<u64>,
@@ -200,7 +202,7 @@ fn numbered(
     (pages.start..).zip(hashes.iter().skip(place(pages.start)).take(count))
 }
 
-/// Joins pages to runs.
+/// Joins consecutive pages to runs.
 struct RunBuilder<'a, F: FnMut(PageRun)> {
     block: usize,
     run: Option<PageRun>,
@@ -272,7 +274,7 @@ mod tests {
             .unwrap()
             .write_all_at(&[2], 3 * PAGE_SIZE)
             .unwrap();
-        // Zeros that take room are zeros.
+        // Allocated pages of zeros count as zeros.
         ram.write_all_at(&[0; PAGE], 900 * PAGE_SIZE).unwrap();
         assert_eq!(
             differing(&mut table, &memory),
@@ -285,7 +287,7 @@ mod tests {
         bytes[0] = 2;
         table.record_sent(run(1, 3, 1), &bytes);
         assert_eq!(differing(&mut table, &memory), [run(0, 100, 1)]);
-        // What was sent is a hole now.
+        // Some of the sent pages become holes.
         rustix::fs::ftruncate(ram, 650 * PAGE_SIZE).unwrap();
         rustix::fs::ftruncate(ram, 1000 * PAGE_SIZE).unwrap();
         assert_eq!(
@@ -316,7 +318,7 @@ mod tests {
         let mut table = SentTable::with_hasher(memory.layout(), PageHasher::new(4)).unwrap();
         table.record_sent(run(0, 2, 2), &[5; 2 * PAGE]);
         table.record_sent_zeros(run(0, 3, 1));
-        // Nowhere.
+        // Pages that no RAM block has.
         table.record_sent(run(0, 8, 1), &[5; PAGE]);
         table.record_sent(run(1, 0, 1), &[5; PAGE]);
         let mut wanted = ContentDigest::new();

@@ -1,42 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Writes found by the soft-dirty bits that the kernel keeps of each process.
+//! Dirty tracking with the soft-dirty bits that the kernel keeps for each process.
 //!
-//! A sync stops all processes that map guest memory, reads the bits of all of them, clears them, and lets the processes go
-//! on. Between reading and clearing nobody writes: so no write is lost. Our own process maps guest memory too, and is kept
-//! from writing by [`Quiesce`].
+//! A dirty sync stops all processes that map guest memory, reads the bits of all of them, clears the bits, and lets the
+//! processes continue. No process writes between reading and clearing, so no write is lost. Our own process may map
+//! guest memory too; [`Quiesce`] keeps it from writing.
 //!
-//! # What the bits do not show
+//! # Writes that the bits do not show
 //!
-//! They belong to a mapping and go with it. What was mapped may have been written, so what cannot be seen counts as written:
+//! The bits belong to a mapping and disappear with it. A write that cannot be ruled out counts as made:
 //!
-//! - **A mapping that is gone or changed.** What was mapped to be written at the last sync counts. New mappings are
-//!   shown as written by the kernel.
-//! - **A process that came and went.** While its parent, if it maps guest memory, has waited for it, the parent's count of its
-//!   children's page faults has grown: then all data counts.
-//! - **A process that maps here and there**, as those that user-mode Linux keeps for its address spaces do: children of a
-//!   process that maps guest memory, with other mappings than it. Between two syncs they may have mapped a page, written
-//!   it, and mapped it no more. Each such write took a page fault. Only if such a process had just as many as it has
-//!   written pages to show, in the mappings that it had before, is it believed; else all data counts. So it does when such a
-//!   process is new or gone. The same holds for a child that maps nothing now but has the memory file open. A guest in user-mode Linux whose processes come, go or map is therefore all dirty after each
-//!   interval: it is moved right, but only once, at the end.
-//! - **Pages that the kernel took out of a mapping**, with their bits, because memory was scarce or a huge page was split: if
-//!   the system has done any of this since the last sync, all data counts.
-//! - **Holes**: to make one is a write of zeros that no bit shows. A page that is a hole, and not known to be zero at the
-//!   destination, counts, and so does one that was noted in [`PunchedPages`], however it is used since.
+//! - **A mapping that was removed or changed.** The pages that it mapped writable at the last sync count as written.
+//!   The kernel reports the pages of a new mapping as written.
+//! - **A process that started and exited between two syncs.** If its parent maps guest memory and has waited for it,
+//!   the number of page faults of the parent's children has grown. All data then counts as written.
+//! - **A process whose mappings come and go**, such as a stub of user-mode Linux. This is a child of a process that
+//!   maps guest memory, with mappings that differ from those of its parent. Between two syncs it may map a page, write
+//!   the page and unmap it. Each such write takes a page fault. The bits are trusted only if the process has the same
+//!   mappings as at the last sync, and as many page faults since then as its bits show written pages. Otherwise all
+//!   data counts as written. The same holds if such a process is new or has exited. A child that maps nothing but has a
+//!   memory file open is such a process too. A guest in user-mode Linux whose processes start, exit or map memory is
+//!   therefore fully dirty at each sync. Its migration is correct, but most of its memory is sent while the guest is
+//!   paused.
+//! - **Pages that the kernel removed from a mapping**, with their bits, because memory was scarce or a huge page was
+//!   split. If the system has done so since the last sync, all data counts as written.
+//! - **Holes.** Punching a hole is a write of zeros that no bit shows. A page that is a hole counts as written unless
+//!   it is known to be zero at the destination. The same holds for a page that was noted in [`PunchedPages`], whatever
+//!   was written to it since.
 //!
-//! # What remains unseen
+//! # Writes that remain unseen
 //!
-//! - `write` to the memory file, and whatever else does not go through a mapping.
-//! - Devices and requests that write to pinned pages: of VFIO, of RDMA, direct I/O that is under way.
-//! - A process that is not a child of one that maps guest memory, and that maps, writes and unmaps between two syncs; a
-//!   mapping that one which is not a child makes, writes through and removes between two syncs; children whose parents do
-//!   not wait for them.
-//! - Processes that we may not look at.
-//! - `MADV_DONTNEED` on a mapping; holes that others make and fill by reading between two syncs.
-//! - hugetlbfs has no bits, and is refused.
+//! - `write` to the memory file, and any other access that does not use a mapping.
+//! - Devices and requests that write to pinned pages: VFIO, RDMA, and direct I/O in flight.
+//! - A mapping that is made, written through and removed between two syncs, unless by a process that counts above as
+//!   one whose mappings come and go.
+//! - A child that starts and exits between two syncs and that its parent does not wait for.
+//! - Processes that we may not examine.
+//! - `MADV_DONTNEED` on a mapping, and holes that other processes punch and fill by reading between two syncs.
 //!
-//! What [`verify`](super::SentTable) is for, with the guest paused.
+//! With the guest paused, [`verify`](super::SentTable) finds pages that were missed. Memory on hugetlbfs has no
+//! soft-dirty bits; the tracker refuses it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -54,13 +57,13 @@ use crate::processes::{
 };
 use crate::{Memory, PageRun, SyncPhase};
 
-/// How long it may take until all processes stand still.
+/// Timeout for stopping all processes.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 const HUGETLBFS: i64 = 0x9584_58f6;
 const TMPFS: i64 = 0x0102_1994;
 
-/// A tracker by soft-dirty bits.
+/// A tracker that uses soft-dirty bits.
 pub struct SoftDirtyTracker {
     quiesce: Box<dyn Quiesce>,
     inner: Inner,
@@ -70,32 +73,33 @@ struct Inner {
     memory: Memory,
     files: RamFiles,
     punched: PunchedPages,
-    /// Set for a page that may be other than zero at the destination.
+    /// Set for each page that may differ from zero at the destination.
     sent_nonzero: Vec<AtomicBitmap>,
-    /// What was seen at the last sync.
+    /// The processes as of the last sync.
     previous: BTreeMap<Process, ProcessSnapshot>,
     reclaim: Reclaim,
     all_dirty_reason: Option<String>,
 }
 
-/// A process that maps guest memory, as it was at a sync.
+/// A process that maps guest memory, as of a dirty sync.
 #[derive(Clone, Debug)]
 struct ProcessSnapshot {
     mappings: Vec<Mapping>,
     parent: u32,
     faults: u64,
     child_faults: u64,
-    /// Whether it maps here and there.
+    /// Whether its mappings come and go, see the module documentation.
     has_transient_mappings: bool,
 }
 
 impl SoftDirtyTracker {
-    /// For this memory. `quiesce` keeps our own process from writing to it. Whoever makes holes in it tells `punched`.
+    /// Returns a tracker for `memory`. `quiesce` keeps our own process from writing to the memory. Code that punches
+    /// holes in the memory notes them in `punched`.
     ///
     /// # Errors
     ///
-    /// If the kernel or the memory files do not have the bits, there is no other process that maps guest memory, or one
-    /// whose bits we may not clear.
+    /// If the kernel or the memory files do not have soft-dirty bits, if no other process maps guest memory, or if we
+    /// may not clear the bits of such a process.
     pub fn new(
         memory: Memory,
         punched: PunchedPages,
@@ -142,21 +146,22 @@ impl SoftDirtyTracker {
         })
     }
 
-    /// Whether this kernel has the bits. Clears those of our own process.
+    /// Checks that this kernel has soft-dirty bits. Clears the bits of our own process.
     ///
     /// # Errors
     ///
-    /// A sentence says why it has not.
+    /// A sentence that states why the bits are unusable.
     pub fn check_support() -> Result<(), String> {
         pagemap::check_support()
     }
 
-    /// Why the last sync took all data for written, if it did.
+    /// Returns why the last sync counted all data as written, if it did.
     pub fn all_dirty_reason(&self) -> Option<&str> {
         self.inner.all_dirty_reason.as_deref()
     }
 
-    /// Marks in `phase`, if there is one, what was written, and begins anew. Returns the pages that were not marked before.
+    /// Marks the written pages in `phase`, if there is one, and clears the bits. Returns the number of pages that were
+    /// clean before.
     fn collect_while_stopped(
         &mut self,
         phase: Option<&SyncPhase>,
@@ -247,7 +252,8 @@ impl Inner {
             self.reclaim.has_changed()?;
             self.punched.drain();
         }
-        // One that maps nothing runs on, and may map and write at this moment: its bits stay for the next sync.
+        // A process that maps nothing was not stopped, and may map and write memory now. Its bits stay for the next
+        // sync.
         for (process, _) in now
             .iter()
             .filter(|(_, snapshot)| !snapshot.mappings.is_empty())
@@ -260,7 +266,8 @@ impl Inner {
         Ok(marked)
     }
 
-    /// All processes that map guest memory, as they are now; our own too.
+    /// Returns the processes that may write to guest memory: the stopped ones, our own, and children that have a memory
+    /// file open.
     fn take_snapshot(
         &self,
         stopped: &StoppedProcesses,
@@ -317,7 +324,8 @@ impl Inner {
         Ok(now)
     }
 
-    /// Marks what was mapped to be written and is not mapped so any more, and says if anything may have been written.
+    /// Marks the pages of mappings that were writable at the last sync and have changed or disappeared. Sets `all` to
+    /// the reason if any data may have been written.
     fn mark_unmapped(
         &self,
         phase: &SyncPhase,
@@ -353,7 +361,8 @@ impl Inner {
         marked
     }
 
-    /// Marks what the bits of a process show, and says if it may have written more than that.
+    /// Marks the pages that the bits of a process show as written. Sets `all` to the reason if the process may have
+    /// written other data.
     fn mark_written(
         &self,
         phase: &SyncPhase,
@@ -396,7 +405,7 @@ impl Inner {
         Ok(marked)
     }
 
-    /// Marks all that is not a hole.
+    /// Marks all pages that are not holes.
     fn mark_data(&self, phase: &SyncPhase) -> Result<u64, TrackingError> {
         let mut marked = 0;
         for block in 0..self.sent_nonzero.len() {
@@ -409,7 +418,7 @@ impl Inner {
         Ok(marked)
     }
 
-    /// Marks holes that the destination may not have, and what was noted to have been one.
+    /// Marks the pages that are or were holes, and that may differ from zero at the destination.
     fn mark_holes(&self, phase: &SyncPhase) -> Result<u64, TrackingError> {
         let mut marked = 0;
         for run in self.punched.drain() {
@@ -434,7 +443,7 @@ impl Inner {
         Ok(marked)
     }
 
-    /// Marks those of the pages that may be other than zero at the destination.
+    /// Marks those pages of `run` that may differ from zero at the destination.
     fn mark_sent_nonzero(&self, phase: &SyncPhase, run: PageRun) -> u64 {
         let Some(bits) = self.sent_nonzero.get(run.block) else {
             return 0;
@@ -458,16 +467,16 @@ impl Inner {
     }
 }
 
-/// What the system does to pages in mappings unasked.
+/// Detects that the system has removed pages from mappings.
 #[derive(Debug)]
 struct Reclaim {
-    /// Whether all of guest memory is on tmpfs, from which pages go only to swap.
+    /// Whether all of guest memory is on tmpfs, whose pages the system removes only by swapping.
     tmpfs: bool,
     count: u64,
 }
 
 impl Reclaim {
-    /// What counts it in `/proc/vmstat`: swapping out, and splitting huge pages.
+    /// Counters in `/proc/vmstat` of pages swapped out and huge pages split.
     const COUNTERS: [&'static str; 6] = [
         "pswpout",
         "zswpout",
@@ -476,10 +485,10 @@ impl Reclaim {
         "thp_split_pmd",
         "thp_split_page",
     ];
-    /// The same, of files on disks: their pages are written back and given up.
+    /// Prefix of the counters of reclaimed pages, which matter for files on disk.
     const FILE_COUNTER_PREFIX: &'static str = "pgsteal_";
 
-    /// Whether it has happened since this was asked last.
+    /// Returns whether a counter has changed since the last call.
     fn has_changed(&mut self) -> Result<bool, TrackingError> {
         let text = fs::read_to_string("/proc/vmstat")
             .map_err(|error| TrackingError::Unavailable(format!("/proc/vmstat: {error}")))?;
@@ -520,7 +529,7 @@ mod tests {
         let made = SoftDirtyTracker::new(memory, punched, Box::new(NoWriters));
         let said = made.unwrap_err().to_string();
         match SoftDirtyTracker::check_support() {
-            // Nobody but us maps it.
+            // No other process maps the memory.
             Ok(()) => assert!(said.contains("no other process"), "{said}"),
             Err(why) => {
                 assert_eq!(said, why);

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which tracker a migration has, and whether hints count with it.
+//! Selects the dirty tracker of a migration, and whether hints are used with it.
 
 use serde::{Deserialize, Serialize};
 
 use super::{ContentTracker, DirtyTracker, PunchedPages, Quiesce, SoftDirtyTracker, TrackingError};
 use crate::Memory;
 
-/// The tracker that is asked for: the parameter `dirty-tracking`.
+/// The requested tracking mode: the parameter `dirty-tracking`.
 #[derive(Clone, Copy, Debug, Default, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TrackingMode {
-    /// Soft-dirty bits where they are to be had, else comparison.
+    /// Soft-dirty bits if they are available, otherwise comparison of content.
     #[default]
     Auto,
     /// Soft-dirty bits.
@@ -20,25 +20,25 @@ pub enum TrackingMode {
     Content,
 }
 
-/// What was chosen.
+/// The selected tracker.
 pub struct TrackerChoice {
-    /// The tracker. It has not begun.
+    /// The tracker, which is not started yet.
     pub tracker: Box<dyn DirtyTracker>,
-    /// Whether the guest is to be asked for hints.
+    /// Whether to ask the guest for hints.
     pub use_hints: bool,
-    /// What was chosen and why, for operators: a sentence or two.
+    /// The selection and its reason, in one or two sentences for the user.
     pub why: String,
 }
 
-/// Chooses a tracker for `memory`.
+/// Selects a tracker for `memory`.
 ///
-/// `hints` says whether hints are wanted, and `discards` whether their source makes hinted pages zero
-/// ([`HintSource::discards`](crate::HintSource::discards)): where the tracker needs that and has it not, hints are left out.
-/// `punched` and `quiesce` are for [`SoftDirtyTracker`].
+/// `hints` states whether hints are wanted. `discards` states whether the source of hints makes hinted pages zero
+/// ([`HintSource::discards`](crate::HintSource::discards)). If the tracker needs this and the source does not do it,
+/// hints are not used. `punched` and `quiesce` are for [`SoftDirtyTracker`].
 ///
 /// # Errors
 ///
-/// If what is asked for is not to be had.
+/// If the requested mode is not available.
 pub fn choose_tracker(
     request: TrackingMode,
     hints: bool,
@@ -75,7 +75,7 @@ pub fn choose_tracker(
     })
 }
 
-/// Whether hints count with this tracker, and a clause that says so.
+/// Returns whether hints are used with this tracker, and a clause that states why.
 fn with_hints(tracker: &dyn DirtyTracker, wanted: bool, discards: bool) -> (bool, &'static str) {
     match (wanted, tracker.hints_need_discard(), discards) {
         (false, ..) => (false, "no hints are wanted"),
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn what_is_not_to_be_had_is_refused_or_replaced_with_the_reason() {
-        // Nobody but us maps this memory, so there are no bits, whatever the kernel has.
+        // No other process maps this memory, so soft-dirty bits are unavailable on every kernel.
         let refused = chosen(TrackingMode::SoftDirty, true, false).unwrap_err();
         let choice = chosen(TrackingMode::Auto, true, false).unwrap();
         assert_eq!(choice.tracker.name(), "content");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The rounds, from the first to the last.
+//! The precopy engine, which runs the iterations.
 
 use std::time::{Duration, Instant};
 
@@ -24,26 +24,27 @@ use super::{Parameters, Parts, PrecopyError};
 pub struct Precopy {
     parameters: Parameters,
     tracker: Box<dyn DirtyTracker>,
-    /// Before the hints: when both are dropped, a guest that was paused runs on, and then hears that the round is done.
+    /// Declared before `hints`, and so dropped before it: a paused guest resumes before it is told DONE.
     vm: PauseGuard,
     hints: Hints,
     sender: PageSender,
     progress: Progress,
     cancel: CancelToken,
-    /// Bytes a second, as last measured.
+    /// Bytes per second, as last measured.
     bandwidth: Option<u64>,
 }
 
 impl Precopy {
-    /// Moves the memory of `parts` to where `connect` leads, and returns the machine, which is paused then.
+    /// Sends the memory of `parts` through the sink that `connect` returns. Returns the paused VM of `parts`, if there
+    /// is one.
     ///
-    /// It takes as long as it takes, in this thread; `progress` shows how far it is, and `cancel` ends it at once. What
-    /// `connect` makes must end when `cancel` is given, too.
+    /// Blocks until the migration has ended. `progress` shows the state of the migration, and `cancel` ends it at once.
+    /// `cancel` must also unblock the sink.
     ///
     /// # Errors
     ///
-    /// If anything goes wrong, or `cancel` came first. The machine runs then, unless it was paused by others; the guest has its
-    /// hinted pages back; and `progress` says the same.
+    /// If any step fails or the migration was cancelled. The VM then runs, unless another client has paused it. The
+    /// guest has its hinted pages back, and `progress` shows the error.
     pub fn run(
         parameters: Parameters,
         parts: Parts,
@@ -59,7 +60,7 @@ impl Precopy {
                 Ok(vm)
             }
             Err(error) => {
-                // Whatever failed after the order was given failed because of it.
+                // An error after cancellation is a consequence of the cancellation.
                 let error = if cancel.is_cancelled() {
                     PrecopyError::Cancelled
                 } else {
@@ -85,7 +86,7 @@ impl Precopy {
             hints,
             vm,
         } = parts;
-        // Dropped on whichever way out: the guest gets back what it has hinted (R16).
+        // Dropped on every return path, so that the guest gets its hinted pages back (R16).
         let hints = Hints::new(hints);
         if parameters.postcopy {
             return Err(match hints.source {
@@ -120,7 +121,7 @@ impl Precopy {
     fn run_iterations(mut self) -> Result<Option<Box<dyn Vm>>, PrecopyError> {
         let layout = self.sender.memory().layout().clone();
         let mut phase = SyncPhase::new(&layout)?;
-        // In this order: what is written from here on shows at the first sync.
+        // Tracking starts before the first page is sent, so the first sync shows every later write.
         self.tracker.start()?;
         phase.set_all();
         self.progress.set_status(MigrationStatus::Active);
@@ -151,7 +152,7 @@ impl Precopy {
         Ok(self.vm.keep_paused())
     }
 
-    /// From the end of a sync to the end of the next, with the guest running.
+    /// Runs one iteration with the guest running: from the end of a dirty sync to the end of the next.
     fn live_iteration(&mut self, phase: SyncPhase) -> Result<SyncPhase, PrecopyError> {
         let mut iteration = Iteration {
             dirty: phase.bitmap().dirty_pages(),
@@ -191,10 +192,10 @@ impl Precopy {
         Ok(phase)
     }
 
-    /// Waits for hints, all rounds together not longer than the limit (R14), and returns how long it did.
+    /// Waits for hints, and returns how long it waited. A limit applies to the waits of all iterations together (R14).
     ///
-    /// After the first round also no longer than it would take to send all that is dirty: to wait longer cannot pay, and
-    /// a guest that works makes more dirty meanwhile.
+    /// Once the bandwidth has been measured, the wait is also limited to the time that sending all dirty pages would
+    /// take. A longer wait cannot pay off, and the guest may dirty more pages meanwhile.
     fn wait_for_hints(&mut self, bitmap: &DirtyBitmap) -> Result<Duration, PrecopyError> {
         let begun = Instant::now();
         let left = self.parameters.hint_wait;
@@ -217,10 +218,11 @@ impl Precopy {
         Ok(waited)
     }
 
-    /// Pauses the machine, or waits until somebody has.
+    /// Pauses the VM, or waits until a client has paused it.
     fn pause(&mut self) -> Result<(), PrecopyError> {
         if self.parameters.pause_before_switchover {
-            // Whoever is to pause the guest may want to take the balloon from it first: it gets its pages back.
+            // The client that pauses the guest may unplug the balloon before. The guest therefore gets its pages back
+            // now.
             self.hints.done();
             self.progress.set_status(MigrationStatus::PreSwitchover);
             if !self.progress.wait_for_continue(&self.cancel) {
@@ -234,7 +236,7 @@ impl Precopy {
         Ok(())
     }
 
-    /// What is left, with the guest paused.
+    /// Runs the last iteration: sends the remaining pages while the guest is paused.
     fn final_iteration(&mut self, phase: &SyncPhase) -> Result<(), PrecopyError> {
         let bitmap = phase.bitmap().clone();
         let (before, bytes) = (self.sender.counts(), self.sender.bytes());
@@ -260,7 +262,8 @@ impl Precopy {
         Ok(())
     }
 
-    /// Compares each page that was sent with what it was sent as, if that is known, and sends what differs once more.
+    /// Compares each page that was sent with its recorded content, if there is a record. Sends the pages that differ
+    /// again.
     fn verify(&mut self, phase: &SyncPhase) -> Result<(), PrecopyError> {
         let missed = self.sender.mark_changed(phase)?;
         if missed > 0 {
@@ -269,7 +272,7 @@ impl Precopy {
                 self.tracker.name()
             );
             self.progress.update(|status| status.ram.missed += missed);
-            // A round of its own: a page is sent once in each.
+            // A new iteration: within an iteration each page is sent once.
             self.end_iteration()?;
             self.send(phase.bitmap(), 0)?;
         }
@@ -318,14 +321,14 @@ impl Precopy {
         update_progress(&self.progress, &self.sender, bitmap);
     }
 
-    /// Whether what is dirty can be sent in the downtime that is allowed.
+    /// Returns whether the dirty pages can be sent within the downtime limit.
     fn fits_downtime(&self, bitmap: &DirtyBitmap) -> bool {
         self.expected_downtime(bitmap) <= self.parameters.downtime_limit
     }
 
     fn expected_downtime(&self, bitmap: &DirtyBitmap) -> Duration {
         let bytes = bitmap.dirty_pages().saturating_mul(PAGE_SIZE);
-        // Before anything was sent there is nothing to measure by: a slow network is assumed.
+        // There is no measurement before the first page is sent: assume a slow network.
         const GIGABIT: u64 = 125_000_000;
         rate_limiter::transfer_time(bytes, self.bandwidth.unwrap_or(GIGABIT))
     }
@@ -348,7 +351,7 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The source of hints, and the window when there is none.
+/// The source of hints, and the hint window while the source does not have it.
 #[derive(Default)]
 struct Hints {
     source: Option<Box<dyn HintSource>>,
@@ -357,12 +360,12 @@ struct Hints {
 
 #[derive(Default)]
 enum WindowState {
-    /// Nobody has it: a sync is under way.
+    /// No window exists: a dirty sync runs.
     #[default]
     Closed,
-    /// The source has it.
+    /// The source has the window.
     AtSource,
-    /// There are no hints: it is kept here.
+    /// The engine has the window: this iteration has no hints.
     Local(HintWindow),
 }
 
@@ -421,7 +424,7 @@ impl Drop for Hints {
     }
 }
 
-/// A machine that goes on if it is dropped while it is paused, whatever happened.
+/// A VM that resumes if it is dropped while it is paused.
 struct PauseGuard {
     vm: Option<Box<dyn Vm>>,
     paused: bool,
@@ -434,7 +437,7 @@ impl PauseGuard {
 
     fn pause(&mut self) -> Result<(), VmError> {
         if let Some(vm) = &mut self.vm {
-            // Also if it fails half-way.
+            // Before pausing: the VM must resume even if pausing fails half-way.
             self.paused = true;
             vm.pause()?;
         }

@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Precopy: memory is sent while the guest runs, round by round, until what is left is sent with the guest paused.
+//! Precopy: sends memory in iterations while the guest runs, and the rest while the guest is paused.
 //!
 //! ```text
-//!  begin tracking, mark all
-//!  ┌► hints wanted, under a new id ── wait for them, for a while (R14)
-//!  │  send what is dirty; hints come meanwhile, too
-//!  └─ hints dead (R6), sync ◄── again while what is left takes longer than the downtime allows
-//!     [pre-switchover: DONE; wait to be told]
-//!     pause the vm, last sync, send the rest, check, end; DONE
+//!  start tracking, mark all pages dirty
+//!  ┌► open a hint round ── wait for hints, within a limit (R14)
+//!  │  send dirty pages; more hints arrive meanwhile
+//!  └─ close the hint round (R6), dirty sync ◄── repeat while the rest exceeds the downtime limit
+//!     [pre-switchover: DONE, wait for migrate-continue]
+//!     pause the VM, last dirty sync, send the rest, verify, finish; DONE
 //! ```
 //!
-//! However it ends, the guest gets its hinted pages back (R16); and unless all of its memory is at the destination, it runs
-//! on. What it can rely on is in the types: hints are taken by a [`HintWindow`](crate::HintWindow), which a sync consumes.
+//! However a migration ends, the guest gets its hinted pages back (R16). Unless all of its memory is at the
+//! destination, the guest continues to run. The types enforce the order of hints and dirty syncs: a
+//! [`HintWindow`](crate::HintWindow) accepts hints, and a sync consumes it.
 
 mod engine;
 mod progress;
@@ -34,24 +35,24 @@ pub use engine::Precopy;
 pub use progress::{Progress, ProgressEvent};
 pub use sink::{Sink, SinkError};
 
-/// How a migration is to go. The names are those of QEMU's `migrate-set-parameters` where it has one.
+/// Parameters of a migration. Names are those of QEMU's `migrate-set-parameters` where QEMU has one.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Parameters {
-    /// `max-bandwidth`: bytes a second over the wire while the guest runs; 0 for as many as there can be.
+    /// `max-bandwidth`: limit in bytes per second while the guest runs. 0 means no limit.
     pub max_bandwidth: u64,
-    /// `downtime-limit`: the guest is paused once what is left can be sent in this time.
+    /// `downtime-limit`: the guest is paused once the remaining pages can be sent in this time.
     pub downtime_limit: Duration,
-    /// `max-rounds`: the guest is paused after so many rounds, however much is left. At least 1.
+    /// `max-rounds`: the guest is paused after this number of iterations, however much remains. At least 1.
     pub max_rounds: u32,
-    /// `free-page-hint-wait`: how long a migration waits for hints, all its rounds together (R14).
+    /// `free-page-hint-wait`: how long a migration waits for hints, in total over all iterations (R14).
     pub hint_wait: Duration,
-    /// `zero-page-detection`: whether pages are read to see if they are zero. Without it only holes of the memory files are
-    /// sent as zeros, and pages can go out without a copy.
+    /// `zero-page-detection`: whether pages are read to find pages of zeros. Without it only holes of the memory files
+    /// are sent as zeros, and pages can be sent without a copy.
     pub zero_page_detection: bool,
-    /// `postcopy-ram`: refused; with hints it would lose pages (R7).
+    /// `postcopy-ram`: refused. With hints it would lose pages (R7).
     pub postcopy: bool,
-    /// `pause-before-switchover`: once what is left would fit, hinted pages are returned, and the migration waits to be told
-    /// that the machine was paused.
+    /// `pause-before-switchover`: before the last iteration, the migration returns the hinted pages and waits until a
+    /// client has paused the guest and sends `migrate-continue`.
     pub pause_before_switchover: bool,
 }
 
@@ -69,36 +70,37 @@ impl Default for Parameters {
     }
 }
 
-/// What a migration is made of.
+/// The components of a migration.
 pub struct Parts {
-    /// What is moved.
+    /// The memory to send.
     pub memory: Memory,
-    /// Who knows of writes.
+    /// The dirty tracker.
     pub tracker: Box<dyn DirtyTracker>,
-    /// What was sent of each page, to compare it with at the end (`verify`). A tracker that compares needs none.
+    /// Records the content that was sent, for a comparison at the end (`verify`). Unnecessary with a tracker that
+    /// compares content.
     pub sent: Option<SentTable>,
-    /// Who asks for hints, if they are to be used. They must be sound with the tracker.
+    /// The source of hints, if hints are used. Hints must be sound with the tracker.
     pub hints: Option<Box<dyn HintSource>>,
-    /// Who pauses the guest. Nobody, with `pause-before-switchover`.
+    /// The VM to pause. It may be `None` with `pause-before-switchover`.
     pub vm: Option<Box<dyn Vm>>,
 }
 
-/// Why a migration failed. The guest runs on, and has its pages back.
+/// Why a migration failed. The guest continues to run and has its hinted pages back.
 #[derive(Debug, Error)]
 pub enum PrecopyError {
-    /// It was told to end.
+    /// The migration was cancelled.
     #[error("the migration was cancelled")]
     Cancelled,
-    /// Both were asked for (R7).
+    /// Post-copy and hints were requested together (R7).
     #[error("free-page-hint cannot be used with postcopy-ram: a page that was not sent may be asked for when it is too late; switch one of them off")]
     PostcopyWithHints,
-    /// It is not there.
+    /// Post-copy was requested and is not supported.
     #[error("postcopy-ram is not supported: switch it off")]
     Postcopy,
-    /// There is nobody to pause the machine.
+    /// There is no VM to pause.
     #[error("nobody can pause the machine: name its QMP socket or its process, or use pause-before-switchover")]
     NoVm,
-    /// Hints would not be sound.
+    /// Hints are not sound with the dirty tracker.
     #[error("dirty tracking by {0} may use hints only if hinted pages are discarded: start the device with --discard-hinted, and use a driver that accepts it")]
     UnsoundHints(&'static str),
     /// See [`LayoutError`].
@@ -107,23 +109,23 @@ pub enum PrecopyError {
     /// See [`TrackingError`].
     #[error(transparent)]
     Tracking(#[from] TrackingError),
-    /// The destination cannot be reached, or refuses, or is gone.
+    /// The destination cannot be reached, refuses the stream, or has disconnected.
     #[error("{0}")]
     Sink(SinkError),
     /// Guest memory cannot be read.
     #[error("guest memory cannot be read at {offset:#x} of block {block}: {source}")]
     Read {
-        /// The index of the block.
+        /// Index of the RAM block.
         block: usize,
-        /// Bytes from its start.
+        /// Offset in the RAM block, in bytes.
         offset: u64,
-        /// Why.
+        /// The system error.
         source: std::io::Error,
     },
-    /// The window of hints is gone, and with it what may be sent.
+    /// The hint window was lost, and with it the right to change the dirty bitmap.
     #[error("the hints of this round are lost: {0}")]
     Hints(String),
-    /// The machine was not paused.
+    /// The VM was not paused.
     #[error("the machine cannot be paused: {0}")]
     Vm(#[from] VmError),
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What others see of a migration while it goes on.
+//! The progress of a migration, as other threads see it.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,21 +8,21 @@ use std::time::{Duration, Instant};
 use crate::status::{Iteration, MigrationInfo, MigrationStatus, TrackingInfo};
 use crate::{CancelToken, PAGE_SIZE};
 
-/// Something that operators may want to be told.
+/// A change that QMP clients may want to know.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum ProgressEvent {
-    /// It has come so far.
+    /// The migration has entered this state.
     State(MigrationStatus),
-    /// So many syncs were done.
+    /// This number of dirty syncs is done.
     Pass(u64),
 }
 
-/// The most rounds that are kept.
+/// Maximum number of iterations that are kept.
 const MAX_ITERATIONS: usize = 100;
 
 type EventHandler = Box<dyn Fn(ProgressEvent) + Send + Sync>;
 
-/// A migration as others see it, from any thread. Copies show the same one.
+/// The progress of a migration, for any thread. Clones share it.
 #[derive(Clone)]
 pub struct Progress(Arc<Inner>);
 
@@ -46,7 +46,8 @@ impl std::fmt::Debug for Progress {
 }
 
 impl Progress {
-    /// A migration that begins now. `on_event` is told of what happens, in the migration's thread; it must not wait for that.
+    /// Returns the progress of a migration that starts now. `on_event` is called in the thread that changes the
+    /// progress, without the lock. It must not wait for the migration.
     pub fn new(on_event: impl Fn(ProgressEvent) + Send + Sync + 'static) -> Self {
         let status = MigrationInfo {
             status: MigrationStatus::Setup,
@@ -64,7 +65,7 @@ impl Progress {
         }))
     }
 
-    /// How it stands.
+    /// Returns the current status.
     pub fn status(&self) -> MigrationInfo {
         let shared = self.shared();
         let mut status = shared.status.clone();
@@ -77,7 +78,8 @@ impl Progress {
         status
     }
 
-    /// Tells a migration in [`MigrationStatus::PreSwitchover`] that the machine is paused, and says whether it was in that state.
+    /// Tells a migration in [`MigrationStatus::PreSwitchover`] that the VM is paused. Returns whether the migration was
+    /// waiting for this.
     pub fn continue_migration(&self) -> bool {
         let mut shared = self.shared();
         let waits = shared.status.status == MigrationStatus::PreSwitchover && !shared.is_continued;
@@ -88,14 +90,14 @@ impl Progress {
         waits
     }
 
-    /// Says that it is being given up.
+    /// Sets the state to [`MigrationStatus::Cancelling`], unless the migration has ended.
     pub fn set_cancelling(&self) {
         if !self.shared().status.status.is_over() {
             self.set_status(MigrationStatus::Cancelling);
         }
     }
 
-    /// Waits until it is over, for `timeout` at most, and says whether it is.
+    /// Waits until the migration has ended, for at most `timeout`. Returns whether it has ended.
     pub fn wait_until_over(&self, timeout: Duration) -> bool {
         let shared = self.shared();
         let (shared, _) = self
@@ -106,12 +108,12 @@ impl Progress {
         shared.status.status.is_over()
     }
 
-    /// Notes how writes are tracked.
+    /// Records how writes are tracked.
     pub fn set_tracking(&self, tracking: TrackingInfo) {
         self.shared().status.tracking = Some(tracking);
     }
 
-    /// Notes that it has failed before its rounds began, or why it was not even tried.
+    /// Records the failure or cancellation of the migration, also of one that was not started.
     pub fn fail(&self, error: &super::PrecopyError) {
         let state = match error {
             super::PrecopyError::Cancelled => MigrationStatus::Cancelled,
@@ -134,7 +136,7 @@ impl Progress {
             if shared.status.status == state {
                 return;
             }
-            // Whoever gives up says so until the end.
+            // A migration that is being cancelled keeps that state until it ends.
             if shared.status.status == MigrationStatus::Cancelling && !state.is_over() {
                 return;
             }
@@ -157,12 +159,12 @@ impl Progress {
         (self.0.on_event)(ProgressEvent::State(state));
     }
 
-    /// Waits to be told to go on; `false` if `cancel` came first.
+    /// Waits until a client continues the migration. Returns `false` if `cancel` came first.
     pub(super) fn wait_for_continue(&self, cancel: &CancelToken) -> bool {
         let inner = Arc::downgrade(&self.0);
         cancel.on_cancel(move || {
             if let Some(inner) = inner.upgrade() {
-                // Not between the sleeper's look and its sleep.
+                // Take the lock, so that the notification does not fall between the waiter's check and its wait.
                 drop(inner.shared.lock());
                 inner.changed.notify_all();
             }
@@ -178,7 +180,7 @@ impl Progress {
         shared.is_continued && !cancel.is_cancelled()
     }
 
-    /// Changes the figures.
+    /// Updates the status.
     pub(super) fn update(&self, change: impl FnOnce(&mut MigrationInfo)) {
         let mut shared = self.shared();
         change(&mut shared.status);
@@ -186,14 +188,14 @@ impl Progress {
         let ram = &mut shared.status.ram;
         ram.page_size = PAGE_SIZE;
         if elapsed > 0.0 {
-            // For people: the mantissa is long enough.
+            // Precise enough for a value that is shown.
             #[allow(clippy::cast_precision_loss)]
             let bits = ram.transferred as f64 * 8.0;
             ram.mbps = bits / elapsed / 1e6;
         }
     }
 
-    /// Notes that a round is over, and with it a sync if there was one.
+    /// Records the end of an iteration, and of a dirty sync if `synced` is true.
     pub(super) fn add_iteration(&self, iteration: Iteration, synced: bool) {
         let mut passes = 0;
         self.update(|status| {

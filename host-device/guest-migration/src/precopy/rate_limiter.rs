@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The bandwidth: how much may be used, and how much there is.
+//! Bandwidth: its limit and its measurement.
 
 use std::time::{Duration, Instant};
 
-/// Holds a sender to a number of bytes a second.
+/// Limits a sender to a number of bytes per second.
 #[derive(Debug)]
 pub struct RateLimiter {
     bytes_per_second: u64,
@@ -13,7 +13,7 @@ pub struct RateLimiter {
 }
 
 impl RateLimiter {
-    /// A limit that begins now; 0 is none.
+    /// Returns a limiter that starts now. A limit of 0 means no limit.
     pub fn new(bytes_per_second: u64) -> Self {
         Self {
             bytes_per_second,
@@ -22,7 +22,7 @@ impl RateLimiter {
         }
     }
 
-    /// Counts `bytes` that were sent, and says how long to wait before more are.
+    /// Counts `bytes` that were sent, and returns how long to wait before sending more.
     pub fn delay_after(&mut self, bytes: u64) -> Duration {
         if self.bytes_per_second == 0 {
             return Duration::ZERO;
@@ -32,7 +32,7 @@ impl RateLimiter {
     }
 }
 
-/// How long `bytes` take at a rate. For ever, at none.
+/// Returns how long sending `bytes` takes at a rate, or [`Duration::MAX`] at a rate of 0.
 pub fn transfer_time(bytes: u64, bytes_per_second: u64) -> Duration {
     if bytes == 0 {
         return Duration::ZERO;
@@ -44,7 +44,7 @@ pub fn transfer_time(bytes: u64, bytes_per_second: u64) -> Duration {
     }
 }
 
-/// Bytes a second, if any time has passed.
+/// Returns the rate in bytes per second, or `None` if no time has passed.
 pub fn rate(bytes: u64, time: Duration) -> Option<u64> {
     let rate = (u128::from(bytes) * 1_000_000_000).checked_div(time.as_nanos())?;
     Some(u64::try_from(rate).unwrap_or(u64::MAX))
@@ -68,7 +68,7 @@ mod tests {
     fn a_limit_makes_one_wait_and_none_does_not() {
         let mut rate_limiter = RateLimiter::new(1);
         let wait = rate_limiter.delay_after(10_000);
-        // What has passed already counts.
+        // Time that has passed already counts.
         assert!(wait > Duration::from_secs(9_000) && wait <= Duration::from_secs(10_000));
         assert!(rate_limiter.delay_after(1000) > wait);
         assert_eq!(RateLimiter::new(0).delay_after(u64::MAX), Duration::ZERO);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Sending what is dirty.
+//! Sends dirty pages.
 
 use crate::atomic_bitmap::AtomicBitmap;
 use crate::digest::is_zero;
@@ -11,26 +11,26 @@ use super::rate_limiter::RateLimiter;
 use super::sink::Sink;
 use super::PrecopyError;
 
-/// The most pages that are read and sent at once.
+/// Maximum number of pages that are read and sent at once.
 const CHUNK_PAGES: u64 = 256;
 
-/// What was sent.
+/// Numbers of pages sent.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct SentCounts {
-    /// Pages with their content.
+    /// Pages sent with their content.
     pub(super) normal: u64,
-    /// Pages as zeros.
+    /// Pages sent as zeros.
     pub(super) duplicate: u64,
-    /// Of both, those that had been sent before.
+    /// Pages of both kinds that were sent before.
     pub(super) resent: u64,
 }
 
-/// Takes dirty pages and sends them.
+/// Takes dirty pages from the bitmap and sends them.
 pub(super) struct PageSender {
     memory: Memory,
     sink: Box<dyn Sink>,
     sent: Option<SentTable>,
-    /// Pages that were sent at least once, by block.
+    /// Set for each page that was sent at least once, by RAM block.
     sent_before: Vec<AtomicBitmap>,
     zero_page_detection: bool,
     buffer: Vec<u8>,
@@ -63,7 +63,7 @@ impl PageSender {
         self.sink.bytes()
     }
 
-    /// All that was sent so far.
+    /// Returns the numbers of pages sent so far.
     pub(super) fn counts(&self) -> SentCounts {
         self.counts
     }
@@ -72,18 +72,18 @@ impl PageSender {
         &self.memory
     }
 
-    /// What was sent of each page, if it is kept here and not by the tracker.
+    /// Returns the content that was sent, if it is recorded here and not by the tracker.
     pub(super) fn sent_table(&self) -> Option<&SentTable> {
         self.sent.as_ref()
     }
 
-    /// Marks each page that was sent and is not any more what it was sent as. Returns how many there are.
+    /// Marks each page that was sent and whose content has changed since. Returns the number of these pages.
     pub(super) fn mark_changed(&mut self, phase: &SyncPhase) -> Result<u64, PrecopyError> {
         let mut marked = 0;
         if let Some(table) = &mut self.sent {
             let mut changed = Vec::new();
             table.compare(&self.memory, |run| {
-                // What hints have spared is not the same, and need not be.
+                // A page that hints have spared may differ.
                 changed.extend(phase.bitmap().taken_among(run));
             })?;
             marked = changed.into_iter().map(|run| phase.mark(run)).sum();
@@ -91,9 +91,9 @@ impl PageSender {
         Ok(marked)
     }
 
-    /// Sends every page that is dirty, each once, and calls `on_progress` now and then.
+    /// Sends every dirty page once, and calls `on_progress` after each chunk.
     ///
-    /// A page that becomes clean before its turn is left out: somebody has hinted it.
+    /// Skips a page that becomes clean before its turn: a hint has cleared its dirty bit.
     pub(super) fn send(
         &mut self,
         bitmap: &DirtyBitmap,
@@ -103,8 +103,8 @@ impl PageSender {
         mut on_progress: impl FnMut(&Self),
     ) -> Result<(), PrecopyError> {
         let (mut block, mut page) = (0, 0);
-        // Where the file has data; looked up once for each stretch of it. A page that is written after the look is written
-        // after the last sync, and shows at the next.
+        // A run of data in the file, looked up once for each run. A page that is written after the lookup is written
+        // after the last dirty sync, so the next sync shows it.
         let mut data: Option<PageRun> = None;
         while let Some(run) = bitmap.next_dirty(block, page, u64::MAX) {
             if cancel.is_cancelled() {
@@ -116,7 +116,7 @@ impl PageSender {
                 data = Some(
                     found
                         .map_err(|source| read_error(run, source))?
-                        // Nothing but holes up to the end of the block.
+                        // Only holes follow up to the end of the RAM block.
                         .unwrap_or(PageRun {
                             block: run.block,
                             first: pages.map_or(u64::MAX, |it| it.pages()),
@@ -176,14 +176,14 @@ impl PageSender {
         result
     }
 
-    /// Sends pages through the buffer: these bytes and no others are what the destination has, and what the tracker is told.
+    /// Sends pages through the buffer. The destination receives exactly the bytes that the tracker records.
     fn send_copied(
         &mut self,
         run: PageRun,
         buffer: &mut Vec<u8>,
         tracker: &mut dyn DirtyTracker,
     ) -> Result<(), PrecopyError> {
-        // A piece is at most 1 MiB.
+        // A run has at most 1 MiB here.
         let length = usize::try_from(run.length()).unwrap_or(usize::MAX);
         buffer.resize(length, 0);
         self.memory

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The rounds, with a guest, a device and a destination that are in the test.
+//! Tests of the precopy engine with a simulated guest, device and destination.
 
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
@@ -21,23 +21,23 @@ use crate::{
 const PAGES: u64 = 64;
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// What the parts of a migration have done, in order, and what they are to do.
+/// The log of the simulated components, and the events and faults that a test injects.
 #[derive(Default)]
 struct TestState {
     log: Vec<String>,
     there: Vec<u8>,
-    /// What happens when the destination is called for the n-th time.
+    /// What happens at the n-th call of the destination.
     at: Vec<(usize, Act)>,
     calls: usize,
-    /// What the guest hints in each of its rounds.
+    /// The hints that the guest gives, by hint round.
     hints: Vec<Vec<PageRun>>,
     discards: bool,
-    /// The round from which on the guest says nothing; the first is 1.
+    /// The first hint round that the guest does not finish, counted from 1.
     silent_from: Option<usize>,
     waited: Duration,
     lose_window: bool,
     pause_fails: bool,
-    /// A guest that is paused does not write.
+    /// Whether the guest is paused. A paused guest does not write.
     paused: bool,
     bitmap: Option<Arc<DirtyBitmap>>,
 }
@@ -49,7 +49,7 @@ enum Act {
     Fail,
 }
 
-/// Whether a tracker that is told of writes is told of this one.
+/// Whether a mock tracker is told of a write.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Report {
     Yes,
@@ -118,7 +118,7 @@ impl Test {
         self.state.lock().unwrap().there.clone()
     }
 
-    /// Moves, with a tracker that is told of writes, or with one that compares.
+    /// Migrates with a tracker that compares content if `compare` is true, and otherwise with a mock tracker.
     fn migrate(
         &mut self,
         parameters: Parameters,
@@ -385,7 +385,7 @@ fn what_is_written_while_memory_is_sent_is_sent_again() {
         let mut test = filled();
         test.set(|state| {
             state.discards = true;
-            // In the first round, and between the end of the second and the pause.
+            // All in the first iteration: pages 2 and 3 are written after they were sent, page 60 before.
             state.at = vec![
                 (1, Act::Write(2, 77, Report::Yes)),
                 (1, Act::Write(60, 78, Report::Yes)),
@@ -395,7 +395,7 @@ fn what_is_written_while_memory_is_sent_is_sent_again() {
         let (result, status) = test.migrate(Parameters::default(), compare);
         result.unwrap();
         assert_eq!(test.here(), test.there());
-        // To compare shows that page 60 was written before its turn came; to be told does not.
+        // Comparison finds that page 60 was sent with its new content. The mock tracker marks it dirty again.
         assert_eq!(status.ram.resent, if compare { 2 } else { 3 });
         assert_eq!(status.ram.dirty_sync_count, status.rounds.len() as u64);
     }
@@ -416,7 +416,7 @@ fn iterations_continue_while_too_much_is_dirty_and_end_at_the_limit() {
     result.unwrap();
     assert_eq!(status.rounds.iter().filter(|it| !it.paused).count(), 4);
     assert_eq!(test.count("open"), 4);
-    // The guest is paused by then in earnest.
+    // The last iteration runs with the guest paused.
     assert_eq!(status.rounds.last().map(|it| it.paused), Some(true));
 }
 
@@ -525,7 +525,7 @@ fn later_iterations_wait_no_longer_than_they_would_send() {
     let (result, status) = test.migrate(parameters, false);
     result.unwrap();
     assert_eq!(status.rounds.len(), 5);
-    // A page, at the speed of a loop in memory.
+    // Sending one page takes little time here.
     assert!(test.state.lock().unwrap().waited < Duration::from_secs(60));
 }
 
@@ -604,7 +604,7 @@ fn before_switchover_hinted_pages_are_back_and_others_pause() {
         while states.recv().unwrap() != waits {}
         assert_eq!(test.count("done"), 1);
         assert_eq!(test.count("finish"), 0);
-        // The guest still runs, and uses what it has got back.
+        // The guest still runs, and uses a page that it got back.
         test.write(4, 99, Report::Yes);
         assert!(progress.continue_migration());
         assert!(!progress.continue_migration(), "once is enough");
@@ -626,7 +626,7 @@ fn a_check_at_the_end_finds_what_tracking_has_missed() {
         hints: None,
         vm: Some(Box::new(TestVm(test.clone()))),
     };
-    // After it was sent, and nobody is told.
+    // Written after the page was sent, and not reported to the tracker.
     test.set(|state| state.at = vec![(1, Act::Write(0, 99, Report::No))]);
     let (result, status) = test.run(Parameters::default(), parts);
     result.unwrap();
@@ -637,7 +637,7 @@ fn a_check_at_the_end_finds_what_tracking_has_missed() {
 #[test]
 fn without_zero_page_detection_only_holes_are_zeros_and_the_tracker_is_told_of_all() {
     let mut test = filled();
-    // A page of zeros that is no hole.
+    // An allocated page of zeros.
     test.write(40, 0, Report::No);
     let parameters = Parameters {
         zero_page_detection: false,
@@ -665,7 +665,7 @@ fn a_bandwidth_that_is_too_low_is_kept_to() {
     };
     let (result, status) = test.migrate(parameters, false);
     result.unwrap();
-    // Two calls a round here, which count a page each; the last round has no limit.
+    // The sink counts one page for each call. The call that ends the iteration is not limited.
     let bytes = status.rounds[0].transferred - PAGE_SIZE;
     let least = bytes * 1_000_000 / (20 * PAGE_SIZE);
     assert!(status.rounds[0].send_us >= least, "{status:?}");
@@ -685,7 +685,7 @@ fn hints() -> impl Strategy<Value = Vec<Vec<PageRun>>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever the guest writes and hints meanwhile: what is not the same at the end is what hints have spared.
+    /// Pages that differ at the end are pages that hints have spared, whatever the guest writes and hints.
     #[test]
     fn only_what_hints_have_spared_may_differ_at_the_end(
         acts in acts(), hints in hints(), compare: bool, rounds in 1..5u32,

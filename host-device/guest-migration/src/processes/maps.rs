@@ -1,33 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `/proc/PID/maps`.
+//! Parser for `/proc/PID/maps`.
 
 use super::FileId;
 use crate::PAGE_SIZE;
 
-/// A part of a block that a process shares through addresses of its own. Whole pages.
+/// A shared mapping of a part of a RAM block in a process. It consists of whole pages.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Mapping {
     /// The first address.
     pub(crate) start: u64,
     /// The address after the last.
     pub(crate) end: u64,
-    /// The index of the block.
+    /// Index of the RAM block.
     pub(crate) block: usize,
-    /// The page of the block that lies at `start`.
+    /// The page of the RAM block that is mapped at `start`.
     pub(crate) first: u64,
-    /// Whether the process may write there now.
+    /// Whether the process may write through the mapping now.
     pub(crate) writable: bool,
 }
 
 impl Mapping {
-    /// The number of pages.
+    /// Returns the number of pages.
     pub(crate) fn pages(&self) -> u64 {
         (self.end - self.start) / PAGE_SIZE
     }
 }
 
-/// The shared mappings in the text of a `maps` file whose files `block` knows. A line that is none is skipped.
+/// Returns the shared mappings of memory files in the text of a `maps` file. `block` returns the RAM block index of a
+/// memory file. Skips all other lines.
 pub(super) fn parse<'a>(
     text: &'a [u8],
     block: impl Fn(FileId) -> Option<usize> + 'a,
@@ -36,9 +37,9 @@ pub(super) fn parse<'a>(
         .filter_map(move |line| mapping(line, &block))
 }
 
-/// `55d0-55d2 rw-s 00001000 00:01 1234      /memfd:ram (deleted)`
+/// Parses a line such as `55d0-55d2 rw-s 00001000 00:01 1234      /memfd:ram (deleted)`.
 fn mapping(line: &[u8], block: &impl Fn(FileId) -> Option<usize>) -> Option<Mapping> {
-    // Only the name, the last, may be other than ASCII, and it may hold anything.
+    // Only the path, the last field, may contain characters that are not ASCII. It may contain any characters.
     let mut words = line
         .split(|byte| *byte == b' ')
         .map(|word| std::str::from_utf8(word).unwrap_or_default());

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which processes map guest memory, and how they are made to stand still.
+//! The processes that map guest memory, and how to stop them.
 //!
-//! They are found by the device and inode of the memory files in `/proc/*/maps`. A process that may not be looked at is
-//! taken to map nothing: to see those of other users takes the rights to do so. So does a file system that shows another
-//! device in `maps` than `stat` does (btrfs, some overlays): keep guest memory in a memfd, or on tmpfs or hugetlbfs.
+//! The search compares the device and inode numbers in `/proc/*/maps` with those of the memory files. It misses a
+//! process that this process may not examine: examining the processes of other users requires privileges. It also
+//! misses mappings on a file system that reports another device in `maps` than in `stat` (btrfs, some overlays). Keep
+//! guest memory in a memfd, or on tmpfs or hugetlbfs.
 
 mod maps;
 mod process;
@@ -21,7 +22,7 @@ pub(crate) use stop::{StopError, StoppedProcesses};
 
 use crate::Memory;
 
-/// What a file is called in `/proc/PID/maps`.
+/// Identifies a file in `/proc/PID/maps`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 struct FileId {
     major: u32,
@@ -39,7 +40,7 @@ impl FileId {
     }
 }
 
-/// The memory files of a guest, by the index of their block.
+/// The memory files of a guest, by RAM block index.
 #[derive(Clone, Debug)]
 pub(crate) struct RamFiles(Vec<FileId>);
 
@@ -52,7 +53,7 @@ pub(crate) struct MappingProcess {
 }
 
 impl RamFiles {
-    /// The files of `memory`.
+    /// Returns the identities of the files of `memory`.
     pub(crate) fn from_memory(memory: &Memory) -> io::Result<Self> {
         let ids = memory
             .blocks()
@@ -64,8 +65,8 @@ impl RamFiles {
         self.0.iter().position(|file| *file == id)
     }
 
-    /// Where the process maps guest memory such that others see what it writes there, by ascending address. Nothing if it
-    /// is no more.
+    /// Returns the shared mappings of guest memory in a process, by ascending address. Returns none if the process has
+    /// exited.
     pub(crate) fn mappings(&self, pid: u32) -> io::Result<Vec<Mapping>> {
         match none_if_exited(fs::read(format!("/proc/{pid}/maps")))? {
             Some(text) => Ok(maps::parse(&text, |id| self.block(id)).collect()),
@@ -73,12 +74,12 @@ impl RamFiles {
         }
     }
 
-    /// Every process but ours that maps guest memory, by its number.
+    /// Returns every process that maps guest memory, by ascending pid, but not our own.
     pub(crate) fn mapping_processes(&self) -> io::Result<Vec<MappingProcess>> {
         self.mapping_processes_except(&[])
     }
 
-    /// Every process but ours and `known` that maps guest memory, by its number.
+    /// Returns every process that maps guest memory, by ascending pid, but not our own and not those in `known`.
     fn mapping_processes_except(&self, known: &[Process]) -> io::Result<Vec<MappingProcess>> {
         let own = std::process::id();
         let mut mapping_processes = Vec::new();
@@ -87,7 +88,7 @@ impl RamFiles {
             if pid == own {
                 continue;
             }
-            // Another may have its number by now.
+            // Another process may have the same pid by now.
             if let Some(known) = known.iter().find(|it| it.pid == pid) {
                 if stat(pid)?.is_none_or(|it| it.process == *known) {
                     continue;
@@ -103,7 +104,7 @@ impl RamFiles {
         Ok(mapping_processes)
     }
 
-    /// The children of `parents` that map no guest memory, but could: they have it open.
+    /// Returns the children of `parents` that have a memory file open but do not map it now.
     pub(crate) fn children_with_memory_open(&self, parents: &[u32]) -> io::Result<Vec<Stat>> {
         let mut children_with_memory_open = Vec::new();
         for pid in all_pids()? {
@@ -127,7 +128,7 @@ impl RamFiles {
         Ok(children_with_memory_open)
     }
 
-    /// Whether the process has guest memory open.
+    /// Returns whether the process has a memory file open.
     fn has_memory_open(&self, pid: u32) -> io::Result<bool> {
         let Some(entries) = none_if_exited(fs::read_dir(format!("/proc/{pid}/fd")))? else {
             return Ok(false);
@@ -144,7 +145,8 @@ impl RamFiles {
         Ok(false)
     }
 
-    /// Whether the process maps guest memory. Reads no more than it takes to see that: there may be thousands of mappings.
+    /// Returns whether the process maps guest memory. Stops reading at the first such mapping, because a process may
+    /// have thousands of mappings.
     fn is_mapped_by(&self, pid: u32) -> io::Result<bool> {
         let Some(file) = none_if_exited(File::open(format!("/proc/{pid}/maps")))? else {
             return Ok(false);
@@ -175,7 +177,7 @@ impl RamFiles {
     }
 }
 
-/// The numbers of all processes.
+/// Iterates over the pids of all processes.
 fn all_pids() -> io::Result<impl Iterator<Item = io::Result<u32>>> {
     let entries = fs::read_dir("/proc")?;
     Ok(entries.filter_map(|entry| {

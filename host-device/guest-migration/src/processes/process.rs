@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What `/proc` says of a process.
+//! Information about a process from `/proc`.
 
 use std::fs;
 use std::io;
@@ -8,45 +8,46 @@ use std::str::FromStr;
 
 use rustix::io::Errno;
 
-/// A process: its number, and when it began, lest another with the same number be taken for it.
+/// A process, identified by its pid and its start time. The start time distinguishes it from a later process with the
+/// same pid.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub(crate) struct Process {
-    /// Its number.
+    /// The pid.
     pub(crate) pid: u32,
-    /// When it began, in clock ticks since the system did.
+    /// Start time, in clock ticks since boot.
     pub(crate) start_time: u64,
 }
 
-/// `/proc/PID/stat`, as far as it matters here.
+/// The fields of `/proc/PID/stat` that are used here.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) struct Stat {
     pub(crate) process: Process,
     pub(crate) state: ThreadState,
-    /// The number of its parent.
+    /// The pid of the parent.
     pub(crate) parent: u32,
-    /// Page faults that it had so far.
+    /// Number of page faults so far.
     pub(crate) faults: u64,
-    /// Page faults of its children, those only that are no more and that it has waited for.
+    /// Number of page faults of its children that have exited and that it has waited for.
     pub(crate) child_faults: u64,
 }
 
-/// `/proc/PID/status`, as far as it matters here.
+/// The fields of `/proc/PID/status` that are used here.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(super) struct Status {
-    /// The number of the process that traces it, or 0.
+    /// The pid of the tracer, or 0.
     pub(super) tracer: u32,
-    /// How many filters its system calls go through.
+    /// Number of seccomp filters.
     pub(super) seccomp_filters: u32,
 }
 
-/// What a thread is doing.
+/// The state of a thread.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum ThreadState {
-    /// Nothing, until it is told to go on: by a signal, or by the process that traces it.
+    /// Stopped, by a signal or for its tracer.
     Stopped,
-    /// Nothing any more.
+    /// Exited.
     Ended,
-    /// Anything else; the letter says what.
+    /// Any other state, with its letter in `/proc/PID/stat`.
     Active(char),
 }
 
@@ -60,7 +61,7 @@ impl ThreadState {
     }
 }
 
-/// Nothing instead of the error that a process, or a thread, is no more.
+/// Returns `None` instead of an error that states that a process or thread has exited.
 pub(crate) fn none_if_exited<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -74,7 +75,7 @@ pub(crate) fn none_if_exited<T>(result: io::Result<T>) -> io::Result<Option<T>> 
     }
 }
 
-/// Of a process; nothing if it is no more.
+/// Reads `/proc/PID/stat`. Returns `None` if the process has exited.
 pub(crate) fn stat(pid: u32) -> io::Result<Option<Stat>> {
     let Some(text) = none_if_exited(fs::read(format!("/proc/{pid}/stat")))? else {
         return Ok(None);
@@ -83,7 +84,7 @@ pub(crate) fn stat(pid: u32) -> io::Result<Option<Stat>> {
     stat.map(Some).ok_or_else(|| malformed(pid, "stat"))
 }
 
-/// The name, in brackets, may hold anything.
+/// Parses `/proc/PID/stat`. The process name, in parentheses, may contain any characters.
 fn parse_stat(pid: u32, text: &str) -> Option<Stat> {
     let (_, rest) = text.rsplit_once(')')?;
     let words: Vec<&str> = rest.split_ascii_whitespace().collect();
@@ -100,7 +101,7 @@ fn parse_stat(pid: u32, text: &str) -> Option<Stat> {
     })
 }
 
-/// Of a process; nothing if it is no more.
+/// Reads `/proc/PID/status`. Returns `None` if the process has exited.
 pub(super) fn status(pid: u32) -> io::Result<Option<Status>> {
     let Some(text) = none_if_exited(fs::read(format!("/proc/{pid}/status")))? else {
         return Ok(None);
@@ -122,7 +123,8 @@ pub(super) fn status(pid: u32) -> io::Result<Option<Status>> {
     Ok(Some(status))
 }
 
-/// Whether all threads of a process stand still, and if not, what one of them does.
+/// Returns the state of a thread of the process that is not stopped, or `None` if all threads are stopped or have
+/// exited.
 pub(super) fn active_thread_state(pid: u32) -> io::Result<Option<char>> {
     let Some(tasks) = none_if_exited(fs::read_dir(format!("/proc/{pid}/task")))? else {
         return Ok(None);
@@ -143,19 +145,19 @@ pub(super) fn active_thread_state(pid: u32) -> io::Result<Option<char>> {
     Ok(None)
 }
 
-/// The program that a process runs, as the name of a file; empty if it runs none any more.
+/// Returns the path of the program that a process runs, or an empty string if the process has exited.
 pub(super) fn executable(pid: u32) -> io::Result<String> {
     let link = none_if_exited(fs::read_link(format!("/proc/{pid}/exe")))?;
     Ok(link.map_or_else(String::new, |path| path.to_string_lossy().into_owned()))
 }
 
-/// Whether a process maps a file whose path holds `name`.
+/// Returns whether a process maps a file whose path contains `name`.
 pub(super) fn has_mapped_file(pid: u32, name: &str) -> io::Result<bool> {
     let text = none_if_exited(fs::read(format!("/proc/{pid}/maps")))?.unwrap_or_default();
     Ok(String::from_utf8_lossy(&text).contains(name))
 }
 
-/// Whether any of a process's mappings was made since its soft-dirty bits were cleared.
+/// Returns whether a process has made a mapping since its soft-dirty bits were cleared.
 pub(crate) fn has_soft_dirty_mappings(pid: u32) -> io::Result<bool> {
     let text = none_if_exited(fs::read(format!("/proc/{pid}/smaps")))?.unwrap_or_default();
     Ok(text.split(|byte| *byte == b'\n').any(|line| {

@@ -1,28 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Processes made to stand still, all of them, and seen to.
+//! Stops all processes that map guest memory, and verifies that they have stopped.
 //!
-//! `SIGSTOP` stops all threads of a process, each when it next leaves the kernel: so each is looked at until it has. Then
-//! the processes are looked for again, until a search finds none that does not stand still already: whoever makes new
-//! ones was stopped before that search began.
+//! `SIGSTOP` stops all threads of a process, each when it next leaves the kernel. Each process is therefore polled
+//! until all its threads have stopped. The search for processes is then repeated until it finds no further process. All
+//! processes that could create another one were stopped before this last search began.
 //!
 //! # User-mode Linux
 //!
-//! Its kernel is a process, and each address space of a process in it is another one, a *stub*, which the kernel has made.
-//! How a stub may be stopped depends on how it is governed:
+//! The kernel of user-mode Linux (the UML kernel) is a process. For each address space of its guest it creates another
+//! process, a *stub*. The signal that may stop a stub depends on the state of the stub:
 //!
-//! - Traced, as is usual: `SIGSTOP` never gets to a traced process but makes it stop for its tracer, and the kernel, when it
-//!   goes on, takes a signal that it does not expect from a stub for the end of the world. One signal it does expect at any
-//!   time, because it sends it itself, to get a processor back that a process keeps: `SIGALRM`. So the kernel is stopped first.
-//!   Then a stub either stands still for its tracer already, and is left alone, or runs on in its process; then `SIGALRM`
-//!   makes it stop for its tracer, which will let it go on itself.
-//! - With a filter of system calls of its own (`seccomp=on`, as with several processors): it is a process like others.
-//! - Neither yet: it is being set up, and soon one or the other. A traced stub that still maps its own program is being
-//!   set up too: then `SIGALRM` is *not* expected, but it stops by itself.
+//! - Traced, as is usual: `SIGSTOP` makes a traced process stop for its tracer. When the UML kernel continues, it
+//!   treats an unexpected signal of a stub as a fatal error. It expects `SIGALRM` at any time, because it sends this
+//!   signal itself to preempt a guest process. The UML kernel is therefore stopped first. A stub that has then stopped
+//!   for its tracer is left alone. A stub that still runs guest code receives `SIGALRM` and stops for its tracer, which
+//!   later continues it.
+//! - Under a seccomp filter of its own (`seccomp=on`, as with several processors): `SIGSTOP` stops the stub as it stops
+//!   other processes.
+//! - Neither traced nor filtered: the stub is being set up, and enters one of the two other states soon. A traced stub
+//!   that still maps its own program is being set up too. The UML kernel does *not* expect `SIGALRM` of such a stub,
+//!   but the stub stops for its tracer without a signal.
 //!
-//! The kernel can make no stubs while it stands still. While it makes one it waits for it, and cannot be stopped before
-//! that is done: another reason why stubs must not be stopped first. They go on first, so that the kernel does not see
-//! them stopped.
+//! A stopped UML kernel creates no stubs. While it creates a stub, it waits for the stub, and stops only afterwards.
+//! This is another reason not to stop stubs first. Stubs continue first, so that the UML kernel does not see them
+//! stopped.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -36,27 +38,28 @@ use thiserror::Error;
 use super::process::{active_thread_state, executable, has_mapped_file, stat, status};
 use super::{MappingProcess, Process, RamFiles};
 
-/// In the path of the program of a stub, which is a memfd or a temporary file.
+/// Part of the path of a stub's program, which is a memfd or a temporary file.
 const STUB_NAME: &str = "uml-userspace";
 
-/// The first and the longest time between two looks at a process that does not stand still yet.
+/// The first interval between two polls of a process that has not stopped. It doubles with each poll.
 const POLL_INTERVAL_MIN: Duration = Duration::from_micros(20);
+/// The longest interval between two polls of a process that has not stopped.
 const POLL_INTERVAL_MAX: Duration = Duration::from_millis(2);
 
-/// Why processes do not stand still. Those that did go on.
+/// Why the processes were not stopped. Those that were stopped continue.
 #[derive(Debug, Error)]
 pub(crate) enum StopError {
-    /// It goes on working.
+    /// A process still runs.
     #[error("process {pid}, which maps guest memory, did not stop within {timeout:?}: a thread of it is in state {state}")]
     StillRunning {
         pid: u32,
         state: char,
         timeout: Duration,
     },
-    /// New ones keep appearing.
+    /// New processes keep appearing.
     #[error("after {timeout:?} there still are new processes that map guest memory")]
     NewProcesses { timeout: Duration },
-    /// It cannot be stopped or looked at.
+    /// A process cannot be stopped or examined.
     #[error("process {pid}, which maps guest memory, cannot be stopped: {source}")]
     Process { pid: u32, source: io::Error },
     /// The processes cannot be found.
@@ -64,7 +67,7 @@ pub(crate) enum StopError {
     Search(io::Error),
 }
 
-/// All processes but ours that map guest memory, standing still. They go on when this is dropped.
+/// All processes that map guest memory but our own, stopped. Dropping it lets them continue.
 #[derive(Debug)]
 pub(crate) struct StoppedProcesses {
     /// In the order in which they were stopped.
@@ -77,20 +80,20 @@ struct StopTarget {
     process: Process,
     parent: u32,
     handle: OwnedFd,
-    /// Whether it is a stub of user-mode Linux.
+    /// Whether the process is a stub of user-mode Linux.
     is_stub: bool,
-    /// Whether it has been sent what makes it stop.
+    /// Whether the process was sent a signal that makes it stop.
     is_signalled: bool,
-    /// Whether it is to be told to go on.
+    /// Whether the process needs `SIGCONT` to continue.
     needs_sigcont: bool,
 }
 
 impl StoppedProcesses {
-    /// Stops all processes but ours that map `files`.
+    /// Stops all processes that map `files`, but not our own.
     ///
     /// # Errors
     ///
-    /// If one does not stand still, or new ones keep appearing, for longer than `timeout`.
+    /// If a process cannot be found, examined or stopped, or if new processes keep appearing for longer than `timeout`.
     pub(crate) fn stop(files: &RamFiles, timeout: Duration) -> Result<Self, StopError> {
         let mut stopped = Self {
             targets: Vec::new(),
@@ -121,18 +124,18 @@ impl StoppedProcesses {
         }
     }
 
-    /// The processes.
+    /// Iterates over the stopped processes.
     pub(crate) fn processes(&self) -> impl Iterator<Item = Process> + '_ {
         self.targets.iter().map(|target| target.process)
     }
 
-    /// Lets them go on, and says how long they have been standing still.
+    /// Lets the processes continue. Returns the time since the first one was stopped.
     pub(crate) fn resume(mut self) -> Result<Duration, StopError> {
         self.resume_all()?;
         Ok(self.since.elapsed())
     }
 
-    /// Those that were stopped last go on first.
+    /// Lets the processes continue, the last one that was stopped first.
     fn resume_all(&mut self) -> Result<(), StopError> {
         let mut result = Ok(());
         while let Some(target) = self.targets.pop() {
@@ -146,12 +149,13 @@ impl StoppedProcesses {
 
 impl Drop for StoppedProcesses {
     fn drop(&mut self) {
-        // What cannot be told to go on cannot be helped.
+        // Drop cannot report an error.
         let _ = self.resume_all();
     }
 }
 
-/// Those that must be stopped before the others: whose parents and tracers are not among those found.
+/// Returns the processes to stop before the others: those whose parent and tracer are not in `found`. Returns all
+/// processes if there are none.
 fn stopped_first(found: &[MappingProcess]) -> Vec<&MappingProcess> {
     let among = |pid: u32| found.iter().any(|it| it.process.pid == pid);
     let first: Vec<_> = found
@@ -166,7 +170,7 @@ fn stopped_first(found: &[MappingProcess]) -> Vec<&MappingProcess> {
 }
 
 impl StopTarget {
-    /// Nothing if it is no more.
+    /// Returns the target for a process, or `None` if the process has exited.
     fn new(mapping_process: &MappingProcess) -> Result<Option<Self>, StopError> {
         let (process, parent) = (mapping_process.process, mapping_process.parent);
         let pid = process.pid;
@@ -178,7 +182,7 @@ impl StopTarget {
             Err(Errno::SRCH) => return Ok(None),
             Err(error) => return Err(failed(error.into())),
         };
-        // The handle is of the process with that number now.
+        // The pidfd is that of the process that has the pid now. It may be a later process with the same pid.
         match stat(pid).map_err(failed)? {
             Some(now) if now.process == process => {}
             _ => return Ok(None),
@@ -199,20 +203,21 @@ impl StopTarget {
         StopError::Process { pid, source }
     }
 
-    /// What one of its threads does; nothing if they all stand still.
+    /// Returns the state of a thread that is not stopped, or `None` if all threads are stopped.
     fn active_thread_state(&self) -> Result<Option<char>, StopError> {
         active_thread_state(self.process.pid).map_err(|error| self.failed(error))
     }
 
     fn send(&self, signal: Signal) -> Result<(), StopError> {
         match pidfd_send_signal(&self.handle, signal) {
-            // It is no more.
+            // `SRCH`: the process has exited.
             Ok(()) | Err(Errno::SRCH) => Ok(()),
             Err(error) => Err(self.failed(error.into())),
         }
     }
 
-    /// Tells it to stop, unless that is to wait, or it stands still already: then it is someone else's to let it go on.
+    /// Sends the signal that makes the process stop, unless it was sent already or must wait. Sends none to a process
+    /// that has stopped already: another process is then responsible for its continuation.
     fn send_stop(&mut self) -> Result<(), StopError> {
         if self.is_signalled || self.active_thread_state()?.is_none() {
             return Ok(());
@@ -223,7 +228,7 @@ impl StopTarget {
             Some(Signal::STOP)
         };
         if let Some(signal) = signal {
-            // Before it is sent: it must go on also if this fails half way.
+            // Before the signal is sent: the process must continue even if stopping fails half-way.
             self.is_signalled = true;
             self.needs_sigcont = signal == Signal::STOP;
             self.send(signal)?;
@@ -231,7 +236,8 @@ impl StopTarget {
         Ok(())
     }
 
-    /// What makes a stub stop now; nothing if it is being set up. See the module's description.
+    /// Returns the signal that makes a stub stop now, or `None` if the stub is being set up. See the module
+    /// documentation.
     fn stub_stop_signal(&self) -> Result<Option<Signal>, StopError> {
         let pid = self.process.pid;
         let failed = |error| self.failed(error);

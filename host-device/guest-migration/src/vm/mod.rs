@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Who can pause the virtual machine for the last of a migration.
+//! Pausing the virtual machine (VM) for the switchover.
 
 mod process_vm;
 mod qmp_vm;
@@ -10,27 +10,27 @@ use thiserror::Error;
 pub use process_vm::ProcessVm;
 pub use qmp_vm::QmpVm;
 
-/// Why a virtual machine was not paused, or does not go on.
+/// Why a VM was not paused or not resumed.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 #[error("{0}")]
 pub struct VmError(pub String);
 
 /// A virtual machine that can be paused.
 pub trait Vm: Send {
-    /// Whom it asks, for operators: "QMP at /run/vm.qmp".
+    /// Returns how the VM is paused, for the user: "QMP at /run/vm.qmp".
     fn describe(&self) -> String;
 
-    /// Pauses the guest: no processor of it, and no device but ours, writes to guest memory once this has returned.
+    /// Pauses the guest. Once this returns, no vCPU writes to guest memory, and no device other than our own.
     ///
     /// # Errors
     ///
-    /// If it cannot be paused. It runs on then.
+    /// If the guest cannot be paused. It then continues to run.
     fn pause(&mut self) -> Result<(), VmError>;
 
-    /// Lets the guest go on.
+    /// Resumes the guest.
     ///
     /// # Errors
     ///
-    /// If it cannot be told to.
+    /// If the guest cannot be resumed.
     fn resume(&mut self) -> Result<(), VmError>;
 }

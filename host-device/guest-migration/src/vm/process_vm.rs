@@ -8,16 +8,16 @@ use super::{Vm, VmError};
 use crate::processes::{RamFiles, StopError, StoppedProcesses};
 use crate::Memory;
 
-/// How long it may take until all processes stand still.
+/// Timeout for stopping all processes.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The virtual machine whose processes are those that map guest memory: all but ours.
+/// A VM that consists of all processes that map guest memory, but not our own.
 ///
-/// They are stopped by `SIGSTOP`, which no guest notices but by its clock. User-mode Linux has a process for each address
-/// space of its guest, and bears it. Whoever talks to one of the processes finds it silent while it is paused: to pause
-/// the VMM by its own command is better, if it has one.
+/// `SIGSTOP` stops these processes. The guest notices the pause only by its clock. User-mode Linux, which has a process
+/// for each address space of its guest, supports this. A stopped process does not answer its clients, so the VMM's own
+/// pause command is preferable if it has one.
 ///
-/// It goes on if this is dropped.
+/// Dropping a paused VM lets its processes continue.
 #[derive(Debug)]
 pub struct ProcessVm {
     files: RamFiles,
@@ -25,7 +25,7 @@ pub struct ProcessVm {
 }
 
 impl ProcessVm {
-    /// Those that map `memory`. Which they are is found out when they are to be paused.
+    /// Returns the VM whose processes map `memory`. [`Vm::pause`] searches for the processes.
     ///
     /// # Errors
     ///
@@ -39,7 +39,7 @@ impl ProcessVm {
         })
     }
 
-    /// The numbers of the processes that stand still.
+    /// Returns the pids of the stopped processes.
     pub fn paused_pids(&self) -> Vec<u32> {
         let stopped = self.stopped.iter();
         stopped

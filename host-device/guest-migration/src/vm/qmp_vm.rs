@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A VMM that is asked over its QMP socket, as QEMU is.
+//! A VM that is paused through the QMP socket of its VMM, such as QEMU.
 
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -12,21 +12,22 @@ use serde_json::json;
 
 use super::{Vm, VmError};
 
-/// How long the VMM may take to greet, to answer, and to come to rest.
+/// Timeout for the greeting, for each answer, and for pausing and resuming.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// How often it is asked whether it has.
+/// Interval between two queries of the run state.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// What `query-status` says.
+/// The answer to `query-status`.
 #[derive(Deserialize)]
 struct RunState {
     running: bool,
     status: String,
 }
 
-/// A virtual machine whose VMM has a QMP socket.
+/// A VM whose VMM has a QMP socket.
 ///
-/// It is connected to only while it is asked: a monitor of QEMU serves one client at a time, and others may want it.
+/// It connects only for the time of an operation. A QEMU monitor serves one client at a time, and other clients may
+/// need it.
 #[derive(Debug)]
 pub struct QmpVm {
     path: PathBuf,
@@ -35,12 +36,12 @@ pub struct QmpVm {
 }
 
 impl QmpVm {
-    /// The machine behind the socket at `path`. It is asked once, so that a wrong path shows now and not when the guest is to be
-    /// paused.
+    /// Returns the VM behind the socket at `path`. Queries its state once, so that a wrong path is found now and not at
+    /// the switchover.
     ///
     /// # Errors
     ///
-    /// If nobody answers there, or not as a VMM does.
+    /// If the socket does not answer as a VMM does, or if the guest does not run.
     pub fn new(path: &Path) -> Result<Self, VmError> {
         Self::with_timeout(path, TIMEOUT)
     }
@@ -68,7 +69,7 @@ impl QmpVm {
             .map_err(|error| self.failed(&error))
     }
 
-    /// Gives a command, and waits until the guest runs or does not.
+    /// Executes a command, and waits until the guest runs or is paused, as `running` states.
     fn command(&self, vmm: &mut Client, name: &str, running: bool) -> Result<(), VmError> {
         vmm.command(name, json!({}))
             .map_err(|error| self.failed(&error))?;
@@ -105,7 +106,7 @@ impl Vm for QmpVm {
     fn pause(&mut self) -> Result<(), VmError> {
         let mut vmm = self.connect()?;
         if !self.state(&mut vmm)?.running {
-            // Somebody else has paused it, and it is for him to let it go on.
+            // Another client has paused the guest and is responsible for resuming it.
             return Ok(());
         }
         match self.command(&mut vmm, "stop", false) {
@@ -114,7 +115,8 @@ impl Vm for QmpVm {
                 Ok(())
             }
             Err(error) => {
-                // It may have been heard. This connection may be of no more use, and there may be one at a time.
+                // The VMM may have received the command. Use a new connection, because this one may be unusable. Close
+                // this one first, because the VMM may serve one client at a time.
                 drop(vmm);
                 let running = self
                     .connect()
@@ -149,11 +151,10 @@ mod tests {
 
     use super::*;
 
-    /// What takes longer hangs.
+    /// A limit that only a hanging test exceeds.
     const LONG: Duration = Duration::from_secs(600);
 
-    /// A VMM that comes to rest, or goes on, only when it has been asked for its state a few times, and that serves one
-    /// client at a time.
+    /// A VMM that changes its run state only after several `query-status`, and that serves one client at a time.
     struct Vmm {
         _folder: tempfile::TempDir,
         path: PathBuf,
@@ -258,7 +259,7 @@ mod tests {
         let vmm = vmm(&[]);
         let mut vm = QmpVm::with_timeout(&vmm.path, LONG).unwrap();
         let mut client = vm.connect().unwrap();
-        // The connection has its limit already; this one is for coming to rest.
+        // The connection has its own timeout. This one limits the wait for the pause.
         vm.timeout = Duration::from_millis(50);
         let error = vm.command(&mut client, "query-status", false);
         let error = error.unwrap_err().to_string();
