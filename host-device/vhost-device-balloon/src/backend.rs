@@ -25,7 +25,7 @@ use vmm_sys_util::event::{
 };
 
 use crate::device::{Device, MAX_QUEUE_SIZE};
-use crate::lock;
+use crate::sync::lock;
 use crate::vring::{NotificationSuppression, Vring};
 
 /// Event number of [`Backend::reschedule_fd`]: queues that exhausted their drain budget get another turn. The crate

@@ -5,7 +5,7 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::lock;
+use crate::sync::lock;
 
 /// A counter of changes that threads can wait for. Notifying does not wait for other threads, and is
 /// allowed under any lock.

@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{json, Value};
 use tracing::warn;
 
-use crate::lock;
+use crate::sync::lock;
 
 /// Sends events to all subscribers. Never waits for a subscriber: a subscriber that does not read loses events.
 #[derive(Debug, Default)]

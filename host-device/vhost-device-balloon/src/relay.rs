@@ -24,7 +24,8 @@ use rustix::net::{
 };
 use tracing::{debug, warn};
 
-use crate::lock;
+use crate::device::NotifyConfigChange;
+use crate::sync::lock;
 
 /// Bytes of a message header: request, flags and payload size, 32 bits each.
 const HEADER: usize = 12;
@@ -56,9 +57,11 @@ impl ConfigNotifier {
         *lock(&self.channel) = Some(channel);
         Ok(())
     }
+}
 
+impl NotifyConfigChange for ConfigNotifier {
     /// Notifies the front end, if there is a channel. Never blocks.
-    pub fn notify(&self) {
+    fn notify(&self) {
         let channel = lock(&self.channel);
         let Some(channel) = channel.as_ref() else {
             debug!("the configuration has changed, and the front end has no channel to hear of it");

@@ -17,8 +17,8 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::backend::{Backend, RESCHEDULE_EVENT};
 use crate::device::Device;
-use crate::lock;
 use crate::relay::{CloseReason, ConfigNotifier, Relay};
+use crate::sync::lock;
 
 /// Why a front end cannot be served.
 #[derive(Debug, Error)]

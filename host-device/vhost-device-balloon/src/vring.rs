@@ -12,7 +12,7 @@ use vhost_user_backend::{VringRwLock, VringStateGuard, VringStateMutGuard, Vring
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
-use crate::lock;
+use crate::sync::lock;
 
 type AtomicGuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 

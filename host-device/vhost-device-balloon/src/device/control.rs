@@ -10,10 +10,28 @@ use shared_abi::queue::{negotiated_queues, Queue};
 use tracing::info;
 use vhost_user_backend::VringT;
 
-use super::hinting::{HintingError, HintingStatus};
-use super::{BalloonError, Connection, Device, QueueStatus, StatsReport, VirtioStatus};
+use super::connection::Connection;
+use super::hinting::{HintingChanges, HintingError, HintingStatus};
+use super::status::{QueueStatus, StatsReport, VirtioStatus};
+use super::Device;
 use crate::memory::Ram;
 use crate::vring::Vring;
+
+/// Why a balloon command fails.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum BalloonError {
+    /// Guest memory is not known yet.
+    #[error(
+        "no front end has shared its memory yet: start the VMM with this device's socket first"
+    )]
+    NoMemory,
+    /// The target is 0.
+    #[error("the target must be a size in bytes, larger than 0")]
+    ZeroTarget,
+    /// The balloon would need more pages than 32 bits can count.
+    #[error("the balloon cannot hold {0} pages: 2^32 - 1 of 4 KiB are the most")]
+    TooLarge(u64),
+}
 
 impl Device {
     /// Sets the target: the size in bytes of guest memory outside the balloon. Notifies the driver if the number
@@ -226,14 +244,14 @@ impl Device {
     fn publish_hint_round(
         &mut self,
         before: shared_abi::command::CommandId,
-        result: Result<super::HintingChanges, HintingError>,
+        result: Result<HintingChanges, HintingError>,
     ) -> Result<HintId, HintingError> {
         let (changes, result) = match result {
             Ok(changes) => (changes, Ok(())),
             Err(error) => {
                 let changed = before != self.hinting.cmd_id();
                 (
-                    super::HintingChanges {
+                    HintingChanges {
                         config: changed,
                         phase: changed,
                     },

@@ -6,10 +6,12 @@ use shared_abi::command::CommandId;
 use shared_abi::features::Features;
 use shared_abi::page::PFN_SHIFT;
 use shared_abi::queue::Queue;
+use tracing::debug;
 use vhost_user_backend::VringT;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
+use super::connection::QueueCounters;
 use super::request::{MemoryGuard, Request, RequestError};
 use super::{pfn, stats, Device};
 use crate::vring::{NotificationSuppression, Vring};
@@ -50,11 +52,47 @@ impl QueueContext<'_> {
 }
 
 impl Device {
+    /// Gives the queue `index` a turn. Returns whether the queue needs another one.
+    pub fn handle_queue(&mut self, index: usize, vrings: &[Vring]) -> bool {
+        if let Some(connection) = &mut self.connection {
+            if connection.vrings.is_empty() {
+                connection.vrings = vrings.to_vec();
+            }
+        }
+        self.detect_driver_restart();
+        self.handle_driver_start();
+        self.send_pending_config_change();
+        let features = self.negotiated_features.unwrap_or_default();
+        let (Some(queue), Some(vring)) = (Queue::from_index(index, features), vrings.get(index))
+        else {
+            debug!("queue {index} was kicked, and does not exist with these features");
+            return false;
+        };
+        self.update_counters(index, |counters| counters.wakeups += 1);
+        let Some(memory) = self.connection.as_ref().and_then(|it| it.memory.clone()) else {
+            return false;
+        };
+        let more = self.drain(queue, index, vring, &memory);
+        let avail_idx = vring.get_ref().get_queue().next_avail();
+        self.update_counters(index, |counters| counters.last_avail_idx = Some(avail_idx));
+        more
+    }
+
+    fn update_counters(&mut self, index: usize, change: impl FnOnce(&mut QueueCounters)) {
+        if let Some(counters) = self
+            .connection
+            .as_mut()
+            .and_then(|connection| connection.counters.get_mut(index))
+        {
+            change(counters);
+        }
+    }
+
     /// Takes requests from the queue until it is empty or the budget is exhausted. Returns whether
     /// more may be available.
     ///
     /// The device never polls (R1): an empty queue ends the turn, and the driver's next notification starts another.
-    pub(super) fn drain(
+    fn drain(
         &mut self,
         queue: Queue,
         index: usize,

@@ -12,8 +12,11 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::memory::ReleaseError;
 
+/// The largest queue size that is offered.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
 /// The most descriptors in one chain: the largest queue size that is offered.
-pub const MAX_SEGMENTS: usize = super::MAX_QUEUE_SIZE as usize;
+pub const MAX_SEGMENTS: usize = MAX_QUEUE_SIZE as usize;
 
 /// Guest memory, as descriptor chains hold it.
 pub type MemoryGuard = vm_memory::GuestMemoryLoadGuard<GuestMemoryMmap>;

@@ -11,7 +11,7 @@ use shared_abi::command::HintId;
 use crate::device::migration_claim::{ClaimError, ClaimedResources, OnInvalidated};
 use crate::device::Device;
 use crate::event_count::EventCount;
-use crate::lock;
+use crate::sync::lock;
 
 /// A migration's claim on a device. Dropping it releases the claim, and the guest frees its hinted blocks (R16).
 #[derive(Debug)]

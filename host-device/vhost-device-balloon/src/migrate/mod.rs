@@ -6,32 +6,39 @@
 //! ([`hint_source`]), the parameters that QMP clients set ([`parameters`]), and the choice of tracker,
 //! VM and stream ([`setup`]).
 //!
+//! This file contains the manager. `job` is the work of a migration's thread. `failure` is why this program ended a
+//! migration.
+//!
 //! Locks are taken in the order manager, device, progress. The device reports an invalidated claim under its own lock,
 //! so the callback takes only locks after that one.
 
+mod failure;
 pub mod hint_source;
+mod job;
 pub mod parameters;
 mod setup;
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use guest_migration::precopy::{Precopy, PrecopyError, Progress, ProgressEvent};
+use guest_migration::precopy::{PrecopyError, Progress, ProgressEvent};
 use guest_migration::status::{MigrationInfo, MigrationStatus};
 use guest_migration::stream::{Address, AddressError};
-use guest_migration::vm::{Vm, VmError};
+use guest_migration::vm::VmError;
 use guest_migration::CancelToken;
 use serde_json::json;
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::info;
 
-use crate::device::migration_claim::{ClaimError, Invalidated};
+use crate::device::migration_claim::ClaimError;
 use crate::device::Device;
 use crate::events::Events;
-use crate::lock;
+use crate::sync::lock;
+use failure::{effective_status, on_invalidated, FailureReason};
 use hint_source::ClaimGuard;
+use job::{Job, PausedVm};
 use parameters::{MigrationCapabilities, MigrationParameters};
 
 /// How long the program waits at its end for the driver to read that it may free its hinted blocks.
@@ -108,12 +115,6 @@ struct CurrentMigration {
     /// Whether the VMM pauses the guest through QMP. Otherwise the guest's processes are stopped.
     by_vmm: bool,
 }
-
-/// The VM that a completed migration has left paused.
-type PausedVm = Arc<Mutex<Option<Box<dyn Vm>>>>;
-
-/// Why this program ended the migration, if it did. Such a migration is shown as failed, not as cancelled.
-type FailureReason = Arc<OnceLock<String>>;
 
 impl CurrentMigration {
     fn status(&self) -> MigrationInfo {
@@ -350,9 +351,7 @@ impl MigrationManager {
             std::mem::forget(vm);
         }
     }
-}
 
-impl MigrationManager {
     /// Waits until the driver has read the last command id, for at most [`CMD_ID_READ_TIMEOUT`]. The driver cannot
     /// read configuration space after the connection is closed.
     fn wait_for_cmd_id_read(&self) {
@@ -373,114 +372,6 @@ impl MigrationManager {
     }
 }
 
-/// The work of a migration's thread.
-struct Job {
-    config: setup::MigrationConfig,
-    claimed_device: setup::ClaimedDevice,
-    progress: Progress,
-    cancel: CancelToken,
-    vm: PausedVm,
-    on_end: Arc<dyn Fn() + Send + Sync>,
-}
-
-impl Job {
-    fn run(self) {
-        let Self {
-            config,
-            claimed_device,
-            progress,
-            cancel,
-            vm: paused_vm,
-            on_end,
-        } = self;
-        // Runs after a panic as well. Unwinding has released the claim by then.
-        let _over = OnDrop(|| {
-            if !progress.status().status.is_over() {
-                let text = "the thread of the migration has panicked";
-                progress.fail(&PrecopyError::Sink(text.into()));
-            }
-            on_end();
-        });
-        let parameters = config.parameters.to_precopy(config.capabilities);
-        match config.prepare(claimed_device, &progress, &cancel) {
-            Ok((parts, stream_config)) => {
-                let connect = stream_config.connector(&cancel);
-                match Precopy::run(parameters, parts, connect, &progress, &cancel) {
-                    // The VM stays paused: the guest is at the destination now.
-                    Ok(vm) => {
-                        *lock(&paused_vm) = vm;
-                        info!("migration: completed");
-                    }
-                    Err(error) => warn!("migration: {error}"),
-                }
-            }
-            Err(error) => {
-                warn!("migration: {error}");
-                progress.fail(&match cancel.is_cancelled() {
-                    true => PrecopyError::Cancelled,
-                    false => error,
-                });
-            }
-        }
-    }
-}
-
-struct OnDrop<F: FnMut()>(F);
-
-impl<F: FnMut()> Drop for OnDrop<F> {
-    fn drop(&mut self) {
-        (self.0)();
-    }
-}
-
 fn emit(events: &Events, state: MigrationStatus) {
     events.emit("MIGRATION", json!({ "status": state.name() }));
-}
-
-/// Returns a status as QMP clients see it. A migration that this program ended for a reason is shown as failed;
-/// [`Precopy`] reports it as cancelled.
-fn effective_status(mut status: MigrationInfo, failure: &FailureReason) -> MigrationInfo {
-    if let Some(why) = failure.get() {
-        match status.status {
-            MigrationStatus::Cancelled => {
-                status.status = MigrationStatus::Failed;
-                status.error_desc = Some(why.clone());
-            }
-            MigrationStatus::Cancelling => status.error_desc = Some(why.clone()),
-            _ => {}
-        }
-    }
-    status
-}
-
-/// Returns the callback for an invalidated claim. It ends the migration, unless the migration can continue.
-fn on_invalidated(
-    progress: Progress,
-    cancel: CancelToken,
-    failure: FailureReason,
-) -> Box<dyn Fn(Invalidated) + Send> {
-    Box::new(move |invalidated| {
-        let state = progress.status().status;
-        let why = match invalidated {
-            // The balloon is unplugged in these states. The memory files are still open.
-            Invalidated::FrontEndDisconnected(why)
-                if matches!(
-                    state,
-                    MigrationStatus::PreSwitchover | MigrationStatus::Device
-                ) =>
-            {
-                info!("{why}; the migration goes on ({})", state.name());
-                return;
-            }
-            Invalidated::FrontEndDisconnected(why) => {
-                format!("the migration has lost its guest: {why}")
-            }
-            Invalidated::MemoryChanged(why) => format!("the guest's memory has changed: {why}"),
-        };
-        if !state.is_over() {
-            // The first reason is kept.
-            let _ = failure.set(why);
-            cancel.cancel();
-        }
-    })
 }

@@ -1,162 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The commands of the balloon.
+//! The handlers of the balloon's commands.
 
 use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use serde::de::DeserializeOwned;
 use serde::Deserialize;
 use serde_json::{json, Map, Value};
 use shared_abi::features::Features;
-use thiserror::Error;
 
-use super::{migration_commands, CommandContext};
-use crate::device::hinting::HintingError;
-use crate::device::saved_state::SavedStateError;
-use crate::device::{phase_name, BalloonError, Device, StatsReport};
-use crate::lock;
-use crate::migrate::parameters::ParameterError;
-use crate::migrate::MigrateError;
+use super::command::{expect_no_arguments, parse, CommandError};
+use super::context::CommandContext;
+use crate::device::{phase_name, Device, StatsReport};
+use crate::sync::lock;
 
 /// How long `query-guest-stats` waits for the driver.
 const STATS_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Why a command fails.
-#[derive(Debug, Error)]
-pub enum CommandError {
-    /// No command has this name.
-    #[error("The command {0} has not been found")]
-    NotFound(String),
-    /// The client has not sent `qmp_capabilities`.
-    #[error("Expecting capabilities negotiation with 'qmp_capabilities'")]
-    NotNegotiated,
-    /// The client has already sent `qmp_capabilities`.
-    #[error("Capabilities negotiation is already complete, command ignored")]
-    AlreadyNegotiated,
-    /// The arguments are not valid for the command.
-    #[error("the arguments are wrong: {0}")]
-    Arguments(#[from] serde_json::Error),
-    /// The capability is not offered.
-    #[error("Capability '{0}' is not available")]
-    Capability(String),
-    /// See [`BalloonError`].
-    #[error(transparent)]
-    Balloon(#[from] BalloonError),
-    /// See [`HintingError`].
-    #[error(transparent)]
-    Hinting(#[from] HintingError),
-    /// See [`SavedStateError`].
-    #[error(transparent)]
-    SavedState(#[from] SavedStateError),
-    /// See [`MigrateError`].
-    #[error(transparent)]
-    Migrate(#[from] MigrateError),
-    /// See [`ParameterError`].
-    #[error(transparent)]
-    Parameter(#[from] ParameterError),
-    /// The memory files cannot be examined.
-    #[error("the guest's memory files cannot be examined: {0}")]
-    Memory(std::io::Error),
-    /// The guest has sent no statistics.
-    #[error("the guest gives no statistics: its driver has not accepted VIRTIO_BALLOON_F_STATS_VQ, or has not sent any yet")]
-    NoStats,
-}
-
-impl CommandError {
-    /// Returns the class of the error in QMP.
-    pub fn class(&self) -> &'static str {
-        match self {
-            Self::NotFound(_) | Self::NotNegotiated | Self::AlreadyNegotiated => "CommandNotFound",
-            _ => "GenericError",
-        }
-    }
-}
-
 /// The most ranges in one answer of `query-hinted-ranges`.
 const MAX_RANGES: usize = 1 << 16;
 
-pub(super) type CommandHandler = fn(&CommandContext, Option<&Value>) -> Result<Value, CommandError>;
-
-/// The commands that `query-commands` lists, without those of migration and those of the protocol itself.
-const COMMANDS: [(&str, CommandHandler); 15] = [
-    ("balloon", balloon),
-    ("query-balloon", query_balloon),
-    ("query-commands", query_commands),
-    ("free-page-hint-start", hint_start),
-    ("free-page-hint-stop", hint_stop),
-    ("free-page-hint-done", hint_done),
-    ("free-page-hint-sync", hint_sync),
-    ("query-free-page-hint", query_hint),
-    ("query-hinted-ranges", query_hinted_ranges),
-    ("query-guest-memory", query_guest_memory),
-    ("query-virtio-status", query_virtio_status),
-    ("query-guest-stats", query_guest_stats),
-    ("query-device-state", query_device_state),
-    ("save-device-state", save_device_state),
-    ("query-version", query_version),
-];
-
-fn all() -> impl Iterator<Item = &'static (&'static str, CommandHandler)> {
-    COMMANDS.iter().chain(&migration_commands::COMMANDS)
-}
-
-/// Executes the command `name`.
-///
-/// # Errors
-///
-/// See [`CommandError`].
-pub fn execute(
+pub(super) fn balloon(
     context: &CommandContext,
-    name: &str,
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
-    match all().find(|(known, _)| *known == name) {
-        Some((_, command)) => command(context, arguments),
-        None => Err(CommandError::NotFound(name.chars().take(64).collect())),
-    }
-}
-
-/// Checks the arguments of `qmp_capabilities`. The server offers no capability.
-///
-/// # Errors
-///
-/// If the client requests a capability.
-pub fn negotiate_capabilities(arguments: Option<&Value>) -> Result<(), CommandError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Arguments {
-        #[serde(default)]
-        enable: Vec<String>,
-    }
-    let arguments: Arguments = parse(arguments)?;
-    match arguments.enable.into_iter().next() {
-        Some(capability) => Err(CommandError::Capability(capability)),
-        None => Ok(()),
-    }
-}
-
-pub(super) fn parse<T: DeserializeOwned>(arguments: Option<&Value>) -> Result<T, CommandError> {
-    let arguments = arguments
-        .cloned()
-        .unwrap_or_else(|| Value::Object(Map::new()));
-    Ok(serde_json::from_value(arguments)?)
-}
-
-/// Checks that there are no arguments.
-///
-/// # Errors
-///
-/// If there are any.
-pub fn expect_no_arguments(arguments: Option<&Value>) -> Result<(), CommandError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct None {}
-    parse::<None>(arguments).map(|None {}| ())
-}
-
-fn balloon(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Arguments {
@@ -167,7 +35,7 @@ fn balloon(context: &CommandContext, arguments: Option<&Value>) -> Result<Value,
     Ok(json!({}))
 }
 
-fn query_balloon(
+pub(super) fn query_balloon(
     context: &CommandContext,
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
@@ -175,33 +43,36 @@ fn query_balloon(
     Ok(json!({ "actual": lock(&context.device).actual_size()? }))
 }
 
-fn query_commands(_: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
-    expect_no_arguments(arguments)?;
-    let names = all().map(|(name, _)| *name);
-    Ok(names
-        .chain(["qmp_capabilities", "quit"])
-        .map(|name| json!({ "name": name }))
-        .collect())
-}
-
-fn query_version(_: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+pub(super) fn query_version(
+    _: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
     Ok(json!({ "vhost-device-balloon": env!("CARGO_PKG_VERSION"), "package": "" }))
 }
 
-fn hint_start(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+pub(super) fn hint_start(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
     let id = lock(&context.device).start_hinting()?;
     Ok(json!({ "id": id.number() }))
 }
 
-fn hint_sync(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+pub(super) fn hint_sync(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
     let id = lock(&context.device).sync_hinting()?;
     Ok(json!({ "id": id.number() }))
 }
 
-fn hint_stop(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+pub(super) fn hint_stop(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
     let mut device = lock(&context.device);
     device.check_unclaimed()?;
@@ -209,7 +80,10 @@ fn hint_stop(context: &CommandContext, arguments: Option<&Value>) -> Result<Valu
     Ok(json!({}))
 }
 
-fn hint_done(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+pub(super) fn hint_done(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
     let mut device = lock(&context.device);
     device.check_unclaimed()?;
@@ -217,7 +91,10 @@ fn hint_done(context: &CommandContext, arguments: Option<&Value>) -> Result<Valu
     Ok(json!({}))
 }
 
-fn query_hint(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
+pub(super) fn query_hint(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
     let status = lock(&context.device).hinting_status();
     let mut answer = json!({
@@ -241,7 +118,7 @@ fn query_hint(context: &CommandContext, arguments: Option<&Value>) -> Result<Val
 /// Returns the ranges of pages that hints have skipped, at most [`MAX_RANGES`] in one answer. A guest of up to 512 MiB
 /// cannot exceed that limit, and a larger one exceeds it only with hostile hints. To get the rest, a client calls
 /// again with the end of the last range as `start`.
-fn query_hinted_ranges(
+pub(super) fn query_hinted_ranges(
     context: &CommandContext,
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
@@ -259,7 +136,7 @@ fn query_hinted_ranges(
         .collect())
 }
 
-fn query_guest_memory(
+pub(super) fn query_guest_memory(
     context: &CommandContext,
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
@@ -276,7 +153,7 @@ fn query_guest_memory(
     Ok(json!({ "regions": regions, "allocated": allocated.total }))
 }
 
-fn query_virtio_status(
+pub(super) fn query_virtio_status(
     context: &CommandContext,
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
@@ -322,7 +199,7 @@ fn query_virtio_status(
     }))
 }
 
-fn query_device_state(
+pub(super) fn query_device_state(
     context: &CommandContext,
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
@@ -331,7 +208,7 @@ fn query_device_state(
     Ok(serde_json::to_value(state)?)
 }
 
-fn save_device_state(
+pub(super) fn save_device_state(
     context: &CommandContext,
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
@@ -349,7 +226,7 @@ fn save_device_state(
 
 /// Requests statistics from the guest, and waits for at most [`STATS_TIMEOUT`]. Without an answer, returns the
 /// previous statistics; `last-update` shows their age.
-fn query_guest_stats(
+pub(super) fn query_guest_stats(
     context: &CommandContext,
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use serde_json::{json, Map, Value};
 
-use super::commands::{expect_no_arguments, parse, CommandError, CommandHandler};
-use super::CommandContext;
+use super::command::{expect_no_arguments, parse, CommandError, CommandHandler};
+use super::context::CommandContext;
 use crate::migrate::MigrateRequest;
 
 /// The commands of migration, with their names.

@@ -6,46 +6,40 @@
 //! of its command. Events may arrive between answers. Commands and arguments are those of QEMU where QEMU has them.
 //!
 //! Two threads serve each client: one reads and executes its commands, the other writes answers and events.
+//!
+//! This file contains the set of connected clients. `client` serves one of them, `protocol` is its session, `dispatch`
+//! finds the handler of a command, and `commands` and `migration_commands` contain the handlers.
 
+mod client;
+mod command;
 mod commands;
+mod context;
+mod dispatch;
 mod frames;
 mod migration_commands;
 mod protocol;
+
+pub use context::CommandContext;
 
 use std::collections::HashMap;
 use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use shared_abi::hinting::device::Phase;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
-use crate::device::Device;
-use crate::events::Events;
-use crate::lock;
-use crate::migrate::MigrationManager;
-use frames::{FrameError, Frames};
-use protocol::QmpSession;
+use crate::sync::lock;
+use client::{serve_client, write};
 
 /// The most clients that are connected at the same time.
 const MAX_CLIENTS: usize = 16;
+
 /// The most answers and events that are queued for a client.
 const MAX_LINES: usize = 1024;
-
-/// State that the commands act on.
-pub struct CommandContext {
-    /// The balloon.
-    pub device: Arc<Mutex<Device>>,
-    /// The migrations of its guest.
-    pub migration_manager: Arc<MigrationManager>,
-    /// The source of events.
-    pub events: Arc<Events>,
-    /// Ends the program.
-    pub quit: Box<dyn Fn() + Send + Sync>,
-}
 
 /// The connected QMP clients.
 pub struct QmpClients {
@@ -140,51 +134,4 @@ impl QmpClients {
             let _ = thread.join();
         }
     }
-}
-
-/// Executes the commands of a client until it disconnects. Returns why it was disconnected.
-fn serve_client(
-    stream: &UnixStream,
-    lines: SyncSender<String>,
-    context: &CommandContext,
-) -> String {
-    let mut session = QmpSession::new(context);
-    if lines.send(protocol::greeting()).is_err() {
-        return "it does not read".into();
-    }
-    let mut frames = Frames::new(stream);
-    loop {
-        let (answer, over) = match frames.next() {
-            Ok(None) => return "it closed the connection".into(),
-            Ok(Some(frame)) => (session.answer(&frame, &lines), None),
-            Err(FrameError::Garbage) => {
-                let text = "JSON parse error, an object was expected";
-                (protocol::error(None, "GenericError", text), None)
-            }
-            Err(error @ FrameError::TooLong) => {
-                let text = error.to_string();
-                (protocol::error(None, "GenericError", &text), Some(text))
-            }
-            Err(FrameError::Io(error)) => return error.to_string(),
-        };
-        if lines.send(answer).is_err() {
-            return "it does not read".into();
-        }
-        if let Some(why) = over {
-            return why;
-        }
-        if session.quit_requested() {
-            (context.quit)();
-        }
-    }
-}
-
-fn write(mut stream: UnixStream, lines: &Receiver<String>) {
-    for line in lines {
-        if let Err(error) = stream.write_all(format!("{line}\r\n").as_bytes()) {
-            debug!("an operator does not read: {error}");
-            break;
-        }
-    }
-    let _ = stream.shutdown(Shutdown::Both);
 }

@@ -7,8 +7,9 @@ use std::sync::mpsc::SyncSender;
 use serde::Deserialize;
 use serde_json::{json, Value};
 
-use super::commands::{self, CommandError};
-use super::CommandContext;
+use super::command::{expect_no_arguments, parse, CommandError};
+use super::context::CommandContext;
+use super::dispatch;
 use crate::events::Subscription;
 
 /// A command, as received.
@@ -43,6 +44,25 @@ fn with_id(mut answer: Value, id: Option<&Value>) -> String {
         answer.insert("id".into(), id.clone());
     }
     answer.to_string()
+}
+
+/// Checks the arguments of `qmp_capabilities`. The server offers no capability.
+///
+/// # Errors
+///
+/// If the client requests a capability.
+fn negotiate_capabilities(arguments: Option<&Value>) -> Result<(), CommandError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Arguments {
+        #[serde(default)]
+        enable: Vec<String>,
+    }
+    let arguments: Arguments = parse(arguments)?;
+    match arguments.enable.into_iter().next() {
+        Some(capability) => Err(CommandError::Capability(capability)),
+        None => Ok(()),
+    }
 }
 
 /// The state of one client's session.
@@ -98,18 +118,18 @@ impl<'a> QmpSession<'a> {
     ) -> Result<Value, CommandError> {
         match (request.execute.as_str(), self.events.is_some()) {
             ("qmp_capabilities", false) => {
-                commands::negotiate_capabilities(request.arguments.as_ref())?;
+                negotiate_capabilities(request.arguments.as_ref())?;
                 self.events = Some(self.context.events.subscribe(lines.clone()));
                 Ok(json!({}))
             }
             ("qmp_capabilities", true) => Err(CommandError::AlreadyNegotiated),
             (_, false) => Err(CommandError::NotNegotiated),
             ("quit", true) => {
-                commands::expect_no_arguments(request.arguments.as_ref())?;
+                expect_no_arguments(request.arguments.as_ref())?;
                 self.quit_requested = true;
                 Ok(json!({}))
             }
-            (name, true) => commands::execute(self.context, name, request.arguments.as_ref()),
+            (name, true) => dispatch::execute(self.context, name, request.arguments.as_ref()),
         }
     }
 }

@@ -4,18 +4,23 @@
 //!
 //! One thread polls the two listeners, the connections that have sent nothing yet, and a socket pair that
 //! other threads write to.
+//!
+//! This file contains the server and its loop. `poll` waits for the sockets, `accept` decides which connection becomes
+//! the front end, and `exit` decides when the program ends.
+
+mod accept;
+mod exit;
+mod poll;
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::net::RecvFlags;
 use shared_abi::features::Features;
 use thiserror::Error;
-use tracing::{debug, info, warn};
+use tracing::info;
 
 use crate::device::saved_state::{SavedState, SavedStateError};
 use crate::device::Device;
@@ -95,21 +100,11 @@ impl ShutdownHandle {
 
 /// Reports the end of the session, unlike [`SHUTDOWN_REQUESTED`].
 const SESSION_ENDED: u8 = 0;
+
 /// Reports the end of a migration, unlike [`SHUTDOWN_REQUESTED`].
 const MIGRATION_ENDED: u8 = 1;
+
 const SHUTDOWN_REQUESTED: u8 = 2;
-
-/// How long the program stays after the migration of a guest that has disconnected, so that QMP clients can query
-/// how the migration ended.
-const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often the program checks during that time whether all QMP clients have disconnected.
-const LINGER_POLL_INTERVAL: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 50_000_000,
-};
-
-/// The most connections that have sent nothing yet.
-const MAX_PENDING_CONNECTIONS: usize = 8;
 
 /// A running server. Its sockets exist as long as it does.
 pub struct Server {
@@ -275,148 +270,4 @@ impl Server {
             }
         }
     }
-
-    /// Sleeps until a socket is ready.
-    fn wait(&self) -> io::Result<Ready> {
-        let mut fds = vec![
-            PollFd::new(&self.wake.0, PollFlags::IN),
-            PollFd::new(&self.front_end_listener, PollFlags::IN),
-        ];
-        let qmp_listener = self.qmp_listener.as_ref();
-        fds.extend(qmp_listener.map(|socket| PollFd::new(socket, PollFlags::IN)));
-        let others = fds.len();
-        fds.extend(
-            self.pending_connections
-                .iter()
-                .map(|stream| PollFd::new(stream, PollFlags::IN)),
-        );
-        match poll(&mut fds, self.exit_deadline.map(|_| &LINGER_POLL_INTERVAL)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-        let mut happened = fds.iter().map(|fd| !fd.revents().is_empty());
-        Ok(Ready {
-            wake: happened.next().unwrap_or(false),
-            front_end_listener: happened.next().unwrap_or(false),
-            qmp_listener: others > 2 && happened.next().unwrap_or(false),
-            pending_connections: happened.any(|happened| happened),
-        })
-    }
-
-    /// Handles a new connection. It becomes the front end once it sends something and no other front end is connected.
-    /// A connection that sends nothing only checks whether the server runs.
-    fn add_pending_connection(&mut self, stream: UnixStream) {
-        if self.is_busy() || self.pending_connections.len() >= MAX_PENDING_CONNECTIONS {
-            self.refuse();
-        } else {
-            self.pending_connections.push(stream);
-        }
-    }
-
-    /// Returns whether there is a guest already: its front end is connected, or its migration has not ended. Also true
-    /// while the program waits for QMP clients before it ends.
-    fn is_busy(&self) -> bool {
-        self.session.is_some()
-            || self.exit_deadline.is_some()
-            || self.migration_manager.is_in_progress()
-    }
-
-    fn refuse(&self) {
-        if self.session.is_none() {
-            warn!(
-                "a front end was refused at {}: the memory of the guest before it is still being migrated",
-                self.options.socket_path.display()
-            );
-            return;
-        }
-        warn!(
-            "a second front end was refused at {}: one is connected, and a balloon serves one guest; start \
-             another vhost-device-balloon with a socket of its own",
-            self.options.socket_path.display()
-        );
-    }
-
-    /// Makes the first pending connection that has sent something the front end.
-    fn check_pending_connections(&mut self) -> Result<(), ServerError> {
-        for stream in std::mem::take(&mut self.pending_connections) {
-            let mut byte = [0u8];
-            let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-            match rustix::net::recv(&stream, &mut byte, flags) {
-                Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
-                    self.pending_connections.push(stream)
-                }
-                Ok((_, 1..)) if !self.is_busy() => self.serve_front_end(stream)?,
-                Ok((_, 1..)) => self.refuse(),
-                Ok(_) | Err(_) => debug!("somebody connected and said nothing"),
-            }
-        }
-        Ok(())
-    }
-
-    fn serve_front_end(&mut self, stream: UnixStream) -> Result<(), ServerError> {
-        stream.set_nonblocking(false)?;
-        info!("a front end has connected");
-        let wake = self.wake.1.try_clone()?;
-        self.session = Some(Session::start(stream, self.device.clone(), move || {
-            let _ = (&wake).write(&[SESSION_ENDED]);
-        })?);
-        Ok(())
-    }
-
-    /// Handles the end of the session. Returns how the program ends, if it does.
-    fn session_ended(&mut self) -> Result<Option<Exit>, ServerError> {
-        let Some(session) = self.session.take() else {
-            return Ok(None);
-        };
-        // Checked before the device is told, because that may end the migration. QMP clients can then still
-        // query how it ended.
-        let migrating = self.migration_manager.is_in_progress();
-        let ended = session.join();
-        if self.options.persistent {
-            warn!("{}; waiting for the next front end", ended.reason);
-            return Ok(None);
-        }
-        if migrating {
-            info!("{}; stays until the migration has ended", ended.reason);
-            self.session_end = Some(ended);
-            return Ok(None);
-        }
-        if ended.is_error {
-            return Err(ServerError::FrontEnd(ended.reason));
-        }
-        info!("ends, because {}", ended.reason);
-        Ok(Some(Exit::FrontEndDisconnected(ended)))
-    }
-}
-
-impl Server {
-    /// Returns how the program ends, if its front end disconnected during a migration. The program ends when the
-    /// migration is over and all QMP clients have disconnected, or after [`LINGER_TIMEOUT`].
-    fn exit_after_migration(&mut self) -> Result<Option<Exit>, ServerError> {
-        let Some(ended) = self.session_end.as_ref() else {
-            return Ok(None);
-        };
-        if self.migration_manager.is_in_progress() {
-            return Ok(None);
-        }
-        let deadline = *self
-            .exit_deadline
-            .get_or_insert_with(|| Instant::now() + LINGER_TIMEOUT);
-        if self.qmp_clients.count() > 0 && Instant::now() < deadline {
-            return Ok(None);
-        }
-        if ended.is_error {
-            return Err(ServerError::FrontEnd(ended.reason.clone()));
-        }
-        info!("ends, because {}, and the migration is over", ended.reason);
-        Ok(Some(Exit::FrontEndDisconnected(ended.clone())))
-    }
-}
-
-/// The sockets that are ready.
-struct Ready {
-    wake: bool,
-    front_end_listener: bool,
-    qmp_listener: bool,
-    pending_connections: bool,
 }

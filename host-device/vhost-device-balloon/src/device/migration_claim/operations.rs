@@ -1,74 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A migration's exclusive use of hinting.
-//!
-//! One migration at a time may claim hinting. Until it releases the claim, the hinting commands of QMP clients are
-//! refused, and the migration opens and closes the hint window. The device reports to the migration when guest memory
-//! changes or the front end disconnects. All of this happens under the device's lock and never waits.
+//! Operations of a migration on the balloon: the claim, the hint window, the end of hinting. The caller holds the
+//! device's lock.
 
 use std::sync::Arc;
 
-use guest_migration::dirty_tracking::{PunchedPages, TrackingError};
-use guest_migration::{HintWindow, Memory};
+use guest_migration::dirty_tracking::PunchedPages;
+use guest_migration::HintWindow;
 use shared_abi::command::HintId;
 use shared_abi::hinting::device::Phase;
 
-use super::hinting::HintingError;
-use super::Device;
+use super::{ClaimError, ClaimedResources, Invalidated, MigrationClaim, OnInvalidated};
+use crate::device::hinting::{HintingChanges, HintingError};
+use crate::device::Device;
 use crate::event_count::EventCount;
-use crate::memory::{HoleRecorder, RamLayoutError};
-
-/// An event that invalidates a migration's claim.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Invalidated {
-    /// The front end shares different guest memory.
-    MemoryChanged(String),
-    /// The front end disconnected.
-    FrontEndDisconnected(String),
-}
-
-/// Callback for [`Invalidated`]. It runs under the device's lock: it must neither wait nor lock the device.
-pub type OnInvalidated = Box<dyn Fn(Invalidated) + Send>;
-
-/// A migration's claim.
-pub(super) struct MigrationClaim {
-    on_invalidated: OnInvalidated,
-    /// Whether guest memory is no longer the memory that the migration's window covers.
-    is_invalidated: bool,
-}
-
-/// Why a migration cannot claim hinting.
-#[derive(Debug, thiserror::Error)]
-pub enum ClaimError {
-    /// Another migration has claimed hinting.
-    #[error("a migration is under way already: one at a time")]
-    AlreadyClaimed,
-    /// No front end has shared guest memory.
-    #[error(
-        "no front end has shared its memory yet: start the VMM with this device's socket first"
-    )]
-    NoMemory,
-    /// Guest memory cannot be migrated: for example, it is not in files.
-    #[error("guest memory cannot be migrated: {0}")]
-    Memory(#[from] RamLayoutError),
-    /// The host has no memory for the bitmap of punched pages.
-    #[error(transparent)]
-    Track(#[from] TrackingError),
-}
-
-/// Resources that a migration gets with its claim.
-#[derive(Debug)]
-pub struct ClaimedResources {
-    /// Guest memory.
-    pub memory: Memory,
-    /// Records the pages that the device releases or discards. The device updates it under its lock
-    /// while the claim lasts.
-    pub punched: PunchedPages,
-    /// Whether hinted blocks are discarded before the guest may use them again.
-    pub discards: bool,
-    /// Whether hints are available now; the error is the reason if they are not.
-    pub hint_availability: Result<(), HintingError>,
-}
+use crate::memory::HoleRecorder;
 
 impl Device {
     /// Returns the event count of hinting. It changes when a hint round changes its phase, when the driver reads the
@@ -148,7 +94,7 @@ impl Device {
             }
             Err((window, error)) => {
                 let changed = cmd_id != self.hinting.cmd_id();
-                self.publish_changes(super::HintingChanges {
+                self.publish_changes(HintingChanges {
                     config: changed,
                     phase: changed,
                 });
@@ -199,7 +145,7 @@ impl Device {
     }
 
     /// Reports an event to the migration, if there is one, and invalidates its claim.
-    pub(super) fn invalidate_claim(&mut self, invalidated: Invalidated) {
+    pub(in crate::device) fn invalidate_claim(&mut self, invalidated: Invalidated) {
         if let Some(claim) = &mut self.claim {
             // A front end that disconnects no longer shares memory, so this holds for both events.
             claim.is_invalidated = true;

@@ -5,24 +5,23 @@
 //! The format is a small JSON object with a version, for files and for QMP clients. It contains neither guest memory
 //! nor the rings: the front end provides both again.
 
+mod restore;
+
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use shared_abi::command::{CommandId, HintId};
 use shared_abi::features::Features;
 use tempfile::NamedTempFile;
 use thiserror::Error;
-use tracing::info;
-
-use super::hinting::Hinting;
-use super::Device;
 
 /// The version that is written, and the only one that is accepted.
 pub const VERSION: u32 = 1;
+
 /// Value of the field `device`.
 const DEVICE: &str = "virtio-balloon";
+
 /// The most bytes that are read from a file. A saved state has a few hundred.
 const MAX_BYTES: u64 = 1 << 16;
 
@@ -185,56 +184,5 @@ impl SavedState {
                     .ok_or_else(|| SavedStateError::UnknownFeature(name.chars().take(64).collect()))
             })
             .map(Some)
-    }
-}
-
-impl Device {
-    /// Returns the state to save (R9).
-    pub fn saved_state(&self) -> SavedState {
-        let names = |features: Features| features.names().map(str::to_owned).collect();
-        SavedState {
-            device: DEVICE.into(),
-            version: VERSION,
-            negotiated_features: self.negotiated_features.map(names),
-            num_pages: self.config.num_pages,
-            actual: self.config.actual,
-            poison_val: self.config.poison_val,
-            command_id: self.hinting.cmd_id().number(),
-            next_hint_id: self.hinting.next_id().number(),
-        }
-    }
-
-    /// Restores the saved state of another device, to continue with the same driver. Must be called before the
-    /// first front end connects.
-    ///
-    /// Hint ids continue (R8). A hint round that was in progress is over: its migration has ended or failed. Config
-    /// space shows DONE, so that the driver frees its hinted blocks (R16).
-    ///
-    /// # Errors
-    ///
-    /// If the state has an invalid value, or the driver uses features that are not offered here.
-    pub fn restore(&mut self, saved: &SavedState) -> Result<(), SavedStateError> {
-        let features = saved.features()?;
-        let missing = features.unwrap_or_default().without(self.offered_features);
-        if !missing.is_empty() {
-            return Err(SavedStateError::NotOffered(missing));
-        }
-        let next =
-            HintId::new(saved.next_hint_id).ok_or(SavedStateError::NextId(saved.next_hint_id))?;
-        let over = match CommandId::from_number(saved.command_id) {
-            CommandId::Stop => false,
-            CommandId::Done | CommandId::Hint(_) => true,
-            CommandId::Reserved(number) => return Err(SavedStateError::Command(number)),
-        };
-        self.negotiated_features = features;
-        self.config.num_pages = saved.num_pages;
-        self.config.actual = saved.actual;
-        self.config.poison_val = saved.poison_val;
-        self.hinting = Hinting::from_saved_state(next, over);
-        info!(
-            "goes on from a saved state: {} pages in the balloon, next hint id {:#x}",
-            saved.actual, saved.next_hint_id
-        );
-        Ok(())
     }
 }

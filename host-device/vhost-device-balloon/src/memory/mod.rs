@@ -5,17 +5,19 @@
 //! Memory is released through the files. Several processes map a file, so only a hole in the file frees its pages;
 //! `MADV_DONTNEED` on one mapping frees nothing. Holes are also found through the files: reading a hole through a
 //! mapping would allocate its pages.
+//!
+//! `layout` describes guest memory to a migration, and `hole_recorder` records for it which holes are punched.
+
+mod hole_recorder;
+mod layout;
+
+pub use hole_recorder::HoleRecorder;
+pub use layout::RamLayoutError;
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 
-use guest_migration::dirty_tracking::PunchedPages;
-use guest_migration::{
-    Layout, LayoutError, Memory, MemoryError, PageRun, RamBlock, Region, PAGE_SIZE,
-};
 use rustix::fs::{fallocate, fstat, fstatfs, seek, FallocateFlags, SeekFrom};
 use thiserror::Error;
 use vm_memory::{Address, FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -49,31 +51,6 @@ pub enum ReleaseError {
     },
 }
 
-/// Why guest memory cannot be migrated or tracked.
-#[derive(Debug, Error)]
-pub enum RamLayoutError {
-    /// The layout cannot be migrated.
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
-    /// The memory files cannot be migrated.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// A region is not shared as a file.
-    #[error("the guest memory at {start:#x} is not a file: give the VMM shared memory, such as QEMU's memory-backend-memfd with share=on")]
-    NoFile {
-        /// Guest physical address.
-        start: u64,
-    },
-    /// The host cannot examine a memory file.
-    #[error("the file of the guest memory at {start:#x} cannot be examined: {source}")]
-    Io {
-        /// Guest physical address.
-        start: u64,
-        /// The error of the host.
-        source: io::Error,
-    },
-}
-
 /// A contiguous region of guest memory, and the part of a file that backs it.
 #[derive(Clone, Debug)]
 pub struct RamRegion {
@@ -98,43 +75,6 @@ pub struct Allocated {
 pub struct Ram {
     regions: Vec<RamRegion>,
     hole_recorder: Option<HoleRecorder>,
-}
-
-/// Records for a migration which holes are punched in guest memory.
-#[derive(Clone, Debug)]
-pub struct HoleRecorder {
-    /// The layout of guest memory in the migration.
-    pub layout: Arc<Layout>,
-    /// The recorded pages.
-    pub punched: PunchedPages,
-}
-
-impl HoleRecorder {
-    /// Records that holes are punched at the guest physical addresses `range`.
-    fn record(&self, range: &Range<u64>) {
-        self.pages(range).for_each(|run| self.punched.note(run));
-    }
-
-    /// Returns the pages that overlap the guest physical addresses `range`.
-    fn pages<'a>(&'a self, range: &'a Range<u64>) -> impl Iterator<Item = PageRun> + 'a {
-        self.layout.regions().iter().filter_map(|region| {
-            let start = range.start.max(region.start());
-            let end = range.end.min(region.end());
-            let offset = |address: u64| {
-                let inside = address.checked_sub(region.start())?;
-                region.offset().checked_add(inside)
-            };
-            if start >= end {
-                return None;
-            }
-            let first = offset(start)? / PAGE_SIZE;
-            Some(PageRun {
-                block: region.block(),
-                first,
-                pages: offset(end)?.div_ceil(PAGE_SIZE).checked_sub(first)?,
-            })
-        })
-    }
 }
 
 impl Ram {
@@ -168,67 +108,6 @@ impl Ram {
     /// Returns the size of guest memory in bytes.
     pub fn size(&self) -> u64 {
         self.regions.iter().map(|region| region.length).sum()
-    }
-
-    /// Returns the layout of guest memory for a migration. Each memory file is a RAM block. RAM blocks are named
-    /// `ram0`, `ram1` and so on, in the order of the guest physical addresses that first map them. A region without a
-    /// file is a RAM block of its own.
-    ///
-    /// # Errors
-    ///
-    /// If a region does not consist of whole pages, or a file cannot be examined.
-    pub fn layout(&self) -> Result<Layout, RamLayoutError> {
-        Ok(self.ram_blocks()?.0)
-    }
-
-    /// Returns guest memory for a migration to read.
-    ///
-    /// # Errors
-    ///
-    /// If a region has no file, and as [`Ram::layout`].
-    pub fn memory(&self) -> Result<Memory, RamLayoutError> {
-        let (layout, files) = self.ram_blocks()?;
-        let files = files
-            .into_iter()
-            .map(|(start, file)| {
-                let file = file.ok_or(RamLayoutError::NoFile { start })?;
-                file.try_clone()
-                    .map_err(|source| RamLayoutError::Io { start, source })
-            })
-            .collect::<Result<Vec<File>, _>>()?;
-        Ok(Memory::new(Arc::new(layout), files)?)
-    }
-
-    /// Returns the layout, and for each RAM block its file and the first guest physical address that maps it.
-    #[allow(clippy::type_complexity)]
-    fn ram_blocks(&self) -> Result<(Layout, Vec<(u64, Option<&File>)>), RamLayoutError> {
-        let (mut ram_blocks, mut regions) = (Vec::new(), Vec::new());
-        let mut files: Vec<(u64, Option<&File>)> = Vec::new();
-        let mut known: Vec<Option<(u64, u64)>> = Vec::new();
-        for region in &self.regions {
-            let start = region.start;
-            let io = |source: io::Error| RamLayoutError::Io { start, source };
-            let file = region.file.as_ref().map(FileOffset::file);
-            let stat = file.map(fstat).transpose().map_err(|it| io(it.into()))?;
-            let inode = stat.map(|stat| (stat.st_dev, stat.st_ino));
-            let found = known.iter().position(|it| inode.is_some() && *it == inode);
-            let index = match found {
-                Some(index) => index,
-                None => {
-                    let bytes = stat.map_or(region.length, |stat| {
-                        let bytes = u64::try_from(stat.st_size).unwrap_or(0);
-                        bytes / PAGE_SIZE * PAGE_SIZE
-                    });
-                    ram_blocks.push(RamBlock::new(&format!("ram{}", ram_blocks.len()), bytes)?);
-                    files.push((start, file));
-                    known.push(inode);
-                    known.len() - 1
-                }
-            };
-            let offset = region.file.as_ref().map_or(0, FileOffset::start);
-            regions.push(Region::new(start, region.length)?.backed_by(index, offset));
-        }
-        Ok((Layout::new(ram_blocks, regions)?, files))
     }
 
     /// Returns the number of regions.
@@ -500,53 +379,6 @@ pub(crate) mod tests {
             (byte(0x40_0fff), byte(0x40_1000), byte(0x40_2000)),
             (0x5a, 0, 0x5a)
         );
-    }
-
-    #[test]
-    fn a_ram_block_is_a_whole_file() {
-        // Two regions of one file in a different order, with a gap that the guest does not map.
-        let memory = guest(&[(0x1000, 0x4000, 0x6000), (0x8000, 0x4000, 0)]);
-        let layout = Ram::new(&memory).memory().unwrap().layout().clone();
-        let ram_blocks: Vec<_> = layout
-            .blocks()
-            .iter()
-            .map(|it| (it.name(), it.length()))
-            .collect();
-        assert_eq!(ram_blocks, [("ram0", 0xa000)]);
-        let shown = |index: usize| {
-            let region = layout.regions()[index];
-            (region.start(), region.block(), region.offset())
-        };
-        assert_eq!((shown(0), shown(1)), ((0x1000, 0, 0x6000), (0x8000, 0, 0)));
-    }
-
-    #[test]
-    fn holes_are_recorded_at_their_file_offsets() {
-        let memory = guest(&[(0x1000, 0x4000, 0x6000), (0x8000, 0x4000, 0)]);
-        let layout = Ram::new(&memory).memory().unwrap().layout().clone();
-        let hole_recorder = HoleRecorder {
-            punched: PunchedPages::new(&layout).unwrap(),
-            layout,
-        };
-        let pages = |range| {
-            hole_recorder
-                .pages(&range)
-                .map(|run| (run.block, run.first, run.pages))
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(pages(0x2000..0x3000), [(0, 7, 1)]);
-        assert_eq!(pages(0x2fff..0x3001), [(0, 7, 2)]);
-        assert_eq!(pages(0..u64::MAX), [(0, 6, 4), (0, 0, 4)]);
-        assert_eq!(pages(0x5000..0x8000), []);
-    }
-
-    #[test]
-    fn memory_without_a_file_can_be_tracked_but_not_migrated() {
-        let ranges = [(GuestAddress(0), 0x1000), (GuestAddress(0x8000), 0x2000)];
-        let ram = Ram::new(&GuestMemoryMmap::from_ranges(&ranges).unwrap());
-        assert_eq!(ram.layout().unwrap().pages(), 3);
-        let error = ram.memory().unwrap_err().to_string();
-        assert!(error.contains("share=on"), "{error}");
     }
 
     #[test]

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The guest's driver: whether it runs, whether another one has taken over, and what it has promised.
+//!
+//! The vhost-user protocol does not report these events. The device detects them from features and queues.
+
+use serde_json::json;
+use shared_abi::command::CommandId;
+use shared_abi::features::Features;
+use tracing::{info, warn};
+use vhost_user_backend::VringT;
+use virtio_queue::QueueT;
+
+use super::Device;
+
+impl Device {
+    /// Returns whether the driver's queues are running: a driver is started, and the guest is not paused.
+    pub(super) fn is_running(&self) -> bool {
+        let inflate = self
+            .connection
+            .as_ref()
+            .and_then(|connection| connection.vrings.first());
+        self.negotiated_features.is_some()
+            && inflate.is_some_and(|vring| {
+                let vring = vring.get_ref();
+                vring.is_enabled() && vring.get_queue().ready()
+            })
+    }
+
+    /// Returns whether queues exist and are stopped: no driver runs, or the guest is paused.
+    pub(super) fn are_queues_stopped(&self) -> bool {
+        let vrings = self.connection.iter().flat_map(|it| &it.vrings);
+        vrings
+            .take(1)
+            .any(|vring| !vring.get_ref().get_queue().ready())
+    }
+
+    /// Detects whether another driver has taken over since the queues were last checked. If so, resets the state
+    /// of the previous driver.
+    ///
+    /// The front end does not tell a device reset from a paused guest: in both cases the queues stop and start again.
+    /// After a reset, the queues start from the beginning. After a pause, they continue at their last index.
+    pub(super) fn detect_driver_restart(&mut self) {
+        let Some(connection) = &mut self.connection else {
+            return;
+        };
+        let mut restarted = false;
+        for (counters, vring) in connection.counters.iter_mut().zip(&connection.vrings) {
+            let avail_idx = vring.get_ref().get_queue().next_avail();
+            restarted |= counters
+                .last_avail_idx
+                .is_some_and(|last_avail_idx| last_avail_idx != avail_idx);
+            counters.last_avail_idx = counters.last_avail_idx.map(|_| avail_idx);
+        }
+        if restarted {
+            info!("the guest's driver was started anew");
+            self.reset_driver_state();
+        }
+    }
+
+    /// Handles the first use of a queue after the driver has accepted its features.
+    pub(super) fn handle_driver_start(&mut self) {
+        let Some(connection) = &mut self.connection else {
+            return;
+        };
+        if !std::mem::take(&mut connection.driver_starting) {
+            return;
+        }
+        self.warn_discard_not_negotiated();
+        let features: Vec<_> = self
+            .negotiated_features
+            .unwrap_or_default()
+            .names()
+            .collect();
+        self.events
+            .emit("DRIVER_STARTED", json!({ "features": features }));
+        if self.hinting.cmd_id() != CommandId::Stop {
+            // The driver was not running when the command id changed, and missed the notification.
+            self.notify_config_change();
+        }
+    }
+
+    /// Resets the state of the previous driver: its hint round, its statistics buffer and its poison value.
+    pub(super) fn reset_driver_state(&mut self) {
+        if let Some(id) = self.hinting.phase().id() {
+            warn!(
+                "hinting round {:#x} ends: the guest's driver has gone",
+                id.number()
+            );
+        }
+        let changes = self.hinting.reset();
+        self.publish_changes(changes);
+        self.stats.reset();
+        self.config.poison_val = 0;
+    }
+
+    /// Returns whether hinted blocks are discarded (R17).
+    pub fn discards_hinted(&self) -> bool {
+        self.negotiated_features
+            .is_some_and(|features| features.contains(Features::KEEPS_HINTED_UNTIL_RETURNED))
+    }
+
+    /// Logs, once for each connection, why hinted blocks are not discarded although that was requested.
+    fn warn_discard_not_negotiated(&mut self) {
+        let wanted = self
+            .offered_features
+            .contains(Features::KEEPS_HINTED_UNTIL_RETURNED);
+        let refused = wanted && !self.discards_hinted();
+        let Some(connection) = &mut self.connection else {
+            return;
+        };
+        if refused && !std::mem::replace(&mut connection.discard_warning_logged, true) {
+            warn!(
+                "hinted memory is not discarded: the guest's driver has not promised to keep a hinted block until \
+                 its buffer is returned (it did not accept the private feature bit {}), so the block may be in \
+                 use again; hints only spare sending",
+                Features::KEEPS_HINTED_UNTIL_RETURNED.bit_number()
+            );
+        }
+    }
+}

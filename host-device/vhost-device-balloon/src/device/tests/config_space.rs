@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Configuration space, and notifications of its changes.
+
+use shared_abi::features::Features;
+use vhost_user_backend::VringT;
+
+use super::{Guest, ALL, LENGTH};
+
+#[test]
+fn a_driver_whose_queues_are_stopped_is_told_of_a_change_when_they_start_again() {
+    let mut guest = Guest::new(Features::NONE, Features::NONE);
+    guest.vrings[0].set_queue_ready(false);
+    guest.device.set_target(LENGTH).unwrap();
+    assert_eq!(guest.config_changes(), 0);
+    guest.vrings[0].set_queue_ready(true);
+    guest.kick_index(0);
+    assert_eq!(guest.config_changes(), 1);
+    guest.kick_index(0);
+    assert_eq!(guest.config_changes(), 0);
+}
+
+#[test]
+fn accesses_to_configuration_space_are_counted() {
+    let mut guest = Guest::new(ALL, ALL);
+    let counts = |guest: &Guest| {
+        let status = guest.device.virtio_status();
+        (
+            status.config_reads,
+            status.config_writes,
+            status.config_changes,
+        )
+    };
+    let before = counts(&guest);
+    guest.config();
+    guest.device.write_config(4, &[0; 4]);
+    guest.device.set_target(LENGTH).unwrap();
+    let (reads, writes, changes) = before;
+    assert_eq!(counts(&guest), (reads + 1, writes + 1, changes + 1));
+}
+
+#[test]
+fn r10_config_space_is_as_long_as_the_accepted_features_say() {
+    let poison = 0x11u32.to_le_bytes();
+    for (accepted, size) in [
+        (Features::NONE, 8),
+        (Features::FREE_PAGE_HINT, 12),
+        (Features::PAGE_POISON, 16),
+    ] {
+        let mut guest = Guest::new(ALL, accepted);
+        // A front end that writes all fields back, including absent ones and those of the device.
+        guest.device.write_config(0, &[0xff; 16]);
+        guest.device.write_config(12, &poison);
+        let bytes = guest.device.read_config(0, 16);
+        assert_eq!(bytes[..4], [0; 4], "num_pages is the device's");
+        assert_eq!(bytes[4..8], [0xff; 4], "actual is the driver's");
+        assert!(
+            bytes[size..].iter().all(|byte| *byte == 0),
+            "{accepted}: {bytes:x?}"
+        );
+        assert_eq!(bytes[12..] == poison, size == 16);
+    }
+    let mut guest = Guest::new(ALL, ALL);
+    assert_eq!(guest.device.read_config(4, 4).len(), 4);
+    assert!(guest.device.read_config(0, 17).is_empty());
+    assert!(guest.device.read_config(u32::MAX, u32::MAX).is_empty());
+    guest.device.write_config(u32::MAX, &[1; 300]);
+}

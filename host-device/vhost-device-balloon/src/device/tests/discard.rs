@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Hints that discard (R17).
+
+use shared_abi::queue::Queue;
+
+use super::{Guest, ALL, DISCARD, FREE, LENGTH, SECOND, START};
+use crate::device::hinting;
+
+#[test]
+fn r17_a_hint_discards_for_a_driver_that_keeps_the_block() {
+    // Page poison changes nothing: a hinted page is uninitialised memory.
+    for poison in [0u32, 0xaaaa_aaaa] {
+        let mut guest = Guest::new(DISCARD, DISCARD);
+        guest.device.write_config(12, &poison.to_le_bytes());
+        let before = guest.device.ram().allocated().unwrap().total;
+        // Hints before the round is started and after it has ended discard nothing.
+        guest.hint(FREE, 0x1000);
+        guest.start_hint_round();
+        // The first and the last page are covered only in part.
+        guest.hint(FREE + 0x800, 0x4000);
+        guest.send(
+            Queue::FreePage,
+            &[(SECOND, 0x2000, true), (SECOND + 0x4000, 0x1000, true)],
+        );
+        guest.device.sync_hinting().unwrap();
+        guest.hint(FREE + 0x8000, 0x1000);
+        guest.send_cmd_id(0);
+        guest.device.finish_hinting();
+        guest.hint(FREE + 0x9000, 0x1000);
+
+        let status = guest.device.hinting_status();
+        assert_eq!(status.bytes_discarded, 0x6000);
+        assert_eq!(status.pages_total - status.pages_dirty, 6);
+        assert_eq!(
+            guest.device.hinted_ranges(0, usize::MAX),
+            [
+                (FREE + 0x1000, 0x3000),
+                (SECOND, 0x2000),
+                (SECOND + 0x4000, 0x1000)
+            ]
+        );
+        let after = guest.device.ram().allocated().unwrap().total;
+        assert_eq!(before - after, 0x6000);
+        for (address, byte) in [
+            (FREE, 0x5a),
+            (FREE + 0xfff, 0x5a),
+            (FREE + 0x1000, 0),
+            (FREE + 0x3fff, 0),
+            (FREE + 0x4000, 0x5a),
+            (FREE + 0x8000, 0x5a),
+            (FREE + 0x9000, 0x5a),
+            (SECOND, 0),
+            (SECOND + 0x2000, 0x5a),
+            (SECOND + 0x4000, 0),
+        ] {
+            assert_eq!(guest.byte(address), byte, "{address:#x}");
+        }
+        assert_eq!(guest.errors(), 0);
+    }
+}
+
+#[test]
+fn r17_nothing_is_discarded_without_the_drivers_promise() {
+    for (offered, accepted) in [(DISCARD, ALL), (ALL, DISCARD)] {
+        let mut guest = Guest::new(offered, accepted & offered);
+        assert!(!guest.device.discards_hinted());
+        let before = guest.device.ram().allocated().unwrap();
+        guest.start_hint_round();
+        guest.hint(FREE, 0x10_0000);
+        let status = guest.device.hinting_status();
+        assert_eq!((status.pages_cleared, status.bytes_discarded), (0x100, 0));
+        assert_eq!(guest.device.ram().allocated().unwrap(), before);
+        assert_eq!(guest.byte(FREE), 0x5a);
+    }
+}
+
+#[test]
+fn r17_what_is_discarded_is_what_is_struck_out() {
+    let mut guest = Guest::new(DISCARD, DISCARD);
+    guest.start_hint_round();
+    // R5: outside guest memory, across the end of the address space, and across the end of a region.
+    guest.hint(0x1000, 0x1000);
+    guest.hint(u64::MAX - 0xfff, 0x2000);
+    assert_eq!(guest.errors(), 2);
+    assert!(guest
+        .last_error()
+        .starts_with("free-page queue: the range at 0xfffffffffffff000"));
+    guest.hint(START + LENGTH - 0x1000, 0x10_0000);
+    assert_eq!(
+        guest.device.hinted_ranges(0, usize::MAX),
+        [(START + LENGTH - 0x1000, 0x1000)]
+    );
+    assert_eq!(
+        (guest.byte(START + LENGTH - 1), guest.byte(SECOND)),
+        (0, 0x5a)
+    );
+    // A request of more than the discard limit: the excess is not discarded, and stays dirty.
+    let far = hinting::MAX_DISCARD as u32;
+    for (length, byte) in [(far, 0x5a), (far - 0x1000, 0)] {
+        guest.send(
+            Queue::FreePage,
+            &[(SECOND + 0x8000, length, true), (SECOND, 0x1000, true)],
+        );
+        assert_eq!(guest.byte(SECOND + 0x8000), 0);
+        assert_eq!(guest.byte(SECOND), byte);
+    }
+}
