@@ -2,19 +2,11 @@
 //! Compares the costs of our driver with those of the C driver. Costs are counts, not times, so host load does not
 //! change them.
 
-use std::thread::sleep;
-use std::time::{Duration, Instant};
-
 use anyhow::{ensure, Result};
 use harness::artifacts::Artifacts;
-use harness::counters::Counters;
-use harness::daemon::QueueStatus;
-use harness::driver_cost::{
-    measure_driver, measure_hint_round, DriverCosts, ExitCounts, NotificationSuppression,
-};
-use harness::guest::{Builder, Driver};
-use harness::vmm::Vmm;
-use harness::{HANG_TIMEOUT, MIB};
+use harness::driver_cost::{measure_driver, DriverCosts, ExitCounts, NotificationSuppression};
+use harness::guest::Driver;
+use harness::MIB;
 
 const MEMORY: u64 = 768 * MIB;
 const INFLATED: u64 = 512 * MIB;
@@ -106,54 +98,4 @@ fn with_event_index_our_driver_notifies_no_more_often_than_the_c_driver() -> Res
         c.deflate.counts.exits(),
         4,
     )
-}
-
-#[test]
-fn the_driver_counts_the_notifications_that_the_device_counts() -> Result<()> {
-    let artifacts = Artifacts::load()?;
-    let mut guest = Builder::new(&artifacts, Vmm::Uml)
-        .device_options(NotificationSuppression::Never.options())
-        .boot()?;
-    guest.load(Driver::Ours)?;
-    let before = guest.settled_memory_usage()?;
-    measure_hint_round(&mut guest)?;
-    guest.daemon()?.qmp().hint_done()?;
-    guest.check_memory(before)?;
-    let whole = guest.balloon_qmp()?.balloon_actual()?;
-    for target in [whole - 200 * MIB, whole] {
-        let qmp = guest.daemon()?.qmp();
-        qmp.set_balloon(target)?;
-        qmp.wait_balloon(target, HANG_TIMEOUT)?;
-    }
-    // The device may read the last notifications late.
-    let deadline = Instant::now() + HANG_TIMEOUT;
-    loop {
-        let counters = guest.counters()?;
-        let queues = guest.daemon()?.virtio_status()?.queues;
-        match agree(&counters, &queues) {
-            Ok(()) => break,
-            Err(error) if Instant::now() > deadline => return Err(error),
-            Err(_) => sleep(Duration::from_millis(10)),
-        }
-    }
-    guest.check_and_power_off(before)
-}
-
-/// Fails unless the driver and the device have counted the same notifications, at least one per queue.
-fn agree(counters: &Counters, queues: &[QueueStatus]) -> Result<()> {
-    for queue in queues {
-        let name = queue.name.replace('-', "_");
-        let driver = counters.get(&format!("{name}_notifications"))?;
-        ensure!(
-            driver == queue.notifications && driver > 0,
-            "{name}: the driver counted {driver} notifications, the device {queue:?}"
-        );
-        // One interrupt may cover several signals of the device. No interrupt comes without a signal.
-        let taken = counters.get(&format!("{name}_interrupts"))?;
-        ensure!(
-            taken <= queue.interrupts,
-            "{name}: the driver took {taken} interrupts, the device gave {queue:?}"
-        );
-    }
-    Ok(())
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tests our driver with devices that offer different features, rings and transports.
+//! Tests our driver with devices that offer different features.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -26,7 +26,7 @@ const FEATURES: [Features; 6] = [
 
 /// Whether the guest's kernel clears the pages that it frees (`init_on_free`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum InitOnFree {
+pub(crate) enum InitOnFree {
     Off,
     On,
 }
@@ -133,7 +133,7 @@ fn boot_and_try(offer: Features, init_on_free: InitOnFree) -> Result<()> {
 }
 
 /// Boots a guest in QEMU with an empty hotplug slot.
-fn machine(init_on_free: InitOnFree) -> Result<Guest> {
+pub(crate) fn machine(init_on_free: InitOnFree) -> Result<Guest> {
     let artifacts = Artifacts::load()?;
     let mut guest = Builder::new(&artifacts, Vmm::Qemu)
         .memory(MEMORY)
@@ -192,7 +192,7 @@ fn qemu_options(offer: Features) -> Vec<String> {
     PROPERTIES.map(option).to_vec()
 }
 
-fn plug_and_try(
+pub(crate) fn plug_and_try(
     guest: &mut Guest,
     offer: Features,
     init_on_free: InitOnFree,
@@ -216,7 +216,7 @@ fn plug_and_try(
 }
 
 /// Returns all features that QEMU's device has a property for.
-fn all_of_qemu() -> Features {
+pub(crate) fn all_of_qemu() -> Features {
     let all = PROPERTIES.map(|(feature, _)| feature).into_iter();
     all.fold(Features::NONE, |all, one| all | one)
 }
@@ -230,42 +230,5 @@ fn our_driver_takes_what_qemus_device_offers() -> Result<()> {
         }
         guest.power_off()?;
     }
-    Ok(())
-}
-
-/// Rings and transports: options for QEMU, a feature bit, and whether driver and device negotiate that feature.
-const TRANSPORTS: [(&[&str], u32, bool); 8] = [
-    (&["packed=on"], 34, true),
-    (&["event_idx=off"], 29, false),
-    (&["packed=on", "event_idx=off"], 29, false),
-    // Our driver never accepts indirect descriptors.
-    (&["indirect_desc=off"], 28, false),
-    (&["in_order=on"], 35, true),
-    (IN_ORDER_PACKED, 35, true),
-    (&["disable-legacy=off"], 32, true),
-    (&["disable-modern=on", "disable-legacy=off"], 32, false),
-];
-
-/// A packed ring with in-order use. Over it QEMU 11.1 never returns a request of several buffers to Linux 7.3, with our
-/// driver or the C driver. A free page report has several buffers, so the test does not offer reporting.
-const IN_ORDER_PACKED: &[&str] = &["packed=on", "in_order=on"];
-
-#[test]
-fn our_driver_works_over_any_ring_and_transport_of_qemu() -> Result<()> {
-    let init_on_free = InitOnFree::Off;
-    let mut guest = machine(init_on_free)?;
-    for (options, bit, agreed) in TRANSPORTS {
-        let mut offer = all_of_qemu();
-        if options == IN_ORDER_PACKED {
-            offer = offer.without(Features::REPORTING);
-        }
-        let features = plug_and_try(&mut guest, offer, init_on_free, options)?;
-        ensure!(
-            features.contains(Features::from_bits(1 << bit)) == agreed,
-            "{options:?}: {:#x}",
-            features.bits()
-        );
-    }
-    guest.power_off()?;
     Ok(())
 }

@@ -1,17 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tests that hints are correct: kept pages are never hinted, nearly all free memory is, and the guest keeps its
-//! reserve.
-
-use std::sync::atomic::Ordering::Relaxed;
-use std::time::{Duration, Instant};
+//! Tests that hints are correct: kept pages are never hinted, and nearly all free memory is.
 
 use anyhow::{ensure, Result};
 use harness::artifacts::Artifacts;
-use harness::attempts::Attempts;
-use harness::calls::{Fill, Free, KeptPages, LowestMemFree, Release, Verify};
-use harness::guest::{Builder, Driver, Guest};
+use harness::calls::{Fill, KeptPages, Release, Verify};
+use harness::guest::{Builder, Driver};
 use harness::vmm::Vmm;
-use harness::zones::ZoneInfo;
 use harness::MIB;
 
 /// The guest keeps one page in this many: about one per two blocks of the largest order.
@@ -191,118 +185,4 @@ fn fragmented_memory_is_hinted_as_well(vmm: Vmm) -> Result<()> {
     guest.check_log()?;
     guest.power_off()?;
     Ok(())
-}
-
-#[test]
-fn hinting_leaves_a_reserve_to_a_guest_in_user_mode_linux() -> Result<()> {
-    hinting_leaves_a_reserve(Vmm::Uml)
-}
-
-#[test]
-fn hinting_leaves_a_reserve_to_a_guest_in_qemu() -> Result<()> {
-    hinting_leaves_a_reserve(Vmm::Qemu)
-}
-
-/// During hint rounds the guest keeps its reserve. A process that needs more memory gets it without the OOM killer.
-fn hinting_leaves_a_reserve(vmm: Vmm) -> Result<()> {
-    /// The part of the reserve that the guest's programs and the per-processor page lists may use meanwhile.
-    const OWN_USE: u64 = 2 * MIB;
-    /// How long each hint round keeps its blocks: while free memory is sampled, and while a process needs memory.
-    const HOLD: Duration = Duration::from_millis(50);
-    const LONG_HOLD: Duration = Duration::from_millis(500);
-    const NEEDED: u64 = 100 * MIB;
-    /// Sampling continues until both counts exceed these values.
-    const HINT_ROUNDS: u64 = 2;
-    const SAMPLES: u64 = 100;
-    /// The minimum number of times that a process needs memory.
-    const TIMES: u32 = 3;
-    let artifacts = Artifacts::load()?;
-    let builder = Builder::new(&artifacts, vmm).kernel_arguments("init_on_alloc=0");
-    let (mut guest, before) = builder.boot_filled(24 * MIB, Driver::Ours)?;
-    let reserve = documented_reserve(&mut guest)?;
-
-    let (lowest, hint_rounds) = guest.with_hint_rounds(HOLD, |guest, hint_rounds| {
-        let mut attempts = Attempts::default();
-        let mut lowest = guest.call(LowestMemFree { duration_ms: 1000 })?;
-        while lowest.samples <= SAMPLES || hint_rounds.load(Relaxed) <= HINT_ROUNDS {
-            let more = guest.call(LowestMemFree { duration_ms: 200 })?;
-            lowest.free = lowest.free.min(more.free);
-            lowest.samples += more.samples;
-            let progress = lowest.samples.min(SAMPLES + 1) + hint_rounds.load(Relaxed);
-            ensure!(
-                attempts.may_retry(progress),
-                "{lowest:?}, {hint_rounds:?} rounds"
-            );
-        }
-        Ok(lowest)
-    })?;
-    let counters = guest.counters()?;
-    println!("reserve {reserve}; {hint_rounds} rounds; {lowest:?}; {counters:?}");
-    ensure!(
-        counters.get("hint_reserve_pages")? * 4096 == reserve,
-        "{reserve} bytes are the documented reserve, and not the driver's: {counters:?}"
-    );
-    ensure!(
-        counters.get("hint_free_pages_low")? * 4096 >= reserve,
-        "the driver took of the reserve of {reserve} bytes: {counters:?}"
-    );
-    ensure!(
-        (reserve - OWN_USE..before.free / 2).contains(&lowest.free),
-        "{} bytes were left of {before:?}, and {reserve} are the reserve",
-        lowest.free
-    );
-
-    let alone = use_memory(&mut guest, NEEDED)?;
-    // Repeats until the shrinker has reclaimed hinted blocks for a process. A process that gets no memory hangs, and
-    // its call fails.
-    let (worst, hint_rounds) = guest.with_hint_rounds(LONG_HOLD, |guest, hint_rounds| {
-        let mut attempts = Attempts::default();
-        let mut worst = Duration::ZERO;
-        for time in 1.. {
-            worst = worst.max(use_memory(guest, NEEDED)?);
-            let reclaimed = guest.counters()?.get("returned_pages")?;
-            if time >= TIMES && reclaimed > 0 && hint_rounds.load(Relaxed) > 0 {
-                break;
-            }
-            ensure!(
-                time < TIMES || attempts.may_retry(0),
-                "{hint_rounds:?} rounds, {reclaimed} pages taken back"
-            );
-        }
-        Ok(worst)
-    })?;
-    let reclaimed = guest.counters()?.get("returned_pages")?;
-    println!("{NEEDED} bytes in {alone:?}, with {hint_rounds} rounds in {worst:?}; {reclaimed} pages taken back");
-    guest.check_and_power_off(before)
-}
-
-/// Returns the documented default reserve in bytes. It is three times the sum of the high watermarks, but at most 1/20
-/// and at least 1/64 of memory. It is at least the sum of the midpoints of the minimum and low watermarks, even above
-/// 1/20. It is also at least the sum of the floors of the zones that hinting uses.
-fn documented_reserve(guest: &mut Guest) -> Result<u64> {
-    let page_size = guest.agent().hello().page_size;
-    let zones = guest.zones()?.zones;
-    let middle: u64 = zones.iter().map(|zone| (zone.min + zone.low) / 2).sum();
-    let high: u64 = zones.iter().map(|zone| zone.high).sum();
-    let usable = zones.iter().filter(|zone| zone.is_hintable());
-    let floors: u64 = usable.map(ZoneInfo::hint_floor).sum();
-    let total = guest.mem_info()?.total() / page_size;
-    let reserve = (3 * high).min(total / 20).max(middle).max(total / 64);
-    Ok(reserve.max(floors) * page_size)
-}
-
-/// Returns the time that a process needs to fill `bytes` of memory and verify them.
-fn use_memory(guest: &mut Guest, bytes: u64) -> Result<Duration> {
-    let start = Instant::now();
-    let filled = guest.call(Fill {
-        bytes,
-        keep_every: 1,
-        seed: 30,
-    })?;
-    let workload = filled.workload;
-    let found = guest.call(Verify { workload })?;
-    let took = start.elapsed();
-    ensure!(found.wrong == 0 && found.pages == bytes / 4096, "{found:?}");
-    guest.call(Free { workload })?;
-    Ok(took)
 }

@@ -5,9 +5,8 @@ use anyhow::{ensure, Context, Result};
 use harness::artifacts::Artifacts;
 use harness::attempts::Attempts;
 use harness::check::MemoryUsage;
-use harness::daemon::Daemon;
 use harness::guest::{Builder, Driver, Guest};
-use harness::scratch::Scratch;
+use harness::process::Signal;
 use harness::vmm::uml::FOLDER;
 use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, MIB};
@@ -83,7 +82,7 @@ fn a_qmp_client_disconnects_in_a_hint_round() -> Result<()> {
         names_it,
         HANG_TIMEOUT,
     )?;
-    guest.vmm().signal(harness::process::Signal::SIGCONT)?;
+    guest.vmm().signal(Signal::SIGCONT)?;
     // Another client can finish the hint round.
     let hint_round = guest.daemon()?.qmp().wait_hint_status("finished")?;
     ensure!(
@@ -200,21 +199,5 @@ fn check_guest_survives(guest: &mut Guest) -> Result<()> {
     };
     guest.check_memory_with_tolerance(little, 0)?;
     guest.power_off()?;
-    Ok(())
-}
-
-#[test]
-fn a_daemon_starts_where_another_was_killed() -> Result<()> {
-    let artifacts = Artifacts::load()?;
-    let scratch = Scratch::new()?;
-    let mut first = Daemon::start(&artifacts.daemon, &scratch, &["stats"], &[])?;
-    first.process().kill()?;
-    let mut second = Daemon::start(&artifacts.daemon, &scratch, &["stats"], &[])?;
-    ensure!(second.terminate()?.success(), "the second daemon failed");
-    ensure!(
-        scratch.contents()?.is_empty(),
-        "{:?} are left",
-        scratch.contents()?
-    );
     Ok(())
 }

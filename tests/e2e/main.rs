@@ -1,25 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! End-to-end tests, which boot guests. `cargo xtask test` builds the artifacts that they need and runs them.
 
+mod bind;
+mod counters;
+mod daemon;
 mod debug_kernel;
 mod driver_cost;
+mod driver_removal;
+mod fault_injection;
 mod features;
+mod hint_reserve;
 mod hinted_blocks;
+mod hinted_contents;
 mod hinting_rules;
 mod hints;
+mod hotplug;
 mod interoperability;
 mod interrupted_hint_rounds;
+mod kexec;
 mod kunit;
-mod lifecycle;
+mod load_cycles;
 mod matrix;
+mod memory_hotplug;
 mod migrate_vm;
 mod migration;
 mod migration_faults;
+mod module_parameters;
+mod must_tell_host;
+mod oom_deflation;
+mod page_clearing;
+mod page_migration;
+mod page_poison;
 mod pausing;
 mod reporting;
 mod resize;
+mod silent_device;
 mod soft_dirty;
 mod stress;
+mod suspend;
+mod tracepoints;
+mod transports;
 
 /// Checks that this file declares every module in the folder. Cargo does not compile an undeclared file, so its tests
 /// would silently not run.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Tests live migration of guests that work.
+//! Tests live migration of guests that work, of guests that do not answer, and of guests without a driver.
 
 use std::collections::BTreeMap;
 use std::thread::sleep;
@@ -9,11 +9,14 @@ use anyhow::{ensure, Context, Result};
 use harness::artifacts::Artifacts;
 use harness::calls::{DropCachesAndCompact, Fill, Free, PageUse, Verify};
 use harness::destination::Destination;
-use harness::guest::{Builder, Driver};
+use harness::guest::{Builder, Driver, Guest};
+use harness::host::guest_memory_file;
 use harness::memory_image::MemoryImage;
+use harness::migration::MigrationStatus;
 use harness::pattern;
+use harness::process::Signal;
 use harness::ranges::RangeSet;
-use harness::stress::StressLoad;
+use harness::stress::{Stress, StressLoad};
 use harness::stressed_guest::StressedGuest;
 use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
@@ -330,5 +333,112 @@ fn r15_pages_that_the_destination_lacks_are_missed() -> Result<()> {
         );
     }
     stressed_guest.guest.call(Free { workload })?;
+    stressed_guest.end().map(drop)
+}
+
+/// The migration tests rely on the workloads: each must detect pages that were changed outside the guest.
+#[test]
+fn r15_every_workload_sees_pages_that_are_lost() -> Result<()> {
+    const PAUSE: Duration = Duration::from_millis(10);
+    let artifacts = Artifacts::load()?;
+    let mut guest = Builder::new(&artifacts, Vmm::Uml)
+        .memory(192 * MIB)
+        .boot()?;
+    let stress = Stress::start(&mut guest, StressLoad::new(32 * MIB), 1)?;
+    stress.wait_compared(&mut guest, 1000, HANG_TIMEOUT)?;
+    let memory_image = MemoryImage::open(&guest_memory_file(guest.vmm().id())?)?;
+    let deadline = Instant::now() + HANG_TIMEOUT;
+    let mut lost = 0;
+    // A workload that had no page in use when pages were lost cannot detect the loss.
+    let each = loop {
+        lost += lose_patterns(&mut guest, &memory_image)?;
+        sleep(PAUSE);
+        let each = stress.progress(&mut guest)?;
+        if each.iter().all(|one| one.wrong > 0) {
+            break each;
+        }
+        ensure!(Instant::now() < deadline, "not all have seen it: {each:?}");
+    };
+    ensure!(lost > 1000, "only {lost} pages had a pattern");
+    println!("{lost} pages were lost, free ones among them: {each:?}");
+    ensure!(stress.end_and_verify(&mut guest).is_err());
+    ensure!(guest.call(PageUse {})?.used.bytes() > MIB);
+    guest.power_off()?;
+    Ok(())
+}
+
+/// Zeroes the pages of a guest that hold patterns, in use or not, and returns their number.
+fn lose_patterns(guest: &mut Guest, memory_image: &MemoryImage) -> Result<u64> {
+    const PAGE: usize = 4096;
+    let mut lost = 0;
+    // The guest is stopped, because a page could change its use between the read and the write.
+    guest.vmm().stop()?;
+    for range in memory_image.data()?.ranges() {
+        for (start, page) in (range.start..)
+            .step_by(PAGE)
+            .zip(memory_image.read(*range)?.chunks_exact(PAGE))
+        {
+            if pattern::is_pattern(page) {
+                memory_image.write(start, &[0; PAGE])?;
+                lost += 1;
+            }
+        }
+    }
+    guest.vmm().signal(Signal::SIGCONT)?;
+    Ok(lost)
+}
+
+/// A guest that never answers delays its migration by `free-page-hint-wait`, and all of its memory arrives.
+#[test]
+fn r14_a_guest_that_never_answers_delays_its_migration_by_the_limit_at_most() -> Result<()> {
+    /// Longer than the default limit.
+    const WAIT: Duration = Duration::from_secs(3);
+    let artifacts = Artifacts::load()?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &[])?;
+    let parameters = json!({ "free-page-hint-wait": WAIT.as_millis() as u64, "max-rounds": 3 });
+    stressed_guest
+        .guest
+        .daemon()?
+        .qmp()
+        .migrate_set_parameters(parameters)?;
+    // The guest is stopped, so it never answers.
+    stressed_guest.guest.vmm().stop()?;
+    let mut destination = Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
+    let status = stressed_guest.guest.migrate_to(&mut destination)?;
+    let comparison = stressed_guest.guest.compare_memory(&destination)?;
+    stressed_guest.guest.resume()?;
+    stressed_guest.guest.vmm().signal(Signal::SIGCONT)?;
+    let waits = status.rounds.iter().map(|iteration| iteration.hint_wait_us);
+    let waits: Vec<_> = waits.map(Duration::from_micros).collect();
+    println!("waited {waits:?} of {} ms in all", status.total_time);
+    // Without a limit the wait would never end.
+    ensure!(
+        waits.first().is_some_and(|wait| *wait >= WAIT),
+        "it waited for {waits:?}: {status:#?}"
+    );
+    ensure!(
+        comparison.different.ranges().is_empty(),
+        "{:x?}",
+        comparison.different
+    );
+    stressed_guest.check_unharmed()?;
+    stressed_guest.end().map(drop)
+}
+
+#[test]
+fn a_guest_without_a_driver_is_migrated_without_hints() -> Result<()> {
+    let artifacts = Artifacts::load()?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &[])?;
+    stressed_guest.guest.unload(Driver::Ours)?;
+    let mut destination = Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
+    stressed_guest.guest.start_migration(&destination.uri())?;
+    let status = stressed_guest.guest.daemon()?.qmp().wait_migration_end()?;
+    println!("{status:?}");
+    ensure!(status.status == MigrationStatus::Completed, "{status:?}");
+    destination.wait()?;
+    let comparison = stressed_guest.guest.compare_memory(&destination)?;
+    ensure!(comparison.different.ranges().is_empty(), "{comparison:?}");
+    stressed_guest.guest.resume()?;
+    stressed_guest.guest.load(Driver::Ours)?;
     stressed_guest.end().map(drop)
 }

@@ -9,34 +9,20 @@ use anyhow::{ensure, Context, Result};
 use harness::artifacts::Artifacts;
 use harness::attempts::Attempts;
 use harness::destination::{uri, Destination};
-use harness::guest::{Builder, Driver};
+use harness::guest::Driver;
 use harness::migration::{MigrationInfo, MigrationStatus};
 use harness::pattern::next_random;
 use harness::process::Signal;
 use harness::proxy::{FaultProxy, ProxyFault};
 use harness::scratch::Scratch;
-use harness::stress::StressLoad;
 use harness::stressed_guest::StressedGuest;
 use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, MIB};
 use serde_json::json;
 
-/// The guest's memory. It is small, so that many migrations fit into a test. The faults do not depend on its size.
-const MEMORY: u64 = 160 * MIB;
-const LOAD: u64 = 32 * MIB;
-
 /// The number of faults at random points, unless the environment variable sets it.
 const TIMES: u32 = 24;
 const TIMES_VARIABLE: &str = "VIRTIO_BALLOON_RS_CUTS";
-
-fn stressed_guest(artifacts: &Artifacts, options: &[&str]) -> Result<StressedGuest> {
-    let mut all = vec!["--discard-hinted"];
-    all.extend(options);
-    let builder = Builder::new(artifacts, Vmm::Uml)
-        .memory(MEMORY)
-        .device_options(&all);
-    StressedGuest::start(builder, Driver::Ours, StressLoad::new(LOAD), 16)
-}
 
 fn times() -> Result<u32> {
     match std::env::var(TIMES_VARIABLE) {
@@ -102,7 +88,7 @@ const CONNECTION_LOST: [&str; 5] = ["Broken pipe", "reset", "closed", "gone", "e
 #[test]
 fn r16_a_connection_that_is_cut_at_a_random_point_harms_nobody() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &[])?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &[])?;
     let scratch = Scratch::new()?;
     let parameters = json!({ "downtime-limit": 20, "max-rounds": 3 });
     stressed_guest
@@ -177,7 +163,7 @@ fn r16_a_connection_that_is_cut_at_a_random_point_harms_nobody() -> Result<()> {
 #[test]
 fn r16_a_migration_that_is_cancelled_at_a_random_point_harms_nobody() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &[])?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &[])?;
     let scratch = Scratch::new()?;
     limit_bandwidth(&mut stressed_guest)?;
     let mut seed = std::process::id().into();
@@ -243,7 +229,7 @@ fn migrate_until_switchover(stressed_guest: &mut StressedGuest, proxy: &FaultPro
 #[test]
 fn r16_a_connection_that_is_cut_while_the_guest_is_paused_lets_it_go_on() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &[])?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &[])?;
     let scratch = Scratch::new()?;
     for turn in 0..2 {
         let mut destination =
@@ -267,7 +253,7 @@ fn r16_a_connection_that_is_cut_while_the_guest_is_paused_lets_it_go_on() -> Res
 fn r16_a_guest_whose_daemon_is_killed_while_it_is_paused_goes_on_when_it_is_told_to() -> Result<()>
 {
     let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &[])?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &[])?;
     let scratch = Scratch::new()?;
     let mut destination = Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
     let proxy = FaultProxy::start(
@@ -290,7 +276,7 @@ fn r16_a_guest_whose_daemon_is_killed_while_it_is_paused_goes_on_when_it_is_told
 #[test]
 fn r16_a_destination_that_is_killed_or_not_there_harms_nobody() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &[])?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &[])?;
     let scratch = Scratch::new()?;
     limit_bandwidth(&mut stressed_guest)?;
     for bytes in [1, 2 * MIB, 8 * MIB] {
@@ -330,7 +316,7 @@ fn r16_a_destination_that_is_killed_or_not_there_harms_nobody() -> Result<()> {
 #[test]
 fn r16_a_daemon_that_is_killed_in_a_migration_leaves_its_guest_working() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &[])?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &[])?;
     limit_bandwidth(&mut stressed_guest)?;
     let scratch = Scratch::new()?;
     let mut destination = Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
@@ -348,7 +334,7 @@ fn r16_a_daemon_that_is_killed_in_a_migration_leaves_its_guest_working() -> Resu
 fn r16_a_daemon_that_is_told_to_end_in_a_migration_says_so_and_leaves_its_guest_working(
 ) -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &[])?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &[])?;
     limit_bandwidth(&mut stressed_guest)?;
     let scratch = Scratch::new()?;
     let mut destination = Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
@@ -366,7 +352,7 @@ fn r16_a_daemon_that_is_told_to_end_in_a_migration_says_so_and_leaves_its_guest_
 #[test]
 fn a_guest_that_is_killed_in_a_migration_fails_it() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &["--persistent"])?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &["--persistent"])?;
     limit_bandwidth(&mut stressed_guest)?;
     let scratch = Scratch::new()?;
     let mut destination = Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
@@ -392,7 +378,7 @@ fn a_guest_that_is_killed_in_a_migration_fails_it() -> Result<()> {
 #[test]
 fn r16_a_module_that_is_unloaded_in_a_migration_leaves_nothing_behind() -> Result<()> {
     let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &[])?;
+    let mut stressed_guest = StressedGuest::start_small(&artifacts, &[])?;
     let scratch = Scratch::new()?;
     for bytes in [0, 1, 4 * MIB, 16 * MIB] {
         limit_bandwidth(&mut stressed_guest)?;
@@ -424,60 +410,5 @@ fn r16_a_module_that_is_unloaded_in_a_migration_leaves_nothing_behind() -> Resul
         stressed_guest.check_unharmed()?;
         stressed_guest.guest.load(Driver::Ours)?;
     }
-    stressed_guest.end().map(drop)
-}
-
-/// A guest that never answers delays its migration by `free-page-hint-wait`, and all of its memory arrives.
-#[test]
-fn r14_a_guest_that_never_answers_delays_its_migration_by_the_limit_at_most() -> Result<()> {
-    /// Longer than the default limit.
-    const WAIT: Duration = Duration::from_secs(3);
-    let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &[])?;
-    let parameters = json!({ "free-page-hint-wait": WAIT.as_millis() as u64, "max-rounds": 3 });
-    stressed_guest
-        .guest
-        .daemon()?
-        .qmp()
-        .migrate_set_parameters(parameters)?;
-    // The guest is stopped, so it never answers.
-    stressed_guest.guest.vmm().stop()?;
-    let mut destination = Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
-    let status = stressed_guest.guest.migrate_to(&mut destination)?;
-    let comparison = stressed_guest.guest.compare_memory(&destination)?;
-    stressed_guest.guest.resume()?;
-    stressed_guest.guest.vmm().signal(Signal::SIGCONT)?;
-    let waits = status.rounds.iter().map(|iteration| iteration.hint_wait_us);
-    let waits: Vec<_> = waits.map(Duration::from_micros).collect();
-    println!("waited {waits:?} of {} ms in all", status.total_time);
-    // Without a limit the wait would never end.
-    ensure!(
-        waits.first().is_some_and(|wait| *wait >= WAIT),
-        "it waited for {waits:?}: {status:#?}"
-    );
-    ensure!(
-        comparison.different.ranges().is_empty(),
-        "{:x?}",
-        comparison.different
-    );
-    stressed_guest.check_unharmed()?;
-    stressed_guest.end().map(drop)
-}
-
-#[test]
-fn a_guest_without_a_driver_is_migrated_without_hints() -> Result<()> {
-    let artifacts = Artifacts::load()?;
-    let mut stressed_guest = stressed_guest(&artifacts, &[])?;
-    stressed_guest.guest.unload(Driver::Ours)?;
-    let mut destination = Destination::start(&artifacts.balloonctl, stressed_guest.guest.memory())?;
-    stressed_guest.guest.start_migration(&destination.uri())?;
-    let status = stressed_guest.guest.daemon()?.qmp().wait_migration_end()?;
-    println!("{status:?}");
-    ensure!(status.status == MigrationStatus::Completed, "{status:?}");
-    destination.wait()?;
-    let comparison = stressed_guest.guest.compare_memory(&destination)?;
-    ensure!(comparison.different.ranges().is_empty(), "{comparison:?}");
-    stressed_guest.guest.resume()?;
-    stressed_guest.guest.load(Driver::Ours)?;
     stressed_guest.end().map(drop)
 }

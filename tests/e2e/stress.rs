@@ -8,10 +8,6 @@ use anyhow::{ensure, Context, Result};
 use harness::artifacts::Artifacts;
 use harness::calls::{ChurnMemory, ChurnStats, ReadFile, StopChurn, WaitMemFree};
 use harness::guest::{Builder, Driver, Guest};
-use harness::host::guest_memory_file;
-use harness::memory_image::MemoryImage;
-use harness::pattern;
-use harness::stress::{Stress, StressLoad};
 use harness::vmm::Vmm;
 use harness::{HANG_TIMEOUT, HANG_TIMEOUT_MS, MIB};
 
@@ -156,55 +152,4 @@ fn counted(guest: &mut Guest, name: &str) -> Result<u64> {
     let found = lines.find(|(key, _)| *key == name);
     let (_, value) = found.with_context(|| format!("/proc/vmstat has no {name}"))?;
     Ok(value.parse()?)
-}
-
-/// The migration tests rely on the workloads: each must detect pages that were changed outside the guest.
-#[test]
-fn r15_every_workload_sees_pages_that_are_lost() -> Result<()> {
-    let artifacts = Artifacts::load()?;
-    let mut guest = Builder::new(&artifacts, Vmm::Uml)
-        .memory(192 * MIB)
-        .boot()?;
-    let stress = Stress::start(&mut guest, StressLoad::new(32 * MIB), 1)?;
-    stress.wait_compared(&mut guest, 1000, HANG_TIMEOUT)?;
-    let memory_image = MemoryImage::open(&guest_memory_file(guest.vmm().id())?)?;
-    let deadline = Instant::now() + HANG_TIMEOUT;
-    let mut lost = 0;
-    // A workload that had no page in use when pages were lost cannot detect the loss.
-    let each = loop {
-        lost += lose_patterns(&mut guest, &memory_image)?;
-        sleep(PAUSE);
-        let each = stress.progress(&mut guest)?;
-        if each.iter().all(|one| one.wrong > 0) {
-            break each;
-        }
-        ensure!(Instant::now() < deadline, "not all have seen it: {each:?}");
-    };
-    ensure!(lost > 1000, "only {lost} pages had a pattern");
-    println!("{lost} pages were lost, free ones among them: {each:?}");
-    ensure!(stress.end_and_verify(&mut guest).is_err());
-    ensure!(guest.call(harness::calls::PageUse {})?.used.bytes() > MIB);
-    guest.power_off()?;
-    Ok(())
-}
-
-/// Zeroes the pages of a guest that hold patterns, in use or not, and returns their number.
-fn lose_patterns(guest: &mut Guest, memory_image: &MemoryImage) -> Result<u64> {
-    const PAGE: usize = 4096;
-    let mut lost = 0;
-    // The guest is stopped, because a page could change its use between the read and the write.
-    guest.vmm().stop()?;
-    for range in memory_image.data()?.ranges() {
-        for (start, page) in (range.start..)
-            .step_by(PAGE)
-            .zip(memory_image.read(*range)?.chunks_exact(PAGE))
-        {
-            if pattern::is_pattern(page) {
-                memory_image.write(start, &[0; PAGE])?;
-                lost += 1;
-            }
-        }
-    }
-    guest.vmm().signal(harness::process::Signal::SIGCONT)?;
-    Ok(lost)
 }

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, ensure, Context, Result};
 use guest_agent::calls::{
-    Call, Fill, Free, KernelLog, KernelLogRecord, ListFolder, LoadModule, MemInfo, MemInfoFields,
-    Modules, PowerOff, Release, UnloadModule, WaitKernelLog,
+    Call, Fill, Filled, Free, KernelLog, KernelLogRecord, ListFolder, LoadModule, MemInfo,
+    MemInfoFields, Modules, PowerOff, Release, Run, UnloadModule, Verify, WaitKernelLog,
 };
 
 use crate::agent::AgentClient;
@@ -20,7 +20,7 @@ use crate::check::MemoryUsage;
 use crate::daemon::Daemon;
 use crate::host;
 use crate::initramfs;
-use crate::process::{Process, Streams};
+use crate::process::{Process, Signal, Streams};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::vmm::hardware::Hardware;
@@ -121,6 +121,29 @@ impl<'a> Builder<'a> {
             memory_file: None,
             files: Vec::new(),
             console: Streams::Collected,
+        }
+    }
+
+    /// Creates a configuration whose device, ours or QEMU's own, offers all balloon features except PAGE_POISON.
+    #[must_use]
+    pub fn with_all_features(artifacts: &'a Artifacts, vmm: Vmm, device: Device) -> Self {
+        const FEATURES: [&str; 5] = [
+            "must-tell-host",
+            "stats",
+            "deflate-on-oom",
+            "free-page-hint",
+            "free-page-reporting",
+        ];
+        let builder = Self::new(artifacts, vmm)
+            .device(device)
+            // With `init_on_alloc` the kernel clears the blocks that the driver allocates for hints, and the counts of
+            // QEMU's own device do not show the hints.
+            .kernel_arguments("init_on_alloc=0");
+        match device {
+            Device::QemuOwn => {
+                builder.device_options(&["free-page-reporting=on", "deflate-on-oom=on"])
+            }
+            _ => builder.features(&FEATURES),
         }
     }
 
@@ -786,6 +809,68 @@ impl Guest {
             workload: filled.workload,
         })?;
         Ok(bytes)
+    }
+
+    /// Starts a process in the guest that fills `bytes` of memory. [`Fill`] describes `keep_every`.
+    ///
+    /// # Errors
+    ///
+    /// Same as [`AgentClient::call`].
+    pub fn fill(&mut self, bytes: u64, keep_every: u64, seed: u64) -> Result<Filled> {
+        self.call(Fill {
+            bytes,
+            keep_every,
+            seed,
+        })
+    }
+
+    /// Fills `bytes` of the guest's memory, verifies them, and frees them.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the content of a page is wrong.
+    pub fn fill_and_verify(&mut self, bytes: u64, seed: u64) -> Result<Filled> {
+        let filled = self.fill(bytes, 1, seed)?;
+        let workload = filled.workload;
+        let found = self.call(Verify { workload })?;
+        ensure!(found.wrong == 0 && found.pages > 0, "{found:?}");
+        self.call(Free { workload })?;
+        Ok(filled)
+    }
+
+    /// Runs a shell script in the guest and returns its output.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the script fails.
+    pub fn shell(&mut self, script: &str) -> Result<String> {
+        let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
+        let done = self.call(Run { argv })?;
+        ensure!(done.status == Some(0), "{script}: {done:?}");
+        Ok(done.stdout)
+    }
+
+    /// Stops our daemon with SIGSTOP. [`Guest::continue_daemon`] resumes it.
+    ///
+    /// First calls the agent. While user-mode Linux waits for the daemon's answer to a configuration write, a stopped
+    /// daemon would stop the whole guest, whose kernel has one thread. While the agent answers, no such write is in
+    /// progress. The guest starts none unless the device sends something.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the guest has another device, or the daemon has ended.
+    pub fn stop_daemon(&mut self) -> Result<()> {
+        self.mem_info()?;
+        self.daemon()?.process().stop()
+    }
+
+    /// Resumes our daemon after [`Guest::stop_daemon`].
+    ///
+    /// # Errors
+    ///
+    /// Fails if the guest has another device, or the daemon has ended.
+    pub fn continue_daemon(&mut self) -> Result<()> {
+        self.daemon()?.process().signal(Signal::SIGCONT)
     }
 
     /// Returns the records of the kernel log since the last call.

@@ -39,6 +39,7 @@ pub mod power_state;
 pub mod process;
 pub mod proxy;
 pub mod qmp;
+pub mod resize;
 pub mod scratch;
 pub mod silent_device;
 pub mod stress;

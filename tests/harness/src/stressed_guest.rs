@@ -4,6 +4,7 @@
 use anyhow::{ensure, Context, Result};
 use guest_agent::calls::{ChurnStats, WaitMemFree};
 
+use crate::artifacts::Artifacts;
 use crate::check::MemoryUsage;
 use crate::guest::{Builder, Driver, Guest};
 use crate::stress::{Stress, StressLoad};
@@ -44,6 +45,24 @@ impl StressedGuest {
         };
         this.check_progress()?;
         Ok(this)
+    }
+
+    /// Starts a guest in user-mode Linux with our driver and our device. The device discards hinted pages and has
+    /// further `options`. The guest is small, so that many migrations fit into a test.
+    ///
+    /// # Errors
+    ///
+    /// Same as [`StressedGuest::start`].
+    pub fn start_small(artifacts: &Artifacts, options: &[&str]) -> Result<Self> {
+        const MEMORY: u64 = 160 * MIB;
+        const LOAD: u64 = 32 * MIB;
+        const SEED: u64 = 16;
+        let mut all = vec!["--discard-hinted"];
+        all.extend(options);
+        let builder = Builder::new(artifacts, Vmm::Uml)
+            .memory(MEMORY)
+            .device_options(&all);
+        Self::start(builder, Driver::Ours, StressLoad::new(LOAD), SEED)
     }
 
     /// Waits until each workload has made progress. Checks that none has found a wrong page.

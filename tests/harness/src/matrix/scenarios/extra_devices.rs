@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Machines with two balloons, with swap, and with an unusable balloon.
 
-use anyhow::{bail, ensure, Context, Result};
-use guest_agent::calls::{Fill, Free, Run, Verify, WaitBalloonDevices};
+use anyhow::{ensure, Context, Result};
+use guest_agent::calls::{Fill, Free, Verify, WaitBalloonDevices};
 use serde_json::{json, Value};
 
 use super::{boot, builder, TIMEOUT};
@@ -129,7 +129,7 @@ pub fn swap(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     let (mut guest, _) = boot(builder(artifacts, cell).hardware(hardware))?;
     guest.load_module("virtio_blk")?;
     for command in ["mkswap /dev/vda", "swapon /dev/vda"] {
-        run(&mut guest, command)?;
+        guest.shell(command)?;
     }
     let before = guest.settled_memory_usage()?;
     guest.load(driver)?;
@@ -157,16 +157,7 @@ pub fn swap(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
         guest.balloon_qmp()?.wait_balloon(whole, TIMEOUT)?;
     }
     guest.call(Free { workload })?;
-    run(&mut guest, "swapoff /dev/vda")?;
+    guest.shell("swapoff /dev/vda")?;
     guest.unload(driver)?;
     guest.check_and_power_off(before)
-}
-
-fn run(guest: &mut Guest, command: &str) -> Result<()> {
-    let argv = ["sh", "-c", command].map(str::to_owned).to_vec();
-    let done = guest.call(Run { argv })?;
-    if done.status != Some(0) {
-        bail!("{command}: {done:?}");
-    }
-    Ok(())
 }
