@@ -12,6 +12,7 @@ mod commands;
 pub mod error;
 pub mod interrupt;
 pub mod migrate_vm;
+mod migration_parameters;
 pub mod output;
 pub mod size;
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use crate::page_runs::PageRun;
+use crate::page_run::PageRun;
 use crate::{DirtyBitmap, Layout, LayoutError};
 
 /// The right to set dirty bits, during a dirty sync. Hints cannot be applied.

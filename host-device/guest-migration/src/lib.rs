@@ -46,9 +46,12 @@ mod hint_source;
 mod hint_window;
 mod layout;
 mod memory;
+mod page_bitmaps;
+mod page_run;
 mod page_runs;
 pub mod precopy;
 mod processes;
+mod ram_block_bits;
 pub mod status;
 pub mod stream;
 mod sync;
@@ -60,7 +63,8 @@ pub use hint_source::{HintSource, HintSourceError, WaitOutcome};
 pub use hint_window::{HintError, HintWindow, Hinted, SyncPhase};
 pub use layout::{Layout, LayoutError, RamBlock, Region, RAM_BLOCK_NAME_MAX};
 pub use memory::{Memory, MemoryError};
-pub use page_runs::{PageRun, PageRuns};
+pub use page_run::PageRun;
+pub use page_runs::PageRuns;
 
 /// Size of a page of guest memory in bytes. One dirty bit covers one page.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;

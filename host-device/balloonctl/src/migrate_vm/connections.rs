@@ -8,7 +8,7 @@ use qmp_client::Client;
 use serde::Deserialize;
 use serde_json::{json, Value};
 
-use super::plan::Peer;
+use super::peer::Peer;
 use crate::error::CommandError;
 use crate::interrupt::Interrupts;
 

@@ -2,24 +2,19 @@
 
 //! Executes a plan.
 
-use std::fs;
-use std::io::Write;
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use guest_migration::status::MigrationInfo;
 use qmp_client::Error;
-use rustix::process::{kill_process_group, Pid, Signal};
 use serde::Serialize;
-use serde_json::Value;
 
-use super::connections::{wait, Connections, QemuMigrationInfo, RunState, POLL_INTERVAL};
-use super::plan::{Peer, Step, WaitCondition};
+use super::connections::Connections;
+use super::execution::Execution;
+use super::peer::Peer;
+use super::plan::{Step, WaitCondition};
 use super::preflight::Preflight;
 use super::rollback;
-use crate::commands::progress;
+use super::rollback_action::RollbackAction;
 use crate::error::CommandError;
 use crate::interrupt::Interrupts;
 use crate::output::Output;
@@ -47,16 +42,6 @@ pub struct MigrationSummary {
     pub memory: MigrationInfo,
     /// How long the guest was paused, in milliseconds.
     pub downtime_ms: u64,
-}
-
-/// The execution of a plan.
-pub(super) struct Execution<'a> {
-    pub connections: &'a mut Connections,
-    pub preflight: &'a Preflight,
-    interrupts: &'a Interrupts,
-    output: &'a mut Output,
-    memory: MigrationInfo,
-    shell: Option<Child>,
 }
 
 /// Executes a plan.
@@ -142,141 +127,11 @@ fn is_harmless(error: &CommandError) -> bool {
 }
 
 impl Execution<'_> {
-    fn step(&mut self, step: &Step) -> Result<(), CommandError> {
-        if self.interrupts.count() > 0 {
-            return Err(CommandError::Cancelled("interrupted".into()));
-        }
-        let answer = match (&step.command, self.connections.client_mut(step.peer)) {
-            (Some(command), Some(client)) => {
-                // Earlier events do not concern this command.
-                client.clear_events();
-                client.command(&command.execute, command.arguments.clone())?
-            }
-            _ => Value::Null,
-        };
-        let timeout = step.timeout.unwrap_or(Duration::MAX);
-        match &step.until {
-            WaitCondition::Answered => Ok(()),
-            WaitCondition::Written(path) => write(path, &answer),
-            WaitCondition::Unplugged(id) => self.unplugged(id, timeout),
-            WaitCondition::Running(wanted) => self.runs(step.peer, *wanted, timeout),
-            WaitCondition::Memory(state) => {
-                let (daemon, output) = (&mut self.connections.daemon, &mut *self.output);
-                self.memory =
-                    progress::wait_for_migration(daemon, Some(*state), self.interrupts, output)?;
-                if self.memory.status == *state {
-                    Ok(())
-                } else {
-                    progress::outcome(&self.memory)
-                }
-            }
-            WaitCondition::VmState => self.vm_state(step.peer, timeout),
-            WaitCondition::Listening { socket, shell } => {
-                self.listening(socket, shell.as_deref(), timeout)
-            }
-        }
-    }
-
-    fn unplugged(&mut self, id: &str, timeout: Duration) -> Result<(), CommandError> {
-        let (source, interrupts) = (&mut self.connections.source, self.interrupts);
-        let what = format!("the guest did not let '{id}' go");
-        wait(&what, timeout, Some(interrupts), || {
-            let told = |name: &str| name == "DEVICE_DELETED" || name == "DEVICE_UNPLUG_GUEST_ERROR";
-            let event = source.wait_event(
-                |event| told(&event.name) && event.text("device") == id,
-                POLL_INTERVAL,
-            )?;
-            match event {
-                Some(event) if event.name == "DEVICE_DELETED" => Ok(Some(())),
-                Some(_) => Err(CommandError::Failed(format!("the guest keeps '{id}'"))),
-                None => Ok(None),
-            }
-        })
-    }
-
-    fn runs(&mut self, peer: Peer, wanted: bool, timeout: Duration) -> Result<(), CommandError> {
-        let Some(client) = self.connections.client_mut(peer) else {
-            return Ok(());
-        };
-        let word = if wanted { "run" } else { "stop" };
-        let what = format!("the guest at the {} did not {word}", peer.name());
-        wait(&what, timeout, None, || {
-            let state: RunState = client.query("query-status")?;
-            Ok((state.running == wanted).then_some(()))
-        })
-    }
-
-    fn vm_state(&mut self, peer: Peer, timeout: Duration) -> Result<(), CommandError> {
-        let interrupts = self.interrupts;
-        let Some(client) = self.connections.client_mut(peer) else {
-            return Ok(());
-        };
-        let what = format!("the {} did not move the state of its devices", peer.name());
-        wait(&what, timeout, Some(interrupts), || {
-            let state: QemuMigrationInfo = client.query("query-migrate")?;
-            match state.status.as_str() {
-                "completed" => Ok(Some(())),
-                "failed" | "cancelled" => Err(CommandError::Failed(format!(
-                    "the state of QEMU's devices was not moved: {}: {}",
-                    state.status,
-                    state
-                        .error_desc
-                        .unwrap_or_else(|| "QEMU does not say why".into())
-                ))),
-                _ => Ok(None),
-            }
-        })
-    }
-
-    fn listening(
-        &mut self,
-        socket: &Path,
-        shell: Option<&str>,
-        timeout: Duration,
-    ) -> Result<(), CommandError> {
-        if let Some(command) = shell {
-            // A process group of its own, so that Ctrl-C reaches only this program.
-            let child = Command::new("/bin/sh")
-                .args(["-c", command])
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .process_group(0)
-                .spawn();
-            let failed = |error| CommandError::Io(format!("cannot run '{command}'"), error);
-            self.shell = Some(child.map_err(failed)?);
-        }
-        let what = format!("nobody listened at {}", socket.display());
-        let mut child = self.shell.as_mut();
-        wait(&what, timeout, Some(self.interrupts), || {
-            if socket.exists() {
-                return Ok(Some(()));
-            }
-            let ended = child.as_mut().and_then(|child| child.try_wait().ok());
-            match ended.flatten() {
-                // A command that has ended successfully may have started its daemon in the background.
-                Some(status) if !status.success() => Err(CommandError::Failed(format!(
-                    "the command that was to start the destination's daemon ended: {status}"
-                ))),
-                _ => Ok(None),
-            }
-        })
-    }
-
-    /// Terminates the shell command, if one was started.
-    pub(super) fn terminate_shell(&mut self) -> Option<String> {
-        let mut child = self.shell.take()?;
-        let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw)?;
-        // The process group may have ended already.
-        let _ = kill_process_group(group, Signal::TERM);
-        let _ = child.wait();
-        Some("the destination's daemon is ended".into())
-    }
-
     fn roll_back(
         &mut self,
         name: &str,
         error: CommandError,
-        rollback_actions: &[rollback::RollbackAction],
+        rollback_actions: &[RollbackAction],
     ) -> CommandError {
         let (done, failed) = rollback::rollback(self, rollback_actions);
         let mut full_message = format!("{name}: {}", error.full_message());
@@ -296,18 +151,4 @@ impl Execution<'_> {
             _ => CommandError::Failed(full_message),
         }
     }
-}
-
-/// Writes a file atomically: whole or not at all.
-fn write(path: &Path, value: &Value) -> Result<(), CommandError> {
-    let failed = |error| CommandError::Io(format!("cannot write {}", path.display()), error);
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
-    writeln!(file, "{value:#}").map_err(failed)?;
-    fs::File::sync_all(file.as_file()).map_err(failed)?;
-    let persisted = file.persist(path);
-    persisted.map(drop).map_err(|error| failed(error.error))
 }

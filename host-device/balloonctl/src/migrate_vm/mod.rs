@@ -12,17 +12,23 @@
 
 mod connections;
 mod execute;
+mod execution;
+mod peer;
 mod plan;
 mod preflight;
+mod qmp_command;
 mod rollback;
+mod rollback_action;
 
 pub use connections::Connections;
 pub use execute::{execute, CompletedStep, MigrationSummary};
-pub use plan::{
-    plan, set_capability, Peer, QmpCommand, Step, WaitCondition, PAUSE_BEFORE_SWITCHOVER,
-};
+pub use peer::Peer;
+pub use plan::{plan, Step, WaitCondition};
 pub use preflight::{preflight, Preflight};
-pub use rollback::RollbackAction;
+pub use qmp_command::{set_capability, QmpCommand};
+pub use rollback_action::RollbackAction;
+
+pub use crate::migration_parameters::PAUSE_BEFORE_SWITCHOVER;
 
 use qmp_client::Client;
 use serde_json::json;

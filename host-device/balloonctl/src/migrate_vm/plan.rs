@@ -3,53 +3,19 @@
 //! The plan: all steps of a migration, before any of them is executed.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use guest_migration::status::MigrationStatus;
 use serde::Serialize;
-use serde_json::{json, Map, Value};
+use serde_json::{json, Value};
 
+use super::peer::Peer;
 use super::preflight::Preflight;
-use super::rollback::RollbackAction;
+use super::qmp_command::{chardev_add, command, device_add, set_capability, QmpCommand};
+use super::rollback_action::RollbackAction;
 use crate::args::MigrateVm;
-use crate::commands::migrate::parameters;
-
-/// The peer that executes a command.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Peer {
-    /// The QEMU that runs the guest.
-    Source,
-    /// The QEMU that waits for the guest.
-    Destination,
-    /// Our daemon at the source.
-    Daemon,
-    /// This program.
-    Here,
-}
-
-impl Peer {
-    /// Returns the name.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Source => "source",
-            Self::Destination => "destination",
-            Self::Daemon => "daemon",
-            Self::Here => "here",
-        }
-    }
-}
-
-/// A QMP command.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct QmpCommand {
-    /// Name of the command.
-    pub execute: String,
-    /// Arguments of the command.
-    pub arguments: Value,
-}
+use crate::migration_parameters::{parameters, PAUSE_BEFORE_SWITCHOVER};
 
 /// The condition that ends a step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -107,38 +73,6 @@ pub struct Step {
 
 /// The capability of QEMU that leaves memory in shared files out of the migration.
 const IGNORE_SHARED: &str = "x-ignore-shared";
-/// The capability of the daemon to wait before the last iteration.
-pub const PAUSE_BEFORE_SWITCHOVER: &str = "pause-before-switchover";
-
-/// Returns the command that sets a capability.
-#[must_use]
-pub fn set_capability(name: &str, state: bool) -> QmpCommand {
-    let one = json!({ "capability": name, "state": state });
-    command("migrate-set-capabilities", json!({ "capabilities": [one] }))
-}
-
-fn command(name: &str, arguments: Value) -> QmpCommand {
-    QmpCommand {
-        execute: name.to_owned(),
-        arguments,
-    }
-}
-
-/// Returns the command that connects a chardev to a daemon.
-pub(super) fn chardev_add(id: &str, socket: &Path) -> QmpCommand {
-    let address = json!({ "type": "unix", "data": { "path": socket } });
-    let data = json!({ "addr": address, "server": false });
-    let backend = json!({ "type": "socket", "data": data });
-    command("chardev-add", json!({ "id": id, "backend": backend }))
-}
-
-/// Returns the command that plugs the balloon in.
-pub(super) fn device_add(device: &Map<String, Value>, bus: &str, chardev: &str) -> QmpCommand {
-    let mut device = device.clone();
-    device.insert("bus".into(), bus.into());
-    device.insert("chardev".into(), chardev.into());
-    command("device_add", device.into())
-}
 
 /// Collects the steps of a plan.
 struct PlanBuilder {

@@ -9,46 +9,16 @@ use qmp_client::{Client, Error};
 use serde_json::json;
 
 use super::connections::{peripheral, property, wait, QemuMigrationInfo, RunState};
-use super::execute::Execution;
-use super::plan::{chardev_add, device_add, Peer, QmpCommand};
+use super::execution::Execution;
 use super::preflight::Preflight;
+use super::qmp_command::{chardev_add, device_add};
+use super::rollback_action::RollbackAction;
 use crate::error::CommandError;
 
 /// Timeout of one rollback action.
 const ROLLBACK_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long to wait for the guest to release a device.
 const UNPLUG_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// The action that undoes a step.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RollbackAction {
-    /// Cancel QEMU's own migration.
-    CancelVmState,
-    /// Resume the guest at the source.
-    ResumeGuest,
-    /// Cancel the daemon's migration of memory.
-    CancelMemory,
-    /// Plug the balloon in at the source.
-    PlugBalloon,
-    /// Terminate the command that this program has started.
-    TerminateShell,
-    /// Reset a capability of a peer with this command.
-    RestoreCapability(Peer, QmpCommand),
-}
-
-impl RollbackAction {
-    /// Returns the rank of the action: actions of lower rank run first. The guest resumes as early as possible.
-    fn rank(&self) -> u8 {
-        match self {
-            Self::CancelVmState => 0,
-            Self::ResumeGuest => 1,
-            Self::CancelMemory => 2,
-            Self::PlugBalloon => 3,
-            Self::TerminateShell => 4,
-            Self::RestoreCapability(..) => 5,
-        }
-    }
-}
 
 /// Runs all actions. If one fails, the others still run. Returns descriptions of the completed and the failed actions.
 pub(super) fn rollback(

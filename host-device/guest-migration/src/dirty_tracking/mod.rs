@@ -3,56 +3,36 @@
 //! Dirty tracking: finds the pages that the guest has written.
 
 mod content;
+#[cfg(test)]
 mod mock_tracker;
 mod pagemap;
+mod process_snapshot;
 mod punched_pages;
 mod quiesce;
+mod reclaim;
+mod run_builder;
 mod sent_table;
 mod soft_dirty;
+#[cfg(test)]
+mod test_support;
 mod tracker_choice;
+mod tracking_error;
 
-use std::io;
 use std::time::Duration;
 
-use thiserror::Error;
-
 pub use content::ContentTracker;
-pub use mock_tracker::{mock_tracker, MockTracker, MockWrites};
+#[cfg(test)]
+pub(crate) use mock_tracker::{mock_tracker, MockWrites};
 pub use punched_pages::PunchedPages;
-pub use quiesce::{NoWriters, Quiesce};
+pub use quiesce::Quiesce;
 pub use sent_table::SentTable;
 pub use soft_dirty::SoftDirtyTracker;
+#[cfg(test)]
+use test_support::{test_memory, NoWriters};
 pub use tracker_choice::{choose_tracker, TrackerChoice, TrackingMode};
+pub use tracking_error::TrackingError;
 
 use crate::{PageRun, SyncPhase};
-
-/// Why writes cannot be tracked.
-#[derive(Debug, Error)]
-pub enum TrackingError {
-    /// The tracking mode is not available, for this reason.
-    #[error("{0}")]
-    Unavailable(String),
-    /// Guest memory cannot be read.
-    #[error("guest memory cannot be read at {offset:#x} of block {block}: {source}")]
-    Read {
-        /// Index of the RAM block.
-        block: usize,
-        /// Offset in the RAM block, in bytes.
-        offset: u64,
-        /// The system error.
-        source: io::Error,
-    },
-    /// A process that maps guest memory cannot be examined.
-    #[error("the process {pid}, which maps guest memory, cannot be tracked: {what}: {source}")]
-    Process {
-        /// The pid.
-        pid: u32,
-        /// The file or operation that failed.
-        what: &'static str,
-        /// The system error.
-        source: io::Error,
-    },
-}
 
 /// Whether the guest runs during a dirty sync.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -118,27 +98,4 @@ pub trait DirtyTracker: Send {
     fn sent_table(&self) -> Option<&SentTable> {
         None
     }
-}
-
-/// Returns memory with one RAM block for each element of `pages`, which is its number of pages. A region maps the first
-/// RAM block at address 0.
-#[cfg(test)]
-fn test_memory(pages: &[u64]) -> crate::Memory {
-    use crate::{Layout, Memory, RamBlock, Region, PAGE_SIZE};
-    use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
-
-    let lengths = pages.iter().map(|pages| pages * PAGE_SIZE);
-    let names = ('a'..='z').map(String::from);
-    let blocks = lengths
-        .clone()
-        .zip(names)
-        .map(|(length, name)| RamBlock::new(&name, length).unwrap());
-    let region = Region::new(0, pages[0] * PAGE_SIZE).unwrap();
-    let layout = Layout::new(blocks, [region]).unwrap();
-    let files = lengths.map(|length| {
-        let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
-        ftruncate(&file, length).unwrap();
-        file.into()
-    });
-    Memory::new(layout.into(), files.collect()).unwrap()
 }

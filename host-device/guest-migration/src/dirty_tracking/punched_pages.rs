@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::TrackingError;
 use crate::atomic_bitmap::AtomicBitmap;
+use crate::page_bitmaps::{page_bitmaps, set_runs};
 use crate::{Layout, PageRun};
 
 /// Tells a soft-dirty tracker in which pages holes were punched. Soft-dirty bits do not show holes.
@@ -22,7 +23,7 @@ impl PunchedPages {
     ///
     /// If memory for one bit per page is insufficient.
     pub fn new(layout: &Layout) -> Result<Self, TrackingError> {
-        Ok(Self(page_bitmaps(layout)?.into()))
+        Ok(Self(page_bitmaps(layout, TrackingError::no_bitmap)?.into()))
     }
 
     /// Notes that the pages `run` were made zero. Ignores pages that no RAM block has.
@@ -43,39 +44,6 @@ impl PunchedPages {
         }
         runs
     }
-}
-
-/// Returns a bitmap for each RAM block, with one bit per page.
-pub(super) fn page_bitmaps(layout: &Layout) -> Result<Vec<AtomicBitmap>, TrackingError> {
-    let bits = layout.blocks().iter().map(|block| {
-        AtomicBitmap::new(block.pages()).ok_or_else(|| {
-            let name = block.name();
-            TrackingError::Unavailable(format!(
-                "no memory for a bit for each page of block '{name}'"
-            ))
-        })
-    });
-    bits.collect()
-}
-
-/// Iterates over the runs of set bits from page `from`.
-pub(super) fn set_runs(
-    block: usize,
-    bits: &AtomicBitmap,
-    mut from: u64,
-) -> impl Iterator<Item = PageRun> + '_ {
-    std::iter::from_fn(move || {
-        let first = bits.find(from, true);
-        if first >= bits.len() {
-            return None;
-        }
-        from = bits.find(first, false).max(first + 1);
-        Some(PageRun {
-            block,
-            first,
-            pages: from - first,
-        })
-    })
 }
 
 #[cfg(test)]

@@ -13,16 +13,6 @@ pub trait Quiesce: Send {
     fn with_quiesced(&self, action: &mut dyn FnMut());
 }
 
-/// A [`Quiesce`] for a process that never writes to guest memory.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoWriters;
-
-impl Quiesce for NoWriters {
-    fn with_quiesced(&self, action: &mut dyn FnMut()) {
-        action();
-    }
-}
-
 /// A [`Quiesce`] for writers that hold this lock while they write.
 impl<T: Send> Quiesce for Arc<Mutex<T>> {
     fn with_quiesced(&self, action: &mut dyn FnMut()) {

@@ -4,6 +4,7 @@
 
 use std::fmt;
 
+use super::run_builder::RunBuilder;
 use super::TrackingError;
 use crate::digest::{ContentDigest, PageHash, PageHasher};
 use crate::{Layout, Memory, PageRun, PAGE_SIZE};
@@ -200,45 +201,6 @@ fn numbered(
     let place = |page: u64| usize::try_from(page).unwrap_or(usize::MAX);
     let count = place(pages.end.saturating_sub(pages.start));
     (pages.start..).zip(hashes.iter().skip(place(pages.start)).take(count))
-}
-
-/// Joins consecutive pages to runs.
-struct RunBuilder<'a, F: FnMut(PageRun)> {
-    block: usize,
-    run: Option<PageRun>,
-    emit: &'a mut F,
-}
-
-impl<'a, F: FnMut(PageRun)> RunBuilder<'a, F> {
-    fn new(block: usize, emit: &'a mut F) -> Self {
-        Self {
-            block,
-            run: None,
-            emit,
-        }
-    }
-
-    fn add(&mut self, page: u64) {
-        match &mut self.run {
-            Some(run) if run.end() == page => run.pages += 1,
-            other => {
-                let next = PageRun {
-                    block: self.block,
-                    first: page,
-                    pages: 1,
-                };
-                if let Some(run) = other.replace(next) {
-                    (self.emit)(run);
-                }
-            }
-        }
-    }
-
-    fn end(self) {
-        if let Some(run) = self.run {
-            (self.emit)(run);
-        }
-    }
 }
 
 #[cfg(test)]

@@ -42,18 +42,18 @@
 //! soft-dirty bits; the tracker refuses it.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
 use std::time::Duration;
 
 use rustix::fs::fstatfs;
 
 use super::pagemap::{self, PageMap};
-use super::punched_pages::{page_bitmaps, set_runs};
+use super::process_snapshot::{process_error, take_snapshot, ProcessSnapshot};
+use super::reclaim::Reclaim;
 use super::{DirtyTracker, PunchedPages, Quiesce, Stage, SyncStats, TrackingError};
 use crate::atomic_bitmap::AtomicBitmap;
+use crate::page_bitmaps::{page_bitmaps, set_runs};
 use crate::processes::{
-    has_soft_dirty_mappings, stat, Mapping, Process, RamFiles, StopError, StoppedProcesses,
+    has_soft_dirty_mappings, Mapping, Process, RamFiles, StopError, StoppedProcesses,
 };
 use crate::{Memory, PageRun, SyncPhase};
 
@@ -79,17 +79,6 @@ struct Inner {
     previous: BTreeMap<Process, ProcessSnapshot>,
     reclaim: Reclaim,
     all_dirty_reason: Option<String>,
-}
-
-/// A process that maps guest memory, as of a dirty sync.
-#[derive(Clone, Debug)]
-struct ProcessSnapshot {
-    mappings: Vec<Mapping>,
-    parent: u32,
-    faults: u64,
-    child_faults: u64,
-    /// Whether its mappings come and go, see the module documentation.
-    has_transient_mappings: bool,
 }
 
 impl SoftDirtyTracker {
@@ -130,7 +119,7 @@ impl SoftDirtyTracker {
             pagemap::can_clear(pid)
                 .map_err(|source| process_error(pid, "/proc/PID/clear_refs", source))?;
         }
-        let sent_nonzero = page_bitmaps(memory.layout())?;
+        let sent_nonzero = page_bitmaps(memory.layout(), TrackingError::no_bitmap)?;
         let reclaim = Reclaim { tmpfs, count: 0 };
         Ok(Self {
             quiesce,
@@ -232,7 +221,7 @@ impl Inner {
         phase: Option<&SyncPhase>,
         stopped: &StoppedProcesses,
     ) -> Result<u64, TrackingError> {
-        let now = self.take_snapshot(stopped)?;
+        let now = take_snapshot(&self.files, stopped)?;
         let mut marked = 0;
         if let Some(phase) = phase {
             let mut all = None;
@@ -264,64 +253,6 @@ impl Inner {
         }
         self.previous = now;
         Ok(marked)
-    }
-
-    /// Returns the processes that may write to guest memory: the stopped ones, our own, and children that have a memory
-    /// file open.
-    fn take_snapshot(
-        &self,
-        stopped: &StoppedProcesses,
-    ) -> Result<BTreeMap<Process, ProcessSnapshot>, TrackingError> {
-        let own = std::process::id();
-        let mut now = BTreeMap::new();
-        for pid in stopped.processes().map(|it| it.pid).chain([own]) {
-            let failed = |source| process_error(pid, "/proc/PID/stat and maps", source);
-            let mappings = self.files.mappings(pid).map_err(failed)?;
-            if let Some(stat) = stat(pid).map_err(failed)? {
-                let snapshot = ProcessSnapshot {
-                    mappings,
-                    parent: stat.parent,
-                    faults: stat.faults,
-                    child_faults: stat.child_faults,
-                    has_transient_mappings: false,
-                };
-                now.insert(stat.process, snapshot);
-            }
-        }
-        let parents: Vec<u32> = now
-            .keys()
-            .map(|it| it.pid)
-            .filter(|it| *it != own)
-            .collect();
-        let children_with_memory_open = self.files.children_with_memory_open(&parents);
-        for stat in children_with_memory_open
-            .map_err(|error| TrackingError::Unavailable(format!("/proc: {error}")))?
-        {
-            let snapshot = ProcessSnapshot {
-                mappings: Vec::new(),
-                parent: stat.parent,
-                faults: stat.faults,
-                child_faults: stat.child_faults,
-                has_transient_mappings: true,
-            };
-            now.insert(stat.process, snapshot);
-        }
-        let transient: Vec<Process> = now
-            .iter()
-            .filter(|(_, snapshot)| {
-                let parent = now.iter().find(|(it, _)| it.pid == snapshot.parent);
-                parent.is_some_and(|(it, parent)| {
-                    it.pid != own && parent.mappings != snapshot.mappings
-                })
-            })
-            .map(|(process, _)| *process)
-            .collect();
-        for process in transient {
-            if let Some(snapshot) = now.get_mut(&process) {
-                snapshot.has_transient_mappings = true;
-            }
-        }
-        Ok(now)
     }
 
     /// Marks the pages of mappings that were writable at the last sync and have changed or disappeared. Sets `all` to
@@ -467,52 +398,6 @@ impl Inner {
     }
 }
 
-/// Detects that the system has removed pages from mappings.
-#[derive(Debug)]
-struct Reclaim {
-    /// Whether all of guest memory is on tmpfs, whose pages the system removes only by swapping.
-    tmpfs: bool,
-    count: u64,
-}
-
-impl Reclaim {
-    /// Counters in `/proc/vmstat` of pages swapped out and huge pages split.
-    const COUNTERS: [&'static str; 6] = [
-        "pswpout",
-        "zswpout",
-        "swpout_zero",
-        "thp_swpout",
-        "thp_split_pmd",
-        "thp_split_page",
-    ];
-    /// Prefix of the counters of reclaimed pages, which matter for files on disk.
-    const FILE_COUNTER_PREFIX: &'static str = "pgsteal_";
-
-    /// Returns whether a counter has changed since the last call.
-    fn has_changed(&mut self) -> Result<bool, TrackingError> {
-        let text = fs::read_to_string("/proc/vmstat")
-            .map_err(|error| TrackingError::Unavailable(format!("/proc/vmstat: {error}")))?;
-        let count = Self::sum_counters(&text, self.tmpfs);
-        let before = std::mem::replace(&mut self.count, count);
-        Ok(before != count)
-    }
-
-    fn sum_counters(text: &str, tmpfs: bool) -> u64 {
-        let pairs = text.lines().filter_map(|line| line.split_once(' '));
-        pairs
-            .filter(|(name, _)| {
-                Self::COUNTERS.contains(name)
-                    || (!tmpfs && name.starts_with(Self::FILE_COUNTER_PREFIX))
-            })
-            .filter_map(|(_, number)| number.trim().parse::<u64>().ok())
-            .fold(0, u64::wrapping_add)
-    }
-}
-
-fn process_error(pid: u32, what: &'static str, source: io::Error) -> TrackingError {
-    TrackingError::Process { pid, what, source }
-}
-
 fn stop_error(error: StopError) -> TrackingError {
     TrackingError::Unavailable(error.to_string())
 }
@@ -536,12 +421,5 @@ mod tests {
                 assert!(why.contains("soft-dirty"), "{why}");
             }
         }
-    }
-
-    #[test]
-    fn what_takes_pages_out_of_mappings_is_counted() {
-        let text = "pgsteal_kswapd 5\npswpin 7\npswpout 10\nthp_split_pmd 200\npgsteal_file 1000\n";
-        assert_eq!(Reclaim::sum_counters(text, true), 210);
-        assert_eq!(Reclaim::sum_counters(text, false), 1215);
     }
 }

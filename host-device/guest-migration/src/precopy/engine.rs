@@ -9,11 +9,11 @@ use tracing::{info, warn};
 use crate::digest::PageHasher;
 use crate::dirty_tracking::{DirtyTracker, SentTable, Stage, SyncStats};
 use crate::status::{Iteration, MigrationStatus};
-use crate::vm::{Vm, VmError};
-use crate::{
-    CancelToken, DirtyBitmap, HintSource, HintWindow, Memory, SyncPhase, WaitOutcome, PAGE_SIZE,
-};
+use crate::vm::Vm;
+use crate::{CancelToken, DirtyBitmap, Memory, SyncPhase, WaitOutcome, PAGE_SIZE};
 
+use super::hint_rounds::Hints;
+use super::pause_guard::PauseGuard;
 use super::progress::Progress;
 use super::rate_limiter::{self, RateLimiter};
 use super::send::PageSender;
@@ -349,116 +349,4 @@ fn update_progress(progress: &Progress, sender: &PageSender, bitmap: &DirtyBitma
 
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// The source of hints, and the hint window while the source does not have it.
-#[derive(Default)]
-struct Hints {
-    source: Option<Box<dyn HintSource>>,
-    window: WindowState,
-}
-
-#[derive(Default)]
-enum WindowState {
-    /// No window exists: a dirty sync runs.
-    #[default]
-    Closed,
-    /// The source has the window.
-    AtSource,
-    /// The engine has the window: this iteration has no hints.
-    Local(HintWindow),
-}
-
-impl Hints {
-    fn new(source: Option<Box<dyn HintSource>>) -> Self {
-        Self {
-            source,
-            window: WindowState::Closed,
-        }
-    }
-
-    fn open(&mut self, window: HintWindow) {
-        let Some(source) = &mut self.source else {
-            self.window = WindowState::Local(window);
-            return;
-        };
-        self.window = match source.open(window) {
-            Ok(()) => WindowState::AtSource,
-            Err((window, why)) => {
-                info!("this round goes without hints: {why}");
-                WindowState::Local(window)
-            }
-        };
-    }
-
-    fn wait(&mut self, timeout: Duration, cancel: &CancelToken) -> WaitOutcome {
-        match (&mut self.source, &self.window) {
-            (Some(source), WindowState::AtSource) if !timeout.is_zero() => {
-                source.wait(timeout, cancel)
-            }
-            _ => WaitOutcome::Finished,
-        }
-    }
-
-    fn close(&mut self) -> Result<HintWindow, PrecopyError> {
-        match (std::mem::take(&mut self.window), &mut self.source) {
-            (WindowState::Local(window), _) => Ok(window),
-            (WindowState::AtSource, Some(source)) => source
-                .close()
-                .map_err(|error| PrecopyError::Hints(error.to_string())),
-            _ => Err(PrecopyError::Hints("there was no round".into())),
-        }
-    }
-
-    fn done(&mut self) {
-        if let Some(source) = &mut self.source {
-            source.done();
-        }
-        self.window = WindowState::Closed;
-    }
-}
-
-impl Drop for Hints {
-    fn drop(&mut self) {
-        self.done();
-    }
-}
-
-/// A VM that resumes if it is dropped while it is paused.
-struct PauseGuard {
-    vm: Option<Box<dyn Vm>>,
-    paused: bool,
-}
-
-impl PauseGuard {
-    fn new(vm: Option<Box<dyn Vm>>) -> Self {
-        Self { vm, paused: false }
-    }
-
-    fn pause(&mut self) -> Result<(), VmError> {
-        if let Some(vm) = &mut self.vm {
-            // Before pausing: the VM must resume even if pausing fails half-way.
-            self.paused = true;
-            vm.pause()?;
-        }
-        Ok(())
-    }
-
-    fn keep_paused(&mut self) -> Option<Box<dyn Vm>> {
-        self.paused = false;
-        self.vm.take()
-    }
-}
-
-impl Drop for PauseGuard {
-    fn drop(&mut self) {
-        if let (true, Some(vm)) = (self.paused, &mut self.vm) {
-            if let Err(error) = vm.resume() {
-                warn!(
-                    "the machine was paused and does not go on ({}): {error}",
-                    vm.describe()
-                );
-            }
-        }
-    }
 }

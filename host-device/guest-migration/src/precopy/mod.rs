@@ -16,6 +16,8 @@
 //! [`HintWindow`](crate::HintWindow) accepts hints, and a sync consumes it.
 
 mod engine;
+mod hint_rounds;
+mod pause_guard;
 mod progress;
 mod rate_limiter;
 mod send;

@@ -5,7 +5,10 @@
 use crate::atomic_bitmap::AtomicBitmap;
 use crate::digest::is_zero;
 use crate::dirty_tracking::{DirtyTracker, SentTable};
-use crate::{CancelToken, DirtyBitmap, Layout, LayoutError, Memory, PageRun, SyncPhase, PAGE_SIZE};
+use crate::page_bitmaps::page_bitmaps;
+use crate::{
+    CancelToken, DirtyBitmap, LayoutError, Memory, PageRun, RamBlock, SyncPhase, PAGE_SIZE,
+};
 
 use super::rate_limiter::RateLimiter;
 use super::sink::Sink;
@@ -45,7 +48,7 @@ impl PageSender {
         zero_page_detection: bool,
     ) -> Result<Self, LayoutError> {
         Ok(Self {
-            sent_before: page_bitmaps(memory.layout())?,
+            sent_before: page_bitmaps(memory.layout(), too_large)?,
             memory,
             sink,
             sent,
@@ -245,16 +248,12 @@ impl PageSender {
     }
 }
 
-fn page_bitmaps(layout: &Layout) -> Result<Vec<AtomicBitmap>, LayoutError> {
-    let blocks = layout.blocks().iter();
-    blocks
-        .map(|block| {
-            AtomicBitmap::new(block.pages()).ok_or_else(|| LayoutError::TooLarge {
-                name: block.name().to_owned(),
-                length: block.length(),
-            })
-        })
-        .collect()
+/// Returns the error for a bitmap of the pages of `block` that does not fit in memory.
+fn too_large(block: &RamBlock) -> LayoutError {
+    LayoutError::TooLarge {
+        name: block.name().to_owned(),
+        length: block.length(),
+    }
 }
 
 fn read_error(run: PageRun, source: std::io::Error) -> PrecopyError {

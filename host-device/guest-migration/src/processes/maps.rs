@@ -2,7 +2,7 @@
 
 //! Parser for `/proc/PID/maps`.
 
-use super::FileId;
+use super::file_id::FileId;
 use crate::PAGE_SIZE;
 
 /// A shared mapping of a part of a RAM block in a process. It consists of whole pages.

@@ -7,6 +7,7 @@
 //! misses mappings on a file system that reports another device in `maps` than in `stat` (btrfs, some overlays). Keep
 //! guest memory in a memfd, or on tmpfs or hugetlbfs.
 
+mod file_id;
 mod maps;
 mod process;
 mod stop;
@@ -14,31 +15,14 @@ mod stop;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 
-use rustix::fs::{fstat, major, minor};
+use rustix::fs::fstat;
 
 pub(crate) use maps::Mapping;
 pub(crate) use process::{has_soft_dirty_mappings, none_if_exited, stat, Process, Stat};
 pub(crate) use stop::{StopError, StoppedProcesses};
 
 use crate::Memory;
-
-/// Identifies a file in `/proc/PID/maps`.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-struct FileId {
-    major: u32,
-    minor: u32,
-    inode: u64,
-}
-
-impl FileId {
-    fn from_stat(stat: &rustix::fs::Stat) -> Self {
-        Self {
-            major: major(stat.st_dev),
-            minor: minor(stat.st_dev),
-            inode: stat.st_ino,
-        }
-    }
-}
+use file_id::FileId;
 
 /// The memory files of a guest, by RAM block index.
 #[derive(Clone, Debug)]

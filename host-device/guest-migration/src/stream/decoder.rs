@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use zstd::bulk::Decompressor;
 
-use super::error::Fault;
 use super::format::{
     page_bytes, payload_checksum, Final, RamBlockEntry, RecordHeader, RecordKind, StreamCounts,
     StreamHeader, FLAG_NO_CHECKSUM, FLAG_ZSTD, HEADER_START, RECORD_HEADER_SIZE, RECORD_PAGES,
 };
+use super::format_error::Fault;
 use super::transport::Transport;
 use super::StreamError;
 use crate::{PageRun, PAGE_SIZE};

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use zstd::bulk::Compressor;
 
+use super::error::invalid_run;
 use super::format::{
     page_bytes, payload_checksum, Final, RecordHeader, RecordKind, StreamCounts, Totals,
     FLAG_NO_CHECKSUM, FLAG_ZSTD, RECORD_HEADER_SIZE,
@@ -280,14 +281,4 @@ impl Encoder {
 /// Returns the length of a run that fits into one record, in bytes.
 fn length(run: PageRun) -> usize {
     usize::try_from(run.pages.saturating_mul(PAGE_SIZE)).unwrap_or(0)
-}
-
-/// Returns the error for a run that is not in the layout, or that does not have the length of `bytes`.
-pub(super) fn invalid_run(run: PageRun, bytes: usize) -> StreamError {
-    StreamError::InvalidRun {
-        block: run.block,
-        first: run.first,
-        pages: run.pages,
-        bytes,
-    }
 }

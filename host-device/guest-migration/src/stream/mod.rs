@@ -30,15 +30,24 @@
 //! ```
 
 mod address;
+mod channel;
+mod connect;
 mod control;
 mod decoder;
 mod destination;
+mod destination_error;
 mod encoder;
-mod endpoint;
 mod error;
 mod format;
+mod format_error;
+mod handshake;
+mod listener;
+mod options;
 mod receive_progress;
 mod receiver;
+mod socket_file;
+mod socket_options;
+mod stripes;
 #[cfg(test)]
 mod tests;
 mod transport;
@@ -47,9 +56,12 @@ mod writer;
 
 pub use address::{Address, AddressError};
 pub use destination::Destination;
-pub use endpoint::Listener;
-pub use error::{DestinationError, Fault, StreamError};
+pub use destination_error::DestinationError;
+pub use error::StreamError;
 pub use format::{CHANNELS_MAX, MESSAGE_MAX, RECORD_PAGES, VERSION};
+pub use format_error::Fault;
+pub use listener::Listener;
+pub use options::{Compression, Target, WriterOptions};
 pub use receive_progress::{ReceivePhase, ReceiveProgress};
 pub use receiver::{receive, Received, Receiver, ReceiverOptions};
-pub use writer::{Compression, Receipt, Target, Writer, WriterOptions};
+pub use writer::{Receipt, Writer};

@@ -10,12 +10,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::channel::{Channel, ChannelResult, ReceiveContext};
 use super::control::Control;
-use super::decoder::{Decoder, Record};
 use super::destination::{Destination, IncompleteFiles, OpenFiles};
-use super::endpoint::Listener;
-use super::error::Fault;
-use super::format::{stream_digest, Answer, Final, StreamCounts, StreamHeader, CHANNELS_MAX};
+use super::format::{stream_digest, Answer, StreamCounts, CHANNELS_MAX};
+use super::format_error::Fault;
+use super::listener::Listener;
 use super::receive_progress::{ReceivePhase, ReceiveProgress};
 use super::transport::Transport;
 use super::{Address, StreamError};
@@ -312,121 +312,6 @@ impl Receiver {
         } else {
             Err(StreamError::ContentMismatch { here, there })
         }
-    }
-}
-
-/// One channel of a stream.
-struct Channel {
-    decoder: Decoder<Transport>,
-    header: StreamHeader,
-    accepted: bool,
-}
-
-impl Channel {
-    fn new(transport: Transport, timeout: Duration) -> Self {
-        Self {
-            decoder: Decoder::new(transport, timeout),
-            header: StreamHeader {
-                // Before the header is read, any sender on a two-way transport is told about a failure.
-                answers: true,
-                id: [0; 16],
-                channel: 0,
-                channels: 1,
-                seed: 0,
-                blocks: Vec::new(),
-            },
-            accepted: false,
-        }
-    }
-
-    /// Reads the stream header, and compares it with the headers of the `others`.
-    fn read_header(&mut self, others: &[Self], accepts_many: bool) -> Result<(), StreamError> {
-        let header = self.decoder.header()?;
-        let fault = |fault| Err(self.decoder.fault(0, fault));
-        if !accepts_many && header.channels > 1 {
-            return fault(Fault::Channels {
-                channel: header.channel,
-                channels: header.channels,
-            });
-        }
-        if let Some(first) = others.first() {
-            let same = StreamHeader {
-                channel: first.header.channel,
-                ..header.clone()
-            };
-            if same != first.header {
-                return fault(Fault::OtherMigration);
-            }
-        }
-        if others.iter().any(|it| it.header.channel == header.channel) {
-            return fault(Fault::DuplicateChannel(header.channel));
-        }
-        let transport = self.decoder.source();
-        transport.set_channel(header.channel);
-        if header.answers && !transport.is_two_way() {
-            return Err(self.decoder.fault(0, Fault::OneWay));
-        }
-        self.header = header;
-        Ok(())
-    }
-}
-
-/// The end of one channel.
-struct ChannelResult {
-    last: Final,
-    /// The last checksum of the channel before the final record.
-    chain: u64,
-    /// Offset of the final record in the channel's stream, in bytes.
-    offset: u64,
-    iterations: u64,
-}
-
-/// The state that the threads of all channels share.
-struct ReceiveContext<'a> {
-    control: &'a Control,
-    progress: &'a ReceiveProgress,
-    opened: &'a OpenFiles,
-    channels: u16,
-}
-
-impl ReceiveContext<'_> {
-    /// Receives all records of a channel.
-    fn run(&self, channel: &mut Channel) -> Result<ChannelResult, StreamError> {
-        let decoder = &mut channel.decoder;
-        let mut before = 0;
-        let mut iterations = 0;
-        let (last, chain, offset) = loop {
-            self.control.check()?;
-            let at = decoder.offset();
-            let (pages, zeros) = match decoder.next()? {
-                Record::Pages(run, bytes) => {
-                    self.opened.write(run.block, run.first, bytes)?;
-                    (run.pages, 0)
-                }
-                Record::Zeros(run) => {
-                    self.opened.zero(run.block, run.first, run.pages)?;
-                    (0, run.pages)
-                }
-                Record::IterationEnd(iteration) => {
-                    // The next iteration may send a page again on another channel. That record must be applied last.
-                    self.control.wait_at_barrier(self.channels)?;
-                    self.progress.set_iterations(iteration);
-                    iterations = iteration;
-                    (0, 0)
-                }
-                Record::Final(last, chain) => break (last, chain, at),
-            };
-            self.progress.add(decoder.offset() - before, pages, zeros);
-            before = decoder.offset();
-        };
-        self.progress.add(decoder.offset() - before, 0, 0);
-        decoder.expect_end()?;
-        Ok(ChannelResult {
-            last,
-            chain,
-            offset,
-            iterations,
-        })
     }
 }
 

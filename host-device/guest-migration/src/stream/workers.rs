@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 
 use super::control::Control;
 use super::encoder::Encoder;
-use super::writer::channel_of;
+use super::stripes::channel_of;
 use super::StreamError;
 use crate::{Memory, PageRun};
 

@@ -5,76 +5,22 @@
 //! With one channel, the thread of the caller encodes and writes. With several, each channel has a thread of
 //! [`Workers`].
 
-use std::io::IoSlice;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::connect::connect_to;
 use super::control::Control;
-use super::encoder::{invalid_run, Encoder};
-use super::endpoint::connect_to;
-use super::format::{
-    stream_digest, Answer, RamBlockEntry, StreamHeader, Totals, CHANNELS_MAX, RECORD_PAGES,
-};
+use super::encoder::Encoder;
+use super::error::invalid_run;
+use super::format::{stream_digest, Answer, Totals, RECORD_PAGES};
+use super::handshake::{check_channels, expect, send_headers};
+use super::options::{Target, WriterOptions};
+use super::stripes::stripes;
 use super::transport::Transport;
 use super::workers::Workers;
-use super::{Address, StreamError};
+use super::StreamError;
 use crate::{CancelToken, Layout, Memory, PageRun};
-
-/// The target of a stream.
-#[derive(Debug)]
-pub enum Target {
-    /// An address to connect to or to open.
-    Address(Address),
-    /// Open file descriptors, one for each channel.
-    Connected(Vec<OwnedFd>),
-}
-
-impl From<Address> for Target {
-    fn from(address: Address) -> Self {
-        Self::Address(address)
-    }
-}
-
-/// The compression of pages.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Compression {
-    /// No compression.
-    #[default]
-    None,
-    /// zstd, at this level.
-    Zstd(i32),
-}
-
-/// Options of a [`Writer`].
-#[derive(Debug, Clone)]
-pub struct WriterOptions {
-    /// Number of channels. With several, pages are distributed over them, and each has a thread. Ignored for
-    /// [`Target::Connected`], which has one channel for each file descriptor.
-    pub channels: u16,
-    /// The compression of pages. Pages that do not become smaller are sent uncompressed.
-    pub compression: Compression,
-    /// The seed of the content digest that is passed to [`Writer::finish`], if any.
-    pub seed: u64,
-    /// How long the writer waits for the peer each time: to connect, to accept the stream, to take more bytes, and to
-    /// answer.
-    pub timeout: Duration,
-    /// Cancels the stream from another thread, also during [`Writer::start`].
-    pub cancel: CancelToken,
-}
-
-impl Default for WriterOptions {
-    fn default() -> Self {
-        Self {
-            channels: 1,
-            compression: Compression::None,
-            seed: 0,
-            timeout: Duration::from_secs(60),
-            cancel: CancelToken::default(),
-        }
-    }
-}
 
 /// The result of a sent stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -403,94 +349,4 @@ impl Drop for Writer {
             self.control.cancel();
         }
     }
-}
-
-fn check_channels(count: usize) -> Result<u16, StreamError> {
-    match u16::try_from(count) {
-        Ok(channels) if (1..=CHANNELS_MAX).contains(&channels) => Ok(channels),
-        _ => Err(StreamError::Options(format!(
-            "a stream has 1 to {CHANNELS_MAX} channels, not {count}"
-        ))),
-    }
-}
-
-/// Writes the stream header on each channel. Returns the headers' checksums, which start the checksum chains.
-fn send_headers(
-    wires: &mut [Transport],
-    layout: &Layout,
-    answers: bool,
-    seed: u64,
-) -> Result<Vec<u64>, StreamError> {
-    let mut id = [0; 16];
-    rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty()).map_err(|error| {
-        StreamError::System {
-            doing: "no random number for the migration's id",
-            source: Arc::new(error.into()),
-        }
-    })?;
-    let blocks = layout.blocks().iter().map(|block| RamBlockEntry {
-        name: block.name().to_owned(),
-        pages: block.pages(),
-    });
-    let mut header = StreamHeader {
-        answers,
-        id,
-        channel: 0,
-        channels: check_channels(wires.len())?,
-        seed,
-        blocks: blocks.collect(),
-    };
-    let mut chains = Vec::new();
-    for transport in wires {
-        header.channel = transport.channel();
-        let (bytes, chain) = header.encode().ok_or_else(|| {
-            StreamError::Options("the format has no room for so many or such large blocks".into())
-        })?;
-        transport.write(&mut [IoSlice::new(&bytes)])?;
-        chains.push(chain);
-    }
-    Ok(chains)
-}
-
-/// Waits for the answer `expected`. Each [`Answer::Working`] restarts the timeout.
-fn expect(
-    transport: &mut Transport,
-    expected: &Answer,
-    timeout: Duration,
-) -> Result<(), StreamError> {
-    loop {
-        let answer = transport.next_answer(timeout)?;
-        if answer == *expected {
-            return Ok(());
-        }
-        if answer != Answer::Working {
-            return Err(StreamError::Answer {
-                channel: transport.channel(),
-                fault: super::Fault::AnswerKind(answer.number()),
-            });
-        }
-    }
-}
-
-/// Splits a run at multiples of [`RECORD_PAGES`]. Each part fits into one record and is sent on one channel.
-fn stripes(run: PageRun) -> impl Iterator<Item = PageRun> {
-    let end = run.end();
-    std::iter::successors(Some(run.first), move |at| {
-        (at / RECORD_PAGES + 1).checked_mul(RECORD_PAGES)
-    })
-    .take_while(move |at| *at < end)
-    .map(move |first| {
-        let next = (first / RECORD_PAGES + 1).saturating_mul(RECORD_PAGES);
-        PageRun {
-            block: run.block,
-            first,
-            pages: next.min(end) - first,
-        }
-    })
-}
-
-/// Returns the index of the channel, out of `channels`, on which a [stripe](stripes) is sent.
-pub(super) fn channel_of(run: PageRun, channels: usize) -> usize {
-    let stripe = (run.first / RECORD_PAGES).wrapping_add(run.block as u64);
-    usize::try_from(stripe % channels.max(1) as u64).unwrap_or(0)
 }

@@ -15,10 +15,14 @@ mod atomic_bitmap;
 mod bitmap;
 #[path = "../../../../host-device/guest-migration/src/hint_window.rs"]
 mod hint_window;
-#[path = "../../../../host-device/guest-migration/src/layout.rs"]
+#[path = "../../../../host-device/guest-migration/src/layout/mod.rs"]
 mod layout;
+#[path = "../../../../host-device/guest-migration/src/page_run.rs"]
+mod page_run;
 #[path = "../../../../host-device/guest-migration/src/page_runs.rs"]
 mod page_runs;
+#[path = "../../../../host-device/guest-migration/src/ram_block_bits.rs"]
+mod ram_block_bits;
 
 mod sync {
     pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
@@ -27,7 +31,8 @@ mod sync {
 pub use bitmap::DirtyBitmap;
 pub use hint_window::{HintError, HintWindow, Hinted, SyncPhase};
 pub use layout::{Layout, LayoutError, RamBlock, Region, RAM_BLOCK_NAME_MAX};
-pub use page_runs::{PageRun, PageRuns};
+pub use page_run::PageRun;
+pub use page_runs::PageRuns;
 
 /// Size of a page in bytes, as in the crate `guest_migration`.
 pub const PAGE_SIZE: u64 = 4096;

@@ -5,6 +5,8 @@
 //! Sockets and pipes are non-blocking. Every wait for them ends when the stream is stopped (see [`Control`]). A sender
 //! that waits for buffer space on a socket also polls for an answer, so it notices a receiver that fails.
 
+mod answers;
+
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,15 +16,10 @@ use std::time::Duration;
 use rustix::event::PollFlags;
 use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, sendfile, FileType, OFlags};
 use rustix::io::{readv, writev, Errno};
-use rustix::net::{sockopt, Shutdown, SocketType};
+use rustix::net::{sockopt, SocketType};
 
 use super::control::Control;
-use super::error::Fault;
-use super::format::{Answer, ANSWER_FIXED};
 use super::StreamError;
-
-/// How long to wait for the message of a receiver that has failed.
-const RECEIVER_ERROR_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The kind of a transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -192,25 +189,6 @@ impl Transport {
         }
     }
 
-    /// Sends an answer to the sender.
-    pub fn answer(&mut self, answer: &Answer) -> Result<(), StreamError> {
-        // Answers do not count as bytes of the stream.
-        let offset = self.offset;
-        self.answers = true;
-        let done = self.write(&mut [IoSlice::new(&answer.encode())]);
-        self.offset = offset;
-        done
-    }
-
-    /// Sends a last answer on a socket, and shuts down the sending direction. Works on a stopped stream as well.
-    pub fn send_and_shut_down(&self, answer: &Answer) {
-        if self.kind == TransportKind::Socket {
-            // Best effort: the buffer of an idle direction has room for the answer. A dead peer does not need it.
-            let _ = rustix::io::write(&self.fd, &answer.encode());
-            let _ = rustix::net::shutdown(&self.fd, Shutdown::Write);
-        }
-    }
-
     /// Reads and discards bytes until the peer closes the connection, at most until `end`.
     ///
     /// Closing a TCP connection with unread bytes resets it, and the peer may lose the last answer.
@@ -229,43 +207,6 @@ impl Transport {
                 Err(_) => return,
             }
         }
-    }
-
-    /// Waits for an answer. [`Answer::Refused`] and [`Answer::Failed`] are returned as errors.
-    pub fn next_answer(&mut self, timeout: Duration) -> Result<Answer, StreamError> {
-        let offset = self.offset;
-        let answer = self.read_answer(timeout);
-        self.offset = offset;
-        match answer? {
-            Answer::Refused(words) => Err(StreamError::Refused(words)),
-            Answer::Failed(words) => Err(StreamError::ReceiverFailed(words)),
-            answer => Ok(answer),
-        }
-    }
-
-    fn read_answer(&mut self, timeout: Duration) -> Result<Answer, StreamError> {
-        let channel = self.channel;
-        let fault = |fault: Fault| StreamError::Answer { channel, fault };
-        let mut fixed = [0; ANSWER_FIXED];
-        self.read_exact(&mut fixed, timeout)?;
-        let rest = Answer::rest(&fixed).map_err(fault)?;
-        let mut bytes = fixed.to_vec();
-        bytes.resize(ANSWER_FIXED + rest, 0);
-        if let Some(rest) = bytes.get_mut(ANSWER_FIXED..) {
-            self.read_exact(rest, timeout)?;
-        }
-        Answer::decode(&bytes).map_err(fault)
-    }
-
-    fn read_exact(&mut self, mut bytes: &mut [u8], timeout: Duration) -> Result<(), StreamError> {
-        while !bytes.is_empty() {
-            let count = self.read(&mut [IoSliceMut::new(bytes)], Some(timeout))?;
-            if count == 0 {
-                return Err(self.closed());
-            }
-            bytes = bytes.get_mut(count..).unwrap_or_default();
-        }
-        Ok(())
     }
 
     /// Handles the error of a write. Waits while the transport is full. Returns `Ok` if the write can be retried.
@@ -297,24 +238,6 @@ impl Transport {
                 let failed = self.failed(doing, error);
                 Err(self.receiver_error_or(failed))
             }
-        }
-    }
-
-    /// Returns the failure that the receiver reported before the end of the connection, or else `error`.
-    fn receiver_error_or(&mut self, error: StreamError) -> StreamError {
-        let error = self.stop_reason_or(error);
-        let hears = self.kind == TransportKind::Socket && !self.answers;
-        if !hears || matches!(error, StreamError::Cancelled) {
-            return error;
-        }
-        match self.next_answer(RECEIVER_ERROR_TIMEOUT) {
-            Err(words @ (StreamError::ReceiverFailed(_) | StreamError::Refused(_))) => words,
-            Err(cancelled @ StreamError::Cancelled) => cancelled,
-            Err(_) => error,
-            Ok(answer) => StreamError::Answer {
-                channel: self.channel,
-                fault: Fault::AnswerKind(answer.number()),
-            },
         }
     }
 

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guard that resumes the VM.
+
+use tracing::warn;
+
+use crate::vm::{Vm, VmError};
+
+/// A VM that resumes if it is dropped while it is paused.
+pub(super) struct PauseGuard {
+    vm: Option<Box<dyn Vm>>,
+    paused: bool,
+}
+
+impl PauseGuard {
+    pub(super) fn new(vm: Option<Box<dyn Vm>>) -> Self {
+        Self { vm, paused: false }
+    }
+
+    pub(super) fn pause(&mut self) -> Result<(), VmError> {
+        if let Some(vm) = &mut self.vm {
+            // Before pausing: the VM must resume even if pausing fails half-way.
+            self.paused = true;
+            vm.pause()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn keep_paused(&mut self) -> Option<Box<dyn Vm>> {
+        self.paused = false;
+        self.vm.take()
+    }
+}
+
+impl Drop for PauseGuard {
+    fn drop(&mut self) {
+        if let (true, Some(vm)) = (self.paused, &mut self.vm) {
+            if let Err(error) = vm.resume() {
+                warn!(
+                    "the machine was paused and does not go on ({}): {error}",
+                    vm.describe()
+                );
+            }
+        }
+    }
+}

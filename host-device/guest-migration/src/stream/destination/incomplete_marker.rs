@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The marker beside an incomplete memory file.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{flock, FlockOperation, SeekFrom};
+use rustix::io::Errno;
+
+use super::Destination;
+use crate::stream::destination_error::DestinationError;
+
+/// The marker `PATH.incomplete`, locked by this receiver.
+#[derive(Debug)]
+pub(super) struct IncompleteMarker {
+    path: PathBuf,
+    file: File,
+}
+
+impl IncompleteMarker {
+    pub(super) fn create(memory: &Path) -> Result<Self, DestinationError> {
+        let path = Destination::marker(memory);
+        let error = |doing| {
+            let path = path.clone();
+            move |source: io::Error| DestinationError::Io {
+                path,
+                doing,
+                source,
+            }
+        };
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(error("cannot mark the memory file as incomplete"))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => return Err(DestinationError::Busy(memory.to_owned())),
+            Err(other) => return Err(error("cannot lock it")(other.into())),
+        }
+        let marker = Self { path, file };
+        marker
+            .write_reason("the migration into it is under way")
+            .map_err(|source| DestinationError::Io {
+                path: marker.path.clone(),
+                doing: "cannot write to it",
+                source,
+            })?;
+        Ok(marker)
+    }
+
+    pub(super) fn write_reason(&self, why: &str) -> io::Result<()> {
+        let mut file = if self.path.exists() {
+            self.file.try_clone()?
+        } else {
+            File::create(&self.path)?
+        };
+        file.set_len(0)?;
+        rustix::fs::seek(&file, SeekFrom::Start(0))?;
+        writeln!(
+            file,
+            "The memory file beside this one is incomplete: {why}."
+        )
+    }
+
+    pub(super) fn remove(&self) -> Result<(), DestinationError> {
+        fs::remove_file(&self.path).map_err(|source| DestinationError::Io {
+            path: self.path.clone(),
+            doing: "the memory file is complete, but its mark cannot be removed",
+            source,
+        })
+    }
+}
