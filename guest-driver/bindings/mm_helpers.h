@@ -14,19 +14,19 @@
 #include <linux/shrinker.h>
 #include <linux/workqueue.h>
 
-struct page *vbrs_alloc_free_block(unsigned int order);
+struct page *vbrs_alloc_pages(gfp_t gfp, unsigned int order);
+struct page *vbrs_alloc_pages_node(int node, gfp_t gfp, unsigned int order);
 
 struct vbrs_zone {
-	unsigned long managed, free, free_cma, min, low, high, lowmem_reserve;
+	unsigned long managed, free, free_cma, min, low, high, boost;
+	long lowmem_reserve[MAX_NR_ZONES];
 };
 
-enum vbrs_mobility { VBRS_UNMOVABLE, VBRS_MOVABLE, VBRS_RECLAIMABLE };
-
-void vbrs_before_first_zone(int *node, int *zone);
-bool vbrs_next_zone(int *node, int *zone);
-void vbrs_read_zone(int node, int zone, struct vbrs_zone *state);
-bool vbrs_zone_has_free(int node, int zone, unsigned int order, enum vbrs_mobility mobility);
-struct page *vbrs_alloc_zone_block(int node, int zone, unsigned int order, enum vbrs_mobility mobility);
+unsigned int vbrs_nr_online_nodes(void);
+int vbrs_first_online_node(void);
+int vbrs_next_online_node(int node);
+void vbrs_read_zone(int node, int zone, struct vbrs_zone *counts);
+bool vbrs_free_list_is_empty(int node, int zone, unsigned int order, enum migratetype type);
 bool vbrs_page_is_of_zone(struct page *page, int node, int zone);
 bool vbrs_page_is_cma(struct page *page);
 unsigned int vbrs_pageblock_order(void);
@@ -58,49 +58,24 @@ void vbrs_recount_balloon_page(struct page *old, struct page *new);
 struct shrinker *vbrs_shrinker_alloc(const char *name);
 
 struct page *vbrs_sg_page(struct scatterlist *sg);
-unsigned int vbrs_page_reporting_order(void);
-int vbrs_page_reporting_register(struct page_reporting_dev_info *info);
-void vbrs_page_reporting_unregister(struct page_reporting_dev_info *info);
 
-unsigned long vbrs_free_pages(void);
-unsigned long vbrs_available_and_swap_pages(void);
+unsigned long vbrs_global_zone_page_state(enum zone_stat_item item);
+unsigned long vbrs_global_node_page_state(enum node_stat_item item);
+long vbrs_node_page_state(int node, enum node_stat_item item);
+long vbrs_nr_swap_pages(void);
 unsigned long vbrs_managed_pages(void);
-unsigned long vbrs_high_watermarks(void);
-unsigned long vbrs_min_low_midpoint(void);
-bool vbrs_has_one_node(void);
-void vbrs_nodes_below_watermark(nodemask_t *nodes);
+void vbrs_node_set(int node, nodemask_t *nodes);
 bool vbrs_page_is_on_nodes(struct page *page, const nodemask_t *nodes);
-unsigned int vbrs_max_page_order(void);
-bool vbrs_fills_free_pages(u32 *pattern);
-bool vbrs_allocator_fills_pages(void);
-
-struct vbrs_meminfo {
-	u64 free, total, available, file_pages;
-};
-
-struct vbrs_vm_events {
-	u64 swapped_in, swapped_out, major_faults, faults, oom_kills, allocation_stalls;
-	u64 async_scanned, direct_scanned, async_reclaimed, direct_reclaimed;
-};
-
-struct vbrs_hugetlb_events {
-	u64 allocations, failures;
-};
-
-void vbrs_read_meminfo(struct vbrs_meminfo *memory);
-bool vbrs_read_vm_events(struct vbrs_vm_events *events, struct vbrs_hugetlb_events *hugetlb,
-			 bool *has_hugetlb);
-
-enum vbrs_pm_phase { VBRS_PM_OTHER, VBRS_PM_PREPARE, VBRS_PM_POST };
+bool vbrs_want_init_on_alloc(gfp_t gfp);
+bool vbrs_want_init_on_free(void);
+bool vbrs_page_poisoning_enabled(void);
 
 int vbrs_register_memory_notifier(struct notifier_block *block);
 void vbrs_unregister_memory_notifier(struct notifier_block *block);
-bool vbrs_mem_going_offline(unsigned long action, void *argument, u64 *start, u64 *end);
 int vbrs_register_pm_notifier(struct notifier_block *block);
 void vbrs_unregister_pm_notifier(struct notifier_block *block);
-enum vbrs_pm_phase vbrs_pm_event_phase(unsigned long action);
 
-struct workqueue_struct *vbrs_alloc_workqueue(const char *name);
+struct workqueue_struct *vbrs_alloc_workqueue(const char *name, unsigned int flags, int max_active);
 
 #if IS_BUILTIN(CONFIG_KUNIT)
 void vbrs_test_fill_page(struct page *page, u8 value);

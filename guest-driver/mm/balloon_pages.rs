@@ -36,6 +36,7 @@ const SURPLUS: usize = 16;
 /// A page to put into a [`BalloonPages`], or a page removed from one.
 ///
 /// Dropping it returns the page to the page allocator.
+#[doc(alias = "page")]
 pub struct BalloonPage(PageBlock);
 
 impl BalloonPage {
@@ -44,6 +45,8 @@ impl BalloonPage {
     /// The page can be migrated if the kernel supports that for balloon pages. May sleep and
     /// reclaim memory, but does not retry, does not use the emergency reserves, and logs no
     /// warning.
+    #[doc(alias = "balloon_page_alloc")]
+    #[inline]
     pub fn alloc() -> Option<Self> {
         // SAFETY: `balloon_page_alloc()` has no requirement but a context that may sleep.
         let page = unsafe { helpers::balloon_page_alloc() };
@@ -62,6 +65,8 @@ impl BalloonPage {
     }
 
     /// Returns the physical address of the first byte.
+    #[doc(alias = "page_to_phys")]
+    #[inline]
     pub fn address(&self) -> u64 {
         self.0.address()
     }
@@ -82,6 +87,7 @@ impl Role for BalloonPage {
 }
 
 /// Page migration: replaces pages of a balloon on behalf of the kernel, mostly for compaction.
+#[doc(alias = "movable_operations")]
 pub trait MigratePages: Send + Sync + 'static {
     /// Replaces `old`, a page of the balloon, by `new`.
     ///
@@ -103,6 +109,7 @@ pub trait MigratePages: Send + Sync + 'static {
     /// # Errors
     ///
     /// [`EAGAIN`] if the kernel should retry at once, any other error if it should not.
+    #[doc(alias = "migratepage")]
     fn migrate(
         pages: &BalloonPages<Self>,
         new: PageRef,
@@ -123,13 +130,17 @@ pub enum Migrated {
 }
 
 /// How long a page migration may block (`enum migrate_mode`).
+#[doc(alias = "migrate_mode")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MigrateMode {
     /// Must not block (`MIGRATE_ASYNC`).
+    #[doc(alias = "MIGRATE_ASYNC")]
     Async,
     /// May block, but not for long (`MIGRATE_SYNC_LIGHT`).
+    #[doc(alias = "MIGRATE_SYNC_LIGHT")]
     SyncLight,
     /// May block (`MIGRATE_SYNC`).
+    #[doc(alias = "MIGRATE_SYNC")]
     Sync,
 }
 
@@ -154,6 +165,7 @@ impl MigrateMode {
 ///
 /// Methods may be called from any context that may sleep, unless they say otherwise. Dropping a
 /// `BalloonPages` drains it: see [`drain`](Self::drain).
+#[doc(alias = "balloon_dev_info")]
 #[pin_data(PinnedDrop)]
 pub struct BalloonPages<M: MigratePages> {
     #[pin]
@@ -173,6 +185,7 @@ unsafe impl<M: MigratePages> Sync for BalloonPages<M> {}
 impl<M: MigratePages> BalloonPages<M> {
     /// Creates an empty balloon. With `adjust_managed`, the kernel does not count its pages as
     /// managed memory.
+    #[doc(alias = "balloon_devinfo_init")]
     pub fn new<E>(adjust_managed: bool, migrator: impl PinInit<M, E>) -> impl PinInit<Self, Error>
     where
         Error: From<E>,
@@ -235,6 +248,7 @@ impl<M: MigratePages> BalloonPages<M> {
     }
 
     /// Puts all pages of `pages` into the balloon.
+    #[doc(alias = "balloon_page_enqueue")]
     pub fn enqueue(&self, mut pages: BlockList<BalloonPage>) {
         self.count.fetch_add(pages.len(), Relaxed);
         while let Some(BalloonPage(block)) = pages.pop() {
@@ -250,6 +264,7 @@ impl<M: MigratePages> BalloonPages<M> {
     ///
     /// May return fewer pages, even none, although the balloon has more: isolated pages cannot be
     /// removed.
+    #[doc(alias = "balloon_page_list_dequeue")]
     pub fn dequeue(&self, max: usize) -> BlockList<BalloonPage> {
         let max = max.min(CHUNK);
         let mut pages = BlockList::new();
@@ -299,6 +314,7 @@ impl<M: MigratePages> BalloonPages<M> {
     ///
     /// May return fewer pages, even none, although the balloon has more on `nodes`: isolated pages
     /// cannot be removed. May search all pages of the balloon. May sleep.
+    #[doc(alias = "balloon_page_list_dequeue")]
     pub fn dequeue_on(
         &self,
         nodes: &NodesBelowWatermark,

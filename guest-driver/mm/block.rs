@@ -7,7 +7,7 @@
 use core::mem::ManuallyDrop;
 use core::ptr::NonNull;
 
-use kernel::bindings;
+use kernel::bindings::{self, gfp_t};
 use kernel::ffi::c_ulong;
 use kernel::page::PAGE_SHIFT;
 use kernel::prelude::*;
@@ -16,6 +16,13 @@ use crate::bindings as helpers;
 
 const ORDER_MASK: c_ulong = 0xff;
 const TAG_SHIFT: u32 = 8;
+
+/// Flags of an allocation that only takes free pages: no reclaim, no emergency reserves, no
+/// warning.
+pub(super) const GFP_NO_RECLAIM: gfp_t =
+    helpers::VBRS_GFP_NORETRY | helpers::VBRS_GFP_NOWARN | helpers::VBRS_GFP_NOMEMALLOC;
+
+const _: () = assert!(GFP_NO_RECLAIM & helpers::VBRS_GFP_RECLAIM == 0);
 
 /// A free block: `2^order` physically contiguous pages with one owner.
 ///
@@ -34,6 +41,8 @@ const TAG_SHIFT: u32 = 8;
 /// - The `PageBlock` has the only reference to the pages.
 /// - The low 8 bits of `page->private` hold the order, the next 16 bits the tag.
 /// - `page->lru` is free for use by the owner.
+#[doc(alias = "page")]
+#[doc(alias = "__free_pages")]
 #[repr(transparent)]
 pub struct PageBlock {
     page: NonNull<bindings::page>,
@@ -48,21 +57,24 @@ unsafe impl Sync for PageBlock {}
 
 impl PageBlock {
     /// Returns the largest order of the page allocator (`MAX_PAGE_ORDER`).
-    pub fn max_order() -> u32 {
-        // SAFETY: The helper returns a constant.
-        unsafe { helpers::vbrs_max_page_order() }
+    #[doc(alias = "MAX_PAGE_ORDER")]
+    #[inline]
+    pub const fn max_order() -> u32 {
+        bindings::MAX_PAGE_ORDER
     }
 
     /// Allocates a free block of `2^order` pages, if one is available now.
     ///
     /// Does not reclaim memory, does not use the emergency reserves, and logs no warning. Returns
     /// `None` if no free block of this order is available. Does not sleep.
+    #[doc(alias = "alloc_pages")]
     pub fn try_alloc(order: u32) -> Option<Self> {
         if order > Self::max_order() {
             return None;
         }
+        let gfp = GFP_NO_RECLAIM | helpers::VBRS_GFP_MOVABLE;
         // SAFETY: `order` is at most `MAX_PAGE_ORDER`.
-        let page = unsafe { helpers::vbrs_alloc_free_block(order) };
+        let page = unsafe { helpers::vbrs_alloc_pages(gfp, order) };
         // SAFETY: The allocator returned a block of this order with one owner, who may use
         // `private` and `lru`.
         NonNull::new(page).map(|page| unsafe { Self::from_page(page, order) })
@@ -85,16 +97,22 @@ impl PageBlock {
     }
 
     /// Returns the order: the free block has `2^order` pages.
+    #[doc(alias = "page_private")]
+    #[inline]
     pub fn order(&self) -> u32 {
         (self.private() & ORDER_MASK) as u32
     }
 
     /// Returns the tag that the owner has set, initially 0.
+    #[doc(alias = "page_private")]
+    #[inline]
     pub fn tag(&self) -> u16 {
         (self.private() >> TAG_SHIFT) as u16
     }
 
     /// Sets the tag.
+    #[doc(alias = "set_page_private")]
+    #[inline]
     pub fn set_tag(&mut self, tag: u16) {
         let private = self.private() & ORDER_MASK | (tag as c_ulong) << TAG_SHIFT;
         // SAFETY: By the type invariants, we have the only reference to the page.
@@ -118,12 +136,16 @@ impl PageBlock {
     }
 
     /// Returns the physical address of the first byte.
+    #[doc(alias = "page_to_phys")]
+    #[inline]
     pub fn address(&self) -> u64 {
         // SAFETY: By the type invariants, the page is valid.
         unsafe { helpers::vbrs_page_to_phys(self.page.as_ptr()) as u64 }
     }
 
     /// Fills the pages with zeroes.
+    #[doc(alias = "clear_highpage")]
+    #[inline]
     pub fn zero(&mut self) {
         // SAFETY: By the type invariants, there are `2^order` pages, and we have the only reference
         // to them.

@@ -38,10 +38,13 @@ use crate::virtio::{Buffer, Segments};
 /// # Invariants
 ///
 /// All pages have the type `PageOffline`.
+#[doc(alias = "PageOffline")]
 pub struct HintedBlock(PageBlock);
 
 impl HintedBlock {
     /// Creates a hinted block and marks its pages as `PageOffline`.
+    #[doc(alias = "__SetPageOffline")]
+    #[inline]
     pub fn new(block: PageBlock) -> Self {
         // SAFETY: `block` owns this number of pages, and none of them has a type.
         unsafe { helpers::vbrs_set_offline(block.as_raw().as_ptr(), block.pages()) };
@@ -50,6 +53,9 @@ impl HintedBlock {
     }
 
     /// Returns the pages to the page allocator without changing their content.
+    #[doc(alias = "__ClearPageOffline")]
+    #[doc(alias = "__free_pages")]
+    #[inline]
     pub fn release(self) {
         let block = self.into_block();
         // SAFETY: `block` owns this number of pages. By the type invariant, all have the type
@@ -63,6 +69,7 @@ impl HintedBlock {
     }
 
     /// Splits the block into single pages, so that they can be returned in parts.
+    #[doc(alias = "split_page")]
     pub fn split(self) -> HintedPages {
         let block = self.into_block();
         let (order, count) = (block.order(), block.pages());
@@ -120,6 +127,7 @@ impl Drop for HintedBlock {
 ///   `split_page()` made each of them a block of order 0, and each is freed as one.
 /// - All of them have the type `PageOffline`.
 /// - The `HintedPages` has the only reference to them.
+#[doc(alias = "PageOffline")]
 pub struct HintedPages {
     first: NonNull<bindings::page>,
     count: usize,
@@ -160,6 +168,7 @@ impl HintedPages {
     }
 
     /// Fills the pages with zeroes, where that is needed before they are returned.
+    #[doc(alias = "clear_highpage")]
     pub fn zero(&mut self) {
         if !self.is_zeroed && !page_alloc::allocator_fills_pages() {
             // SAFETY: By the type invariants, we have the only reference to the pages.
@@ -169,6 +178,9 @@ impl HintedPages {
     }
 
     /// Returns the pages to the page allocator without changing their content.
+    #[doc(alias = "__ClearPageOffline")]
+    #[doc(alias = "__free_page")]
+    #[inline]
     pub fn release(self) {
         ManuallyDrop::new(self).free();
     }
@@ -177,6 +189,7 @@ impl HintedPages {
     ///
     /// Fills the pages with zeroes where needed, because the balloon frees its pages without
     /// changing their content.
+    #[doc(alias = "__ClearPageOffline")]
     pub fn into_balloon_pages(self, list: &mut BlockList<BalloonPage>) {
         let mut this = ManuallyDrop::new(self);
         this.zero();

@@ -52,6 +52,7 @@ impl Role for PageBlock {
 /// - The blocks are linked through `page->lru.next`, which is null in `last`.
 /// - Each block comes from [`Role::into_block`] of `T`.
 /// - `first` and `last` are `None` if the list is empty, and `Some` otherwise.
+#[doc(alias = "list_head")]
 pub struct BlockList<T: Role> {
     first: Option<NonNull<bindings::page>>,
     last: Option<NonNull<bindings::page>>,

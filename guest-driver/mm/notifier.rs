@@ -15,6 +15,7 @@ use kernel::bindings;
 use kernel::container_of;
 use kernel::error::to_result;
 use kernel::ffi::{c_int, c_ulong, c_void};
+use kernel::page::PAGE_SHIFT;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::types::Opaque;
@@ -30,6 +31,7 @@ pub trait OnMemoryOffline: Send + Sync {
     /// that it owns there. If pages remain in use, the memory stays online.
     ///
     /// May sleep, for a limited time.
+    #[doc(alias = "MEM_GOING_OFFLINE")]
     fn going_offline(self: &Arc<Self>, range: Range<u64>);
 }
 
@@ -38,11 +40,17 @@ pub trait OnSystemSleep: Send + Sync {
     /// Called before suspend, before hibernation, and before a hibernation image is restored.
     ///
     /// All of the system still runs. May sleep, for a limited time.
+    #[doc(alias = "PM_SUSPEND_PREPARE")]
+    #[doc(alias = "PM_HIBERNATION_PREPARE")]
+    #[doc(alias = "PM_RESTORE_PREPARE")]
     fn prepare_sleep(self: &Arc<Self>);
 
     /// Called after each [`prepare_sleep`](Self::prepare_sleep), whether the system slept or not.
     ///
     /// All of the system runs again. May sleep.
+    #[doc(alias = "PM_POST_SUSPEND")]
+    #[doc(alias = "PM_POST_HIBERNATION")]
+    #[doc(alias = "PM_POST_RESTORE")]
     fn post_sleep(self: &Arc<Self>);
 }
 
@@ -77,9 +85,14 @@ mod sealed {
 use sealed::Chain;
 
 /// The notifier chain for memory hotplug (`register_memory_notifier()`).
+#[doc(alias = "register_memory_notifier")]
+#[doc(alias = "unregister_memory_notifier")]
+#[doc(alias = "memory_notify")]
 pub struct MemoryHotplug(());
 
 /// The notifier chain for system sleep (`register_pm_notifier()`).
+#[doc(alias = "register_pm_notifier")]
+#[doc(alias = "unregister_pm_notifier")]
 pub struct SystemSleep(());
 
 impl<T: OnMemoryOffline> Chain<T> for MemoryHotplug {
@@ -95,12 +108,15 @@ impl<T: OnMemoryOffline> Chain<T> for MemoryHotplug {
     }
 
     unsafe fn call(data: &Arc<T>, action: c_ulong, argument: *mut c_void) {
-        let (mut start, mut end) = (0, 0);
-        // SAFETY: By the safety requirements of this function, `argument` belongs to `action`.
-        // `start` and `end` are valid for writes.
-        if unsafe { helpers::vbrs_mem_going_offline(action, argument, &mut start, &mut end) } {
-            T::going_offline(data, start..end);
+        if action != helpers::memory_block_state_MEM_GOING_OFFLINE as c_ulong {
+            return;
         }
+        // SAFETY: By the safety requirements of this function, `argument` belongs to
+        // `MEM_GOING_OFFLINE`: it points to a `struct memory_notify`.
+        let memory = unsafe { &*argument.cast::<helpers::memory_notify>() };
+        let address = |pfn: c_ulong| (pfn as u64) << PAGE_SHIFT;
+        let end = memory.start_pfn + memory.nr_pages;
+        T::going_offline(data, address(memory.start_pfn)..address(end));
     }
 }
 
@@ -117,10 +133,17 @@ impl<T: OnSystemSleep> Chain<T> for SystemSleep {
     }
 
     unsafe fn call(data: &Arc<T>, action: c_ulong, _argument: *mut c_void) {
-        // SAFETY: The helper only compares numbers.
-        match unsafe { helpers::vbrs_pm_event_phase(action) } {
-            helpers::vbrs_pm_phase_VBRS_PM_PREPARE => T::prepare_sleep(data),
-            helpers::vbrs_pm_phase_VBRS_PM_POST => T::post_sleep(data),
+        match u32::try_from(action) {
+            Ok(
+                bindings::PM_SUSPEND_PREPARE
+                | bindings::PM_HIBERNATION_PREPARE
+                | bindings::PM_RESTORE_PREPARE,
+            ) => T::prepare_sleep(data),
+            Ok(
+                bindings::PM_POST_SUSPEND
+                | bindings::PM_POST_HIBERNATION
+                | bindings::PM_POST_RESTORE,
+            ) => T::post_sleep(data),
             _ => {}
         }
     }
@@ -132,6 +155,7 @@ impl<T: OnSystemSleep> Chain<T> for SystemSleep {
 ///
 /// Dropping a `Notifier` unregisters it and waits for a call in progress. May sleep. Must not be
 /// dropped from its own callback.
+#[doc(alias = "notifier_block")]
 pub struct Notifier<C: Chain<T>, T: Send + Sync + 'static>(Pin<KBox<Inner<T>>>, PhantomData<C>);
 
 #[pin_data]
@@ -155,6 +179,8 @@ impl<C: Chain<T>, T: Send + Sync> Notifier<C, T> {
     /// # Errors
     ///
     /// [`ENOMEM`], or the error of the chain.
+    #[doc(alias = "register_memory_notifier")]
+    #[doc(alias = "register_pm_notifier")]
     pub fn register(data: Arc<T>) -> Result<Self> {
         let inner = pin_init!(Inner {
             block <- Opaque::ffi_init(|slot: *mut bindings::notifier_block| {
@@ -197,5 +223,97 @@ impl<C: Chain<T>, T: Send + Sync + 'static> Drop for Notifier<C, T> {
     fn drop(&mut self) {
         // SAFETY: `register` registered the notifier block, and only `drop` unregisters it.
         unsafe { C::unregister(self.0.block.get()) };
+    }
+}
+
+#[kunit_tests(virtio_balloon_rs_mm_notifier)]
+mod tests {
+    use super::*;
+    use kernel::sync::atomic::{Atomic, Relaxed};
+
+    /// Counts the calls, and stores the last range.
+    struct Recorder {
+        offline: Atomic<u32>,
+        start: Atomic<u64>,
+        end: Atomic<u64>,
+        prepared: Atomic<u32>,
+        woken: Atomic<u32>,
+    }
+
+    impl Recorder {
+        fn new() -> Result<Arc<Self>> {
+            let recorder = Self {
+                offline: Atomic::new(0),
+                start: Atomic::new(0),
+                end: Atomic::new(0),
+                prepared: Atomic::new(0),
+                woken: Atomic::new(0),
+            };
+            Ok(Arc::new(recorder, GFP_KERNEL)?)
+        }
+    }
+
+    impl OnMemoryOffline for Recorder {
+        fn going_offline(self: &Arc<Self>, range: Range<u64>) {
+            self.offline.add(1, Relaxed);
+            self.start.store(range.start, Relaxed);
+            self.end.store(range.end, Relaxed);
+        }
+    }
+
+    impl OnSystemSleep for Recorder {
+        fn prepare_sleep(self: &Arc<Self>) {
+            self.prepared.add(1, Relaxed);
+        }
+
+        fn post_sleep(self: &Arc<Self>) {
+            self.woken.add(1, Relaxed);
+        }
+    }
+
+    #[test]
+    fn only_memory_that_goes_offline_is_reported() -> Result {
+        let recorder = Recorder::new()?;
+        let mut memory = helpers::memory_notify {
+            start_pfn: 0x8000,
+            nr_pages: 0x1000,
+            ..Default::default()
+        };
+        for action in [
+            helpers::memory_block_state_MEM_ONLINE,
+            helpers::memory_block_state_MEM_GOING_OFFLINE,
+            helpers::memory_block_state_MEM_OFFLINE,
+            helpers::memory_block_state_MEM_GOING_ONLINE,
+            helpers::memory_block_state_MEM_CANCEL_ONLINE,
+            helpers::memory_block_state_MEM_CANCEL_OFFLINE,
+        ] {
+            let argument = (&raw mut memory).cast();
+            // SAFETY: `argument` points to the structure that this chain passes with `action`.
+            unsafe { MemoryHotplug::call(&recorder, action as c_ulong, argument) };
+        }
+        assert_eq!(recorder.offline.load(Relaxed), 1);
+        assert_eq!(recorder.start.load(Relaxed), 0x8000 << PAGE_SHIFT);
+        assert_eq!(recorder.end.load(Relaxed), 0x9000 << PAGE_SHIFT);
+        Ok(())
+    }
+
+    #[test]
+    fn each_kind_of_sleep_is_prepared_and_ended() -> Result {
+        let recorder = Recorder::new()?;
+        for (action, prepared, woken) in [
+            (bindings::PM_SUSPEND_PREPARE, 1, 0),
+            (bindings::PM_POST_SUSPEND, 1, 1),
+            (bindings::PM_HIBERNATION_PREPARE, 2, 1),
+            (bindings::PM_POST_HIBERNATION, 2, 2),
+            (bindings::PM_RESTORE_PREPARE, 3, 2),
+            (bindings::PM_POST_RESTORE, 3, 3),
+            (u32::MAX, 3, 3),
+        ] {
+            // SAFETY: This chain passes no argument.
+            unsafe { SystemSleep::call(&recorder, action as c_ulong, core::ptr::null_mut()) };
+            assert_eq!(recorder.prepared.load(Relaxed), prepared);
+            assert_eq!(recorder.woken.load(Relaxed), woken);
+        }
+        Ok(())
     }
 }

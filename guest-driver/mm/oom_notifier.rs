@@ -35,6 +35,8 @@ pub trait OnOutOfMemory: Send + Sync {
 ///
 /// Dropping it unregisters the notifier and waits for a call in progress. May sleep. Must not be
 /// dropped from its own callback.
+#[doc(alias = "notifier_block")]
+#[doc(alias = "unregister_oom_notifier")]
 pub struct OomNotifier<T: OnOutOfMemory + 'static>(Pin<KBox<Inner<T>>>);
 
 #[pin_data]
@@ -58,6 +60,7 @@ impl<T: OnOutOfMemory> OomNotifier<T> {
     /// # Errors
     ///
     /// [`ENOMEM`], or the error of the notifier chain.
+    #[doc(alias = "register_oom_notifier")]
     pub fn register(priority: i32, data: Arc<T>) -> Result<Self> {
         let inner = pin_init!(Inner {
             block <- Opaque::ffi_init(|slot: *mut bindings::notifier_block| {

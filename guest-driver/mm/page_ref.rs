@@ -18,6 +18,9 @@ use crate::bindings as helpers;
 /// # Invariants
 ///
 /// The `PageRef` owns a reference to the page.
+#[doc(alias = "page")]
+#[doc(alias = "get_page")]
+#[doc(alias = "put_page")]
 pub struct PageRef(NonNull<bindings::page>);
 
 // SAFETY: Any thread may drop a reference to a page.
@@ -49,6 +52,8 @@ impl PageRef {
     }
 
     /// Returns the physical address of the first byte.
+    #[doc(alias = "page_to_phys")]
+    #[inline]
     pub fn address(&self) -> u64 {
         // SAFETY: By the type invariant, the page is valid.
         unsafe { helpers::vbrs_page_to_phys(self.0.as_ptr()) as u64 }

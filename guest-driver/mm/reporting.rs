@@ -25,7 +25,16 @@ use kernel::types::Opaque;
 use pin_init::stack_pin_init;
 
 use crate::bindings as helpers;
+use crate::virtio::compat::not_supported;
 use crate::virtio::{Buffer, Segments};
+
+/// The default order of the blocks: the default of the kernel, except where that would be 512 MiB.
+/// The C driver `virtio_balloon` uses the same default.
+const DEFAULT_ORDER: u32 = if cfg!(all(CONFIG_ARM64, CONFIG_ARM64_64K_PAGES)) {
+    5
+} else {
+    helpers::PAGE_REPORTING_ORDER_UNSPECIFIED as u32
+};
 
 /// Callbacks of free page reporting.
 ///
@@ -55,6 +64,7 @@ pub trait ReportPages: Send + Sync + 'static {
 ///
 /// The batch is valid until [`Batch::end`] is called for it, and this is the only `FreePages` of
 /// the batch.
+#[doc(alias = "scatterlist")]
 pub struct FreePages(NonNull<Batch>);
 
 // SAFETY: The batch is not bound to a thread, and only one `FreePages` refers to it.
@@ -188,6 +198,8 @@ impl Batch {
 /// Dropping it ends the registration and **waits for the end of a pending report**. If the device
 /// has the pages, that is until it uses the buffer. To avoid this wait, reset the device and drop
 /// the buffers that were detached from the queue before dropping the registration. May sleep.
+#[doc(alias = "page_reporting_dev_info")]
+#[doc(alias = "page_reporting_unregister")]
 #[pin_data(PinnedDrop)]
 pub struct PageReporting<T: ReportPages> {
     data: Arc<T>,
@@ -216,6 +228,7 @@ impl<T: ReportPages> PageReporting<T> {
     ///
     /// [`EBUSY`] if another registration exists, `EOPNOTSUPP` if the kernel is built without free
     /// page reporting, [`EINVAL`] if `capacity` is 0.
+    #[doc(alias = "page_reporting_register")]
     pub fn register(data: Arc<T>, capacity: usize) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             data,
@@ -223,15 +236,18 @@ impl<T: ReportPages> PageReporting<T> {
                 if capacity == 0 {
                     return Err(EINVAL);
                 }
+                if !cfg!(CONFIG_PAGE_REPORTING) {
+                    return Err(not_supported());
+                }
                 let capacity = capacity.min(Segments::MAX) as u32;
                 // SAFETY: `slot` is pinned memory, which is fully initialised before the
                 // registration. So is `data`, which the callback uses.
                 unsafe {
                     slot.write_bytes(0, 1);
                     (*slot).report = Some(Self::report_callback);
-                    (*slot).order = helpers::vbrs_page_reporting_order();
+                    (*slot).order = DEFAULT_ORDER;
                     (*slot).capacity = capacity;
-                    to_result(helpers::vbrs_page_reporting_register(slot))
+                    to_result(helpers::page_reporting_register(slot))
                 }
             }),
         })
@@ -286,8 +302,11 @@ impl<T: ReportPages> PageReporting<T> {
 #[pinned_drop]
 impl<T: ReportPages> PinnedDrop for PageReporting<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: A value only exists if the registration succeeded, and only `drop` ends it.
-        unsafe { helpers::vbrs_page_reporting_unregister(self.info.get()) };
+        // Without free page reporting, the kernel does not have the function.
+        if cfg!(CONFIG_PAGE_REPORTING) {
+            // SAFETY: A value only exists if the registration succeeded, and only `drop` ends it.
+            unsafe { helpers::page_reporting_unregister(self.info.get()) };
+        }
     }
 }
 
@@ -295,7 +314,6 @@ impl<T: ReportPages> PinnedDrop for PageReporting<T> {
 mod tests {
     use super::super::PageBlock;
     use super::*;
-    use crate::virtio::compat::not_supported;
     use crate::virtio::kunit_device::{BoundTestDevice, CountingHandler};
     use crate::virtio::Virtqueue;
     use kernel::sync::atomic::Atomic;

@@ -21,10 +21,13 @@ use crate::bindings as helpers;
 /// under which memory is allocated with reclaim allowed.
 pub trait Shrink: Send + Sync {
     /// Returns the number of pages that could be freed now. Must be fast.
+    #[doc(alias = "count_objects")]
     fn count(&self) -> usize;
 
     /// Frees about `pages` pages and returns the number of freed pages; `None` if that is not
     /// possible now.
+    #[doc(alias = "scan_objects")]
+    #[doc(alias = "shrink_control")]
     fn scan(self: &Arc<Self>, pages: usize) -> Option<usize>;
 }
 
@@ -35,6 +38,8 @@ pub trait Shrink: Send + Sync {
 /// # Invariants
 ///
 /// `shrinker` is registered, and its `private_data` points to the `T` in `_data`.
+#[doc(alias = "shrinker")]
+#[doc(alias = "shrinker_free")]
 pub struct Shrinker<T: Shrink + 'static> {
     shrinker: NonNull<bindings::shrinker>,
     _data: Arc<T>,
@@ -54,6 +59,8 @@ impl<T: Shrink> Shrinker<T> {
     /// # Errors
     ///
     /// [`ENOMEM`].
+    #[doc(alias = "shrinker_alloc")]
+    #[doc(alias = "shrinker_register")]
     pub fn register(name: &CStr, data: Arc<T>) -> Result<Self> {
         // SAFETY: `name` is a valid string, and the kernel copies it.
         let raw = unsafe { helpers::vbrs_shrinker_alloc(name.as_char_ptr()) };

@@ -56,6 +56,7 @@ pub unsafe trait Buffer: Sized + Send + 'static {
 }
 
 /// The segments of one buffer, as scatterlists on the stack.
+#[doc(alias = "scatterlist")]
 pub struct Segments {
     /// Scatterlists of one entry each. The first `count` are initialised.
     table: [MaybeUninit<kernel::bindings::scatterlist>; Self::MAX],
@@ -88,6 +89,7 @@ impl Segments {
     }
 
     /// Adds a segment of `length` bytes at `address` that the device reads.
+    #[doc(alias = "sg_set_buf")]
     pub fn readable(&mut self, address: NonNull<u8>, length: u32) {
         self.push(length, false, |entry| {
             // SAFETY: `entry` is an initialised scatterlist of one entry. The requirements of
@@ -97,6 +99,7 @@ impl Segments {
     }
 
     /// Adds a segment of `length` bytes at `address` that the device writes.
+    #[doc(alias = "sg_set_buf")]
     pub fn writable(&mut self, address: NonNull<u8>, length: u32) {
         self.push(length, true, |entry| {
             // SAFETY: `entry` is an initialised scatterlist of one entry. The requirements of
@@ -107,6 +110,7 @@ impl Segments {
 
     /// Adds a segment of `length` bytes from the start of `page` that the device writes. The
     /// segment may extend over the following pages.
+    #[doc(alias = "sg_set_page")]
     pub fn writable_pages(&mut self, page: NonNull<kernel::bindings::page>, length: u32) {
         self.push(length, true, |entry| {
             // SAFETY: `entry` is an initialised scatterlist of one entry. The requirements of
@@ -207,6 +211,7 @@ const fn size_of_segment<T>() -> u32 {
 ///
 /// [`OutgoingWithContext`](super::OutgoingWithContext) is similar, but the device reads only the
 /// first part.
+#[doc(alias = "virtqueue_add_outbuf")]
 pub struct Outgoing<T: AsBytes + Send + 'static>(KBox<T>);
 
 impl<T: AsBytes + Send + 'static> Outgoing<T> {
@@ -256,6 +261,7 @@ unsafe impl<T: AsBytes + Send + 'static> Buffer for Outgoing<T> {
 /// A value that the device writes, on the heap.
 ///
 /// It is zero-initialised, so bytes that the device does not write are zero.
+#[doc(alias = "virtqueue_add_inbuf")]
 pub struct Incoming<T: AsBytes + FromBytes + Send + 'static>(KBox<T>);
 
 impl<T: AsBytes + FromBytes + Send + 'static> Incoming<T> {

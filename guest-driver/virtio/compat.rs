@@ -12,6 +12,8 @@ use kernel::prelude::*;
 pub(super) use self::series::{synchronize_rcu, BoundInternal, SpinLockIrq};
 
 /// Returns the error `EOPNOTSUPP`, which series 7.2 does not define as a constant.
+#[doc(alias = "EOPNOTSUPP")]
+#[inline]
 pub(crate) fn not_supported() -> Error {
     Error::from_errno(-(EOPNOTSUPP as c_int))
 }

@@ -47,6 +47,8 @@ impl<T: ConfigValue> Field<T> {
     }
 
     /// Makes the field exist only if feature `bit` is negotiated.
+    #[doc(alias = "virtio_cread_feature")]
+    #[inline]
     pub const fn with_feature(mut self, bit: u32) -> Self {
         self.feature = Some(bit);
         self
@@ -70,6 +72,7 @@ impl<T: ConfigValue> Field<T> {
 ///
 /// All methods require process context and may sleep: some transports send a message for each
 /// access and wait for the reply.
+#[doc(alias = "virtio_config_ops")]
 #[derive(Clone)]
 pub struct Config {
     space: Arc<ConfigSpace>,
@@ -159,6 +162,9 @@ impl Config {
     /// # Errors
     ///
     /// [`ENODEV`] if the device was unbound. [`EINVAL`] if the field does not exist.
+    #[doc(alias = "virtio_cread")]
+    #[doc(alias = "virtio_cread_le")]
+    #[doc(alias = "__virtio_cread_many")]
     pub fn read<T: ConfigValue>(&self, field: Field<T>) -> Result<T> {
         let device = self.space.device.lock();
         let vdev = self.try_access(device.as_ref(), &field)?;
@@ -181,6 +187,8 @@ impl Config {
     /// # Errors
     ///
     /// As [`read`](Self::read).
+    #[doc(alias = "virtio_cwrite")]
+    #[doc(alias = "virtio_cwrite_le")]
     pub fn write<T: ConfigValue>(&self, field: Field<T>, value: T) -> Result {
         let device = self.space.device.lock();
         let vdev = self.try_access(device.as_ref(), &field)?;

@@ -33,6 +33,7 @@ static READY: AtomicFlag = AtomicFlag::new(false);
 /// The debugfs directory of the driver, which dropping this removes.
 ///
 /// [`module_virtio_driver!`](crate::module_virtio_driver) creates it.
+#[doc(alias = "debugfs_create_dir")]
 pub struct DriverDir(());
 
 impl DriverDir {
@@ -68,6 +69,7 @@ impl Drop for DriverDir {
 /// driver has no directory.
 ///
 /// The directory is removed when the `Dir` and all files in it have been dropped. May sleep.
+#[doc(alias = "debugfs_create_dir")]
 pub fn device_dir(device: &device::Device) -> Option<Dir> {
     if !READY.load(Acquire) {
         return None;

@@ -22,6 +22,7 @@ use kernel::{
 /// # Invariants
 ///
 /// A `Device` represents a valid `struct virtio_device` that the C portion of the kernel created.
+#[doc(alias = "virtio_device")]
 #[repr(transparent)]
 pub struct Device<Ctx: device::DeviceContext = device::Normal>(
     Opaque<bindings::virtio_device>,
@@ -40,6 +41,8 @@ impl Device<device::Bound> {
     /// request.
     ///
     /// Any context.
+    #[doc(alias = "virtio_has_feature")]
+    #[inline]
     pub fn has_feature(&self, bit: u32) -> bool {
         // SAFETY: By the type invariant, the device is valid. Its features do not change while a
         // driver is bound.
@@ -90,6 +93,9 @@ impl Device<device::Core<'_>> {
     ///
     /// [`EBUSY`] if the device has virtqueues already, or if one of `queues` is in use. [`EINVAL`]
     /// if `queues` is empty. Otherwise [`ENOMEM`], or the error of the transport.
+    #[doc(alias = "virtio_find_vqs")]
+    #[doc(alias = "find_vqs")]
+    #[inline]
     pub fn find_queues(&self, queues: &[&dyn AnyQueue], handler: Arc<dyn QueueHandler>) -> Result {
         self.binding().find_queues(queues, handler)
     }
@@ -100,6 +106,8 @@ impl Device<device::Core<'_>> {
     /// again has no effect.
     ///
     /// Process context, may sleep.
+    #[doc(alias = "virtio_device_ready")]
+    #[inline]
     pub fn ready(&self) {
         // SAFETY: By the type invariant, the device is valid. `Core` guarantees process context.
         unsafe { bindings::vbrs_virtio_device_ready(self.as_raw()) };
@@ -114,6 +122,9 @@ impl Device<device::Core<'_>> {
     ///
     /// Process context, may sleep. Must not be called while holding a lock that
     /// [`QueueHandler::used`] takes.
+    #[doc(alias = "virtio_reset_device")]
+    #[doc(alias = "del_vqs")]
+    #[inline]
     pub fn reset(&self) {
         self.binding().reset();
     }
@@ -200,12 +211,16 @@ impl Negotiation<'_> {
 
     /// Returns whether the device offers feature `bit` and the driver supports it. For transport
     /// features, the bus takes the place of the driver.
+    #[doc(alias = "virtio_has_feature")]
+    #[inline]
     pub fn has_feature(&self, bit: u32) -> bool {
         // SAFETY: By the safety requirements of `new`, `vdev` is valid.
         unsafe { bindings::vbrs_virtio_has_feature(self.vdev.as_ptr(), bit) }
     }
 
     /// Declines feature `bit`.
+    #[doc(alias = "__virtio_clear_bit")]
+    #[inline]
     pub fn clear_feature(&mut self, bit: u32) {
         // SAFETY: By the safety requirements of `new`, `vdev` is valid, and no other code changes
         // its features.

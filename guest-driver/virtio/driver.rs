@@ -63,6 +63,7 @@ use kernel::{
 ///     license: "GPL",
 /// }
 /// ```
+#[doc(alias = "virtio_driver")]
 #[vtable]
 pub trait Driver {
     /// The private data of the driver for a device.
@@ -72,6 +73,7 @@ pub trait Driver {
     const ID_TABLE: IdTable;
 
     /// The feature bits that the driver supports, without those of the transport.
+    #[doc(alias = "feature_table")]
     const FEATURES: &'static [u32] = &[];
 
     /// Declines features before they are final (`FEATURES_OK`).
@@ -150,6 +152,7 @@ pub trait Driver {
 }
 
 /// The device id of a device type that a driver supports.
+#[doc(alias = "virtio_device_id")]
 #[repr(transparent)]
 #[derive(Clone, Copy)]
 pub struct DeviceId(bindings::virtio_device_id);
@@ -157,6 +160,8 @@ pub struct DeviceId(bindings::virtio_device_id);
 impl DeviceId {
     /// Creates an id that matches all devices of type `device` (a `VIRTIO_ID_` number), from any
     /// vendor.
+    #[doc(alias = "VIRTIO_DEV_ANY_ID")]
+    #[inline]
     pub const fn new(device: u32) -> Self {
         Self(bindings::virtio_device_id {
             device,
@@ -172,6 +177,8 @@ unsafe impl RawDeviceId for DeviceId {
 
 /// A table of the device ids that a driver supports: see
 /// [`virtio_device_table!`](crate::virtio_device_table).
+#[doc(alias = "virtio_device_id")]
+#[doc(alias = "id_table")]
 pub type IdTable = &'static dyn kernel::device_id::IdTable<DeviceId, ()>;
 
 /// Creates an [`IdTable`], and the module aliases for it.
@@ -217,6 +224,9 @@ macro_rules! module_virtio_driver {
 }
 
 /// Registers a [`Driver`] with the C bus.
+#[doc(alias = "register_virtio_driver")]
+#[doc(alias = "__register_virtio_driver")]
+#[doc(alias = "unregister_virtio_driver")]
 pub struct Adapter<T: Driver>(T);
 
 // SAFETY: `struct virtio_driver` contains a `struct device_driver` at this offset, and the adapter

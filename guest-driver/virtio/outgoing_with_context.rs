@@ -17,6 +17,7 @@ use super::buffer::{Buffer, Segments};
 /// The context belongs to the value. For example, a request contains page numbers, and its context
 /// the pages themselves. The queue owns both while the buffer is in flight, so the context cannot
 /// be used or dropped then.
+#[doc(alias = "virtqueue_add_outbuf")]
 pub struct OutgoingWithContext<T: AsBytes + Send + 'static, C: Send + 'static>(KBox<Inner<T, C>>);
 
 #[repr(C)]

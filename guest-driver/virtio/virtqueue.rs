@@ -20,6 +20,7 @@ use kernel::{
 };
 
 /// Callback for used buffers.
+#[doc(alias = "vq_callback_t")]
 pub trait QueueHandler: Send + Sync + 'static {
     /// Called when the device has used buffers of the queue with this index. The call may be
     /// spurious: there may be no used buffer.
@@ -39,6 +40,7 @@ pub trait QueueHandler: Send + Sync + 'static {
 ///
 /// All methods may be called concurrently, and in any context but NMI. Each takes a spin lock with
 /// interrupts disabled.
+#[doc(alias = "virtqueue")]
 pub struct Virtqueue<B: Buffer> {
     queue: Arc<QueueState>,
     buffers: PhantomData<fn(B) -> B>,
@@ -87,6 +89,9 @@ impl<B: Buffer> Virtqueue<B> {
     ///
     /// Returns the buffer and the reason. The method checks for free entries before it calls the
     /// ring, because `virtqueue_add_sgs()` notifies the device of a full ring.
+    #[doc(alias = "virtqueue_add_sgs")]
+    #[doc(alias = "virtqueue_add_outbuf")]
+    #[doc(alias = "virtqueue_add_inbuf")]
     pub fn add(&self, buffer: B) -> Result<(), AddError<B>> {
         let mut segments = Segments::from_buffer(&buffer);
         let mut state = self.queue.state().lock();
@@ -151,6 +156,9 @@ impl<B: Buffer> Virtqueue<B> {
     /// without `VIRTIO_RING_F_EVENT_IDX` would also notify the device if no buffer was added.
     ///
     /// The notification itself may exit to the hypervisor. It is sent outside the lock.
+    #[doc(alias = "virtqueue_kick")]
+    #[doc(alias = "virtqueue_kick_prepare")]
+    #[doc(alias = "virtqueue_notify")]
     pub fn kick(&self) -> Kick {
         // The ring is not deleted before all read-side critical sections that saw the queue live
         // have ended.
@@ -179,6 +187,7 @@ impl<B: Buffer> Virtqueue<B> {
 
     /// Returns a used buffer, and the number of bytes that the device has written. The number is
     /// clamped to the bytes that the device may write.
+    #[doc(alias = "virtqueue_get_buf")]
     pub fn get_buf(&self) -> Option<(B, u32)> {
         let mut written = 0;
         let state = self.queue.state().lock();
@@ -197,6 +206,7 @@ impl<B: Buffer> Virtqueue<B> {
     ///
     /// Buffers that the driver does not take are dropped when the device is unbound, or when the
     /// queue gets a new ring.
+    #[doc(alias = "virtqueue_detach_unused_buf")]
     pub fn detach_unused_buf(&self) -> Option<B> {
         let Token(token) = self.queue.take_detached()?;
         // SAFETY: Only `add` creates tokens, all of them of a `B`. This token was detached from the
@@ -206,6 +216,7 @@ impl<B: Buffer> Virtqueue<B> {
 
     /// Asks the device not to send interrupts for this queue. The device may send some
     /// nevertheless.
+    #[doc(alias = "virtqueue_disable_cb")]
     pub fn disable_callback(&self) {
         if let Some(ring) = self.queue.state().lock().live() {
             // SAFETY: The ring of a live queue is valid, and the lock serialises access to it.
@@ -217,6 +228,7 @@ impl<B: Buffer> Virtqueue<B> {
     ///
     /// Returns `false` if a used buffer is pending already. The caller must then call
     /// [`get_buf`](Self::get_buf) again, because no interrupt may follow.
+    #[doc(alias = "virtqueue_enable_cb")]
     pub fn enable_callback(&self) -> bool {
         let state = self.queue.state().lock();
         let Some(ring) = state.live() else {
@@ -230,6 +242,7 @@ impl<B: Buffer> Virtqueue<B> {
     ///
     /// Returns `false` if it has used them already. The caller must then call
     /// [`get_buf`](Self::get_buf) again, because no interrupt may follow.
+    #[doc(alias = "virtqueue_enable_cb_delayed")]
     pub fn enable_callback_delayed(&self) -> bool {
         let state = self.queue.state().lock();
         let Some(ring) = state.live() else {
@@ -243,6 +256,7 @@ impl<B: Buffer> Virtqueue<B> {
     /// queue has no ring.
     ///
     /// No interrupt reports this. Code that waits for a used buffer should check it periodically.
+    #[doc(alias = "virtqueue_is_broken")]
     pub fn is_broken(&self) -> bool {
         let state = self.queue.state().lock();
         let Some(ring) = state.live() else {
@@ -254,6 +268,7 @@ impl<B: Buffer> Virtqueue<B> {
 
     /// Returns the number of free entries in the ring, 0 without a ring. A buffer takes at most one
     /// entry per segment, or a single entry if it uses indirect descriptors.
+    #[doc(alias = "num_free")]
     pub fn free_entries(&self) -> usize {
         let state = self.queue.state().lock();
         let Some(ring) = state.live() else {
@@ -264,6 +279,7 @@ impl<B: Buffer> Virtqueue<B> {
     }
 
     /// Returns the number of entries in the ring, 0 without a ring.
+    #[doc(alias = "virtqueue_get_vring_size")]
     pub fn entries(&self) -> usize {
         let state = self.queue.state().lock();
         let Some(ring) = state.live() else {

@@ -20,6 +20,7 @@ use crate::bindings as helpers;
 ///
 /// Unlike [`CondVar`](kernel::sync::CondVar), it has a wait with a timeout that signals do not
 /// interrupt: the waiter may be any process that allocates memory.
+#[doc(alias = "wait_queue_head")]
 #[pin_data]
 pub struct WaitQueue {
     #[pin]
@@ -35,6 +36,7 @@ unsafe impl Sync for WaitQueue {}
 
 impl WaitQueue {
     /// Creates a wait queue without waiters, and with no wakeups.
+    #[doc(alias = "init_waitqueue_head")]
     pub fn new() -> impl PinInit<Self> {
         pin_init!(Self {
             waiters <- Opaque::ffi_init(|slot| {
@@ -46,6 +48,7 @@ impl WaitQueue {
     }
 
     /// Wakes all waiters. Any context but NMI.
+    #[inline]
     pub fn wake_up_all(&self) {
         self.wakeups.fetch_add(1, Full);
         // SAFETY: The wait queue is initialised and pinned.
@@ -61,6 +64,8 @@ impl WaitQueue {
     /// `limit` milliseconds. Returns whether it does.
     ///
     /// Sleeps, and signals do not interrupt it. Does not allocate memory.
+    #[doc(alias = "wait_event_timeout")]
+    #[inline]
     pub fn wait_timeout(&self, seen: u32, limit: Msecs) -> bool {
         // SAFETY: The wait queue is initialised, and the counter is valid. Both are pinned.
         unsafe {

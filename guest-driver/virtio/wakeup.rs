@@ -23,6 +23,7 @@ use crate::bindings as helpers;
 /// While a `Wakeup` exists, the device is marked as capable of wakeup. A spin lock that is held
 /// with interrupts disabled protects the state. All methods may be called in any context but NMI.
 /// Creating and dropping a `Wakeup` may sleep.
+#[doc(alias = "wakeup_source")]
 #[pin_data(PinnedDrop)]
 pub struct Wakeup {
     dev: ARef<Device>,
@@ -44,6 +45,7 @@ impl Wakeup {
     /// # Errors
     ///
     /// [`ENOMEM`].
+    #[doc(alias = "device_set_wakeup_capable")]
     pub fn new(dev: ARef<Device>) -> Result<Arc<Self>> {
         let wakeup = pin_init!(Self {
             dev,
@@ -61,6 +63,7 @@ impl Wakeup {
     }
 
     /// Marks event `event` (0 to 31) as pending, and keeps the system awake.
+    #[doc(alias = "pm_stay_awake")]
     pub fn stay_awake(&self, event: u32) {
         let mut state = self.state.lock();
         state.pending |= 1 << event;
@@ -78,6 +81,7 @@ impl Wakeup {
     }
 
     /// Lets the system sleep, unless an event is pending.
+    #[doc(alias = "pm_relax")]
     pub fn relax(&self) {
         let mut state = self.state.lock();
         if state.awake && state.pending == 0 {

@@ -30,6 +30,9 @@ use kernel::types::Opaque;
 
 use crate::bindings as helpers;
 
+/// The kernel's default for the number of work items of a queue that run at once.
+const DEFAULT_MAX_ACTIVE: c_int = 0;
+
 /// The number of work queues.
 static QUEUES: Atomic<i32> = Atomic::new(0);
 /// A list of work queues whose last reference was dropped by one of their own work items. Another
@@ -42,6 +45,8 @@ static ORPHANS: Atomic<*mut Inner> = Atomic::new(ptr::null_mut());
 /// [`DelayedWork`]s also have a reference to their queue. Dropping the last reference waits for
 /// running work items. It may be dropped in any context that may sleep, also by a work item of the
 /// queue.
+#[doc(alias = "workqueue_struct")]
+#[doc(alias = "destroy_workqueue")]
 #[derive(Clone)]
 pub struct WorkQueue(Arc<Inner>);
 
@@ -66,11 +71,14 @@ impl WorkQueue {
     /// # Errors
     ///
     /// [`ENOMEM`].
+    #[doc(alias = "alloc_workqueue")]
     pub fn new(name: &CStr) -> Result<Self> {
         destroy_orphans();
         let room = UniqueArc::<Inner>::new_uninit(GFP_KERNEL)?;
+        let flags = bindings::wq_flags_WQ_UNBOUND | bindings::wq_flags_WQ_FREEZABLE;
         // SAFETY: `name` is a valid string, and the kernel copies it.
-        let raw = unsafe { helpers::vbrs_alloc_workqueue(name.as_char_ptr()) };
+        let raw =
+            unsafe { helpers::vbrs_alloc_workqueue(name.as_char_ptr(), flags, DEFAULT_MAX_ACTIVE) };
         let raw = NonNull::new(raw).ok_or(ENOMEM)?;
         QUEUES.add(1, Relaxed);
         // INVARIANT: The queue was created above, and only `drop` destroys it.
@@ -162,6 +170,7 @@ impl Drop for ModuleExit {
 /// [`impl_has_delayed_work!`](crate::impl_has_delayed_work).
 ///
 /// It has a reference to its `T` while it is queued, delayed or running.
+#[doc(alias = "delayed_work")]
 #[pin_data]
 pub struct DelayedWork<T, const ID: u64 = 0> {
     queue: WorkQueue,
@@ -179,6 +188,7 @@ unsafe impl<T, const ID: u64> Sync for DelayedWork<T, ID> {}
 /// The function of the [`DelayedWork`] with the number `ID`.
 pub trait WorkItem<const ID: u64 = 0>: HasDelayedWork<ID> + Send + Sync + 'static {
     /// Runs the work item. Process context, may sleep. Calls do not overlap.
+    #[doc(alias = "work_func_t")]
     fn run(this: Arc<Self>);
 }
 
@@ -245,6 +255,8 @@ pub use crate::new_delayed_work;
 
 impl<T: WorkItem<ID>, const ID: u64> DelayedWork<T, ID> {
     /// Returns an initialiser: see [`new_delayed_work!`](crate::new_delayed_work).
+    #[doc(alias = "INIT_DELAYED_WORK")]
+    #[inline]
     pub fn new(
         queue: WorkQueue,
         name: &'static CStr,
@@ -307,11 +319,14 @@ impl<T: WorkItem<ID>, const ID: u64> DelayedWork<T, ID> {
 /// was enqueued.
 ///
 /// Any context but NMI.
+#[doc(alias = "queue_work")]
+#[inline]
 pub fn enqueue<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>) -> bool {
     enqueue_delayed(item, 0)
 }
 
 /// Enqueues the work item after a delay: see [`enqueue`].
+#[doc(alias = "queue_delayed_work")]
 pub fn enqueue_delayed<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>, delay: Jiffies) -> bool {
     let owner = Arc::into_raw(item.clone());
     // SAFETY: The leaked reference keeps the work item and its queue valid. It is only dropped by
@@ -336,6 +351,7 @@ pub fn enqueue_delayed<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>, delay: Jif
 /// attempts to enqueue it fail.
 ///
 /// May sleep. Must not be called from the work item, nor while holding a lock that it takes.
+#[doc(alias = "disable_delayed_work_sync")]
 pub fn disable<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>) {
     let owner = Arc::as_ptr(item);
     // SAFETY: `owner` points to a valid `T`, which contains the initialised work item.
@@ -350,6 +366,7 @@ pub fn disable<T: WorkItem<ID>, const ID: u64>(item: &Arc<T>) {
 /// Reschedules if another task needs the CPU. Call it in long loops.
 ///
 /// May sleep.
+#[inline]
 pub fn cond_resched() {
     // SAFETY: May be called in any context that may sleep.
     unsafe { helpers::vbrs_cond_resched() };
