@@ -2,20 +2,27 @@
 
 //! The inflate and deflate queues, and the requests in flight on them.
 //!
-//! Three kinds of tasks share the queues: the resize worker, OOM deflation and page migration. Each
-//! waiter reaps both virtqueues and completes every used buffer, its own or not. So no waiter
-//! depends on another one, or on a work item that has to run.
+//! Three kinds of tasks share the queues: the resize worker, OOM deflation and
+//! [page migration](self::page_migration). Each waiter reaps both virtqueues and completes every
+//! used buffer, its own or not. So no waiter depends on another one, or on a work item that has to
+//! run.
+
+mod in_flight;
+mod page_migration;
+#[cfg(CONFIG_KUNIT = "y")]
+mod tests_rig;
 
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, AtomicFlag, Relaxed};
 use kernel::sync::{new_mutex, Arc, Mutex};
 use kernel::time::{Delta, Instant, Monotonic, Msecs};
 
+use self::in_flight::{InFlight, PageMigration, MAX_PAGE_MIGRATIONS};
 use super::counters::Counters;
 use super::page_counts::{PageCounts, Step};
-use super::request::{AnyRequest, GuestGeometry, PageBuffer, PageMigrationRequest, Request};
-use super::timeout;
-use crate::mm::{BalloonPages, MigrateMode, MigratePages, Migrated, NodesBelowWatermark, PageRef};
+use super::page_geometry::GuestGeometry;
+use super::request::{AnyRequest, PageBuffer, PageMigrationRequest, Request};
+use crate::mm::{BalloonPages, NodesBelowWatermark};
 use crate::shared_abi::queue::Queue;
 use crate::virtio::{AddError, AddFailure, Virtqueue, WaitQueue};
 
@@ -23,8 +30,6 @@ use crate::virtio::{AddError, AddFailure, Virtqueue, WaitQueue};
 pub(crate) const REQUESTS: usize = 16;
 /// The number of requests that are reserved for OOM deflation.
 const RESERVED: usize = 2;
-/// The number of page migrations that can be in flight.
-const MAX_PAGE_MIGRATIONS: usize = 8;
 /// The interval at which a waiter polls the queues if no interrupt arrives.
 pub(crate) const WAIT_POLL_INTERVAL: Msecs = 50;
 
@@ -93,38 +98,6 @@ pub(crate) struct BalloonQueues {
     target: Atomic<u64>,
     #[pin]
     in_flight: Mutex<InFlight>,
-}
-
-struct InFlight {
-    page_counts: PageCounts,
-    /// The requests that are not in flight. Has capacity for all.
-    spare: KVec<Request>,
-    page_migrations: [PageMigration; MAX_PAGE_MIGRATIONS],
-    /// The number of guest pages that were deflated and freed since the driver was bound.
-    released: u64,
-    /// The number of used buffers since the driver was bound. Wraps.
-    used_buffers: u64,
-    /// The value of `used_buffers` when a page migration last timed out before it was sent.
-    timed_out_at: Option<u64>,
-}
-
-/// The state of a page migration request.
-enum PageMigration {
-    /// Not in use.
-    Idle(PageMigrationRequest),
-    /// In flight, or owned by the task that migrates the page.
-    InFlight,
-    /// Used by the device, and kept for the task that waits.
-    Completed(PageMigrationRequest),
-    /// In flight on the deflate queue. The guest already has the page back, and no task waits.
-    Deflating,
-    /// In flight and overdue. No task waits.
-    Abandoned,
-    /// Not sent: the device must deflate the page, but the deflate queue has not accepted the
-    /// request yet.
-    DeflatePending(PageMigrationRequest),
-    /// Recovered after the device reset, and kept for the task that waits.
-    Detached(PageMigrationRequest),
 }
 
 impl BalloonQueues {
@@ -564,371 +537,17 @@ impl BalloonQueues {
         }
         in_flight.page_counts = PageCounts::default();
     }
-
-    /// Waits until the device has used the request in `slot`, and returns the request.
-    ///
-    /// Returns `None` if the wait times out or the request was recovered after a device reset.
-    fn wait_page_migration(pages: &Pages, slot: usize) -> Option<PageMigrationRequest> {
-        let back = Self::wait(pages, timeout::page_migration(), |this| {
-            let mut in_flight = this.in_flight.lock();
-            match core::mem::replace(
-                &mut in_flight.page_migrations[slot],
-                PageMigration::InFlight,
-            ) {
-                PageMigration::Completed(request) => Some(Some(request)),
-                PageMigration::Detached(request) => {
-                    in_flight.page_migrations[slot] = PageMigration::Idle(request);
-                    Some(None)
-                }
-                other => {
-                    in_flight.page_migrations[slot] = other;
-                    None
-                }
-            }
-        });
-        if let Some(back) = back {
-            return back;
-        }
-        let this = pages.migrator();
-        let mut in_flight = this.in_flight.lock();
-        match core::mem::replace(
-            &mut in_flight.page_migrations[slot],
-            PageMigration::Abandoned,
-        ) {
-            // The device used the request after the wait ended.
-            PageMigration::Completed(request) => {
-                in_flight.page_migrations[slot] = PageMigration::InFlight;
-                Some(request)
-            }
-            PageMigration::Detached(request) => {
-                in_flight.page_migrations[slot] = PageMigration::Idle(request);
-                None
-            }
-            _ => None,
-        }
-    }
-
-    /// Tells the device that `old` has left the balloon. With `MUST_TELL_HOST`, waits until the
-    /// device has used the request.
-    ///
-    /// The request keeps its reference to the page until the device is notified; with
-    /// `MUST_TELL_HOST`, until the device has used the request.
-    fn deflate_old_page(pages: &Pages, mut request: PageMigrationRequest, old: PageRef) {
-        let slot = request.slot();
-        // Cannot fail: the page frame number fitted at inflation.
-        let _ = request.set(old);
-        let (mut unsent, mut free) = (Some(request), None);
-        let sent = Self::wait(pages, timeout::page_migration(), |this| {
-            this.send_old(&mut unsent, &mut free)
-        });
-        let this = pages.migrator();
-        if let Some(request) = unsent {
-            // The ring stayed full, or is broken. `reap_used` sends the request when the ring has
-            // room; after a reset, `detach_unused` frees the page.
-            this.in_flight.lock().page_migrations[slot] = PageMigration::DeflatePending(request);
-        }
-        if sent != Some(true) {
-            return;
-        }
-        this.notify();
-        // The device is notified, so the guest may use the page.
-        drop(free);
-        if this.must_tell_host {
-            if let Some(request) = Self::wait_page_migration(pages, slot) {
-                this.in_flight.lock().page_migrations[slot] = PageMigration::Idle(request);
-            }
-        }
-    }
-
-    /// Sends `request` on the deflate queue and sets it to `None`.
-    ///
-    /// Without `MUST_TELL_HOST`, moves the page from the request to `free`. Returns `None` if the
-    /// ring is full, otherwise whether the request was sent. An unsent request is put back with its
-    /// page, unless the queue has no ring.
-    fn send_old(
-        &self,
-        request: &mut Option<PageMigrationRequest>,
-        free: &mut Option<PageRef>,
-    ) -> Option<bool> {
-        let mut in_flight = self.in_flight.lock();
-        let mut taken = request.take()?;
-        let slot = taken.slot();
-        if !self.must_tell_host {
-            *free = taken.take_unacked();
-        }
-        let Err(AddError { buffer, failure }) = self.deflate.add(taken.into_buffer()) else {
-            if !self.must_tell_host {
-                in_flight.page_migrations[slot] = PageMigration::Deflating;
-            }
-            return Some(true);
-        };
-        let AnyRequest::PageMigration(mut taken) = buffer.into() else {
-            return Some(false);
-        };
-        if failure == AddFailure::Gone {
-            // After a reset the device has no page.
-            drop((free.take(), taken.take()));
-            in_flight.page_migrations[slot] = PageMigration::Idle(taken);
-            return Some(false);
-        }
-        if let Some(page) = free.take() {
-            // Cannot fail: the page frame number fitted before.
-            let _ = taken.set(page);
-        }
-        *request = Some(taken);
-        match SendError::from(failure) {
-            SendError::Gone => Some(false),
-            _ => None,
-        }
-    }
-}
-
-impl InFlight {
-    fn put(&mut self, request: Request) {
-        // Cannot fail: `spare` has capacity for all requests.
-        let _ = self.spare.push_within_capacity(request);
-    }
-
-    /// Frees the pages of a completed request. Returns the number of guest pages: 0 if they were
-    /// freed when the request was sent.
-    fn release(&mut self, request: &mut Request) -> usize {
-        let pages = request.take();
-        self.released += pages.len() as u64;
-        pages.len()
-    }
-
-    /// Takes an idle page migration request. Returns `None` if all are in use.
-    ///
-    /// # Errors
-    ///
-    /// [`EBUSY`] if a request is overdue: the device gets no further request until it has used that
-    /// one.
-    fn take_page_migration(&mut self) -> Result<Option<PageMigrationRequest>> {
-        let overdue = |place: &PageMigration| {
-            matches!(
-                place,
-                PageMigration::Abandoned | PageMigration::DeflatePending(_)
-            )
-        };
-        if self.page_migrations.iter().any(overdue) {
-            return Err(EBUSY);
-        }
-        for place in &mut self.page_migrations {
-            match core::mem::replace(place, PageMigration::InFlight) {
-                PageMigration::Idle(request) => return Ok(Some(request)),
-                other => *place = other,
-            }
-        }
-        Ok(None)
-    }
-}
-
-/// A page migration in progress, with the slot of its request.
-enum Begun {
-    /// The new page was sent on the inflate queue.
-    Replacing(usize),
-    /// The old page was sent on the deflate queue, and no page replaces it.
-    Removing(usize),
-}
-
-impl BalloonQueues {
-    /// Sends the first request of a page migration.
-    ///
-    /// If the balloon is larger than the target, the old page is deflated and no page replaces it.
-    /// The page that is sent moves from `new` or `old` into the request. Without `MUST_TELL_HOST`,
-    /// a deflated page stays in `old`: the caller frees it after it has notified the device.
-    ///
-    /// Returns `None` if no request is idle or the ring is full.
-    ///
-    /// # Errors
-    ///
-    /// [`EBUSY`] if the balloon is closed, a page migration is overdue, the ring is still full
-    /// since the last timeout, or the queue cannot accept the page.
-    fn begin_page_migration(
-        &self,
-        new: &mut Option<PageRef>,
-        old: &mut Option<PageRef>,
-    ) -> Result<Option<Begun>> {
-        let mut in_flight = self.in_flight.lock();
-        if self.is_closed() {
-            return Err(EBUSY);
-        }
-        let target = self.target.load(Relaxed);
-        let removes = matches!(in_flight.page_counts.next(target), Step::Deflate(_));
-        let (queue, page) = if removes {
-            (&self.deflate, old)
-        } else {
-            (&self.inflate, new)
-        };
-        if queue.free_entries() == 0 && !queue.is_broken() {
-            let has_timed_out = in_flight.timed_out_at == Some(in_flight.used_buffers);
-            return if has_timed_out { Err(EBUSY) } else { Ok(None) };
-        }
-        let Some(mut request) = in_flight.take_page_migration()? else {
-            return Ok(None);
-        };
-        let slot = request.slot();
-        if page.take().is_none_or(|page| request.set(page).is_err()) {
-            // The page frame number has more than 32 bits.
-            in_flight.page_migrations[slot] = PageMigration::Idle(request);
-            return Err(EBUSY);
-        }
-        if removes {
-            request.set_deflate();
-            if !self.must_tell_host {
-                *page = request.take_unacked();
-            }
-        }
-        if let Err(AddError { buffer, .. }) = queue.add(request.into_buffer()) {
-            if let AnyRequest::PageMigration(mut request) = buffer.into() {
-                drop(request.take());
-                in_flight.page_migrations[slot] = PageMigration::Idle(request);
-            }
-            return Err(EBUSY);
-        }
-        if !removes {
-            return Ok(Some(Begun::Replacing(slot)));
-        }
-        in_flight.page_counts.send_deflate(GuestGeometry::pfns(1));
-        self.counters
-            .requested(Queue::Deflate, GuestGeometry::pfns(1));
-        if !self.must_tell_host {
-            in_flight.released += 1;
-            in_flight.page_migrations[slot] = PageMigration::Deflating;
-        }
-        Ok(Some(Begun::Removing(slot)))
-    }
-
-    /// Marks page migrations that no task waits for as overdue, after a page migration has timed
-    /// out before it was sent.
-    ///
-    /// New ones fail with [`EBUSY`] while one is overdue, or while the ring stays full and the
-    /// device uses no buffer.
-    fn abandon_page_migrations(&self) {
-        let mut in_flight = self.in_flight.lock();
-        in_flight.timed_out_at = Some(in_flight.used_buffers);
-        for place in &mut in_flight.page_migrations {
-            if matches!(place, PageMigration::Deflating) {
-                *place = PageMigration::Abandoned;
-            }
-        }
-    }
-}
-
-/// Replaces a page in two steps: inflates the new page, then deflates the old one.
-///
-/// While the balloon is larger than the target, only deflates the old page: one request serves the
-/// kernel and the host. If the device does not use a request, the request keeps its reference to
-/// the page, so the guest does not reuse the page.
-impl MigratePages for BalloonQueues {
-    fn migrate(pages: &Pages, new: PageRef, old: PageRef, mode: MigrateMode) -> Result<Migrated> {
-        if mode == MigrateMode::Async {
-            // Waiting for the device may sleep.
-            return Err(EBUSY);
-        }
-        let this = pages.migrator();
-        let (mut new, mut old) = (Some(new), Some(old));
-        let begun = Self::wait(pages, timeout::page_migration(), |this| {
-            this.begin_page_migration(&mut new, &mut old).transpose()
-        });
-        let Some(begun) = begun else {
-            this.abandon_page_migrations();
-            return Err(EBUSY);
-        };
-        let begun = begun?;
-        this.notify();
-        match begun {
-            Begun::Removing(slot) => {
-                if this.must_tell_host {
-                    if let Some(request) = Self::wait_page_migration(pages, slot) {
-                        this.in_flight.lock().page_migrations[slot] = PageMigration::Idle(request);
-                    }
-                }
-                Ok(Migrated::Deflated)
-            }
-            Begun::Replacing(slot) => {
-                let mut request = Self::wait_page_migration(pages, slot).ok_or(EBUSY)?;
-                drop(request.take());
-                if let Some(old) = old {
-                    Self::deflate_old_page(pages, request, old);
-                }
-                this.counters.migrated_pages.add(1);
-                Ok(Migrated::Replaced)
-            }
-        }
-    }
 }
 
 #[kunit_tests(virtio_balloon_rs_balloon_queues)]
 mod tests {
+    use super::tests_rig::*;
     use super::*;
-    use crate::mm::{BalloonPage, BlockList};
-    use crate::shared_abi::page::PFN_SHIFT;
-    use crate::virtio::kunit_device::{BoundTestDevice, CountingHandler};
-
-    const INFLATE: usize = 0;
-    const DEFLATE: usize = 1;
-
-    impl From<SendError> for Error {
-        fn from(error: SendError) -> Self {
-            pr_err!("not sent: {:?}\n", error);
-            EIO
-        }
-    }
-
-    /// Creates an empty balloon with `MUST_TELL_HOST`, and its device.
-    fn balloon() -> Result<(BoundTestDevice, Pin<KBox<Pages>>)> {
-        balloon_of(true)
-    }
-
-    fn balloon_of(must_tell_host: bool) -> Result<(BoundTestDevice, Pin<KBox<Pages>>)> {
-        balloon_on(BoundTestDevice::new()?, must_tell_host)
-    }
-
-    fn balloon_on(
-        bound: BoundTestDevice,
-        must_tell_host: bool,
-    ) -> Result<(BoundTestDevice, Pin<KBox<Pages>>)> {
-        let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
-        let pages = BalloonPages::new(false, BalloonQueues::new(counters, must_tell_host)?);
-        let pages = KBox::pin_init(pages, GFP_KERNEL)?;
-        let queues = pages.migrator();
-        let virtqueues: [&dyn crate::virtio::AnyQueue; 2] =
-            [queues.inflate_queue(), queues.deflate_queue()];
-        bound.find_queues(&virtqueues, CountingHandler::new()?)?;
-        queues.set_target(u64::MAX);
-        Ok((bound, pages))
-    }
+    use crate::mm::Migrated;
+    use crate::virtio::kunit_device::CountingHandler;
 
     fn oom(nodes: &NodesBelowWatermark) -> Purpose<'_> {
         Purpose::Oom(nodes)
-    }
-
-    fn number(address: u64) -> u32 {
-        (address >> PFN_SHIFT) as u32
-    }
-
-    /// Returns a request with `count` new pages, and the page frame number of the first one.
-    fn request(queues: &BalloonQueues, count: usize) -> Result<(Request, u32)> {
-        let mut request = queues.take_spare().ok_or(ENOENT)?;
-        let mut first = None;
-        for _ in 0..count {
-            let page = BalloonPage::alloc().ok_or(ENOMEM)?;
-            first = first.or(Some(number(page.address())));
-            request.push(page).map_err(|_| EINVAL)?;
-        }
-        Ok((request, first.ok_or(EINVAL)?))
-    }
-
-    fn inflate(bound: &BoundTestDevice, pages: &Pages, count: usize) -> Result {
-        let queues = pages.migrator();
-        let (request, first) = request(queues, count)?;
-        queues.send_inflate(request)?;
-        assert_eq!(queues.page_counts().inflated(), 0);
-        assert_eq!(bound.device.use_buffer(INFLATE), Some(first));
-        BalloonQueues::reap_used(pages);
-        assert_eq!(queues.page_counts().inflated(), GuestGeometry::pfns(count));
-        Ok(())
     }
 
     #[test]
@@ -1012,136 +631,6 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_migrated_in_two_steps() -> Result {
-        let (bound, pages) = balloon()?;
-        let (new, old) = two_pages()?;
-        bound.device.set_use_on_notify(true);
-        let moved = migrate(&pages, &new, &old);
-        assert_eq!(moved, Ok(Migrated::Replaced));
-        assert_eq!(
-            &bound.device.take_used_log()?[..],
-            &[
-                (INFLATE, number(new.address())),
-                (DEFLATE, number(old.address()))
-            ]
-        );
-        assert!(pages.migrator().is_idle());
-        // A request can be used more than once.
-        for _ in 0..2 * MAX_PAGE_MIGRATIONS {
-            let moved = migrate(&pages, &new, &old);
-            assert_eq!(moved, Ok(Migrated::Replaced));
-        }
-        Ok(())
-    }
-
-    /// The target is smaller: one request serves the kernel and the host.
-    #[test]
-    fn a_page_that_is_to_leave_anyway_leaves_when_it_is_migrated() -> Result {
-        for must_tell_host in [false, true] {
-            let (bound, pages) = balloon_of(must_tell_host)?;
-            let queues = pages.migrator();
-            inflate(&bound, &pages, 2 * MAX_PAGE_MIGRATIONS)?;
-            queues.set_target(GuestGeometry::pfns(1));
-            bound.device.set_use_on_notify(must_tell_host);
-            for left in (1..2 * MAX_PAGE_MIGRATIONS).rev() {
-                // Takes the page off the balloon's list, as isolation does.
-                let old = pages.dequeue(1).pop().ok_or(ENOENT)?;
-                let (new, _) = two_pages()?;
-                let moved = migrate(&pages, &new, &old);
-                assert_eq!(moved, Ok(Migrated::Deflated));
-                assert_eq!(queues.page_counts().inflated(), GuestGeometry::pfns(left));
-                if !must_tell_host {
-                    // No task waits; the device uses the request later.
-                    assert_eq!(queues.page_counts().deflating(), GuestGeometry::pfns(1));
-                    assert_eq!(
-                        bound.device.use_buffer(DEFLATE),
-                        Some(number(old.address()))
-                    );
-                    BalloonQueues::reap_used(&pages);
-                }
-                assert_eq!(queues.page_counts().deflating(), 0);
-            }
-            // The balloon has the target size now, so the page is replaced.
-            let (new, old) = two_pages()?;
-            bound.device.set_use_on_notify(true);
-            let moved = migrate(&pages, &new, &old);
-            assert_eq!(moved, Ok(Migrated::Replaced));
-            BalloonQueues::reap_used(&pages);
-            assert_eq!(queues.released(), 2 * MAX_PAGE_MIGRATIONS as u64 - 1);
-            queues.close();
-            bound.reset();
-            BalloonQueues::detach_unused(&pages);
-            assert!(queues.is_idle());
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn a_migration_that_must_not_block_asks_the_device_for_nothing() -> Result {
-        let (bound, pages) = balloon()?;
-        let (new, old) = two_pages()?;
-        let moved = BalloonQueues::migrate(
-            &pages,
-            PageRef::from_balloon_page(&new),
-            PageRef::from_balloon_page(&old),
-            MigrateMode::Async,
-        );
-        assert_eq!(moved, Err(EBUSY));
-        assert_eq!(bound.device.notifications(), 0);
-        assert!(bound.device.pop_descriptor_chain(INFLATE).is_none());
-        Ok(())
-    }
-
-    #[test]
-    fn a_page_that_the_device_does_not_answer_for_is_asked_back() -> Result {
-        let (bound, pages) = balloon()?;
-        let queues = pages.migrator();
-        let (new, old) = two_pages()?;
-        let moved = migrate(&pages, &new, &old);
-        assert_eq!(moved, Err(EBUSY));
-        // The next page migration fails without waiting.
-        let moved = migrate(&pages, &new, &old);
-        assert_eq!(moved, Err(EBUSY));
-        assert!(bound.device.pop_descriptor_chain(DEFLATE).is_none());
-        assert!(!queues.is_idle());
-
-        assert_eq!(
-            bound.device.use_buffer(INFLATE),
-            Some(number(new.address()))
-        );
-        assert_eq!(bound.device.use_buffer(INFLATE), None);
-        BalloonQueues::reap_used(&pages);
-        assert!(!queues.is_idle());
-        assert_eq!(
-            bound.device.use_buffer(DEFLATE),
-            Some(number(new.address()))
-        );
-        BalloonQueues::reap_used(&pages);
-        assert!(queues.is_idle());
-        bound.device.set_use_on_notify(true);
-        let moved = migrate(&pages, &new, &old);
-        assert_eq!(moved, Ok(Migrated::Replaced));
-        Ok(())
-    }
-
-    #[test]
-    fn a_ring_that_stays_full_keeps_one_migration_waiting_and_not_the_next() -> Result {
-        let (bound, pages) = balloon_on(BoundTestDevice::with_entries(1)?, true)?;
-        let queues = pages.migrator();
-        let (full, first) = request(queues, 1)?;
-        queues.send_inflate(full)?;
-        let (new, old) = two_pages()?;
-        assert_eq!(migrate(&pages, &new, &old), Err(EBUSY));
-        let (mut next, mut previous) = (None, None);
-        let begun = queues.begin_page_migration(&mut next, &mut previous);
-        assert!(matches!(begun, Err(error) if error == EBUSY));
-        assert_eq!(bound.device.use_buffer(INFLATE), Some(first));
-        bound.device.set_use_on_notify(true);
-        assert_eq!(migrate(&pages, &new, &old), Ok(Migrated::Replaced));
-        Ok(())
-    }
-
-    #[test]
     fn after_a_reset_nothing_is_missing_and_all_begins_anew() -> Result {
         let (bound, pages) = balloon()?;
         let queues = pages.migrator();
@@ -1191,21 +680,5 @@ mod tests {
         assert_eq!(BalloonQueues::wait(&pages, long, |_| None::<()>), None);
         assert!(since.elapsed() < long);
         Ok(())
-    }
-
-    fn migrate(pages: &Pages, new: &BalloonPage, old: &BalloonPage) -> Result<Migrated> {
-        let (new, old) = (
-            PageRef::from_balloon_page(new),
-            PageRef::from_balloon_page(old),
-        );
-        BalloonQueues::migrate(pages, new, old, MigrateMode::Sync)
-    }
-
-    fn two_pages() -> Result<(BalloonPage, BalloonPage)> {
-        let mut pages: BlockList<BalloonPage> = BlockList::new();
-        for _ in 0..2 {
-            pages.push(BalloonPage::alloc().ok_or(ENOMEM)?);
-        }
-        Ok((pages.pop().ok_or(ENOMEM)?, pages.pop().ok_or(ENOMEM)?))
     }
 }

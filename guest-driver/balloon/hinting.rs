@@ -9,47 +9,35 @@
 //! when its budget is spent (256 free blocks or 5 ms) and queues itself again, so neither the
 //! freezer nor a task that needs the lock waits for long.
 //!
-//! Before the system sleeps, and while memory goes offline, the driver *pauses* the hint round: it
-//! offers no free block, waits for the hinted blocks in flight, and returns hinted blocks to the
-//! page allocator (all of them before sleep, otherwise those in the range). Then the hint round
-//! resumes with the largest order.
-//!
-//! An interrupt costs the guest a VM exit, and a device that is at work uses the next buffers
-//! within microseconds. So the work item polls the ring for up to 500 µs without progress before it
-//! enables the interrupt. While the device keeps up, a hint round needs no interrupt. The work item
-//! keeps the ring full, and notifies the device when the device has used nearly all buffers of the
-//! previous notification. A device at work polls the ring and can suppress notifications.
-//!
-//! The kernel's C driver enables no interrupt for this queue, so a device that sends none goes
-//! unnoticed there. QEMU 11.1 with TCG is one: it serves the queue in an I/O thread and its
-//! interrupts do not arrive. Therefore a timer also polls the queue while buffers are in flight, at
-//! growing intervals.
-//!
 //! The queue owns a hinted block while it is in flight, [`HintedBlocks`] until DONE, and the page
 //! allocator before and after that. No other owner can free a hinted block in flight, so the driver
 //! keeps its promise `KEEPS_HINTED_UNTIL_RETURNED` by construction.
+//!
+//! The folder has the rest: [`poll`](self::poll) runs the work item, and
+//! [`notifiers`](self::notifiers) pause the hint round or take hinted blocks from it.
 
-use core::ops::Range;
+mod budget;
+mod notifiers;
+mod poll;
+#[cfg(CONFIG_KUNIT = "y")]
+mod tests_rig;
 
 use kernel::prelude::*;
-use kernel::processor::cpu_relax;
 use kernel::sync::atomic::{Atomic, AtomicFlag, Relaxed};
 use kernel::sync::{new_mutex, Arc, Mutex};
-use kernel::time::delay::fsleep;
-use kernel::time::{msecs_to_jiffies, Delta, Instant, Monotonic, Msecs};
+use kernel::time::{Instant, Monotonic, Msecs};
 
+use self::budget::{WorkBudget, MAX_KICK_DELAY, POLL_INTERVAL_MIN};
 use super::config::BalloonConfig;
 use super::counters::Counters;
-use super::free_block_allocator::{FreeBlockAllocator, Limits};
+use super::free_block_allocator::FreeBlockAllocator;
+use super::hint_reserve::Limits;
 use super::hinted_blocks::HintedBlocks;
-use super::timeout;
-use crate::mm::{page_alloc, HintedBlock, OnMemoryOffline, OnOutOfMemory, OnSystemSleep, Shrink};
+use crate::mm::{page_alloc, HintedBlock};
 use crate::shared_abi::command::CommandId;
 use crate::shared_abi::hinting::driver::{self, Action, Event};
 use crate::shared_abi::queue::Queue;
-use crate::virtio::work::{
-    self, impl_has_delayed_work, new_delayed_work, DelayedWork, WorkItem, WorkQueue,
-};
+use crate::virtio::work::{self, impl_has_delayed_work, new_delayed_work, DelayedWork, WorkQueue};
 use crate::virtio::{AddError, AddFailure, Either, Outgoing, Virtqueue};
 
 /// A buffer with a command id, little-endian.
@@ -67,24 +55,6 @@ const CMD_ID_RESERVED_ENTRIES: usize = 1;
 /// using buffers withholds at most that much. The guest can reclaim hinted blocks whose buffers are
 /// used.
 const IN_FLIGHT_SHARE: usize = 4;
-
-/// The budget of one run of the work item: a number of free blocks and a time.
-const WORK_BUDGET_BLOCKS: usize = 256;
-const WORK_BUDGET_TIME: Delta = Delta::from_millis(5);
-/// The number of pages of hinted blocks that one OOM notification frees.
-const OOM_PAGES: usize = 1024;
-
-/// The longest time without a notification while the ring is being filled. If the page allocator is
-/// slow, for instance because it clears each free block, the device starts working meanwhile.
-const MAX_KICK_DELAY: Delta = Delta::from_millis(100);
-/// The interval at which the timer polls the queue if no interrupt arrives. It doubles from the
-/// minimum to the maximum while the device uses no buffer.
-const POLL_INTERVAL_MIN: Msecs = 8;
-const POLL_INTERVAL_MAX: Msecs = 1024;
-
-/// The time for which the work item polls the ring without progress before it enables the
-/// interrupt.
-const BUSY_POLL_BUDGET: Delta = Delta::from_micros(500);
 
 const WORK: u64 = 1;
 const POLL: u64 = 2;
@@ -246,45 +216,6 @@ impl Hinting {
     /// Returns whether the hint round is paused.
     fn is_paused(&self) -> bool {
         self.asleep.load(Relaxed) || self.offlining.load(Relaxed) > 0
-    }
-
-    /// Waits until nothing is in flight. Hinting must be [paused](Self::is_paused).
-    ///
-    /// The wait times out if the device makes no progress, and after a longer time if it does.
-    /// After a timeout without progress, later calls do not wait until the device uses a buffer.
-    /// The wait also ends when the driver is unbound.
-    fn wait_for_device(&self) {
-        let since = Instant::now();
-        while self.may_return_more(&mut self.inner.lock(), since) {
-            fsleep(Delta::from_millis(1));
-        }
-    }
-
-    /// Reaps used buffers. Returns whether the caller, which has waited since `since`, should wait
-    /// for more.
-    fn may_return_more(&self, inner: &mut HintingInner, since: Instant<Monotonic>) -> bool {
-        self.reap_used(inner);
-        let is_over = self.stopping.load(Relaxed) || self.queue.is_broken();
-        if is_over || !inner.any_in_flight() {
-            return false;
-        }
-        self.notify(inner);
-        let waited = since.elapsed();
-        let limit = timeout::host();
-        inner.timed_out |= waited > limit && inner.last_used.elapsed() > limit;
-        // If the device makes progress, only this caller stops waiting.
-        !inner.timed_out && waited <= timeout::total()
-    }
-
-    /// Resumes the hint round after a pause, unless another pause is active.
-    fn resume(self: &Arc<Self>) {
-        let mut inner = self.inner.lock();
-        if inner.allocator.is_some() {
-            // Freed memory may be available again in large free blocks.
-            inner.allocator = Some(FreeBlockAllocator::new(self.limits, &self.counters));
-        }
-        drop(inner);
-        self.wake();
     }
 
     /// Ends the hint round after a device reset and returns all hinted blocks to the page
@@ -498,61 +429,6 @@ impl Hinting {
         }
     }
 
-    /// Schedules the timer if buffers are in flight, in case no interrupt arrives, or if memory is
-    /// short.
-    fn schedule_poll(self: &Arc<Self>, inner: &mut HintingInner) {
-        if !inner.any_in_flight() && !inner.short {
-            return;
-        }
-        let delay = msecs_to_jiffies(inner.poll_interval);
-        inner.poll_interval = (inner.poll_interval * 2).min(POLL_INTERVAL_MAX);
-        work::enqueue_delayed::<Self, POLL>(self, delay);
-    }
-
-    /// Processes the queue repeatedly while the device keeps up and the budget lasts.
-    ///
-    /// On return, one of these is true:
-    ///
-    /// - Nothing is in flight.
-    /// - The device was notified of all buffers and has used none for [`BUSY_POLL_BUDGET`].
-    /// - The budget is spent.
-    /// - The driver is being unbound.
-    ///
-    /// # Errors
-    ///
-    /// [`ENODEV`] if the queue is broken or the device is unbound.
-    fn busy_poll(&self, inner: &mut HintingInner, budget: &mut WorkBudget) -> Result {
-        let mut last: Instant<Monotonic> = Instant::now();
-        loop {
-            let result = self.process(inner, budget);
-            if result.is_err() || inner.is_kick_due() {
-                self.notify(inner);
-            }
-            result?;
-            work::cond_resched();
-            loop {
-                if budget.is_spent() {
-                    return Ok(());
-                }
-                if self.has_pending_event(inner) {
-                    break;
-                }
-                if self.reap_used(inner) {
-                    last = Instant::now();
-                    break;
-                }
-                if !inner.any_in_flight() || last.elapsed() > BUSY_POLL_BUDGET {
-                    self.notify(inner);
-                    return Ok(());
-                }
-                cpu_relax();
-            }
-            if self.stopping.load(Relaxed) {
-                return Ok(());
-            }
-        }
-    }
-
     /// Does everything that is possible now, within `budget`.
     ///
     /// # Errors
@@ -573,25 +449,6 @@ impl Hinting {
         }
         self.release(inner, budget);
         Ok(())
-    }
-}
-
-/// The remaining budget of one run of the work item.
-struct WorkBudget {
-    blocks: usize,
-    began: Instant<Monotonic>,
-}
-
-impl WorkBudget {
-    fn new() -> Self {
-        Self {
-            blocks: WORK_BUDGET_BLOCKS,
-            began: Instant::now(),
-        }
-    }
-
-    fn is_spent(&self) -> bool {
-        self.blocks == 0 || self.began.elapsed() > WORK_BUDGET_TIME
     }
 }
 
@@ -637,12 +494,6 @@ impl HintingInner {
         *count = count.saturating_sub(1);
     }
 
-    /// Returns whether to notify the device now: it has nearly used up its buffers, or no further
-    /// free block follows.
-    fn is_kick_due(&self) -> bool {
-        self.allocator.is_none() || self.kicked_buffers <= self.pending_kick / 8
-    }
-
     fn queue_cmd_id(&mut self, command: CommandId) {
         // A slot is free: `step` runs only after all command ids were sent, and queues at most two.
         if let Some(slot) = self.pending_cmd_ids.iter_mut().find(|slot| slot.is_none()) {
@@ -657,225 +508,11 @@ impl HintingInner {
     }
 }
 
-impl Hinting {
-    /// Works until nothing is left to do for now or the budget is spent. Returns whether more work
-    /// is left.
-    fn work(self: &Arc<Self>) -> bool {
-        let mut inner = self.inner.lock();
-        let mut budget = WorkBudget::new();
-        while !self.stopping.load(Relaxed) {
-            self.queue.disable_callback();
-            if self.busy_poll(&mut inner, &mut budget).is_err() {
-                break;
-            }
-            if budget.is_spent() {
-                return true;
-            }
-            let quiet = self.queue.enable_callback_delayed();
-            if quiet && !self.has_pending_event(&inner) {
-                self.schedule_poll(&mut inner);
-                break;
-            }
-        }
-        false
-    }
-}
-
-/// Runs hinting.
-impl WorkItem<1> for Hinting {
-    fn run(this: Arc<Self>) {
-        if this.work() {
-            this.wake();
-        }
-    }
-}
-
-/// Returns the hinted blocks in memory that goes offline.
-impl OnMemoryOffline for Hinting {
-    fn going_offline(self: &Arc<Self>, range: Range<u64>) {
-        self.offlining.fetch_add(1, Relaxed);
-        self.wait_for_device();
-        let inner = self.inner.lock();
-        self.hinted_blocks.free_in_range(&range);
-        drop(inner);
-        self.offlining.fetch_sub(1, Relaxed);
-        self.resume();
-    }
-}
-
-/// Frees hinted blocks before the kernel kills a process. Waits for hinted blocks in flight if
-/// necessary.
-///
-/// It runs within an allocation, possibly one by the work item itself: some transports allocate
-/// memory to read config space. So it only tries to take the lock of [`HintingInner`].
-impl OnOutOfMemory for Hinting {
-    fn oom_notify(self: &Arc<Self>, already_freed: usize) -> usize {
-        if already_freed > 0 {
-            return 0;
-        }
-        let since: Instant<Monotonic> = Instant::now();
-        let before = self.hinted_blocks.total_freed();
-        // Counts pages that other tasks have freed since, too.
-        let freed = || self.hinted_blocks.total_freed().wrapping_sub(before);
-        loop {
-            let may_come = match self.inner.try_lock() {
-                Some(mut inner) => self.may_return_more(&mut inner, since),
-                // The allocating task itself may hold the lock.
-                None => !self.stopping.load(Relaxed) && since.elapsed() < timeout::host(),
-            };
-            if freed() == 0 {
-                self.hinted_blocks.scan(OOM_PAGES);
-            }
-            if freed() > 0 || !may_come {
-                break;
-            }
-            fsleep(Delta::from_millis(1));
-        }
-        // No interrupt follows for the used buffers that were reaped here.
-        self.wake();
-        freed()
-    }
-}
-
-/// Returns all hinted blocks before the system sleeps: hibernation allocates its image before it
-/// freezes the devices.
-impl OnSystemSleep for Hinting {
-    fn prepare_sleep(self: &Arc<Self>) {
-        self.asleep.store(true, Relaxed);
-        self.wait_for_device();
-        self.hinted_blocks.free_all();
-    }
-
-    fn post_sleep(self: &Arc<Self>) {
-        self.asleep.store(false, Relaxed);
-        self.resume();
-    }
-}
-
-/// Runs hinting if no interrupt has arrived.
-impl WorkItem<2> for Hinting {
-    fn run(this: Arc<Self>) {
-        this.wake();
-    }
-}
-
 #[kunit_tests(virtio_balloon_rs_hinting)]
 mod tests {
+    use super::tests_rig::*;
     use super::*;
-    use crate::mm::{PageBlock, Shrink};
-    use crate::shared_abi::config;
-    use crate::shared_abi::features::Features;
-    use crate::virtio::kunit_device::{BoundTestDevice, CountingHandler};
-
-    const STOP: u32 = 0;
-    const DONE: u32 = 1;
-    const FIRST: u32 = 0x8000_0000;
-
-    /// A buffer that the device finds on the free page queue.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    enum Found {
-        Command(u32),
-        /// A free block with this number of bytes.
-        FreeBlock(u32),
-    }
-
-    /// Hinting with a test device that uses buffers when the test says so. The page allocator
-    /// provides no free block; the test provides hinted blocks to offer again.
-    struct Rig {
-        hinting: Arc<Hinting>,
-        hinted_blocks: Arc<HintedBlocks>,
-        counters: Arc<Counters>,
-        // Dropped last: the other fields have references to the device.
-        bound: BoundTestDevice,
-    }
-
-    impl Rig {
-        fn new(entries: usize) -> Result<Self> {
-            let features = Features::FREE_PAGE_HINT.bits();
-            let bound = BoundTestDevice::with_features(entries, features)?;
-            let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
-            let hinting = Hinting::new(
-                BalloonConfig::new(bound.config()?),
-                WorkQueue::new(c"kunit")?,
-                counters.clone(),
-                Limits::nothing(),
-            )?;
-            // The test calls the work items.
-            work::disable::<Hinting, POLL>(&hinting);
-            work::disable::<Hinting, WORK>(&hinting);
-            let hinted_blocks = hinting.hinted_blocks();
-            hinted_blocks.disable();
-            bound.find_queues(&[hinting.queue()], CountingHandler::new()?)?;
-            Ok(Self {
-                hinting,
-                hinted_blocks,
-                counters,
-                bound,
-            })
-        }
-
-        /// Provides `blocks` hinted blocks of four pages to offer again.
-        fn provide(&self, blocks: usize) -> Result {
-            for _ in 0..blocks {
-                let block = PageBlock::try_alloc(2).ok_or(ENOMEM)?;
-                self.hinted_blocks
-                    .insert_to_reoffer(HintedBlock::new(block));
-            }
-            Ok(())
-        }
-
-        fn command(&self, id: u32) {
-            let at = config::FREE_PAGE_HINT_CMD_ID;
-            self.bound.device.set_config(at, id);
-            self.hinting.cmd_id_changed();
-        }
-
-        /// Works until nothing is left to do. The device uses no buffer meanwhile.
-        fn work(&self) {
-            while self.hinting.work() {}
-        }
-
-        /// Lets the device use one buffer.
-        fn answer(&self) -> Option<Found> {
-            let chain = self.bound.device.pop_descriptor_chain(0)?;
-            let segment = chain.segments.first()?;
-            let found = if segment.writable {
-                Found::FreeBlock(segment.length)
-            } else {
-                Found::Command(segment.first_word())
-            };
-            self.bound.device.add_used(0, chain.head, 0);
-            Some(found)
-        }
-
-        /// Alternates between the work item and one used buffer until nothing is left to do.
-        /// Returns the buffers that the device found.
-        ///
-        /// While a buffer is in flight, its interrupt must be enabled.
-        fn settle(&self) -> Result<KVec<Found>> {
-            let mut all = KVec::new();
-            loop {
-                self.work();
-                let suppressed = self.bound.device.interrupts_suppressed(0);
-                let Some(found) = self.answer() else {
-                    break Ok(all);
-                };
-                assert!(!suppressed);
-                all.push(found, GFP_KERNEL)?;
-            }
-        }
-    }
-
-    impl Drop for Rig {
-        fn drop(&mut self) {
-            self.hinting.disable();
-            self.bound.reset();
-            self.hinting.detach_unused();
-            assert_eq!(self.hinted_blocks.count(), 0);
-        }
-    }
-
-    const BLOCK: Found = Found::FreeBlock(4 * 4096);
+    use crate::mm::Shrink;
 
     #[test]
     fn a_ring_of_any_size_carries_a_whole_round() -> Result {
@@ -931,157 +568,6 @@ mod tests {
         Ok(())
     }
 
-    /// The ring has no room for the command ids of the second hint round when the third is
-    /// requested.
-    #[test]
-    fn a_command_that_cannot_be_sent_leaves_nothing_to_do() -> Result {
-        const BLOCKS: usize = 3;
-        let rig = Rig::new(1)?;
-        rig.provide(BLOCKS)?;
-        rig.command(FIRST);
-        rig.work();
-        rig.command(FIRST + 1);
-        rig.work();
-        rig.command(FIRST + 2);
-        // On a slow machine a run may spend its budget and request another one.
-        assert!((0..100).any(|_| !rig.hinting.work()));
-        // The polling interval grows.
-        assert!(rig.hinting.inner.lock().poll_interval > POLL_INTERVAL_MIN);
-        let found = rig.settle()?;
-        let third = found
-            .iter()
-            .skip_while(|it| **it != Found::Command(FIRST + 2));
-        assert_eq!(third.filter(|found| **found == BLOCK).count(), BLOCKS);
-        assert_eq!(found.last(), Some(&Found::Command(STOP)));
-        Ok(())
-    }
-
-    /// Works until nothing is left to do, and returns the number of runs. Checks that no run
-    /// exceeds the budget; `done` returns the number of blocks done so far.
-    fn pieces(rig: &Rig, done: impl Fn() -> usize) -> usize {
-        let mut pieces = 0;
-        loop {
-            let before = done();
-            let more = rig.hinting.work();
-            pieces += 1;
-            assert!(done() - before <= WORK_BUDGET_BLOCKS);
-            if !more {
-                break pieces;
-            }
-        }
-    }
-
-    /// An OOM notification frees hinted blocks whose buffers are used, before the work item runs.
-    /// It waits only once for a device that uses no buffer.
-    #[test]
-    fn a_task_without_memory_gets_what_the_device_has_used() -> Result {
-        let rig = Rig::new(4)?;
-        rig.provide(2)?;
-        rig.command(FIRST);
-        rig.work();
-        assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
-        rig.work();
-        assert_eq!(rig.answer(), Some(BLOCK));
-        assert_eq!(rig.hinted_blocks.count(), 0);
-        assert_eq!(rig.hinting.oom_notify(0), 4);
-        assert_eq!(rig.hinting.oom_notify(0), 0);
-        assert!(rig.hinting.inner.lock().timed_out);
-        assert_eq!(rig.hinting.oom_notify(0), 0);
-        assert_eq!(rig.answer(), Some(BLOCK));
-        assert_eq!(rig.hinting.oom_notify(0), 4);
-        assert_eq!(rig.counters.returned_pages.get(), 8);
-        Ok(())
-    }
-
-    #[test]
-    fn a_round_is_done_piece_by_piece() -> Result {
-        const BLOCKS: usize = 2 * WORK_BUDGET_BLOCKS + 1;
-        let rig = Rig::new(128)?;
-        rig.bound.device.set_use_on_notify(true);
-        rig.provide(BLOCKS)?;
-        let offered = || rig.counters.hinted_blocks.get() as usize;
-        let released = || BLOCKS - rig.hinted_blocks.count() / 4;
-        rig.command(FIRST);
-        assert!(pieces(&rig, offered) > 2);
-        assert_eq!((offered(), rig.hinted_blocks.count()), (BLOCKS, BLOCKS * 4));
-        rig.command(DONE);
-        assert!(pieces(&rig, released) > 2);
-        assert_eq!(rig.hinted_blocks.count(), 0);
-        assert_eq!(rig.counters.rounds_finished.get(), 1);
-        Ok(())
-    }
-
-    #[test]
-    fn before_the_system_sleeps_blocks_go_back_and_none_is_offered() -> Result {
-        let rig = Rig::new(4)?;
-        rig.provide(8)?;
-        rig.command(FIRST);
-        rig.work();
-        assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
-        rig.work();
-        assert_eq!(rig.answer(), Some(BLOCK));
-        // The device uses the buffers in flight when it is notified.
-        rig.bound.device.set_use_on_notify(true);
-        rig.hinting.asleep.store(true, Relaxed);
-        rig.work();
-        rig.bound.device.set_use_on_notify(false);
-        while rig.answer().is_some() {}
-        rig.hinting.prepare_sleep();
-        assert_eq!(rig.hinted_blocks.count(), 0);
-        let offered = rig.counters.hinted_blocks.get();
-        assert!(offered < 8);
-        rig.provide(5)?;
-        assert!(rig.settle()?.is_empty());
-        assert_eq!(rig.counters.hinted_blocks.get(), offered);
-        rig.hinting.post_sleep();
-        let found = rig.settle()?;
-        assert_eq!(found.len(), 6);
-        assert_eq!(found.last(), Some(&Found::Command(STOP)));
-        Ok(())
-    }
-
-    #[test]
-    fn a_device_that_keeps_its_buffers_does_not_keep_the_system_awake() -> Result {
-        let rig = Rig::new(4)?;
-        rig.provide(8)?;
-        rig.command(FIRST);
-        rig.work();
-        let in_flight = rig.counters.hinted_blocks.get() as usize;
-        assert!(in_flight > 1);
-        rig.hinting.prepare_sleep();
-        assert_eq!(rig.hinted_blocks.count(), 0);
-        // No second wait, until the device uses a buffer.
-        let awaits_device = || {
-            let inner = &mut rig.hinting.inner.lock();
-            rig.hinting.may_return_more(inner, Instant::now())
-        };
-        assert!(!awaits_device());
-        assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
-        assert!(awaits_device());
-        rig.hinting.post_sleep();
-        // The hint round resumes with the hinted blocks that were in flight.
-        let found = rig.settle()?;
-        assert_eq!(found.len(), in_flight + 1);
-        assert_eq!(rig.hinted_blocks.count(), in_flight * 4);
-        Ok(())
-    }
-
-    #[test]
-    fn a_driver_that_goes_does_not_wait_for_the_device() -> Result {
-        let rig = Rig::new(4)?;
-        rig.provide(8)?;
-        rig.command(FIRST);
-        rig.work();
-        let awaits_device = || {
-            let inner = &mut rig.hinting.inner.lock();
-            rig.hinting.may_return_more(inner, Instant::now())
-        };
-        assert!(awaits_device());
-        rig.hinting.disable();
-        assert!(!awaits_device());
-        Ok(())
-    }
-
     #[test]
     fn after_a_reset_blocks_go_back_from_the_ring_too_without_their_content() -> Result {
         let rig = Rig::new(4)?;
@@ -1097,40 +583,6 @@ mod tests {
         let fills = page_alloc::allocator_fills_pages();
         let zeroed = rig.counters.zeroed_pages.get();
         assert_eq!(zeroed, if fills { 0 } else { 8 * 4 });
-        Ok(())
-    }
-
-    /// The device says DONE, and uses the buffers in flight only after that.
-    #[test]
-    fn who_finds_no_memory_gets_what_the_device_returns_at_last() -> Result {
-        let rig = Rig::new(4)?;
-        rig.provide(8)?;
-        rig.command(FIRST);
-        rig.work();
-        rig.command(DONE);
-        rig.work();
-        assert_eq!(rig.hinted_blocks.count(), 0);
-        assert_eq!(rig.answer(), Some(Found::Command(FIRST)));
-        assert_eq!(rig.answer(), Some(BLOCK));
-        assert_eq!(rig.hinting.oom_notify(0), 4);
-        Ok(())
-    }
-
-    #[test]
-    fn blocks_in_memory_that_goes_offline_go_back() -> Result {
-        let rig = Rig::new(4)?;
-        let block = PageBlock::try_alloc(2).ok_or(ENOMEM)?;
-        let address = block.address();
-        rig.hinted_blocks.insert_to_reoffer(HintedBlock::new(block));
-        rig.provide(3)?;
-        rig.command(FIRST);
-        assert_eq!(rig.settle()?.len(), 6);
-        rig.hinting.going_offline(address..address + 4096);
-        assert_eq!(rig.hinted_blocks.count(), 12);
-        // The hint round has ended, so nothing is offered.
-        assert!(rig.settle()?.is_empty());
-        rig.command(FIRST + 1);
-        assert_eq!(rig.settle()?.len(), 5);
         Ok(())
     }
 }

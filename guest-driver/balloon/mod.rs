@@ -7,17 +7,23 @@
 //! - [`Statistics`] sends memory statistics.
 //! - [`Reporting`] sends free page reports.
 //!
-//! This file binds them to a device. Interrupts and config changes only start work items (see
-//! [`Interrupts`]), except that a used report is completed in its interrupt.
+//! This file binds them to a device. [`Components`] owns them, and [`Registrations`] the callbacks
+//! in the kernel. Interrupts and config changes only start work items (see
+//! [`Interrupts`](self::interrupts::Interrupts)), except that a used report is completed in its
+//! interrupt.
 
 mod balloon_queues;
+mod components;
 mod config;
 mod counters;
 mod free_block_allocator;
+mod hint_reserve;
 mod hinted_blocks;
 mod hinting;
 mod interrupts;
 mod page_counts;
+mod page_geometry;
+mod registrations;
 mod reporting;
 mod request;
 mod resizer;
@@ -31,22 +37,21 @@ use kernel::prelude::*;
 use kernel::sync::aref::ARef;
 use kernel::sync::{new_mutex, Arc, Mutex};
 
+use self::components::Components;
 use self::config::BalloonConfig;
 use self::counters::{Counters, CountersFile};
-use self::free_block_allocator::Limits;
-use self::hinted_blocks::HintedBlocks;
+use self::hint_reserve::Limits;
 use self::hinting::Hinting;
-use self::interrupts::Interrupts;
-use self::reporting::{Reporting, ReportingRegistration};
+use self::registrations::Registrations;
+use self::reporting::Reporting;
 use self::resizer::Resizer;
 use self::statistics::Statistics;
-use crate::mm::{page_alloc, MemoryHotplug, Notifier, OomNotifier, Shrinker, SystemSleep};
+use crate::mm::page_alloc;
 use crate::shared_abi::features::Features;
-use crate::shared_abi::queue::{self, Queue};
 use crate::shared_abi::VIRTIO_ID_BALLOON;
 use crate::virtio::compat::not_supported;
 use crate::virtio::work::WorkQueue;
-use crate::virtio::{self, AnyQueue, Negotiation, Wakeup};
+use crate::virtio::{self, Negotiation, Wakeup};
 use crate::virtio_device_table;
 
 /// `VIRTIO_RING_F_INDIRECT_DESC`
@@ -55,10 +60,6 @@ const RING_INDIRECT_DESC: u32 = 28;
 const VERSION_1: u32 = 32;
 /// `VIRTIO_F_ACCESS_PLATFORM`
 const ACCESS_PLATFORM: u32 = 33;
-
-/// The priority of the balloon's OOM notifier: the same as in the kernel's C driver
-/// (`VIRTIO_BALLOON_OOM_NOTIFY_PRIORITY`).
-const OOM_PRIORITY: i32 = 80;
 
 virtio_device_table!(ID_TABLE, [virtio::DeviceId::new(VIRTIO_ID_BALLOON)]);
 
@@ -71,99 +72,6 @@ pub(crate) struct Data {
     components: Components,
     registrations: Pin<KBox<Mutex<Registrations>>>,
     _counters: Option<CountersFile>,
-}
-
-/// The driver's callbacks in the kernel. Each one is unregistered when it is dropped.
-#[derive(Default)]
-struct Registrations {
-    oom_notifier: Option<OomNotifier<Resizer>>,
-    hint_oom_notifier: Option<OomNotifier<Hinting>>,
-    reporting: Option<ReportingRegistration>,
-    shrinker: Option<Shrinker<HintedBlocks>>,
-    memory_notifier: Option<Notifier<MemoryHotplug, Hinting>>,
-    sleep_notifier: Option<Notifier<SystemSleep, Hinting>>,
-}
-
-impl Registrations {
-    /// Registers the callbacks for the negotiated features.
-    fn new(driver_ok: &DriverOk<'_>, features: Features) -> Result<Self> {
-        let mut this = Self::default();
-        if let Some(hinting) = &driver_ok.0.hinting {
-            let shrinker = Shrinker::register(c"virtio-balloon-rs", hinting.hinted_blocks())?;
-            this.shrinker = Some(shrinker);
-            this.memory_notifier = Some(Notifier::register(hinting.clone())?);
-            this.sleep_notifier = Some(Notifier::register(hinting.clone())?);
-            // Higher priority than the balloon: hinted pages are free memory.
-            let notifier = OomNotifier::register(OOM_PRIORITY + 1, hinting.clone())?;
-            this.hint_oom_notifier = Some(notifier);
-        }
-        if features.contains(Features::DEFLATE_ON_OOM) {
-            let resizer = driver_ok.0.resizer.clone();
-            this.oom_notifier = Some(OomNotifier::register(OOM_PRIORITY, resizer)?);
-        }
-        // Last: if a later step failed, dropping this registration might wait for the device.
-        if let Some(reporting) = &driver_ok.0.reporting {
-            this.reporting = reporting.register()?;
-        }
-        Ok(this)
-    }
-}
-
-/// A proof that `DRIVER_OK` is set.
-///
-/// Registered callbacks may notify the device, which the specification forbids before `DRIVER_OK`.
-struct DriverOk<'a>(&'a Components);
-
-/// The parts of the driver. Dropping them disables their work items.
-struct Components {
-    resizer: Arc<Resizer>,
-    hinting: Option<Arc<Hinting>>,
-    statistics: Option<Arc<Statistics>>,
-    reporting: Option<Arc<Reporting>>,
-    counters: Arc<Counters>,
-}
-
-impl Components {
-    fn disable(&self) {
-        if let Some(hinting) = &self.hinting {
-            hinting.disable();
-        }
-        if let Some(statistics) = &self.statistics {
-            statistics.disable();
-        }
-        self.resizer.disable();
-    }
-
-    /// Empties the balloon, writes its size to config space, and disables all work items.
-    ///
-    /// The caller resets the device next. May sleep.
-    fn quiesce(&self) {
-        if let Some(hinting) = &self.hinting {
-            hinting.disable();
-        }
-        self.resizer.empty();
-        self.disable();
-    }
-
-    /// Recovers the buffers that were in flight when the device was reset. May sleep.
-    fn detach_unused(&self) {
-        self.resizer.detach_unused();
-        if let Some(hinting) = &self.hinting {
-            hinting.detach_unused();
-        }
-        if let Some(statistics) = &self.statistics {
-            statistics.detach_unused();
-        }
-        if let Some(reporting) = &self.reporting {
-            reporting.detach_unused();
-        }
-    }
-}
-
-impl Drop for Components {
-    fn drop(&mut self) {
-        self.disable();
-    }
 }
 
 impl Data {
@@ -235,65 +143,6 @@ impl Data {
             registrations,
             _counters: counters,
         })
-    }
-}
-
-impl Components {
-    /// Writes the poison value, primes the statistics queue, sets `DRIVER_OK`, and starts the work
-    /// items.
-    fn start(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result<DriverOk<'_>> {
-        if features.contains(Features::PAGE_POISON) {
-            let pattern = page_alloc::free_page_pattern().unwrap_or(0);
-            let config = dev.config(BalloonConfig::size(features))?;
-            BalloonConfig::new(config).set_poison_val(pattern)?;
-        }
-        if let Some(statistics) = &self.statistics {
-            statistics.prime()?;
-        }
-        dev.ready();
-        if let Some(statistics) = &self.statistics {
-            statistics.notify();
-        }
-        // The host may have set both before the driver could receive a config interrupt.
-        self.resizer.target_changed();
-        if let Some(hinting) = &self.hinting {
-            hinting.cmd_id_changed();
-        }
-        Ok(DriverOk(self))
-    }
-
-    /// Creates the virtqueues of the negotiated features, in the order of
-    /// [`shared_abi::queue`](crate::shared_abi::queue).
-    fn find_queues(&self, dev: &virtio::Device<Core<'_>>, features: Features) -> Result {
-        let mut queues: KVec<&dyn AnyQueue> = KVec::with_capacity(Queue::MAX_COUNT, GFP_KERNEL)?;
-        for queue in queue::negotiated_queues(features) {
-            let queue: Option<&dyn AnyQueue> = match queue {
-                Queue::Inflate => Some(self.resizer.inflate_queue()),
-                Queue::Deflate => Some(self.resizer.deflate_queue()),
-                Queue::FreePage => self
-                    .hinting
-                    .as_ref()
-                    .map(|it| -> &dyn AnyQueue { it.queue() }),
-                Queue::Stats => self
-                    .statistics
-                    .as_ref()
-                    .map(|it| -> &dyn AnyQueue { it.queue() }),
-                Queue::Reporting => self
-                    .reporting
-                    .as_ref()
-                    .map(|it| -> &dyn AnyQueue { it.queue() }),
-            };
-            queues.push(queue.ok_or(EINVAL)?, GFP_KERNEL)?;
-        }
-        let interrupts = Interrupts::new(
-            self.resizer.clone(),
-            self.hinting.clone(),
-            self.statistics.clone(),
-            self.reporting.clone(),
-            self.counters.clone(),
-            features,
-        );
-        dev.find_queues(&queues, Arc::new(interrupts, GFP_KERNEL)?)
     }
 }
 
@@ -399,6 +248,7 @@ mod tests {
     use super::*;
     use crate::mm::{FreePages, OnOutOfMemory, PageReporting, ReportPages};
     use crate::shared_abi::config;
+    use crate::shared_abi::queue::{self, Queue};
     use crate::virtio::kunit_device::{wait_for, BoundTestDevice};
     use crate::virtio::Driver;
 

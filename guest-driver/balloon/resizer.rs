@@ -8,7 +8,11 @@
 //! result, that caller calls the function itself.
 //!
 //! If the guest runs out of memory, an OOM notifier deflates the balloon in the task that needs
-//! memory: see [`OnOutOfMemory`].
+//! memory: see [`oom_deflation`](self::oom_deflation).
+
+mod oom_deflation;
+#[cfg(CONFIG_KUNIT = "y")]
+mod tests_rig;
 
 use kernel::prelude::*;
 use kernel::sync::atomic::{Atomic, AtomicFlag, Relaxed};
@@ -21,14 +25,12 @@ use super::balloon_queues::{
 };
 use super::config::BalloonConfig;
 use super::counters::Counters;
-use super::free_block_allocator::may_inflate;
 use super::hinted_blocks::HintedBlocks;
 use super::page_counts::Step;
-use super::request::{GuestGeometry, PageBuffer, Request};
+use super::page_geometry::GuestGeometry;
+use super::request::{PageBuffer, Request};
 use super::timeout;
-use crate::mm::{
-    has_one_node, page_alloc, BalloonPage, BalloonPages, NodesBelowWatermark, OnOutOfMemory, Shrink,
-};
+use crate::mm::{page_alloc, BalloonPage, BalloonPages, Shrink};
 use crate::virtio::work::{
     self, impl_has_delayed_work, new_delayed_work, DelayedWork, WorkItem, WorkQueue,
 };
@@ -48,9 +50,6 @@ const POLL_INTERVAL: Msecs = 1000;
 /// The minimum interval between log messages about a shortage of memory.
 const LOG_INTERVAL: Delta = Delta::from_secs(5);
 
-/// The number of balloon pages of one OOM deflation. Same as in the kernel's C driver
-/// (`VIRTIO_BALLOON_OOM_NR_PAGES`).
-const OOM_NR_PAGES: u64 = 256;
 /// The time for which inflation pauses after an OOM deflation.
 const OOM_INFLATE_PAUSE: Delta = Delta::from_secs(10);
 /// The memory that must be available before inflation resumes, as a divisor of the guest's memory:
@@ -141,6 +140,14 @@ impl_has_delayed_work! {
     impl HasDelayedWork<2> for Resizer { self.retry }
     impl HasDelayedWork<3> for Resizer { self.isolated }
     impl HasDelayedWork<4> for Resizer { self.poll }
+}
+
+/// Returns whether the balloon may inflate with `available` pages in the guest.
+///
+/// At least 1/128 of memory must stay available. Below that, inflation leads to OOM kills or a
+/// deadlock, because the OOM killer cannot free the balloon.
+fn may_inflate(available: usize) -> bool {
+    available > page_alloc::managed_pages() / 128
 }
 
 impl Resizer {
@@ -482,32 +489,6 @@ impl Resizer {
         work::enqueue_delayed::<Self, RETRY>(self, delay)
     }
 
-    /// Returns whether an OOM deflation has timed out while deflate requests are in flight, and no
-    /// page was released since. `released` is the current value of [`BalloonQueues::released`].
-    fn has_timed_out(&self, released: u64) -> bool {
-        let page_counts = self.queues().page_counts();
-        page_counts.deflating() > 0 && self.timed_out_at.load(Relaxed) == released
-    }
-
-    /// Sends an OOM deflation with pages on `nodes`. Without `MUST_TELL_HOST` the pages are free on
-    /// return.
-    fn send_oom_deflate(&self, nodes: &NodesBelowWatermark) {
-        let request =
-            BalloonQueues::wait(&self.pages, timeout::host(), BalloonQueues::take_reserved);
-        if let Some(request) = request {
-            let sent = BalloonQueues::send_deflate(
-                &self.pages,
-                request,
-                OOM_NR_PAGES,
-                Purpose::Oom(nodes),
-            );
-            if sent.is_ok_and(|pages| pages > 0) {
-                self.counters.oom_deflations.add(1);
-            }
-            self.queues().notify();
-        }
-    }
-
     /// Does everything that is possible now: reaps used buffers, writes the size, and uses each
     /// request once at most. Returns whether the caller should call again at once.
     fn update_size(self: &Arc<Self>) -> bool {
@@ -546,94 +527,6 @@ impl Resizer {
     }
 }
 
-/// Deflates the balloon before the kernel kills a process.
-///
-/// It runs within an allocation. So it takes only the lock of [`BalloonQueues`], allocates nothing,
-/// and does not access config space, for which some transports allocate; the work item writes the
-/// new size. Without `MUST_TELL_HOST`, the pages are free when the device has been notified. With
-/// it, the task waits until the device has used the request or the wait times out. After a timeout,
-/// later calls neither deflate nor wait until a request has released pages.
-impl OnOutOfMemory for Resizer {
-    fn oom_notify(self: &Arc<Self>, already_freed: usize) -> usize {
-        self.oom_deflate_on(&NodesBelowWatermark::now(), already_freed)
-    }
-}
-
-impl Resizer {
-    /// Implements [`oom_notify`](OnOutOfMemory::oom_notify) for `nodes`: the nodes that are short
-    /// of memory and have balloon pages.
-    ///
-    /// If `already_freed > 0`, the balloon does not deflate on a machine with one node, or if no
-    /// node is short. With several nodes, the freed pages may be on a node that the allocating task
-    /// cannot use.
-    ///
-    /// If no node is short and nothing was freed, see [`may_be_short`](Self::may_be_short).
-    fn oom_deflate_on(
-        self: &Arc<Self>,
-        nodes: &NodesBelowWatermark,
-        already_freed: usize,
-    ) -> usize {
-        let queues = self.queues();
-        if queues.is_closed() || self.emptying.load(Relaxed) {
-            return 0;
-        }
-        let before = queues.released();
-        let freed = |queues: &BalloonQueues| {
-            let freed = queues.released().wrapping_sub(before) as usize;
-            Some(freed).filter(|freed| *freed > 0)
-        };
-        if !nodes.is_empty() {
-            // Balloon pages would help, so pause inflation.
-            self.oom_seen.store(true, Relaxed);
-        }
-        if already_freed > 0 && (nodes.is_empty() || has_one_node()) {
-            return 0;
-        }
-        let all = NodesBelowWatermark::all();
-        let nodes = if nodes.is_empty() && self.may_be_short(has_one_node()) {
-            self.oom_seen.store(true, Relaxed);
-            &all
-        } else {
-            nodes
-        };
-        BalloonQueues::reap_used(&self.pages);
-        if freed(queues).is_none() && !self.has_timed_out(before) {
-            if !nodes.is_empty() {
-                self.send_oom_deflate(nodes);
-            }
-            if self.must_tell_host && queues.page_counts().deflating() > 0 {
-                let answered = BalloonQueues::wait(&self.pages, timeout::host(), freed);
-                if answered.is_none() {
-                    self.timed_out_at.store(before, Relaxed);
-                }
-            }
-        }
-        let freed = freed(queues).unwrap_or(0);
-        // The work item writes the new size to config space.
-        self.wake();
-        freed
-    }
-
-    /// Returns whether the balloon deflates for an allocating task although no node is short.
-    ///
-    /// Other tasks may have freed pages since the allocation failed, or the task needs a larger
-    /// free block. Without any page from the balloon, the kernel kills a process. With several
-    /// nodes, the task may also be bound to a node that balloon pages cannot help. So the answer is
-    /// yes once in [`OOM_INFLATE_PAUSE`] at most.
-    fn may_be_short(&self, one_node: bool) -> bool {
-        if one_node {
-            return true;
-        }
-        let now = self.created.elapsed().as_millis() as u64;
-        let last = self.unexplained_oom_at.load(Relaxed);
-        let is_due = last == u64::MAX || now - last >= OOM_INFLATE_PAUSE.as_millis() as u64;
-        if is_due {
-            self.unexplained_oom_at.store(now, Relaxed);
-        }
-        is_due
-    }
-}
-
 /// Runs the resize worker.
 impl WorkItem<1> for Resizer {
     fn run(this: Arc<Self>) {
@@ -667,106 +560,11 @@ impl WorkItem<3> for Resizer {
 
 #[kunit_tests(virtio_balloon_rs_resizer)]
 mod tests {
+    use super::tests_rig::{Rig, INFLATE};
     use super::*;
-    use crate::mm::{HintedBlock, PageBlock};
-    use crate::shared_abi::config;
+    use crate::mm::{HintedBlock, NodesBelowWatermark, OnOutOfMemory, PageBlock};
     use crate::shared_abi::page::PFN_SHIFT;
-    use crate::virtio::kunit_device::{wait_for, BoundTestDevice, CountingHandler};
-
-    const INFLATE: usize = 0;
-    const DEFLATE: usize = 1;
-
-    /// A balloon with a test device that uses buffers when the test says so.
-    struct Rig {
-        resizer: Arc<Resizer>,
-        hinted_blocks: Arc<HintedBlocks>,
-        counters: Arc<Counters>,
-        // Dropped last: the other fields have references to the device.
-        bound: BoundTestDevice,
-    }
-
-    impl Rig {
-        /// Creates a balloon with disabled work items. The test calls them itself, because the test
-        /// device supports one thread.
-        fn new(entries: usize, must_tell_host: bool) -> Result<Self> {
-            let rig = Self::with_work(entries, must_tell_host)?;
-            rig.resizer.end_work();
-            Ok(rig)
-        }
-
-        /// Creates a balloon with enabled work items.
-        fn with_work(entries: usize, must_tell_host: bool) -> Result<Self> {
-            let bound = BoundTestDevice::with_entries(entries)?;
-            let counters = Arc::new(Counters::new(None), GFP_KERNEL)?;
-            let queue = WorkQueue::new(c"kunit")?;
-            let hinted_blocks =
-                Arc::pin_init(HintedBlocks::new(counters.clone(), queue), GFP_KERNEL)?;
-            let dev = bound.device_ref();
-            let printer: &device::Device = dev.as_ref();
-            let resizer = Resizer::new(
-                ARef::from(printer),
-                BalloonConfig::new(bound.config()?),
-                Some(hinted_blocks.clone()),
-                Wakeup::new(dev.clone())?,
-                WorkQueue::new(c"kunit")?,
-                counters.clone(),
-                true,
-                must_tell_host,
-            )?;
-            let virtqueues: [&dyn crate::virtio::AnyQueue; 2] =
-                [resizer.inflate_queue(), resizer.deflate_queue()];
-            bound.find_queues(&virtqueues, CountingHandler::new()?)?;
-            Ok(Self {
-                resizer,
-                hinted_blocks,
-                counters,
-                bound,
-            })
-        }
-
-        fn set_target(&self, pages: u32) {
-            self.bound.device.set_config(config::NUM_PAGES, pages);
-            self.resizer.target_changed.store(true, Relaxed);
-        }
-
-        fn actual(&self) -> u32 {
-            self.bound.device.config_at(config::ACTUAL)
-        }
-
-        fn inflated(&self) -> u64 {
-            self.resizer.queues().page_counts().inflated()
-        }
-
-        /// Lets the device use one buffer of each queue. Returns whether there was any.
-        fn answer(&self) -> bool {
-            let answers = [INFLATE, DEFLATE].map(|queue| self.bound.device.use_buffer(queue));
-            answers.iter().any(Option::is_some)
-        }
-
-        /// Alternates between `update_size` and one used buffer of each queue, until nothing is in
-        /// flight.
-        ///
-        /// While a buffer is in flight, its interrupt must be enabled.
-        fn settle(&self) {
-            loop {
-                self.resizer.update_size();
-                let suppressed =
-                    [INFLATE, DEFLATE].map(|queue| self.bound.device.interrupts_suppressed(queue));
-                if !self.answer() {
-                    break;
-                }
-                assert_eq!(suppressed, [false, false]);
-            }
-        }
-    }
-
-    impl Drop for Rig {
-        fn drop(&mut self) {
-            self.resizer.disable();
-            self.bound.reset();
-            self.resizer.detach_unused();
-        }
-    }
+    use crate::virtio::kunit_device::wait_for;
 
     #[test]
     fn a_ring_of_any_size_brings_the_balloon_to_its_target_and_back() -> Result {
@@ -870,75 +668,6 @@ mod tests {
         rig.bound.reset();
         resizer.detach_unused();
         assert_eq!((resizer.pages.count(), rig.inflated()), (0, 0));
-        Ok(())
-    }
-
-    #[test]
-    fn pages_that_others_release_are_not_counted_as_oom_deflation() -> Result {
-        let rig = Rig::new(4, true)?;
-        let resizer = &rig.resizer;
-        rig.set_target(600);
-        rig.settle();
-        let nodes = NodesBelowWatermark::all();
-        for purpose in [Purpose::Resize, Purpose::Oom(&nodes)] {
-            let request = resizer.queues().take_reserved().ok_or(ENOENT)?;
-            let sent = BalloonQueues::send_deflate(
-                &resizer.pages,
-                request,
-                GuestGeometry::pfns(100),
-                purpose,
-            );
-            assert_eq!(sent, Ok(100));
-        }
-        assert_eq!(rig.counters.oom_deflated_pages.get(), 0);
-        resizer.queues().notify();
-        assert!(rig.answer() && rig.answer());
-        BalloonQueues::reap_used(&resizer.pages);
-        assert_eq!(resizer.queues().released(), 200);
-        assert_eq!(
-            rig.counters.oom_deflated_pages.get(),
-            GuestGeometry::pfns(100)
-        );
-        Ok(())
-    }
-
-    /// Pages that another task frees in the meantime do not lead to an OOM kill.
-    #[test]
-    fn a_task_without_memory_gets_pages_although_no_node_is_short() -> Result {
-        let rig = Rig::new(4, false)?;
-        rig.set_target(300);
-        rig.settle();
-        assert!(rig.resizer.oom_deflate_on(&NodesBelowWatermark::none(), 0) > 0);
-        assert!(rig.inflated() < 300);
-        Ok(())
-    }
-
-    /// The task may be bound to a node without balloon pages.
-    #[test]
-    fn with_several_nodes_the_balloon_is_not_emptied_while_none_is_short() -> Result {
-        let rig = Rig::new(4, false)?;
-        assert!(rig.resizer.may_be_short(false));
-        assert!(!rig.resizer.may_be_short(false));
-        assert!(rig.resizer.may_be_short(true));
-        Ok(())
-    }
-
-    /// OOM deflation is skipped, and inflation pauses: it would compete with the same task.
-    #[test]
-    fn a_task_that_has_got_hinted_blocks_needs_no_balloon_pages() -> Result {
-        let rig = Rig::new(4, false)?;
-        rig.set_target(300);
-        rig.settle();
-        let given = rig.resizer.oom_deflate_on(&NodesBelowWatermark::all(), 4);
-        if has_one_node() {
-            assert_eq!((given, rig.inflated()), (0, 300));
-        } else {
-            assert!(given > 0);
-        }
-        let before = rig.inflated();
-        rig.set_target(400);
-        rig.settle();
-        assert_eq!(rig.inflated(), before);
         Ok(())
     }
 
