@@ -34,7 +34,7 @@ module_virtio_driver! {
     params: {
         hint_min_order: u8 {
             default: 4,
-            description: "Smallest order of the free page blocks that are hinted (blocks of 4 KiB << order; 0 to 10, 4 unless set)",
+            description: "Smallest order of free blocks to hint (4 KiB << order; 0 to 10, default 4)",
         },
         host_timeout_ms: u32 {
             default: 2000,
@@ -42,7 +42,7 @@ module_virtio_driver! {
         },
         hint_reserve_mib: u32 {
             default: 0,
-            description: "Free memory in MiB that hinting leaves to the guest (0, unless set: as its zones' watermarks say; never less than half-way between their minimum and low ones)",
+            description: "Free memory in MiB that hinting leaves to the guest (default 0: from the zones' watermarks; at least half-way between minimum and low)",
         },
     },
 }

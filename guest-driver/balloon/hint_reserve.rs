@@ -33,7 +33,7 @@ impl Limits {
         if limits.min_order != u32::from(min_order) {
             dev_warn!(
                 dev,
-                "hint_min_order={} is beyond the largest order; taking {}\n",
+                "hint_min_order={} is above the largest order; using {}\n",
                 min_order,
                 limits.min_order
             );
@@ -41,13 +41,13 @@ impl Limits {
         if limits.reserve >= page_alloc::managed_pages() {
             dev_warn!(
                 dev,
-                "hint_reserve_mib={} is all of memory; nothing will be hinted\n",
+                "hint_reserve_mib={} leaves no memory to hint\n",
                 reserve_mib
             );
         } else if limits.reserve > 0 && limits.reserve < page_alloc::min_low_midpoint() {
             dev_warn!(
                 dev,
-                "hint_reserve_mib={} is less than the zones' watermarks; taking those\n",
+                "hint_reserve_mib={} is below the zones' watermarks; using the watermarks\n",
                 reserve_mib
             );
         }

@@ -77,12 +77,12 @@ impl Reporting {
                 if error == EBUSY {
                     dev_warn!(
                         self.dev,
-                        "another device has the reports of free pages; going on without\n"
+                        "free page reporting: another device is registered; continuing without it\n"
                     );
                 } else {
                     dev_warn!(
                         self.dev,
-                        "cannot report free pages ({:?}); going on without\n",
+                        "free page reporting: registration failed ({:?}); continuing without it\n",
                         error
                     );
                 }
@@ -128,7 +128,7 @@ impl ReportPages for Reporting {
                     if !self.has_logged.xchg(true, Relaxed) {
                         dev_info!(
                             self.dev,
-                            "reporting queue: free pages are not reported ({failure:?})\n"
+                            "reporting queue: cannot add a buffer ({failure:?}); free pages are not reported\n"
                         );
                     }
                 }
@@ -150,7 +150,7 @@ impl ReportPages for Reporting {
             };
             dev_warn!(
                 self.dev,
-                "{}: the free pages that were reported last stay with the device until it is reset\n",
+                "{}: the free pages of the last report stay with the device until its reset\n",
                 why
             );
         }

@@ -260,7 +260,7 @@ impl Resizer {
             } else if since.elapsed() > timeout::host() {
                 dev_warn!(
                     self.dev,
-                    "the host does not take its pages back; resetting it\n"
+                    "the device does not acknowledge deflation; resetting it\n"
                 );
                 break;
             }

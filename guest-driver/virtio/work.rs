@@ -159,7 +159,7 @@ impl Drop for ModuleExit {
             }
             times = times.saturating_add(1);
             if times == WARN_AFTER {
-                pr_warn!("waiting for the work of {left} work queues, which nobody ended\n");
+                pr_warn!("waiting for {left} work queues whose work items are not disabled\n");
             }
             fsleep(INTERVAL);
         }
@@ -445,11 +445,11 @@ mod tests {
     #[test]
     fn work_that_is_not_disabled_keeps_its_queue_and_drops_it_last() -> Result {
         for delay in [0, 5] {
-            for with_luggage in [false, true] {
+            for with_extra_queue in [false, true] {
                 let before = QUEUES.load(Relaxed);
                 let queue = WorkQueue::new(c"kunit")?;
                 let (worker, record) = worker(queue.clone(), false)?;
-                if with_luggage {
+                if with_extra_queue {
                     *worker.extra_queue.lock() = Some(queue.clone());
                 }
                 assert!(enqueue_delayed(&worker, delay));
