@@ -76,7 +76,7 @@ fn a_qmp_client_disconnects_in_a_hint_round() -> Result<()> {
     let id = client.hint_start()?;
     drop(client);
     let names_it =
-        |line: &str| line.contains("operator 2 has gone") && line.contains(&format!("{id:#x}"));
+        |line: &str| line.contains("client 2 disconnected") && line.contains(&format!("{id:#x}"));
     guest.daemon()?.process().output().wait_for(
         "word of the operator's end",
         names_it,
@@ -104,7 +104,7 @@ fn the_guest_is_killed_in_a_hint_round() -> Result<()> {
         let id = guest.daemon()?.qmp().hint_start()?;
         guest.kill()?;
         let names_it = |line: &str| {
-            line.contains(&format!("round {id:#x} ends")) && line.contains("front end")
+            line.contains(&format!("round {id:#x} ended")) && line.contains("front end")
         };
         guest.daemon()?.process().output().wait_for(
             "word of the guest's end",
@@ -141,7 +141,7 @@ fn the_daemon_is_terminated_in_a_hint_round() -> Result<()> {
         let id = start_hint_round(&mut guest)?;
         let status = guest.daemon()?.terminate()?;
         ensure!(status.success(), "{vmm:?}: the daemon ended with {status}");
-        let names_it = |line: &str| line.contains(&format!("round {id:#x} ends"));
+        let names_it = |line: &str| line.contains(&format!("round {id:#x} ended"));
         guest.daemon()?.process().output().wait_for(
             "word of the round's end",
             names_it,

@@ -367,7 +367,7 @@ fn a_guest_that_is_killed_in_a_migration_fails_it() -> Result<()> {
             && status
                 .error_desc
                 .as_ref()
-                .is_some_and(|why| why.contains("lost its guest")),
+                .is_some_and(|why| why.contains("front end disconnected during migration")),
         "{status:?}"
     );
     proxy.allow_bytes(u64::MAX);

@@ -119,7 +119,7 @@ fn an_answer_of_another_shape_is_shown() {
 #[test]
 fn peers_that_are_no_qmp_are_named() {
     let busy =
-        r#"{"error": {"class": "GenericError", "desc": "too many operators are connected"}}"#;
+        r#"{"error": {"class": "GenericError", "desc": "too many QMP clients are connected"}}"#;
     let cases = [
         (
             r#"{"return": {}}"#,
@@ -128,7 +128,7 @@ fn peers_that_are_no_qmp_are_named() {
         ("SSH-2.0-OpenSSH", "the peer sent \"SSH-2.0-OpenSSH\""),
         (
             busy,
-            "the peer refused the connection: too many operators are connected (GenericError)",
+            "the peer refused the connection: too many QMP clients are connected (GenericError)",
         ),
     ];
     for (greeting, words) in cases {

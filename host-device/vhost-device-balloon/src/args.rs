@@ -12,12 +12,12 @@ use crate::vring::NotificationSuppression;
 
 const EXAMPLES: &str = "\
 Features:
-  stats                 statistics of the guest's memory (on unless --features says otherwise)
-  must-tell-host        the driver tells before it uses a page from the balloon again
-  deflate-on-oom        the driver takes pages back when the guest runs out of memory
-  free-page-hint        the guest names free pages, so that a migration need not send them
-  page-poison           the guest says what it fills its free pages with
-  free-page-reporting   the guest gives free pages back to the host by itself
+  stats                 memory statistics of the guest (the only feature on by default)
+  must-tell-host        the driver notifies the device before it uses a page from the balloon
+  deflate-on-oom        the driver deflates the balloon when the guest is out of memory
+  free-page-hint        the driver hints free pages on request, and a live migration need not send them
+  page-poison           the driver reports the value that the guest fills its free pages with
+  free-page-reporting   the driver reports free pages without a request, and the host frees their memory
 
 Examples:
   A balloon for QEMU (11 or newer), with free page hinting:
@@ -27,10 +27,10 @@ Examples:
       -chardev socket,id=c0,path=/tmp/b.sock \\
       -device vhost-user-test-device-pci,chardev=c0,virtio-id=5,num_vqs=5,vq_size=128,config_size=16
 
-  For user-mode Linux:
+  A balloon for user-mode Linux:
     linux mem=512M ... virtio_uml.device=/tmp/b.sock:5
 
-  Steering it, one JSON object a command, after qmp_capabilities:
+  QMP commands, one JSON object per command, after qmp_capabilities:
     socat - UNIX-CONNECT:/tmp/b.qmp
     {\"execute\":\"qmp_capabilities\"}
     {\"execute\":\"balloon\",\"arguments\":{\"value\":268435456}}
@@ -39,95 +39,96 @@ Examples:
     {\"execute\":\"free-page-hint-done\"}
     {\"execute\":\"query-commands\"}
 
-  Sending the guest's memory elsewhere while it runs, as QEMU's commands of these names do. At the other end listens
-  'balloonctl receive'; 'balloonctl migrate' does what is here with less typing:
+  Live migration of guest memory, with the commands of QEMU. Start 'balloonctl receive' at the destination first.
+  'balloonctl migrate' at the source sends these commands:
     {\"execute\":\"migrate-set-parameters\",\"arguments\":{\"downtime-limit\":100,\"multifd-compression\":\"zstd\"}}
     {\"execute\":\"migrate\",\"arguments\":{\"uri\":\"unix:/tmp/ram.sock\",\"vmm-qmp\":\"/tmp/vm.qmp\"}}
     {\"execute\":\"query-migrate\"}
     {\"execute\":\"migrate_cancel\"}
 
-  The same, sparing what the guest holds free on any kernel: needs this project's driver in the guest
+  Live migration that skips free pages on any host kernel. The guest needs the driver of this project:
     vhost-device-balloon --socket-path /tmp/b.sock --qmp-socket /tmp/b.qmp --discard-hinted
 
-  A balloon that goes on at the destination of a migration: at the source, then there
+  Saved state for the destination of a migration: the first command at the source, the second at the destination:
     {\"execute\":\"save-device-state\",\"arguments\":{\"filename\":\"/tmp/b.state\"}}
     vhost-device-balloon --socket-path /tmp/b2.sock --qmp-socket /tmp/b2.qmp --free-page-hint --device-state /tmp/b.state
 
-During a migration SIGTERM, SIGINT and quit give it up first: the guest runs on. When the front end goes while the
-migration waits in pre-switchover or later, it goes on, and the program ends after it, once operators have gone too.
+During a migration, SIGTERM, SIGINT and quit first cancel the migration, and the guest keeps running. If the front end
+disconnects in the state pre-switchover or device, the migration continues. The daemon exits after the migration, once
+all QMP clients have disconnected, or 30 seconds later.
 
-Exit status: 0 when it was told to end (SIGTERM, SIGINT, quit) or its front end has gone; 1 after an error.";
+Exit status: 0 after SIGTERM, SIGINT or quit, or after the front end disconnected; 1 after an error.";
 
-/// A virtio memory balloon as a vhost-user device.
+/// Virtio memory balloon as a vhost-user device.
 ///
-/// Listens for one VMM at a time, and ends when the VMM has gone unless --persistent is given.
+/// Serves one VMM at a time. Exits when the VMM disconnects, unless --persistent is given.
 #[derive(Clone, Debug, Parser)]
 #[command(version, after_help = EXAMPLES)]
 pub struct Args {
-    /// Where the VMM connects: a path for a Unix socket.
+    /// Path of the vhost-user socket, for the VMM.
     #[arg(long, value_name = "PATH")]
     pub socket_path: PathBuf,
 
-    /// Where operators connect: a path for a Unix socket that speaks QMP.
+    /// Path of the QMP socket, for QMP clients.
     #[arg(long, value_name = "PATH")]
     pub qmp_socket: Option<PathBuf>,
 
-    /// The features to offer, separated by commas. New ones are off unless asked for.
+    /// Features to offer, separated by commas. Features that are not listed are off, unless their own option is given.
     #[arg(long, value_name = "LIST", default_value = "stats")]
     pub features: FeatureList,
 
-    /// Offer free-page-hint as well.
+    /// Also offer free-page-hint.
     #[arg(long)]
     pub free_page_hint: bool,
 
-    /// Offer free-page-hint, and give the memory of hinted pages back to the host too.
+    /// Offer free-page-hint, and free the host memory of hinted pages.
     ///
-    /// That needs a driver that keeps a hinted block until the device has returned it, as this project's does: it is
-    /// asked by a private feature bit. With another driver nothing is discarded, hints only spare sending, and the
-    /// log says so.
+    /// Needs a driver that keeps a hinted block until the device returns its buffer, as the driver of this project does.
+    /// The device offers a private feature bit for it. With any other driver nothing is discarded, a migration still
+    /// uses hints where that is sound, and the daemon logs a warning.
     #[arg(long)]
     pub discard_hinted: bool,
 
-    /// Offer page-poison as well.
+    /// Also offer page-poison.
     #[arg(long)]
     pub page_poison: bool,
 
-    /// Offer deflate-on-oom as well.
+    /// Also offer deflate-on-oom.
     #[arg(long)]
     pub deflate_on_oom: bool,
 
-    /// Offer free-page-reporting as well.
+    /// Also offer free-page-reporting.
     #[arg(long)]
     pub free_page_reporting: bool,
 
-    /// Offer must-tell-host as well.
+    /// Also offer must-tell-host.
     #[arg(long)]
     pub must_tell_host: bool,
 
-    /// Do not offer VIRTIO_RING_F_EVENT_IDX: for front ends or drivers that mishandle it.
+    /// Do not offer VIRTIO_RING_F_EVENT_IDX. For front ends or drivers that mishandle it.
     ///
-    /// Drivers are asked by a flag of the ring instead not to notify while the device works anyway.
+    /// The device then suppresses notifications with the flag of the used ring.
     #[arg(long)]
     pub no_event_idx: bool,
 
-    /// Never ask a driver not to notify: so each notification that it would make is made, and counted.
+    /// Never suppress notifications: the driver sends each one, and the device counts it.
     ///
-    /// Slower, and for measuring only. Includes --no-event-idx.
+    /// Slower. For measurements only. Implies --no-event-idx.
     #[arg(long)]
     pub every_notification: bool,
 
-    /// Go on from the state in this file, which `save-device-state` wrote: for the destination of a migration.
+    /// Restore the saved state in this file, which `save-device-state` wrote. For the destination of a migration.
     ///
-    /// The balloon's size, the poison value and the next hint id are what they were. The other options have to be those
-    /// of the daemon that saved it, or offer more.
+    /// Restores the balloon size, the poison value and the next hint id. Use the feature options of the daemon that saved
+    /// the state, or more: the features that the driver accepted must be offered.
     #[arg(long, value_name = "FILE")]
     pub device_state: Option<PathBuf>,
 
-    /// Wait for the next VMM when one has gone.
+    /// Wait for the next VMM when one disconnects.
     #[arg(long)]
     pub persistent: bool,
 
-    /// What to log: off, error, warn, info, debug or trace.
+    /// Log level: off, error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: LevelFilter,
 }
@@ -180,7 +181,7 @@ impl std::str::FromStr for FeatureList {
                 feature.map(|feature| all | feature).ok_or_else(|| {
                     let names: Vec<_> = known.names().collect();
                     format!(
-                        "there is no feature '{name}'; there are {}",
+                        "feature '{name}' is unknown; known features: {}",
                         names.join(", ")
                     )
                 })

@@ -79,7 +79,7 @@ impl Backend {
         lock(&self.failure).get_or_insert_with(|| {
             // Fails if the front end has already closed the connection.
             let _ = self.front_end.shutdown(Shutdown::Both);
-            format!("the front end's notifications for queue {index} cannot be read: {error}")
+            format!("kick descriptor of queue {index} cannot be read: {error}")
         });
     }
 

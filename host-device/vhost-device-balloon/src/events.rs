@@ -82,7 +82,7 @@ impl Events {
         for subscriber in &mut subscribers.all {
             if let Err(TrySendError::Full(_)) = subscriber.lines.try_send(line.clone()) {
                 if subscriber.lost == 0 {
-                    warn!("an operator does not read its events: they are dropped");
+                    warn!("QMP client does not read its events; new events are dropped");
                 }
                 subscriber.lost += 1;
             }

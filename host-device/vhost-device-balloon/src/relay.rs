@@ -64,7 +64,7 @@ impl NotifyConfigChange for ConfigNotifier {
     fn notify(&self) {
         let channel = lock(&self.channel);
         let Some(channel) = channel.as_ref() else {
-            debug!("the configuration has changed, and the front end has no channel to hear of it");
+            debug!("config change not sent: the front end has set no back-end channel");
             return;
         };
         let mut message = [0; HEADER];
@@ -76,8 +76,8 @@ impl NotifyConfigChange for ConfigNotifier {
             Ok(HEADER) => {}
             // Earlier messages are unread. The front end reads the current configuration once it reads them.
             Err(rustix::io::Errno::AGAIN) => {}
-            Ok(_) => warn!("the front end was not told of a configuration change: short write"),
-            Err(error) => warn!("the front end was not told of a configuration change: {error}"),
+            Ok(_) => warn!("config change not sent to the front end: short write"),
+            Err(error) => warn!("config change not sent to the front end: {error}"),
         }
     }
 }
@@ -128,7 +128,7 @@ impl Relay {
             .name("relay-out".into())
             .spawn(move || {
                 if let Err(error) = pass_replies(&mut from_device, &mut to_front_end) {
-                    debug!("replies to the front end end: {error}");
+                    debug!("relay of replies to the front end ended: {error}");
                 }
                 let _ = from_device.shutdown(Shutdown::Both);
                 let _ = to_front_end.shutdown(Shutdown::Both);
@@ -144,7 +144,7 @@ impl Relay {
         let _ = self.to_front_end.join();
         self.to_device
             .join()
-            .unwrap_or_else(|_| CloseReason::Failed(io::Error::other("the relay panicked")))
+            .unwrap_or_else(|_| CloseReason::Failed(io::Error::other("relay thread panicked")))
     }
 }
 
@@ -187,7 +187,7 @@ fn pass_requests(
             io::Error::new(
                 ErrorKind::InvalidData,
                 format!(
-                    "the front end sent a message of {size} bytes; {MAX_PAYLOAD} are the limit"
+                    "front end sent a message with a payload of {size} bytes; the limit is {MAX_PAYLOAD}"
                 ),
             )
         })?;
@@ -237,7 +237,7 @@ fn receive(stream: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io
         if fds.len() > MAX_FDS {
             return Err(io::Error::new(
                 ErrorKind::InvalidData,
-                "too many descriptors with a message",
+                "message has too many file descriptors",
             ));
         }
         match (received, filled) {
@@ -258,7 +258,7 @@ fn send(stream: &UnixStream, mut bytes: &[u8], fds: &[OwnedFd]) -> io::Result<()
         if !borrowed.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&borrowed)) {
             return Err(io::Error::new(
                 ErrorKind::InvalidData,
-                "too many descriptors with a message",
+                "message has too many file descriptors",
             ));
         }
         match sendmsg(

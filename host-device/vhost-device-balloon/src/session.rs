@@ -24,10 +24,10 @@ use crate::sync::lock;
 #[derive(Debug, Error)]
 pub enum SessionError {
     /// The host reported an error.
-    #[error("the front end cannot be served: {0}")]
+    #[error("front end session cannot be started: {0}")]
     Io(#[from] io::Error),
     /// The vhost-user crate reported an error.
-    #[error("the front end cannot be served: {0}")]
+    #[error("front end session cannot be started: {0}")]
     VhostUser(vhost_user_backend::Error),
 }
 
@@ -107,7 +107,7 @@ impl Session {
                 }
                 if stopped.load(Ordering::Acquire) {
                     ended = SessionEnd {
-                        reason: "the device was stopped".into(),
+                        reason: "daemon is shutting down".into(),
                         is_error: false,
                     };
                 }
@@ -137,7 +137,7 @@ impl Session {
     /// at once. The caller must be ready to accept that VMM by the time of the event.
     pub fn join(self) -> SessionEnd {
         let ended = self.thread.join().unwrap_or_else(|_| SessionEnd {
-            reason: "the thread that serves the front end panicked".into(),
+            reason: "front end thread panicked".into(),
             is_error: true,
         });
         lock(&self.device).front_end_disconnected(&ended.reason);
@@ -148,19 +148,19 @@ impl Session {
 fn classify_end(closed: &CloseReason, served: vhost_user_backend::Result<()>) -> SessionEnd {
     match (closed, served) {
         (CloseReason::ByFrontEnd, _) => SessionEnd {
-            reason: "the front end closed the connection".into(),
+            reason: "front end closed the connection".into(),
             is_error: false,
         },
         (CloseReason::Failed(error), _) => SessionEnd {
-            reason: format!("the connection to the front end failed: {error}"),
+            reason: format!("connection to the front end failed: {error}"),
             is_error: true,
         },
         (CloseReason::ByBackend, Ok(())) => SessionEnd {
-            reason: "the connection was closed".into(),
+            reason: "back end closed the connection".into(),
             is_error: false,
         },
         (CloseReason::ByBackend, Err(error)) => SessionEnd {
-            reason: format!("the front end does not speak vhost-user as it should: {error}"),
+            reason: format!("front end violated the vhost-user protocol: {error}"),
             is_error: true,
         },
     }

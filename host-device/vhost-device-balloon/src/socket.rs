@@ -17,7 +17,7 @@ use tracing::{info, warn};
 #[derive(Debug, Error)]
 pub enum SocketError {
     /// Another process listens at the path.
-    #[error("{path} is in use by a running process: end it, or choose another path")]
+    #[error("{path} is in use by a running process: stop that process, or choose another path")]
     InUse {
         /// The path.
         path: PathBuf,
@@ -29,7 +29,7 @@ pub enum SocketError {
         path: PathBuf,
     },
     /// The host reported an error.
-    #[error("cannot listen at {path}: {source}")]
+    #[error("cannot listen on {path}: {source}")]
     Bind {
         /// The path.
         path: PathBuf,
@@ -84,7 +84,7 @@ impl SocketListener {
             Ok((stream, _)) => Some(stream),
             Err(error) if error.kind() == ErrorKind::WouldBlock => None,
             Err(error) => {
-                warn!("a connection at {} failed: {error}", self.path.display());
+                warn!("{}: accept failed: {error}", self.path.display());
                 None
             }
         }
@@ -101,7 +101,7 @@ impl Drop for SocketListener {
     fn drop(&mut self) {
         if self.file.is_some() && self.file == identity(&self.path) {
             if let Err(error) = fs::remove_file(&self.path) {
-                warn!("{} stays behind: {error}", self.path.display());
+                warn!("{} cannot be removed: {error}", self.path.display());
             }
         }
     }
@@ -126,7 +126,7 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
         _ => return Err(SocketError::InUse { path: path.into() }),
     }
     info!(
-        "{} was left behind by a process that has ended: replaced",
+        "stale socket {} replaced: no process listens on it",
         path.display()
     );
     fs::remove_file(path).map_err(bind)

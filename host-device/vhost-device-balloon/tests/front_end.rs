@@ -56,7 +56,7 @@ fn a_hint_round_through_real_queues() {
     let Exit::FrontEndDisconnected(ended) = server.join().unwrap() else {
         panic!("the server ends with its front end");
     };
-    assert_eq!(ended.reason, "the front end closed the connection");
+    assert_eq!(ended.reason, "front end closed the connection");
 }
 
 #[test]

@@ -425,7 +425,10 @@ fn one_migration_at_a_time_and_hinting_is_its_own() {
     assert!(why.contains("in progress (pre-switchover)"), "{why}");
     for command in ["start", "stop", "sync", "done"] {
         let (_, why) = qmp.fail(&format!("free-page-hint-{command}"), &json!({}));
-        assert!(why.contains("a migration is in progress"), "{command}: {why}");
+        assert!(
+            why.contains("a migration is in progress"),
+            "{command}: {why}"
+        );
     }
     ok(
         &mut qmp,

@@ -56,10 +56,7 @@ impl Device {
         let data = data.get(..fits).unwrap_or(data);
         self.config = self.config.with_driver_write(offset, data);
         if self.config.poison_val != before.poison_val {
-            debug!(
-                "the guest poisons its free pages with {:#x}",
-                self.config.poison_val
-            );
+            debug!("driver set poison_val to {:#x}", self.config.poison_val);
         }
         if self.config.actual != before.actual {
             let actual = self.actual_bytes();

@@ -21,15 +21,13 @@ use crate::vring::Vring;
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum BalloonError {
     /// Guest memory is not known yet.
-    #[error(
-        "no front end has shared its memory yet: start the VMM with this device's socket first"
-    )]
+    #[error("no front end has shared guest memory: start the VMM with this device's socket first")]
     NoMemory,
     /// The target is 0.
-    #[error("the target must be a size in bytes, larger than 0")]
+    #[error("target must be a size in bytes greater than 0")]
     ZeroTarget,
     /// The balloon would need more pages than 32 bits can count.
-    #[error("the balloon cannot hold {0} pages: 2^32 - 1 of 4 KiB are the most")]
+    #[error("balloon cannot hold {0} pages of 4 KiB: the limit is 2^32 - 1; set a larger target")]
     TooLarge(u64),
 }
 
@@ -48,7 +46,7 @@ impl Device {
         let pages = ram.saturating_sub(bytes) >> PFN_SHIFT;
         let pages = u32::try_from(pages).map_err(|_| BalloonError::TooLarge(pages))?;
         if pages != self.config.num_pages {
-            info!("the balloon shall hold {pages} pages");
+            info!("balloon target: {pages} pages");
             self.config.num_pages = pages;
             self.notify_config_change();
         }
@@ -202,7 +200,7 @@ impl Device {
         let requested = vring.add_used(head, 0).is_ok();
         if requested && vring.needs_notification().unwrap_or(true) {
             if let Err(error) = vring.signal_used_queue() {
-                tracing::debug!("the driver was not asked for statistics: {error}");
+                tracing::debug!("stats queue: interrupt to the driver failed: {error}");
             }
         }
         requested

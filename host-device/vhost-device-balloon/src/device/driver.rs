@@ -53,7 +53,7 @@ impl Device {
             counters.last_avail_idx = counters.last_avail_idx.map(|_| avail_idx);
         }
         if restarted {
-            info!("the guest's driver was started anew");
+            info!("driver restarted");
             self.reset_driver_state();
         }
     }
@@ -83,10 +83,7 @@ impl Device {
     /// Resets the state of the previous driver: its hint round, its statistics buffer and its poison value.
     pub(super) fn reset_driver_state(&mut self) {
         if let Some(id) = self.hinting.phase().id() {
-            warn!(
-                "hinting round {:#x} ends: the guest's driver has gone",
-                id.number()
-            );
+            warn!("hint round {:#x} ended: driver was reset", id.number());
         }
         let changes = self.hinting.reset();
         self.publish_changes(changes);
@@ -111,9 +108,9 @@ impl Device {
         };
         if refused && !std::mem::replace(&mut connection.discard_warning_logged, true) {
             warn!(
-                "hinted memory is not discarded: the guest's driver has not promised to keep a hinted block until \
-                 its buffer is returned (it did not accept the private feature bit {}), so the block may be in \
-                 use again; hints only spare sending",
+                "hinted memory is not discarded: driver did not accept the private feature bit {}, and may use a \
+                 hinted block before its buffer is returned; load the driver of this project to discard hinted \
+                 memory",
                 Features::KEEPS_HINTED_UNTIL_RETURNED.bit_number()
             );
         }

@@ -31,7 +31,7 @@ impl Device {
         if let Some(id) = self.hinting.phase().id() {
             let status = self.hinting.status();
             warn!(
-                "hinting round {:#x} ends after {} blocks: {reason}",
+                "hint round {:#x} ended after {} blocks: {reason}",
                 id.number(),
                 status.blocks
             );
@@ -65,13 +65,13 @@ impl Device {
             );
             if let Some(id) = self.hinting.phase().id() {
                 warn!(
-                    "hinting round {:#x} ends: the guest's memory has changed",
+                    "hint round {:#x} ended: guest memory regions changed",
                     id.number()
                 );
             }
             let changes = self.hinting.handle_memory_change();
             self.publish_changes(changes);
-            let text = "the front end has changed the layout of guest memory, or its files";
+            let text = "front end changed the layout of guest memory or its files";
             self.invalidate_claim(Invalidated::MemoryChanged(text.into()));
         } else {
             ram.set_hole_recorder(self.ram.hole_recorder());
@@ -86,7 +86,7 @@ impl Device {
     /// of a new driver.
     pub fn set_features(&mut self, bits: u64) {
         let features = Features::from_bits(bits) & self.offered_features;
-        info!("the driver accepted: {features}");
+        info!("driver accepted features: {features}");
         if self
             .negotiated_features
             .is_some_and(|before| before != features)

@@ -41,10 +41,7 @@ impl GuestErrors {
         self.total = self.total.saturating_add(1);
         if self.period.elapsed() >= RATELIMIT_INTERVAL {
             if self.suppressed > 0 {
-                warn!(
-                    "{} more errors of the guest were not logged",
-                    self.suppressed
-                );
+                warn!("{} more guest errors were not logged", self.suppressed);
             }
             self.period = Instant::now();
             self.logged = 0;

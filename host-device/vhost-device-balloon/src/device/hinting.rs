@@ -38,25 +38,25 @@ pub enum HintingError {
     )]
     NotOffered,
     /// The driver did not accept the feature.
-    #[error("the guest's driver did not accept free page hinting: it needs a driver that knows VIRTIO_BALLOON_F_FREE_PAGE_HINT")]
+    #[error("driver did not accept free page hinting: load a driver that supports VIRTIO_BALLOON_F_FREE_PAGE_HINT")]
     NotNegotiated,
     /// No driver runs, or the guest is paused.
-    #[error("the guest's driver is not running: load it, or let the guest run, and try again")]
+    #[error("driver is not running: load it, or resume the guest, and try again")]
     NoDriver,
     /// Guest memory cannot be tracked in a dirty bitmap.
     #[error("guest memory cannot be tracked: {0}")]
     Memory(#[from] RamLayoutError),
     /// No id is free: the driver has answered none of the last 2^31.
-    #[error("no command id is free: the driver has not answered any of the last 2^31")]
+    #[error("no hint id is free: driver answered none of the last 2^31")]
     IdsExhausted,
     /// A migration has claimed hinting.
-    #[error("a migration is under way, and hinting is its own: wait for its end, or give it up with migrate-cancel")]
+    #[error("a migration is in progress and has claimed hinting: wait for its end, or cancel it with migrate-cancel")]
     Migrating,
     /// Guest memory changed during the migration.
-    #[error("the guest's memory is not that any more which is being migrated")]
+    #[error("guest memory regions changed during migration")]
     MemoryChanged,
     /// A dirty sync was requested without a hint round.
-    #[error("no round of hinting is under way: start one with free-page-hint-start")]
+    #[error("no hint round is in progress: start one with free-page-hint-start")]
     NoHintRound,
 }
 
@@ -519,5 +519,5 @@ fn hint_and_discard(
 
 fn log_ignored(ignored: Ignored) {
     // An interrupted hint round leaves such entries on the queue. They are no errors.
-    tracing::trace!("ignored on the free page queue: {ignored:?}");
+    tracing::trace!("free-page queue: ignored {ignored:?}");
 }

@@ -65,7 +65,7 @@ impl Device {
         let features = self.negotiated_features.unwrap_or_default();
         let (Some(queue), Some(vring)) = (Queue::from_index(index, features), vrings.get(index))
         else {
-            debug!("queue {index} was kicked, and does not exist with these features");
+            debug!("queue {index} does not exist with the negotiated features; kick ignored");
             return false;
         };
         self.update_counters(index, |counters| counters.wakeups += 1);
@@ -130,7 +130,10 @@ impl Device {
         };
         if context.returned && vring.needs_notification().unwrap_or(true) {
             if let Err(error) = vring.signal_used_queue() {
-                tracing::debug!("{} queue: the driver was not told: {error}", queue.name());
+                tracing::debug!(
+                    "{} queue: interrupt to the driver failed: {error}",
+                    queue.name()
+                );
             }
         }
         more
@@ -205,7 +208,7 @@ impl Device {
             &mut self.buffer,
             pfn::PFN_BYTES,
             pfn::PFN_BYTES * pfn::MAX_PFNS,
-            "an array of at most 65536 page numbers of 4 bytes",
+            "an array of at most 65536 PFNs of 4 bytes",
         )?;
         context.spend(self.buffer.len() >> PFN_SHIFT);
         Ok((self.buffer.len() / pfn::PFN_BYTES) as u64)

@@ -26,10 +26,10 @@ pub type MemoryGuard = vm_memory::GuestMemoryLoadGuard<GuestMemoryMmap>;
 #[derive(Debug, Error)]
 pub enum RequestError {
     /// The available ring cannot be read.
-    #[error("the available ring is unusable: {0}")]
+    #[error("available ring cannot be read: {0}")]
     Ring(virtio_queue::Error),
     /// The used ring cannot be written.
-    #[error("the buffer of descriptor {head} cannot be returned: {source}")]
+    #[error("descriptor {head} cannot be added to the used ring: {source}")]
     Return {
         /// Index of the chain's first descriptor.
         head: u16,
@@ -37,7 +37,7 @@ pub enum RequestError {
         source: virtio_queue::Error,
     },
     /// A chain starts beyond the end of the descriptor table.
-    #[error("descriptor {head} does not exist: the queue has {size}")]
+    #[error("descriptor {head} does not exist: queue size is {size}; request dropped")]
     NoSuchDescriptor {
         /// Index of the chain's first descriptor.
         head: u16,
@@ -45,7 +45,7 @@ pub enum RequestError {
         size: u16,
     },
     /// A chain loops, leaves the descriptor table, or is outside guest memory.
-    #[error("the chain at descriptor {head} does not end: it breaks after {segments} segments, last at {address:#x}")]
+    #[error("descriptor chain {head} is broken after {segments} segments, the last one at {address:#x}; request dropped")]
     BrokenChain {
         /// Index of the chain's first descriptor.
         head: u16,
@@ -55,13 +55,13 @@ pub enum RequestError {
         address: u64,
     },
     /// A chain has more than [`MAX_SEGMENTS`] descriptors.
-    #[error("the chain at descriptor {head} has more than {MAX_SEGMENTS} segments")]
+    #[error("descriptor chain {head} has more than {MAX_SEGMENTS} segments; request dropped")]
     TooManySegments {
         /// Index of the chain's first descriptor.
         head: u16,
     },
     /// A segment has the wrong direction: device-writable instead of device-readable, or vice versa.
-    #[error("the buffer at {address:#x} of {length:#x} bytes has the wrong direction")]
+    #[error("descriptor {address:#x}+{length} has the wrong direction; request dropped")]
     WrongDirection {
         /// Guest physical address.
         address: u64,
@@ -69,7 +69,7 @@ pub enum RequestError {
         length: u32,
     },
     /// The length is invalid for this queue.
-    #[error("the request at {address:#x} has {length:#x} bytes, which is not {expected}")]
+    #[error("request at {address:#x} has {length} bytes, expected {expected}; request dropped")]
     BadLength {
         /// Guest physical address of the first segment.
         address: u64,
@@ -79,7 +79,7 @@ pub enum RequestError {
         expected: &'static str,
     },
     /// A segment is not in guest memory.
-    #[error("the buffer at {address:#x} of {length:#x} bytes is not in guest memory")]
+    #[error("descriptor {address:#x}+{length} is outside guest memory; request dropped")]
     Unreadable {
         /// Guest physical address.
         address: u64,
@@ -93,7 +93,9 @@ pub enum RequestError {
     #[error(transparent)]
     Release(#[from] ReleaseError),
     /// The driver sent a second statistics buffer while the device still held one.
-    #[error("a second statistics buffer came before the first was returned")]
+    #[error(
+        "second statistics buffer arrived before the first was returned; first buffer returned"
+    )]
     SecondStatsBuffer,
 }
 

@@ -23,13 +23,13 @@ pub enum RamLayoutError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// A region is not shared as a file.
-    #[error("the guest memory at {start:#x} is not a file: give the VMM shared memory, such as QEMU's memory-backend-memfd with share=on")]
+    #[error("guest memory at {start:#x} is not backed by a file: use shared memory, such as QEMU's memory-backend-memfd with share=on")]
     NoFile {
         /// Guest physical address.
         start: u64,
     },
     /// The host cannot examine a memory file.
-    #[error("the file of the guest memory at {start:#x} cannot be examined: {source}")]
+    #[error("memory file at {start:#x} cannot be examined: {source}")]
     Io {
         /// Guest physical address.
         start: u64,

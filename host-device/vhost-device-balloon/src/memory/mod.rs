@@ -32,7 +32,7 @@ const STAT_BLOCK: u64 = 512;
 #[derive(Debug, Error)]
 pub enum ReleaseError {
     /// Part of the range is outside guest memory. The rest was released.
-    #[error("{bytes:#x} bytes of the range at {start:#x} lie outside guest memory")]
+    #[error("range at {start:#x} has {bytes} bytes outside guest memory; these are ignored")]
     Outside {
         /// Guest physical address where the range starts.
         start: u64,
@@ -40,7 +40,7 @@ pub enum ReleaseError {
         bytes: u64,
     },
     /// The host cannot punch a hole in the memory file.
-    #[error("the memory file has no hole at {start:#x} for {length:#x} bytes: {source}")]
+    #[error("hole punching at {start:#x}+{length} failed: {source}")]
     Punch {
         /// Guest physical address.
         start: u64,

@@ -49,13 +49,15 @@ pub(super) fn on_invalidated(
                     MigrationStatus::PreSwitchover | MigrationStatus::Device
                 ) =>
             {
-                info!("{why}; the migration goes on ({})", state.name());
+                info!("{why}; migration continues ({})", state.name());
                 return;
             }
             Invalidated::FrontEndDisconnected(why) => {
-                format!("the migration has lost its guest: {why}")
+                format!("front end disconnected during migration: {why}")
             }
-            Invalidated::MemoryChanged(why) => format!("the guest's memory has changed: {why}"),
+            Invalidated::MemoryChanged(why) => {
+                format!("guest memory regions changed during migration: {why}")
+            }
         };
         if !state.is_over() {
             // The first reason is kept.

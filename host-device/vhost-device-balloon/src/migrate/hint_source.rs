@@ -73,7 +73,7 @@ impl HintSource for DeviceHintSource {
         let mut device = lock(&self.claim.0);
         // Another driver may have started since the migration began, one that does not keep its hinted blocks.
         if self.discards && !device.discards_hinted() {
-            let text = "the guest's driver has changed, and does not keep hinted blocks until they are returned";
+            let text = "driver changed during migration, and does not keep hinted blocks until their buffers are returned";
             return Err((window, HintSourceError(text.into())));
         }
         match device.open_window(window) {
@@ -87,7 +87,7 @@ impl HintSource for DeviceHintSource {
 
     fn wait(&mut self, timeout: Duration, cancel: &CancelToken) -> WaitOutcome {
         let Some(id) = self.hint_round else {
-            return WaitOutcome::Lost("no hints were asked for".into());
+            return WaitOutcome::Lost("no hint round was requested".into());
         };
         let deadline = Instant::now().checked_add(timeout);
         loop {
@@ -110,7 +110,7 @@ impl HintSource for DeviceHintSource {
         self.hint_round = None;
         lock(&self.claim.0)
             .close_window()
-            .ok_or_else(|| HintSourceError("no window for hints is open".into()))
+            .ok_or_else(|| HintSourceError("no hint window is open".into()))
     }
 
     fn done(&mut self) {

@@ -38,7 +38,7 @@ impl Job {
         // Runs after a panic as well. Unwinding has released the claim by then.
         let _over = OnDrop(|| {
             if !progress.status().status.is_over() {
-                let text = "the thread of the migration has panicked";
+                let text = "migration thread panicked";
                 progress.fail(&PrecopyError::Sink(text.into()));
             }
             on_end();

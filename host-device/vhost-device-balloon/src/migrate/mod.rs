@@ -4,7 +4,7 @@
 //!
 //! [`guest_migration::precopy`] runs the iterations. This module provides guest memory and its hints
 //! ([`hint_source`]), the parameters that QMP clients set ([`parameters`]), and the choice of tracker,
-//! VM and stream ([`setup`]).
+//! VM and stream (`setup`).
 //!
 //! This file contains the manager. `job` is the work of a migration's thread. `failure` is why this program ended a
 //! migration.
@@ -48,7 +48,7 @@ const CMD_ID_READ_TIMEOUT: Duration = Duration::from_millis(500);
 #[derive(Debug, Error)]
 pub enum MigrateError {
     /// A migration is in progress.
-    #[error("a migration is under way ({}): one at a time; wait for its end, or give it up with migrate-cancel", .0.name())]
+    #[error("a migration is in progress ({}): wait for its end, or cancel it with migrate-cancel", .0.name())]
     InProgress(MigrationStatus),
     /// The address of the destination is invalid.
     #[error(transparent)]
@@ -60,22 +60,22 @@ pub enum MigrateError {
     #[error(transparent)]
     Refused(PrecopyError),
     /// The host cannot start a thread.
-    #[error("the migration cannot be started: {0}")]
+    #[error("migration thread cannot be started: {0}")]
     Thread(std::io::Error),
     /// `migrate-continue` names a state in which no migration waits.
-    #[error("a migration waits to be continued in the state pre-switchover only, not in '{0}'")]
+    #[error("migrate-continue expects the state 'pre-switchover', not '{0}'")]
     NotAWaitState(String),
     /// The last migration left the guest's processes stopped.
-    #[error("the guest is at the destination of the last migration, and its processes are stopped here: let it go on with 'cont' first, if it is to be migrated once more")]
+    #[error("the last migration has completed, and the guest's processes are stopped: resume them with 'cont' before the next migration")]
     Paused,
     /// `cont` while no migration has left the guest paused.
-    #[error("no migration from here has left the guest paused")]
+    #[error("no migration has left the guest paused")]
     NotPaused,
     /// The guest cannot be resumed.
-    #[error("the guest does not go on: {0}")]
+    #[error("guest cannot be resumed: {0}")]
     Vm(#[from] VmError),
     /// `migrate-continue` while no migration waits.
-    #[error("no migration waits in the state pre-switchover: its state is {}", .0.name())]
+    #[error("no migration waits in the state pre-switchover; the migration state is {}", .0.name())]
     NotWaiting(MigrationStatus),
 }
 
@@ -201,7 +201,7 @@ impl MigrationManager {
         let progress = self.progress(&failure);
         let on_invalidated = on_invalidated(progress.clone(), cancel.clone(), failure.clone());
         let (claim, claimed) = ClaimGuard::new(&self.device, on_invalidated)?;
-        info!("migration to {address}");
+        info!("migration: starting, destination {address}");
         let job = Job {
             config: setup::MigrationConfig {
                 address,
@@ -345,7 +345,7 @@ impl MigrationManager {
         // The guest is at the destination and must not run here as well. Dropping the VM might resume it.
         if let Some(vm) = paused_vm.and_then(|paused_vm| lock(&paused_vm).take()) {
             info!(
-                "the guest was migrated, and is left as it is ({})",
+                "guest was migrated and is not resumed here ({})",
                 vm.describe()
             );
             std::mem::forget(vm);
@@ -363,7 +363,7 @@ impl MigrationManager {
                 break;
             }
             if !hinting_events.wait(seen, Some(deadline)) {
-                info!("the guest's driver has not looked in time whether it gets its pages back");
+                info!("driver did not read the command id in time; it may still keep its hinted blocks");
                 return;
             }
         }

@@ -14,13 +14,13 @@ use thiserror::Error;
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 pub enum ParameterError {
     /// No parameter has this name.
-    #[error("there is no parameter '{name}'; there are {}", NAMES.join(", "))]
+    #[error("parameter '{name}' is unknown; known parameters: {}", NAMES.join(", "))]
     Unknown {
         /// The name.
         name: String,
     },
     /// The value is not a number, or is out of range.
-    #[error("parameter '{name}' expects a whole number from {min} to {max}, in {unit}")]
+    #[error("parameter '{name}' expects an integer from {min} to {max} ({unit})")]
     Number {
         /// The parameter.
         name: &'static str,
@@ -43,7 +43,7 @@ pub enum ParameterError {
         choices: &'static [&'static str],
     },
     /// No capability has this name.
-    #[error("there is no capability '{name}'; there are {}", MigrationCapabilities::NAMES.join(", "))]
+    #[error("capability '{name}' is unknown; known capabilities: {}", MigrationCapabilities::NAMES.join(", "))]
     Capability {
         /// The name.
         name: String,
@@ -165,7 +165,7 @@ impl MigrationParameters {
                     value,
                     0,
                     u64::MAX,
-                    "bytes a second (0: no limit)",
+                    "bytes per second; 0 means no limit",
                 )?;
             }
             // QEMU's limit.
@@ -190,7 +190,8 @@ impl MigrationParameters {
                 )?;
             }
             "multifd-zstd-level" => {
-                self.multifd_zstd_level = number("multifd-zstd-level", value, 1, 20, "levels")?;
+                self.multifd_zstd_level =
+                    number("multifd-zstd-level", value, 1, 20, "level of zstd")?;
             }
             "zero-page-detection" => {
                 self.zero_page_detection = choice(
@@ -201,7 +202,7 @@ impl MigrationParameters {
                 )?;
             }
             "max-rounds" => {
-                self.max_rounds = number("max-rounds", value, 1, u32::MAX.into(), "rounds")?;
+                self.max_rounds = number("max-rounds", value, 1, u32::MAX.into(), "iterations")?;
             }
             "free-page-hint" => self.free_page_hint = switch("free-page-hint", value)?,
             "free-page-hint-wait" => {
@@ -363,7 +364,7 @@ mod tests {
             (
                 "downtime-limit",
                 json!(2_000_001),
-                "'downtime-limit' expects a whole number from 0 to 2000000, in ms",
+                "'downtime-limit' expects an integer from 0 to 2000000 (ms)",
             ),
             ("max-bandwidth", json!(-1), "from 0 to 18446744073709551615"),
             ("max-rounds", json!(0), "from 1 to 4294967295"),
@@ -387,7 +388,7 @@ mod tests {
             (
                 "wings",
                 json!(2),
-                "no parameter 'wings'; there are max-bandwidth, ",
+                "'wings' is unknown; known parameters: max-bandwidth, ",
             ),
         ] {
             let mut parameters = MigrationParameters::default();
@@ -410,7 +411,7 @@ mod tests {
         assert!(error
             .unwrap_err()
             .to_string()
-            .contains("'xbzrle'; there are postcopy-ram"));
+            .contains("'xbzrle' is unknown; known capabilities: postcopy-ram"));
         assert_eq!(capabilities.all(), expected);
     }
 }

@@ -82,7 +82,7 @@ impl MigrationConfig {
         let choice = choose_tracker(request, wanted, discards, &memory, &punched, quiesce)?;
         let mut reason = choice.why;
         if let (true, Err(why)) = (choice.use_hints, &availability) {
-            reason = format!("{reason}, but there are none: {why}");
+            reason = format!("{reason}, but hints are not available: {why}");
         }
         let with_hints = choice.use_hints && availability.is_ok();
         info!("migration: {reason}");
@@ -127,7 +127,10 @@ impl MigrationConfig {
             Some(path) => Box::new(QmpVm::new(path)?),
             None => Box::new(ProcessVm::new(memory)?),
         };
-        info!("migration: the guest is paused through {}", vm.describe());
+        info!(
+            "migration: the switchover pauses the guest through {}",
+            vm.describe()
+        );
         Ok(Some(vm))
     }
 }
@@ -176,7 +179,7 @@ impl StreamSink {
     fn writer(&mut self) -> Result<&mut Writer, SinkError> {
         self.writer
             .as_mut()
-            .ok_or_else(|| "the stream has ended already".into())
+            .ok_or_else(|| "stream has already ended".into())
     }
 }
 
@@ -198,7 +201,7 @@ impl Sink for StreamSink {
     }
 
     fn finish(&mut self, digest: Option<ContentDigest>) -> Result<(), SinkError> {
-        let writer = self.writer.take().ok_or("the stream has ended already")?;
+        let writer = self.writer.take().ok_or("stream has already ended")?;
         let receipt = writer.finish(digest.map(|digest| digest.value()))?;
         self.bytes = receipt.bytes;
         Ok(())

@@ -21,15 +21,15 @@ pub(super) fn serve_client(
 ) -> String {
     let mut session = QmpSession::new(context);
     if lines.send(protocol::greeting()).is_err() {
-        return "it does not read".into();
+        return "client does not read its answers".into();
     }
     let mut frames = Frames::new(stream);
     loop {
         let (answer, over) = match frames.next() {
-            Ok(None) => return "it closed the connection".into(),
+            Ok(None) => return "client closed the connection".into(),
             Ok(Some(frame)) => (session.answer(&frame, &lines), None),
             Err(FrameError::Garbage) => {
-                let text = "JSON parse error, an object was expected";
+                let text = "JSON parse error, expecting an object";
                 (protocol::error(None, "GenericError", text), None)
             }
             Err(error @ FrameError::TooLong) => {
@@ -39,7 +39,7 @@ pub(super) fn serve_client(
             Err(FrameError::Io(error)) => return error.to_string(),
         };
         if lines.send(answer).is_err() {
-            return "it does not read".into();
+            return "client does not read its answers".into();
         }
         if let Some(why) = over {
             return why;
@@ -53,7 +53,7 @@ pub(super) fn serve_client(
 pub(super) fn write(mut stream: UnixStream, lines: &Receiver<String>) {
     for line in lines {
         if let Err(error) = stream.write_all(format!("{line}\r\n").as_bytes()) {
-            debug!("an operator does not read: {error}");
+            debug!("write to a QMP client failed: {error}");
             break;
         }
     }

@@ -29,7 +29,7 @@ pub enum CommandError {
     #[error("Capabilities negotiation is already complete, command ignored")]
     AlreadyNegotiated,
     /// The arguments are not valid for the command.
-    #[error("the arguments are wrong: {0}")]
+    #[error("invalid arguments: {0}")]
     Arguments(#[from] serde_json::Error),
     /// The capability is not offered.
     #[error("Capability '{0}' is not available")]
@@ -50,10 +50,10 @@ pub enum CommandError {
     #[error(transparent)]
     Parameter(#[from] ParameterError),
     /// The memory files cannot be examined.
-    #[error("the guest's memory files cannot be examined: {0}")]
+    #[error("guest memory files cannot be examined: {0}")]
     Memory(std::io::Error),
     /// The guest has sent no statistics.
-    #[error("the guest gives no statistics: its driver has not accepted VIRTIO_BALLOON_F_STATS_VQ, or has not sent any yet")]
+    #[error("driver has sent no statistics: it has not accepted VIRTIO_BALLOON_F_STATS_VQ, or has not answered yet")]
     NoStats,
 }
 

@@ -16,10 +16,10 @@ pub const MAX_FRAME: usize = 64 * 1024;
 #[derive(Debug, Error)]
 pub enum FrameError {
     /// The input does not begin with a brace. It was skipped up to the end of its line.
-    #[error("an object was expected")]
+    #[error("expecting an object")]
     Garbage,
     /// The object is too long. The rest of the stream is unusable.
-    #[error("the command is longer than {MAX_FRAME} bytes")]
+    #[error("command is longer than {MAX_FRAME} bytes")]
     TooLong,
     /// The stream failed.
     #[error(transparent)]

@@ -69,8 +69,8 @@ impl QmpClients {
     pub fn serve(&mut self, stream: UnixStream) {
         self.threads.retain(|thread| !thread.is_finished());
         if lock(&self.clients).len() >= MAX_CLIENTS {
-            warn!("an operator was refused: {MAX_CLIENTS} are connected");
-            let line = protocol::error(None, "GenericError", "too many operators are connected");
+            warn!("QMP client refused: {MAX_CLIENTS} clients are connected");
+            let line = protocol::error(None, "GenericError", "too many QMP clients are connected");
             let _ = stream.set_nonblocking(true);
             let _ = (&stream).write_all(format!("{line}\r\n").as_bytes());
             return;
@@ -78,7 +78,7 @@ impl QmpClients {
         let number = self.next;
         self.next += 1;
         if let Err(error) = self.start(number, stream) {
-            warn!("operator {number} cannot be served: {error}");
+            warn!("QMP client {number} cannot be served: {error}");
             lock(&self.clients).remove(&number);
         }
     }
@@ -88,7 +88,7 @@ impl QmpClients {
         lock(&self.clients).insert(number, stream.try_clone()?);
         let (lines, waiting) = sync_channel(MAX_LINES);
         let writer = stream.try_clone()?;
-        let name = format!("operator-{number}");
+        let name = format!("qmp-client-{number}");
         self.threads.push(
             thread::Builder::new()
                 .name(name.clone())
@@ -97,7 +97,7 @@ impl QmpClients {
         let (context, clients) = (self.context.clone(), self.clients.clone());
         self.threads
             .push(thread::Builder::new().name(name).spawn(move || {
-                info!("operator {number} has connected");
+                info!("QMP client {number} connected");
                 let why = serve_client(&stream, lines, &context);
                 // The client can send no more commands. The writer thread closes the connection after the last line.
                 let _ = stream.shutdown(Shutdown::Read);
@@ -105,10 +105,10 @@ impl QmpClients {
                 let phase = lock(&context.device).hinting_status().phase;
                 match phase {
                     Phase::Requested(id) | Phase::Started(id) => info!(
-                        "operator {number} has gone: {why}; hinting round {:#x} goes on",
+                        "QMP client {number} disconnected: {why}; hint round {:#x} continues",
                         id.number()
                     ),
-                    _ => info!("operator {number} has gone: {why}"),
+                    _ => info!("QMP client {number} disconnected: {why}"),
                 }
             })?);
         Ok(())

@@ -101,7 +101,7 @@ impl<'a> QmpSession<'a> {
                 return error(
                     id.as_ref(),
                     "GenericError",
-                    &format!("QMP input is wrong: {why}"),
+                    &format!("invalid QMP input: {why}"),
                 )
             }
         };

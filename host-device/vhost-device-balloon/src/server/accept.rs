@@ -36,14 +36,14 @@ impl Server {
     fn refuse(&self) {
         if self.session.is_none() {
             warn!(
-                "a front end was refused at {}: the memory of the guest before it is still being migrated",
+                "front end refused at {}: the daemon is busy with the migration of the previous guest, or with other connections; try again later",
                 self.options.socket_path.display()
             );
             return;
         }
         warn!(
-            "a second front end was refused at {}: one is connected, and a balloon serves one guest; start \
-             another vhost-device-balloon with a socket of its own",
+            "second front end refused at {}: one is already connected; start another vhost-device-balloon \
+             with its own socket",
             self.options.socket_path.display()
         );
     }
@@ -59,7 +59,7 @@ impl Server {
                 }
                 Ok((_, 1..)) if !self.is_busy() => self.serve_front_end(stream)?,
                 Ok((_, 1..)) => self.refuse(),
-                Ok(_) | Err(_) => debug!("somebody connected and said nothing"),
+                Ok(_) | Err(_) => debug!("vhost-user: a connection closed without sending data"),
             }
         }
         Ok(())
@@ -67,7 +67,7 @@ impl Server {
 
     fn serve_front_end(&mut self, stream: UnixStream) -> Result<(), ServerError> {
         stream.set_nonblocking(false)?;
-        info!("a front end has connected");
+        info!("front end connected");
         let wake = self.wake.1.try_clone()?;
         self.session = Some(Session::start(stream, self.device.clone(), move || {
             let _ = (&wake).write(&[SESSION_ENDED]);

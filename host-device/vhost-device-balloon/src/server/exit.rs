@@ -34,14 +34,14 @@ impl Server {
             return Ok(None);
         }
         if migrating {
-            info!("{}; stays until the migration has ended", ended.reason);
+            info!("{}; exiting after the migration", ended.reason);
             self.session_end = Some(ended);
             return Ok(None);
         }
         if ended.is_error {
             return Err(ServerError::FrontEnd(ended.reason));
         }
-        info!("ends, because {}", ended.reason);
+        info!("exiting: {}", ended.reason);
         Ok(Some(Exit::FrontEndDisconnected(ended)))
     }
 
@@ -63,7 +63,7 @@ impl Server {
         if ended.is_error {
             return Err(ServerError::FrontEnd(ended.reason.clone()));
         }
-        info!("ends, because {}, and the migration is over", ended.reason);
+        info!("exiting: {}, and the migration has ended", ended.reason);
         Ok(Some(Exit::FrontEndDisconnected(ended.clone())))
     }
 }

@@ -64,7 +64,7 @@ pub enum ServerError {
     #[error(transparent)]
     Session(#[from] SessionError),
     /// The host reported an error.
-    #[error("the sockets cannot be watched: {0}")]
+    #[error("sockets cannot be polled: {0}")]
     Io(#[from] io::Error),
 }
 
@@ -178,7 +178,7 @@ impl Server {
             quit: Box::new(move || shutdown_handle.stop()),
         });
         info!(
-            "listening at {} with {}",
+            "vhost-user: listening on {}, offering {}",
             front_end_listener.path().display(),
             if options.features.is_empty() {
                 "no features".into()
@@ -187,7 +187,7 @@ impl Server {
             }
         );
         if let Some(socket) = &qmp_listener {
-            info!("operators are welcome at {}", socket.path().display());
+            info!("QMP: listening on {}", socket.path().display());
         }
         Ok(Self {
             options,
@@ -242,7 +242,7 @@ impl Server {
                 let words = words.get(..count).unwrap_or_default();
                 let known = [SESSION_ENDED, MIGRATION_ENDED];
                 if words.iter().any(|word| !known.contains(word)) {
-                    info!("told to end");
+                    info!("shutdown requested");
                     return Ok(Exit::Stopped);
                 }
                 if words.contains(&SESSION_ENDED) {

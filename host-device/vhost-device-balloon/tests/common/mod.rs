@@ -477,7 +477,7 @@ impl Vmm {
             if used == queue.added {
                 break;
             }
-            assert!(Instant::now() < limit, "the buffer does not come back");
+            assert!(Instant::now() < limit, "the buffer was not returned");
             thread::sleep(Duration::from_millis(1));
         }
     }

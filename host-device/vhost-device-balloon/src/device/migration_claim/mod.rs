@@ -37,12 +37,10 @@ pub(super) struct MigrationClaim {
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
     /// Another migration has claimed hinting.
-    #[error("a migration is under way already: one at a time")]
+    #[error("a migration is already in progress")]
     AlreadyClaimed,
     /// No front end has shared guest memory.
-    #[error(
-        "no front end has shared its memory yet: start the VMM with this device's socket first"
-    )]
+    #[error("no front end has shared guest memory: start the VMM with this device's socket first")]
     NoMemory,
     /// Guest memory cannot be migrated: for example, it is not in files.
     #[error("guest memory cannot be migrated: {0}")]

@@ -129,7 +129,7 @@ impl Device {
             Phase::Requested(now) | Phase::Started(now) if now == id => Ok(false),
             _ => Err(match self.check_hinting_available() {
                 Err(error) => error.to_string(),
-                Ok(()) => "the guest's driver was started anew".into(),
+                Ok(()) => "driver restarted".into(),
             }),
         }
     }

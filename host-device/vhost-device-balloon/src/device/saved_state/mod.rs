@@ -29,7 +29,7 @@ const MAX_BYTES: u64 = 1 << 16;
 #[derive(Debug, Error)]
 pub enum SavedStateError {
     /// The file cannot be read.
-    #[error("the device state in {path} cannot be read: {source}")]
+    #[error("device state {path} cannot be read: {source}")]
     Read {
         /// The file.
         path: PathBuf,
@@ -38,7 +38,7 @@ pub enum SavedStateError {
     },
     /// The file cannot be written. Its old content is unchanged, unless only the last step failed: the sync of the
     /// directory after the rename.
-    #[error("the device state cannot be written to {path}: {source}")]
+    #[error("device state cannot be written to {path}: {source}")]
     Write {
         /// The file.
         path: PathBuf,
@@ -54,27 +54,25 @@ pub enum SavedStateError {
         why: String,
     },
     /// A newer or older program wrote the state.
-    #[error("the device state has version {0}; this program knows version {VERSION}")]
+    #[error("device state has version {0}; this daemon supports version {VERSION}")]
     Version(u64),
     /// The state is that of another kind of device.
-    #[error("the device state is that of a '{0}', not of a '{DEVICE}'")]
+    #[error("device state is of a '{0}', not of a '{DEVICE}'")]
     OtherDevice(String),
     /// The state names an unknown feature.
-    #[error("the device state names the feature '{0}', which does not exist")]
+    #[error("device state has the unknown feature '{0}'")]
     UnknownFeature(String),
     /// The driver uses features that this daemon does not offer.
     #[error(
-        "the guest's driver uses {0}, which is not offered here: start with the options of the daemon that saved \
+        "driver uses {0}, which is not offered: start with the feature options of the daemon that saved \
          the state"
     )]
     NotOffered(Features),
     /// The next hint id is outside the range of hint ids.
-    #[error(
-        "the device state has the next hint id {0:#x}, which is outside 0x80000000 to 0xffffffff"
-    )]
+    #[error("device state has the next hint id {0:#x}, which is outside 0x80000000 to 0xffffffff")]
     NextId(u32),
     /// The command id is reserved.
-    #[error("the device state has the command id {0:#x}, which is reserved")]
+    #[error("device state has the command id {0:#x}, which is reserved")]
     Command(u32),
 }
 
@@ -128,7 +126,7 @@ impl SavedState {
             .read_to_end(&mut bytes)
             .map_err(cannot)?;
         if bytes.len() as u64 > MAX_BYTES {
-            return Err(malformed(format!("it is longer than {MAX_BYTES} bytes")));
+            return Err(malformed(format!("longer than {MAX_BYTES} bytes")));
         }
         let header: Header =
             serde_json::from_slice(&bytes).map_err(|why| malformed(why.to_string()))?;

@@ -54,7 +54,7 @@ impl Device {
         self.config.poison_val = saved.poison_val;
         self.hinting = Hinting::from_saved_state(next, over);
         info!(
-            "goes on from a saved state: {} pages in the balloon, next hint id {:#x}",
+            "device state restored: {} pages in the balloon, next hint id {:#x}",
             saved.actual, saved.next_hint_id
         );
         Ok(())

@@ -118,7 +118,7 @@ fn notifications_that_cannot_be_read_are_a_failure_of_the_queue() {
     vring.set_kick(Some(File::from(OwnedFd::from(reader))));
     drop(writer);
     assert_eq!(vring.failure(), None);
-    assert!(vring.read_kick().unwrap(), "the device is to look at it");
+    assert!(vring.read_kick().unwrap(), "the device must handle it");
     assert!(vring.failure().is_some());
     vring.set_kick(None);
     assert_eq!(vring.failure(), None);
