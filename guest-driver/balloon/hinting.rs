@@ -13,8 +13,8 @@
 //! allocator before and after that. No other owner can free a hinted block in flight, so the driver
 //! keeps its promise `KEEPS_HINTED_UNTIL_RETURNED` by construction.
 //!
-//! The folder has the rest: [`poll`](self::poll) runs the work item, and
-//! [`notifiers`](self::notifiers) pause the hint round or take hinted blocks from it.
+//! The folder has the rest: [`poll`] runs the work item, and
+//! [`notifiers`] pause the hint round or take hinted blocks from it.
 
 mod budget;
 mod notifiers;

@@ -8,7 +8,7 @@
 //! result, that caller calls the function itself.
 //!
 //! If the guest runs out of memory, an OOM notifier deflates the balloon in the task that needs
-//! memory: see [`oom_deflation`](self::oom_deflation).
+//! memory: see [`oom_deflation`].
 
 mod oom_deflation;
 #[cfg(CONFIG_KUNIT = "y")]

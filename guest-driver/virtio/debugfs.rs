@@ -25,9 +25,9 @@ global_lock! {
     unsafe(uninit) static DRIVER_DIR: Mutex<Option<Dir>> = None;
 }
 
-/// Whether the initialisation of [`DRIVER_DIR`] has begun.
+/// Whether the initialisation of [`static@DRIVER_DIR`] has begun.
 static CLAIMED: AtomicFlag = AtomicFlag::new(false);
-/// Whether [`DRIVER_DIR`] is initialised.
+/// Whether [`static@DRIVER_DIR`] is initialised.
 static READY: AtomicFlag = AtomicFlag::new(false);
 
 /// The debugfs directory of the driver, which dropping this removes.

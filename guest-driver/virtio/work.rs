@@ -213,7 +213,7 @@ pub unsafe trait HasDelayedWork<const ID: u64 = 0>: Sized {
     unsafe fn work_container_of(dwork: *const DelayedWork<Self, ID>) -> *const Self;
 }
 
-/// Declares which fields of a type are its [`DelayedWork`](crate::virtio::work::DelayedWork)s.
+/// Declares which fields of a type are its [`DelayedWork`]s.
 #[macro_export]
 macro_rules! impl_has_delayed_work {
     ($(impl HasDelayedWork<$id:literal> for $self:ty { self.$field:ident })*) => {$(
@@ -237,7 +237,7 @@ macro_rules! impl_has_delayed_work {
 }
 pub use crate::impl_has_delayed_work;
 
-/// Returns an initialiser of a [`DelayedWork`](crate::virtio::work::DelayedWork) with this name,
+/// Returns an initialiser of a [`DelayedWork`] with this name,
 /// for this work queue.
 #[macro_export]
 macro_rules! new_delayed_work {

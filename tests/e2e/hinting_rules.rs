@@ -30,7 +30,7 @@ fn r1_the_daemon_sleeps_while_a_hint_round_waits_for_the_guest() -> Result<()> {
     let hint_round = guest.daemon()?.qmp().wait_hint_status("finished")?;
     ensure!(
         hint_round.blocks > 0,
-        "the guest hinted nothing when it went on: {hint_round:?}"
+        "the guest hinted nothing after it was resumed: {hint_round:?}"
     );
     check_idle(&mut guest, SLEEPS, TICKS).context("while the guest holds its blocks")?;
     guest.power_off()?;

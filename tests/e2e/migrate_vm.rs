@@ -147,7 +147,7 @@ fn migrate_vm(artifacts: &Artifacts, guest: &mut Guest) -> Result<(SourceVm, Des
     destination_vm.destination.wait()?;
     let ram = &report.memory.ram;
     println!(
-        "moved in {} ms, {} rounds, {} MiB on the wire, {} pages skipped by hints; stood still for {} ms",
+        "migrated in {} ms, {} iterations, {} MiB on the wire, {} pages skipped by hints; downtime {} ms",
         report.memory.total_time,
         report.memory.rounds.len(),
         ram.transferred / MIB,

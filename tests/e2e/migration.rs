@@ -322,7 +322,7 @@ fn r15_pages_that_the_destination_lacks_are_missed() -> Result<()> {
         if !adopt {
             let found = guest.check_different_pages_are_free(&comparison);
             println!("{found:?}");
-            ensure!(found.is_err(), "nobody uses what was lost");
+            ensure!(found.is_err(), "no process uses the lost pages");
             stressed_guest.check_unharmed()?;
         }
         let found = stressed_guest.guest.call(Verify { workload })?;

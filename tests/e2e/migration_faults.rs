@@ -61,7 +61,7 @@ fn slow_proxy(scratch: &Scratch, destination: &Destination, bytes: u64) -> Resul
 /// Waits until the migration has transferred `bytes`.
 fn wait_sent(stressed_guest: &mut StressedGuest, bytes: u64) -> Result<MigrationInfo> {
     stressed_guest.guest.daemon()?.qmp().wait_migration(
-        "so many bytes sent",
+        "enough bytes sent",
         |now| now.status == MigrationStatus::Active && now.ram.transferred >= bytes,
         HANG_TIMEOUT,
     )
@@ -77,7 +77,7 @@ fn check_failed(stressed_guest: &mut StressedGuest, words: &[&str]) -> Result<St
     );
     ensure!(
         !stressed_guest.guest.is_paused()?,
-        "the guest stands still: {why}"
+        "the guest is paused: {why}"
     );
     Ok(why)
 }
@@ -192,7 +192,7 @@ fn r16_a_migration_that_is_cancelled_at_a_random_point_harms_nobody() -> Result<
         let status = stressed_guest.guest.daemon()?.qmp().wait_migration_end()?;
         slowest = slowest.max(then.elapsed());
         ensure!(status.status == MigrationStatus::Cancelled, "{status:?}");
-        ensure!(!stressed_guest.guest.is_paused()?, "the guest stands still");
+        ensure!(!stressed_guest.guest.is_paused()?, "the guest is paused");
         drop(proxy);
         destination.wait_failure()?;
         if turn % 4 == 0 {
@@ -294,7 +294,7 @@ fn r16_a_destination_that_is_killed_or_not_there_harms_nobody() -> Result<()> {
     // First nothing listens, then a listener that is no receiver.
     stressed_guest
         .guest
-        .start_migration(&uri(&scratch.path("nobody")))?;
+        .start_migration(&uri(&scratch.path("absent")))?;
     println!("{}", check_failed(&mut stressed_guest, &["No such file"])?);
     let listener = std::os::unix::net::UnixListener::bind(scratch.path("somebody"))?;
     stressed_guest

@@ -175,7 +175,7 @@ fn compaction_ends_when_the_device_does_not_answer() -> Result<()> {
     let now = guest.vmstat_counter("balloon_migrate")?;
     ensure!(
         now == migrated,
-        "{} pages were moved by nobody",
+        "{} pages were migrated without the device",
         now - migrated
     );
     let pages = guest.counters()?.get("balloon_pages")?;

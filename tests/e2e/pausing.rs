@@ -128,7 +128,7 @@ impl<'a> WriteDetector<'a> {
         self.seen.compare(self.memory, |run| changed.push(run))?;
         ensure!(
             changed.is_empty(),
-            "written while all stood still: {changed:?}"
+            "written while all processes were stopped: {changed:?}"
         );
         Ok(())
     }

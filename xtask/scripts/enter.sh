@@ -9,7 +9,7 @@ mount --rbind /dev "$root/dev"
 mount -t tmpfs tmpfs "$root/tmp"
 while [ "$1" != -- ]; do
 	mount --bind "$2" "$root$3"
-	# A user namespace may not be allowed to: then the folder is only not written to.
+	# A user namespace may not be allowed to remount. The folder is writable then, but nothing writes to it.
 	[ "$1" = rw ] || mount -o remount,bind,ro "$root$3" 2>/dev/null || true
 	shift 3
 done

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Runs on the host, with package lists of its own. Puts into $FOLDER, of the newest cloud kernel of the series $SERIES that
-# $SUITE offers: the kernel, its configuration, and the modules that a guest of the tests may load. With $SOURCE=1 also what
-# modules are built from: the symbols and the source.
+# Runs on the host, with package lists of its own. Fetches into $FOLDER the newest cloud kernel of the series $SERIES in
+# $SUITE: the image, its configuration, and the modules that guests may load. With $SOURCE=1 also fetches the symbols
+# and the source that modules are built from.
 set -eu
 cd "$FOLDER"
 mkdir -p apt/lists/partial apt/cache/archives/partial apt/unpacked modules
@@ -18,7 +18,7 @@ apt() {
 apt apt-get update --error-on=any
 version_of() { apt apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n 's/^Version: //p' | head -n 1; }
 
-# Of the images the newest; where modules are to be built, the newest that there are headers and source of.
+# Takes the newest image. If modules are built for it, takes the newest image with headers and source.
 wanted=
 [ "$SOURCE" != 1 ] || wanted=$(version_of "linux-source-$SERIES")
 release=
@@ -32,7 +32,7 @@ for package in $(apt apt-cache pkgnames "linux-image-$SERIES." | grep -x "linux-
 done
 [ -n "$release" ] || { echo "$SUITE offers no linux-image-$SERIES…-cloud-amd64 $wanted" >&2; exit 1; }
 
-# What makes up the kernel: one package in some versions, several in others.
+# The kernel is one package in some versions and several in others.
 parts=
 for kind in image base binary modules; do
 	[ "$(version_of "linux-$kind-$release")" != "$newest" ] || parts="$parts linux-$kind-$release=$newest"
@@ -46,7 +46,7 @@ for package in *.deb; do
 	dpkg-deb -x "$package" unpacked
 	rm "$package"
 done
-# Where these lie has changed over time.
+# The paths of these files differ between versions.
 take() {
 	target=$1
 	shift

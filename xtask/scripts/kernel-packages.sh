@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Runs in the new root file system while apt has its lists. Puts into /kernel, of the newest version of the series $1 that
+# Runs in the new root file system while apt has its lists. Puts into /kernel the newest version of the series $1 that
 # apt offers: the stock kernel, its modules and configuration, the symbols for modules, and the source.
 set -eu
 series=$1
@@ -12,8 +12,8 @@ for headers in $(apt-cache pkgnames "linux-headers-$series" | grep -x "linux-hea
 	[ "$(version_of "$headers")" != "$version" ] || release=${headers#linux-headers-}
 done
 [ -n "$release" ] || { echo "apt offers no linux-headers-$series…-cloud-amd64 of version $version" >&2; exit 1; }
-# What makes up the kernel: one package in some versions, several in others. A signed one comes later than the rest; the
-# unsigned one is the same but for the signature.
+# The kernel is one package in some versions and several in others. Signed packages appear later than unsigned ones,
+# which differ only in the signature.
 parts=
 for kind in image base binary modules; do
 	for package in "linux-$kind-$release" "linux-$kind-$release-unsigned"; do
@@ -33,7 +33,7 @@ for package in *.deb; do
 	dpkg-deb -x "$package" unpacked
 	rm "$package"
 done
-# Where these lie has changed over time.
+# The paths of these files differ between versions.
 take() {
 	target=$1
 	shift

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-# Builds user-mode Linux in /src/uml, from the fragment that lies there and nothing else.
+# Builds user-mode Linux in /src/uml, only from the configuration fragment in that folder.
 cd /src/linux
 make ARCH=um O=/src/uml KCONFIG_ALLCONFIG=/src/uml/fragment allnoconfig
 missing=$(grep '^CONFIG_' /src/uml/fragment | grep -vxFf /src/uml/.config || true)

@@ -35,7 +35,7 @@ pub fn write(bytes: &mut [u8], seed: u64, page: u64) {
     }
 }
 
-/// Returns whether `bytes` hold the pattern that [`write`] writes for `seed` and `page`.
+/// Returns whether `bytes` hold the pattern that [`write()`] writes for `seed` and `page`.
 #[must_use]
 pub fn holds(bytes: &[u8], seed: u64, page: u64) -> bool {
     bytes

@@ -195,7 +195,7 @@ impl Process {
         let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         match waitid(Id::Pid(self.pid()?), flags) {
             Ok(WaitStatus::Stopped(..)) => Ok(()),
-            other => bail!("{} was to stand still: {other:?}", self.name),
+            other => bail!("{} does not stop: {other:?}", self.name),
         }
     }
 

@@ -77,7 +77,7 @@ impl StressedGuest {
         };
         self.stress
             .wait_compared(&mut self.guest, pages, HANG_TIMEOUT)
-            .context("the workloads do not go on as they should")
+            .context("the workloads make no progress")
     }
 
     /// Returns the sum of the statistics of all workloads so far.

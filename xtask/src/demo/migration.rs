@@ -71,7 +71,7 @@ fn migrate(
         .context("the guest's kernel log after a migration")?;
     let rounds = status.rounds.len();
     say(format_args!(
-        "host: {} over the wire in {rounds} rounds; the guest goes on, and has its {} free again",
+        "host: {} over the wire in {rounds} iterations; the guest continues, with {} free again",
         mib(status.ram.transferred),
         mib(before.free)
     ));

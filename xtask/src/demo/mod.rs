@@ -160,10 +160,7 @@ fn balloon(guest: &mut Guest, figures: &mut Figures) -> Result<()> {
     // Everything free except what the guest needs to keep running.
     figures.asked = before.free.saturating_sub(4 * SPARE) / MIB * MIB;
     let target = figures.guest_memory - figures.asked;
-    say(format_args!(
-        "host: the balloon shall take {}",
-        mib(figures.asked)
-    ));
+    say(format_args!("host: balloon target {}", mib(figures.asked)));
     guest.balloon_qmp()?.set_balloon(target)?;
     guest.balloon_qmp()?.wait_balloon(target, BALLOON_LIMIT)?;
     figures.taken = figures.guest_memory - guest.balloon_qmp()?.balloon_actual()?;

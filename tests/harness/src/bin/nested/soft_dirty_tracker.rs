@@ -130,7 +130,7 @@ impl MiniMigration {
     }
 
     fn punch(&self, page: u64) -> Result<()> {
-        let _guard = self.lock.lock().expect("nobody panics");
+        let _guard = self.lock.lock().expect("no thread panics");
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let (start, length) = (i64::try_from(page * PAGE)?, i64::try_from(PAGE)?);
         fallocate(self.file()?, flags, start, length)?;
@@ -355,7 +355,7 @@ fn check_concurrent_writes(mini: &mut MiniMigration, writers: &mut [Writer]) -> 
             while !stop.load(Ordering::Relaxed) {
                 // Let others take the lock.
                 std::thread::sleep(Duration::from_millis(1));
-                let _guard = lock.lock().expect("nobody panics");
+                let _guard = lock.lock().expect("no thread panics");
                 let soon = AtomicBool::new(false);
                 // Write in short bursts.
                 std::thread::scope(|scope| {
@@ -363,7 +363,7 @@ fn check_concurrent_writes(mini: &mut MiniMigration, writers: &mut [Writer]) -> 
                     let pounding = scope.spawn(|| write_random(&mapping, PAGES, seed, &soon));
                     std::thread::sleep(Duration::from_micros(200));
                     soon.store(true, Ordering::Relaxed);
-                    pounding.join().expect("nobody panics")
+                    pounding.join().expect("no thread panics")
                 })?;
             }
             Ok(())
@@ -379,7 +379,7 @@ fn check_concurrent_writes(mini: &mut MiniMigration, writers: &mut [Writer]) -> 
         writer.execute(&WriterRequest::StopHammer)?;
     }
     stop.store(true, Ordering::Relaxed);
-    own.join().expect("nobody panics")?;
+    own.join().expect("no thread panics")?;
     mini.sync()?;
     mini.send()?;
     let differing = mini.differing(PAGES)?;
