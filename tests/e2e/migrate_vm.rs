@@ -289,8 +289,8 @@ fn a_guest_in_qemu_that_cannot_be_migrated_goes_on_where_it_is() -> Result<()> {
     ensure!(ended.code() == Some(1), "{}", child.diagnostics());
     let log = child.output().text();
     for words in [
-        "the guest goes on at the source",
-        "the balloon is plugged in again at the source",
+        "guest runs at the source again",
+        "balloon is plugged in again at the source",
     ] {
         ensure!(log.contains(words), "{log}");
     }

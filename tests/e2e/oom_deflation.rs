@@ -156,7 +156,10 @@ fn balloon_keeps_other_nodes(driver: Driver) -> Result<()> {
     let error = guest.fill(NODE, 1, 3).err();
     let error = error.context("a process has memory that is not there")?;
     ensure!(format!("{error:#}").contains("is gone"), "{error:#}");
-    ensure!(guest.vmstat_counter("oom_kill")? > 0, "no process was killed");
+    ensure!(
+        guest.vmstat_counter("oom_kill")? > 0,
+        "no process was killed"
+    );
     let after = [
         guest.balloon_pages_on_node(0)?,
         guest.balloon_pages_on_node(1)?,
@@ -195,7 +198,10 @@ fn a_process_without_memory_does_not_wait_for_ever_for_the_device() -> Result<()
     guest.stop_daemon()?;
     let filled = guest.fill(WANTED, 1, 3);
     ensure!(filled.is_err(), "it has memory that the host did not give");
-    ensure!(guest.vmstat_counter("oom_kill")? > 0, "no process was killed");
+    ensure!(
+        guest.vmstat_counter("oom_kill")? > 0,
+        "no process was killed"
+    );
 
     guest.continue_daemon()?;
     // The next OOM deflation starts only after the device has acknowledged the last one. There was none if the process

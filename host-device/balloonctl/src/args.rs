@@ -10,45 +10,45 @@ use crate::size;
 
 const EXAMPLES: &str = "\
 Examples:
-  export BALLOONCTL_QMP=/tmp/b.qmp            # what vhost-device-balloon was given as --qmp-socket
+  export BALLOONCTL_QMP=/tmp/b.qmp            # the --qmp-socket of the daemon
   balloonctl status
-  balloonctl target 2G --wait 30              # the guest shall have 2 GiB; the rest goes into the balloon
+  balloonctl target 2G --wait 30              # the guest keeps 2 GiB; the rest goes into the balloon
   balloonctl hint start; balloonctl hint status; balloonctl hint done
 
-  Moving a guest's memory, live. First at the destination, then at the source:
+  To migrate the memory of a guest, start the receiver at the destination, then the migration at the source:
     balloonctl receive --listen unix:/tmp/ram.sock --memory-file /dev/shm/there
     balloonctl migrate --to unix:/tmp/ram.sock --vmm-qmp /tmp/source.qmp
 
-  Moving a whole guest from one QEMU to another: see balloonctl migrate-vm --help.
+  To migrate a whole guest from one QEMU to another, see balloonctl migrate-vm --help.
 
-Results go to standard output (with --json as one JSON value), progress and errors to standard error.
+Results are written to standard output (with --json as one JSON value), progress and errors to standard error.
 
 Exit status:
-  0  done
-  1  refused, or failed; what was begun is undone
-  2  the command line is wrong
-  3  no connection to a QMP socket, or it was lost
-  4  cancelled by Ctrl-C (SIGINT), SIGTERM or SIGHUP
-  5  not done within the time limit that was given
-  6  what was received is incomplete: the memory file's marker is left beside it
-  7  something could not be undone, and wants looking at; the message says what";
+  0  The command succeeded.
+  1  The command was refused or failed. Completed steps were undone.
+  2  The command line is wrong.
+  3  The connection to a QMP socket failed or was lost.
+  4  The command was cancelled by Ctrl-C (SIGINT), SIGTERM or SIGHUP.
+  5  The command exceeded its time limit.
+  6  The received memory is incomplete. The incomplete marker remains beside the memory file.
+  7  A step could not be undone, or the state of the destination is unknown. The message says what to check.";
 
 const MIGRATE_EXAMPLES: &str = "\
-The receiver (balloonctl receive, or a QEMU's worth of your own) must listen already, unless the address is a file.
-Without --vmm-qmp the processes that map the guest's memory are stopped for the last round.
-Ctrl-C cancels: the guest runs on, and has its pages back. A second Ctrl-C leaves without waiting for that.
+Start the receiver first (balloonctl receive), unless the address is a file.
+Without --vmm-qmp, the processes that map guest memory are stopped for the last iteration.
+Ctrl-C cancels the migration: the guest continues to run and gets its hinted pages back. A second Ctrl-C exits at once.
 
 Examples:
   balloonctl migrate --to unix:/tmp/ram.sock --vmm-qmp /tmp/source.qmp
   balloonctl migrate --to tcp:192.0.2.7:4444 --max-bandwidth 100M --downtime-limit 200
   balloonctl migrate --to file:/backup/guest.ram --compress zstd --channels 1
-  balloonctl migrate --to unix:/tmp/ram.sock --no-hints         # to see what hints spare
+  balloonctl migrate --to unix:/tmp/ram.sock --no-hints         # to measure what hints save
   balloonctl --json migrate --to unix:/tmp/ram.sock | jq .ram.transferred";
 
 const RECEIVE_EXAMPLES: &str = "\
-The file is written in place, so a VMM may have it mapped and wait (QEMU: -incoming defer). Pages that are zero, or
-that the guest held free, take no space in it. From before the first byte until the stream has ended well there is a
-marker beside it, FILE.incomplete: never start a guest from memory that has one.
+The file is written in place, so a waiting VMM may have mapped it already (QEMU: -incoming defer). Zero pages and
+pages skipped by hints take no space in it. The marker FILE.incomplete exists from the start of the receiver until the
+stream has been checked. Never start a guest from a memory file that has a marker.
 
 Examples:
   balloonctl receive --listen unix:/tmp/ram.sock --memory-file /dev/shm/there
@@ -56,43 +56,44 @@ Examples:
   balloonctl receive --listen file:/backup/guest.ram --memory-file /dev/shm/again";
 
 const MIGRATE_VM_EXAMPLES: &str = "\
-What it does, step by step, is shown by --dry-run with every command. In short: our daemon sends memory while the guest
-runs; when the rest fits the downtime, the balloon is unplugged, the guest is stopped, and the daemon sends the rest;
-QEMU moves the state of its devices; the balloon is plugged in at the destination; the guest goes on there.
-If anything fails before the destination runs, or at Ctrl-C, the guest goes on at the source, with its balloon.
+The daemon sends memory while the guest runs. When the rest fits the downtime, the balloon is unplugged, the guest is
+paused, and the daemon sends the rest. QEMU migrates the state of its devices. The balloon is plugged in at the
+destination, and the guest resumes there. --dry-run prints every step with its command.
+If a step fails before the guest runs at the destination, or at Ctrl-C, the guest continues at the source with its
+balloon.
 
-Both QEMUs have the same machine, memory in a shared file, and an empty slot for the balloon at the destination:
+Both QEMUs need the same machine and memory in a shared file. The destination needs an empty slot for the balloon:
   -object memory-backend-file,id=mem,size=2G,mem-path=FILE,share=on -machine q35,memory-backend=mem
   -device pcie-root-port,id=slot0,chassis=1
 
-Example, with everything on one host. The guest, and its balloon:
+Example on one host. Start the guest with its balloon:
   vhost-device-balloon --persistent --free-page-hint --socket-path /tmp/b1 --qmp-socket /tmp/b1.qmp &
   qemu-system-x86_64 ... MACHINE with mem-path=/dev/shm/here ... -qmp unix:/tmp/q1.qmp,server,nowait \\
     -chardev socket,id=balloon,path=/tmp/b1 -device vhost-user-test-device-pci,id=balloon0,bus=slot0,\\
 chardev=balloon,virtio-id=5,num_vqs=5,vq_size=128,config_size=16
 
-The destination waits:
+Start the destination, which waits:
   qemu-system-x86_64 ... MACHINE with mem-path=/dev/shm/there ... -qmp unix:/tmp/q2.qmp,server,nowait -incoming defer &
   balloonctl receive --listen unix:/tmp/ram.sock --memory-file /dev/shm/there &
 
-And it is moved:
+Migrate the guest:
   balloonctl --qmp /tmp/b1.qmp migrate-vm --source-qmp /tmp/q1.qmp --destination-qmp /tmp/q2.qmp \\
     --to unix:/tmp/ram.sock --device-socket /tmp/b2 --device-state /tmp/b2.state --device-command \\
     'vhost-device-balloon --free-page-hint --socket-path /tmp/b2 --qmp-socket /tmp/b2.qmp --device-state /tmp/b2.state'";
 
-/// Commands vhost-device-balloon: the balloon, hints about free pages, and migrations that skip these.
+/// Controls vhost-device-balloon: the balloon, free page hinting, and live migrations that skip free pages.
 #[derive(Clone, Debug, Parser)]
 #[command(version, after_help = EXAMPLES)]
 pub struct Args {
-    /// The daemon's QMP socket: its --qmp-socket.
+    /// Path of the QMP socket of the daemon (its --qmp-socket).
     #[arg(long, global = true, env = "BALLOONCTL_QMP", value_name = "PATH")]
     pub qmp: Option<PathBuf>,
 
-    /// Print the result as one JSON value; a failure as {"error": {"exit-status": N, "desc": "..."}}.
+    /// Print the result as one JSON value, and a failure as {"error": {"exit-status": N, "desc": "..."}}.
     #[arg(long, global = true)]
     pub json: bool,
 
-    /// What to do.
+    /// The command to execute.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -100,22 +101,22 @@ pub struct Args {
 /// What to do.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Show the balloon, its driver, the guest's memory on the host, hints and the last migration.
+    /// Show the balloon, its driver, the host memory of the guest, hinting and the last migration.
     Status,
-    /// Set how much memory the guest shall have; the rest goes into the balloon.
+    /// Set how much memory the guest keeps. The rest goes into the balloon.
     Target(Target),
-    /// Rounds of free page hinting by hand.
+    /// Control hint rounds of free page hinting manually.
     #[command(subcommand)]
     Hint(Hint),
-    /// Send the guest's memory elsewhere while it runs, and pause it for the last of it.
+    /// Send guest memory to a receiver while the guest runs, and pause the guest for the last iteration.
     #[command(after_help = MIGRATE_EXAMPLES)]
     Migrate(Box<Migrate>),
-    /// Cancel the migration that runs. The guest runs on, and has its pages back.
+    /// Cancel the current migration. The guest continues to run and gets its hinted pages back.
     MigrateCancel,
-    /// Receive a guest's memory into files.
+    /// Receive guest memory into files.
     #[command(after_help = RECEIVE_EXAMPLES)]
     Receive(Receive),
-    /// Move a whole guest from one QEMU to another while it runs.
+    /// Migrate a whole guest from one QEMU to another while it runs.
     #[command(after_help = MIGRATE_VM_EXAMPLES)]
     MigrateVm(Box<MigrateVm>),
 }
@@ -124,11 +125,11 @@ pub enum Command {
 #[derive(Clone, Debug, ClapArgs)]
 #[command(after_help = "Examples:\n  balloonctl target 2G\n  balloonctl target 768M --wait 30")]
 pub struct Target {
-    /// The guest's memory: 2G, 1.5G, 512M, or bytes.
+    /// Memory that the guest keeps: 2G, 1.5G, 512M, or a number of bytes.
     #[arg(value_name = "SIZE", value_parser = size::parse)]
     pub memory: u64,
 
-    /// Wait until the guest has it, for so many seconds at most.
+    /// Wait until the guest has reached the target, at most this number of seconds.
     #[arg(long, value_name = "SECONDS")]
     pub wait: Option<u64>,
 }
@@ -136,76 +137,76 @@ pub struct Target {
 /// What `hint` does.
 #[derive(Clone, Copy, Debug, Subcommand)]
 pub enum Hint {
-    /// Mark all memory dirty, and ask the guest for its free pages under a new id.
+    /// Mark all memory dirty, and start a hint round with a new command id.
     Start,
-    /// Want no more hints; the guest keeps what it has hinted.
+    /// Stop the hint round. The guest keeps its hinted blocks.
     Stop,
-    /// Tell the guest to take its hinted pages back.
+    /// Tell the guest to release its hinted blocks.
     Done,
-    /// Show how the round stands.
+    /// Show the state of the hint round.
     Status,
 }
 
 /// How writes to memory are noticed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub enum Tracking {
-    /// Whichever is sound here, the cheaper one first.
+    /// Soft-dirty bits if the kernel supports them, or else content hashes.
     Auto,
-    /// The host kernel's soft-dirty bits.
+    /// Soft-dirty bits of the host kernel.
     SoftDirty,
-    /// Hashes of pages as they were sent.
+    /// Hashes of the pages that were sent.
     Content,
 }
 
 /// How pages are compressed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
 pub enum Compression {
-    /// Not at all.
+    /// No compression.
     None,
-    /// With zstd.
+    /// Compression with zstd.
     Zstd,
 }
 
 /// How memory is sent; a value that is not given stays as the daemon has it.
 #[derive(Clone, Debug, Default, ClapArgs)]
 pub struct MigrationParameters {
-    /// The most bytes a second, with suffix; 0 for no limit.
+    /// Limit of the bandwidth, in bytes per second: 100M, 1G. 0 means no limit.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub max_bandwidth: Option<u64>,
 
-    /// How long the guest may be paused, in milliseconds.
+    /// How long the guest may be paused for the last iteration, in milliseconds.
     #[arg(long, value_name = "MS")]
     pub downtime_limit: Option<u64>,
 
-    /// How many connections to send over.
+    /// Number of connections to the receiver.
     #[arg(long, value_name = "N")]
     pub channels: Option<u8>,
 
-    /// Compress pages.
+    /// Compression of pages.
     #[arg(long, value_name = "HOW")]
     pub compress: Option<Compression>,
 
-    /// How hard zstd tries: 1 to 20.
+    /// Compression level of zstd, from 1 to 20.
     #[arg(long, value_name = "LEVEL")]
     pub zstd_level: Option<u8>,
 
-    /// The most rounds before the guest is paused, whatever is left.
+    /// Maximum number of iterations. The guest is then paused, however much memory remains.
     #[arg(long, value_name = "N")]
     pub max_rounds: Option<u32>,
 
-    /// Do not ask the guest for its free pages.
+    /// Do not use free page hints of the guest.
     #[arg(long)]
     pub no_hints: bool,
 
-    /// The longest to wait for the guest's hints in a round, in milliseconds.
+    /// How long the migration waits for hints, in total over all iterations, in milliseconds.
     #[arg(long, value_name = "MS")]
     pub hint_wait: Option<u64>,
 
-    /// How writes of the guest are noticed.
+    /// How writes of the guest are tracked.
     #[arg(long, value_name = "HOW")]
     pub tracking: Option<Tracking>,
 
-    /// Compare all of memory with what was sent while the guest is paused, and send what differs. Slow.
+    /// Compare all memory with the sent pages while the guest is paused, and resend pages that differ. This is slow.
     #[arg(long)]
     pub verify: bool,
 }
@@ -213,11 +214,11 @@ pub struct MigrationParameters {
 /// The options of `migrate`.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct Migrate {
-    /// Where to: unix:PATH, tcp:HOST:PORT, file:PATH.
+    /// Address of the receiver: unix:PATH, tcp:HOST:PORT or file:PATH.
     #[arg(long, value_name = "URI")]
     pub to: String,
 
-    /// The VMM's QMP socket, to pause the guest through. Without it, its processes are stopped.
+    /// QMP socket of the VMM, to pause the guest. Without it, the processes that map guest memory are stopped.
     #[arg(long, value_name = "PATH")]
     pub vmm_qmp: Option<PathBuf>,
 
@@ -225,7 +226,7 @@ pub struct Migrate {
     #[command(flatten)]
     pub migration_parameters: MigrationParameters,
 
-    /// Begin, and do not wait for the end.
+    /// Start the migration, and do not wait for its end.
     #[arg(long)]
     pub detach: bool,
 }
@@ -233,11 +234,11 @@ pub struct Migrate {
 /// The options of `receive`.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct Receive {
-    /// Where to listen: unix:PATH, tcp:HOST:PORT; or file:PATH to read from.
+    /// Address to listen on: unix:PATH or tcp:HOST:PORT. With file:PATH, the stream is read from that file.
     #[arg(long, value_name = "URI")]
     pub listen: String,
 
-    /// Where memory goes. With NAME, the block of that name; without, the only block there is.
+    /// Memory file of the RAM block NAME. NAME may be omitted if there is only one RAM block.
     #[arg(long, value_name = "[NAME=]PATH", required = true)]
     pub memory_file: Vec<String>,
 }
@@ -245,43 +246,43 @@ pub struct Receive {
 /// The options of `migrate-vm`.
 #[derive(Clone, Debug, ClapArgs)]
 pub struct MigrateVm {
-    /// The QMP socket of the QEMU that runs the guest.
+    /// Path of the QMP socket of the source QEMU, which runs the guest.
     #[arg(long, value_name = "PATH")]
     pub source_qmp: PathBuf,
 
-    /// The QMP socket of the QEMU that waits for it (-incoming defer).
+    /// Path of the QMP socket of the destination QEMU, which waits for the guest (-incoming defer).
     #[arg(long, value_name = "PATH")]
     pub destination_qmp: PathBuf,
 
-    /// Where memory is received: unix:PATH or tcp:HOST:PORT.
+    /// Address of the receiver of guest memory: unix:PATH or tcp:HOST:PORT.
     #[arg(long, value_name = "URI")]
     pub to: String,
 
-    /// The id of the balloon device at the source; it keeps it.
+    /// Id of the balloon device at the source. The device has the same id at the destination.
     #[arg(long, value_name = "ID", default_value = "balloon0")]
     pub device: String,
 
-    /// The bus for it at the destination. Default: the id of the one that it is on at the source.
+    /// Id of the bus for the balloon at the destination. Default: the id of its bus at the source.
     #[arg(long, value_name = "ID")]
     pub bus: Option<String>,
 
-    /// The vhost-user socket of the daemon at the destination. It need not be there before it is time.
+    /// Path of the vhost-user socket of the destination daemon. It need not exist when the migration starts.
     #[arg(long, value_name = "PATH")]
     pub device_socket: PathBuf,
 
-    /// The vhost-user socket of the daemon at the source. Default: what QEMU says.
+    /// Path of the vhost-user socket of the source daemon. Default: the path that QEMU reports.
     #[arg(long, value_name = "PATH")]
     pub source_device_socket: Option<PathBuf>,
 
-    /// Write the balloon's state into this file, for the daemon at the destination (its --device-state).
+    /// Write the state of the balloon device to this file, for the destination daemon (its --device-state).
     #[arg(long, value_name = "FILE")]
     pub device_state: Option<PathBuf>,
 
-    /// A shell command that starts the daemon at the destination, run once its state is written. Default: you see to it.
+    /// Shell command that starts the destination daemon, run after the device state is written. Default: none.
     #[arg(long, value_name = "COMMAND")]
     pub device_command: Option<String>,
 
-    /// Where QEMU's own state goes, as QEMU's migrate takes it. Default: a file for the time of the move, on this host.
+    /// URI for QEMU's own migration, as QEMU's migrate command expects it. Default: a temporary file on this host.
     #[arg(long, value_name = "URI")]
     pub vm_state: Option<String>,
 
@@ -289,15 +290,15 @@ pub struct MigrateVm {
     #[command(flatten)]
     pub migration_parameters: MigrationParameters,
 
-    /// The longest that a single step may take, in seconds, but for the rounds of memory.
+    /// Timeout of a single step, in seconds. It does not apply to the iterations of the memory migration.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub step_limit: u64,
 
-    /// Tell the source QEMU to quit once the destination runs. Otherwise it stays, paused.
+    /// Quit the source QEMU once the guest runs at the destination. Without it, the source remains paused.
     #[arg(long)]
     pub quit_source: bool,
 
-    /// Look, and print what would be done.
+    /// Check the preconditions and print the plan, without executing it.
     #[arg(long)]
     pub dry_run: bool,
 }

@@ -50,13 +50,13 @@ pub fn run(args: Args, output: &mut Output) -> Result<(), CommandError> {
 
 fn handle_signals() -> Result<Interrupts, CommandError> {
     Interrupts::from_signals()
-        .map_err(|error| CommandError::Io("cannot watch for signals".into(), error))
+        .map_err(|error| CommandError::Io("cannot install signal handlers".into(), error))
 }
 
 fn connect(qmp: Option<PathBuf>) -> Result<Client, CommandError> {
     let path = qmp.ok_or_else(|| {
         let text =
-            "no QMP socket: give --qmp PATH, or set BALLOONCTL_QMP, to the daemon's --qmp-socket";
+            "no QMP socket was given: set --qmp or BALLOONCTL_QMP to the path of the daemon's --qmp-socket";
         CommandError::Usage(text.into())
     })?;
     Ok(Client::connect(&path)?)

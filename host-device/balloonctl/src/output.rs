@@ -79,7 +79,7 @@ impl Output {
         self.clear_progress();
         let text = if self.json {
             serde_json::to_string_pretty(value).map_err(|error| {
-                CommandError::Failed(format!("cannot encode the result: {error}"))
+                CommandError::Failed(format!("result cannot be encoded: {error}"))
             })?
         } else {
             text.trim_end().to_owned()
@@ -88,7 +88,7 @@ impl Output {
             return Ok(());
         }
         writeln!(stdout(), "{text}")
-            .map_err(|error| CommandError::Io("cannot write the result".into(), error))
+            .map_err(|error| CommandError::Io("result cannot be written".into(), error))
     }
 }
 

@@ -17,7 +17,7 @@ const UNITS: [(&str, u64); 5] = [
 ///
 /// A sentence that states the expected format.
 pub fn parse(text: &str) -> Result<u64, String> {
-    let wrong = || format!("'{text}' is no size; examples: 2G, 1.5G, 512M, 4096");
+    let wrong = || format!("'{text}' is not a size; examples: 2G, 1.5G, 512M, 4096");
     let upper = text.trim().to_ascii_uppercase();
     let number = upper.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
     let suffix = upper.get(number.len()..).unwrap_or_default();
@@ -30,7 +30,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
     if whole.is_empty() || !digits(whole) || !digits(fraction) || fraction.len() > 9 {
         return Err(wrong());
     }
-    let too_large = || format!("'{text}' is more than 2^64 bytes");
+    let too_large = || format!("'{text}' exceeds 2^64 bytes");
     let whole: u64 = whole.parse().map_err(|_| too_large())?;
     let whole = whole.checked_mul(*unit).ok_or_else(too_large)?;
     let part = fraction

@@ -173,7 +173,7 @@ fn ctrl_c_cancels_a_migration_and_a_second_one_leaves_it() {
         }
         let ended = child.finish();
         assert_eq!(ended.status.code(), Some(4), "{}", text(&ended.stderr));
-        let left = text(&ended.stderr).contains("left while");
+        let left = text(&ended.stderr).contains("exited before");
         assert_eq!(left, times == 2, "{}", text(&ended.stderr));
     }
 }
@@ -188,7 +188,7 @@ fn receiver(folder: &Path) -> (Running, String, BufReader<ChildStderr>) {
     let mut errors = child.errors();
     let mut line = String::new();
     errors.read_line(&mut line).unwrap();
-    assert!(line.starts_with("listening at"), "{line}");
+    assert!(line.starts_with("listening on"), "{line}");
     (child, uri, errors)
 }
 

@@ -135,8 +135,8 @@ fn whatever_is_refused_the_guest_goes_on_at_the_source() {
 #[test]
 fn whatever_fails_on_the_way_the_guest_goes_on_at_the_source() {
     let cases = [
-        (Fault::Memory("first"), "the receiver has gone"),
-        (Fault::Memory("last"), "the receiver has gone"),
+        (Fault::Memory("first"), "receiver has disconnected"),
+        (Fault::Memory("last"), "receiver has disconnected"),
         (Fault::VmState(Peer::Source), "no space left"),
         (Fault::VmState(Peer::Destination), "no space left"),
         (Fault::Keeps, "still plugged in"),
@@ -173,7 +173,7 @@ fn a_guest_that_does_not_let_the_balloon_go_keeps_it() {
     let mut fake = fake(Some(Fault::Silent), &["--step-limit", "0"]);
     let error = migrate(&mut fake, VM_STATE).unwrap_err();
     assert_eq!(error.exit_status(), 5, "{}", error.full_message());
-    assert!(error.full_message().contains("did not let 'balloon0' go"));
+    assert!(error.full_message().contains("did not release 'balloon0'"));
     check_source_is_whole(&fake, "silent");
 }
 
@@ -225,7 +225,7 @@ fn once_it_runs_at_the_destination_nothing_is_undone() {
     assert_eq!(error.exit_status(), 7);
     assert!(error
         .full_message()
-        .starts_with("the guest runs at the destination"));
+        .starts_with("guest runs at the destination"));
     assert_eq!(fake.state().source.status, "postmigrate");
 }
 
@@ -237,8 +237,8 @@ fn what_cannot_be_undone_is_said() {
     let full_message = error.full_message();
     assert_eq!(error.exit_status(), 7, "{full_message}");
     for words in [
-        "letting the guest go on at the source",
-        "plugging the balloon in again",
+        "resuming the guest at the source",
+        "plugging in the balloon again",
     ] {
         assert!(full_message.contains(words), "{full_message}");
     }
@@ -257,9 +257,9 @@ fn a_guest_that_cannot_be_migrated_is_left_unchanged() {
     let full_message = migrate(&mut fake, VM_STATE).unwrap_err().full_message();
     for words in [
         "nothing was changed",
-        "the source is paused",
-        "the destination is running",
-        "'mem' of the destination has to be a memory-backend-file with share=on",
+        "source is paused",
+        "destination is running",
+        "'mem' of the destination must be a memory-backend-file with share=on",
         "no vhost-user device 'other'",
         "not 'file:/tmp/ram'",
     ] {

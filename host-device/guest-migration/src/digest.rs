@@ -62,7 +62,9 @@ impl PageHasher {
         let mut seed = [0; 8];
         let got = rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())?;
         if got != seed.len() {
-            return Err(io::Error::other("the system gave too few random bytes"));
+            return Err(io::Error::other(
+                "getrandom returned fewer bytes than requested",
+            ));
         }
         Ok(Self::new(u64::from_le_bytes(seed)))
     }

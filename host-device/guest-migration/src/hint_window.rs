@@ -20,7 +20,7 @@ use crate::{DirtyBitmap, Layout, LayoutError};
 
 /// The right to set dirty bits, during a dirty sync. Hints cannot be applied.
 #[derive(Debug)]
-#[must_use = "dropping it ends the round"]
+#[must_use = "dropping it ends the iteration"]
 pub struct SyncPhase {
     bitmap: Arc<DirtyBitmap>,
 }
@@ -60,7 +60,7 @@ pub struct SyncPhase {
 /// });
 /// ```
 #[derive(Debug)]
-#[must_use = "dropping it ends the round"]
+#[must_use = "dropping it ends the iteration"]
 pub struct HintWindow {
     bitmap: Arc<DirtyBitmap>,
 }
@@ -82,9 +82,7 @@ pub struct Hinted {
 #[derive(Clone, Copy, Debug, Eq, Error, PartialEq)]
 pub enum HintError {
     /// The range extends beyond the end of the address space.
-    #[error(
-        "the range at {start:#x} of {length:#x} bytes goes on beyond the end of the address space"
-    )]
+    #[error("hint {start:#x}+{length:#x} exceeds the address space")]
     Wraps {
         /// Guest physical address.
         start: u64,
@@ -92,7 +90,7 @@ pub enum HintError {
         length: u64,
     },
     /// No byte of the range is guest memory.
-    #[error("the range at {start:#x} of {length:#x} bytes lies outside guest memory")]
+    #[error("hint {start:#x}+{length:#x} is outside guest memory")]
     Outside {
         /// Guest physical address.
         start: u64,

@@ -19,7 +19,7 @@ use crate::{Layout, PageRun, RamBlock, PAGE_SIZE};
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// The number of files differs from the number of RAM blocks.
-    #[error("there are {blocks} blocks of guest memory and {files} files")]
+    #[error("guest memory has {blocks} RAM blocks, but {files} files")]
     FileCount {
         /// Number of RAM blocks.
         blocks: usize,
@@ -27,9 +27,7 @@ pub enum MemoryError {
         files: usize,
     },
     /// A file is shorter than its RAM block.
-    #[error(
-        "the file of block '{name}' has {length:#x} bytes, fewer than the {wanted:#x} of the block"
-    )]
+    #[error("file of RAM block '{name}' has {length:#x} bytes, but the RAM block has {wanted:#x}")]
     FileTooShort {
         /// Name of the RAM block.
         name: String,
@@ -39,7 +37,7 @@ pub enum MemoryError {
         wanted: u64,
     },
     /// A file cannot be examined.
-    #[error("the file of block '{name}' cannot be examined: {source}")]
+    #[error("file of RAM block '{name}' cannot be examined: {source}")]
     Io {
         /// Name of the RAM block.
         name: String,
@@ -113,7 +111,7 @@ impl Memory {
     pub fn read(&self, run: PageRun, buffer: &mut [u8]) -> io::Result<()> {
         let (file, _) = self.within(run.block, run.end())?;
         if u64::try_from(buffer.len()).ok() != Some(run.length()) {
-            let text = "the buffer is not as long as the pages that are to be read";
+            let text = "buffer length differs from the length of the pages to read";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         file.read_exact_at(buffer, run.offset())
@@ -155,7 +153,7 @@ impl Memory {
             Some(file) if pages <= has => Ok((file, has)),
             _ => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!("block {block} of guest memory has {has} pages, not {pages}"),
+                format!("RAM block {block} has {has} pages, fewer than the requested {pages}"),
             )),
         }
     }

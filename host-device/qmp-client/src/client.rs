@@ -52,7 +52,7 @@ impl Client {
             path: path.to_owned(),
             source,
         })?;
-        let peer = format!("the QMP server at {}", path.display());
+        let peer = format!("QMP server at {}", path.display());
         Self::from_stream(stream, &peer, timeout)
     }
 

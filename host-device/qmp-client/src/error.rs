@@ -24,7 +24,7 @@ pub enum Error {
     },
     /// The peer sent no greeting before the timeout. A QEMU monitor serves one client at a time, so another client may
     /// be connected.
-    #[error("{peer} did not greet within {timeout:?}: is it a QMP socket, and is nobody else connected to it?")]
+    #[error("{peer} sent no greeting within {timeout:?}: check that it is a QMP socket and that no other QMP client is connected")]
     NoGreeting {
         /// Name of the peer.
         peer: String,
@@ -32,7 +32,7 @@ pub enum Error {
         timeout: Duration,
     },
     /// The first message was not a greeting.
-    #[error("{peer} did not begin with a QMP greeting")]
+    #[error("{peer} sent no QMP greeting: check that it is a QMP socket")]
     NotQmp {
         /// Name of the peer.
         peer: String,
@@ -58,7 +58,7 @@ pub enum Error {
         timeout: Duration,
     },
     /// The answer does not have the expected type.
-    #[error("{peer} gave a strange answer to {command}: {response}")]
+    #[error("{peer} sent an unexpected response to {command}: {response}")]
     UnexpectedResponse {
         /// Name of the peer.
         peer: String,

@@ -24,7 +24,7 @@ const SHOWN: usize = 200;
 #[derive(Debug, Error)]
 pub enum LineError {
     /// The peer has closed the connection.
-    #[error("{peer} has closed the connection")]
+    #[error("{peer} closed the connection")]
     Closed {
         /// Name of the peer.
         peer: String,
@@ -48,7 +48,7 @@ pub enum LineError {
         limit: usize,
     },
     /// A line is not JSON, or does not have the expected type.
-    #[error("{peer} sent {line:?}")]
+    #[error("{peer} sent an invalid message: {line:?}")]
     Json {
         /// Name of the peer.
         peer: String,
@@ -58,7 +58,7 @@ pub enum LineError {
         source: serde_json::Error,
     },
     /// A value cannot be written as JSON.
-    #[error("cannot encode a message for {peer}")]
+    #[error("message for {peer} cannot be encoded")]
     Encode {
         /// Name of the peer.
         peer: String,
@@ -223,7 +223,7 @@ mod tests {
         assert_eq!(lines.receive::<Vec<u8>>(LIMIT).unwrap(), Some(vec![3]));
         drop(far);
         let error = lines.receive::<Vec<u8>>(LIMIT).unwrap_err();
-        assert_eq!(error.to_string(), "the test has closed the connection");
+        assert_eq!(error.to_string(), "the test closed the connection");
     }
 
     #[test]
@@ -244,6 +244,6 @@ mod tests {
         far.write_all("x".repeat(5000).as_bytes()).unwrap();
         far.write_all(b"\n").unwrap();
         let error = lines.receive::<u8>(LIMIT).unwrap_err().to_string();
-        assert!(error.starts_with("the test sent \"xxx") && error.len() < 300);
+        assert!(error.starts_with("the test sent an invalid message: \"xxx") && error.len() < 300);
     }
 }

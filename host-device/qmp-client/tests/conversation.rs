@@ -112,7 +112,7 @@ fn an_answer_of_another_shape_is_shown() {
     let error = client.query::<Vec<u8>>("query-bytes").unwrap_err();
     assert_eq!(
         error.to_string(),
-        r#"the peer gave a strange answer to query-bytes: {"odd":true}"#
+        r#"the peer sent an unexpected response to query-bytes: {"odd":true}"#
     );
 }
 
@@ -123,9 +123,12 @@ fn peers_that_are_no_qmp_are_named() {
     let cases = [
         (
             r#"{"return": {}}"#,
-            "the peer did not begin with a QMP greeting",
+            "the peer sent no QMP greeting: check that it is a QMP socket",
         ),
-        ("SSH-2.0-OpenSSH", "the peer sent \"SSH-2.0-OpenSSH\""),
+        (
+            "SSH-2.0-OpenSSH",
+            "the peer sent an invalid message: \"SSH-2.0-OpenSSH\"",
+        ),
         (
             busy,
             "the peer refused the connection: too many QMP clients are connected (GenericError)",
@@ -155,10 +158,7 @@ fn a_socket_is_named_in_errors() {
     let error = Client::connect(&path).unwrap_err();
     assert_eq!(
         error.to_string(),
-        format!(
-            "the QMP server at {} has closed the connection",
-            path.display()
-        )
+        format!("QMP server at {} closed the connection", path.display())
     );
     thread.join().unwrap();
 }

@@ -246,7 +246,10 @@ fn it_goes_without_hints_where_there_are_none() {
         assert_eq!(status["ram"]["missed"], 0, "{status}");
         // The VMM reports that its guest is paused. After it resumes the guest, another migration is possible.
         let vmm_knows = until_failed(&fixture, &mut qmp);
-        assert!(vmm_knows.contains("does not run"), "{attempt}: {vmm_knows}");
+        assert!(
+            vmm_knows.contains("is not running"),
+            "{attempt}: {vmm_knows}"
+        );
         fixture.vmm_qmp.cont();
         fs::remove_file(fixture.memory_file()).unwrap();
     }

@@ -60,7 +60,7 @@ impl Destination {
         }
         let mut process = Process::start("balloonctl receive", command, Streams::Collected)?;
         // The existence of the socket is not enough: the socket exists before the receiver listens.
-        let listens = |line: &str| line.starts_with("listening at");
+        let listens = |line: &str| line.starts_with("listening on");
         if let Err(error) = process
             .output()
             .wait_for("listening", listens, HANG_TIMEOUT)

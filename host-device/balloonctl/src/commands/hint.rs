@@ -20,11 +20,9 @@ pub fn run(daemon: &mut Client, what: Hint, output: &mut Output) -> Result<(), C
     };
     let answer = daemon.command(command, json!({}))?;
     let text = match what {
-        Hint::Start => format!("a round has begun, with the id {}", id(&answer)),
-        Hint::Stop => {
-            "the guest is told to give no more hints, and keeps what it has hinted".into()
-        }
-        Hint::Done => "the guest is told to take its hinted pages back".into(),
+        Hint::Start => format!("hint round started, id {}", id(&answer)),
+        Hint::Stop => "hint round stopped; the guest keeps its hinted blocks".into(),
+        Hint::Done => "hint round done; the guest releases its hinted blocks".into(),
         Hint::Status => line(&answer),
     };
     output.print_result(&answer, &text)
@@ -47,7 +45,7 @@ pub fn line(answer: &Value) -> String {
         let (blocks, bytes) = (number("blocks"), size::show(number("bytes")));
         let (cleared, total) = (number("pages-cleared"), number("pages-total"));
         text = format!(
-            "{text}, {blocks} blocks, {bytes}: {cleared} of {total} pages need not be sent"
+            "{text}, {blocks} hinted blocks, {bytes}: {cleared} of {total} pages can be skipped"
         );
     }
     text
@@ -69,7 +67,7 @@ mod tests {
         });
         assert_eq!(
             line(&answer),
-            "finished, id 0x80000001, 2 blocks, 8.00 MiB: 2048 of 131072 pages need not be sent"
+            "finished, id 0x80000001, 2 hinted blocks, 8.00 MiB: 2048 of 131072 pages can be skipped"
         );
     }
 }

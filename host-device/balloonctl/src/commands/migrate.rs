@@ -35,7 +35,10 @@ pub fn run(
     daemon.command("migrate", arguments)?;
     if options.detach {
         let status: MigrationInfo = daemon.query("query-migrate")?;
-        return output.print_result(&status, "it has begun: balloonctl status shows how it goes");
+        return output.print_result(
+            &status,
+            "migration started: 'balloonctl status' shows its progress",
+        );
     }
     let status = progress::wait_for_migration(daemon, None, interrupts, output)?;
     let outcome = progress::outcome(&status);

@@ -42,7 +42,7 @@ pub fn wait_for_migration(
             1 if cancelled => {}
             1 => {
                 cancelled = true;
-                output.say("cancelling; Ctrl-C again leaves without waiting");
+                output.say("cancelling the migration; press Ctrl-C again to exit without waiting");
                 match daemon.command("migrate-cancel", json!({})) {
                     Err(error) if error.is_fatal() => return Err(error.into()),
                     // The migration may have ended just now. There is then nothing to cancel.
@@ -51,7 +51,7 @@ pub fn wait_for_migration(
             }
             _ => {
                 return Err(CommandError::Cancelled(
-                    "left while the migration was being cancelled: balloonctl status shows how it ends"
+                    "exited before the cancellation completed: 'balloonctl status' shows the result"
                         .into(),
                 ));
             }
@@ -67,17 +67,17 @@ pub fn wait_for_migration(
 /// If the migration has not completed.
 pub fn outcome(status: &MigrationInfo) -> Result<(), CommandError> {
     let why = status.error_desc.as_deref();
-    let why = why.unwrap_or("the daemon does not say why");
+    let why = why.unwrap_or("daemon gave no reason");
     match status.status {
         MigrationStatus::Completed => Ok(()),
         MigrationStatus::Cancelled => Err(CommandError::Cancelled(
-            "the migration was cancelled; the guest runs on".into(),
+            "migration was cancelled; the guest continues to run".into(),
         )),
         MigrationStatus::Failed => Err(CommandError::Failed(format!(
-            "the migration failed, and the guest runs on: {why}"
+            "migration failed, the guest continues to run: {why}"
         ))),
         other => Err(CommandError::Failed(format!(
-            "the migration is {}: {why}",
+            "migration is {}: {why}",
             other.name()
         ))),
     }
@@ -89,16 +89,16 @@ pub fn line(status: &MigrationInfo) -> String {
     let ram = &status.ram;
     let mut parts = vec![status.status.name().to_owned()];
     if ram.dirty_sync_count > 0 || ram.transferred > 0 {
-        parts.push(format!("round {}", ram.dirty_sync_count.max(1)));
+        parts.push(format!("iteration {}", ram.dirty_sync_count.max(1)));
         parts.push(format!("{} sent", size::show(ram.transferred)));
-        parts.push(format!("{} left", size::show(ram.remaining)));
+        parts.push(format!("{} remaining", size::show(ram.remaining)));
         if ram.skipped > 0 {
             let bytes = ram.skipped.saturating_mul(PAGE_SIZE);
             parts.push(format!("{} skipped", size::show(bytes)));
         }
         parts.push(format!("{:.0} Mbit/s", ram.mbps));
         if let Some(expected) = status.expected_downtime {
-            parts.push(format!("{expected} ms of downtime expected"));
+            parts.push(format!("expected downtime {expected} ms"));
         }
     }
     parts.join(", ")
@@ -115,17 +115,17 @@ pub fn report(status: &MigrationInfo) -> String {
     let downtime = status.downtime.map(|time| format!("{time} ms"));
     let mut lines = vec![
         ("status", status.status.name().to_owned()),
-        ("time", format!("{} ms", status.total_time)),
+        ("total time", format!("{} ms", status.total_time)),
         ("downtime", downtime.unwrap_or_else(|| "none".into())),
-        ("on the wire", size::show(ram.transferred)),
-        ("of memory", size::show(ram.total)),
+        ("transferred", size::show(ram.transferred)),
+        ("total memory", size::show(ram.total)),
         ("pages with content", pages(ram.normal)),
-        ("pages as zeros", pages(ram.duplicate)),
-        ("pages sent again", pages(ram.resent)),
+        ("zero pages", pages(ram.duplicate)),
+        ("pages resent", pages(ram.resent)),
         ("pages skipped by hints", pages(ram.skipped)),
     ];
     if ram.missed > 0 {
-        lines.push(("pages that tracking missed", pages(ram.missed)));
+        lines.push(("pages missed by tracking", pages(ram.missed)));
     }
     if let Some(tracking) = &status.tracking {
         lines.push((
@@ -146,13 +146,13 @@ pub fn report(status: &MigrationInfo) -> String {
 
 fn iteration_table(status: &MigrationInfo) -> String {
     let head = [
-        "round",
+        "iteration",
         "dirty",
         "hinted",
         "content",
         "zeros",
-        "wire",
-        "hints ms",
+        "sent",
+        "hint wait ms",
         "send ms",
         "sync ms",
         "stopped ms",
@@ -212,7 +212,7 @@ mod tests {
     fn the_line_says_what_is_left_and_what_was_spared() {
         assert_eq!(
             line(&status()),
-            "completed, round 2, 411 MiB sent, 1.00 MiB left, 8.00 MiB skipped, 812 Mbit/s"
+            "completed, iteration 2, 411 MiB sent, 1.00 MiB remaining, 8.00 MiB skipped, 812 Mbit/s"
         );
         let begun = MigrationInfo {
             status: MigrationStatus::Setup,
@@ -229,8 +229,8 @@ mod tests {
             "{text}"
         );
         let rows: Vec<&str> = text.lines().rev().take(2).collect();
-        assert!(rows[1].starts_with("1          1000"), "{text}");
-        assert!(rows[0].starts_with("2 paused      7"), "{text}");
+        assert!(rows[1].starts_with("1           1000"), "{text}");
+        assert!(rows[0].starts_with("2 paused       7"), "{text}");
         assert!(!text.contains("missed"), "{text}");
     }
 
@@ -250,8 +250,8 @@ mod tests {
                 .exit_status(),
             4
         );
-        let failed = end(MigrationStatus::Failed, Some("the receiver has gone")).unwrap_err();
+        let failed = end(MigrationStatus::Failed, Some("receiver has disconnected")).unwrap_err();
         assert_eq!(failed.exit_status(), 1);
-        assert!(failed.to_string().ends_with("the receiver has gone"));
+        assert!(failed.to_string().ends_with("receiver has disconnected"));
     }
 }

@@ -41,7 +41,7 @@ pub fn run(
         ..ReceiverOptions::default()
     };
     let receiver = Receiver::new(listener, destination, receiver_options).map_err(failed)?;
-    output.say(&format!("listening at {}", receiver.address()));
+    output.say(&format!("listening on {}", receiver.address()));
     let progress = receiver.progress();
     let receiving = thread::spawn(move || receiver.run());
     while !receiving.is_finished() {
@@ -73,7 +73,7 @@ fn destination(files: &[String]) -> Result<Destination, CommandError> {
     for file in files {
         let (name, path) = file.split_once('=').ok_or_else(|| {
             CommandError::Usage(format!(
-                "--memory-file {file}: with several files each needs its block's name, as in ram0={file}"
+                "--memory-file {file}: several files need the names of their RAM blocks, as in ram0={file}"
             ))
         })?;
         destination = destination.with_ram_block(name, path);
@@ -88,7 +88,7 @@ fn incomplete(options: &Receive, error: &StreamError) -> CommandError {
     });
     let markers: Vec<String> = paths.collect();
     let message = format!(
-        "{error}; memory is incomplete, as {} says",
+        "{error}; received memory is incomplete: do not start a guest from it (see {})",
         markers.join(", ")
     );
     match error {
@@ -105,7 +105,7 @@ fn line(progress: &ReceiveProgress) -> String {
         ReceivePhase::Ended => "ended",
     };
     format!(
-        "{doing}, round {}, {} received, {} pages with content, {} zeros, of {}",
+        "{doing}, iteration {}, {} received, {} pages with content, {} zero pages, total memory {}",
         progress.iterations().saturating_add(1),
         size::show(progress.bytes()),
         progress.pages(),
@@ -137,18 +137,18 @@ fn report(received: &Received) -> String {
         format!("{count} ({})", size::show(bytes))
     };
     let mut lines = vec![
-        ("status", "complete".to_owned()),
+        ("status", "completed".to_owned()),
         ("received", size::show(received.bytes)),
         ("pages with content", pages(received.pages)),
-        ("pages as zeros", pages(received.zeros)),
-        ("rounds", received.iterations.to_string()),
+        ("zero pages", pages(received.zeros)),
+        ("iterations", received.iterations.to_string()),
         ("channels", received.channels.to_string()),
         (
-            "compared with the sender's digest",
+            "content digest compared",
             if received.content_checked {
                 "yes"
             } else {
-                "no: it gave none"
+                "no: the sender sent none"
             }
             .to_owned(),
         ),

@@ -69,10 +69,10 @@ fn describe(overview: &Overview) -> String {
         ("device", virtio.show(|it| text(it, "status").to_owned())),
         ("features", virtio.show(features)),
         (
-            "guest has",
+            "guest memory",
             overview.balloon.show(|it| size::show(number(it, "actual"))),
         ),
-        ("on the host", overview.memory.show(memory)),
+        ("host memory", overview.memory.show(memory)),
         ("hinting", overview.hinting.show(hint::line)),
         ("migration", overview.migration.show(migration)),
     ])
@@ -138,11 +138,11 @@ mod tests {
         };
         let text = describe(&overview);
         for line in [
-            "device       no-driver",
-            "features     stats, free-page-hint",
-            "guest has    unavailable: no driver",
-            "on the host  1.00 MiB of 4.00 MiB",
-            "migration    none",
+            "device        no-driver",
+            "features      stats, free-page-hint",
+            "guest memory  unavailable: no driver",
+            "host memory   1.00 MiB of 4.00 MiB",
+            "migration     none",
         ] {
             assert!(text.lines().any(|got| got == line), "{text}");
         }

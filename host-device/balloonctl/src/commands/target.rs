@@ -30,14 +30,14 @@ pub fn run(daemon: &mut Client, options: &Target, output: &mut Output) -> Result
         let (begun, timeout) = (Instant::now(), Duration::from_secs(seconds));
         // The balloon consists of whole pages.
         while actual.abs_diff(wanted) >= guest_migration::PAGE_SIZE {
-            let (has, shall) = (size::show(actual), size::show(wanted));
+            let (has, target) = (size::show(actual), size::show(wanted));
             let left = timeout.saturating_sub(begun.elapsed());
             if left.is_zero() {
                 return Err(CommandError::TimedOut(format!(
-                    "the guest has {has} after {seconds} s, and not {shall}; the target stays"
+                    "guest has {has} after {seconds} s, the target is {target}; the target remains set"
                 )));
             }
-            output.show_progress(&format!("the guest has {has}, and shall have {shall}"));
+            output.show_progress(&format!("guest has {has}, target {target}"));
             daemon.wait_event(
                 |event| event.name == "BALLOON_CHANGE",
                 left.min(POLL_INTERVAL),
@@ -45,9 +45,9 @@ pub fn run(daemon: &mut Client, options: &Target, output: &mut Output) -> Result
             actual = daemon.query::<Balloon>("query-balloon")?.actual;
         }
     }
-    let (has, shall) = (size::show(actual), size::show(wanted));
+    let (has, target) = (size::show(actual), size::show(wanted));
     output.print_result(
         &json!({ "target": wanted, "actual": actual }),
-        &format!("target {shall}, the guest has {has}"),
+        &format!("target {target}, guest has {has}"),
     )
 }

@@ -80,20 +80,20 @@ pub fn execute(
         if let Err(error) = execution.step(step) {
             if committed {
                 return Err(CommandError::RecoveryRequired(format!(
-                    "the guest runs at the destination, but: {name}: {}",
+                    "guest runs at the destination, but a later step failed: {name}: {}",
                     error.full_message()
                 )));
             }
             if step.is_commit_point && !is_harmless(&error) {
                 return Err(CommandError::RecoveryRequired(format!(
-                    "{name}: {}; it is not known whether the guest runs at the destination, so the source stays paused. If \
-                     it does not run there, 'cont' lets it go on here",
+                    "{name}: {}; it is unknown whether the guest runs at the destination, and the source stays paused: if the \
+                     guest does not run at the destination, resume it at the source with 'cont'",
                     error.full_message()
                 )));
             }
             execution
                 .output
-                .say(&format!("{}; going back", error.full_message()));
+                .say(&format!("{}; rolling back", error.full_message()));
             return Err(execution.roll_back(&name, error, &rollback_actions));
         }
         committed |= step.is_commit_point;
@@ -140,11 +140,11 @@ impl Execution<'_> {
         }
         if !failed.is_empty() {
             return CommandError::RecoveryRequired(format!(
-                "{full_message}; what could not be undone: {}",
+                "{full_message}; rollback failed: {}",
                 failed.join("; ")
             ));
         }
-        full_message = format!("{full_message}; the destination waits as it is, and may be ended");
+        full_message = format!("{full_message}; destination still waits: quit it, and start a new one before the next attempt");
         match error {
             CommandError::Cancelled(_) => CommandError::Cancelled(full_message),
             CommandError::TimedOut(_) => CommandError::TimedOut(full_message),

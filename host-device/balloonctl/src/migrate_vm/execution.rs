@@ -70,7 +70,7 @@ impl Execution<'_> {
 
     fn unplugged(&mut self, id: &str, timeout: Duration) -> Result<(), CommandError> {
         let (source, interrupts) = (&mut self.connections.source, self.interrupts);
-        let what = format!("the guest did not let '{id}' go");
+        let what = format!("guest did not release '{id}'");
         wait(&what, timeout, Some(interrupts), || {
             let told = |name: &str| name == "DEVICE_DELETED" || name == "DEVICE_UNPLUG_GUEST_ERROR";
             let event = source.wait_event(
@@ -79,7 +79,9 @@ impl Execution<'_> {
             )?;
             match event {
                 Some(event) if event.name == "DEVICE_DELETED" => Ok(Some(())),
-                Some(_) => Err(CommandError::Failed(format!("the guest keeps '{id}'"))),
+                Some(_) => Err(CommandError::Failed(format!(
+                    "guest refused to release '{id}'"
+                ))),
                 None => Ok(None),
             }
         })
@@ -90,7 +92,7 @@ impl Execution<'_> {
             return Ok(());
         };
         let word = if wanted { "run" } else { "stop" };
-        let what = format!("the guest at the {} did not {word}", peer.name());
+        let what = format!("guest at the {} did not {word}", peer.name());
         wait(&what, timeout, None, || {
             let state: RunState = client.query("query-status")?;
             Ok((state.running == wanted).then_some(()))
@@ -102,17 +104,17 @@ impl Execution<'_> {
         let Some(client) = self.connections.client_mut(peer) else {
             return Ok(());
         };
-        let what = format!("the {} did not move the state of its devices", peer.name());
+        let what = format!("{} QEMU did not migrate its device state", peer.name());
         wait(&what, timeout, Some(interrupts), || {
             let state: QemuMigrationInfo = client.query("query-migrate")?;
             match state.status.as_str() {
                 "completed" => Ok(Some(())),
                 "failed" | "cancelled" => Err(CommandError::Failed(format!(
-                    "the state of QEMU's devices was not moved: {}: {}",
+                    "migration of QEMU's device state {}: {}",
                     state.status,
                     state
                         .error_desc
-                        .unwrap_or_else(|| "QEMU does not say why".into())
+                        .unwrap_or_else(|| "QEMU gave no reason".into())
                 ))),
                 _ => Ok(None),
             }
@@ -136,7 +138,7 @@ impl Execution<'_> {
             let failed = |error| CommandError::Io(format!("cannot run '{command}'"), error);
             self.shell = Some(child.map_err(failed)?);
         }
-        let what = format!("nobody listened at {}", socket.display());
+        let what = format!("destination daemon did not listen on {}", socket.display());
         let mut child = self.shell.as_mut();
         wait(&what, timeout, Some(self.interrupts), || {
             if socket.exists() {
@@ -146,7 +148,7 @@ impl Execution<'_> {
             match ended.flatten() {
                 // A command that has ended successfully may have started its daemon in the background.
                 Some(status) if !status.success() => Err(CommandError::Failed(format!(
-                    "the command that was to start the destination's daemon ended: {status}"
+                    "--device-command failed: {status}"
                 ))),
                 _ => Ok(None),
             }
@@ -160,7 +162,7 @@ impl Execution<'_> {
         // The process group may have ended already.
         let _ = kill_process_group(group, Signal::TERM);
         let _ = child.wait();
-        Some("the destination's daemon is ended".into())
+        Some("destination daemon is terminated".into())
     }
 }
 

@@ -58,7 +58,8 @@ pub fn run(
     let preflight = preflight(&mut connections, options)?;
     // Only this user can read the folder. It is removed on return.
     let folder = tempfile::Builder::new().prefix("balloonctl-").tempdir();
-    let folder = folder.map_err(|error| CommandError::Io("cannot make a folder".into(), error))?;
+    let folder = folder
+        .map_err(|error| CommandError::Io("cannot create a temporary directory".into(), error))?;
     let default = format!("file:{}", folder.path().join("vm-state").display());
     let vm_state = options.vm_state.as_deref().unwrap_or(&default);
     let steps = plan(options, &preflight, vm_state);
@@ -70,7 +71,7 @@ pub fn run(
 }
 
 fn report(summary: &MigrationSummary) -> String {
-    let head = ["step", "where", "ms"].map(str::to_owned).to_vec();
+    let head = ["step", "peer", "ms"].map(str::to_owned).to_vec();
     let mut rows = vec![head];
     for step in &summary.steps {
         rows.push(vec![
@@ -80,7 +81,7 @@ fn report(summary: &MigrationSummary) -> String {
         ]);
     }
     format!(
-        "{}\n{}\nthe guest runs at the destination; it stood still for {} ms",
+        "{}\n{}\nguest runs at the destination; it was paused for {} ms",
         table(&rows),
         progress::report(&summary.memory),
         summary.downtime_ms

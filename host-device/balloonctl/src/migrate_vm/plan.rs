@@ -130,7 +130,7 @@ pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<S
         steps: Vec::new(),
     };
     for peer in [Destination, Source] {
-        let what = "leave guest memory out of QEMU's own migration";
+        let what = "exclude guest memory from QEMU's migration";
         let set = set_capability(IGNORE_SHARED, true);
         let back = RollbackAction::RestoreCapability(peer, set_capability(IGNORE_SHARED, false));
         plan.step(peer, what, Some(set), WaitCondition::Answered)
@@ -139,14 +139,14 @@ pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<S
     let back =
         RollbackAction::RestoreCapability(Daemon, set_capability(PAUSE_BEFORE_SWITCHOVER, false));
     let set = set_capability(PAUSE_BEFORE_SWITCHOVER, true);
-    let what = "have memory's migration wait before its last round";
+    let what = "pause the memory migration before the switchover";
     plan.step(Daemon, what, Some(set), WaitCondition::Answered)
         .rollback(back);
     let set = command(
         "migrate-set-parameters",
         parameters(&options.migration_parameters).into(),
     );
-    let what = "set how memory is sent";
+    let what = "set the migration parameters";
     plan.step(Daemon, what, Some(set), WaitCondition::Answered);
     let send = command("migrate", json!({ "uri": options.to }));
     let until = WaitCondition::Memory(MigrationStatus::PreSwitchover);
@@ -160,7 +160,7 @@ pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<S
     .without_timeout();
     if let Some(file) = &options.device_state {
         let ask = command("query-device-state", json!({}));
-        let what = "save the state of the balloon";
+        let what = "save the state of the balloon device";
         plan.step(
             Daemon,
             what,
@@ -172,7 +172,7 @@ pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<S
         socket: options.device_socket.clone(),
         shell: options.device_command.clone(),
     };
-    let what = "see that the destination's daemon listens";
+    let what = "wait until the destination daemon listens";
     plan.step(Here, what, None, listening)
         .rollback(RollbackAction::TerminateShell);
     let pull = command("device_del", json!({ "id": options.device }));
@@ -182,7 +182,7 @@ pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<S
     let stop = command("stop", json!({}));
     plan.step(
         Source,
-        "stop the guest",
+        "pause the guest",
         Some(stop),
         WaitCondition::Running(false),
     )
@@ -194,7 +194,7 @@ pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<S
     let until = WaitCondition::Memory(MigrationStatus::Completed);
     plan.step(
         Daemon,
-        "send the rest of memory",
+        "send the remaining memory",
         Some(migrate_continue),
         until,
     )
@@ -202,19 +202,19 @@ pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<S
     migrate_vm_state(&mut plan, vm_state);
     let (bus, chardev) = (&preflight.destination_bus, &preflight.destination_chardev);
     let connect = chardev_add(chardev, &options.device_socket);
-    let what = "connect to the destination's daemon";
+    let what = "connect to the destination daemon";
     plan.step(Destination, what, Some(connect), WaitCondition::Answered);
     let plug = device_add(&preflight.device, bus, chardev);
     plan.step(
         Destination,
-        "plug the balloon in",
+        "plug in the balloon",
         Some(plug),
         WaitCondition::Answered,
     );
     let run = command("cont", json!({}));
     plan.step(
         Destination,
-        "let the guest go on",
+        "resume the guest",
         Some(run),
         WaitCondition::Running(true),
     )
@@ -223,7 +223,7 @@ pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<S
         let quit = command("quit", json!({}));
         plan.step(
             Source,
-            "end the source",
+            "quit the source QEMU",
             Some(quit),
             WaitCondition::Answered,
         );
@@ -240,7 +240,7 @@ fn migrate_vm_state(plan: &mut PlanBuilder, uri: &str) {
         "migrate-incoming",
         json!({ "uri": uri, "exit-on-error": false }),
     );
-    let (sending, receiving) = ("save the state of QEMU's devices", "load it");
+    let (sending, receiving) = ("save QEMU's device state", "load QEMU's device state");
     if uri.starts_with("file:") {
         plan.step(Source, sending, Some(send), WaitCondition::VmState)
             .rollback(RollbackAction::CancelVmState);
@@ -251,7 +251,7 @@ fn migrate_vm_state(plan: &mut PlanBuilder, uri: &str) {
             WaitCondition::VmState,
         );
     } else {
-        let what = "listen for the state of QEMU's devices";
+        let what = "listen for QEMU's device state";
         plan.step(Destination, what, Some(receive), WaitCondition::Answered);
         plan.step(Source, sending, Some(send), WaitCondition::VmState)
             .rollback(RollbackAction::CancelVmState);
@@ -281,15 +281,15 @@ pub fn describe(steps: &[Step]) -> String {
                 Some(format!("wait for the event DEVICE_DELETED of {id}"))
             }
             WaitCondition::Running(true) => {
-                Some("wait until query-status says that it runs".into())
+                Some("wait until query-status reports that the guest runs".into())
             }
             WaitCondition::Running(false) => {
-                Some("wait until query-status says that it is paused".into())
+                Some("wait until query-status reports that the guest is paused".into())
             }
             WaitCondition::Memory(state) => {
-                Some(format!("wait until query-migrate says {}", state.name()))
+                Some(format!("wait until query-migrate reports {}", state.name()))
             }
-            WaitCondition::VmState => Some("wait until query-migrate says completed".into()),
+            WaitCondition::VmState => Some("wait until query-migrate reports completed".into()),
             WaitCondition::Listening { socket, shell } => {
                 if let Some(shell) = shell {
                     let _ = writeln!(text, "    run: {shell}");
@@ -303,7 +303,7 @@ pub fn describe(steps: &[Step]) -> String {
         if step.is_commit_point {
             let _ = writeln!(
                 text,
-                "    from here on nothing is undone: the guest is at the destination"
+                "    commit point: no rollback from here on, the guest runs at the destination"
             );
         }
     }

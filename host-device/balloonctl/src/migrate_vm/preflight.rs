@@ -43,7 +43,7 @@ pub fn preflight(
     let mut wrong = Vec::new();
     if !(options.to.starts_with("unix:") || options.to.starts_with("tcp:")) {
         wrong.push(format!(
-            "memory has to go to somebody who says that it has arrived: unix:PATH or tcp:HOST:PORT, not '{}'",
+            "--to needs a receiver that confirms the memory: unix:PATH or tcp:HOST:PORT, not '{}'",
             options.to
         ));
     }
@@ -53,7 +53,7 @@ pub fn preflight(
     match device {
         Some(preflight) if wrong.is_empty() => Ok(preflight),
         _ => Err(CommandError::Failed(format!(
-            "the guest cannot be moved, and nothing was changed: {}",
+            "guest cannot be migrated, nothing was changed: {}",
             wrong.join("; ")
         ))),
     }
@@ -66,21 +66,21 @@ fn check_states(
     let source: RunState = connections.source.query("query-status")?;
     if !source.running {
         wrong.push(format!(
-            "the source is {}, but its guest must run to let the balloon go",
+            "source is {}, but its guest must run to release the balloon: resume it",
             source.status
         ));
     }
     let destination: RunState = connections.destination.query("query-status")?;
     if destination.status != "inmigrate" {
         wrong.push(format!(
-            "the destination is {}, and does not wait for a guest: start it with -incoming defer",
+            "destination is {} and does not wait for a guest: start it with -incoming defer",
             destination.status
         ));
     }
     let memory: MigrationInfo = connections.daemon.query("query-migrate")?;
     if !memory.status.is_over() {
         wrong.push(format!(
-            "the daemon already has a migration: it is {}",
+            "daemon already has a migration in state {}: wait, or cancel it",
             memory.status.name()
         ));
     }
@@ -103,14 +103,14 @@ fn check_memory(
     let source = backends(&mut connections.source)?;
     let destination = backends(&mut connections.destination)?;
     if source.is_empty() {
-        wrong.push("the source has no memory backend: see balloonctl migrate-vm --help".into());
+        wrong.push("source has no memory backend: see balloonctl migrate-vm --help".into());
     }
     for (peer, all) in [("source", &source), ("destination", &destination)] {
         for (id, backend) in all {
             if backend.kind != "memory-backend-file" || !backend.share {
                 let share = if backend.share { "on" } else { "off" };
                 wrong.push(format!(
-                    "memory '{id}' of the {peer} has to be a memory-backend-file with share=on, not a {} with share={share}",
+                    "memory backend '{id}' of the {peer} must be a memory-backend-file with share=on, not a {} with share={share}",
                     backend.kind
                 ));
             }
@@ -122,7 +122,7 @@ fn check_memory(
     };
     if sizes(&source) != sizes(&destination) {
         wrong.push(format!(
-            "source and destination have different memory: {:?} and {:?} bytes",
+            "memory backends of source and destination differ: {:?} and {:?} bytes",
             sizes(&source),
             sizes(&destination)
         ));
@@ -174,7 +174,7 @@ fn inspect_device(
     let chardev = text(property(source, &peripheral(id), "chardev")?);
     let (Some(driver), Some(chardev)) = (driver, chardev) else {
         wrong.push(format!(
-            "the source has no vhost-user device '{id}': --device ID has to name the balloon"
+            "source has no vhost-user device '{id}': set --device to the id of the balloon"
         ));
         return Ok(None);
     };
@@ -188,7 +188,7 @@ fn inspect_device(
     };
     let Some(socket) = socket else {
         wrong.push(format!(
-            "QEMU does not say which socket the chardev '{chardev}' is connected to: give --source-device-socket"
+            "QEMU does not report the socket of chardev '{chardev}': set --source-device-socket"
         ));
         return Ok(None);
     };
@@ -197,16 +197,18 @@ fn inspect_device(
     let destination = &mut connections.destination;
     if property(destination, &peripheral(&destination_bus), "type")?.is_none() {
         wrong.push(format!(
-            "the destination has no slot '{destination_bus}': --bus ID has to name one that is empty"
+            "destination has no slot '{destination_bus}': set --bus to the id of an empty one"
         ));
     }
     if property(destination, &peripheral(id), "type")?.is_some() {
         wrong.push(format!(
-            "the destination has a device '{id}' already; it has to come without the balloon"
+            "destination already has a device '{id}': start it without the balloon"
         ));
     }
     if chardev_sockets(destination)?.contains_key(&chardev) {
-        wrong.push(format!("the destination has a chardev '{chardev}' already"));
+        wrong.push(format!(
+            "destination already has a chardev '{chardev}': start it without this chardev"
+        ));
     }
     Ok(Some(Preflight {
         device,
@@ -276,5 +278,8 @@ fn properties(
 }
 
 fn unexpected_response(qemu: &Client, error: &serde_json::Error) -> CommandError {
-    CommandError::Failed(format!("{} gave a strange answer: {error}", qemu.peer()))
+    CommandError::Failed(format!(
+        "{} sent an unexpected response: {error}",
+        qemu.peer()
+    ))
 }

@@ -41,12 +41,12 @@ pub(super) fn rollback(
 fn purpose(rollback: &RollbackAction) -> String {
     match rollback {
         RollbackAction::CancelVmState => "cancelling QEMU's migration".into(),
-        RollbackAction::ResumeGuest => "letting the guest go on at the source".into(),
+        RollbackAction::ResumeGuest => "resuming the guest at the source".into(),
         RollbackAction::CancelMemory => "cancelling the daemon's migration".into(),
-        RollbackAction::PlugBalloon => "plugging the balloon in again at the source".into(),
-        RollbackAction::TerminateShell => "ending the destination's daemon".into(),
+        RollbackAction::PlugBalloon => "plugging in the balloon again at the source".into(),
+        RollbackAction::TerminateShell => "terminating the destination daemon".into(),
         RollbackAction::RestoreCapability(peer, _) => {
-            format!("setting back a capability of the {}", peer.name())
+            format!("resetting a capability of the {}", peer.name())
         }
     }
 }
@@ -94,11 +94,16 @@ fn cancel_vm_state(execution: &mut Execution<'_>) -> Result<Option<String>, Comm
 fn resume_guest(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
     let source = &mut execution.connections.source;
     source.command("cont", json!({}))?;
-    wait("the source did not run", ROLLBACK_TIMEOUT, None, || {
-        let state: RunState = source.query("query-status")?;
-        Ok(state.running.then_some(()))
-    })?;
-    Ok(Some("the guest goes on at the source".into()))
+    wait(
+        "guest did not resume at the source",
+        ROLLBACK_TIMEOUT,
+        None,
+        || {
+            let state: RunState = source.query("query-status")?;
+            Ok(state.running.then_some(()))
+        },
+    )?;
+    Ok(Some("guest runs at the source again".into()))
 }
 
 fn cancel_memory(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
@@ -110,14 +115,19 @@ fn cancel_memory(execution: &mut Execution<'_>) -> Result<Option<String>, Comman
             // The migration may have ended meanwhile.
             _ => {}
         }
-        status = wait("the daemon did not cancel", ROLLBACK_TIMEOUT, None, || {
-            let status: MigrationInfo = daemon.query("query-migrate")?;
-            Ok(status.status.is_over().then_some(status))
-        })?;
+        status = wait(
+            "daemon did not cancel its migration",
+            ROLLBACK_TIMEOUT,
+            None,
+            || {
+                let status: MigrationInfo = daemon.query("query-migrate")?;
+                Ok(status.status.is_over().then_some(status))
+            },
+        )?;
     }
     Ok(match status.status {
         MigrationStatus::None => None,
-        state => Some(format!("the migration of memory is {}", state.name())),
+        state => Some(format!("memory migration is {}", state.name())),
     })
 }
 
@@ -136,7 +146,7 @@ fn plug(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
         Ok(()) => {}
         Err(CommandError::TimedOut(_)) => {
             return Ok(Some(
-                "the balloon is still plugged in at the source, though the guest was asked to let it go, and may yet".into(),
+                "balloon is still plugged in at the source, but the guest was asked to release it and may still do so".into(),
             ))
         }
         Err(error) => return Err(error),
@@ -158,7 +168,7 @@ fn plug(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
         (Err(CommandError::TimedOut(_)), Some(error)) => return Err(error.into()),
         (plugged, _) => plugged?,
     }
-    Ok(Some("the balloon is plugged in again at the source".into()))
+    Ok(Some("balloon is plugged in again at the source".into()))
 }
 
 /// Makes one attempt to plug the balloon in, with a new chardev: QEMU does not reconnect an existing one.

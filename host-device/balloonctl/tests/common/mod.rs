@@ -267,7 +267,7 @@ fn daemon(state: &mut State, name: &str, arguments: &Value) -> Result<Value, Str
                 "cancelling" => "cancelled",
                 now => now,
             };
-            let why = (now == "failed").then_some("the receiver has gone");
+            let why = (now == "failed").then_some("receiver has disconnected");
             let mut answer = json!({ "status": now, "ram": { "transferred": 1 << 20 } });
             if let Some(why) = why {
                 answer["error-desc"] = why.into();

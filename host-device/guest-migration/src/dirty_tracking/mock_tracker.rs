@@ -83,7 +83,7 @@ impl DirtyTracker for MockTracker {
 
     fn sync(&mut self, phase: &SyncPhase, _: Stage) -> Result<SyncStats, TrackingError> {
         if !self.is_started {
-            let text = "a sync before tracking was begun".to_owned();
+            let text = "dirty sync before tracking has started".to_owned();
             return Err(TrackingError::Unavailable(text));
         }
         let mut pending = self.writes.pending();

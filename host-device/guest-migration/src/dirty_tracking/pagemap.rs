@@ -103,15 +103,15 @@ pub(super) fn check_support() -> Result<(), String> {
     const PAGES: usize = 4;
     let size = rustix::param::page_size();
     if u64::try_from(size) != Ok(PAGE_SIZE) {
-        return Err(format!("the pages of this system have {size} bytes"));
+        return Err(format!("system page size of {size} bytes is not supported"));
     }
-    let failed = |what, error| format!("{what} of our own process: {error}");
+    let failed = |what, error| format!("{what} of this process: {error}");
     let own = std::process::id();
     // The buffer contains at least one page that holds no other data.
     let memory: Vec<AtomicU8> = (0..PAGES * size).map(|_| AtomicU8::new(1)).collect();
     let start = memory.as_ptr() as usize;
     let skip = start.next_multiple_of(size) - start;
-    let byte = memory.get(skip).ok_or("strange memory")?;
+    let byte = memory.get(skip).ok_or("test page is outside its buffer")?;
     let page = Mapping {
         start: (start + skip) as u64,
         end: (start + skip + size) as u64,
@@ -120,7 +120,7 @@ pub(super) fn check_support() -> Result<(), String> {
         writable: true,
     };
     let map = PageMap::open(own).map_err(|error| failed("/proc/PID/pagemap", error))?;
-    let map = map.ok_or("there is no /proc/PID/pagemap")?;
+    let map = map.ok_or("/proc/PID/pagemap does not exist")?;
     let count_dirty = || map.dirty(&page, |_| ());
     let read = |error| failed("/proc/PID/pagemap", error);
     clear(own).map_err(|error| failed("/proc/PID/clear_refs", error))?;
@@ -129,7 +129,7 @@ pub(super) fn check_support() -> Result<(), String> {
     let written = count_dirty().map_err(read)?;
     match (clean, written) {
         (0, 1) => Ok(()),
-        (0, _) => Err("this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY): a page that was written does not show".into()),
-        _ => Err("the soft-dirty bits of this kernel cannot be cleared".into()),
+        (0, _) => Err("kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY is off)".into()),
+        _ => Err("kernel does not clear soft-dirty bits".into()),
     }
 }

@@ -35,7 +35,7 @@ impl SentTable {
     /// If memory for the table is insufficient, or if the system provides no random numbers.
     pub fn new(layout: &Layout) -> Result<Self, TrackingError> {
         let hasher = PageHasher::with_random_seed().map_err(|error| {
-            TrackingError::Unavailable(format!("no secret for hashes: {error}"))
+            TrackingError::Unavailable(format!("no random seed for the page hashes: {error}"))
         })?;
         Self::with_hasher(layout, hasher)
     }
@@ -50,7 +50,7 @@ impl SentTable {
         for block in layout.blocks() {
             let failed = || {
                 TrackingError::Unavailable(format!(
-                    "no memory for the hashes of the {} pages of block '{}'",
+                    "not enough memory for the hashes of {} pages of RAM block '{}'",
                     block.pages(),
                     block.name()
                 ))
@@ -64,7 +64,7 @@ impl SentTable {
         let mut buffer = Vec::new();
         let length = PAGE * usize::try_from(PAGES_AT_ONCE).unwrap_or(1);
         if buffer.try_reserve_exact(length).is_err() {
-            let text = "no memory to read guest memory into".to_owned();
+            let text = "not enough memory for the read buffer of guest memory".to_owned();
             return Err(TrackingError::Unavailable(text));
         }
         buffer.resize(length, 0);

@@ -96,7 +96,9 @@ impl SoftDirtyTracker {
     ) -> Result<Self, TrackingError> {
         let unavailable = |text: String| TrackingError::Unavailable(text);
         pagemap::check_support().map_err(unavailable)?;
-        let failed = |error| TrackingError::Unavailable(format!("guest memory: {error}"));
+        let failed = |error| {
+            TrackingError::Unavailable(format!("guest memory files cannot be examined: {error}"))
+        };
         let files = RamFiles::from_memory(&memory).map_err(failed)?;
         let mut tmpfs = true;
         for (block, file) in memory.blocks() {
@@ -104,14 +106,14 @@ impl SoftDirtyTracker {
             if kind == HUGETLBFS {
                 let name = block.name();
                 return Err(unavailable(format!(
-                    "block '{name}' lies on hugetlbfs, which has no soft-dirty bits"
+                    "RAM block '{name}' is on hugetlbfs, which has no soft-dirty bits"
                 )));
             }
             tmpfs &= kind == TMPFS;
         }
         let mapping_processes = files.mapping_processes().map_err(failed)?;
         if mapping_processes.is_empty() {
-            let text = "no other process that we may look at maps guest memory";
+            let text = "no other process maps guest memory, or this process may not read its /proc/PID/maps: run as the user of the VMM, or with CAP_SYS_PTRACE";
             return Err(unavailable(text.into()));
         }
         for mapping_process in mapping_processes {
@@ -157,7 +159,7 @@ impl SoftDirtyTracker {
     ) -> Result<SyncStats, TrackingError> {
         let Self { quiesce, inner } = self;
         let mut result = Err(TrackingError::Unavailable(
-            "our own process could not be kept from writing".into(),
+            "writes of this process to guest memory could not be stopped".into(),
         ));
         quiesce.with_quiesced(&mut || {
             result = StoppedProcesses::stop(&inner.files, STOP_TIMEOUT)
@@ -210,7 +212,7 @@ impl std::fmt::Debug for SoftDirtyTracker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SoftDirty")
             .field("processes", &self.inner.previous.keys())
-            .field("why_all", &self.inner.all_dirty_reason)
+            .field("all_dirty_reason", &self.inner.all_dirty_reason)
             .finish_non_exhaustive()
     }
 }
@@ -230,7 +232,7 @@ impl Inner {
                 marked += self.mark_written(phase, *process, snapshot, &mut all)?;
             }
             if self.reclaim.has_changed()? {
-                all.get_or_insert_with(|| "the system took pages out of mappings".to_owned());
+                all.get_or_insert_with(|| "kernel has reclaimed mapped pages".to_owned());
             }
             if all.is_some() {
                 marked += self.mark_data(phase)?;
@@ -268,10 +270,10 @@ impl Inner {
             let pid = process.pid;
             let still = now.get(process);
             if previous.has_transient_mappings && still.is_none() {
-                all.get_or_insert_with(|| format!("process {pid} is gone"));
+                all.get_or_insert_with(|| format!("process {pid} has exited"));
             }
             if still.is_some_and(|it| it.child_faults != previous.child_faults) {
-                all.get_or_insert_with(|| format!("a child of process {pid} is gone"));
+                all.get_or_insert_with(|| format!("a child of process {pid} has exited"));
             }
             let mapped: &[Mapping] = still.map_or(&[], |it| &it.mappings);
             for mapping in &previous.mappings {
@@ -286,7 +288,7 @@ impl Inner {
         }
         for (process, snapshot) in now {
             if snapshot.has_transient_mappings && !self.previous.contains_key(process) {
-                all.get_or_insert_with(|| format!("process {} is new", process.pid));
+                all.get_or_insert_with(|| format!("process {} has started", process.pid));
             }
         }
         marked
@@ -313,7 +315,7 @@ impl Inner {
                         .map_err(failed("/proc/PID/pagemap"))?;
                 }
                 None => {
-                    all.get_or_insert_with(|| format!("process {pid} is gone"));
+                    all.get_or_insert_with(|| format!("process {pid} has exited"));
                 }
             }
         }
@@ -330,7 +332,7 @@ impl Inner {
             || (dirty > 0 && has_soft_dirty_mappings(pid).map_err(failed("/proc/PID/smaps"))?);
         if doubtful {
             all.get_or_insert_with(|| {
-                format!("process {pid} had {faults} page faults and shows {dirty} written pages")
+                format!("process {pid} has {faults} page faults and {dirty} soft-dirty pages")
             });
         }
         Ok(marked)

@@ -49,25 +49,25 @@ pub fn choose_tracker(
 ) -> Result<TrackerChoice, TrackingError> {
     let soft_dirty = || SoftDirtyTracker::new(memory.clone(), punched.clone(), quiesce);
     let (tracker, reason): (Box<dyn DirtyTracker>, _) = match request {
-        TrackingMode::SoftDirty => (Box::new(soft_dirty()?), "as was asked for".into()),
+        TrackingMode::SoftDirty => (Box::new(soft_dirty()?), "as requested".into()),
         TrackingMode::Content => (
             Box::new(ContentTracker::new(memory.clone())?),
-            "as was asked for".into(),
+            "as requested".into(),
         ),
         TrackingMode::Auto => match soft_dirty() {
-            Ok(tracker) => (Box::new(tracker), "which the kernel has".into()),
+            Ok(tracker) => (Box::new(tracker), "which the kernel supports".into()),
             Err(error) => (
                 Box::new(ContentTracker::new(memory.clone())?),
-                format!("since soft-dirty bits are not to be had: {error}"),
+                format!("because soft-dirty bits are not available: {error}"),
             ),
         },
     };
     let (use_hints, about_hints) = with_hints(tracker.as_ref(), hints, discards);
     let way = match tracker.name() {
         "soft-dirty" => "soft-dirty bits",
-        _ => "comparison of content",
+        _ => "content hashes",
     };
-    let why = format!("writes are tracked by {way}, {reason}; {about_hints}");
+    let why = format!("dirty tracking uses {way}, {reason}; {about_hints}");
     Ok(TrackerChoice {
         tracker,
         use_hints,
@@ -78,16 +78,16 @@ pub fn choose_tracker(
 /// Returns whether hints are used with this tracker, and a clause that states why.
 fn with_hints(tracker: &dyn DirtyTracker, wanted: bool, discards: bool) -> (bool, &'static str) {
     match (wanted, tracker.hints_need_discard(), discards) {
-        (false, ..) => (false, "no hints are wanted"),
-        (true, false, _) => (true, "hints count"),
+        (false, ..) => (false, "hints are disabled"),
+        (true, false, _) => (true, "hints are used"),
         (true, true, true) => (
             true,
-            "hints count, since the device makes hinted pages zero",
+            "hints are used because the device discards hinted pages",
         ),
         (true, true, false) => (
             false,
-            "hints are ignored, since the device does not make hinted pages zero: one that is used again with the bytes that \
-             it had would not show",
+            "hints are ignored because the device does not discard hinted pages, and a reused page with its old content would \
+             not be detected: start the daemon with --discard-hinted",
         ),
     }
 }
@@ -127,15 +127,15 @@ mod tests {
         );
         assert!(choice.why.contains("hints are ignored"), "{}", choice.why);
         let choice = chosen(TrackingMode::Content, true, true).unwrap();
-        assert!(choice.use_hints && choice.why.contains("hints count"));
+        assert!(choice.use_hints && choice.why.contains("hints are used"));
         let choice = chosen(TrackingMode::Content, false, true).unwrap();
-        assert!(!choice.use_hints && choice.why.contains("no hints are wanted"));
+        assert!(!choice.use_hints && choice.why.contains("hints are disabled"));
     }
 
     #[test]
     fn a_tracker_that_sees_writes_has_hints_from_any_source() {
         let (tracker, _) = mock_tracker();
-        assert_eq!(with_hints(&tracker, true, false), (true, "hints count"));
+        assert_eq!(with_hints(&tracker, true, false), (true, "hints are used"));
         assert!(!with_hints(&tracker, false, false).0);
     }
 

@@ -15,7 +15,7 @@ pub enum TrackingError {
     #[error("{0}")]
     Unavailable(String),
     /// Guest memory cannot be read.
-    #[error("guest memory cannot be read at {offset:#x} of block {block}: {source}")]
+    #[error("guest memory cannot be read at offset {offset:#x} of RAM block {block}: {source}")]
     Read {
         /// Index of the RAM block.
         block: usize,
@@ -25,7 +25,7 @@ pub enum TrackingError {
         source: io::Error,
     },
     /// A process that maps guest memory cannot be examined.
-    #[error("the process {pid}, which maps guest memory, cannot be tracked: {what}: {source}")]
+    #[error("process {pid}, which maps guest memory, cannot be tracked: {what}: {source}")]
     Process {
         /// The pid.
         pid: u32,
@@ -41,7 +41,7 @@ impl TrackingError {
     pub(super) fn no_bitmap(block: &RamBlock) -> Self {
         let name = block.name();
         Self::Unavailable(format!(
-            "no memory for a bit for each page of block '{name}'"
+            "not enough memory for a page bitmap of RAM block '{name}'"
         ))
     }
 }

@@ -13,7 +13,7 @@ pub const RAM_BLOCK_NAME_MAX: usize = 255;
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
 pub enum LayoutError {
     /// A start or a length is not a multiple of [`PAGE_SIZE`].
-    #[error("the region at {start:#x} of {length:#x} bytes is not made of whole pages of {PAGE_SIZE} bytes")]
+    #[error("region {start:#x}+{length:#x} is not aligned to pages of {PAGE_SIZE} bytes")]
     Unaligned {
         /// Guest physical address.
         start: u64,
@@ -21,15 +21,13 @@ pub enum LayoutError {
         length: u64,
     },
     /// A region holds no page.
-    #[error("the region at {start:#x} is empty")]
+    #[error("region at {start:#x} is empty")]
     Empty {
         /// Guest physical address.
         start: u64,
     },
     /// A region extends beyond the end of the address space.
-    #[error(
-        "the region at {start:#x} of {length:#x} bytes goes on beyond the end of the address space"
-    )]
+    #[error("region {start:#x}+{length:#x} exceeds the address space")]
     Wraps {
         /// Guest physical address.
         start: u64,
@@ -37,7 +35,7 @@ pub enum LayoutError {
         length: u64,
     },
     /// Two regions share a guest physical address.
-    #[error("the regions at {first:#x} and {second:#x} overlap")]
+    #[error("regions at {first:#x} and {second:#x} overlap")]
     Overlap {
         /// Guest physical address of the lower region.
         first: u64,
@@ -46,7 +44,7 @@ pub enum LayoutError {
     },
     /// A region maps bytes that its RAM block does not have, or its RAM block does not exist, or its offset is not a
     /// multiple of [`PAGE_SIZE`].
-    #[error("the region at {start:#x} shows bytes from {offset:#x} on of block {block}, which has not so many, or does not exist")]
+    #[error("region at {start:#x} exceeds RAM block {block} at offset {offset:#x}, or the RAM block does not exist")]
     OutsideRamBlock {
         /// Guest physical address.
         start: u64,
@@ -56,7 +54,7 @@ pub enum LayoutError {
         offset: u64,
     },
     /// The name of a RAM block is empty or too long, or its length is 0 or not a multiple of [`PAGE_SIZE`].
-    #[error("a block needs a name of 1 to {RAM_BLOCK_NAME_MAX} bytes and a length of whole pages of {PAGE_SIZE} bytes; '{name}' has {length:#x} bytes")]
+    #[error("RAM block '{name}' of {length:#x} bytes is invalid: the name must have 1 to {RAM_BLOCK_NAME_MAX} bytes, and the length must be a multiple of {PAGE_SIZE}")]
     RamBlock {
         /// Name of the RAM block.
         name: String,
@@ -64,10 +62,10 @@ pub enum LayoutError {
         length: u64,
     },
     /// Two RAM blocks have the same name.
-    #[error("there are two blocks with the name '{0}'")]
+    #[error("RAM block name '{0}' is not unique")]
     DuplicateName(String),
     /// The dirty bitmap of a RAM block does not fit in memory.
-    #[error("no memory for the dirty bitmap of block '{name}' of {length:#x} bytes")]
+    #[error("not enough memory for the dirty bitmap of RAM block '{name}' of {length:#x} bytes")]
     TooLarge {
         /// Name of the RAM block.
         name: String,

@@ -133,7 +133,7 @@ impl Precopy {
                 break;
             }
             if iterations >= self.parameters.max_rounds {
-                info!("{iterations} rounds are over: what is left is sent with the guest paused");
+                info!("max-rounds reached after {iterations} iterations: remaining pages are sent with the guest paused");
                 break;
             }
         }
@@ -206,8 +206,8 @@ impl Precopy {
         match self.hints.wait(timeout, &self.cancel) {
             WaitOutcome::Cancelled => return Err(PrecopyError::Cancelled),
             WaitOutcome::TimedOut if timeout < left => {}
-            WaitOutcome::TimedOut => info!("the guest has not given all hints in time: the rest of them come while pages are sent, or not at all"),
-            WaitOutcome::Lost(why) => info!("there are no more hints: {why}"),
+            WaitOutcome::TimedOut => info!("hint round did not finish within free-page-hint-wait: later hints apply while pages are sent"),
+            WaitOutcome::Lost(why) => info!("hint round ended early: {why}"),
             WaitOutcome::Finished => {}
         }
         let waited = begun.elapsed();
@@ -268,7 +268,7 @@ impl Precopy {
         let missed = self.sender.mark_changed(phase)?;
         if missed > 0 {
             warn!(
-                "dirty tracking by {} has missed writes to {missed} pages; they are sent again",
+                "{} tracking missed writes to {missed} pages; these pages are sent again",
                 self.tracker.name()
             );
             self.progress.update(|status| status.ram.missed += missed);

@@ -43,7 +43,7 @@ impl Hints {
         self.window = match source.open(window) {
             Ok(()) => WindowState::AtSource,
             Err((window, why)) => {
-                info!("this round goes without hints: {why}");
+                info!("iteration runs without hints: {why}");
                 WindowState::Local(window)
             }
         };
@@ -64,7 +64,7 @@ impl Hints {
             (WindowState::AtSource, Some(source)) => source
                 .close()
                 .map_err(|error| PrecopyError::Hints(error.to_string())),
-            _ => Err(PrecopyError::Hints("there was no round".into())),
+            _ => Err(PrecopyError::Hints("no hint round is open".into())),
         }
     }
 

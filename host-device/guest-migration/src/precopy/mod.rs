@@ -91,19 +91,19 @@ pub struct Parts {
 #[derive(Debug, Error)]
 pub enum PrecopyError {
     /// The migration was cancelled.
-    #[error("the migration was cancelled")]
+    #[error("migration was cancelled")]
     Cancelled,
     /// Post-copy and hints were requested together (R7).
-    #[error("free-page-hint cannot be used with postcopy-ram: a page that was not sent may be asked for when it is too late; switch one of them off")]
+    #[error("free-page-hint cannot be used with postcopy-ram: the destination may request a page that hints have skipped; disable one of them")]
     PostcopyWithHints,
     /// Post-copy was requested and is not supported.
-    #[error("postcopy-ram is not supported: switch it off")]
+    #[error("postcopy-ram is not supported: disable it")]
     Postcopy,
     /// There is no VM to pause.
-    #[error("nobody can pause the machine: name its QMP socket or its process, or use pause-before-switchover")]
+    #[error("guest cannot be paused: give the QMP socket or the process of its VMM, or enable pause-before-switchover")]
     NoVm,
     /// Hints are not sound with the dirty tracker.
-    #[error("dirty tracking by {0} may use hints only if hinted pages are discarded: start the device with --discard-hinted, and use a driver that accepts it")]
+    #[error("{0} tracking can use hints only if hinted pages are discarded: start the daemon with --discard-hinted, and use a driver that accepts it")]
     UnsoundHints(&'static str),
     /// See [`LayoutError`].
     #[error(transparent)]
@@ -115,7 +115,7 @@ pub enum PrecopyError {
     #[error("{0}")]
     Sink(SinkError),
     /// Guest memory cannot be read.
-    #[error("guest memory cannot be read at {offset:#x} of block {block}: {source}")]
+    #[error("guest memory cannot be read at offset {offset:#x} of RAM block {block}: {source}")]
     Read {
         /// Index of the RAM block.
         block: usize,
@@ -125,9 +125,9 @@ pub enum PrecopyError {
         source: std::io::Error,
     },
     /// The hint window was lost, and with it the right to change the dirty bitmap.
-    #[error("the hints of this round are lost: {0}")]
+    #[error("hint round is lost: {0}")]
     Hints(String),
     /// The VM was not paused.
-    #[error("the machine cannot be paused: {0}")]
+    #[error("guest cannot be paused: {0}")]
     Vm(#[from] VmError),
 }

@@ -37,7 +37,7 @@ impl Drop for PauseGuard {
         if let (true, Some(vm)) = (self.paused, &mut self.vm) {
             if let Err(error) = vm.resume() {
                 warn!(
-                    "the machine was paused and does not go on ({}): {error}",
+                    "guest is paused and cannot be resumed ({}): {error}; resume it manually",
                     vm.describe()
                 );
             }

@@ -343,7 +343,7 @@ fn all_of_memory_arrives_but_what_was_hinted() {
     let mut test = filled();
     test.set(|state| state.hints = vec![vec![run(3, 5)]]);
     let (result, status) = test.migrate(Parameters::default(), false);
-    assert!(result.unwrap(), "the machine comes back, paused");
+    assert!(result.unwrap(), "the VM is returned, paused");
     let (here, there) = (test.here(), test.there());
     for page in 0..PAGES as usize {
         let hinted = (3..8).contains(&page);
@@ -472,7 +472,7 @@ fn r16_also_if_the_machine_the_tracker_or_the_device_fails() {
     }
     let test = filled();
     let (tracker, writes) = mock_tracker();
-    writes.fail("no more soft-dirty bits");
+    writes.fail("soft-dirty bits are not available");
     let parts = Parts {
         memory: test.memory.clone(),
         tracker: Box::new(tracker),
@@ -482,7 +482,7 @@ fn r16_also_if_the_machine_the_tracker_or_the_device_fails() {
     };
     let (result, _) = test.run(Parameters::default(), parts);
     let text = result.unwrap_err().to_string();
-    assert!(text.contains("no more soft-dirty bits"), "{text}");
+    assert!(text.contains("soft-dirty bits are not available"), "{text}");
     assert_eq!(test.count("pause"), 0);
 }
 

@@ -169,7 +169,7 @@ pub(crate) fn has_soft_dirty_mappings(pid: u32) -> io::Result<bool> {
 fn malformed(pid: u32, file: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
-        format!("/proc/{pid}/{file} is not as it was known to be"),
+        format!("/proc/{pid}/{file} has an unknown format"),
     )
 }
 

@@ -50,20 +50,20 @@ const POLL_INTERVAL_MAX: Duration = Duration::from_millis(2);
 #[derive(Debug, Error)]
 pub(crate) enum StopError {
     /// A process still runs.
-    #[error("process {pid}, which maps guest memory, did not stop within {timeout:?}: a thread of it is in state {state}")]
+    #[error("process {pid}, which maps guest memory, did not stop within {timeout:?}: one of its threads is in state {state}")]
     StillRunning {
         pid: u32,
         state: char,
         timeout: Duration,
     },
     /// New processes keep appearing.
-    #[error("after {timeout:?} there still are new processes that map guest memory")]
+    #[error("new processes still map guest memory after {timeout:?}: try again")]
     NewProcesses { timeout: Duration },
     /// A process cannot be stopped or examined.
     #[error("process {pid}, which maps guest memory, cannot be stopped: {source}")]
     Process { pid: u32, source: io::Error },
     /// The processes cannot be found.
-    #[error("the processes that map guest memory cannot be found: {0}")]
+    #[error("processes that map guest memory cannot be listed: {0}")]
     Search(io::Error),
 }
 

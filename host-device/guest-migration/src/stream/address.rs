@@ -27,7 +27,7 @@ pub enum Address {
 
 /// The error for a text that is not an [`Address`].
 #[derive(Debug, Clone, Error, PartialEq, Eq)]
-#[error("'{text}' is not an address: {why}; known are unix:PATH, tcp:HOST:PORT, file:PATH and fd:NUMBER")]
+#[error("'{text}' is not an address: {why}; use unix:PATH, tcp:HOST:PORT, file:PATH or fd:NUMBER")]
 pub struct AddressError {
     text: String,
     why: &'static str,
@@ -43,16 +43,16 @@ impl FromStr for Address {
         };
         let (kind, rest) = text
             .split_once(':')
-            .ok_or_else(|| error("it does not say of which kind"))?;
+            .ok_or_else(|| error("the kind is missing"))?;
         if rest.is_empty() {
-            return Err(error("nothing follows the colon"));
+            return Err(error("the part after the colon is empty"));
         }
         match kind {
             "unix" => Ok(Self::Unix(rest.into())),
             "file" => Ok(Self::File(rest.into())),
             "fd" => match rest.parse() {
                 Ok(number) if number >= 0 => Ok(Self::Fd(number)),
-                _ => Err(error("a file descriptor is a number")),
+                _ => Err(error("the file descriptor is not a number")),
             },
             "tcp" => {
                 let (host, port) = rest
@@ -61,18 +61,18 @@ impl FromStr for Address {
                 let host = match host.strip_prefix('[') {
                     Some(inner) => inner
                         .strip_suffix(']')
-                        .ok_or_else(|| error("a bracket is missing"))?,
+                        .ok_or_else(|| error("the closing bracket is missing"))?,
                     None if host.contains(':') => {
-                        return Err(error("an IPv6 address stands in brackets"))
+                        return Err(error("an IPv6 address needs brackets"))
                     }
                     None => host,
                 };
                 let port = port
                     .parse()
-                    .map_err(|_| error("a port is a number up to 65535"))?;
+                    .map_err(|_| error("the port is not a number from 0 to 65535"))?;
                 Ok(Self::Tcp(host.to_owned(), port))
             }
-            _ => Err(error("its kind is unknown")),
+            _ => Err(error("the kind is unknown")),
         }
     }
 }
@@ -112,8 +112,8 @@ mod tests {
     #[test]
     fn anything_else_says_why() {
         for (text, why) in [
-            ("/run/socket", "of which kind"),
-            ("unix:", "nothing follows"),
+            ("/run/socket", "kind is missing"),
+            ("unix:", "is empty"),
             ("exec:cat", "unknown"),
             ("tcp:host", "port is missing"),
             ("tcp:host:70000", "65535"),

@@ -32,7 +32,7 @@ pub(super) fn connect_to(
 ) -> Result<Vec<OwnedFd>, StreamError> {
     if channels > 1 && matches!(address, Address::File(_) | Address::Fd(_)) {
         return Err(StreamError::Options(format!(
-            "several channels need an address that can be connected to more than once; {address} cannot"
+            "several channels need an address that accepts several connections; {address} accepts only one"
         )));
     }
     (0..channels)
@@ -69,7 +69,7 @@ fn connect_once(
                 Ok(found) => found,
                 Err(error) => return Ok(Err(error)),
             };
-            let mut last = Err(io::Error::other("the name has no address"));
+            let mut last = Err(io::Error::other("host name has no address"));
             for target in found {
                 let family = match target {
                     SocketAddr::V4(_) => AddressFamily::INET,

@@ -43,7 +43,7 @@ impl Control {
     pub fn new(cancel: &CancelToken) -> Result<Arc<Self>, StreamError> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let event = eventfd(0, flags).map_err(|error| StreamError::System {
-            doing: "cannot make an event file descriptor",
+            doing: "cannot create an eventfd",
             source: Arc::new(error.into()),
         })?;
         let control = Arc::new(Self {
@@ -138,7 +138,7 @@ impl Control {
                 Err(Errno::INTR) => {}
                 Err(error) => {
                     return Err(StreamError::System {
-                        doing: "cannot wait for a transport",
+                        doing: "cannot poll the transport",
                         source: Arc::new(error.into()),
                     })
                 }

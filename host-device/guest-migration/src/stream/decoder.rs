@@ -264,7 +264,7 @@ impl<S: ByteSource> Decoder<S> {
         let last = Final::decode(&bytes).map_err(|fault| self.fault(at, fault))?;
         let (said, seen) = (last.counts, self.counts);
         for (what, said, seen) in [
-            ("rounds", head.first, self.iteration),
+            ("iterations", head.first, self.iteration),
             ("pages", said.pages, seen.pages),
             ("zero pages", said.zeros, seen.zeros),
             ("bytes of pages", said.payload, seen.payload),
@@ -386,11 +386,11 @@ fn decompress(
     unpacked.resize(raw, 0);
     let count = match decompressor {
         Some(it) => it.decompress_to_buffer(packed, unpacked.as_mut_slice()),
-        None => return Err("no decompressor".into()),
+        None => return Err("the decompressor is missing".into()),
     };
     match count {
         Ok(count) if count == raw => Ok(()),
-        Ok(count) => Err(format!("they are {count} bytes")),
+        Ok(count) => Err(format!("they have {count} bytes")),
         Err(error) => Err(error.to_string()),
     }
 }

@@ -11,28 +11,28 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 #[allow(missing_docs)] // The messages describe the variants.
 pub enum DestinationError {
-    #[error("no memory file was given")]
+    #[error("no memory file was given: give one for each RAM block of the stream")]
     NoFile,
-    #[error("two memory files were given for block '{0}'")]
+    #[error("RAM block '{0}' has two memory files: give one")]
     DuplicateFile(String),
-    #[error("the stream has block '{block}', for which no memory file was given (given: {given})")]
+    #[error("RAM block '{block}' of the stream has no memory file (given: {given})")]
     NoFileForBlock { block: String, given: String },
-    #[error("the stream has {blocks} blocks ({names}), and only one memory file was given: give each as NAME=PATH")]
+    #[error("stream has {blocks} RAM blocks ({names}), but only one memory file was given: give each as NAME=PATH")]
     NeedNames { blocks: usize, names: String },
-    #[error("a memory file was given for block '{0}', which the stream has not")]
+    #[error("memory file was given for RAM block '{0}', which is not in the stream")]
     UnusedFile(String),
-    #[error("{} has {has} bytes, block '{block}' of the stream {wanted}: give a file of that size, or none that exists", path.display())]
+    #[error("{} has {has} bytes, but RAM block '{block}' of the stream has {wanted}: give a file of that size, or a path that does not exist", path.display())]
     SizeMismatch {
         path: PathBuf,
         block: String,
         has: u64,
         wanted: u64,
     },
-    #[error("{} is not a regular file: memory is received into files only", .0.display())]
+    #[error("{} is not a regular file: memory is received into regular files only", .0.display())]
     NotRegularFile(PathBuf),
-    #[error("another receiver is at work on {}", .0.display())]
+    #[error("{} is in use by another receiver", .0.display())]
     Busy(PathBuf),
-    #[error("the memory files could not be compared with the sender's memory")]
+    #[error("memory files could not be compared with the sender's digest")]
     DigestFailed,
     #[error("{}: {doing}: {source}", path.display())]
     Io {

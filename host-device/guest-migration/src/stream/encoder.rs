@@ -57,7 +57,7 @@ impl Encoder {
             Compression::Zstd(level) => {
                 let compressor = Compressor::new(level);
                 Some(compressor.map_err(|source| StreamError::System {
-                    doing: "cannot compress with zstd",
+                    doing: "cannot initialize zstd",
                     source: Arc::new(source),
                 })?)
             }

@@ -19,7 +19,7 @@ use crate::PageRun;
 #[derive(Debug, Clone, Error)]
 pub enum StreamError {
     /// The caller cancelled the stream, or dropped the writer before its end.
-    #[error("the stream was cancelled")]
+    #[error("stream was cancelled")]
     Cancelled,
     /// The sender cannot connect to the address or open it.
     #[error("cannot send to {address}: {source}")]
@@ -38,7 +38,7 @@ pub enum StreamError {
         source: Arc<io::Error>,
     },
     /// Too few channels connected before the timeout.
-    #[error("{there} of {wanted} channels were connected within {timeout:?}")]
+    #[error("only {there} of {wanted} channels connected within {timeout:?}")]
     MissingChannels {
         /// Number of channels that connected.
         there: usize,
@@ -71,7 +71,7 @@ pub enum StreamError {
         source: Arc<io::Error>,
     },
     /// The peer closed the connection.
-    #[error("channel {channel}, byte {offset}: the other side has closed the connection")]
+    #[error("channel {channel}, byte {offset}: peer closed the connection")]
     Closed {
         /// The channel.
         channel: u16,
@@ -79,7 +79,7 @@ pub enum StreamError {
         offset: u64,
     },
     /// The peer is connected, but made no progress before the timeout.
-    #[error("channel {channel}, byte {offset}: {doing}: nothing went on for {timeout:?}")]
+    #[error("channel {channel}, byte {offset}: {doing} made no progress for {timeout:?}")]
     Stalled {
         /// The channel.
         channel: u16,
@@ -91,13 +91,13 @@ pub enum StreamError {
         timeout: Duration,
     },
     /// The receiver refused the stream, with this message.
-    #[error("the receiver refuses the stream: {0}")]
+    #[error("receiver refused the stream: {0}")]
     Refused(String),
     /// The receiver accepted the stream and failed later, with this message.
-    #[error("the receiver has given up: {0}")]
+    #[error("receiver failed: {0}")]
     ReceiverFailed(String),
     /// The receiver sent an invalid or unexpected answer.
-    #[error("channel {channel}: the receiver's answer makes no sense: {fault}")]
+    #[error("channel {channel}: receiver sent an invalid answer: {fault}")]
     Answer {
         /// The channel.
         channel: u16,
@@ -118,7 +118,7 @@ pub enum StreamError {
     #[error(transparent)]
     Destination(Arc<DestinationError>),
     /// The guest memory to send cannot be read.
-    #[error("cannot read {pages} pages from page {first} of block {block} on: {source}")]
+    #[error("guest memory cannot be read: {pages} pages from page {first} of RAM block {block}: {source}")]
     Memory {
         /// Index of the RAM block.
         block: usize,
@@ -130,7 +130,7 @@ pub enum StreamError {
         source: Arc<io::Error>,
     },
     /// The caller passed a run that is not in the layout, or bytes of another length than the run.
-    #[error("{pages} pages from page {first} of block {block} on, given with {bytes} bytes, are not pages of the layout")]
+    #[error("{pages} pages from page {first} of RAM block {block}, given with {bytes} bytes, are not in the layout")]
     InvalidRun {
         /// Index of the RAM block.
         block: usize,
@@ -142,7 +142,7 @@ pub enum StreamError {
         bytes: usize,
     },
     /// The content of the memory files differs from the sender's guest memory.
-    #[error("the memory files' digest is {here:032x}, the sender's {there:032x}: some page is not as it was sent")]
+    #[error("digest of the memory files is {here:032x}, the sender's is {there:032x}: received pages differ from the source")]
     ContentMismatch {
         /// The content digest of the memory files.
         here: u128,

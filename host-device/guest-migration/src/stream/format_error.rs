@@ -11,80 +11,80 @@ use crate::PAGE_SIZE;
 #[derive(Debug, Clone, Error, PartialEq, Eq)]
 #[allow(missing_docs)] // The messages describe the variants.
 pub enum Fault {
-    #[error("the stream begins with {0:02x?}: this is not a stream of memory pages")]
+    #[error("stream starts with {0:02x?}: not a stream of guest memory")]
     Magic([u8; 8]),
-    #[error("the stream is of version {0}, this receiver knows version {VERSION} only")]
+    #[error("stream has version {0}, this receiver supports version {VERSION} only")]
     Version(u32),
-    #[error("the header says that it has {0} bytes, which no header has")]
+    #[error("header length of {0} bytes is invalid")]
     HeaderLength(u32),
-    #[error("the header is damaged: its check value does not fit")]
+    #[error("header checksum does not match: header is corrupt")]
     HeaderChecksum,
-    #[error("the header has bytes that belong to nothing")]
+    #[error("header length does not match its content")]
     HeaderContent,
-    #[error("pages of {0} bytes; this receiver knows pages of {PAGE_SIZE} bytes only")]
+    #[error("page size is {0} bytes, this receiver supports {PAGE_SIZE} bytes only")]
     PageSize(u32),
-    #[error("the header has the flags {0:#x}, of which some are unknown")]
+    #[error("header flags {0:#x} are not supported")]
     HeaderFlags(u32),
-    #[error("it is channel {channel} of {channels}, which cannot be")]
+    #[error("channel number {channel} of {channels} channels is invalid")]
     Channels { channel: u16, channels: u16 },
-    #[error("the header has {0} blocks, which is none or too many")]
+    #[error("header has an invalid number of RAM blocks: {0}")]
     RamBlockCount(u32),
-    #[error("the name of block {0} is empty, too long, not UTF-8, or taken")]
+    #[error("name of RAM block {0} is empty, too long, not UTF-8, or not unique")]
     RamBlockName(u32),
-    #[error("block {block} has {pages} pages, which is none or too many")]
+    #[error("RAM block {block} has an invalid number of pages: {pages}")]
     RamBlockPages { block: u32, pages: u64 },
-    #[error("the sender waits for answers, which cannot be given here")]
+    #[error("sender waits for answers, which this transport cannot carry")]
     OneWay,
-    #[error("its header is not that of the other channels' migration")]
+    #[error("channel belongs to another migration")]
     OtherMigration,
-    #[error("there was a channel {0} already")]
+    #[error("channel {0} is already connected")]
     DuplicateChannel(u16),
-    #[error("the stream ends before its header does")]
+    #[error("stream ends inside its header")]
     TruncatedHeader,
-    #[error("the stream ends without its final record")]
+    #[error("stream ends without its final record")]
     MissingFinalRecord,
-    #[error("the stream ends inside a record")]
+    #[error("stream ends inside a record")]
     TruncatedRecord,
-    #[error("the record is damaged, or out of its place: its check value does not fit")]
+    #[error("record checksum does not match: record is corrupt or out of order")]
     RecordChecksum,
-    #[error("the record has the number {0}, expected was {1}")]
+    #[error("record has number {0}, expected {1}")]
     Sequence(u64, u64),
-    #[error("there is no record of kind {0}")]
+    #[error("record kind {0} is unknown")]
     RecordKind(u8),
-    #[error("a record of kind {kind} has the flags {flags:#x}")]
+    #[error("record of kind {kind} has invalid flags {flags:#x}")]
     Flags { kind: u8, flags: u8 },
-    #[error("the record is for block {0}, which does not exist")]
+    #[error("record names RAM block {0}, which does not exist")]
     RamBlock(u16),
-    #[error("the record is for {pages} pages from page {first} on, the block has {has}")]
+    #[error("record names {pages} pages from page {first}, but the RAM block has {has}")]
     Outside { first: u64, pages: u64, has: u64 },
-    #[error("the record has {0} pages, which is none or too many")]
+    #[error("record has an invalid number of pages: {0}")]
     Pages(u64),
-    #[error("the record has {length} bytes for {pages} pages")]
+    #[error("record has an invalid length of {length} bytes for {pages} pages")]
     Length { length: u32, pages: u64 },
-    #[error("a field is not zero that must be")]
+    #[error("reserved field is not zero")]
     Reserved,
-    #[error("the pages' check value does not fit: they were changed on the way")]
+    #[error("page checksum does not match: pages were corrupted in transit")]
     PayloadChecksum,
-    #[error("the compressed pages cannot be unpacked into {pages} pages: {why}")]
+    #[error("compressed pages do not decompress to {pages} pages: {why}")]
     Compressed { pages: u64, why: String },
-    #[error("round {0} ends, expected was the end of round {1}")]
+    #[error("iteration {0} ends, expected the end of iteration {1}")]
     IterationEnd(u64, u64),
-    #[error("the final record says {said} {what}, there were {seen}")]
+    #[error("final record has {said} {what}, the stream had {seen}")]
     Count {
         what: &'static str,
         said: u64,
         seen: u64,
     },
-    #[error("the final records of the channels differ")]
+    #[error("final records of the channels differ")]
     FinalRecordsDiffer,
-    #[error("the digest of the stream in the final record does not fit")]
+    #[error("stream digest in the final record does not match")]
     StreamDigest,
-    #[error("something follows the final record")]
+    #[error("data follows the final record")]
     TrailingData,
-    #[error("it is not an answer, or damaged")]
+    #[error("it is not an answer, or it is corrupt")]
     AnswerFormat,
-    #[error("an answer of kind {0} was not asked for")]
+    #[error("answer of kind {0} is unexpected")]
     AnswerKind(u8),
-    #[error("its words have {0} bytes, more than {MESSAGE_MAX}")]
+    #[error("message has {0} bytes, more than {MESSAGE_MAX}")]
     AnswerMessage(u16),
 }

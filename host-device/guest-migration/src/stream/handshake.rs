@@ -15,7 +15,7 @@ pub(super) fn check_channels(count: usize) -> Result<u16, StreamError> {
     match u16::try_from(count) {
         Ok(channels) if (1..=CHANNELS_MAX).contains(&channels) => Ok(channels),
         _ => Err(StreamError::Options(format!(
-            "a stream has 1 to {CHANNELS_MAX} channels, not {count}"
+            "stream has 1 to {CHANNELS_MAX} channels, not {count}"
         ))),
     }
 }
@@ -30,7 +30,7 @@ pub(super) fn send_headers(
     let mut id = [0; 16];
     rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty()).map_err(|error| {
         StreamError::System {
-            doing: "no random number for the migration's id",
+            doing: "cannot get a random migration id",
             source: Arc::new(error.into()),
         }
     })?;
@@ -50,7 +50,9 @@ pub(super) fn send_headers(
     for transport in wires {
         header.channel = transport.channel();
         let (bytes, chain) = header.encode().ok_or_else(|| {
-            StreamError::Options("the format has no room for so many or such large blocks".into())
+            StreamError::Options(
+                "stream format does not support this number or size of RAM blocks".into(),
+            )
         })?;
         transport.write(&mut [IoSlice::new(&bytes)])?;
         chains.push(chain);

@@ -35,13 +35,13 @@ impl SocketFile {
     fn remove_stale(path: &Path) -> io::Result<()> {
         if !fs::symlink_metadata(path)?.file_type().is_socket() {
             return Err(io::Error::other(
-                "there is something that is not a socket: remove it, or choose another path",
+                "path exists and is not a socket: remove it, or choose another path",
             ));
         }
         match UnixStream::connect(path) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
             _ => Err(io::Error::other(
-                "another process listens there: end it, or choose another path",
+                "path is in use by a running process: end it, or choose another path",
             )),
         }
     }

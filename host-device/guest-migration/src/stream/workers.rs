@@ -55,7 +55,7 @@ impl Workers {
                 .name(format!("channel-{index}"))
                 .spawn(move || worker.run())
                 .map_err(|source| StreamError::System {
-                    doing: "cannot start a thread",
+                    doing: "cannot start a channel thread",
                     source: Arc::new(source),
                 })?;
             workers.queues.push(queue);

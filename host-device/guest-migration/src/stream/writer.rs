@@ -66,7 +66,7 @@ impl std::fmt::Debug for Writer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Writer")
             .field("bytes", &self.bytes())
-            .field("rounds", &self.iterations)
+            .field("iterations", &self.iterations)
             .finish_non_exhaustive()
     }
 }

@@ -32,7 +32,7 @@ impl ProcessVm {
     /// If the files of guest memory cannot be examined.
     pub fn new(memory: &Memory) -> Result<Self, VmError> {
         let files = RamFiles::from_memory(memory)
-            .map_err(|error| VmError(format!("guest memory cannot be examined: {error}")))?;
+            .map_err(|error| VmError(format!("guest memory files cannot be examined: {error}")))?;
         Ok(Self {
             files,
             stopped: None,
@@ -51,7 +51,7 @@ impl ProcessVm {
 
 impl Vm for ProcessVm {
     fn describe(&self) -> String {
-        "the processes that map guest memory, by SIGSTOP".into()
+        "SIGSTOP to the processes that map guest memory".into()
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
@@ -61,7 +61,7 @@ impl Vm for ProcessVm {
         let stopped = StoppedProcesses::stop(&self.files, STOP_TIMEOUT).map_err(vm_error)?;
         if stopped.processes().next().is_none() {
             let text =
-                "no process that we may look at maps guest memory: there is nothing to pause";
+                "no process maps guest memory, or this process may not read its /proc/PID/maps: run as the user of the VMM, or use its QMP socket";
             return Err(VmError(text.into()));
         }
         self.stopped = Some(stopped);

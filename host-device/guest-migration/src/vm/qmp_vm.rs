@@ -56,7 +56,7 @@ impl QmpVm {
         if state.running {
             Ok(vm)
         } else {
-            Err(vm.error(&format!("the guest does not run: {}", state.status)))
+            Err(vm.error(&format!("guest is not running: {}", state.status)))
         }
     }
 
@@ -81,7 +81,9 @@ impl QmpVm {
             }
             if Instant::now() > deadline {
                 let (status, timeout) = (state.status, self.timeout);
-                return Err(self.error(&format!("it is {status} {timeout:?} after '{name}'")));
+                return Err(self.error(&format!(
+                    "guest is still {status} {timeout:?} after '{name}'"
+                )));
             }
             sleep(POLL_INTERVAL);
         }
@@ -123,7 +125,9 @@ impl Vm for QmpVm {
                     .and_then(|mut vmm| self.command(&mut vmm, "cont", true));
                 Err(match running {
                     Ok(()) => error,
-                    Err(other) => VmError(format!("{error}; nor is it known to go on: {other}")),
+                    Err(other) => VmError(format!(
+                        "{error}; guest may still be paused: {other}; resume it with 'cont'"
+                    )),
                 })
             }
         }
@@ -238,7 +242,7 @@ mod tests {
         let error = QmpVm::with_timeout(&vmm.path, LONG)
             .unwrap_err()
             .to_string();
-        assert!(error.ends_with("the guest does not run: paused"), "{error}");
+        assert!(error.ends_with("guest is not running: paused"), "{error}");
     }
 
     #[test]
@@ -263,7 +267,10 @@ mod tests {
         vm.timeout = Duration::from_millis(50);
         let error = vm.command(&mut client, "query-status", false);
         let error = error.unwrap_err().to_string();
-        assert!(error.contains("it is running 50ms after"), "{error}");
+        assert!(
+            error.contains("guest is still running 50ms after"),
+            "{error}"
+        );
         let missing = QmpVm::new(&vmm.path.with_extension("none")).unwrap_err();
         assert!(missing.to_string().contains("vmm.none"), "{missing}");
     }

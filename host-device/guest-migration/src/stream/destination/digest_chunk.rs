@@ -43,7 +43,7 @@ impl DigestChunk<'_> {
             self.slot
                 .file
                 .read_exact_at(bytes, at)
-                .map_err(self.slot.error("cannot read it back"))?;
+                .map_err(self.slot.error("cannot read received pages"))?;
             for (page, bytes) in (at / PAGE_SIZE..).zip(bytes.chunks_exact(PAGE)) {
                 digest.add(self.run.block, page, hasher.hash(bytes));
             }

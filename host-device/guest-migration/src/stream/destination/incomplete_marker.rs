@@ -37,18 +37,18 @@ impl IncompleteMarker {
             .truncate(false)
             .mode(0o600)
             .open(&path)
-            .map_err(error("cannot mark the memory file as incomplete"))?;
+            .map_err(error("cannot create the incomplete marker"))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => return Err(DestinationError::Busy(memory.to_owned())),
-            Err(other) => return Err(error("cannot lock it")(other.into())),
+            Err(other) => return Err(error("cannot lock the incomplete marker")(other.into())),
         }
         let marker = Self { path, file };
         marker
-            .write_reason("the migration into it is under way")
+            .write_reason("the migration is in progress")
             .map_err(|source| DestinationError::Io {
                 path: marker.path.clone(),
-                doing: "cannot write to it",
+                doing: "cannot write the incomplete marker",
                 source,
             })?;
         Ok(marker)
@@ -64,14 +64,14 @@ impl IncompleteMarker {
         rustix::fs::seek(&file, SeekFrom::Start(0))?;
         writeln!(
             file,
-            "The memory file beside this one is incomplete: {why}."
+            "The memory file beside this marker is incomplete: {why}."
         )
     }
 
     pub(super) fn remove(&self) -> Result<(), DestinationError> {
         fs::remove_file(&self.path).map_err(|source| DestinationError::Io {
             path: self.path.clone(),
-            doing: "the memory file is complete, but its mark cannot be removed",
+            doing: "memory file is complete, but its incomplete marker cannot be removed",
             source,
         })
     }

@@ -34,7 +34,9 @@ pub(super) fn open(block: &RamBlockEntry, path: &Path) -> Result<File, Destinati
         .mode(0o600)
         .open(path)
         .map_err(error("cannot open the memory file"))?;
-    let metadata = file.metadata().map_err(error("cannot examine it"))?;
+    let metadata = file
+        .metadata()
+        .map_err(error("cannot examine the memory file"))?;
     if !metadata.is_file() {
         return Err(DestinationError::NotRegularFile(path.to_owned()));
     }
@@ -71,7 +73,7 @@ impl RamBlockFile {
     pub(super) fn clear(&self) -> Result<(), DestinationError> {
         self.file
             .set_len(self.pages.saturating_mul(PAGE_SIZE))
-            .map_err(self.error("cannot make it as long as the block"))?;
+            .map_err(self.error("cannot extend the memory file to the size of the RAM block"))?;
         self.zero(0, self.pages)
     }
 
@@ -90,7 +92,7 @@ impl RamBlockFile {
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros(offset, length),
             Err(error) => Err(error.into()),
         }
-        .map_err(self.error("cannot make a hole"))
+        .map_err(self.error("cannot punch a hole"))
     }
 
     fn write_zeros(&self, offset: u64, length: u64) -> io::Result<()> {

@@ -497,7 +497,7 @@ fn heads_that_lie_are_refused_where_they_stand() {
             |it| (it.kind, it.first) = (RecordKind::Final, 1),
             &[0; 96],
             Fault::Count {
-                what: "rounds",
+                what: "iterations",
                 said: 1,
                 seen: 0,
             },
@@ -551,12 +551,15 @@ fn iterations_end_in_order_and_once() {
 fn final_counts_and_digests_must_add_up() {
     type Lie = fn(&mut Final);
     let lies: &[(Lie, &str)] = &[
-        (|it| it.counts.pages += 1, "3 pages, there were 2"),
-        (|it| it.counts.zeros = u64::MAX, "zero pages, there were 3"),
+        (|it| it.counts.pages += 1, "3 pages, the stream had 2"),
+        (
+            |it| it.counts.zeros = u64::MAX,
+            "zero pages, the stream had 3",
+        ),
         (|it| it.counts.payload -= 1, "8191 bytes of pages"),
         (
             |it| it.totals.counts.pages = 0,
-            "0 pages on all channels, there were 2",
+            "0 pages on all channels, the stream had 2",
         ),
         (
             |it| it.totals.counts.zeros += 1,
@@ -566,7 +569,7 @@ fn final_counts_and_digests_must_add_up() {
             |it| it.totals.counts.payload += 1,
             "bytes of pages on all channels",
         ),
-        (|it| it.totals.stream ^= 1, "digest of the stream"),
+        (|it| it.totals.stream ^= 1, "stream digest"),
     ];
     for (lie, words) in lies {
         let mut forge = Forge::example();
@@ -660,7 +663,7 @@ fn files_that_do_not_fit_say_what_to_do() {
         .unwrap_err()
         .to_string();
     assert!(
-        error.contains("2 blocks (ram, vga)") && error.contains("NAME=PATH"),
+        error.contains("2 RAM blocks (ram, vga)") && error.contains("NAME=PATH"),
         "{error}"
     );
     let error = receive(Destination::new().with_ram_block("ram", &ram))
@@ -670,7 +673,7 @@ fn files_that_do_not_fit_say_what_to_do() {
     let unused = dir.destination().with_ram_block("rom", dir.path("rom"));
     let error = receive(unused).unwrap_err().to_string();
     assert!(
-        error.contains("block 'rom', which the stream has not"),
+        error.contains("RAM block 'rom', which is not in the stream"),
         "{error}"
     );
     let twice = dir.destination().with_ram_block("ram", &vga);
@@ -701,7 +704,7 @@ fn files_that_do_not_fit_say_what_to_do() {
     let options = ReceiverOptions::default();
     let first = Receiver::new(listener, dir.destination(), options).unwrap();
     let error = receive(dir.destination()).unwrap_err().to_string();
-    assert!(error.contains("another receiver is at work"), "{error}");
+    assert!(error.contains("in use by another receiver"), "{error}");
     first.run().unwrap();
     assert!(!dir.marked());
 }

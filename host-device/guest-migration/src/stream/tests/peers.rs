@@ -65,7 +65,7 @@ fn a_refusal_comes_with_its_words_over_all_channels() {
             assert!(here.contains("has 9 bytes"), "{here}");
             assert_eq!(
                 error.to_string(),
-                format!("the receiver refuses the stream: {here}")
+                format!("receiver refused the stream: {here}")
             );
             assert!(dir.marked());
         }
@@ -122,7 +122,7 @@ fn a_receiver_that_gives_up_while_it_is_sent_to_is_heard() {
         receiver.join().unwrap();
         let error = write_until_it_fails(&mut writer);
         if channels == 1 {
-            let expected = "the receiver has given up: no space left on device";
+            let expected = "receiver failed: no space left on device";
             assert_eq!(error.to_string(), expected);
         } else {
             let known = matches!(
@@ -210,7 +210,7 @@ fn nobody_there_is_an_error_that_names_the_address() {
         assert!(error.to_string().contains(text), "{error}");
         error.to_string()
     };
-    start(&format!("unix:{}", dir.path("nobody").display()));
+    start(&format!("unix:{}", dir.path("missing").display()));
     let port = TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
@@ -290,7 +290,7 @@ fn cancel_ends_a_writer_that_nobody_reads_from() {
             };
             (error, writer.end_iteration().unwrap_err())
         });
-        // Wait until the writer has written to every channel. Nobody reads, so the writer stalls soon.
+        // Wait until the writer has written to every channel. No thread reads, so the writer stalls soon.
         let full = |stream: &UnixStream| {
             let mut fds = [rustix::event::PollFd::new(
                 stream,
@@ -515,9 +515,9 @@ fn channels_of_another_migration_and_the_same_twice_are_refused() {
     let check = xxhash_rust::xxh3::xxh3_64(&other[..end]);
     other[end..].copy_from_slice(&check.to_le_bytes());
     for (second, words) in [
-        (other, "not that of the other channels' migration"),
-        (header(0, 2), "a channel 0 already"),
-        (header(1, 3), "not that of the other channels' migration"),
+        (other, "channel belongs to another migration"),
+        (header(0, 2), "channel 0 is already connected"),
+        (header(1, 3), "channel belongs to another migration"),
     ] {
         let dir = TestDir::new();
         let (address, receiving) = dir.receive(&dir.address("unix"));
@@ -562,7 +562,7 @@ fn what_is_at_a_sockets_path_is_not_taken_from_the_living() {
     let address = dir.address("unix");
     let first = Listener::bind(&address).unwrap();
     let error = Listener::bind(&address).unwrap_err().to_string();
-    assert!(error.contains("another process listens there"), "{error}");
+    assert!(error.contains("in use by a running process"), "{error}");
     drop(first);
     assert!(!dir.path("stream").exists());
     // A killed process leaves such a socket file.
@@ -585,7 +585,7 @@ fn progress_shows_what_has_been_received() {
     writer.end_iteration().unwrap();
     let start = Instant::now();
     while progress.iterations() == 0 {
-        assert!(start.elapsed() < LONG, "the round never ends there");
+        assert!(start.elapsed() < LONG, "the iteration never ends there");
         std::thread::yield_now();
     }
     assert_eq!(progress.phase(), ReceivePhase::Receiving);

@@ -79,7 +79,10 @@ impl Model {
     fn check(&self, dir: &TestDir) {
         for (block, expected) in self.0.iter().enumerate() {
             let (bytes, data) = dir.content(block);
-            assert!(bytes == *expected, "block {block} is not as it was sent");
+            assert!(
+                bytes == *expected,
+                "RAM block {block} differs from the source"
+            );
             for (page, bytes) in expected.chunks(PAGE).enumerate() {
                 let zero = bytes.iter().all(|byte| *byte == 0);
                 assert!(!(zero && data[page]), "page {page} of zeros is no hole");
@@ -286,11 +289,7 @@ fn what_is_small_is_gathered_and_what_packs_is_packed() {
             .pages(run(1, page, 1), &[page as u8 + 1; PAGE])
             .unwrap();
     }
-    assert_eq!(
-        writer.bytes(),
-        header,
-        "nothing was written for each by itself"
-    );
+    assert_eq!(writer.bytes(), header, "nothing is written page by page");
     writer.flush().unwrap();
     let packed = writer.bytes() - header;
     assert!(packed > 20 * 48 && packed < 20 * 200, "{packed}");
@@ -359,7 +358,8 @@ fn memory_that_cannot_be_read_ends_the_stream_and_is_named() {
         ftruncate(memory.file(0).unwrap(), 301 * PAGE_SIZE).unwrap();
         let sent = writer.pages_from(run(0, 300, pages), &memory);
         let error = sent.and_then(|()| writer.end_iteration()).unwrap_err();
-        let words = format!("cannot read {pages} pages from page 300 of block 0 on");
+        let words =
+            format!("guest memory cannot be read: {pages} pages from page 300 of RAM block 0");
         assert!(error.to_string().starts_with(&words), "{error}");
         assert_eq!(
             writer.zeros(run(0, 0, 1)).unwrap_err().to_string(),

@@ -58,7 +58,7 @@ impl Transport {
         timeout: Duration,
     ) -> Result<Self, StreamError> {
         let kind = Self::kind_of(&fd).map_err(|error| StreamError::System {
-            doing: "cannot use a file descriptor as a transport",
+            doing: "cannot use the file descriptor as a transport",
             source: Arc::new(error),
         })?;
         let fd = Arc::new(fd);
@@ -84,7 +84,7 @@ impl Transport {
             }
             FileType::Fifo => TransportKind::Pipe,
             FileType::RegularFile | FileType::CharacterDevice => return Ok(TransportKind::File),
-            _ => return Err(io::Error::other("no stream socket, pipe or file")),
+            _ => return Err(io::Error::other("not a stream socket, pipe or file")),
         };
         fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?;
         Ok(kind)
