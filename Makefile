@@ -5,7 +5,7 @@
 CARGO ?= cargo
 XTASK := $(CARGO) xtask
 
-.PHONY: all daemon module modules_install demo test bench guest setup check clean distclean help
+.PHONY: all daemon module modules_install demo test bench guest setup check book doc clean distclean help
 
 all: module daemon ## build the kernel module and the daemon
 
@@ -43,6 +43,12 @@ setup: ## make the root file system and the kernels that demo and test need
 
 check: ## formats and lints, of the host crates and of the kernel module
 	$(XTASK) check
+
+book: ## make the documentation as a book, into target/book
+	$(XTASK) book
+
+doc: ## make rustdoc's pages of the host crates and of the kernel module
+	$(XTASK) doc
 
 clean: ## remove what was built here
 	$(CARGO) clean

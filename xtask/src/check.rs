@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Checks formats, lints, the places of unsafe code, and the tests that the documents name and the rules need.
+//! Checks formats, lints, names and prose, circles between files, links, the places of unsafe code, and the tests that the documents
+//! name and the rules need.
 
 use anyhow::Result;
 
 use crate::build;
+use crate::circles;
 use crate::conformance;
+use crate::language;
+use crate::links;
 use crate::module;
 use crate::progress::say;
 use crate::rules;
@@ -16,11 +20,17 @@ use crate::unsafe_count;
 pub fn command() -> Result<()> {
     say("format of the crates");
     run::inherit_output(build::cargo()?.args(["fmt", "--all", "--check"]))?;
-    say("where unsafe code stands");
+    say("names and prose");
+    language::check()?;
+    say("circles between files");
+    circles::check()?;
+    say("links of the documents");
+    links::check()?;
+    say("places of unsafe code");
     unsafe_count::check()?;
     say("the tests that docs/conformance.md names");
     conformance::check()?;
-    say("the tests that bear a rule's number");
+    say("the tests named after rules");
     rules::check()?;
     say("lints of the crates");
     run::inherit_output(build::cargo()?.args([

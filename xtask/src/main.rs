@@ -3,12 +3,16 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod book;
 mod build;
 mod check;
+mod circles;
 mod conformance;
 mod demo;
 mod extract_vmlinux;
 mod guest;
+mod language;
+mod links;
 mod matrix;
 mod module;
 mod paths;
@@ -36,8 +40,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make what builds and guests need, in ${XDG_CACHE_HOME:-~/.cache}/virtio-balloon-rs. Other commands do what they
-    /// need of it by themselves.
+    /// Set up what builds and guests need, in ${XDG_CACHE_HOME:-~/.cache}/virtio-balloon-rs. Other commands run the part that they
+    /// need.
     Setup(setup::Options),
     /// Build virtio_balloon_rs.ko, into target/module/KERNEL.
     Module(module::Options),
@@ -51,6 +55,10 @@ enum Command {
     Guest(guest::Options),
     /// Check formats and lints, of the host's crates and of the kernel module, and where unsafe code stands.
     Check,
+    /// Make the documentation as a book, in target/book.
+    Book,
+    /// Make rustdoc's pages of the crates and of the kernel module.
+    Doc,
     /// Show that a change of comments, layout or names has changed no code.
     SameCode(same_code::Options),
 }
@@ -64,6 +72,8 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::command(&options),
         Command::Guest(options) => guest::command(&options),
         Command::Check => check::command(),
+        Command::Book => book::book(),
+        Command::Doc => book::doc(),
         Command::SameCode(options) => same_code::command(&options),
     };
     ended(outcome.map(|()| ExitCode::SUCCESS))

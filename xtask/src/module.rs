@@ -94,6 +94,32 @@ pub fn make_named(
     Ok(out.join("virtio_balloon_rs.ko"))
 }
 
+/// Makes the module's documentation with rustdoc, with every warning an error, and returns its folder.
+pub fn document(build_env: &BuildEnv) -> Result<PathBuf> {
+    // Rustdoc takes the arguments of the compiler, which Kbuild saves, without those about its output.
+    const RUSTDOC: &str = "cd /out && arguments=$(sed -n 's/^savedcmd_[^=]*:= .* rustc / /p' guest-driver/.lib.o.cmd \
+        | sed 's/ --emit=[^ ]*//g; s/ --out-dir [^ ]*//; s/ --crate-type rlib//; s/ -Zbinary_dep_depinfo=y//') \
+        && export RUSTC_BOOTSTRAP=1 OBJTREE=\"$TREE\" RUST_MODFILE=./virtio_balloon_rs \
+        VIRTIO_BALLOON_RS_BINDINGS=/out/guest-driver/bindings/bindings_generated.rs \
+        && eval \"rustdoc $arguments -Arustdoc::private_intra_doc_links --document-private-items -o /out/doc\"";
+
+    let kernel = Kernel::Stock;
+    let module = make(build_env, kernel, false)?;
+    let out = module.parent().context("the module is in no folder")?;
+    let what = "documentation of the module";
+    let log = out.with_extension("doc.log");
+    let mut command = build_env
+        .sandbox()
+        .bind_ro(build_env.tree(kernel)?, kernel.sandbox_path())
+        .bind_ro(&paths::repository()?, "/repo")
+        .bind_rw(out, "/out")
+        .env("TREE", kernel.sandbox_path())
+        .command(RUSTDOC);
+    run::to_log_file(what, &mut command, &log)?;
+    refuse_warnings(what, &log, &out.join("doc"))?;
+    Ok(out.join("doc/virtio_balloon_rs"))
+}
+
 /// Fails if the log has a warning, and removes the build then: Kbuild does not fail on a warning and would not repeat
 /// it.
 fn refuse_warnings(what: &str, log: &Path, out: &Path) -> Result<()> {

@@ -30,14 +30,14 @@ pub fn check() -> Result<()> {
     let tests = by_number(names);
     let (bare, unknown) = mismatch(&rules, &tests);
     println!(
-        "{:>5}  rules, {} tests bear their numbers",
+        "{:>5}  rules, {} tests named after them",
         rules.len(),
         tests.values().sum::<usize>()
     );
-    ensure!(bare.is_empty(), "no test bears the number of {bare}");
+    ensure!(bare.is_empty(), "no test is named after {bare}");
     ensure!(
         unknown.is_empty(),
-        "tests bear numbers that {} does not have: {unknown}",
+        "tests are named after rules that {} does not have: {unknown}",
         path.display()
     );
     Ok(())

@@ -94,7 +94,7 @@ pub fn print([without, with]: &[MigrationOutcome; 2]) {
     row("sent again", &|it| pages(it.status.ram.resent));
     row("skipped, by hints", &|it| pages(it.status.ram.skipped));
     row("different, all of them free", &|it| pages(it.different));
-    row("rounds", &|it| it.status.rounds.len().to_string());
+    row("iterations", &|it| it.status.rounds.len().to_string());
     row("waited for hints", &|it| {
         let waited: u64 = it.status.rounds.iter().map(|it| it.hint_wait_us).sum();
         millis(Some(waited / 1000))

@@ -146,7 +146,7 @@ fn hint(guest: &mut Guest, before: MemoryUsage, figures: &mut Figures) -> Result
     guest.daemon()?.qmp().hint_done()?;
     guest.check_memory(before)?;
     say(format_args!(
-        "guest: the round is done, {} are free; host: {} are in use, for hinted pages were discarded",
+        "guest: the hint round is done, {} are free; host: {} are in use, because hinted pages were discarded",
         mib(guest.mem_info()?.free()),
         mib(guest.host_memory_in_use()?)
     ));
@@ -188,7 +188,7 @@ fn print(figures: &Figures) {
     let share = percent(figures.pages_cleared, figures.pages_total);
     let rows = [
         ("guest memory", mib(figures.guest_memory)),
-        ("free, as the guest says", mib(figures.free)),
+        ("free, by the guest", mib(figures.free)),
         (
             "hinted",
             format!(
@@ -201,9 +201,9 @@ fn print(figures: &Figures) {
             "hinted, of what was free",
             format!("{:.1} %", percent(figures.hint_bytes, figures.free)),
         ),
-        ("RAM that need not be sent", format!("{share:.1} %")),
+        ("RAM that is not sent", format!("{share:.1} %")),
         (
-            "duration of the round",
+            "duration of the hint round",
             format!("{:.1?}", figures.hint_duration),
         ),
         ("taken by the balloon", mib(figures.taken)),

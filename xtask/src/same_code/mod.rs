@@ -2,7 +2,7 @@
 //! Shows that a change of comments, layout or names has changed no code.
 
 mod renames;
-mod tokens;
+pub mod tokens;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +13,7 @@ use anyhow::{ensure, Context, Result};
 
 use crate::paths;
 use crate::run;
-use renames::Renames;
+pub use renames::Renames;
 use tokens::{Kind, Token};
 
 /// Arguments of `same-code`.
