@@ -5,6 +5,7 @@ mod bind;
 mod counters;
 mod daemon;
 mod debug_kernel;
+mod documents;
 mod driver_cost;
 mod driver_removal;
 mod fault_injection;
