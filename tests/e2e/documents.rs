@@ -19,7 +19,8 @@ const TUTORIAL: &str = include_str!("../../docs/tutorial.md");
 #[test]
 fn the_tutorials_commands_work_in_qemu() -> Result<()> {
     // If a command fails, the shell ends what it has started.
-    const PRELUDE: &str = "set -e; trap 'jobs -p | xargs -r kill 2>/dev/null; rm -rf \"$T\"' EXIT\n";
+    const PRELUDE: &str =
+        "set -e; trap 'jobs -p | xargs -r kill 2>/dev/null; rm -rf \"$T\"' EXIT\n";
 
     let artifacts = Artifacts::load()?;
     let (builds, blocks): (Vec<_>, Vec<_>) = blocks(TUTORIAL)

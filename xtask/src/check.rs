@@ -11,6 +11,7 @@ use crate::language;
 use crate::links;
 use crate::module;
 use crate::progress::say;
+use crate::reference;
 use crate::rules;
 use crate::run;
 use crate::setup::{self, Kernel};
@@ -26,6 +27,8 @@ pub fn command() -> Result<()> {
     circles::check()?;
     say("links of the documents");
     links::check()?;
+    say("names of the module in docs/driver.md");
+    reference::check()?;
     say("places of unsafe code");
     unsafe_count::check()?;
     say("the tests that docs/conformance.md names");

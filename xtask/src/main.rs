@@ -17,6 +17,7 @@ mod matrix;
 mod module;
 mod paths;
 mod progress;
+mod reference;
 mod rules;
 mod run;
 mod same_code;

@@ -309,6 +309,25 @@ mod tests {
 
     use super::*;
 
+    /// `docs/commands.md` is the reference page.
+    #[test]
+    fn the_reference_page_has_every_option() {
+        let page = include_str!("../../../docs/commands.md");
+        let command = Args::command();
+        let commands: Vec<_> = command.get_subcommands().collect();
+        let arguments = commands.iter().flat_map(|it| it.get_arguments());
+        let options = arguments
+            .chain(command.get_arguments())
+            .filter_map(|it| it.get_long())
+            .map(|name| format!("--{name}"));
+        let names = commands.iter().map(|it| format!("`{}", it.get_name()));
+        let missing: Vec<_> = options
+            .chain(names)
+            .filter(|name| !page.contains(name))
+            .collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();

@@ -208,6 +208,18 @@ mod tests {
         Args::command().debug_assert();
     }
 
+    /// `docs/commands.md` is the reference page.
+    #[test]
+    fn the_reference_page_has_every_option() {
+        let page = include_str!("../../../docs/commands.md");
+        let command = Args::command();
+        let options = command.get_arguments().filter_map(|it| it.get_long());
+        let missing: Vec<_> = options
+            .filter(|name| !page.contains(&format!("--{name}")))
+            .collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+
     #[test]
     fn r10_new_features_are_off_unless_asked_for() {
         assert_eq!(offered_features(&[]), Features::STATS_VQ);

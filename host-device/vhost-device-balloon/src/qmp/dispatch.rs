@@ -55,3 +55,19 @@ fn query_commands(_: &CommandContext, arguments: Option<&Value>) -> Result<Value
         .map(|name| json!({ "name": name }))
         .collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::all;
+
+    /// `docs/commands.md` is the reference page.
+    #[test]
+    fn the_reference_page_has_every_command() {
+        let page = include_str!("../../../../docs/commands.md");
+        let missing: Vec<_> = all()
+            .map(|(name, _)| name)
+            .filter(|name| !page.contains(&format!("`{name}`")))
+            .collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+}
