@@ -5,15 +5,14 @@
 //! are hard to read.
 
 use std::fs;
-use std::process::Command;
 
 use anyhow::{ensure, Context, Result};
 use regex::Regex;
 
 use crate::paths;
-use crate::run;
 use crate::same_code::tokens::{self, Kind};
 use crate::same_code::Renames;
+use crate::sources;
 
 /// Words that no name contains, and the glossary's term.
 const FORBIDDEN: [(&str, &str); 31] = [
@@ -81,20 +80,15 @@ const IDIOMS: [&str; 20] = [
 /// If a name contains a forbidden word, or prose an idiom.
 pub fn check() -> Result<()> {
     let repository = paths::repository()?;
-    let mut git = Command::new("git");
-    git.arg("-C")
-        .arg(&repository)
-        .args(["-c", "core.quotePath=false"]);
-    git.args(["ls-files", "--cached", "--others", "--exclude-standard"]);
-    let files = run::output(&mut git)?;
     let idioms = idioms()?;
     let mut found = Vec::new();
     let mut count = 0;
-    for name in files.lines() {
-        let path = repository.join(name);
-        if !is_ours(name) || !path.is_file() {
+    for name in sources::names(&repository)? {
+        let name = name.as_str();
+        if !is_ours(name) {
             continue;
         }
+        let path = repository.join(name);
         count += 1;
         let text = fs::read_to_string(&path).with_context(|| format!("cannot read {name}"))?;
         let of_path = words(name)

@@ -4,13 +4,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{ensure, Context, Result};
 use pulldown_cmark::{Event, Options, Parser, Tag, TagEnd};
 
 use crate::paths;
-use crate::run;
+use crate::sources;
 
 /// The table of contents of the book.
 const SUMMARY: &str = "docs/SUMMARY.md";
@@ -22,20 +21,12 @@ const SUMMARY: &str = "docs/SUMMARY.md";
 /// If a link leads to a file or a heading that does not exist, or a file below `docs` is not in the book.
 pub fn check() -> Result<()> {
     let repository = paths::repository()?;
-    let mut git = Command::new("git");
-    git.arg("-C").arg(&repository);
-    git.args([
-        "ls-files",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-        "*.md",
-    ]);
-    let names = run::output(&mut git)?;
+    let mut names = sources::names(&repository)?;
+    names.retain(|name| name.ends_with(".md"));
     let mut count = 0;
     let mut broken = Vec::new();
     let mut in_book = BTreeSet::from([PathBuf::from(SUMMARY)]);
-    for name in names.lines().filter(|name| repository.join(name).is_file()) {
+    for name in &names {
         let text = read(&repository.join(name))?;
         for link in parse(&text).links {
             if link.contains("://") || link.starts_with("mailto:") {
@@ -52,7 +43,7 @@ pub fn check() -> Result<()> {
             }
         }
     }
-    let documents = names.lines().filter(|name| name.starts_with("docs/"));
+    let documents = names.iter().filter(|name| name.starts_with("docs/"));
     for name in documents.filter(|name| !in_book.contains(Path::new(name))) {
         broken.push(format!("{name} is not in {SUMMARY}"));
     }

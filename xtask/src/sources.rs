@@ -41,6 +41,37 @@ pub fn read_all(repository: &Path) -> Result<Vec<Source>> {
     Ok(sources)
 }
 
+/// Returns the names of all files that people wrote, in the order of their names: without the build folder and hidden files.
+///
+/// # Errors
+///
+/// If a folder cannot be listed.
+pub fn names(repository: &Path) -> Result<Vec<String>> {
+    const BUILT: &str = "target";
+
+    let mut found = Vec::new();
+    let mut folders = vec![repository.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in
+            fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))?
+        {
+            let path = entry?.path();
+            let name = path.strip_prefix(repository).unwrap_or(&path);
+            let name = name.to_string_lossy().into_owned();
+            if name == BUILT || name.starts_with('.') {
+                continue;
+            }
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                found.push(name);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
 fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in
