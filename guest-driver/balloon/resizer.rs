@@ -501,6 +501,7 @@ impl Resizer {
         self.write_actual(&mut inner);
         match self.advance(&mut inner) {
             Progress::Reached => {
+                self.oom_seen.store(false, Relaxed);
                 inner.oom_seen = None;
                 self.wakeup.relax();
             }

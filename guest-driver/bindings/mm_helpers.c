@@ -23,9 +23,9 @@ struct page *vbrs_alloc_pages_node(int node, gfp_t gfp, unsigned int order)
 	return alloc_pages_node(node, gfp, order);
 }
 
-unsigned int vbrs_nr_online_nodes(void)
+unsigned int vbrs_nr_memory_nodes(void)
 {
-	return nr_online_nodes;
+	return num_node_state(N_MEMORY);
 }
 
 /* Returns MAX_NUMNODES if no node is online. */

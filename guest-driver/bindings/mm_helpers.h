@@ -22,7 +22,7 @@ struct vbrs_zone {
 	long lowmem_reserve[MAX_NR_ZONES];
 };
 
-unsigned int vbrs_nr_online_nodes(void);
+unsigned int vbrs_nr_memory_nodes(void);
 int vbrs_first_online_node(void);
 int vbrs_next_online_node(int node);
 void vbrs_read_zone(int node, int zone, struct vbrs_zone *counts);

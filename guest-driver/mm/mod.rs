@@ -41,7 +41,7 @@ pub use balloon_pages::{BalloonPage, BalloonPages, MigrateMode, MigratePages, Mi
 pub use block::PageBlock;
 pub use hinted_block::{HintedBlock, HintedPages};
 pub use list::{BlockExtent, BlockList};
-pub use nodes::{has_one_node, NodesBelowWatermark};
+pub use nodes::{any_node_is_below_watermark, has_one_node, NodesBelowWatermark};
 pub use notifier::{MemoryHotplug, Notifier, OnMemoryOffline, OnSystemSleep, SystemSleep};
 pub use oom_notifier::{OnOutOfMemory, OomNotifier};
 pub use page_ref::PageRef;

@@ -12,7 +12,7 @@ use kernel::sync::Arc;
 use super::super::balloon_queues::{BalloonQueues, Purpose};
 use super::super::timeout;
 use super::{Resizer, OOM_INFLATE_PAUSE};
-use crate::mm::{has_one_node, NodesBelowWatermark, OnOutOfMemory};
+use crate::mm::{any_node_is_below_watermark, has_one_node, NodesBelowWatermark, OnOutOfMemory};
 
 /// The number of balloon pages of one OOM deflation. Same as in the kernel's C driver
 /// (`VIRTIO_BALLOON_OOM_NR_PAGES`).
@@ -46,7 +46,7 @@ impl Resizer {
         already_freed: usize,
     ) -> usize {
         let queues = self.queues();
-        if queues.is_closed() || self.emptying.load(Relaxed) {
+        if queues.is_closed() || self.emptying.load(Relaxed) || queues.page_counts().is_empty() {
             return 0;
         }
         let before = queues.released();
@@ -62,7 +62,8 @@ impl Resizer {
             return 0;
         }
         let all = NodesBelowWatermark::all();
-        let nodes = if nodes.is_empty() && self.may_be_short(has_one_node()) {
+        let is_unexplained = nodes.is_empty() && self.may_be_short(has_one_node());
+        let nodes = if is_unexplained {
             self.oom_seen.store(true, Relaxed);
             &all
         } else {
@@ -81,6 +82,10 @@ impl Resizer {
             }
         }
         let freed = freed(queues).unwrap_or(0);
+        if is_unexplained && freed > 0 {
+            let now = self.created.elapsed().as_millis() as u64;
+            self.unexplained_oom_at.store(now, Relaxed);
+        }
         // The work item writes the new size to config space.
         self.wake();
         freed
@@ -117,18 +122,17 @@ impl Resizer {
     /// Other tasks may have freed pages since the allocation failed, or the task needs a larger
     /// free block. Without any page from the balloon, the kernel kills a process. With several
     /// nodes, the task may also be bound to a node that balloon pages cannot help. So the answer is
-    /// yes once in [`OOM_INFLATE_PAUSE`] at most.
+    /// no if a node without balloon pages is short, and until [`OOM_INFLATE_PAUSE`] has passed since
+    /// such a task last got pages.
     fn may_be_short(&self, one_node: bool) -> bool {
         if one_node {
             return true;
         }
         let now = self.created.elapsed().as_millis() as u64;
         let last = self.unexplained_oom_at.load(Relaxed);
-        let is_due = last == u64::MAX || now - last >= OOM_INFLATE_PAUSE.as_millis() as u64;
-        if is_due {
-            self.unexplained_oom_at.store(now, Relaxed);
-        }
-        is_due
+        let pause = OOM_INFLATE_PAUSE.as_millis() as u64;
+        let is_due = last == u64::MAX || now.saturating_sub(last) >= pause;
+        is_due && !any_node_is_below_watermark()
     }
 }
 
@@ -183,8 +187,23 @@ mod tests {
     fn with_several_nodes_the_balloon_is_not_emptied_while_none_is_short() -> Result {
         let rig = Rig::new(4, false)?;
         assert!(rig.resizer.may_be_short(false));
+        rig.resizer.unexplained_oom_at.store(0, Relaxed);
         assert!(!rig.resizer.may_be_short(false));
         assert!(rig.resizer.may_be_short(true));
+        Ok(())
+    }
+
+    /// An empty balloon has nothing to give. A later target is not delayed.
+    #[test]
+    fn a_task_without_memory_does_not_pause_the_inflation_of_an_empty_balloon() -> Result {
+        let rig = Rig::new(4, false)?;
+        assert_eq!(
+            rig.resizer.oom_deflate_on(&NodesBelowWatermark::none(), 0),
+            0
+        );
+        rig.set_target(300);
+        rig.settle();
+        assert_eq!(rig.inflated(), 300);
         Ok(())
     }
 
