@@ -85,7 +85,7 @@ fn r17_what_is_discarded_is_what_is_struck_out() {
     assert_eq!(guest.errors(), 2);
     assert!(guest
         .last_error()
-        .starts_with("free-page queue: the range at 0xfffffffffffff000"));
+        .starts_with("free-page queue: hint 0xfffffffffffff000"));
     guest.hint(START + LENGTH - 0x1000, 0x10_0000);
     assert_eq!(
         guest.device.hinted_ranges(0, usize::MAX),

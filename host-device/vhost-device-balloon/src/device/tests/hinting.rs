@@ -101,7 +101,7 @@ fn r5_hints_outside_memory_are_refused_and_counted() {
     assert_eq!(guest.errors(), 2);
     assert!(guest
         .last_error()
-        .starts_with("free-page queue: the range at 0xfffffffffffff000"));
+        .starts_with("free-page queue: hint 0xfffffffffffff000"));
     // Across the end of a region: only the part inside counts, and no other region.
     guest.hint(START + LENGTH - 0x1000, 0x10_0000);
     let status = guest.device.hinting_status();
