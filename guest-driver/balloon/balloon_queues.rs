@@ -241,6 +241,11 @@ impl BalloonQueues {
             .flatten()
     }
 
+    /// Returns whether [`take_reserved`](Self::take_reserved) has a request now.
+    pub(crate) fn has_reserved(&self) -> bool {
+        !self.in_flight.lock().spare.is_empty() && self.deflate.free_entries() > 0
+    }
+
     /// Frees the pages of `request` and puts it back among the spare requests.
     pub(crate) fn put(&self, mut request: Request) {
         drop(request.take());

@@ -23,8 +23,9 @@ const OOM_NR_PAGES: u64 = 256;
 /// It runs within an allocation. So it takes only the lock of [`BalloonQueues`], allocates nothing,
 /// and does not access config space, for which some transports allocate; the work item writes the
 /// new size. Without `MUST_TELL_HOST`, the pages are free when the device has been notified. With
-/// it, the task waits until the device has used the request or the wait times out. After a timeout,
-/// later calls neither deflate nor wait until a request has released pages.
+/// it, the task waits until the device has used the request or the wait times out. It also waits if
+/// all requests are in flight. After a timeout, later calls neither deflate nor wait until a request
+/// has released pages or can be sent again.
 impl OnOutOfMemory for Resizer {
     fn oom_notify(self: &Arc<Self>, already_freed: usize) -> usize {
         self.oom_deflate_on(&NodesBelowWatermark::now(), already_freed)
@@ -71,10 +72,10 @@ impl Resizer {
         };
         BalloonQueues::reap_used(&self.pages);
         if freed(queues).is_none() && !self.has_timed_out(before) {
-            if !nodes.is_empty() {
-                self.send_oom_deflate(nodes);
-            }
-            if self.must_tell_host && queues.page_counts().deflating() > 0 {
+            let has_request = nodes.is_empty() || self.send_oom_deflate(nodes);
+            if !has_request {
+                self.timed_out_at.store(before, Relaxed);
+            } else if self.must_tell_host && queues.page_counts().deflating() > 0 {
                 let answered = BalloonQueues::wait(&self.pages, timeout::host(), freed);
                 if answered.is_none() {
                     self.timed_out_at.store(before, Relaxed);
@@ -91,30 +92,30 @@ impl Resizer {
         freed
     }
 
-    /// Returns whether an OOM deflation has timed out while deflate requests are in flight, and no
-    /// page was released since. `released` is the current value of [`BalloonQueues::released`].
+    /// Returns whether an OOM deflation has timed out, no page was released since, and deflate or
+    /// all requests are still in flight. `released` is the current value of
+    /// [`BalloonQueues::released`].
     fn has_timed_out(&self, released: u64) -> bool {
-        let page_counts = self.queues().page_counts();
-        page_counts.deflating() > 0 && self.timed_out_at.load(Relaxed) == released
+        let queues = self.queues();
+        let must_wait = queues.page_counts().deflating() > 0 || !queues.has_reserved();
+        must_wait && self.timed_out_at.load(Relaxed) == released
     }
 
     /// Sends an OOM deflation with pages on `nodes`. Without `MUST_TELL_HOST` the pages are free on
-    /// return.
-    fn send_oom_deflate(&self, nodes: &NodesBelowWatermark) {
+    /// return. Returns `false` if the wait for a request has timed out.
+    fn send_oom_deflate(&self, nodes: &NodesBelowWatermark) -> bool {
         let request =
             BalloonQueues::wait(&self.pages, timeout::host(), BalloonQueues::take_reserved);
-        if let Some(request) = request {
-            let sent = BalloonQueues::send_deflate(
-                &self.pages,
-                request,
-                OOM_NR_PAGES,
-                Purpose::Oom(nodes),
-            );
-            if sent.is_ok_and(|pages| pages > 0) {
-                self.counters.oom_deflations.add(1);
-            }
-            self.queues().notify();
+        let Some(request) = request else {
+            return false;
+        };
+        let sent =
+            BalloonQueues::send_deflate(&self.pages, request, OOM_NR_PAGES, Purpose::Oom(nodes));
+        if sent.is_ok_and(|pages| pages > 0) {
+            self.counters.oom_deflations.add(1);
         }
+        self.queues().notify();
+        true
     }
 
     /// Returns whether the balloon deflates for an allocating task although no node is short.
@@ -168,6 +169,30 @@ mod tests {
             rig.counters.oom_deflated_pages.get(),
             GuestGeometry::pfns(100)
         );
+        Ok(())
+    }
+
+    /// The host is stopped and has all requests. The first task waits for one, the next do not.
+    #[test]
+    fn one_task_without_memory_waits_for_a_host_that_has_all_requests() -> Result {
+        let rig = Rig::new(4, false)?;
+        let resizer = &rig.resizer;
+        rig.set_target(300);
+        rig.settle();
+        let mut in_flight = KVec::new();
+        while let Some(request) = resizer.queues().take_reserved() {
+            in_flight.push(request, GFP_KERNEL)?;
+        }
+        let nodes = NodesBelowWatermark::all();
+        assert!(!resizer.has_timed_out(resizer.queues().released()));
+        assert_eq!(resizer.oom_deflate_on(&nodes, 0), 0);
+        assert!(resizer.has_timed_out(resizer.queues().released()));
+        assert_eq!(resizer.oom_deflate_on(&nodes, 0), 0);
+        for request in in_flight {
+            resizer.queues().put(request);
+        }
+        assert!(!resizer.has_timed_out(resizer.queues().released()));
+        assert!(resizer.oom_deflate_on(&nodes, 0) > 0);
         Ok(())
     }
 
