@@ -26,6 +26,10 @@ pub const CHARDEV: &str = "balloon";
 /// The id of the hot-plug slot for the balloon.
 pub const SLOT: &str = "slot0";
 
+/// The processor that TCG emulates. TCG executes `rep movsb` byte by byte. Without these features
+/// Linux copies words.
+const TCG_CPU: &str = "max,-erms,-fsrm";
+
 /// Starts QEMU with `kernel`.
 ///
 /// # Errors
@@ -45,8 +49,12 @@ pub fn start(rootfs: &Path, kernel: &Path, config: &VmConfig) -> Result<StartedV
     }
     command.args(match Accelerator::detect() {
         Accelerator::Kvm => ["-accel", "kvm", "-cpu", "max"],
-        // TCG executes `rep movsb` byte by byte. Without these features Linux copies words.
-        Accelerator::Tcg => ["-accel", "tcg", "-cpu", "max,-erms,-fsrm"],
+        // With a thread for each processor, TCG can execute an `int3` that the guest has already
+        // replaced: Linux patches its code with it, and then stops with "Oops: int3".
+        Accelerator::Tcg if hardware.processors() > 1 => {
+            ["-accel", "tcg,thread=single", "-cpu", TCG_CPU]
+        }
+        Accelerator::Tcg => ["-accel", "tcg", "-cpu", TCG_CPU],
     });
     command.args(["-machine", &hardware.machine_argument()]);
     command.args(hardware.memory_arguments(config.memory, config.memory_file.as_deref()));
