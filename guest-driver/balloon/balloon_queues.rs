@@ -456,12 +456,17 @@ impl BalloonQueues {
         }
     }
 
+    /// Returns whether a task is in [`wait`](Self::wait). Any context.
+    pub(crate) fn has_waiters(&self) -> bool {
+        self.waiting.load(Relaxed) > 0
+    }
+
     /// Enables the interrupts of both queues. Returns `false` if a queue has used buffers already;
     /// the caller has to reap them.
     pub(crate) fn enable_callbacks(&self) -> bool {
         // `&`, not `&&`: the interrupts of both queues must be enabled, whatever the first call
         // returns. A task in `wait` needs an interrupt for the next used buffer.
-        if self.waiting.load(Relaxed) > 0 {
+        if self.has_waiters() {
             self.inflate.enable_callback() & self.deflate.enable_callback()
         } else {
             self.inflate.enable_callback_delayed() & self.deflate.enable_callback_delayed()

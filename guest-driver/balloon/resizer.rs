@@ -61,7 +61,7 @@ const WAKEUP_SIGNAL_ADJUST: u32 = 0;
 
 const UPDATE_SIZE: u64 = 1;
 const RETRY: u64 = 2;
-const ISOLATED: u64 = 3;
+const SOON: u64 = 3;
 const POLL: u64 = 4;
 
 /// The balloon of one device, and all that changes its size.
@@ -100,7 +100,7 @@ pub(crate) struct Resizer {
     #[pin]
     retry: DelayedWork<Self, RETRY>,
     #[pin]
-    isolated: DelayedWork<Self, ISOLATED>,
+    soon: DelayedWork<Self, SOON>,
     #[pin]
     poll: DelayedWork<Self, POLL>,
 }
@@ -138,7 +138,7 @@ impl From<SendError> for Progress {
 impl_has_delayed_work! {
     impl HasDelayedWork<1> for Resizer { self.update_size_work }
     impl HasDelayedWork<2> for Resizer { self.retry }
-    impl HasDelayedWork<3> for Resizer { self.isolated }
+    impl HasDelayedWork<3> for Resizer { self.soon }
     impl HasDelayedWork<4> for Resizer { self.poll }
 }
 
@@ -198,7 +198,7 @@ impl Resizer {
             counters,
             update_size_work <- new_delayed_work!(work_queue.clone(), "Resizer::update_size_work"),
             retry <- new_delayed_work!(work_queue.clone(), "Resizer::retry"),
-            isolated <- new_delayed_work!(work_queue.clone(), "Resizer::isolated"),
+            soon <- new_delayed_work!(work_queue.clone(), "Resizer::soon"),
             poll <- new_delayed_work!(work_queue, "Resizer::poll"),
         });
         Arc::pin_init(resizer, GFP_KERNEL)
@@ -228,9 +228,16 @@ impl Resizer {
     }
 
     /// Handles an interrupt of the inflate or deflate queue. Any context but NMI.
+    ///
+    /// A waiting task completes all used buffers. The resize worker then follows in the next jiffy,
+    /// once for many interrupts: each page migration causes one.
     pub(crate) fn used(self: &Arc<Self>) {
         self.queues().wait_queue.wake_up_all();
-        self.wake();
+        if self.queues().has_waiters() {
+            work::enqueue_delayed::<Self, SOON>(self, 1);
+        } else {
+            self.wake();
+        }
     }
 
     /// Queues the work item, unless it is queued or disabled.
@@ -286,7 +293,7 @@ impl Resizer {
 
     fn end_work(self: &Arc<Self>) {
         work::disable::<Self, RETRY>(self);
-        work::disable::<Self, ISOLATED>(self);
+        work::disable::<Self, SOON>(self);
         work::disable::<Self, POLL>(self);
         work::disable::<Self, UPDATE_SIZE>(self);
     }
@@ -517,7 +524,7 @@ impl Resizer {
             Progress::Blocked(SendError::Isolated) => {
                 // The kernel does not announce that the pages are back in the balloon.
                 let delay = msecs_to_jiffies(ISOLATED_RETRY);
-                work::enqueue_delayed::<Self, ISOLATED>(self, delay);
+                work::enqueue_delayed::<Self, SOON>(self, delay);
             }
             Progress::Blocked(SendError::Gone) => {
                 self.wakeup.relax();
@@ -552,7 +559,8 @@ impl WorkItem<4> for Resizer {
     }
 }
 
-/// Runs the resize worker when isolated pages may be back in the balloon.
+/// Runs the resize worker when isolated pages may be back in the balloon, or when waiting tasks may
+/// have completed its requests.
 impl WorkItem<3> for Resizer {
     fn run(this: Arc<Self>) {
         this.wake();

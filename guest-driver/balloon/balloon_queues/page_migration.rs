@@ -175,6 +175,9 @@ impl BalloonQueues {
         if sent != Some(true) {
             return;
         }
+        if !this.must_tell_host {
+            this.skip_deflate_interrupt();
+        }
         this.notify();
         // The device is notified, so the guest may use the page.
         drop(free);
@@ -182,6 +185,18 @@ impl BalloonQueues {
             if let Some(request) = Self::wait_page_migration(pages, slot) {
                 this.in_flight.lock().page_migrations[slot] = PageMigration::Idle(request);
             }
+        }
+    }
+
+    /// Asks the device for no interrupt of the deflate queue, if no task waits and the resize worker
+    /// has no request there.
+    ///
+    /// The next task that reaps the queues completes the requests of page migrations. The resize
+    /// worker enables the interrupt again after it has sent a request.
+    fn skip_deflate_interrupt(&self) {
+        let in_flight = self.in_flight.lock();
+        if in_flight.page_counts.deflating() == 0 && !self.has_waiters() {
+            self.deflate.disable_callback();
         }
     }
 

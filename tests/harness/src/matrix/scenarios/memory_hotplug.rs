@@ -55,7 +55,7 @@ pub fn dimm(artifacts: &Artifacts, cell: &Cell, dimm: DimmUnplug) -> Result<()> 
     guest.check_and_power_off(before)
 }
 
-/// Page migration moves the balloon's pages out of the DIMM. The balloon keeps its size.
+/// Page migration moves the balloon's pages out of the DIMM. The balloon keeps its size. Prints the time.
 fn inflated(guest: &mut Guest, driver: Driver, free: u64) -> Result<()> {
     let more = plug(guest, SIZE)?;
     let whole = guest.balloon_qmp()?.balloon_actual()?;
@@ -64,7 +64,15 @@ fn inflated(guest: &mut Guest, driver: Driver, free: u64) -> Result<()> {
     guest.balloon_qmp()?.wait_balloon(whole - half, TIMEOUT)?;
     let there = guest.call(PageUse {})?.ballooned.intersection(&more);
     ensure!(there.bytes() > 0, "no page of the balloon is in the DIMM");
+    let migrated = guest.vmstat_counter("balloon_migrate")?;
+    let since = Instant::now();
     unplug(guest)?;
+    println!(
+        "{driver:?}: unplugged after {:?}, {} pages migrated of {} in the DIMM",
+        since.elapsed(),
+        guest.vmstat_counter("balloon_migrate")? - migrated,
+        there.bytes() / 4096
+    );
     let ballooned = guest.call(PageUse {})?.ballooned;
     ensure!(
         ballooned.intersection(&more).bytes() == 0 && ballooned.bytes() == half,
