@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Builds the kernel module.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{ensure, Context, Result};
 use clap::{Args, ValueEnum};
+use nix::fcntl::{Flock, FlockArg};
 
 use crate::build;
 use crate::paths;
@@ -79,6 +80,12 @@ pub fn make_named(
         .join("module")
         .join(format!("{name}{suffix}"));
     fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
+    // Two runs of Kbuild in one folder remove each other's files.
+    let lock = out.with_extension("lock");
+    let lock = File::create(&lock).with_context(|| format!("cannot make {}", lock.display()))?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, error)| error)
+        .with_context(|| format!("cannot lock {}", out.display()))?;
     let log = out.with_extension("log");
     let mut command = build_env
         .sandbox()

@@ -59,11 +59,12 @@ const OOM_PATTERNS: [&str; 3] = ["Out of memory", "oom-kill", "Call Trace"];
 /// the counter's threshold.
 const NEGATIVE_COUNTER: &str = "vmstat_refresh:";
 
-/// Texts of allowed warnings: the taint of an out-of-tree module, and an emulated kernel's complaint about a busy host.
-const ALLOWED_PATTERNS: [&str; 3] = [
+/// Texts of allowed warnings: the taint of an out-of-tree module, and an emulated kernel's complaints about a busy host.
+const ALLOWED_PATTERNS: [&str; 4] = [
     "taints kernel",
     "tainting kernel",
     "clocksource: Long readout interval",
+    "hrtimer: interrupt took",
 ];
 
 /// Returns the records that fail a test: reports of the kernel's own checks and out-of-memory reports, and all other

@@ -5,8 +5,13 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+
+use crate::sys::time_stamp_counter;
 
 /// QEMU's accelerator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +54,43 @@ impl Accelerator {
             Self::Tcg
         }
     }
+}
+
+/// Returns the frequency of the host's time stamp counter in kHz. Returns `None` if the host has no such counter, or one
+/// whose frequency changes.
+///
+/// The first call takes [`CALIBRATION`]. A busy host does not change the result.
+pub fn time_stamp_counter_khz() -> Option<u64> {
+    static KHZ: OnceLock<Option<u64>> = OnceLock::new();
+    *KHZ.get_or_init(|| {
+        let processor = fs::read_to_string("/proc/cpuinfo").ok()?;
+        processor
+            .split_whitespace()
+            .find(|flag| *flag == "constant_tsc")?;
+        let (time, count) = simultaneous_sample()?;
+        thread::sleep(CALIBRATION);
+        let (end_time, end_count) = simultaneous_sample()?;
+        let elapsed = end_time.duration_since(time).as_nanos();
+        let khz = u128::from(end_count.checked_sub(count)?) * 1_000_000 / elapsed;
+        u64::try_from(khz).ok()
+    })
+}
+
+/// How long the time stamp counter is compared with the clock.
+const CALIBRATION: Duration = Duration::from_millis(50);
+
+/// Returns the time and the time stamp counter at that time: of many samples, the one that took least.
+fn simultaneous_sample() -> Option<(Instant, u64)> {
+    let mut best: Option<(Duration, Instant, u64)> = None;
+    for _ in 0..1000 {
+        let before = Instant::now();
+        let count = time_stamp_counter()?;
+        let took = before.elapsed();
+        if best.is_none_or(|(least, _, _)| took < least) {
+            best = Some((took, before, count));
+        }
+    }
+    best.map(|(_, time, count)| (time, count))
 }
 
 /// The resources that a process has used so far.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The `unsafe` code: a hook that a child process runs between `fork` and `exec`.
+//! The `unsafe` code: a hook that a child process runs between `fork` and `exec`, and a read of the time stamp counter.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -24,4 +24,19 @@ pub fn die_with_parent(command: &mut Command) -> &mut Command {
     // getppid(2) are plain system calls. The hook does not allocate or take a lock: both errors contain only an error
     // number.
     unsafe { command.pre_exec(hook) }
+}
+
+/// Returns the host's time stamp counter, or `None` on a processor without one.
+#[cfg(target_arch = "x86_64")]
+#[must_use]
+pub fn time_stamp_counter() -> Option<u64> {
+    // SAFETY: every x86-64 processor has the instruction, and Linux allows it to processes unless they ask it not to.
+    Some(unsafe { core::arch::x86_64::_rdtsc() })
+}
+
+/// Returns the host's time stamp counter, or `None` on a processor without one.
+#[cfg(not(target_arch = "x86_64"))]
+#[must_use]
+pub fn time_stamp_counter() -> Option<u64> {
+    None
 }

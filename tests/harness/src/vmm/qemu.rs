@@ -12,8 +12,9 @@ use command_fds::{CommandFdExt, FdMapping};
 use guest_agent::protocol::{PORT_NAME, PORT_VARIABLE};
 use serde_json::{json, Map, Value};
 
+use super::hardware::Hardware;
 use super::{socket_pair, Attachment, StartedVmm, VmConfig};
-use crate::host::Accelerator;
+use crate::host::{time_stamp_counter_khz, Accelerator};
 use crate::process::{Process, Streams};
 
 const AGENT_FD: i32 = 3;
@@ -29,6 +30,18 @@ pub const SLOT: &str = "slot0";
 /// The processor that TCG emulates. TCG executes `rep movsb` byte by byte. Without these features
 /// Linux copies words.
 const TCG_CPU: &str = "max,-erms,-fsrm";
+
+/// Returns the frequency of the guest's time stamp counter if TCG passes the host's on.
+///
+/// The guest's kernel measures the frequency at boot, by other clocks. On a host that was busy enough it was wrong by a
+/// factor of thirty: the guest's time ran too fast, and its time limits were too short.
+fn guest_clock_khz(hardware: &Hardware) -> Option<u64> {
+    let counts_instructions = hardware.arguments.iter().any(|it| it == "-icount");
+    if Accelerator::detect() == Accelerator::Kvm || counts_instructions {
+        return None;
+    }
+    time_stamp_counter_khz()
+}
 
 /// Starts QEMU with `kernel`.
 ///
@@ -76,12 +89,16 @@ pub fn start(rootfs: &Path, kernel: &Path, config: &VmConfig) -> Result<StartedV
     } else {
         String::new()
     };
+    let clock = match guest_clock_khz(hardware) {
+        Some(khz) => format!("tsc_early_khz={khz} tsc=reliable "),
+        None => String::new(),
+    };
     // no_timer_check: at boot, the kernel counts timer interrupts for a moment, and panics if the emulator is slow on a
     // busy host. cryptomgr.notests: the crypto self-tests take a third of an emulated boot.
     command.args([
         "-append",
         &format!(
-            "console=ttyS0 panic=-1 no_timer_check cryptomgr.notests loglevel=5{quiet}{port} {}",
+            "console=ttyS0 panic=-1 no_timer_check {clock}cryptomgr.notests loglevel=5{quiet}{port} {}",
             config.kernel_arguments
         ),
     ]);
