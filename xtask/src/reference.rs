@@ -69,4 +69,15 @@ mod tests {
         let events = "TRACE_EVENT(hint,\nDEFINE_EVENT(class, request,\n";
         assert_eq!(found(2, events), ["hint", "request"]);
     }
+
+    /// DKMS finds the sources in a folder with the version in its name.
+    #[test]
+    fn dkms_has_the_version_of_the_workspace() {
+        let configuration = include_str!("../../contrib/dkms/dkms.conf");
+        let version = format!("PACKAGE_VERSION=\"{}\"", env!("CARGO_PKG_VERSION"));
+        assert!(configuration.lines().any(|line| line == version));
+        let page = include_str!("../../docs/build-module.md");
+        let folder = concat!("/usr/src/virtio-balloon-rs-", env!("CARGO_PKG_VERSION"));
+        assert!(page.contains(folder));
+    }
 }
