@@ -313,18 +313,22 @@ mod tests {
     #[test]
     fn the_reference_page_has_every_option() {
         let page = include_str!("../../../docs/commands.md");
+        let words: Vec<_> = page
+            .split(|character: char| !character.is_ascii_alphanumeric() && character != '-')
+            .collect();
         let command = Args::command();
         let commands: Vec<_> = command.get_subcommands().collect();
         let arguments = commands.iter().flat_map(|it| it.get_arguments());
         let options = arguments
             .chain(command.get_arguments())
             .filter_map(|it| it.get_long())
-            .map(|name| format!("--{name}"));
-        let names = commands.iter().map(|it| format!("`{}", it.get_name()));
-        let missing: Vec<_> = options
-            .chain(names)
-            .filter(|name| !page.contains(name))
-            .collect();
+            .map(|name| format!("--{name}"))
+            .filter(|name| !words.contains(&name.as_str()));
+        let names = commands
+            .iter()
+            .map(|it| format!("`{}", it.get_name()))
+            .filter(|name| !page.contains(name));
+        let missing: Vec<_> = options.chain(names).collect();
         assert!(missing.is_empty(), "{missing:?}");
     }
 
