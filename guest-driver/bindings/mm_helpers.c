@@ -307,12 +307,6 @@ void vbrs_unregister_pm_notifier(struct notifier_block *block)
 	unregister_pm_notifier(block);
 }
 
-/* Variadic. */
-struct workqueue_struct *vbrs_alloc_workqueue(const char *name, unsigned int flags, int max_active)
-{
-	return alloc_workqueue("%s", flags, max_active, name);
-}
-
 #if IS_BUILTIN(CONFIG_KUNIT)
 void vbrs_test_fill_page(struct page *page, u8 value)
 {

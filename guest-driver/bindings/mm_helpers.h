@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Memory management for guest-driver/mm: static inlines, macros and variadic functions of the
- * kernel as functions that Rust can call.
+ * Memory management for guest-driver/mm: static inlines and macros of the kernel as functions that
+ * Rust can call.
  */
 #ifndef VIRTIO_BALLOON_RS_MM_HELPERS_H
 #define VIRTIO_BALLOON_RS_MM_HELPERS_H
@@ -12,7 +12,6 @@
 #include <linux/oom.h>
 #include <linux/page_reporting.h>
 #include <linux/shrinker.h>
-#include <linux/workqueue.h>
 
 struct page *vbrs_alloc_pages(gfp_t gfp, unsigned int order);
 struct page *vbrs_alloc_pages_node(int node, gfp_t gfp, unsigned int order);
@@ -74,8 +73,6 @@ int vbrs_register_memory_notifier(struct notifier_block *block);
 void vbrs_unregister_memory_notifier(struct notifier_block *block);
 int vbrs_register_pm_notifier(struct notifier_block *block);
 void vbrs_unregister_pm_notifier(struct notifier_block *block);
-
-struct workqueue_struct *vbrs_alloc_workqueue(const char *name, unsigned int flags, int max_active);
 
 #if IS_BUILTIN(CONFIG_KUNIT)
 void vbrs_test_fill_page(struct page *page, u8 value);

@@ -127,6 +127,12 @@ void vbrs_relax(struct device *dev)
 	pm_relax(dev);
 }
 
+/* Variadic. */
+struct workqueue_struct *vbrs_alloc_workqueue(const char *name, unsigned int flags, int max_active)
+{
+	return alloc_workqueue("%s", flags, max_active, name);
+}
+
 void vbrs_cond_resched(void)
 {
 	cond_resched();

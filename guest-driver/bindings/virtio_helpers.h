@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 
 /*
- * Static inlines and macros of the virtio, device and wait queue headers as functions that Rust can
- * call.
+ * Static inlines, macros and variadic functions of the virtio, device, wait queue and work queue
+ * headers as functions that Rust can call.
  */
 
 #ifndef VIRTIO_BALLOON_RS_VIRTIO_HELPERS_H
@@ -15,6 +15,7 @@
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #include <linux/wait.h>
+#include <linux/workqueue.h>
 #include <uapi/linux/virtio_pci.h>
 
 bool vbrs_virtio_has_feature(const struct virtio_device *vdev, unsigned int bit);
@@ -37,6 +38,8 @@ bool vbrs_wait_event_timeout(struct wait_queue_head *waiters, const u32 *counter
 void vbrs_set_wakeup_capable(struct device *dev, bool capable);
 void vbrs_stay_awake(struct device *dev);
 void vbrs_relax(struct device *dev);
+
+struct workqueue_struct *vbrs_alloc_workqueue(const char *name, unsigned int flags, int max_active);
 
 void vbrs_cond_resched(void);
 
