@@ -28,40 +28,10 @@ use kernel::{
 ///
 /// # Examples
 ///
+/// The sample driver, `guest-driver/samples/virtio_rng.rs`:
+///
 /// ```ignore
-/// struct Rng;
-///
-/// virtio_device_table!(ID_TABLE, [virtio::DeviceId::new(4)]);
-///
-/// #[vtable]
-/// impl virtio::Driver for Rng {
-///     type Data<'bound> = Data;
-///     const ID_TABLE: virtio::IdTable = &ID_TABLE;
-///
-///     fn probe<'bound>(
-///         dev: &'bound virtio::Device<Core<'_>>,
-///     ) -> impl PinInit<Data, Error> + 'bound {
-///         Data::bind(dev)
-///     }
-/// }
-///
-/// impl Data {
-///     fn bind(dev: &virtio::Device<Core<'_>>) -> Result<Self> {
-///         let input = virtio::Virtqueue::new(c"input")?;
-///         let shared = Arc::new(Shared { input }, GFP_KERNEL)?;
-///         dev.find_queues(&[&shared.input], shared.clone())?;
-///         dev.ready();
-///         Ok(Self(shared))
-///     }
-/// }
-///
-/// module_virtio_driver! {
-///     type: Rng,
-///     name: "rng",
-///     authors: ["A. U. Thor"],
-///     description: "...",
-///     license: "GPL",
-/// }
+#[doc = include_str!("../samples/virtio_rng.rs")]
 /// ```
 #[doc(alias = "virtio_driver")]
 #[vtable]

@@ -5,7 +5,10 @@
 //! A driver implements [`Driver`], and [`module_virtio_driver!`](crate::module_virtio_driver)
 //! registers it. The bus callbacks get a [`Device`], or a [`Negotiation`] while features are
 //! negotiated. [`Config`] accesses configuration space. [`Virtqueue`]s exchange [`Buffer`]s with
-//! the device.
+//! the device. `guest-driver/samples/virtio_rng.rs` is a whole driver.
+//!
+//! Nothing here depends on the balloon. A crate that includes this folder needs `bindings` at its
+//! root.
 //!
 //! # Ownership
 //!

@@ -35,6 +35,7 @@ mod page_poison;
 mod pausing;
 mod reporting;
 mod resize;
+mod sample_driver;
 mod silent_device;
 mod soft_dirty;
 mod stress;

@@ -72,6 +72,10 @@ pub fn artifacts(build_env: &BuildEnv, kernels: &[Kernel], profile: Profile) -> 
             kernel.name()
         ));
         let our_driver = Some(module::make(build_env, kernel, false)?);
+        let sample_driver = match kernel {
+            Kernel::Stock => Some(module::sample(build_env, false)?),
+            Kernel::Uml | Kernel::Debug => None,
+        };
         let tree = build_env.tree(kernel)?;
         let (image, unpacked, c_driver) = match kernel {
             Kernel::Stock => {
@@ -96,6 +100,7 @@ pub fn artifacts(build_env: &BuildEnv, kernels: &[Kernel], profile: Profile) -> 
             unpacked,
             c_driver,
             our_driver,
+            sample_driver,
             modules: Vec::new(),
             early: Vec::new(),
         });

@@ -97,6 +97,7 @@ pub fn prepare(artifacts: &mut Artifacts, which: Option<&str>) -> Result<()> {
                 modules: modules.into_iter().filter(|path| more(path)).collect(),
                 c_driver,
                 our_driver,
+                sample_driver: None,
                 early: kernel.early,
             },
         );

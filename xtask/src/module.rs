@@ -26,6 +26,9 @@ pub struct Options {
     /// Check the format of the sources instead.
     #[arg(long)]
     fmt_check: bool,
+    /// Build the sample driver of guest-driver/samples instead, for the stock kernel.
+    #[arg(long, conflicts_with = "kernel")]
+    sample: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -47,6 +50,11 @@ pub fn command(options: &Options) -> Result<()> {
     let build_env = setup::ensure(&kernels)?;
     if options.fmt_check {
         return check_format(&build_env);
+    }
+    if options.sample {
+        let module = sample(&build_env, options.clippy)?;
+        say(format_args!("sample driver: {}", module.display()));
+        return Ok(());
     }
     for kernel in kernels {
         let module = make(&build_env, kernel, options.clippy)?;
@@ -71,14 +79,40 @@ pub fn make_named(
     name: &str,
     clippy: bool,
 ) -> Result<PathBuf> {
-    let suffix = if clippy { "-clippy" } else { "" };
-    let what = format!(
-        "module for the {name} kernel{}",
-        if clippy { ", with clippy" } else { "" }
-    );
+    let what = format!("module for the {name} kernel");
+    let out = kbuild(build_env, kernel, (&what, name), "modules", clippy)?;
+    Ok(out.join("virtio_balloon_rs.ko"))
+}
+
+/// Builds the sample driver for the stock kernel, in a folder of its own, with every warning an error, and returns its path.
+pub fn sample(build_env: &BuildEnv, clippy: bool) -> Result<PathBuf> {
+    const MODULE: &str = "virtio_rng_sample.ko";
+
+    let kernel = Kernel::Stock;
+    let (what, folder) = ("sample driver", format!("{}-sample", kernel.name()));
+    let goal = format!("VBRS_SAMPLES=y {MODULE}");
+    let out = kbuild(build_env, kernel, (what, &folder), &goal, clippy)?;
+    Ok(out.join(MODULE))
+}
+
+/// Runs Kbuild for `goal`, with every warning an error, and returns the output folder: `folder` in `target/module`, with a suffix
+/// for clippy. `what` is for messages.
+fn kbuild(
+    build_env: &BuildEnv,
+    kernel: Kernel,
+    (what, folder): (&str, &str),
+    goal: &str,
+    clippy: bool,
+) -> Result<PathBuf> {
+    let (suffix, with_clippy) = if clippy {
+        ("-clippy", ", with clippy")
+    } else {
+        ("", "")
+    };
+    let what = format!("{what}{with_clippy}");
     let out = build::target_folder()?
         .join("module")
-        .join(format!("{name}{suffix}"));
+        .join(format!("{folder}{suffix}"));
     fs::create_dir_all(&out).with_context(|| format!("cannot make {}", out.display()))?;
     // Two runs of Kbuild in one folder remove each other's files.
     let lock = out.with_extension("lock");
@@ -95,10 +129,12 @@ pub fn make_named(
         .env("TREE", kernel.sandbox_path())
         .env("ARCH", kernel.architecture())
         .env("CLIPPY", if clippy { "1" } else { "" })
-        .command("make -C \"$TREE\" ARCH=\"$ARCH\" CLIPPY=\"$CLIPPY\" M=/repo MO=/out -j\"$(nproc)\" modules");
+        .command(&format!(
+            "make -C \"$TREE\" ARCH=\"$ARCH\" CLIPPY=\"$CLIPPY\" M=/repo MO=/out -j\"$(nproc)\" {goal}"
+        ));
     run::to_log_file(&what, &mut command, &log)?;
     refuse_warnings(&what, &log, &out)?;
-    Ok(out.join("virtio_balloon_rs.ko"))
+    Ok(out)
 }
 
 /// Makes the module's documentation with rustdoc, with every warning an error, and returns its folder.

@@ -50,6 +50,9 @@ pub struct Kernel {
     pub c_driver: PathBuf,
     /// `virtio_balloon_rs.ko`.
     pub our_driver: Option<PathBuf>,
+    /// `virtio_rng_sample.ko`, only for the stock kernel.
+    #[serde(default)]
+    pub sample_driver: Option<PathBuf>,
     /// Other modules that a guest can load, uncompressed.
     #[serde(default)]
     pub modules: Vec<PathBuf>,
