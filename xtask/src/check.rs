@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Checks formats, lints, names and prose, circles between files, links, the places of unsafe code, and the tests that the documents
-//! name and the rules need.
+//! Checks formats, lints, names and prose, circles between files, links and commands of the documents, the places of unsafe code, and
+//! the tests that the documents name and the rules need.
 
 use anyhow::Result;
 
 use crate::build;
 use crate::circles;
+use crate::commands;
 use crate::conformance;
 use crate::language;
 use crate::links;
@@ -17,8 +18,8 @@ use crate::run;
 use crate::setup::{self, Kernel};
 use crate::unsafe_count;
 
-/// Runs the `check` command.
-pub fn command() -> Result<()> {
+/// Runs the `check` command. `xtask` is the command line of this program.
+pub fn command(xtask: &clap::Command) -> Result<()> {
     say("format of the crates");
     run::inherit_output(build::cargo()?.args(["fmt", "--all", "--check"]))?;
     say("names and prose");
@@ -27,6 +28,8 @@ pub fn command() -> Result<()> {
     circles::check()?;
     say("links of the documents");
     links::check()?;
+    say("commands of the documents");
+    commands::check(xtask)?;
     say("names of the module in docs/driver.md");
     reference::check()?;
     say("places of unsafe code");
@@ -51,6 +54,7 @@ pub fn command() -> Result<()> {
     module::check_format(&build_env)?;
     say("lints of the kernel module");
     module::make(&build_env, Kernel::Stock, true)?;
+    module::sample(&build_env, true)?;
     say("all in order");
     Ok(())
 }

@@ -7,6 +7,7 @@ mod book;
 mod build;
 mod check;
 mod circles;
+mod commands;
 mod conformance;
 mod demo;
 mod extract_vmlinux;
@@ -29,7 +30,7 @@ mod unsafe_count;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Set-up, builds, demonstration and tests of the balloon.
 #[derive(Parser)]
@@ -72,7 +73,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::command(&options),
         Command::Bench(options) => bench::command(&options),
         Command::Guest(options) => guest::command(&options),
-        Command::Check => check::command(),
+        Command::Check => check::command(&Arguments::command()),
         Command::Book => book::book(),
         Command::Doc => book::doc(),
         Command::SameCode(options) => same_code::command(&options),
