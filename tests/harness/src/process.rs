@@ -59,7 +59,7 @@ impl Process {
                 .stderr(Stdio::piped())
                 .process_group(0);
         }
-        let command_line = describe(&command);
+        let command_line = command_line(&command);
         let spawned = die_with_parent(&mut command).spawn();
         let mut child = spawned.with_context(|| format!("cannot start {name}: {command_line}"))?;
         let output = Lines::default();
@@ -273,7 +273,9 @@ fn state(process: u32) -> Result<String> {
         .with_context(|| format!("a strange state of process {process}: {text}"))
 }
 
-fn describe(command: &Command) -> String {
+/// Returns a command line, quoted for a shell.
+#[must_use]
+pub fn command_line(command: &Command) -> String {
     let mut text = quoted(command.get_program());
     for argument in command.get_args() {
         // Writing to a String does not fail.
@@ -320,6 +322,6 @@ mod tests {
     fn a_command_line_can_be_typed() {
         let mut command = Command::new("prog");
         command.args(["-a", "two words", "it's"]);
-        assert_eq!(describe(&command), r"prog -a 'two words' 'it'\''s'");
+        assert_eq!(command_line(&command), r"prog -a 'two words' 'it'\''s'");
     }
 }
