@@ -194,7 +194,7 @@ fn migrate_once(stressed_guest: &mut StressedGuest, driver: Driver, turn: u32) -
     let tracking = status.tracking.clone().unwrap_or_default();
     let ram = status.ram;
     println!(
-        "{:?}, {driver:?} driver, {} ({}): {} rounds, {} ms, {} paused; {} of {} pages have data; {} sent, {} of them again, {} as \
+        "{:?}, {driver:?} driver, {} ({}): {} iterations, {} ms, {} paused; {} of {} pages have data; {} sent, {} of them again, {} as \
          zeros, {} hinted, {} skipped; {} differ",
         guest.vmm_kind(),
         tracking.mode,

@@ -156,7 +156,7 @@ fn r16_a_connection_that_is_cut_at_a_random_point_harms_nobody() -> Result<()> {
             stressed_guest.check_unharmed().with_context(|| what)?;
         }
     }
-    println!("cut at (bytes, rounds begun): {met:?}");
+    println!("cut at (bytes, iterations begun): {met:?}");
     stressed_guest.end().map(drop)
 }
 

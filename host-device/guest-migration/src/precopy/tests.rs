@@ -229,7 +229,7 @@ impl Sink for TestSink {
     }
 
     fn end_iteration(&mut self) -> Result<(), SinkError> {
-        self.0.log("end of round");
+        self.0.log("end of iteration");
         self.called()
     }
 
@@ -366,11 +366,11 @@ fn all_of_memory_arrives_but_what_was_hinted() {
         [
             "state active",
             "open",
-            "end of round",
+            "end of iteration",
             "close",
             "state device",
             "pause",
-            "end of round",
+            "end of iteration",
             "finish",
             "done",
             "done",
@@ -688,7 +688,7 @@ proptest! {
     /// Pages that differ at the end are pages that hints have spared, whatever the guest writes and hints.
     #[test]
     fn only_what_hints_have_spared_may_differ_at_the_end(
-        acts in acts(), hints in hints(), compare: bool, rounds in 1..5u32,
+        acts in acts(), hints in hints(), compare: bool, iterations in 1..5u32,
     ) {
         let mut test = filled();
         test.set(|state| {
@@ -699,7 +699,7 @@ proptest! {
         });
         let parameters = Parameters {
             downtime_limit: Duration::ZERO,
-            max_rounds: rounds,
+            max_rounds: iterations,
             ..Parameters::default()
         };
         let (result, status) = test.migrate(parameters, compare);

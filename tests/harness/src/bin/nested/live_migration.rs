@@ -47,7 +47,7 @@ fn migrate_once(guest: &mut Guest, artifacts: &Artifacts, adopt: bool) -> Result
     let ram = status.ram;
     let differ = comparison.different.bytes() / 4096;
     println!(
-        "{} ({}): {} rounds, {} ms, {} paused; {} pages have data; {} sent, {} of them again, {} as zeros, {} hinted, \
+        "{} ({}): {} iterations, {} ms, {} paused; {} pages have data; {} sent, {} of them again, {} as zeros, {} hinted, \
          {} skipped; {} missed; {differ} differ",
         tracking.mode,
         tracking.reason,
