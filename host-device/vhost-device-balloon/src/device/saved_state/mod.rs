@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{open, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use shared_abi::features::Features;
 use tempfile::NamedTempFile;
@@ -121,7 +122,13 @@ impl SavedState {
             why,
         };
         let mut bytes = Vec::new();
-        let file = File::open(path).map_err(cannot)?;
+        // Opening a FIFO would wait for its writer.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = open(path, flags, Mode::empty()).map_err(|error| cannot(error.into()))?;
+        let file = File::from(file);
+        if !file.metadata().map_err(cannot)?.is_file() {
+            return Err(malformed("it is not a regular file".into()));
+        }
         file.take(MAX_BYTES + 1)
             .read_to_end(&mut bytes)
             .map_err(cannot)?;

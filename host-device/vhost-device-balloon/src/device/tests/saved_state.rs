@@ -74,3 +74,15 @@ fn r9_a_state_that_cannot_be_is_refused_and_changes_nothing() {
         assert_eq!(device.saved_state(), before);
     }
 }
+
+#[test]
+fn a_file_that_is_not_regular_is_refused_without_waiting() {
+    let directory = tempfile::tempdir().unwrap();
+    let fifo = directory.path().join("fifo");
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    for path in [fifo.as_path(), "/dev/zero".as_ref(), directory.path()] {
+        let error = saved_state::SavedState::read(path).unwrap_err().to_string();
+        assert!(error.contains("not a regular file"), "{error}");
+    }
+}
