@@ -24,7 +24,8 @@ use vmm_sys_util::event::{
     new_event_consumer_and_notifier, EventConsumer, EventFlag, EventNotifier,
 };
 
-use crate::device::{Device, MAX_QUEUE_SIZE};
+use crate::device::MAX_QUEUE_SIZE;
+use crate::device_lock::DeviceLock;
 use crate::sync::lock;
 use crate::vring::{NotificationSuppression, Vring};
 
@@ -35,7 +36,7 @@ pub const RESCHEDULE_EVENT: u16 = Queue::MAX_COUNT as u16 + 1;
 /// Passes vhost-user requests and queue events to the device. There is one for each connection.
 #[derive(Debug)]
 pub struct Backend {
-    device: Arc<Mutex<Device>>,
+    device: Arc<DeviceLock>,
     /// One bit for each queue that has more work.
     pending_queues: AtomicU64,
     reschedule: (EventConsumer, EventNotifier),
@@ -51,7 +52,7 @@ impl Backend {
     /// # Errors
     ///
     /// If the host has no event descriptors left.
-    pub fn new(device: Arc<Mutex<Device>>, front_end: UnixStream) -> io::Result<Self> {
+    pub fn new(device: Arc<DeviceLock>, front_end: UnixStream) -> io::Result<Self> {
         let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
         Ok(Self {
             device,
@@ -131,8 +132,9 @@ impl VhostUserBackend for Backend {
 
     /// Waits until the device has served the last request of the queue. The guest may then reuse the memory of its
     /// requests. The crate has already marked the queue not ready, so the device takes no further request.
-    fn stop_vring(&self, _index: u32) -> io::Result<()> {
-        drop(lock(&self.device));
+    fn stop_vring(&self, index: u32) -> io::Result<()> {
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        while lock(&self.device).finish_request(index) {}
         Ok(())
     }
 
@@ -193,12 +195,13 @@ mod tests {
     use vhost_user_backend::VringT;
 
     use super::*;
+    use crate::device::Device;
     use crate::events::Events;
 
     #[test]
     fn r17_a_queue_stops_when_its_last_request_has_been_served() {
         let device = Device::new(Default::default(), Arc::new(Events::default()));
-        let device = Arc::new(Mutex::new(device));
+        let device = Arc::new(DeviceLock::new(device));
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let backend = Backend::new(device.clone(), ours).unwrap();
         let served = std::sync::atomic::AtomicBool::new(false);
@@ -222,7 +225,7 @@ mod tests {
         theirs
             .set_read_timeout(Some(Duration::from_secs(600)))
             .unwrap();
-        let backend = Backend::new(Arc::new(Mutex::new(device)), ours).unwrap();
+        let backend = Backend::new(Arc::new(DeviceLock::new(device)), ours).unwrap();
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let vrings = [Vring::new(memory, 16).unwrap()];
         backend.handle_event(0, EventSet::IN, &vrings, 0).unwrap();

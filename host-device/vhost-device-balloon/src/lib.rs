@@ -18,6 +18,8 @@
 //! - [`backend`] implements the interface of the crate `vhost-user-backend`. It holds no state of the balloon.
 //! - [`vring`] is a virtqueue that counts notifications and interrupts.
 //! - [`device`] is the balloon: configuration space, queues, hint rounds, statistics.
+//! - [`device_lock`] is the lock of the device, a [`fair_mutex`].
+//! - [`log_limit`] limits the rate of log lines.
 //! - [`memory`] is guest memory as files that can be released to the host.
 //! - [`migrate`] starts, controls and ends migrations.
 //! - [`qmp`] serves QMP clients.
@@ -30,8 +32,11 @@
 pub mod args;
 pub mod backend;
 pub mod device;
+pub mod device_lock;
 pub mod event_count;
 pub mod events;
+pub mod fair_mutex;
+pub mod log_limit;
 pub mod memory;
 pub mod migrate;
 pub mod qmp;

@@ -6,7 +6,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use thiserror::Error;
@@ -16,7 +16,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::backend::{Backend, RESCHEDULE_EVENT};
-use crate::device::Device;
+use crate::device_lock::DeviceLock;
 use crate::relay::{CloseReason, ConfigNotifier, Relay};
 use crate::sync::lock;
 
@@ -44,7 +44,7 @@ pub struct SessionEnd {
 #[derive(Debug)]
 pub struct Session {
     front_end: UnixStream,
-    device: Arc<Mutex<Device>>,
+    device: Arc<DeviceLock>,
     closing: Arc<AtomicBool>,
     thread: JoinHandle<SessionEnd>,
 }
@@ -58,7 +58,7 @@ impl Session {
     /// If threads or descriptors cannot be created.
     pub fn start(
         front_end: UnixStream,
-        device: Arc<Mutex<Device>>,
+        device: Arc<DeviceLock>,
         on_end: impl FnOnce() + Send + 'static,
     ) -> Result<Self, SessionError> {
         let backend = Arc::new(Backend::new(device.clone(), front_end.try_clone()?)?);

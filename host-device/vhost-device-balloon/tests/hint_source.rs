@@ -6,7 +6,7 @@ mod common;
 
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc::{channel, Receiver};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use shared_abi::queue::Queue;
 use vhost_device_balloon::device::hinting::HintingError;
 use vhost_device_balloon::device::migration_claim::{ClaimError, Invalidated};
 use vhost_device_balloon::device::Device;
+use vhost_device_balloon::device_lock::{DeviceGuard, DeviceLock};
 use vhost_device_balloon::events::Events;
 use vhost_device_balloon::migrate::hint_source::{ClaimGuard, DeviceHintSource};
 use vhost_device_balloon::session::Session;
@@ -27,7 +28,7 @@ const DISCARD: Features = HINT.union(Features::KEEPS_HINTED_UNTIL_RETURNED);
 
 /// A device with a driver that a migration has claimed.
 struct Fixture {
-    device: Arc<Mutex<Device>>,
+    device: Arc<DeviceLock>,
     session: Option<Session>,
     vmm: Option<Vmm>,
     hints: Option<DeviceHintSource>,
@@ -39,7 +40,7 @@ struct Fixture {
 impl Fixture {
     fn new(offered: Features, accepted: Features) -> Self {
         let events = Arc::new(Events::default());
-        let device = Arc::new(Mutex::new(Device::new(offered, events)));
+        let device = Arc::new(DeviceLock::new(Device::new(offered, events)));
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
@@ -52,7 +53,7 @@ impl Fixture {
         let session = serving.join().unwrap();
         vmm.start_driver(accepted);
         let limit = Instant::now() + HANG_TIMEOUT;
-        while !device.lock().unwrap().virtio_status().is_running {
+        while !device.lock().virtio_status().is_running {
             assert!(Instant::now() < limit, "no driver");
             thread::sleep(Duration::from_millis(1));
         }
@@ -73,8 +74,8 @@ impl Fixture {
         }
     }
 
-    fn device(&self) -> MutexGuard<'_, Device> {
-        self.device.lock().unwrap()
+    fn device(&self) -> DeviceGuard<'_> {
+        self.device.lock()
     }
 
     fn hints(&mut self) -> &mut DeviceHintSource {

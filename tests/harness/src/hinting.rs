@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use guest_agent::calls::{WaitMemFree, WaitMemSettled};
-use guest_agent::ranges::RangeSet;
+use guest_agent::ranges::{PhysicalRange, RangeSet};
 use serde::Deserialize;
 use serde_json::{json, Value};
 use shared_abi::features::Features;
@@ -102,7 +102,17 @@ impl Qmp {
     ///
     /// Fails if the daemon refuses.
     pub fn hinted_ranges(&mut self) -> Result<RangeSet> {
-        self.query("query-hinted-ranges")
+        let (mut ranges, mut start) = (Vec::new(), 0);
+        loop {
+            // An answer has a limited number of ranges.
+            let answer = self.command("query-hinted-ranges", json!({ "start": start }))?;
+            let next: Vec<PhysicalRange> = serde_json::from_value(answer)?;
+            match next.last() {
+                Some(last) => start = last.end(),
+                None => return Ok(ranges.into_iter().collect()),
+            }
+            ranges.extend(next);
+        }
     }
 
     /// Waits until the hint round has reached `status`.

@@ -2,7 +2,6 @@
 
 //! Configuration space. The caller holds the device's lock.
 
-use serde_json::json;
 use shared_abi::config;
 use tracing::debug;
 
@@ -59,9 +58,7 @@ impl Device {
             debug!("driver set poison_val to {:#x}", self.config.poison_val);
         }
         if self.config.actual != before.actual {
-            let actual = self.actual_bytes();
-            self.events
-                .emit("BALLOON_CHANGE", json!({ "actual": actual }));
+            self.emit_balloon_change();
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use shared_abi::queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use super::pending_request::PendingRequest;
 use crate::vring::Vring;
 
 /// Notifies the front end of configuration changes.
@@ -34,6 +35,8 @@ pub(super) struct Connection {
     pub(super) notifier: Option<Arc<dyn NotifyConfigChange>>,
     pub(super) memory: Option<GuestMemoryAtomic<GuestMemoryMmap>>,
     pub(super) vrings: Vec<Vring>,
+    /// For each queue, the request that its next turn continues.
+    pub(super) pending_requests: [Option<PendingRequest>; Queue::MAX_COUNT],
     pub(super) counters: [QueueCounters; Queue::MAX_COUNT],
     pub(super) config_reads: u64,
     pub(super) config_writes: u64,

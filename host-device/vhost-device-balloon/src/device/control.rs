@@ -3,6 +3,9 @@
 //! Operations of QMP clients on the balloon: target size, hinting, statistics, status. The caller
 //! holds the device's lock.
 
+use std::sync::Arc;
+
+use guest_migration::DirtyBitmap;
 use shared_abi::command::HintId;
 use shared_abi::features::Features;
 use shared_abi::page::PFN_SHIFT;
@@ -11,7 +14,7 @@ use tracing::info;
 use vhost_user_backend::VringT;
 
 use super::connection::Connection;
-use super::hinting::{HintingChanges, HintingError, HintingStatus};
+use super::hinting::{FreshBitmap, HintingChanges, HintingError, HintingStatus};
 use super::status::{QueueStatus, StatsReport, VirtioStatus};
 use super::Device;
 use crate::memory::Ram;
@@ -33,7 +36,7 @@ pub enum BalloonError {
 
 impl Device {
     /// Sets the target: the size in bytes of guest memory outside the balloon. Notifies the driver if the number
-    /// of balloon pages changes.
+    /// of balloon pages changes. A size above that of guest memory means all of it, as in QEMU.
     ///
     /// # Errors
     ///
@@ -46,7 +49,14 @@ impl Device {
         let pages = ram.saturating_sub(bytes) >> PFN_SHIFT;
         let pages = u32::try_from(pages).map_err(|_| BalloonError::TooLarge(pages))?;
         if pages != self.config.num_pages {
-            info!("balloon target: {pages} pages");
+            if let Some(permit) = self.target_log.permit() {
+                match bytes > ram {
+                    true => info!(
+                        "balloon target: {bytes} bytes are more than guest memory has ({ram}); the balloon is emptied{permit}"
+                    ),
+                    false => info!("balloon target: {pages} pages{permit}"),
+                }
+            }
             self.config.num_pages = pages;
             self.notify_config_change();
         }
@@ -76,17 +86,41 @@ impl Device {
         }
     }
 
-    /// Starts a hint round with all pages dirty, and returns its id. Cancels a hint round in progress.
+    /// Starts a hint round as [`DeviceLock::start_hinting`](crate::device_lock::DeviceLock::start_hinting), in one step.
+    /// Takes time for each page of guest memory.
     ///
     /// # Errors
     ///
-    /// If the driver cannot answer, a migration has claimed hinting, guest memory cannot be tracked, or no id is free.
+    /// As there.
     pub fn start_hinting(&mut self) -> Result<HintId, HintingError> {
+        let ram = self.check_hinting_startable()?;
+        self.start_hinting_with(FreshBitmap::new(ram)?)
+    }
+
+    /// Checks whether a hint round can start, and returns the guest memory to make a bitmap for.
+    ///
+    /// # Errors
+    ///
+    /// If the driver cannot answer, or a migration has claimed hinting.
+    pub fn check_hinting_startable(&mut self) -> Result<Ram, HintingError> {
         self.detect_driver_restart();
         self.check_hinting_available()?;
         self.check_unclaimed()?;
+        Ok(self.ram())
+    }
+
+    /// Starts a hint round with a bitmap that was made after [`Device::check_hinting_startable`].
+    ///
+    /// # Errors
+    ///
+    /// As there, if guest memory has changed since, or if no id is free.
+    pub fn start_hinting_with(&mut self, fresh: FreshBitmap) -> Result<HintId, HintingError> {
+        self.check_hinting_startable()?;
+        if !fresh.covers(&self.ram) {
+            return Err(HintingError::MemoryChanged);
+        }
         let cmd_id = self.hinting.cmd_id();
-        let result = self.hinting.start(&self.ram);
+        let result = self.hinting.start(fresh);
         self.publish_hint_round(cmd_id, result)
     }
 
@@ -121,10 +155,9 @@ impl Device {
         self.hinting.status()
     }
 
-    /// Returns the runs of pages that hints have skipped, as (guest physical address, bytes): at most `limit` runs
-    /// that end after the address `from`. The limit is needed because the guest determines the number of runs.
-    pub fn hinted_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
-        self.hinting.hinted_ranges(from, limit)
+    /// Returns the dirty bitmap of the hint round, if there is one, to read it without the device's lock.
+    pub fn hinting_bitmap(&self) -> Option<Arc<DirtyBitmap>> {
+        self.hinting.bitmap()
     }
 
     /// Returns a copy of the map of guest memory, for use without the device's lock.

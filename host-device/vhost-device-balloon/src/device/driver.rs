@@ -53,7 +53,9 @@ impl Device {
             counters.last_avail_idx = counters.last_avail_idx.map(|_| avail_idx);
         }
         if restarted {
-            info!("driver restarted");
+            if let Some(permit) = self.driver_log.permit() {
+                info!("driver restarted{permit}");
+            }
             self.reset_driver_state();
         }
     }
@@ -80,10 +82,22 @@ impl Device {
         }
     }
 
-    /// Resets the state of the previous driver: its hint round, its statistics buffer and its poison value.
+    /// Resets the state of the previous driver: its hint round, its statistics buffer, its poison value, the size of its
+    /// balloon and the requests that it has not got back. A reset gives the guest all its memory back.
     pub(super) fn reset_driver_state(&mut self) {
         if let Some(id) = self.hinting.phase().id() {
-            warn!("hint round {:#x} ended: driver was reset", id.number());
+            if let Some(permit) = self.driver_log.permit() {
+                warn!(
+                    "hint round {:#x} ended: driver was reset{permit}",
+                    id.number()
+                );
+            }
+        }
+        if let Some(connection) = &mut self.connection {
+            connection.pending_requests = Default::default();
+        }
+        if std::mem::take(&mut self.config.actual) != 0 {
+            self.emit_balloon_change();
         }
         let changes = self.hinting.reset();
         self.publish_changes(changes);

@@ -9,18 +9,19 @@
 //!
 //! A hint spares *sending* a page (R17). It changes the page only if the driver has accepted
 //! [`KEEPS_HINTED_UNTIL_RETURNED`](shared_abi::features::Features::KEEPS_HINTED_UNTIL_RETURNED). With any other
-//! driver, the guest may already use a block again when the device sees the hint. See [`Hinting::handle_free_block`].
+//! driver, the guest may already use a block again when the device sees the hint. See [`Hinting::hint`].
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use guest_migration::{DirtyBitmap, HintError, HintWindow, Hinted, SyncPhase};
+use guest_migration::{DirtyBitmap, HintWindow, Hinted, Region, SyncPhase};
 use shared_abi::command::{CommandId, HintId};
 use shared_abi::hinting::device::{Action, Event, Ignored, Phase, State};
 use thiserror::Error;
 
-use super::request::{RequestError, Segment};
-use crate::memory::{Ram, RamLayoutError};
+use super::request::RequestError;
+use crate::memory::{HoleRecorder, Ram, RamLayoutError};
 
 /// The most bytes that one request discards. Discarding takes time for each page, and the device is locked meanwhile.
 /// Linux hints 4 MiB per request.
@@ -73,10 +74,10 @@ enum BitmapAccess {
 }
 
 impl BitmapAccess {
-    fn bitmap(&self) -> Option<&DirtyBitmap> {
+    fn bitmap(&self) -> Option<&Arc<DirtyBitmap>> {
         match self {
             Self::Sync(sync) => Some(sync.bitmap()),
-            other => other.window().map(|window| &**window.bitmap()),
+            other => other.window().map(HintWindow::bitmap),
         }
     }
 
@@ -113,6 +114,8 @@ struct HintRound {
     blocks: u64,
     bytes: u64,
     cleared: u64,
+    /// Pages that the dirty bitmap covers.
+    total: u64,
 }
 
 impl HintRound {
@@ -124,6 +127,7 @@ impl HintRound {
             blocks: 0,
             bytes: 0,
             cleared: 0,
+            total: 0,
         }
     }
 
@@ -146,10 +150,11 @@ pub struct HintingStatus {
     pub bytes: u64,
     /// Dirty bits that these hints cleared.
     pub pages_cleared: u64,
-    /// Pages that the dirty bitmap covers: all RAM blocks. 0 without a bitmap: before the first hint round, after a
-    /// change of guest memory, after a migration, and while a migration holds the window.
+    /// Pages that the dirty bitmap covers, or covered in the last hint round: all RAM blocks. 0 before the first hint
+    /// round.
     pub pages_total: u64,
-    /// Pages that are still dirty. 0 if there is no bitmap, as for `pages_total`.
+    /// Pages that are still dirty. 0 without a bitmap: before the first hint round, after a change of guest memory,
+    /// after a migration, and while a migration holds the window.
     pub pages_dirty: u64,
     /// Time from the request to the driver's STOP, or to the end of the round by the device if that came first. The
     /// time so far, while the round is in progress.
@@ -160,6 +165,69 @@ pub struct HintingStatus {
     pub ignored_blocks: u64,
     /// Command ids that were ignored, in all hint rounds.
     pub stale_commands: u64,
+}
+
+/// A dirty bitmap with all pages dirty, for [`Hinting::start`]. Making it takes time for each page of guest memory, and
+/// needs no lock.
+#[derive(Debug)]
+pub struct FreshBitmap {
+    ram: Ram,
+    sync: SyncPhase,
+}
+
+impl FreshBitmap {
+    /// Creates the bitmap of the memory `ram`.
+    ///
+    /// # Errors
+    ///
+    /// If guest memory cannot be tracked.
+    pub fn new(ram: Ram) -> Result<Self, HintingError> {
+        let sync = SyncPhase::new(&Arc::new(ram.layout()?)).map_err(RamLayoutError::from)?;
+        sync.set_all();
+        Ok(Self { ram, sync })
+    }
+
+    /// Returns whether the bitmap is that of `ram`.
+    pub fn covers(&self, ram: &Ram) -> bool {
+        self.ram.has_same_layout(ram)
+    }
+}
+
+/// Memory that the device no longer uses. Freeing it takes time for each page of guest memory, so this is done after
+/// the device's lock is released.
+#[derive(Debug)]
+#[allow(dead_code, reason = "it is only dropped")]
+pub struct Retired(RetiredMemory);
+
+#[derive(Debug)]
+#[allow(dead_code, reason = "it is only dropped")]
+enum RetiredMemory {
+    Bitmap(BitmapAccess),
+    HoleRecorder(HoleRecorder),
+}
+
+/// Returns the runs of pages that hints have skipped, as (guest physical address, bytes): at most `limit` runs after
+/// the address `from`. Takes time for each page of guest memory, and needs no lock.
+pub fn hinted_ranges(bitmap: &DirtyBitmap, from: u64, limit: usize) -> Vec<(u64, u64)> {
+    let regions = bitmap.layout().regions().iter();
+    regions
+        .filter(|region| region.end() > from)
+        .filter_map(|region| {
+            // What is before the page of `from` need not be searched.
+            let before = from.saturating_sub(region.start());
+            let before = before / guest_migration::PAGE_SIZE * guest_migration::PAGE_SIZE;
+            let start = region.start().checked_add(before)?;
+            let rest = Region::new(start, region.end().checked_sub(start)?).ok()?;
+            Some(rest.backed_by(region.block(), region.offset().checked_add(before)?))
+        })
+        .flat_map(|region| {
+            let start = region.start().wrapping_sub(region.offset());
+            bitmap
+                .skipped_in(&region)
+                .map(move |run| (start.wrapping_add(run.offset()), run.length()))
+        })
+        .take(limit)
+        .collect()
 }
 
 /// Changes that an operation made. The caller publishes them.
@@ -181,6 +249,7 @@ pub struct Hinting {
     bytes_discarded: u64,
     ignored_blocks: u64,
     stale_commands: u64,
+    retired: Vec<Retired>,
 }
 
 impl Hinting {
@@ -227,8 +296,11 @@ impl Hinting {
             blocks: hint_round.map_or(0, |hint_round| hint_round.blocks),
             bytes: hint_round.map_or(0, |hint_round| hint_round.bytes),
             pages_cleared: hint_round.map_or(0, |hint_round| hint_round.cleared),
-            pages_total: bitmap.map_or(0, DirtyBitmap::pages),
-            pages_dirty: bitmap.map_or(0, DirtyBitmap::dirty_pages),
+            pages_total: bitmap.map_or_else(
+                || hint_round.map_or(0, |hint_round| hint_round.total),
+                |bitmap| bitmap.pages(),
+            ),
+            pages_dirty: bitmap.map_or(0, |bitmap| bitmap.dirty_pages()),
             duration: hint_round.map_or(Duration::ZERO, |hint_round| {
                 hint_round
                     .duration
@@ -240,36 +312,36 @@ impl Hinting {
         }
     }
 
-    /// Returns the runs of pages that hints have skipped, as (guest physical address, bytes): at most `limit` runs
-    /// that end after the address `from`.
-    pub fn hinted_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
+    /// Returns the dirty bitmap, if there is one, to read it without the device's lock.
+    pub fn bitmap(&self) -> Option<Arc<DirtyBitmap>> {
         let bitmap = self.bitmap_access.as_ref().and_then(BitmapAccess::bitmap);
-        bitmap.map_or_else(Vec::new, |bitmap| {
-            let regions = bitmap.layout().regions().iter();
-            regions
-                .flat_map(|region| {
-                    let start = region.start().wrapping_sub(region.offset());
-                    bitmap
-                        .skipped_in(region)
-                        .map(move |run| (start.wrapping_add(run.offset()), run.length()))
-                })
-                .skip_while(|(start, length)| start.saturating_add(*length) <= from)
-                .take(limit)
-                .collect()
-        })
+        bitmap.cloned()
     }
 
-    /// Starts the first hint round of a migration: marks all pages dirty, and requests hints. Cancels a
-    /// hint round in progress.
+    /// Returns the memory to free after the device's lock is released.
+    pub fn take_retired(&mut self) -> Vec<Retired> {
+        std::mem::take(&mut self.retired)
+    }
+
+    /// Retires the record of punched holes of a migration that has ended.
+    pub fn retire_hole_recorder(&mut self, hole_recorder: Option<HoleRecorder>) {
+        let retired = hole_recorder.map(RetiredMemory::HoleRecorder).map(Retired);
+        self.retired.extend(retired);
+    }
+
+    fn set_bitmap_access(&mut self, bitmap_access: Option<BitmapAccess>) {
+        let old = std::mem::replace(&mut self.bitmap_access, bitmap_access);
+        let retired = old.map(RetiredMemory::Bitmap).map(Retired);
+        self.retired.extend(retired);
+    }
+
+    /// Starts the first hint round of a migration, with all pages dirty. Cancels a hint round in progress.
     ///
     /// # Errors
     ///
-    /// If guest memory cannot be tracked; a hint round in progress continues. If no id is free; a hint round
-    /// in progress has ended.
-    pub fn start(&mut self, ram: &Ram) -> Result<HintingChanges, HintingError> {
-        let sync = SyncPhase::new(&Arc::new(ram.layout()?)).map_err(RamLayoutError::from)?;
-        sync.set_all();
-        self.bitmap_access = Some(BitmapAccess::Sync(sync));
+    /// If no id is free; a hint round in progress has ended.
+    pub fn start(&mut self, fresh: FreshBitmap) -> Result<HintingChanges, HintingError> {
+        self.set_bitmap_access(Some(BitmapAccess::Sync(fresh.sync)));
         self.start_hint_round(Event::Start)
     }
 
@@ -311,7 +383,7 @@ impl Hinting {
         let changes = self.stop();
         // A migration's window stays here until the migration closes it.
         if !matches!(self.bitmap_access, Some(BitmapAccess::Claimed(_))) {
-            self.bitmap_access = None;
+            self.set_bitmap_access(None);
         }
         changes
     }
@@ -319,13 +391,13 @@ impl Hinting {
     /// Gives hinting to a migration. Ends a hint round in progress.
     pub fn claim(&mut self) -> HintingChanges {
         let changes = self.stop();
-        self.bitmap_access = Some(BitmapAccess::Claimed(None));
+        self.set_bitmap_access(Some(BitmapAccess::Claimed(None)));
         changes
     }
 
     /// Ends a migration's use of hinting.
     pub fn release_claim(&mut self) {
-        self.bitmap_access = None;
+        self.set_bitmap_access(None);
     }
 
     /// Returns whether any hint round was requested since the daemon started, from this driver or from an earlier one.
@@ -348,7 +420,10 @@ impl Hinting {
         };
         match self.start_hint_round(event) {
             Ok(changes) => {
-                self.bitmap_access = Some(BitmapAccess::Claimed(Some(window)));
+                if let Some(hint_round) = &mut self.hint_round {
+                    hint_round.total = window.bitmap().pages();
+                }
+                self.set_bitmap_access(Some(BitmapAccess::Claimed(Some(window))));
                 Ok(changes)
             }
             Err(error) => Err((window, error)),
@@ -382,12 +457,32 @@ impl Hinting {
         }
     }
 
-    /// Handles a block of free pages that the driver sent. The device still owns the block's buffer.
+    /// Returns whether a block of free pages counts now. The driver sent the block, and the device owns its buffer.
+    pub fn accepts_free_block(&mut self) -> bool {
+        let action = self.step(Event::FreeBlock);
+        let window = self.bitmap_access.as_ref().and_then(BitmapAccess::window);
+        matches!(action, Some(Action::UseFreeBlock(_))) && window.is_some()
+    }
+
+    /// Counts a block that does not count as a hint, or not completely.
+    pub fn ignore_free_block(&mut self) {
+        self.ignored_blocks = self.ignored_blocks.saturating_add(1);
+    }
+
+    /// Counts a block that was hinted: with or without errors.
+    pub fn end_free_block(&mut self, valid: bool) {
+        match &mut self.hint_round {
+            Some(hint_round) if valid => hint_round.blocks = hint_round.blocks.saturating_add(1),
+            _ => self.ignore_free_block(),
+        }
+    }
+
+    /// Applies a part of an accepted block: addresses in one region of guest memory. The caller has just checked
+    /// [`accepts_free_block`](Self::accepts_free_block) under the same lock, so the window is that of the hint round.
     ///
-    /// With `discard`, the memory of an accepted block is discarded: it reads as zeros before the driver gets the
-    /// buffer back. Only a driver that keeps the block until then allows this (R17). Exactly the discarded pages are
-    /// cleared in the dirty bitmap, and a comparison of source and destination memory relies on that. Pages that the
-    /// host cannot free, and bytes beyond [`MAX_DISCARD`], stay dirty.
+    /// With `discard`, the memory is discarded: it reads as zeros before the driver gets the buffer back. Only a driver
+    /// that keeps the block until then allows this (R17). Exactly the discarded pages are cleared in the dirty bitmap,
+    /// and a comparison of source and destination memory relies on that. Pages that the host cannot free stay dirty.
     ///
     /// A sender that took the dirty bit of a page earlier may read the page at the same time. It reads the old bytes,
     /// zeros, or a mix of both. All of these are correct: the content of a free page is irrelevant, and the next user
@@ -397,51 +492,25 @@ impl Hinting {
     ///
     /// # Errors
     ///
-    /// The first segment that is not in guest memory or cannot be discarded. The other segments are applied.
-    pub fn handle_free_block(
-        &mut self,
-        segments: &[Segment],
-        discard: Option<&Ram>,
-    ) -> Result<(), RequestError> {
-        let action = self.step(Event::FreeBlock);
+    /// If the host cannot discard the memory, or the hint window does not cover it.
+    pub fn hint(&mut self, part: Range<u64>, discard: Option<&Ram>) -> Result<(), RequestError> {
         let window = self.bitmap_access.as_ref().and_then(BitmapAccess::window);
-        let (Some(Action::UseFreeBlock(_)), Some(window)) = (action, window) else {
-            self.ignored_blocks = self.ignored_blocks.saturating_add(1);
+        let Some(window) = window else {
             return Ok(());
         };
-        let mut result = Ok(());
-        let mut allowance = MAX_DISCARD;
-        for segment in segments {
-            let (start, length) = (segment.address, u64::from(segment.length));
-            let hinted = match discard {
-                None => window.hint(start, length).map_err(RequestError::from),
-                Some(ram) => {
-                    let length = length.min(allowance);
-                    allowance -= length;
-                    hint_and_discard(window, ram, start, length)
-                }
-            };
-            match hinted {
-                Ok(hinted) => {
-                    if discard.is_some() {
-                        let bytes = hinted.pages * guest_migration::PAGE_SIZE;
-                        self.bytes_discarded = self.bytes_discarded.saturating_add(bytes);
-                    }
-                    if let Some(hint_round) = &mut self.hint_round {
-                        hint_round.bytes = hint_round
-                            .bytes
-                            .saturating_add(hinted.pages * guest_migration::PAGE_SIZE);
-                        hint_round.cleared = hint_round.cleared.saturating_add(hinted.cleared);
-                    }
-                }
-                Err(error) => result = result.and(Err(error)),
-            }
+        let hinted = match discard {
+            None => window.hint(part.start, part.end.saturating_sub(part.start))?,
+            Some(ram) => discard_and_hint(window, ram, part)?,
+        };
+        let bytes = hinted.pages * guest_migration::PAGE_SIZE;
+        if discard.is_some() {
+            self.bytes_discarded = self.bytes_discarded.saturating_add(bytes);
         }
-        match (&result, &mut self.hint_round) {
-            (Ok(()), Some(hint_round)) => hint_round.blocks = hint_round.blocks.saturating_add(1),
-            _ => self.ignored_blocks = self.ignored_blocks.saturating_add(1),
+        if let Some(hint_round) = &mut self.hint_round {
+            hint_round.bytes = hint_round.bytes.saturating_add(bytes);
+            hint_round.cleared = hint_round.cleared.saturating_add(hinted.cleared);
         }
-        result
+        Ok(())
     }
 
     fn step(&mut self, event: Event) -> Option<Action> {
@@ -476,7 +545,9 @@ impl Hinting {
             (Some(Action::IdsExhausted), _) | (_, None) => Err(HintingError::IdsExhausted),
             (_, Some(id)) => {
                 self.bitmap_access = self.bitmap_access.take().map(BitmapAccess::open);
-                self.hint_round = Some(HintRound::new(id));
+                let mut hint_round = HintRound::new(id);
+                hint_round.total = self.bitmap().map_or(0, |bitmap| bitmap.pages());
+                self.hint_round = Some(hint_round);
                 Ok(HintingChanges {
                     config: cmd_id != self.cmd_id(),
                     phase: true,
@@ -489,30 +560,16 @@ impl Hinting {
 /// Discards the whole pages of a range, and clears the dirty bits of the discarded pages.
 ///
 /// The discard comes first, so that a page that the host did not free stays dirty.
-fn hint_and_discard(
+fn discard_and_hint(
     window: &HintWindow,
     ram: &Ram,
-    start: u64,
-    length: u64,
+    range: Range<u64>,
 ) -> Result<Hinted, RequestError> {
-    // The whole range passes the same checks as without discarding (R5), before anything changes.
-    let end = start
-        .checked_add(length)
-        .ok_or(HintError::Wraps { start, length })?;
-    if length > 0 && !ram.overlaps(&(start..end)) {
-        return Err(HintError::Outside { start, length }.into());
-    }
-    let mut all = Hinted {
-        ignored_bytes: length,
-        ..Hinted::default()
-    };
-    for part in ram.discard(start..end)? {
+    let mut all = Hinted::default();
+    for part in ram.discard(range)? {
         let hinted = window.hint(part.start, part.end.saturating_sub(part.start))?;
         all.pages += hinted.pages;
         all.cleared += hinted.cleared;
-        all.ignored_bytes = all
-            .ignored_bytes
-            .saturating_sub(hinted.pages * guest_migration::PAGE_SIZE);
     }
     Ok(all)
 }

@@ -26,6 +26,7 @@ pub mod guest_errors;
 pub mod hinting;
 pub mod migration_claim;
 mod notify;
+mod pending_request;
 pub mod pfn;
 mod queues;
 pub mod request;
@@ -37,6 +38,7 @@ mod tests;
 
 pub use connection::NotifyConfigChange;
 pub use control::BalloonError;
+pub use hinting::Retired;
 pub use request::MAX_QUEUE_SIZE;
 pub use status::{phase_name, QueueStatus, StatsReport, VirtioStatus};
 
@@ -47,6 +49,7 @@ use shared_abi::features::Features;
 
 use crate::event_count::EventCount;
 use crate::events::Events;
+use crate::log_limit::LogLimit;
 use crate::memory::Ram;
 use crate::vring::NotificationSuppression;
 use connection::Connection;
@@ -76,6 +79,8 @@ pub struct Device {
     bytes_reported: u64,
     /// Buffer that requests are read into. Kept to reuse its allocation.
     buffer: Vec<u8>,
+    target_log: LogLimit,
+    driver_log: LogLimit,
 }
 
 impl std::fmt::Debug for Device {
@@ -110,6 +115,8 @@ impl Device {
             bytes_released: 0,
             bytes_reported: 0,
             buffer: Vec::new(),
+            target_log: LogLimit::default(),
+            driver_log: LogLimit::default(),
         }
     }
 
@@ -123,6 +130,11 @@ impl Device {
     pub fn with_suppression(mut self, suppression: NotificationSuppression) -> Self {
         self.suppression = suppression;
         self
+    }
+
+    /// Returns the memory to free after the device's lock is released.
+    pub fn take_retired(&mut self) -> Vec<Retired> {
+        self.hinting.take_retired()
     }
 
     /// Returns how drivers are asked to leave out notifications.

@@ -46,6 +46,13 @@ impl Device {
         self.emit_phase(changes);
     }
 
+    /// Reports the size of guest memory outside the balloon.
+    pub(super) fn emit_balloon_change(&self) {
+        let actual = self.actual_bytes();
+        self.events
+            .emit("BALLOON_CHANGE", json!({ "actual": actual }));
+    }
+
     pub(super) fn emit_phase(&self, changes: HintingChanges) {
         if changes.phase {
             self.hinting_events.notify_all();

@@ -2,9 +2,9 @@
 
 //! The virtqueues: takes requests, processes them, and returns their buffers. The caller holds the device's lock.
 
+use guest_migration::HintError;
 use shared_abi::command::CommandId;
 use shared_abi::features::Features;
-use shared_abi::page::PFN_SHIFT;
 use shared_abi::queue::Queue;
 use tracing::debug;
 use vhost_user_backend::VringT;
@@ -12,16 +12,37 @@ use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::connection::QueueCounters;
-use super::request::{MemoryGuard, Request, RequestError};
-use super::{pfn, stats, Device};
+use super::pending_request::{PendingRequest, Work};
+use super::request::{MemoryGuard, Request, RequestError, Segment, MAX_SEGMENTS};
+use super::{hinting, pfn, stats, Device};
+use crate::memory::{Part, ReleaseError};
 use crate::vring::{NotificationSuppression, Vring};
 
-/// Work units per turn of a queue. Roughly the number of memory ranges that are processed before other queues and QMP
-/// clients get a turn.
-const DRAIN_BUDGET: usize = 1 << 14;
+/// Work units per turn of a queue. A unit is the work of about one system call. Between two turns the device's lock is
+/// free, so this also limits how long QMP clients wait for it.
+pub(super) const DRAIN_BUDGET: usize = 1 << 10;
 
-/// The number of discarded bytes that cost roughly as much as one memory range.
-const BYTES_PER_WORK_UNIT: u64 = 1 << 16;
+/// The number of released bytes that cost as much as a system call.
+const RELEASED_BYTES_PER_UNIT: u64 = 1 << 16;
+
+/// The number of hinted bytes whose dirty bits cost as much as a system call.
+const HINTED_BYTES_PER_UNIT: u64 = 1 << 28;
+
+/// The number of descriptors that cost as much as a system call.
+const SEGMENTS_PER_UNIT: usize = 16;
+
+/// The number of page frame numbers whose reading and sorting costs as much as a system call.
+const PFNS_PER_UNIT: usize = 256;
+
+/// What becomes of a chain.
+enum ChainOutcome {
+    /// The buffer with this head is returned to the driver. It is usually that of the chain.
+    Return(u16),
+    /// The device keeps the buffer.
+    Keep,
+    /// The request has ranges to process.
+    Pending(PendingRequest),
+}
 
 /// How a pass over the available buffers ended.
 enum DrainOutcome {
@@ -46,8 +67,28 @@ struct QueueContext<'a> {
 }
 
 impl QueueContext<'_> {
-    fn spend(&mut self, work: usize) {
-        self.budget = self.budget.saturating_sub(work);
+    fn spend(&mut self, units: usize) {
+        self.budget = self.budget.saturating_sub(units);
+    }
+
+    /// Returns a request's buffer to the driver, and its error if that is not possible.
+    fn give_back(&mut self, head: u16) -> Result<(), RequestError> {
+        // The device writes to no buffer, so the used length is 0 for both directions.
+        let used = self.vring.add_used(head, 0);
+        self.returned |= used.is_ok();
+        used.map_err(|source| RequestError::Return { head, source })
+    }
+
+    /// Interrupts the driver, if buffers were returned and it wants to know.
+    fn signal(&self) {
+        if self.returned && self.vring.needs_notification().unwrap_or(true) {
+            if let Err(error) = self.vring.signal_used_queue() {
+                debug!(
+                    "{} queue: interrupt to the driver failed: {error}",
+                    self.queue.name()
+                );
+            }
+        }
     }
 }
 
@@ -128,20 +169,16 @@ impl Device {
                 }
             }
         };
-        if context.returned && vring.needs_notification().unwrap_or(true) {
-            if let Err(error) = vring.signal_used_queue() {
-                tracing::debug!(
-                    "{} queue: interrupt to the driver failed: {error}",
-                    queue.name()
-                );
-            }
-        }
+        context.signal();
         more
     }
 
     fn drain_available(&mut self, context: &mut QueueContext<'_>) -> DrainOutcome {
         let mut taken = false;
-        while context.budget > 0 {
+        loop {
+            if !self.continue_request(context) || context.budget == 0 {
+                return DrainOutcome::BudgetExhausted;
+            }
             context.spend(1);
             let chain = match next_chain(context.vring, &context.memory) {
                 Ok(Some(chain)) => chain,
@@ -160,41 +197,173 @@ impl Device {
             taken = true;
             self.update_counters(context.index, |counters| counters.requests += 1);
             let head = chain.head_index();
-            let give_back = self.process_chain(context, chain).unwrap_or_else(|error| {
+            let outcome = self.process_chain(context, chain).unwrap_or_else(|error| {
                 self.guest_errors.record(context.queue, &error);
-                Some(head)
+                ChainOutcome::Return(head)
             });
-            let Some(head) = give_back else {
-                continue;
-            };
-            // The device writes to no buffer, so the used length is 0 for both directions.
-            match context.vring.add_used(head, 0) {
-                Ok(()) => context.returned = true,
-                Err(source) => {
-                    let error = RequestError::Return { head, source };
-                    self.guest_errors.record(context.queue, &error);
+            match outcome {
+                ChainOutcome::Keep => {}
+                ChainOutcome::Return(head) => self.give_back(context, head),
+                ChainOutcome::Pending(request) => self.set_pending(context.index, Some(request)),
+            }
+        }
+    }
+
+    fn give_back(&mut self, context: &mut QueueContext<'_>, head: u16) {
+        if let Err(error) = context.give_back(head) {
+            self.guest_errors.record(context.queue, &error);
+        }
+    }
+
+    fn set_pending(&mut self, index: usize, request: Option<PendingRequest>) {
+        let connection = self.connection.as_mut();
+        if let Some(place) = connection.and_then(|it| it.pending_requests.get_mut(index)) {
+            *place = request;
+        }
+    }
+
+    fn take_pending(&mut self, index: usize) -> Option<PendingRequest> {
+        let connection = self.connection.as_mut()?;
+        connection.pending_requests.get_mut(index)?.take()
+    }
+
+    /// Continues the request of the queue `index` that its last turn has left, after the queue was stopped. Returns
+    /// whether another call is needed. The guest may reuse the memory of the request when none is.
+    pub fn finish_request(&mut self, index: usize) -> bool {
+        let features = self.negotiated_features.unwrap_or_default();
+        let connection = self.connection.as_ref();
+        let vring = connection.and_then(|it| it.vrings.get(index)).cloned();
+        let memory = connection.and_then(|it| it.memory.as_ref().map(|it| it.memory()));
+        let (Some(queue), Some(vring), Some(memory)) =
+            (Queue::from_index(index, features), vring, memory)
+        else {
+            return false;
+        };
+        let mut context = QueueContext {
+            queue,
+            index,
+            vring: &vring,
+            memory,
+            budget: DRAIN_BUDGET,
+            returned: false,
+        };
+        let finished = self.continue_request(&mut context);
+        context.signal();
+        !finished
+    }
+
+    /// Continues the pending request of the queue, and returns its buffer at the end. Returns whether none is left.
+    fn continue_request(&mut self, context: &mut QueueContext<'_>) -> bool {
+        let Some(mut request) = self.take_pending(context.index) else {
+            return true;
+        };
+        if request.work == Work::Hint && !self.hinting.accepts_free_block() {
+            // The hint round has ended. What is left of the block is no hint.
+            request.pieces.clear();
+            self.hinting.ignore_free_block();
+        } else if !self.process_pieces(context, &mut request) {
+            self.set_pending(context.index, Some(request));
+            return false;
+        } else if request.work == Work::Hint {
+            self.hinting.end_free_block(request.error.is_none());
+        }
+        if let Some(error) = &request.error {
+            self.guest_errors.record(context.queue, error);
+        }
+        self.give_back(context, request.head);
+        true
+    }
+
+    /// Processes the pieces of a request until the budget is exhausted. Returns whether none is left.
+    fn process_pieces(
+        &mut self,
+        context: &mut QueueContext<'_>,
+        request: &mut PendingRequest,
+    ) -> bool {
+        let discards = self.discards_hinted();
+        let bytes_per_unit = match request.work {
+            Work::Hint if !discards => HINTED_BYTES_PER_UNIT,
+            _ => RELEASED_BYTES_PER_UNIT,
+        };
+        while let Some(piece) = request.pieces.front_mut() {
+            if context.budget == 0 {
+                return false;
+            }
+            let most = bytes_per_unit.saturating_mul(context.budget as u64);
+            match self.ram.first_part(&piece.rest, most) {
+                None => {
+                    let (start, outside) = (piece.start, piece.outside);
+                    let length = piece.rest.end.saturating_sub(start);
+                    request.pieces.pop_front();
+                    match request.work {
+                        Work::Hint if outside == length && length > 0 => {
+                            request.fail(HintError::Outside { start, length });
+                        }
+                        Work::Hint => {}
+                        _ if outside > 0 => request.fail(ReleaseError::Outside {
+                            start,
+                            bytes: outside,
+                        }),
+                        _ => {}
+                    }
+                    continue;
+                }
+                Some(Part::Outside(part)) => {
+                    context.spend(1);
+                    piece.rest.start = part.end;
+                    piece.outside = piece.outside.saturating_add(part.end - part.start);
+                    continue;
+                }
+                Some(Part::Inside(part)) => {
+                    let units = (part.end - part.start) / bytes_per_unit;
+                    context.spend(
+                        usize::try_from(units)
+                            .unwrap_or(usize::MAX)
+                            .saturating_add(1),
+                    );
+                    piece.rest.start = part.end;
+                    let result: Result<(), RequestError> = match request.work {
+                        Work::Hint => {
+                            let discard = discards.then_some(&self.ram);
+                            self.hinting.hint(part, discard)
+                        }
+                        Work::Inflate => self.ram.release(part).map_err(Into::into).map(|bytes| {
+                            self.bytes_released = self.bytes_released.saturating_add(bytes);
+                        }),
+                        Work::Report => self.ram.release(part).map_err(Into::into).map(|bytes| {
+                            self.bytes_reported = self.bytes_reported.saturating_add(bytes);
+                        }),
+                    };
+                    if let Err(error) = result {
+                        request.fail(error);
+                    }
                 }
             }
         }
-        DrainOutcome::BudgetExhausted
+        true
     }
 
-    /// Processes one chain. Returns the head of the buffer to return, if any. This is usually the buffer of the chain.
+    /// Processes one chain.
     fn process_chain(
         &mut self,
         context: &mut QueueContext<'_>,
         chain: DescriptorChain<MemoryGuard>,
-    ) -> Result<Option<u16>, RequestError> {
+    ) -> Result<ChainOutcome, RequestError> {
         let head = chain.head_index();
-        let request = Request::parse(chain)?;
+        let request = Request::parse(chain);
+        let segments = request.as_ref().map_or(MAX_SEGMENTS, Request::num_segments);
+        context.spend(segments / SEGMENTS_PER_UNIT);
+        let request = request?;
         match context.queue {
-            Queue::Inflate => self.handle_inflate(context, &request)?,
-            Queue::Deflate => self.handle_deflate(context, &request)?,
-            Queue::Stats => return self.handle_stats(context, &request, head),
-            Queue::FreePage => self.handle_free_page(context, &request)?,
-            Queue::Reporting => self.handle_report(context, &request)?,
+            Queue::Inflate => self.handle_inflate(context, &request, head),
+            Queue::Deflate => {
+                self.handle_deflate(context, &request)?;
+                Ok(ChainOutcome::Return(head))
+            }
+            Queue::Stats => self.handle_stats(context, &request, head),
+            Queue::FreePage => self.handle_free_page(context, &request, head),
+            Queue::Reporting => self.handle_report(&request, head),
         }
-        Ok(Some(head))
     }
 
     /// Reads the page frame numbers of a request into `self.buffer`, and returns their number.
@@ -210,28 +379,23 @@ impl Device {
             pfn::PFN_BYTES * pfn::MAX_PFNS,
             "an array of at most 65536 PFNs of 4 bytes",
         )?;
-        context.spend(self.buffer.len() >> PFN_SHIFT);
-        Ok((self.buffer.len() / pfn::PFN_BYTES) as u64)
+        let count = self.buffer.len() / pfn::PFN_BYTES;
+        context.spend(count / PFNS_PER_UNIT);
+        Ok(count as u64)
     }
 
-    /// Handles an inflate request: releases the memory of the pages to the host.
+    /// Handles an inflate request: the memory of the pages is released to the host.
     fn handle_inflate(
         &mut self,
         context: &mut QueueContext<'_>,
         request: &Request,
-    ) -> Result<(), RequestError> {
+        head: u16,
+    ) -> Result<ChainOutcome, RequestError> {
         let count = self.read_pfns(context, request)?;
         self.pages_inflated = self.pages_inflated.saturating_add(count);
         let ranges = pfn::ranges(&self.buffer);
-        context.spend(ranges.len());
-        let mut result = Ok(());
-        for range in ranges {
-            match self.ram.release(range) {
-                Ok(bytes) => self.bytes_released = self.bytes_released.saturating_add(bytes),
-                Err(error) => result = result.and(Err(error.into())),
-            }
-        }
-        result
+        let pending = PendingRequest::new(head, Work::Inflate, ranges);
+        Ok(ChainOutcome::Pending(pending))
     }
 
     /// Handles a deflate request. The host allocates memory again when the guest writes to the pages.
@@ -245,13 +409,13 @@ impl Device {
         Ok(())
     }
 
-    /// Handles new statistics, and keeps their buffer. Returns the buffer that was kept before, if any.
+    /// Handles new statistics, and keeps their buffer. The buffer that was kept before is returned, if there is one.
     fn handle_stats(
         &mut self,
         context: &QueueContext<'_>,
         request: &Request,
         head: u16,
-    ) -> Result<Option<u16>, RequestError> {
+    ) -> Result<ChainOutcome, RequestError> {
         let expected = "a list of at most 64 statistics of 10 bytes";
         request.read(
             &context.memory,
@@ -265,7 +429,7 @@ impl Device {
             self.guest_errors
                 .record(Queue::Stats, &RequestError::SecondStatsBuffer);
         }
-        Ok(before)
+        Ok(before.map_or(ChainOutcome::Keep, ChainOutcome::Return))
     }
 
     /// Handles a command id or a block of free pages.
@@ -284,16 +448,10 @@ impl Device {
         &mut self,
         context: &mut QueueContext<'_>,
         request: &Request,
-    ) -> Result<(), RequestError> {
+        head: u16,
+    ) -> Result<ChainOutcome, RequestError> {
         if request.starts_writable() {
-            let segments = request.writable()?;
-            context.spend(segments.len());
-            let before = self.hinting.bytes_discarded();
-            let discard = self.discards_hinted().then_some(&self.ram);
-            let result = self.hinting.handle_free_block(segments, discard);
-            let discarded = self.hinting.bytes_discarded().saturating_sub(before);
-            context.spend(usize::try_from(discarded / BYTES_PER_WORK_UNIT).unwrap_or(usize::MAX));
-            return result;
+            return Ok(self.handle_free_block(request.writable()?, head));
         }
         let expected = "a command id of 4 bytes";
         request.read(&context.memory, &mut self.buffer, 4, 4, expected)?;
@@ -303,32 +461,54 @@ impl Device {
             let changes = self.hinting.handle_cmd_id(cmd_id);
             self.publish_changes(changes);
         }
-        Ok(())
+        Ok(ChainOutcome::Return(head))
     }
 
-    /// Handles a free page report: releases the memory of the blocks to the host. The guest may use the blocks again
+    /// Handles a block of free pages. With discarding, what exceeds [`hinting::MAX_DISCARD`] is left out.
+    fn handle_free_block(&mut self, segments: &[Segment], head: u16) -> ChainOutcome {
+        if !self.hinting.accepts_free_block() {
+            self.hinting.ignore_free_block();
+            return ChainOutcome::Return(head);
+        }
+        let mut allowance = match self.discards_hinted() {
+            true => hinting::MAX_DISCARD,
+            false => u64::MAX,
+        };
+        let (mut ranges, mut error) = (Vec::with_capacity(segments.len()), None);
+        for segment in segments {
+            let start = segment.address;
+            let length = u64::from(segment.length).min(allowance);
+            allowance -= length;
+            match start.checked_add(length) {
+                Some(end) => ranges.push(start..end),
+                None => {
+                    error.get_or_insert(HintError::Wraps { start, length });
+                }
+            }
+        }
+        let mut pending = PendingRequest::new(head, Work::Hint, ranges);
+        pending.error = error.map(Into::into);
+        ChainOutcome::Pending(pending)
+    }
+
+    /// Handles a free page report: the memory of the blocks is released to the host. The guest may use the blocks again
     /// once their buffer is returned.
     fn handle_report(
         &mut self,
-        context: &mut QueueContext<'_>,
         request: &Request,
-    ) -> Result<(), RequestError> {
+        head: u16,
+    ) -> Result<ChainOutcome, RequestError> {
         let segments = request.writable()?;
         if self.poison_val().is_some_and(|value| value != 0) {
             // The device "MUST NOT modify the content of a reported page to a value other than poison_val", and a
             // hole reads as zeros.
-            return Ok(());
+            return Ok(ChainOutcome::Return(head));
         }
-        context.spend(segments.len());
-        let mut result = Ok(());
-        for segment in segments {
-            let end = segment.address.saturating_add(u64::from(segment.length));
-            match self.ram.release(segment.address..end) {
-                Ok(bytes) => self.bytes_reported = self.bytes_reported.saturating_add(bytes),
-                Err(error) => result = result.and(Err(error.into())),
-            }
-        }
-        result
+        let ranges = segments.iter().map(|segment| {
+            segment.address..segment.address.saturating_add(u64::from(segment.length))
+        });
+        let pending = PendingRequest::new(head, Work::Report, ranges);
+        Ok(ChainOutcome::Pending(pending))
     }
 
     /// Returns the value that the guest fills free pages with, if page poison is negotiated.

@@ -146,6 +146,11 @@ impl Request {
         Ok(Self { segments })
     }
 
+    /// Returns the number of segments.
+    pub fn num_segments(&self) -> usize {
+        self.segments.len()
+    }
+
     /// Returns whether the first segment is device-writable.
     pub fn starts_writable(&self) -> bool {
         self.segments.first().is_some_and(|first| first.writable)

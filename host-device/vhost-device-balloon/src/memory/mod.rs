@@ -6,13 +6,16 @@
 //! `MADV_DONTNEED` on one mapping frees nothing. Holes are also found through the files: reading a hole through a
 //! mapping would allocate its pages.
 //!
-//! `layout` describes guest memory to a migration, and `hole_recorder` records for it which holes are punched.
+//! `layout` describes guest memory to a migration, and `hole_recorder` records for it which holes are punched. `parts`
+//! splits ranges into parts.
 
 mod hole_recorder;
 mod layout;
+mod parts;
 
 pub use hole_recorder::HoleRecorder;
 pub use layout::RamLayoutError;
+pub use parts::Part;
 
 use std::collections::BTreeSet;
 use std::io;

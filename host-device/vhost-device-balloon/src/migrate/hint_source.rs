@@ -2,21 +2,21 @@
 
 //! The device as the hint source of a migration.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest_migration::{CancelToken, HintSource, HintSourceError, HintWindow, WaitOutcome};
 use shared_abi::command::HintId;
 
-use crate::device::migration_claim::{ClaimError, ClaimedResources, OnInvalidated};
-use crate::device::Device;
+use crate::device::migration_claim::{ClaimError, ClaimedResources, OnInvalidated, PreparedClaim};
+use crate::device_lock::DeviceLock;
 use crate::event_count::EventCount;
 use crate::sync::lock;
 
 /// A migration's claim on a device. Dropping it releases the claim, and the guest frees its hinted blocks (R16).
 #[derive(Debug)]
 #[must_use = "dropping it ends the claim"]
-pub struct ClaimGuard(Arc<Mutex<Device>>);
+pub struct ClaimGuard(Arc<DeviceLock>);
 
 impl ClaimGuard {
     /// Claims `device`. `on_invalidated` runs under the device's lock: it must neither wait nor lock the device.
@@ -25,10 +25,12 @@ impl ClaimGuard {
     ///
     /// As [`Device::claim`].
     pub fn new(
-        device: &Arc<Mutex<Device>>,
+        device: &Arc<DeviceLock>,
         on_invalidated: OnInvalidated,
     ) -> Result<(Self, ClaimedResources), ClaimError> {
-        let claimed = lock(device).claim(on_invalidated)?;
+        let ram = lock(device).check_claimable()?;
+        let prepared = PreparedClaim::new(ram)?;
+        let claimed = lock(device).claim_with(on_invalidated, prepared)?;
         Ok((Self(device.clone()), claimed))
     }
 }

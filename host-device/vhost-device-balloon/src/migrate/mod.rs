@@ -33,7 +33,7 @@ use thiserror::Error;
 use tracing::info;
 
 use crate::device::migration_claim::ClaimError;
-use crate::device::Device;
+use crate::device_lock::DeviceLock;
 use crate::events::Events;
 use crate::sync::lock;
 use failure::{effective_status, on_invalidated, FailureReason};
@@ -90,7 +90,7 @@ pub struct MigrateRequest {
 
 /// Starts and controls the migrations of a device.
 pub struct MigrationManager {
-    device: Arc<Mutex<Device>>,
+    device: Arc<DeviceLock>,
     events: Arc<Events>,
     /// Called at the end of each migration.
     on_end: Arc<dyn Fn() + Send + Sync>,
@@ -129,7 +129,7 @@ impl CurrentMigration {
 impl MigrationManager {
     /// Creates a manager without migrations. `on_end` is called at the end of each migration, in its thread.
     pub fn new(
-        device: Arc<Mutex<Device>>,
+        device: Arc<DeviceLock>,
         events: Arc<Events>,
         on_end: impl Fn() + Send + Sync + 'static,
     ) -> Self {

@@ -3,7 +3,7 @@
 //! Setup of a migration: chooses the tracker, the use of hints, the VM to pause, and the stream.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use guest_migration::digest::{ContentDigest, PageHasher};
 use guest_migration::dirty_tracking::{choose_tracker, SentTable, TrackingMode};
@@ -17,7 +17,7 @@ use tracing::info;
 use super::hint_source::{ClaimGuard, DeviceHintSource};
 use super::parameters::{Compression, DirtyTracking, MigrationCapabilities, MigrationParameters};
 use crate::device::migration_claim::ClaimedResources;
-use crate::device::Device;
+use crate::device_lock::{DeviceLock, QuiescedDevice};
 
 /// What a migration was requested with.
 pub struct MigrationConfig {
@@ -38,7 +38,7 @@ pub struct ClaimedDevice {
     /// The resources that came with the claim.
     pub claimed: ClaimedResources,
     /// The device.
-    pub device: Arc<Mutex<Device>>,
+    pub device: Arc<DeviceLock>,
 }
 
 /// Configuration of the stream to the destination, before it is connected.
@@ -78,7 +78,7 @@ impl MigrationConfig {
         };
         let wanted = self.parameters.free_page_hint;
         // This program writes to guest memory only under the device's lock.
-        let quiesce = Box::new(device);
+        let quiesce = Box::new(QuiescedDevice(device));
         let choice = choose_tracker(request, wanted, discards, &memory, &punched, quiesce)?;
         let mut reason = choice.why;
         if let (true, Err(why)) = (choice.use_hints, &availability) {

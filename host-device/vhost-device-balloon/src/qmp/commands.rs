@@ -12,14 +12,16 @@ use shared_abi::features::Features;
 
 use super::command::{expect_no_arguments, parse, CommandError};
 use super::context::CommandContext;
-use crate::device::{phase_name, Device, StatsReport};
+use crate::device::hinting::hinted_ranges;
+use crate::device::{phase_name, StatsReport};
+use crate::device_lock::DeviceLock;
 use crate::sync::lock;
 
 /// How long `query-guest-stats` waits for the driver.
 const STATS_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The most ranges in one answer of `query-hinted-ranges`.
-const MAX_RANGES: usize = 1 << 16;
+/// The most ranges in one answer of `query-hinted-ranges`: less than 64 KiB of text.
+const MAX_RANGES: usize = 1024;
 
 pub(super) fn balloon(
     context: &CommandContext,
@@ -56,7 +58,7 @@ pub(super) fn hint_start(
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
-    let id = lock(&context.device).start_hinting()?;
+    let id = context.device.start_hinting()?;
     Ok(json!({ "id": id.number() }))
 }
 
@@ -115,9 +117,8 @@ pub(super) fn query_hint(
     Ok(answer)
 }
 
-/// Returns the ranges of pages that hints have skipped, at most [`MAX_RANGES`] in one answer. A guest of up to 512 MiB
-/// cannot exceed that limit, and a larger one exceeds it only with hostile hints. To get the rest, a client calls
-/// again with the end of the last range as `start`.
+/// Returns the ranges of pages that hints have skipped, at most [`MAX_RANGES`] in one answer: the guest determines their
+/// number. To get the rest, a client calls again with the end of the last range as `start`, until the answer is empty.
 pub(super) fn query_hinted_ranges(
     context: &CommandContext,
     arguments: Option<&Value>,
@@ -129,8 +130,10 @@ pub(super) fn query_hinted_ranges(
         start: u64,
     }
     let Arguments { start } = parse(arguments)?;
-    let ranges = lock(&context.device).hinted_ranges(start, MAX_RANGES);
+    let bitmap = lock(&context.device).hinting_bitmap();
+    let ranges = bitmap.map(|bitmap| hinted_ranges(&bitmap, start, MAX_RANGES));
     Ok(ranges
+        .unwrap_or_default()
         .into_iter()
         .map(|(start, length)| json!({ "start": start, "length": length }))
         .collect())
@@ -248,7 +251,7 @@ pub(super) fn query_guest_stats(
     Ok(json!({ "stats": values, "last-update": updated.as_secs() }))
 }
 
-fn wait_for_stats(device: &std::sync::Mutex<Device>, before: u64, requested: bool) -> StatsReport {
+fn wait_for_stats(device: &DeviceLock, before: u64, requested: bool) -> StatsReport {
     let deadline = Instant::now() + STATS_TIMEOUT;
     loop {
         let report = lock(device).stats();

@@ -2,16 +2,16 @@
 
 //! The state that the commands act on.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
-use crate::device::Device;
+use crate::device_lock::DeviceLock;
 use crate::events::Events;
 use crate::migrate::MigrationManager;
 
 /// State that the commands act on.
 pub struct CommandContext {
     /// The balloon.
-    pub device: Arc<Mutex<Device>>,
+    pub device: Arc<DeviceLock>,
     /// The migrations of its guest.
     pub migration_manager: Arc<MigrationManager>,
     /// The source of events.

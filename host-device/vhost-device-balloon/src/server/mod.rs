@@ -15,7 +15,7 @@ mod poll;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use shared_abi::features::Features;
@@ -24,6 +24,7 @@ use tracing::info;
 
 use crate::device::saved_state::{SavedState, SavedStateError};
 use crate::device::Device;
+use crate::device_lock::DeviceLock;
 use crate::events::Events;
 use crate::migrate::MigrationManager;
 use crate::qmp::{CommandContext, QmpClients};
@@ -112,7 +113,7 @@ pub struct Server {
     front_end_listener: SocketListener,
     qmp_listener: Option<SocketListener>,
     qmp_clients: QmpClients,
-    device: Arc<Mutex<Device>>,
+    device: Arc<DeviceLock>,
     migration_manager: Arc<MigrationManager>,
     /// How the session ended, if the front end disconnected during a migration that continues.
     session_end: Option<SessionEnd>,
@@ -156,7 +157,7 @@ impl Server {
         if let Some(path) = &options.device_state {
             device.restore(&SavedState::read(path)?)?;
         }
-        let device = Arc::new(Mutex::new(device));
+        let device = Arc::new(DeviceLock::new(device));
         let front_end_listener = SocketListener::bind(&options.socket_path)?;
         let qmp_listener = options
             .qmp_socket

@@ -12,7 +12,7 @@ use guest_migration::dirty_tracking::{PunchedPages, TrackingError};
 use guest_migration::Memory;
 
 use super::hinting::HintingError;
-use crate::memory::RamLayoutError;
+use crate::memory::{Ram, RamLayoutError};
 
 /// An event that invalidates a migration's claim.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -39,6 +39,9 @@ pub enum ClaimError {
     /// Another migration has claimed hinting.
     #[error("a migration is already in progress")]
     AlreadyClaimed,
+    /// The front end shared different guest memory while the claim was prepared.
+    #[error("front end changed guest memory while the migration started: try again")]
+    MemoryChanged,
     /// No front end has shared guest memory.
     #[error("no front end has shared guest memory: start the VMM with this device's socket first")]
     NoMemory,
@@ -48,6 +51,31 @@ pub enum ClaimError {
     /// The host has no memory for the bitmap of punched pages.
     #[error(transparent)]
     Track(#[from] TrackingError),
+}
+
+/// Resources for a claim. Making them takes time for each page of guest memory, and needs no lock.
+#[derive(Debug)]
+pub struct PreparedClaim {
+    ram: Ram,
+    memory: Memory,
+    punched: PunchedPages,
+}
+
+impl PreparedClaim {
+    /// Prepares to claim the memory `ram`.
+    ///
+    /// # Errors
+    ///
+    /// If guest memory cannot be migrated.
+    pub fn new(ram: Ram) -> Result<Self, ClaimError> {
+        let memory = ram.memory()?;
+        let punched = PunchedPages::new(memory.layout())?;
+        Ok(Self {
+            ram,
+            memory,
+            punched,
+        })
+    }
 }
 
 /// Resources that a migration gets with its claim.

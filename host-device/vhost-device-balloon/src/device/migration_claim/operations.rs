@@ -5,16 +5,17 @@
 
 use std::sync::Arc;
 
-use guest_migration::dirty_tracking::PunchedPages;
 use guest_migration::HintWindow;
 use shared_abi::command::HintId;
 use shared_abi::hinting::device::Phase;
 
-use super::{ClaimError, ClaimedResources, Invalidated, MigrationClaim, OnInvalidated};
+use super::{
+    ClaimError, ClaimedResources, Invalidated, MigrationClaim, OnInvalidated, PreparedClaim,
+};
 use crate::device::hinting::{HintingChanges, HintingError};
 use crate::device::Device;
 use crate::event_count::EventCount;
-use crate::memory::HoleRecorder;
+use crate::memory::{HoleRecorder, Ram};
 
 impl Device {
     /// Returns the event count of hinting. It changes when a hint round changes its phase, when the driver reads the
@@ -23,20 +24,51 @@ impl Device {
         self.hinting_events.clone()
     }
 
-    /// Claims hinting, and the current guest memory, for a migration. Ends a hint round in progress.
+    /// Claims hinting, and the current guest memory, for a migration. Ends a hint round in progress. Takes time for each
+    /// page of guest memory.
     ///
     /// # Errors
     ///
     /// If another migration has the claim, or guest memory cannot be migrated.
     pub fn claim(&mut self, on_invalidated: OnInvalidated) -> Result<ClaimedResources, ClaimError> {
+        let prepared = PreparedClaim::new(self.check_claimable()?)?;
+        self.claim_with(on_invalidated, prepared)
+    }
+
+    /// Checks whether a migration can claim hinting, and returns the guest memory to prepare the claim with.
+    ///
+    /// # Errors
+    ///
+    /// If another migration has the claim, or there is no guest memory.
+    pub fn check_claimable(&self) -> Result<Ram, ClaimError> {
         if self.claim.is_some() {
             return Err(ClaimError::AlreadyClaimed);
         }
         if self.ram.size() == 0 {
             return Err(ClaimError::NoMemory);
         }
-        let memory = self.ram.memory()?;
-        let punched = PunchedPages::new(memory.layout())?;
+        Ok(self.ram())
+    }
+
+    /// Claims as [`Device::claim`], with resources that were prepared after [`Device::check_claimable`].
+    ///
+    /// # Errors
+    ///
+    /// As there, and if guest memory has changed since.
+    pub fn claim_with(
+        &mut self,
+        on_invalidated: OnInvalidated,
+        prepared: PreparedClaim,
+    ) -> Result<ClaimedResources, ClaimError> {
+        self.check_claimable()?;
+        let PreparedClaim {
+            ram,
+            memory,
+            punched,
+        } = prepared;
+        if !ram.has_same_layout(&self.ram) {
+            return Err(ClaimError::MemoryChanged);
+        }
         self.ram.set_hole_recorder(Some(HoleRecorder {
             layout: memory.layout().clone(),
             punched: punched.clone(),
@@ -60,6 +92,7 @@ impl Device {
     /// may use hinting again.
     pub fn release_claim(&mut self) {
         if self.claim.take().is_some() {
+            self.hinting.retire_hole_recorder(self.ram.hole_recorder());
             self.ram.set_hole_recorder(None);
             self.finish_hinting_if_requested();
             self.hinting.release_claim();

@@ -3,9 +3,10 @@
 //! Configuration space, and notifications of its changes.
 
 use shared_abi::features::Features;
+use shared_abi::queue::Queue;
 use vhost_user_backend::VringT;
 
-use super::{Guest, ALL, LENGTH};
+use super::{Guest, ALL, FREE, LENGTH, SECOND_LENGTH};
 
 #[test]
 fn a_driver_whose_queues_are_stopped_is_told_of_a_change_when_they_start_again() {
@@ -65,4 +66,44 @@ fn r10_config_space_is_as_long_as_the_accepted_features_say() {
     assert!(guest.device.read_config(0, 17).is_empty());
     assert!(guest.device.read_config(u32::MAX, u32::MAX).is_empty());
     guest.device.write_config(u32::MAX, &[1; 300]);
+}
+
+#[test]
+fn a_reset_empties_the_balloon() {
+    let all = LENGTH + SECOND_LENGTH;
+    let resets: [fn(&mut Guest); 3] = [
+        |guest| guest.device.reset(),
+        |guest| {
+            guest.send_pfns(Queue::Inflate, &[FREE]);
+            guest.start_driver(ALL);
+        },
+        |guest| guest.start_driver(Features::STATS_VQ),
+    ];
+    for reset in resets {
+        let mut guest = Guest::new(ALL, ALL);
+        guest.device.write_config(4, &7u32.to_le_bytes());
+        assert_eq!(guest.device.actual_size(), Ok(all - 0x7000));
+        reset(&mut guest);
+        assert_eq!(guest.device.actual_size(), Ok(all));
+        assert_eq!(guest.config().actual, 0);
+    }
+    // A paused guest keeps it.
+    let mut guest = Guest::new(ALL, ALL);
+    guest.send_pfns(Queue::Inflate, &[FREE]);
+    guest.device.write_config(4, &1u32.to_le_bytes());
+    for ready in [false, true] {
+        for vring in &guest.vrings {
+            vring.set_queue_ready(ready);
+        }
+        guest.device.set_features(ALL.bits());
+        assert_eq!(guest.device.actual_size(), Ok(all - 0x1000));
+    }
+}
+
+#[test]
+fn a_target_above_guest_memory_is_all_of_it() {
+    let mut guest = Guest::new(ALL, ALL);
+    guest.device.set_target(LENGTH).unwrap();
+    guest.device.set_target(u64::MAX).unwrap();
+    assert_eq!(guest.config().num_pages, 0);
 }

@@ -12,6 +12,7 @@ mod queues;
 mod release;
 mod saved_state;
 mod stats;
+mod turns;
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -66,6 +67,16 @@ struct DriverQueue {
     seen: u16,
 }
 
+impl Device {
+    /// Returns the hinted ranges from the address `from`.
+    fn hinted_ranges(&self, from: u64, limit: usize) -> Vec<(u64, u64)> {
+        let bitmap = self.hinting_bitmap();
+        bitmap.map_or_else(Vec::new, |bitmap| {
+            crate::device::hinting::hinted_ranges(&bitmap, from, limit)
+        })
+    }
+}
+
 struct Guest {
     device: Device,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
@@ -83,7 +94,15 @@ impl Guest {
         Self::with_device(Device::new(offered, Arc::default()), accepted)
     }
 
-    fn with_device(mut device: Device, accepted: Features) -> Self {
+    fn with_device(device: Device, accepted: Features) -> Self {
+        let memory = guest(&[
+            (START, LENGTH, START),
+            (SECOND, SECOND_LENGTH, START + LENGTH),
+        ]);
+        Self::with_memory(device, accepted, memory)
+    }
+
+    fn with_memory(mut device: Device, accepted: Features, memory: GuestMemoryMmap) -> Self {
         let (lines, received) = sync_channel(1000);
         let subscription = device.events.subscribe(lines);
         let notifier = Arc::new(ConfigNotifier::default());
@@ -92,10 +111,6 @@ impl Guest {
         notifier.connect(channel.into()).unwrap();
         device.front_end_connected(notifier);
 
-        let memory = guest(&[
-            (START, LENGTH, START),
-            (SECOND, SECOND_LENGTH, START + LENGTH),
-        ]);
         let memory = GuestMemoryAtomic::new(memory);
         device.set_memory(memory.clone());
         let vrings = (0..Queue::MAX_COUNT)

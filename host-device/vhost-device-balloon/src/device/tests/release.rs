@@ -90,3 +90,27 @@ fn r3_reported_pages_are_released_only_where_zeros_are_expected() {
         assert_eq!(guest.byte(FREE) == 0, released);
     }
 }
+
+#[test]
+fn bytes_are_counted_exactly_if_part_of_a_range_is_outside_memory() {
+    let mut guest = Guest::new(ALL, ALL);
+    // The last page of the region and two pages behind it are one range.
+    let last = START + LENGTH - 0x1000;
+    guest.send_pfns(Queue::Inflate, &[last, last + 0x1000, last + 0x2000]);
+    guest.send(
+        Queue::Reporting,
+        &[(last, 0x3000, true), (SECOND - 0x1000, 0x2000, true)],
+    );
+    let status = guest.device.virtio_status();
+    assert_eq!(
+        (status.bytes_released, status.bytes_reported),
+        (0x1000, 0x2000)
+    );
+    assert_eq!(status.errors, 2);
+    assert!(
+        guest.last_error().contains("0x2000 bytes outside")
+            || guest.last_error().contains("8192 bytes outside"),
+        "{}",
+        guest.last_error()
+    );
+}
