@@ -239,3 +239,25 @@ fn a_guest_without_statistics_is_an_error() {
     assert!(why.contains("no statistics"), "{why}");
     server.stop();
 }
+
+#[test]
+fn the_latest_of_many_changes_is_reported() {
+    let server = TestServer::start(Features::NONE, false);
+    let mut qmp = server.qmp();
+    let mut vmm = Vmm::connect(&server.socket());
+    vmm.start_driver(Features::NONE);
+    qmp.event("DRIVER_STARTED", &json!({}));
+    let changes = 500u32;
+    for pages in 1..=changes {
+        vmm.write_config(4, &pages.to_le_bytes());
+    }
+    let actual = LENGTH - u64::from(changes) * 0x1000;
+    // Nothing happens in between: the event comes at the end of its interval.
+    qmp.event("BALLOON_CHANGE", &json!({ "actual": actual }));
+    let events = qmp
+        .events
+        .iter()
+        .filter(|it| it["event"] == "BALLOON_CHANGE");
+    assert!(events.count() < 100, "{:?}", qmp.events);
+    server.stop();
+}

@@ -275,3 +275,66 @@ fn help_explains_features_and_usage() {
         assert!(text.contains(word), "{word}");
     }
 }
+
+fn threads(id: u32) -> usize {
+    fs::read_dir(format!("/proc/{id}/task")).unwrap().count()
+}
+
+/// Returns the resident memory of a process in bytes, without shared memory.
+fn resident(id: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1));
+    kib.unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// Clients that send commands and close their side, but read nothing.
+#[test]
+fn clients_that_read_nothing_cost_bounded_threads_and_memory() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = Program::start(directory.path(), &[]).ready();
+    let before = threads(program.id());
+    let mut clients = Vec::new();
+    for _ in 0..60 {
+        let mut qmp = QmpClient::connect_without_negotiation(&program.qmp);
+        // The greeting or a refusal: the program has decided about this client.
+        assert!(!qmp.read().is_null());
+        let _ = qmp.try_send(b"{\"execute\":\"qmp_capabilities\"}");
+        // As many as the socket takes.
+        while qmp.send_some(b"{\"execute\":\"query-commands\"}").is_ok() {}
+        let _ = qmp.writer().shutdown(std::net::Shutdown::Write);
+        clients.push(qmp);
+    }
+    assert!(threads(program.id()) <= before + 32);
+    let memory = resident(program.id());
+    assert!(memory < 48 << 20, "{memory} bytes");
+    program.signal(Signal::TERM);
+    let (output, log) = program.finish();
+    assert!(output.status.success(), "{log}");
+    assert!(log.lines().count() < 60, "{log}");
+}
+
+#[test]
+fn the_memory_of_the_daemon_is_a_small_part_of_that_of_its_guest() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = Program::start(directory.path(), &["--free-page-hint"]).ready();
+    let idle = resident(program.id());
+    assert!(idle < 8 << 20, "{idle} bytes while idle");
+    let mut vmm = Vmm::connect(&program.socket);
+    vmm.start_driver(HINT);
+    let mut qmp = QmpClient::connect(&program.qmp);
+    qmp.until_running();
+    vmm.share_sparse(64 << 30);
+    // A second hint round has another bitmap, and frees the first one.
+    for _ in 0..3 {
+        qmp.run("free-page-hint-start");
+    }
+    let pages = qmp.run("query-free-page-hint")["pages-total"].as_u64();
+    assert!(pages.unwrap() >= 64 << 18);
+    let large = resident(program.id());
+    println!("idle: {idle} bytes; 64 GiB with a dirty bitmap: {large} bytes");
+    assert!(large < 32 << 20, "{large} bytes with a guest of 64 GiB");
+    program.signal(Signal::TERM);
+    let (output, log) = program.finish();
+    assert!(output.status.success(), "{log}");
+}

@@ -4,7 +4,12 @@
 
 mod common;
 
-use common::{QmpClient, TestServer};
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{QmpClient, TestServer, HANG_TIMEOUT};
 use serde_json::{json, Value};
 use shared_abi::features::Features;
 use vhost_device_balloon::server::Exit;
@@ -148,4 +153,90 @@ fn quit_is_answered_and_ends_the_server() {
     qmp.run("quit");
     assert_eq!(qmp.read(), Value::Null);
     assert_eq!(server.join().unwrap(), Exit::Stopped);
+}
+
+/// Sends commands until the server takes no more of them, and reads nothing.
+fn fill(qmp: &mut QmpClient, command: &[u8]) {
+    let limit = Instant::now() + HANG_TIMEOUT;
+    let mut blocked = 0;
+    // The server may take a while to read. It takes nothing in the end, whatever happens.
+    while blocked < 20 {
+        assert!(Instant::now() < limit, "the server reads without an end");
+        match qmp.send_some(command) {
+            Ok(()) => blocked = 0,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                blocked += 1;
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+const QUERY: &[u8] = b"{\"execute\":\"query-commands\"}";
+
+#[test]
+fn a_client_that_does_not_read_delays_neither_others_nor_the_end() {
+    let server = start();
+    let mut silent = server.qmp();
+    fill(&mut silent, QUERY);
+    let mut other = server.qmp();
+    other.run("query-version");
+    other.run("quit");
+    assert_eq!(server.join().unwrap(), Exit::Stopped);
+}
+
+#[test]
+fn a_client_that_reads_late_gets_all_its_answers() {
+    let server = start();
+    let mut qmp = server.qmp();
+    let commands = 2000;
+    let mut writer = qmp.writer();
+    let sending = thread::spawn(move || {
+        for number in 0..commands {
+            let command = json!({ "execute": "query-commands", "id": number });
+            writer.write_all(command.to_string().as_bytes()).unwrap();
+        }
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    for number in 0..commands {
+        assert_eq!(qmp.answer()["id"], number);
+    }
+    sending.join().unwrap();
+    assert_eq!(qmp.read(), Value::Null);
+    server.stop();
+}
+
+#[test]
+fn silent_clients_keep_nobody_out() {
+    let server = start();
+    let path = server.directory.path().join("qmp");
+    let mut silent: Vec<_> = (0..16)
+        .map(|_| QmpClient::connect_without_negotiation(&path))
+        .collect();
+    for qmp in &mut silent {
+        assert!(qmp.read().get("QMP").is_some());
+    }
+    let mut qmp = server.qmp();
+    qmp.run("query-version");
+    // The first one made room.
+    assert_eq!(silent[0].read(), Value::Null);
+    server.stop();
+}
+
+#[test]
+fn an_object_with_a_key_twice_is_refused() {
+    let server = start();
+    let mut qmp = server.qmp();
+    for bad in [
+        r#"{"execute":"query-version","execute":"quit"}"#,
+        r#"{"execute":"balloon","arguments":{"value":1,"value":2}}"#,
+    ] {
+        qmp.send(bad.as_bytes());
+        let answer = qmp.answer();
+        let text = answer["error"]["desc"].as_str().unwrap();
+        assert!(text.contains("occurs twice"), "{answer}");
+    }
+    qmp.run("query-version");
+    server.stop();
 }

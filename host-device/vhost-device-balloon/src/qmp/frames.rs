@@ -30,6 +30,14 @@ pub enum FrameError {
 #[derive(Debug)]
 pub struct Frames<R> {
     stream: BufReader<R>,
+    /// The part of the object that was read.
+    frame: Vec<u8>,
+    /// Whether the rest of the line is skipped.
+    garbage: bool,
+    /// Open braces and brackets.
+    depth: usize,
+    string: bool,
+    escaped: bool,
 }
 
 impl<R: Read> Frames<R> {
@@ -37,6 +45,11 @@ impl<R: Read> Frames<R> {
     pub fn new(stream: R) -> Self {
         Self {
             stream: BufReader::new(stream),
+            frame: Vec::new(),
+            garbage: false,
+            depth: 0,
+            string: false,
+            escaped: false,
         }
     }
 
@@ -45,18 +58,23 @@ impl<R: Read> Frames<R> {
     ///
     /// # Errors
     ///
-    /// See [`FrameError`].
+    /// See [`FrameError`]. After an error of a stream that would block, another call continues.
     pub fn next(&mut self) -> Result<Option<Vec<u8>>, FrameError> {
-        let mut frame = Vec::new();
-        let mut garbage = false;
-        let (mut depth, mut string, mut escaped) = (0usize, false, false);
+        let Self {
+            stream,
+            frame,
+            garbage,
+            depth,
+            string,
+            escaped,
+        } = self;
         loop {
-            let bytes = match self.stream.fill_buf() {
+            let bytes = match stream.fill_buf() {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 other => other?,
             };
             if bytes.is_empty() {
-                return if garbage {
+                return if std::mem::take(garbage) {
                     Err(FrameError::Garbage)
                 } else {
                     Ok(None)
@@ -68,14 +86,15 @@ impl<R: Read> Frames<R> {
                 used += 1;
                 if frame.is_empty() {
                     match byte {
-                        b'\n' if garbage => {
-                            self.stream.consume(used);
+                        b'\n' if *garbage => {
+                            *garbage = false;
+                            stream.consume(used);
                             return Err(FrameError::Garbage);
                         }
-                        _ if garbage || byte.is_ascii_whitespace() => continue,
+                        _ if *garbage || byte.is_ascii_whitespace() => continue,
                         b'{' => {}
                         _ => {
-                            garbage = true;
+                            *garbage = true;
                             continue;
                         }
                     }
@@ -84,22 +103,22 @@ impl<R: Read> Frames<R> {
                     return Err(FrameError::TooLong);
                 }
                 frame.push(*byte);
-                match (string, escaped, byte) {
-                    (true, true, _) => escaped = false,
-                    (true, false, b'\\') => escaped = true,
-                    (_, false, b'"') => string = !string,
-                    (false, _, b'{' | b'[') => depth += 1,
-                    (false, _, b'}' | b']') => depth = depth.saturating_sub(1),
+                match (*string, *escaped, byte) {
+                    (true, true, _) => *escaped = false,
+                    (true, false, b'\\') => *escaped = true,
+                    (_, false, b'"') => *string = !*string,
+                    (false, _, b'{' | b'[') => *depth += 1,
+                    (false, _, b'}' | b']') => *depth = depth.saturating_sub(1),
                     _ => {}
                 }
-                if depth == 0 {
+                if *depth == 0 {
                     complete = true;
                     break;
                 }
             }
-            self.stream.consume(used);
+            stream.consume(used);
             if complete {
-                return Ok(Some(frame));
+                return Ok(Some(std::mem::take(frame)));
             }
         }
     }
@@ -138,6 +157,40 @@ mod tests {
             .map(Result::unwrap)
             .collect();
         assert_eq!(found, ["{\"a\":\n{\"b\":[1]}}", "{\"c\":\"}{\\\"\"}", "{}"]);
+    }
+
+    /// Gives one byte at a time, and blocks before each.
+    struct Slow<'a>(&'a [u8], bool);
+
+    impl Read for Slow<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.1 = !self.1;
+            if self.1 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            let byte = buffer.len().min(1);
+            self.0.read(&mut buffer[..byte])
+        }
+    }
+
+    #[test]
+    fn a_stream_that_blocks_in_an_object_is_continued() {
+        let mut frames = Frames::new(Slow(b"x\n {\"a\":\"}\\\"\"}{}", false));
+        let (mut found, mut garbage, mut blocked) = (Vec::new(), 0, 0);
+        loop {
+            match frames.next() {
+                Ok(Some(frame)) => found.push(frame),
+                Ok(None) => break,
+                Err(FrameError::Garbage) => garbage += 1,
+                Err(FrameError::Io(error)) => {
+                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                    blocked += 1;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert_eq!(found, [b"{\"a\":\"}\\\"\"}".to_vec(), b"{}".to_vec()]);
+        assert_eq!((garbage, blocked), (1, 17));
     }
 
     #[test]

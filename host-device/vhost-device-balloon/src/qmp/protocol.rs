@@ -2,14 +2,15 @@
 
 //! The session of one QMP client: greeting, negotiation, commands, answers.
 
-use std::sync::mpsc::SyncSender;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{json, Value};
 
 use super::command::{expect_no_arguments, parse, CommandError};
 use super::context::CommandContext;
-use super::dispatch;
+use super::outbox::Outbox;
+use super::{dispatch, json};
 use crate::events::Subscription;
 
 /// A command, as received.
@@ -66,7 +67,7 @@ fn negotiate_capabilities(arguments: Option<&Value>) -> Result<(), CommandError>
 }
 
 /// The state of one client's session.
-pub struct QmpSession<'a> {
+pub(super) struct QmpSession<'a> {
     context: &'a CommandContext,
     /// The subscription to events; `None` before the negotiation.
     events: Option<Subscription>,
@@ -88,9 +89,14 @@ impl<'a> QmpSession<'a> {
         self.quit_requested
     }
 
-    /// Returns the answer to the command in `frame`. Events are sent to `lines` after the negotiation.
-    pub fn answer(&mut self, frame: &[u8], lines: &SyncSender<String>) -> String {
-        let value: Value = match serde_json::from_slice(frame) {
+    /// Returns whether the client has sent `qmp_capabilities`.
+    pub fn is_negotiated(&self) -> bool {
+        self.events.is_some()
+    }
+
+    /// Returns the answer to the command in `frame`. Events are sent to `outbox` after the negotiation.
+    pub fn answer(&mut self, frame: &[u8], outbox: &Arc<Outbox>) -> String {
+        let value = match json::parse(frame) {
             Ok(value) => value,
             Err(why) => return error(None, "GenericError", &format!("JSON parse error, {why}")),
         };
@@ -105,7 +111,7 @@ impl<'a> QmpSession<'a> {
                 )
             }
         };
-        match self.execute(&request, lines) {
+        match self.execute(&request, outbox) {
             Ok(value) => with_id(json!({ "return": value }), request.id.as_ref()),
             Err(why) => error(request.id.as_ref(), why.class(), &why.to_string()),
         }
@@ -114,12 +120,12 @@ impl<'a> QmpSession<'a> {
     fn execute(
         &mut self,
         request: &QmpRequest,
-        lines: &SyncSender<String>,
+        outbox: &Arc<Outbox>,
     ) -> Result<Value, CommandError> {
         match (request.execute.as_str(), self.events.is_some()) {
             ("qmp_capabilities", false) => {
                 negotiate_capabilities(request.arguments.as_ref())?;
-                self.events = Some(self.context.events.subscribe(lines.clone()));
+                self.events = Some(self.context.events.subscribe(outbox.clone()));
                 Ok(json!({}))
             }
             ("qmp_capabilities", true) => Err(CommandError::AlreadyNegotiated),

@@ -17,6 +17,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
+use rustix::net::SendFlags;
 use serde_json::{json, Value};
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
@@ -130,6 +131,18 @@ impl QmpClient {
 
     pub fn try_send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
+    }
+
+    /// Sends as many of `bytes` as the server takes at once.
+    pub fn send_some(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        rustix::net::send(&self.stream, bytes, flags)?;
+        Ok(())
+    }
+
+    /// Returns another handle of the connection, to write to it.
+    pub fn writer(&self) -> UnixStream {
+        self.stream.try_clone().unwrap()
     }
 
     /// Returns the next line, or null at the end. A reset is an end as well: the kernel resets a connection on which
@@ -344,6 +357,29 @@ impl Vmm {
     /// Shares guest memory with the device.
     pub fn share_memory(&mut self) {
         self.share(LENGTH);
+    }
+
+    /// Address of the memory of [`Vmm::share_sparse`].
+    pub const SPARSE: u64 = 1 << 36;
+
+    /// Shares guest memory with the device, and `length` bytes more that are not allocated.
+    pub fn share_sparse(&mut self, length: u64) {
+        let sparse = File::from(memfd_create("sparse", MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&sparse, length).unwrap();
+        let region = |start, length, offset, file: &File| VhostUserMemoryRegionInfo {
+            guest_phys_addr: start,
+            memory_size: length,
+            userspace_addr: start,
+            mmap_offset: offset,
+            mmap_handle: file.as_raw_fd(),
+        };
+        let regions = [
+            region(START, LENGTH, START, &self.file),
+            region(Self::SPARSE, length, 0, &sparse),
+        ];
+        self.frontend.set_mem_table(&regions).unwrap();
+        // The answer comes after the device has handled the message before.
+        self.frontend.get_queue_num().unwrap();
     }
 
     /// Shares only half of guest memory.

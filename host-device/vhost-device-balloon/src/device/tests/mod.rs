@@ -16,7 +16,6 @@ mod turns;
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{sync_channel, Receiver};
 use std::sync::Arc;
 
 use shared_abi::command::HintId;
@@ -27,6 +26,7 @@ use vhost_user_backend::VringT;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::{Device, MAX_QUEUE_SIZE};
+use crate::events::tests::Lines;
 use crate::events::Subscription;
 use crate::memory::tests::guest;
 use crate::relay::ConfigNotifier;
@@ -85,7 +85,7 @@ struct Guest {
     features: Features,
     /// The front end's end of the channel for configuration changes.
     changes: UnixStream,
-    events: Receiver<String>,
+    events: Arc<Lines>,
     _subscription: Subscription,
 }
 
@@ -103,8 +103,8 @@ impl Guest {
     }
 
     fn with_memory(mut device: Device, accepted: Features, memory: GuestMemoryMmap) -> Self {
-        let (lines, received) = sync_channel(1000);
-        let subscription = device.events.subscribe(lines);
+        let lines = Arc::new(Lines::default());
+        let subscription = device.events.subscribe(lines.clone());
         let notifier = Arc::new(ConfigNotifier::default());
         let (changes, channel) = UnixStream::pair().unwrap();
         changes.set_nonblocking(true).unwrap();
@@ -123,7 +123,7 @@ impl Guest {
             queues: Vec::new(),
             features: Features::NONE,
             changes,
-            events: received,
+            events: lines,
             _subscription: subscription,
         };
         guest.start_driver(accepted);
