@@ -18,7 +18,7 @@ pub struct FairMutex<T> {
     value: Mutex<T>,
 }
 
-/// The callers, by number: `serving` holds the lock, and those up to `next` wait. Nobody holds the lock if both are
+/// The callers, by number: `serving` holds the lock, and those up to `next` wait. The lock is free if both are
 /// equal.
 #[derive(Debug, Default)]
 struct Line {

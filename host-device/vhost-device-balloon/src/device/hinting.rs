@@ -23,8 +23,8 @@ use thiserror::Error;
 use super::request::RequestError;
 use crate::memory::{HoleRecorder, Ram, RamLayoutError};
 
-/// The most bytes that one request discards. Discarding takes time for each page, and the device is locked meanwhile.
-/// Linux hints 4 MiB per request.
+/// The most bytes that one request discards. Discarding takes time for each page, and the driver waits for its buffer
+/// meanwhile. Linux hints 4 MiB per request.
 pub const MAX_DISCARD: u64 = 256 << 20;
 
 /// Why a hinting command fails.

@@ -10,7 +10,7 @@
 //!
 //! - `front_end`: connection, guest memory, features and reset, as the front end reports them.
 //! - `config_space`: accesses to configuration space.
-//! - `queues`: requests of the driver.
+//! - `queues`: requests of the driver, in turns of limited work. `pending_request`: a request that takes several turns.
 //! - `driver`: detects whether a driver runs, and whether another one has taken over.
 //! - `notify`: notifications of the driver and of QMP clients.
 //! - `control`: operations of QMP clients.

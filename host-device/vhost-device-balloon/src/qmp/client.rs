@@ -71,11 +71,11 @@ pub(super) fn serve_client(
                 return why.clone();
             }
         }
-        let patience = match closing {
+        let read_timeout = match closing {
             Some(_) => limits.closing,
             None => limits.unread,
         };
-        if unread > 0 && now.saturating_duration_since(written) >= patience {
+        if unread > 0 && now.saturating_duration_since(written) >= read_timeout {
             return format!(
                 "client does not read: {unread} bytes wait for it, and {} events were dropped",
                 outbox.lost_events()
@@ -112,7 +112,7 @@ pub(super) fn serve_client(
                 Err(FrameError::Io(error)) if error.kind() == ErrorKind::WouldBlock => {
                     let deadlines = [
                         delayed,
-                        (unread > 0).then_some(written + patience),
+                        (unread > 0).then_some(written + read_timeout),
                         (!negotiated).then_some(connected + limits.negotiation),
                     ];
                     wait(stream, entry, true, deadlines.into_iter().flatten().min());
@@ -127,7 +127,7 @@ pub(super) fn serve_client(
                 }
             }
         } else {
-            let deadlines = [delayed, Some(written + patience)];
+            let deadlines = [delayed, Some(written + read_timeout)];
             wait(stream, entry, false, deadlines.into_iter().flatten().min());
         }
     }

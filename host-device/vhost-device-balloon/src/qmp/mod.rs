@@ -107,7 +107,9 @@ impl QmpClients {
         let number = self.next;
         self.next += 1;
         if let Err(error) = self.start(number, stream) {
-            warn!("QMP client {number} cannot be served: {error}");
+            if let Some(permit) = self.shared.log.permit() {
+                warn!("QMP client {number} cannot be served: {error}{permit}");
+            }
             lock(&self.shared.table).remove(number);
         }
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The lines that wait to be written to a client. Their size is bounded, and nobody waits for room.
+//! The lines that wait to be written to a client. Their size is bounded, and no thread waits for room.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};

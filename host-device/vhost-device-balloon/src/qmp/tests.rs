@@ -61,7 +61,7 @@ fn a_client_that_does_not_read_is_disconnected() {
     let mut clients = clients(QmpLimits { unread, ..NEVER });
     let mut client = connect(&mut clients);
     client.write_all(NEGOTIATE).unwrap();
-    // It closes its own side or goes on to send: both are given up.
+    // The end shows as an error of a write.
     loop {
         match client.write_all(b"{\"execute\":\"query-commands\"}") {
             Ok(()) => {}
