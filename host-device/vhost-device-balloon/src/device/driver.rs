@@ -60,6 +60,38 @@ impl Device {
         }
     }
 
+    /// Detects whether the driver whose queues are stopped no longer exists. If so, resets its state.
+    ///
+    /// The front end does not tell a reset from a pause. While a guest is paused, the used rings in its memory are as
+    /// the device left them. A kernel without a driver uses this memory for something else sooner or later.
+    pub fn detect_driver_gone(&mut self) {
+        // After new features the front end sets up the queues: then `detect_driver_restart` decides.
+        let is_starting = self.connection.as_ref().is_none_or(|it| it.driver_starting);
+        if self.negotiated_features.is_none() || is_starting || !self.are_queues_stopped() {
+            return;
+        }
+        let connection = self.connection.iter();
+        let overwritten = connection
+            .flat_map(|it| it.counters.iter().zip(&it.vrings))
+            .any(|(counters, vring)| {
+                let (ready, next_used) = {
+                    let state = vring.get_ref();
+                    let queue = state.get_queue();
+                    (queue.ready(), queue.next_used())
+                };
+                let used_idx = vring.queue_used_idx();
+                counters.last_avail_idx.is_some()
+                    && !ready
+                    && used_idx.is_ok_and(|used_idx| used_idx != next_used)
+            });
+        if overwritten {
+            if let Some(permit) = self.driver_log.permit() {
+                info!("driver is gone: the guest has overwritten the used ring of a stopped queue{permit}");
+            }
+            self.reset();
+        }
+    }
+
     /// Handles the first use of a queue after the driver has accepted its features.
     pub(super) fn handle_driver_start(&mut self) {
         let Some(connection) = &mut self.connection else {

@@ -42,7 +42,9 @@ pub(super) fn query_balloon(
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
-    Ok(json!({ "actual": lock(&context.device).actual_size()? }))
+    let mut device = lock(&context.device);
+    device.detect_driver_gone();
+    Ok(json!({ "actual": device.actual_size()? }))
 }
 
 pub(super) fn query_version(
@@ -98,7 +100,11 @@ pub(super) fn query_hint(
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
-    let status = lock(&context.device).hinting_status();
+    let status = {
+        let mut device = lock(&context.device);
+        device.detect_driver_gone();
+        device.hinting_status()
+    };
     let mut answer = json!({
         "status": phase_name(status.phase),
         "blocks": status.blocks,
@@ -161,7 +167,11 @@ pub(super) fn query_virtio_status(
     arguments: Option<&Value>,
 ) -> Result<Value, CommandError> {
     expect_no_arguments(arguments)?;
-    let status = lock(&context.device).virtio_status();
+    let status = {
+        let mut device = lock(&context.device);
+        device.detect_driver_gone();
+        device.virtio_status()
+    };
     let names = |features: Features| features.names().collect::<Vec<_>>();
     let queues: Vec<Value> = status
         .queues

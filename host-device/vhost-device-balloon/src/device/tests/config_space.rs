@@ -5,6 +5,7 @@
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
 use vhost_user_backend::VringT;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::{Guest, ALL, FREE, LENGTH, SECOND_LENGTH};
 
@@ -98,6 +99,34 @@ fn a_reset_empties_the_balloon() {
         guest.device.set_features(ALL.bits());
         assert_eq!(guest.device.actual_size(), Ok(all - 0x1000));
     }
+}
+
+#[test]
+fn a_driver_is_gone_when_its_stopped_rings_are_overwritten() {
+    let mut guest = Guest::new(ALL, ALL);
+    guest.start_hint_round();
+    guest.send_cmd_id(0);
+    guest.device.write_config(4, &7u32.to_le_bytes());
+    for vring in &guest.vrings {
+        vring.set_queue_ready(false);
+    }
+    // The guest is paused, and its rings have not changed.
+    guest.device.detect_driver_gone();
+    let all = LENGTH + SECOND_LENGTH;
+    assert_eq!(guest.device.actual_size(), Ok(all - 0x7000));
+    assert!(guest.device.hinting_status().phase.id().is_some());
+    let used_idx = GuestAddress(guest.queue(Queue::FreePage).0.base + 0x2002);
+    let memory = guest.memory.memory();
+    memory.write_obj(0xabcdu16, used_idx).unwrap();
+    // A front end that sets the queues up may be between two drivers.
+    guest.device.set_features(ALL.bits());
+    guest.device.detect_driver_gone();
+    assert_eq!(guest.device.actual_size(), Ok(all - 0x7000));
+    guest.device.handle_driver_start();
+    guest.device.detect_driver_gone();
+    assert_eq!(guest.device.actual_size(), Ok(all));
+    assert_eq!(guest.device.hinting_status().phase.id(), None);
+    assert_eq!(guest.device.virtio_status().negotiated_features, None);
 }
 
 #[test]
