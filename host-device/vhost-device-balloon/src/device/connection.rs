@@ -38,6 +38,8 @@ pub(super) struct Connection {
     /// For each queue, the request that its next turn continues.
     pub(super) pending_requests: [Option<PendingRequest>; Queue::MAX_COUNT],
     pub(super) counters: [QueueCounters; Queue::MAX_COUNT],
+    /// The queue of each index that the driver has used.
+    pub(super) queues: [Option<Queue>; Queue::MAX_COUNT],
     pub(super) config_reads: u64,
     pub(super) config_writes: u64,
     pub(super) config_changes: Cell<u64>,

@@ -171,9 +171,9 @@ impl Device {
         let connection = self.connection.as_ref().unwrap_or(&none);
         let queues = self.negotiated_features.map_or_else(Vec::new, |features| {
             negotiated_queues(features)
-                .zip(connection.counters)
-                .enumerate()
-                .map(|(index, (queue, counters))| {
+                .filter_map(|queue| Some((queue, self.index_of(queue)?)))
+                .map(|(queue, index)| {
+                    let counters = connection.counters.get(index).copied().unwrap_or_default();
                     let vring = connection.vrings.get(index);
                     let notification_counts =
                         vring.map(Vring::notification_counts).unwrap_or_default();
@@ -223,9 +223,8 @@ impl Device {
         if !self.is_running() {
             return false;
         }
-        let features = self.negotiated_features.unwrap_or_default();
-        let vring = Queue::Stats
-            .index(features)
+        let vring = self
+            .index_of(Queue::Stats)
             .and_then(|index| self.connection.as_ref()?.vrings.get(index));
         let (Some(vring), Some(head)) = (vring, self.stats.take_buffer()) else {
             return false;

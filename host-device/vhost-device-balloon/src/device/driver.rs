@@ -135,6 +135,9 @@ impl Device {
         self.publish_changes(changes);
         self.stats.reset();
         self.config.poison_val = 0;
+        if let Some(connection) = &mut self.connection {
+            connection.queues = Default::default();
+        }
     }
 
     /// Returns whether hinted blocks are discarded (R17).

@@ -11,6 +11,7 @@
 //! - `front_end`: connection, guest memory, features and reset, as the front end reports them.
 //! - `config_space`: accesses to configuration space.
 //! - `queues`: requests of the driver, in turns of limited work. `pending_request`: a request that takes several turns.
+//!   `queue_numbers`: which queue an index means.
 //! - `driver`: detects whether a driver runs, and whether another one has taken over.
 //! - `notify`: notifications of the driver and of QMP clients.
 //! - `control`: operations of QMP clients.
@@ -28,6 +29,7 @@ pub mod migration_claim;
 mod notify;
 mod pending_request;
 pub mod pfn;
+mod queue_numbers;
 mod queues;
 pub mod request;
 pub mod saved_state;

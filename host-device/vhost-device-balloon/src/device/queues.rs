@@ -6,13 +6,14 @@ use guest_migration::HintError;
 use shared_abi::command::CommandId;
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
-use tracing::debug;
+use tracing::{debug, warn};
 use vhost_user_backend::VringT;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::connection::QueueCounters;
 use super::pending_request::{PendingRequest, Work};
+use super::queue_numbers::{meaning, Meaning};
 use super::request::{MemoryGuard, Request, RequestError, Segment, MAX_SEGMENTS};
 use super::{hinting, pfn, stats, Device};
 use crate::memory::{Part, ReleaseError};
@@ -103,10 +104,10 @@ impl Device {
         self.detect_driver_restart();
         self.handle_driver_start();
         self.send_pending_config_change();
-        let features = self.negotiated_features.unwrap_or_default();
-        let (Some(queue), Some(vring)) = (Queue::from_index(index, features), vrings.get(index))
-        else {
-            debug!("queue {index} does not exist with the negotiated features; kick ignored");
+        let Some(vring) = vrings.get(index) else {
+            return false;
+        };
+        let Some(queue) = self.queue_at(index, vrings) else {
             return false;
         };
         self.update_counters(index, |counters| counters.wakeups += 1);
@@ -117,6 +118,52 @@ impl Device {
         let avail_idx = vring.get_ref().get_queue().next_avail();
         self.update_counters(index, |counters| counters.last_avail_idx = Some(avail_idx));
         more
+    }
+
+    /// Returns the queue that the driver means by `index`, and remembers its index.
+    fn queue_at(&mut self, index: usize, vrings: &[Vring]) -> Option<Queue> {
+        let features = self.negotiated_features.unwrap_or_default();
+        let mut started = [false; Queue::MAX_COUNT];
+        for (started, vring) in started.iter_mut().zip(vrings) {
+            *started = vring.get_ref().get_queue().ready();
+        }
+        let queue = match meaning(index, self.offered_features, features, &started) {
+            Meaning::Queue(queue) => Some(queue),
+            Meaning::Unclear(queue) => {
+                warn!(
+                    "queue {index} can be one of several queues of a driver with the features {features}; it is \
+                     taken as {}, as Linux numbers them",
+                    queue.map_or("none of them", Queue::name)
+                );
+                queue
+            }
+            Meaning::None => {
+                warn!("queue {index} does not exist with the features {features}: kick ignored");
+                None
+            }
+        };
+        let connection = self.connection.as_mut()?;
+        for (number, at) in connection.queues.iter_mut().enumerate() {
+            if number == index {
+                *at = queue;
+            } else if *at == queue {
+                // The driver was taken for one that numbers the queues in another way.
+                *at = None;
+            }
+        }
+        queue
+    }
+
+    /// Returns the index of `queue`. Until the driver uses it, this is the index that Linux gives it.
+    pub(super) fn index_of(&self, queue: Queue) -> Option<usize> {
+        let features = self.negotiated_features?;
+        let connection = self.connection.as_ref()?;
+        let used = connection.queues.iter().position(|it| *it == Some(queue));
+        used.or_else(|| {
+            let index = queue.index(features)?;
+            let is_other = connection.queues.get(index).copied().flatten().is_some();
+            (!is_other).then_some(index)
+        })
     }
 
     fn update_counters(&mut self, index: usize, change: impl FnOnce(&mut QueueCounters)) {

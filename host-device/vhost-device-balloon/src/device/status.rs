@@ -14,7 +14,7 @@ use shared_abi::stats::StatTag;
 pub struct QueueStatus {
     /// The queue.
     pub queue: Queue,
-    /// Its index, under the negotiated features.
+    /// Its index, as the driver numbers the queues.
     pub index: usize,
     /// Notifications by the driver. Each is a VM exit.
     pub notifications: u64,

@@ -52,6 +52,25 @@ fn r10_queues_are_where_the_accepted_features_put_them() {
     assert_eq!(names, [Queue::Inflate, Queue::Deflate, Queue::FreePage]);
 }
 
+/// QEMU numbers the queues by the features that the device offers, and the specification by a fixed list. A driver may
+/// do the same: without statistics, its free page queue is 3 and not 2.
+#[test]
+fn r10_a_driver_that_numbers_the_queues_as_qemu_or_the_specification_is_served() {
+    let mut guest = Guest::new(ALL, Features::FREE_PAGE_HINT);
+    // The rings 0, 1 and 3 are started.
+    for index in [2, 4] {
+        guest.vrings[index].set_queue_ready(false);
+    }
+    guest.features = Features::FREE_PAGE_HINT | Features::STATS_VQ;
+    guest.start_hint_round();
+    guest.hint(FREE, 0x1000);
+    assert_eq!(guest.device.hinting_status().blocks, 1);
+    let queues = guest.device.virtio_status().queues;
+    let indices: Vec<_> = queues.iter().map(|it| (it.queue, it.index)).collect();
+    assert!(indices.contains(&(Queue::FreePage, 3)), "{indices:?}");
+    assert_eq!(guest.errors(), 0);
+}
+
 /// Sets the kick and call descriptors of `queue`, and returns the front end's copies.
 fn event_fds(guest: &mut Guest, queue: Queue) -> (File, File) {
     let (_, index) = guest.queue(queue);
