@@ -10,7 +10,8 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use shared_abi::queue::Queue;
@@ -33,6 +34,9 @@ use crate::vring::{NotificationSuppression, Vring};
 /// reserves the numbers from 0 to the number of queues, inclusive.
 pub const RESCHEDULE_EVENT: u16 = Queue::MAX_COUNT as u16 + 1;
 
+/// The text of the error that ends the thread of the queues when its session has ended. The crate logs it.
+pub const ORDERED_END: &str = "session has ended, and with it the thread of its queues";
+
 /// Passes vhost-user requests and queue events to the device. There is one for each connection.
 #[derive(Debug)]
 pub struct Backend {
@@ -40,10 +44,11 @@ pub struct Backend {
     /// One bit for each queue that has more work.
     pending_queues: AtomicU64,
     reschedule: (EventConsumer, EventNotifier),
-    /// The connection. It is shut down when the kick descriptor of a queue fails.
+    /// The connection. It is shut down when the queues can no longer be served.
     front_end: UnixStream,
     failure: Mutex<Option<String>>,
-    exit: (EventConsumer, EventNotifier),
+    /// Whether the thread that watches the queues should end.
+    has_ended: AtomicBool,
 }
 
 impl Backend {
@@ -60,7 +65,7 @@ impl Backend {
             reschedule: new_event_consumer_and_notifier(flags)?,
             front_end,
             failure: Mutex::default(),
-            exit: new_event_consumer_and_notifier(flags)?,
+            has_ended: AtomicBool::new(false),
         })
     }
 
@@ -69,18 +74,25 @@ impl Backend {
         self.reschedule.0.as_raw_fd()
     }
 
+    /// Tells the thread that watches the queues to end.
+    pub fn end_queue_thread(&self) {
+        self.has_ended.store(true, Ordering::Release);
+        // Fails only if the counter of the event descriptor would overflow. Then the thread is woken already.
+        let _ = self.reschedule.1.notify();
+    }
+
     /// Returns why a queue failure closed the connection, if one did.
     pub fn failure(&self) -> Option<String> {
         lock(&self.failure).clone()
     }
 
-    /// Closes the connection after the kick descriptor of a queue failed. Without notifications the
-    /// queue would hang silently.
-    fn fail(&self, index: usize, error: &str) {
+    /// Closes the connection, for this `reason`, when queues can no longer be served. Otherwise they would hang
+    /// silently.
+    fn fail(&self, reason: impl FnOnce() -> String) {
         lock(&self.failure).get_or_insert_with(|| {
             // Fails if the front end has already closed the connection.
             let _ = self.front_end.shutdown(Shutdown::Both);
-            format!("kick descriptor of queue {index} cannot be read: {error}")
+            reason()
         });
     }
 
@@ -89,6 +101,26 @@ impl Backend {
             self.pending_queues.fetch_or(1 << index, Ordering::AcqRel);
             // Fails only if the counter of the event descriptor would overflow.
             let _ = self.reschedule.1.notify();
+        }
+    }
+
+    fn handle_any(&self, device_event: u16, vrings: &[Vring]) {
+        if device_event == RESCHEDULE_EVENT {
+            let _ = self.reschedule.0.consume();
+            let pending_queues = self.pending_queues.swap(0, Ordering::AcqRel);
+            (0..Queue::MAX_COUNT)
+                .filter(|index| pending_queues >> index & 1 == 1)
+                .for_each(|index| self.handle(index, vrings));
+        } else {
+            let index = usize::from(device_event);
+            match vrings.get(index).and_then(Vring::failure) {
+                Some(error) => {
+                    self.fail(|| {
+                        format!("kick descriptor of queue {index} cannot be read: {error}")
+                    });
+                }
+                None => self.handle(index, vrings),
+            }
         }
     }
 }
@@ -157,12 +189,13 @@ impl VhostUserBackend for Backend {
         Ok(())
     }
 
+    /// There is none: see [`crate::vhost_daemon`].
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
-        Some((self.exit.0.try_clone().ok()?, self.exit.1.try_clone().ok()?))
+        None
     }
 
-    /// Handles a kick, or gives queues another turn. Never fails: an error would silently end the thread
-    /// that watches the queues.
+    /// Handles a kick, or gives queues another turn. Fails only to end the thread that watches the queues, after the
+    /// session. A panic ends the session: without this thread the queues would hang silently.
     fn handle_event(
         &self,
         device_event: u16,
@@ -170,19 +203,11 @@ impl VhostUserBackend for Backend {
         vrings: &[Vring],
         _thread_id: usize,
     ) -> io::Result<()> {
-        if device_event == RESCHEDULE_EVENT {
-            let _ = self.reschedule.0.consume();
-            let pending_queues = self.pending_queues.swap(0, Ordering::AcqRel);
-            (0..Queue::MAX_COUNT)
-                .filter(|index| pending_queues >> index & 1 == 1)
-                .for_each(|index| self.handle(index, vrings));
-        } else {
-            let index = usize::from(device_event);
-            match vrings.get(index).and_then(Vring::failure) {
-                Some(error) => self.fail(index, &error),
-                None => self.handle(index, vrings),
-            }
+        if self.has_ended.load(Ordering::Acquire) {
+            return Err(io::Error::other(ORDERED_END));
         }
+        catch_unwind(AssertUnwindSafe(|| self.handle_any(device_event, vrings)))
+            .unwrap_or_else(|_| self.fail(|| "thread of the queues panicked".into()));
         Ok(())
     }
 }
@@ -219,6 +244,35 @@ mod tests {
     }
 
     #[test]
+    fn a_panic_while_a_queue_is_served_ends_the_session() {
+        #[derive(Debug)]
+        struct Panics;
+        impl crate::device::NotifyConfigChange for Panics {
+            fn notify(&self) {
+                panic!("for the test");
+            }
+        }
+        let memory = GuestMemoryAtomic::new(crate::memory::tests::guest(&[(0, 0x4000, 0)]));
+        let vrings = vec![Vring::new(memory.clone(), 16).unwrap()];
+        let mut device = Device::new(Default::default(), Arc::new(Events::default()));
+        device.front_end_connected(Arc::new(Panics));
+        device.set_memory(memory);
+        let device = Arc::new(DeviceLock::new(device));
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs
+            .set_read_timeout(Some(Duration::from_secs(600)))
+            .unwrap();
+        let backend = Backend::new(device.clone(), ours).unwrap();
+        backend.handle_event(0, EventSet::IN, &vrings, 0).unwrap();
+        // The device holds this change back until the queues run.
+        lock(&device).set_target(0x1000).unwrap();
+        vrings[0].set_queue_ready(true);
+        backend.handle_event(0, EventSet::IN, &vrings, 0).unwrap();
+        assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+        assert_eq!(backend.failure().unwrap(), "thread of the queues panicked");
+    }
+
+    #[test]
     fn a_queue_with_an_unreadable_kick_ends_the_connection_and_is_named() {
         let device = Device::new(Default::default(), Arc::new(Events::default()));
         let (ours, mut theirs) = UnixStream::pair().unwrap();
@@ -239,5 +293,8 @@ mod tests {
         assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
         let failure = backend.failure().unwrap();
         assert!(failure.contains("queue 0"), "{failure}");
+        backend.end_queue_thread();
+        let end = backend.handle_event(0, EventSet::IN, &vrings, 0);
+        assert!(end.is_err(), "the thread of the queues ends");
     }
 }

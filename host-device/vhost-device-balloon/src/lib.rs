@@ -16,6 +16,7 @@
 //! - [`session`] serves one connected front end.
 //! - [`relay`] relays vhost-user messages, in order to send the configuration change message.
 //! - [`backend`] implements the interface of the crate `vhost-user-backend`. It holds no state of the balloon.
+//! - `descriptors` checks the descriptors that a front end sends, and `vhost_daemon` runs the threads of the crate.
 //! - [`vring`] is a virtqueue that counts notifications and interrupts.
 //! - [`device`] is the balloon: configuration space, queues, hint rounds, statistics.
 //! - [`device_lock`] is the lock of the device, a [`fair_mutex`].
@@ -31,6 +32,7 @@
 
 pub mod args;
 pub mod backend;
+mod descriptors;
 pub mod device;
 pub mod device_lock;
 pub mod event_count;
@@ -45,4 +47,5 @@ pub mod server;
 pub mod session;
 pub mod socket;
 mod sync;
+mod vhost_daemon;
 pub mod vring;

@@ -15,15 +15,19 @@ use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use rustix::net::{
-    recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
 use tracing::{debug, warn};
+use vhost::vhost_user::message::FrontendReq;
 
+use crate::descriptors::make_nonblocking;
 use crate::device::NotifyConfigChange;
 use crate::sync::lock;
 
@@ -33,6 +37,11 @@ const HEADER: usize = 12;
 const MAX_PAYLOAD: usize = 4096;
 /// The most descriptors in one message.
 const MAX_FDS: usize = 32;
+/// How long a message may take from its first byte to its last. A front end writes it with one system call.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
+/// The front end's messages with the kick and the call descriptor of a queue.
+const SET_VRING_KICK: u32 = 12;
+const SET_VRING_CALL: u32 = 13;
 /// The front end's message with the channel for messages of the device.
 const SET_BACKEND_REQ_FD: u32 = 21;
 /// The device's message that the configuration has changed.
@@ -53,7 +62,11 @@ impl ConfigNotifier {
     ///
     /// If the channel cannot be made non-blocking.
     pub fn connect(&self, channel: OwnedFd) -> io::Result<()> {
-        rustix::io::ioctl_fionbio(&channel, true)?;
+        make_nonblocking(&channel).map_err(|error| {
+            let text =
+                format!("front end's channel for messages of the device is refused: {error}");
+            io::Error::new(ErrorKind::InvalidData, text)
+        })?;
         *lock(&self.channel) = Some(channel);
         Ok(())
     }
@@ -98,6 +111,19 @@ pub enum CloseReason {
 pub struct Relay {
     to_device: JoinHandle<CloseReason>,
     to_front_end: JoinHandle<()>,
+    /// The last request that was passed on; 0 before the first.
+    last_request: Arc<AtomicU32>,
+}
+
+/// Closes both connections when a thread ends, also by a panic.
+struct Closing(UnixStream, UnixStream);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        // Fails if a side is already closed.
+        let _ = self.0.shutdown(Shutdown::Both);
+        let _ = self.1.shutdown(Shutdown::Both);
+    }
 }
 
 impl Relay {
@@ -111,32 +137,39 @@ impl Relay {
         device: UnixStream,
         notifier: Arc<ConfigNotifier>,
     ) -> io::Result<Self> {
-        let (mut from_device, mut to_front_end) = (device.try_clone()?, front_end.try_clone()?);
+        let outgoing = Closing(device.try_clone()?, front_end.try_clone()?);
+        let incoming = Closing(front_end, device);
+        let last_request = Arc::new(AtomicU32::new(0));
+        let passed = last_request.clone();
         let to_device = thread::Builder::new()
             .name("relay-in".into())
             .spawn(move || {
-                let closed = match pass_requests(&front_end, &device, &notifier) {
-                    Ok(closed) => closed,
-                    Err(error) => CloseReason::Failed(error),
-                };
-                // Fails if a side is already closed.
-                let _ = device.shutdown(Shutdown::Both);
-                let _ = front_end.shutdown(Shutdown::Both);
-                closed
+                let Closing(front_end, device) = &incoming;
+                pass_requests(front_end, device, &notifier, &passed)
+                    .unwrap_or_else(CloseReason::Failed)
             })?;
         let to_front_end = thread::Builder::new()
             .name("relay-out".into())
             .spawn(move || {
-                if let Err(error) = pass_replies(&mut from_device, &mut to_front_end) {
+                let Closing(device, front_end) = &outgoing;
+                if let Err(error) = pass_replies(device, front_end) {
                     debug!("relay of replies to the front end ended: {error}");
                 }
-                let _ = from_device.shutdown(Shutdown::Both);
-                let _ = to_front_end.shutdown(Shutdown::Both);
             })?;
         Ok(Self {
             to_device,
             to_front_end,
+            last_request,
         })
+    }
+
+    /// Returns the name of the last request that was passed on.
+    pub fn last_request(&self) -> String {
+        let number = self.last_request.load(Ordering::Acquire);
+        match FrontendReq::try_from(number) {
+            Ok(request) => format!("{request:?}"),
+            Err(_) => number.to_string(),
+        }
     }
 
     /// Waits for both threads, and returns how the connection ended.
@@ -149,7 +182,7 @@ impl Relay {
 }
 
 /// Relays the device's replies. No reply of this device has descriptors.
-fn pass_replies(device: &mut UnixStream, front_end: &mut UnixStream) -> io::Result<()> {
+fn pass_replies(mut device: &UnixStream, mut front_end: &UnixStream) -> io::Result<()> {
     let mut buffer = [0; HEADER + MAX_PAYLOAD];
     loop {
         let length = match device.read(&mut buffer) {
@@ -167,14 +200,15 @@ fn pass_requests(
     front_end: &UnixStream,
     device: &UnixStream,
     notifier: &ConfigNotifier,
+    last_request: &AtomicU32,
 ) -> io::Result<CloseReason> {
     let mut message = [0; HEADER + MAX_PAYLOAD];
     loop {
         let mut fds = Vec::new();
         let (header, payload) = message.split_at_mut(HEADER);
-        if !receive(front_end, header, &mut fds)? {
+        let Some(started) = receive(front_end, header, &mut fds, None)? else {
             return Ok(CloseReason::ByFrontEnd);
-        }
+        };
         let mut words = header
             .chunks_exact(4)
             .filter_map(|bytes| bytes.try_into().ok())
@@ -191,16 +225,20 @@ fn pass_requests(
                 ),
             )
         })?;
-        if !payload.is_empty() && !receive(front_end, payload, &mut fds)? {
-            return Err(ErrorKind::UnexpectedEof.into());
-        }
-        if request == Some(SET_BACKEND_REQ_FD) {
-            if let Some(channel) = fds.pop() {
-                notifier.connect(channel)?;
-                // The other end of the pair is closed at once. The crate writes nothing to its end.
-                fds = vec![UnixStream::pair()?.0.into()];
+        receive(front_end, payload, &mut fds, Some(started))?;
+        match request {
+            Some(SET_BACKEND_REQ_FD) => {
+                if let Some(channel) = fds.pop() {
+                    notifier.connect(channel)?;
+                    // The other end of the pair is closed at once. The crate writes nothing to its end.
+                    fds = vec![UnixStream::pair()?.0.into()];
+                }
             }
+            Some(SET_VRING_KICK) => check_queue_descriptors("kick", payload, &fds)?,
+            Some(SET_VRING_CALL) => check_queue_descriptors("call", payload, &fds)?,
+            _ => {}
         }
+        last_request.store(request.unwrap_or(0), Ordering::Release);
         let length = HEADER + size;
         match send(device, message.get(..length).unwrap_or_default(), &fds) {
             Err(error) if error.kind() == ErrorKind::BrokenPipe => {
@@ -211,11 +249,31 @@ fn pass_requests(
     }
 }
 
-/// Fills `buffer`, and appends the received descriptors to `fds`. Returns false if the stream ended
-/// before the first byte.
-fn receive(stream: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
+/// Makes the descriptors of a queue non-blocking. The first byte of the payload is the index of the queue.
+fn check_queue_descriptors(name: &str, payload: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
+    let index = payload.first().copied().unwrap_or(0);
+    fds.iter().try_for_each(|fd| {
+        make_nonblocking(fd).map_err(|error| {
+            let text =
+                format!("front end's {name} descriptor of queue {index} is refused: {error}");
+            io::Error::new(ErrorKind::InvalidData, text)
+        })
+    })
+}
+
+/// Fills `buffer`, and appends the received descriptors to `fds`. Returns the time of the first byte of the message,
+/// which is `started` if a part of it has arrived before, or `None` if the stream ended before that byte.
+///
+/// Waits for the first byte as long as it takes, and for the rest for [`MESSAGE_TIMEOUT`].
+fn receive(
+    stream: &UnixStream,
+    buffer: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+    mut started: Option<Instant>,
+) -> io::Result<Option<Instant>> {
     let mut filled = 0;
     while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        stream.set_read_timeout(started.map(time_left).transpose()?)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = match recvmsg(
@@ -224,29 +282,56 @@ fn receive(stream: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> io
             &mut control,
             RecvFlags::CMSG_CLOEXEC,
         ) {
-            Ok(received) => received.bytes,
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(rustix::io::Errno::CONNRESET) => 0,
+            Ok(received) => received,
+            // The time limit is checked again.
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => continue,
+            Err(rustix::io::Errno::CONNRESET) => match started {
+                None => return Ok(None),
+                Some(_) => return Err(cut_off()),
+            },
             Err(error) => return Err(error.into()),
         };
+        let is_truncated = received.flags.contains(ReturnFlags::CTRUNC);
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(received) = message {
                 fds.extend(received);
             }
         }
-        if fds.len() > MAX_FDS {
+        if is_truncated || fds.len() > MAX_FDS {
             return Err(io::Error::new(
                 ErrorKind::InvalidData,
-                "message has too many file descriptors",
+                format!(
+                    "message has more than {MAX_FDS} descriptors, or the daemon has no descriptors left to receive them"
+                ),
             ));
         }
-        match (received, filled) {
-            (0, 0) => return Ok(false),
-            (0, _) => return Err(ErrorKind::UnexpectedEof.into()),
-            (received, _) => filled += received,
+        match (received.bytes, started) {
+            (0, None) => return Ok(None),
+            (0, Some(_)) => return Err(cut_off()),
+            (bytes, _) => filled += bytes,
         }
+        started.get_or_insert_with(Instant::now);
     }
-    Ok(true)
+    Ok(started)
+}
+
+fn cut_off() -> io::Error {
+    let text = "front end closed the connection in the middle of a message";
+    io::Error::new(ErrorKind::UnexpectedEof, text)
+}
+
+/// Returns how long the rest of a message may take that began at `started`.
+fn time_left(started: Instant) -> io::Result<Duration> {
+    match MESSAGE_TIMEOUT.checked_sub(started.elapsed()) {
+        None | Some(Duration::ZERO) => Err(io::Error::new(
+            ErrorKind::TimedOut,
+            format!(
+                "front end did not complete a message within {} s",
+                MESSAGE_TIMEOUT.as_secs()
+            ),
+        )),
+        Some(rest) => Ok(rest),
+    }
 }
 
 /// Sends all of `bytes`, and `fds` with the first of them.
@@ -276,4 +361,20 @@ fn send(stream: &UnixStream, mut bytes: &[u8], fds: &[OwnedFd]) -> io::Result<()
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_that_is_never_completed_ends_the_connection() {
+        let (stream, other) = UnixStream::pair().unwrap();
+        // The first byte came a moment less than the limit ago.
+        let started = Instant::now().checked_sub(MESSAGE_TIMEOUT - Duration::from_millis(20));
+        let error = receive(&stream, &mut [0; 12], &mut Vec::new(), started).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        assert!(error.to_string().contains("within 60 s"), "{error}");
+        drop(other);
+    }
 }

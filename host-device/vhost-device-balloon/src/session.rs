@@ -2,34 +2,21 @@
 
 //! One connected front end, from its first message to its last.
 
-use std::io;
 use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use thiserror::Error;
-use vhost::vhost_user::Listener;
-use vhost_user_backend::VhostUserDaemon;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::EventSet;
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
-use crate::backend::{Backend, RESCHEDULE_EVENT};
+use crate::backend::Backend;
 use crate::device_lock::DeviceLock;
 use crate::relay::{CloseReason, ConfigNotifier, Relay};
 use crate::sync::lock;
+use crate::vhost_daemon::{Served, VhostDaemon};
 
-/// Why a front end cannot be served.
-#[derive(Debug, Error)]
-pub enum SessionError {
-    /// The host reported an error.
-    #[error("front end session cannot be started: {0}")]
-    Io(#[from] io::Error),
-    /// The vhost-user crate reported an error.
-    #[error("front end session cannot be started: {0}")]
-    VhostUser(vhost_user_backend::Error),
-}
+pub use crate::vhost_daemon::SessionError;
 
 /// How a connection ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -62,66 +49,65 @@ impl Session {
         on_end: impl FnOnce() + Send + 'static,
     ) -> Result<Self, SessionError> {
         let backend = Arc::new(Backend::new(device.clone(), front_end.try_clone()?)?);
-        let mut daemon = VhostUserDaemon::new(
-            "vhost-user".into(),
-            backend.clone(),
-            GuestMemoryAtomic::new(GuestMemoryMmap::new()),
-        )
-        .map_err(SessionError::VhostUser)?;
-        for handler in daemon.get_epoll_handlers() {
-            handler.register_listener(
-                backend.reschedule_fd(),
-                EventSet::IN,
-                u64::from(RESCHEDULE_EVENT),
-            )?;
-        }
-
-        let (listener, inner) = private_connection()?;
+        let (mut daemon, inner) = VhostDaemon::start(backend.clone())?;
+        let (relayed, closer) = (front_end.try_clone()?, inner.try_clone()?);
         let notifier = Arc::new(ConfigNotifier::default());
         // Before the first message can arrive: without a connection, the device ignores messages.
         lock(&device).front_end_connected(notifier.clone());
-        let started = daemon
-            .start(&mut Listener::from(listener))
-            .map_err(SessionError::VhostUser)
-            .and_then(|()| Ok(Relay::start(front_end.try_clone()?, inner, notifier)?));
-        let relay = match started {
-            Ok(relay) => relay,
-            Err(error) => {
-                lock(&device).front_end_disconnected(&error.to_string());
-                return Err(error);
-            }
-        };
-
         let closing = Arc::new(AtomicBool::new(false));
         let stopped = closing.clone();
-        let thread = thread::Builder::new()
-            .name("front-end".into())
-            .spawn(move || {
-                let served = daemon.wait();
-                let mut ended = classify_end(&relay.join(), served);
-                if let Some(reason) = backend.failure() {
-                    ended = SessionEnd {
-                        reason,
-                        is_error: true,
-                    };
-                }
-                if stopped.load(Ordering::Acquire) {
-                    ended = SessionEnd {
-                        reason: "daemon is shutting down".into(),
-                        is_error: false,
-                    };
-                }
-                // Joins the thread that watches the queues.
-                drop(daemon);
-                on_end();
-                ended
-            })?;
-        Ok(Self {
-            front_end,
-            device,
-            closing,
-            thread,
-        })
+        let started = Relay::start(relayed, inner, notifier).and_then(|relay| {
+            thread::Builder::new()
+                .name("front-end".into())
+                .spawn(move || {
+                    let served = daemon.wait();
+                    // After a panic the connection is still open.
+                    let _ = closer.shutdown(Shutdown::Both);
+                    let last_request = relay.last_request();
+                    let mut ended = classify_end(&relay.join(), served, &last_request);
+                    if let Some(reason) = backend.failure() {
+                        ended = SessionEnd {
+                            reason,
+                            is_error: true,
+                        };
+                    }
+                    if stopped.load(Ordering::Acquire) {
+                        ended = SessionEnd {
+                            reason: "daemon is shutting down".into(),
+                            is_error: false,
+                        };
+                    }
+                    // Joins the thread that watches the queues.
+                    drop(daemon);
+                    on_end();
+                    ended
+                })
+        });
+        match started {
+            Ok(thread) => Ok(Self {
+                front_end,
+                device,
+                closing,
+                thread,
+            }),
+            Err(error) => {
+                // Ends the threads that have been started.
+                let _ = front_end.shutdown(Shutdown::Both);
+                lock(&device).front_end_disconnected(&error.to_string());
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Returns whether the front end has closed the connection, so that the session is about to end.
+    pub fn is_ending(&self) -> bool {
+        let mut fds = [PollFd::new(&self.front_end, PollFlags::RDHUP)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // The host reports a closed connection whatever is asked for.
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     /// Closes the connection, if it is still open.
@@ -145,38 +131,30 @@ impl Session {
     }
 }
 
-fn classify_end(closed: &CloseReason, served: vhost_user_backend::Result<()>) -> SessionEnd {
-    match (closed, served) {
-        (CloseReason::ByFrontEnd, _) => SessionEnd {
+fn classify_end(closed: &CloseReason, served: Served, last_request: &str) -> SessionEnd {
+    // When the crate ends the connection, the relay closes the other side, and cannot tell who was the first.
+    match (served, closed) {
+        (Served::RequestFailed(error), _) => SessionEnd {
+            reason: format!(
+                "front end violated the vhost-user protocol: {error}; its last request was {last_request}"
+            ),
+            is_error: true,
+        },
+        (Served::Panicked, _) => SessionEnd {
+            reason: "thread of the vhost-user messages panicked".into(),
+            is_error: true,
+        },
+        (Served::Closed, CloseReason::ByFrontEnd) => SessionEnd {
             reason: "front end closed the connection".into(),
             is_error: false,
         },
-        (CloseReason::Failed(error), _) => SessionEnd {
-            reason: format!("connection to the front end failed: {error}"),
-            is_error: true,
-        },
-        (CloseReason::ByBackend, Ok(())) => SessionEnd {
+        (Served::Closed, CloseReason::ByBackend) => SessionEnd {
             reason: "back end closed the connection".into(),
             is_error: false,
         },
-        (CloseReason::ByBackend, Err(error)) => SessionEnd {
-            reason: format!("front end violated the vhost-user protocol: {error}"),
+        (Served::Closed, CloseReason::Failed(error)) => SessionEnd {
+            reason: format!("connection to the front end failed: {error}"),
             is_error: true,
         },
     }
-}
-
-/// Returns a listener with one pending connection, and the other end of that connection.
-///
-/// The crate serves only a connection that it accepts itself. The directory of the listener is private, and is removed
-/// before the first message.
-fn private_connection() -> io::Result<(UnixListener, UnixStream)> {
-    let directory = tempfile::Builder::new()
-        .prefix("vhost-device-balloon-")
-        .tempdir()?;
-    let path = directory.path().join("relay");
-    let listener = UnixListener::bind(&path)?;
-    let stream = UnixStream::connect(&path)?;
-    directory.close()?;
-    Ok((listener, stream))
 }

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vhost_user_backend::{VringRwLock, VringStateGuard, VringStateMutGuard, VringT};
@@ -18,6 +18,10 @@ type AtomicGuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
 
 /// `VIRTQ_AVAIL_F_NO_INTERRUPT`.
 const NO_INTERRUPT: u16 = 1;
+
+/// How many notifications in a row may be without a counter to read. A few happen when a queue starts. Many mean that
+/// the device watches a descriptor that the front end has replaced, and can no longer reset it.
+const MAX_EMPTY_KICKS: u32 = 1000;
 
 /// How the device asks a driver to leave out notifications.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -45,6 +49,8 @@ struct Shared {
     /// The kick descriptor, to read its counter. The crate has another descriptor of the same file.
     kick: Mutex<Option<File>>,
     failure: Mutex<Option<String>>,
+    /// Notifications in a row without a counter to read.
+    empty_kicks: AtomicU32,
     notifications: AtomicU64,
     interrupts: AtomicU64,
 }
@@ -77,6 +83,20 @@ impl Vring {
         let address = GuestAddress(self.inner.get_ref().get_queue().avail_ring());
         let flags: Result<u16, _> = self.memory.memory().read_obj(address);
         flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT != 0)
+    }
+
+    /// Counts a notification without a counter to read.
+    ///
+    /// # Errors
+    ///
+    /// If there were [`MAX_EMPTY_KICKS`] in a row.
+    fn count_empty_kick(&self) -> io::Result<()> {
+        match self.shared.empty_kicks.fetch_add(1, Ordering::Relaxed) {
+            MAX_EMPTY_KICKS.. => Err(io::Error::other(
+                "it is always ready and always empty; a running queue's descriptor must not be replaced",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Returns the number of notifications since the last read. An event descriptor sums them up.
@@ -115,11 +135,18 @@ impl VringT<AtomicGuestMemory> for Vring {
 
     fn signal_used_queue(&self) -> io::Result<()> {
         let state = self.inner.get_ref();
-        if state.get_call().is_some() {
-            state.signal_used_queue()?;
-            self.shared.interrupts.fetch_add(1, Ordering::Relaxed);
+        if state.get_call().is_none() {
+            return Ok(());
         }
-        Ok(())
+        match state.signal_used_queue() {
+            Ok(()) => {
+                self.shared.interrupts.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+            // The front end has not taken earlier interrupts. They tell the driver of these buffers as well.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     fn enable_notification(&self) -> Result<bool, QueueError> {
@@ -181,6 +208,7 @@ impl VringT<AtomicGuestMemory> for Vring {
     fn set_kick(&self, file: Option<File>) {
         let copy = file.as_ref().map(File::try_clone).transpose();
         let mut kick = lock(&self.shared.kick);
+        self.shared.empty_kicks.store(0, Ordering::Relaxed);
         *lock(&self.shared.failure) = None;
         *kick = copy.unwrap_or_else(|error| {
             *lock(&self.shared.failure) = Some(error.to_string());
@@ -193,7 +221,13 @@ impl VringT<AtomicGuestMemory> for Vring {
     /// silently end the thread that watches the queues. See [`Vring::failure`].
     fn read_kick(&self) -> io::Result<bool> {
         match self.read_notifications() {
+            Ok(0) => {
+                if let Err(error) = self.count_empty_kick() {
+                    *lock(&self.shared.failure) = Some(error.to_string());
+                }
+            }
             Ok(count) => {
+                self.shared.empty_kicks.store(0, Ordering::Relaxed);
                 let notifications = &self.shared.notifications;
                 let _ = notifications.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |sum| {
                     Some(sum.saturating_add(count))
