@@ -2,14 +2,18 @@
 
 //! Listening Unix sockets in the file system. A listener does not replace the socket of a running process, and removes
 //! its own when it is dropped.
+//!
+//! A lock on the file `PATH.lock` decides which of several starting processes may replace a stale socket. The listener
+//! holds it until it has removed both files. The kernel releases the lock of a killed process.
 
-use std::fs;
+use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{flock, FlockOperation, OFlags};
 use thiserror::Error;
 use tracing::{info, warn};
 
@@ -38,6 +42,9 @@ pub enum SocketError {
     },
 }
 
+/// How often the lock is tried again that another process has just released.
+const LOCK_ATTEMPTS: usize = 100;
+
 /// A listening socket at a path. Dropping it removes the path.
 #[derive(Debug)]
 pub struct SocketListener {
@@ -45,6 +52,8 @@ pub struct SocketListener {
     path: PathBuf,
     /// Device and inode of the socket file. Another process may have replaced the file since.
     file: Option<(u64, u64)>,
+    /// Dropped after the socket file is removed.
+    _lock: PathLock,
 }
 
 impl SocketListener {
@@ -58,6 +67,7 @@ impl SocketListener {
             path: path.into(),
             source,
         };
+        let lock = PathLock::take(path)?;
         let listener = match UnixListener::bind(path) {
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
                 remove_stale(path)?;
@@ -70,6 +80,7 @@ impl SocketListener {
             listener,
             path: path.into(),
             file: identity(path),
+            _lock: lock,
         })
     }
 
@@ -78,15 +89,21 @@ impl SocketListener {
         &self.path
     }
 
-    /// Returns the next pending connection, if there is one.
-    pub fn accept(&self) -> Option<UnixStream> {
+    /// Returns the next connection in the backlog, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// If the host has no descriptors or memory left. The connection stays in the backlog.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
         match self.listener.accept() {
-            Ok((stream, _)) => Some(stream),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => None,
-            Err(error) => {
-                warn!("{}: accept failed: {error}", self.path.display());
-                None
-            }
+            Ok((stream, _)) => Ok(Some(stream)),
+            Err(error) => match error.kind() {
+                // The other side may have closed a connection in the backlog.
+                ErrorKind::WouldBlock | ErrorKind::Interrupted | ErrorKind::ConnectionAborted => {
+                    Ok(None)
+                }
+                _ => Err(error),
+            },
         }
     }
 }
@@ -108,8 +125,70 @@ impl Drop for SocketListener {
 }
 
 fn identity(path: &Path) -> Option<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
+    Some(inode(&fs::symlink_metadata(path).ok()?))
+}
+
+fn inode(metadata: &Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
+/// The exclusive right to bind a path. Dropping it removes the lock file, and releases the lock.
+#[derive(Debug)]
+struct PathLock {
+    file: File,
+    path: PathBuf,
+}
+
+impl PathLock {
+    /// Takes the lock for the socket at `socket`.
+    fn take(socket: &Path) -> Result<Self, SocketError> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        let failed = |source| SocketError::Bind {
+            path: path.clone(),
+            source,
+        };
+        for _ in 0..LOCK_ATTEMPTS {
+            let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+            let file = File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags(i32::from_ne_bytes(flags.bits().to_ne_bytes()))
+                .open(&path)
+                .map_err(failed)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    return Err(SocketError::InUse {
+                        path: socket.into(),
+                    })
+                }
+                Err(error) => return Err(failed(error.into())),
+            }
+            // The process that held the lock before may have removed the file meanwhile. Then this lock is worthless.
+            if identity(&path) == Some(inode(&file.metadata().map_err(failed)?)) {
+                return Ok(Self { file, path });
+            }
+        }
+        Err(SocketError::InUse {
+            path: socket.into(),
+        })
+    }
+}
+
+impl Drop for PathLock {
+    fn drop(&mut self) {
+        // Only the owner of the lock removes the file, so no other process can have locked another one at this path.
+        let is_own = self.file.metadata().ok().map(|it| inode(&it)) == identity(&self.path);
+        if is_own {
+            if let Err(error) = fs::remove_file(&self.path) {
+                warn!("{} cannot be removed: {error}", self.path.display());
+            }
+        }
+    }
 }
 
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
@@ -169,6 +248,32 @@ mod tests {
             Err(SocketError::NotASocket { .. })
         ));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn r13_one_of_many_starters_replaces_a_stale_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        for _ in 0..100 {
+            drop(UnixListener::bind(&path).unwrap());
+            let start = std::sync::Barrier::new(8);
+            let listeners: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..8)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            start.wait();
+                            SocketListener::bind(&path)
+                        })
+                    })
+                    .collect();
+                let results = threads.into_iter().map(|it| it.join().unwrap());
+                results.filter_map(Result::ok).collect()
+            });
+            assert_eq!(listeners.len(), 1);
+            assert!(UnixStream::connect(&path).is_ok());
+            drop(listeners);
+            assert!(directory.path().read_dir().unwrap().next().is_none());
+        }
     }
 
     #[test]

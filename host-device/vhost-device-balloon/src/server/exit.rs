@@ -4,7 +4,6 @@
 
 use std::time::{Duration, Instant};
 
-use rustix::event::Timespec;
 use tracing::{info, warn};
 
 use super::{Exit, Server, ServerError};
@@ -14,10 +13,7 @@ use super::{Exit, Server, ServerError};
 const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How often the program checks during that time whether all QMP clients have disconnected.
-pub(super) const LINGER_POLL_INTERVAL: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 50_000_000,
-};
+pub(super) const LINGER_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 impl Server {
     /// Handles the end of the session. Returns how the program ends, if it does.

@@ -3,7 +3,7 @@
 //! The server: owns the sockets for the front end and for QMP clients, and decides when the program ends.
 //!
 //! One thread polls the two listeners, the connections that have sent nothing yet, and a socket pair that
-//! other threads write to.
+//! other threads write to. A front end that cannot be served, and an error of `accept`, do not end it.
 //!
 //! This file contains the server and its loop. `poll` waits for the sockets, `accept` decides which connection becomes
 //! the front end, and `exit` decides when the program ends.
@@ -22,13 +22,15 @@ use shared_abi::features::Features;
 use thiserror::Error;
 use tracing::info;
 
+use accept::PendingConnection;
+
 use crate::device::saved_state::{SavedState, SavedStateError};
 use crate::device::Device;
 use crate::device_lock::DeviceLock;
 use crate::events::Events;
 use crate::migrate::MigrationManager;
 use crate::qmp::{CommandContext, QmpClients};
-use crate::session::{Session, SessionEnd, SessionError};
+use crate::session::{Session, SessionEnd};
 use crate::socket::{SocketError, SocketListener};
 use crate::vring::NotificationSuppression;
 
@@ -61,9 +63,9 @@ pub enum ServerError {
     /// The connection to the front end failed, or the front end violated the protocol.
     #[error("{0}")]
     FrontEnd(String),
-    /// A front end cannot be served.
-    #[error(transparent)]
-    Session(#[from] SessionError),
+    /// A thread panicked. The log has its message.
+    #[error("daemon ended because one of its threads panicked")]
+    ThreadPanicked,
     /// The host reported an error.
     #[error("sockets cannot be polled: {0}")]
     Io(#[from] io::Error),
@@ -89,7 +91,13 @@ impl ShutdownHandle {
         let _ = (&self.0).write(&[SHUTDOWN_REQUESTED]);
     }
 
-    /// Returns a stream that ends the server when a byte other than 0 or 1 is written to it.
+    /// Ends the server with [`ServerError::ThreadPanicked`].
+    pub fn fail(&self) {
+        // Fails as in `stop`.
+        let _ = (&self.0).write(&[THREAD_PANICKED]);
+    }
+
+    /// Returns a stream that ends the server when a byte of 4 or more is written to it.
     ///
     /// # Errors
     ///
@@ -105,7 +113,10 @@ const SESSION_ENDED: u8 = 0;
 /// Reports the end of a migration, unlike [`SHUTDOWN_REQUESTED`].
 const MIGRATION_ENDED: u8 = 1;
 
-const SHUTDOWN_REQUESTED: u8 = 2;
+/// Reports that a thread panicked, unlike [`SHUTDOWN_REQUESTED`].
+const THREAD_PANICKED: u8 = 2;
+
+const SHUTDOWN_REQUESTED: u8 = 4;
 
 /// A running server. Its sockets exist as long as it does.
 pub struct Server {
@@ -122,8 +133,10 @@ pub struct Server {
     /// Socket pair that wakes the server: other threads write to the second socket.
     wake: (UnixStream, UnixStream),
     session: Option<Session>,
-    /// Connections that have sent nothing yet.
-    pending_connections: Vec<UnixStream>,
+    /// Connections that wait to become the front end, the oldest first.
+    pending_connections: Vec<PendingConnection>,
+    /// Until when no connections are accepted, after an error of the host.
+    accept_pause: Option<Instant>,
 }
 
 impl Server {
@@ -202,6 +215,7 @@ impl Server {
             wake,
             session: None,
             pending_connections: Vec::new(),
+            accept_pause: None,
         })
     }
 
@@ -241,6 +255,9 @@ impl Server {
                     other => other?,
                 };
                 let words = words.get(..count).unwrap_or_default();
+                if words.contains(&THREAD_PANICKED) {
+                    return Err(ServerError::ThreadPanicked);
+                }
                 let known = [SESSION_ENDED, MIGRATION_ENDED];
                 if words.iter().any(|word| !known.contains(word)) {
                     info!("shutdown requested");
@@ -255,20 +272,36 @@ impl Server {
             if let Some(exit) = self.exit_after_migration()? {
                 return Ok(exit);
             }
-            if ready.front_end_listener {
-                while let Some(stream) = self.front_end_listener.accept() {
-                    self.add_pending_connection(stream);
-                }
-            }
-            if ready.front_end_listener || ready.pending_connections {
-                self.check_pending_connections()?;
-            }
-            if ready.qmp_listener {
-                while let Some(stream) = self.qmp_listener.as_ref().and_then(SocketListener::accept)
-                {
-                    self.qmp_clients.serve(stream);
-                }
-            }
+            self.accept_connections(ready.front_end_listener, ready.qmp_listener);
+            self.check_pending_connections();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns a server, and the directory of its sockets.
+    pub(super) fn server() -> (Server, tempfile::TempDir) {
+        let directory = tempfile::tempdir().unwrap();
+        let server = Server::bind(ServerOptions {
+            socket_path: directory.path().join("vhost"),
+            qmp_socket: None,
+            features: Features::NONE,
+            suppression: NotificationSuppression::default(),
+            persistent: true,
+            device_state: None,
+        });
+        (server.unwrap(), directory)
+    }
+
+    #[test]
+    fn a_panic_of_any_thread_ends_the_server_with_an_error() {
+        let (server, directory) = server();
+        let shutdown_handle = server.shutdown_handle().unwrap();
+        shutdown_handle.fail();
+        assert!(matches!(server.run(), Err(ServerError::ThreadPanicked)));
+        assert!(directory.path().read_dir().unwrap().next().is_none());
     }
 }
