@@ -53,11 +53,13 @@ Examples:
     {\"execute\":\"save-device-state\",\"arguments\":{\"filename\":\"/tmp/b.state\"}}
     vhost-device-balloon --socket-path /tmp/b2.sock --qmp-socket /tmp/b2.qmp --free-page-hint --device-state /tmp/b.state
 
-During a migration, SIGTERM, SIGINT and quit first cancel the migration, and the guest keeps running. If the front end
+During a migration, the signals below and quit first cancel the migration, and the guest keeps running. If the front end
 disconnects in the state pre-switchover or device, the migration continues. The daemon exits after the migration, once
 all QMP clients have disconnected, or 30 seconds later.
 
-Exit status: 0 after SIGTERM, SIGINT or quit, or after the front end disconnected; 1 after an error.";
+The log goes to standard error. The daemon never waits for its reader: lines that are not read in time are lost and counted.
+
+Exit status: 0 after SIGTERM, SIGINT, SIGHUP, SIGQUIT or quit, or after the front end disconnected; 1 after an error.";
 
 /// Virtio memory balloon as a vhost-user device.
 ///

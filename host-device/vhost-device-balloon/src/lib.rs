@@ -15,6 +15,8 @@
 //! - [`server`] owns the two sockets, accepts connections, and decides when the program ends.
 //! - [`session`] serves one connected front end.
 //! - [`relay`] relays vhost-user messages, in order to send the configuration change message.
+//! - [`log`] writes log lines without ever waiting for their reader.
+//! - [`signals`] and [`panics`] end the program.
 //! - [`backend`] implements the interface of the crate `vhost-user-backend`. It holds no state of the balloon.
 //! - `descriptors` checks the descriptors that a front end sends, and `vhost_daemon` runs the threads of the crate.
 //! - [`vring`] is a virtqueue that counts notifications and interrupts.
@@ -38,13 +40,16 @@ pub mod device_lock;
 pub mod event_count;
 pub mod events;
 pub mod fair_mutex;
+pub mod log;
 pub mod log_limit;
 pub mod memory;
 pub mod migrate;
+pub mod panics;
 pub mod qmp;
 pub mod relay;
 pub mod server;
 pub mod session;
+pub mod signals;
 pub mod socket;
 mod sync;
 mod vhost_daemon;

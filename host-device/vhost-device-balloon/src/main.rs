@@ -8,20 +8,19 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use clap::Parser;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::low_level::pipe;
 use tracing::error;
 use vhost_device_balloon::args::Args;
+use vhost_device_balloon::log::Log;
+use vhost_device_balloon::panics::end_server_on_panic;
 use vhost_device_balloon::server::{Server, ServerOptions};
+use vhost_device_balloon::signals::handle_signals;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    tracing_subscriber::fmt()
-        .with_max_level(args.log_level)
-        .with_target(false)
-        .with_ansi(false)
-        .with_writer(std::io::stderr)
-        .init();
+    // Without a log the exit status is all that the program can tell.
+    let Ok(_log) = Log::start(args.log_level) else {
+        return ExitCode::FAILURE;
+    };
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -40,12 +39,8 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
         persistent: args.persistent,
         device_state: args.device_state,
     };
-    let server = Server::bind_with_shutdown_handle(options, |shutdown_handle| {
-        for signal in [SIGTERM, SIGINT] {
-            pipe::register(signal, shutdown_handle.stream()?)?;
-        }
-        Ok(())
-    })?;
+    let server = Server::bind_with_shutdown_handle(options, handle_signals)?;
+    end_server_on_panic(server.shutdown_handle()?);
     server.run()?;
     Ok(())
 }

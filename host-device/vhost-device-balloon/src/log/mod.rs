@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The log on standard error.
+//!
+//! A log line never waits, never fails, and never panics: it goes into a bounded queue, and a thread of its own writes
+//! it. Lines that do not fit, because standard error is not read or cannot be written, are lost and counted.
+//! Whatever a guest, a front end or a QMP client does, lines of one kind are written at a limited rate, and the rest of
+//! them is counted.
+//!
+//! `queue` is the queue and its thread, `rate_limit` the limit, and `format` applies it.
+
+mod format;
+mod queue;
+mod rate_limit;
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+use format::LimitedFormat;
+use queue::LogQueue;
+use rate_limit::RateLimit;
+
+/// The log of this process. Dropping it writes the lines that are still queued.
+#[derive(Debug)]
+#[must_use = "dropping it ends the log"]
+pub struct Log {
+    queue: Arc<LogQueue>,
+}
+
+impl Log {
+    /// Starts the log of this process, with lines up to `level`. Call it once.
+    ///
+    /// # Errors
+    ///
+    /// If the thread of the log cannot be started, or the process has a log already.
+    pub fn start(level: LevelFilter) -> io::Result<Self> {
+        let limit = Arc::new(RateLimit::default());
+        let queue = Arc::new(LogQueue::new(limit.clone()));
+        thread::Builder::new().name("log".into()).spawn({
+            let queue = queue.clone();
+            move || queue.write_lines(&io::stderr())
+        })?;
+        let format = tracing_subscriber::fmt::format()
+            .with_target(false)
+            .with_ansi(false);
+        tracing_subscriber::fmt()
+            .with_max_level(level)
+            .with_ansi(false)
+            .log_internal_errors(false)
+            .with_writer(QueueWriter(queue.clone()))
+            .event_format(LimitedFormat::new(format, limit, queue.clone()))
+            .try_init()
+            .map_err(io::Error::other)?;
+        Ok(Self { queue })
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        self.queue.finish();
+    }
+}
+
+/// Puts each line into the queue.
+#[derive(Clone, Debug)]
+struct QueueWriter(Arc<LogQueue>);
+
+impl io::Write for QueueWriter {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl MakeWriter<'_> for QueueWriter {
+    type Writer = Self;
+
+    fn make_writer(&self) -> Self {
+        self.clone()
+    }
+}
