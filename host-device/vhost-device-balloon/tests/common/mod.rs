@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub mod program;
+pub mod raw;
 pub mod vmm_qmp;
 
 use std::fs::File;
@@ -30,7 +31,7 @@ use vhost_device_balloon::server::{Exit, Server, ServerError, ServerOptions, Shu
 use vhost_device_balloon::vring::NotificationSuppression;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 /// An operation that takes longer is regarded as hung. Tests judge nothing else by time.
 pub const HANG_TIMEOUT: Duration = Duration::from_secs(600);
@@ -415,7 +416,7 @@ impl Vmm {
                 base,
                 added: 0,
                 kick: EventFd::new(0).unwrap(),
-                call: EventFd::new(0).unwrap(),
+                call: EventFd::new(EFD_NONBLOCK).unwrap(),
             };
             self.frontend.set_vring_num(index, SIZE).unwrap();
             self.frontend.set_vring_base(index, 0).unwrap();
@@ -497,7 +498,12 @@ impl Vmm {
         self.wait_used(queue);
         let index = queue.index(self.features).unwrap();
         let queue = &mut self.queues[index];
-        assert!(queue.call.read().unwrap() > 0, "the driver was interrupted");
+        // The device makes the descriptor non-blocking.
+        let limit = Instant::now() + HANG_TIMEOUT;
+        while queue.call.read().is_err() {
+            assert!(Instant::now() < limit, "the driver was not interrupted");
+            thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Waits until all available buffers are used.

@@ -3,11 +3,11 @@
 //! The program as a child process.
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{kill_process, Pid, Signal};
+use rustix::process::{getrlimit, kill_process, prlimit, Pid, Resource, Rlimit, Signal};
 
 use super::HANG_TIMEOUT;
 
@@ -20,12 +20,23 @@ pub struct Program {
 
 impl Program {
     pub fn start(directory: &Path, arguments: &[&str]) -> Self {
+        let command = Command::new(env!("CARGO_BIN_EXE_vhost-device-balloon"));
+        Self::start_with(command, directory, arguments, Stdio::piped())
+    }
+
+    /// As [`Program::start`], with a command that runs the program, and another log.
+    pub fn start_with(
+        mut command: Command,
+        directory: &Path,
+        arguments: &[&str],
+        log: impl Into<Stdio>,
+    ) -> Self {
         let (socket, qmp) = (directory.join("vhost"), directory.join("qmp"));
-        let child = Command::new(env!("CARGO_BIN_EXE_vhost-device-balloon"))
+        let child = command
             .args(["--socket-path".as_ref(), socket.as_os_str()])
             .args(["--qmp-socket".as_ref(), qmp.as_os_str()])
             .args(arguments)
-            .stderr(Stdio::piped())
+            .stderr(log)
             .spawn()
             .unwrap();
         Self {
@@ -33,6 +44,30 @@ impl Program {
             socket,
             qmp,
         }
+    }
+
+    /// Takes the read end of the log.
+    pub fn take_log(&mut self) -> ChildStderr {
+        self.child.as_mut().unwrap().stderr.take().unwrap()
+    }
+
+    /// Returns the number of descriptors and the number of threads.
+    pub fn descriptors_and_threads(&self) -> (usize, usize) {
+        let count = |name: &str| {
+            let entries = std::fs::read_dir(format!("/proc/{}/{name}", self.id())).unwrap();
+            entries.count()
+        };
+        (count("fd"), count("task"))
+    }
+
+    /// Sets the most descriptors that the program may have.
+    pub fn limit_descriptors(&self, limit: u64) {
+        let id = Pid::from_raw(i32::try_from(self.id()).unwrap());
+        let limit = Rlimit {
+            current: Some(limit),
+            maximum: getrlimit(Resource::Nofile).maximum,
+        };
+        prlimit(id, Resource::Nofile, limit).unwrap();
     }
 
     /// Waits until the program listens.
