@@ -5,20 +5,24 @@
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde_json::{json, Value};
 
+use crate::connect::connect;
+use crate::deadline::Deadline;
 use crate::error::Error;
-use crate::json_lines::JsonLines;
-use crate::message::{Event, Message};
+use crate::json_lines::{JsonLines, MAX_LINE};
+use crate::message::{shown, Event, Message};
 
 /// Default timeout of the greeting and of each command.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Maximum number of events that are kept. The oldest ones are dropped.
 const MAX_EVENTS: usize = 1 << 14;
+/// Maximum length of the lines of these events, in bytes.
+const MAX_EVENT_BYTES: usize = MAX_LINE;
 
 /// A QMP connection on which commands are executed.
 ///
@@ -26,7 +30,10 @@ const MAX_EVENTS: usize = 1 << 14;
 #[derive(Debug)]
 pub struct Client {
     lines: JsonLines,
-    events: VecDeque<Event>,
+    /// Events that were kept, each with the length of its line.
+    events: VecDeque<(Event, usize)>,
+    /// Sum of these lengths.
+    event_bytes: usize,
     last: u64,
     timeout: Duration,
 }
@@ -42,13 +49,13 @@ impl Client {
         Self::connect_timeout(path, COMMAND_TIMEOUT)
     }
 
-    /// Connects as [`Client::connect`] does, with another timeout.
+    /// Connects as [`Client::connect`] does, with another timeout. [`Duration::MAX`] means no timeout.
     ///
     /// # Errors
     ///
     /// As [`Client::connect`].
     pub fn connect_timeout(path: &Path, timeout: Duration) -> Result<Self, Error> {
-        let stream = UnixStream::connect(path).map_err(|source| Error::Connect {
+        let stream = connect(path, timeout).map_err(|source| Error::Connect {
             path: path.to_owned(),
             source,
         })?;
@@ -65,11 +72,12 @@ impl Client {
         let mut client = Self {
             lines: JsonLines::new(stream, peer),
             events: VecDeque::new(),
+            event_bytes: 0,
             last: 0,
             timeout,
         };
         match client.lines.receive(timeout)? {
-            Some(Message::Greeting { .. }) => {}
+            Some(Message::Greeting) => {}
             // The daemon sends an error instead of a greeting if too many clients are connected.
             Some(Message::Error { error, .. }) => {
                 return Err(Error::Refused {
@@ -110,10 +118,10 @@ impl Client {
         let number = Value::from(self.last);
         self.lines
             .send(&json!({ "execute": name, "arguments": arguments, "id": number }))?;
-        let deadline = Instant::now() + self.timeout;
+        let deadline = Deadline::after(self.timeout);
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let Some(message) = self.lines.receive(left)? else {
+            let received = self.lines.receive_with_length(deadline.left())?;
+            let Some((message, length)) = received else {
                 return Err(Error::Timeout {
                     peer: self.peer().to_owned(),
                     command: name.to_owned(),
@@ -121,7 +129,7 @@ impl Client {
                 });
             };
             match message {
-                Message::Event(event) => self.keep(event),
+                Message::Event(event) => self.keep(event, length),
                 Message::Return { value, id } if id.as_ref() == Some(&number) => return Ok(value),
                 // An error without an id concerns a line that the peer could not parse. Only the line of this command
                 // is in flight.
@@ -133,7 +141,7 @@ impl Client {
                     });
                 }
                 // The answer to an earlier command that has timed out.
-                Message::Return { .. } | Message::Error { .. } | Message::Greeting { .. } => {}
+                Message::Return { .. } | Message::Error { .. } | Message::Greeting => {}
             }
         }
     }
@@ -148,7 +156,7 @@ impl Client {
         T::deserialize(&value).map_err(|source| Error::UnexpectedResponse {
             peer: self.peer().to_owned(),
             command: name.to_owned(),
-            response: value.to_string(),
+            response: shown(&value.to_string()),
             source,
         })
     }
@@ -164,16 +172,15 @@ impl Client {
         wanted: impl Fn(&Event) -> bool,
         timeout: Duration,
     ) -> Result<Option<Event>, Error> {
-        let deadline = Instant::now() + timeout;
+        let deadline = Deadline::after(timeout);
         loop {
-            while let Some(event) = self.events.pop_front() {
+            while let Some(event) = self.drop_oldest() {
                 if wanted(&event) {
                     return Ok(Some(event));
                 }
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.receive(left)? {
-                Some(Message::Event(event)) => self.keep(event),
+            match self.lines.receive_with_length(deadline.left())? {
+                Some((Message::Event(event), length)) => self.keep(event, length),
                 Some(_) => {}
                 None => return Ok(None),
             }
@@ -183,13 +190,23 @@ impl Client {
     /// Drops the events that were kept.
     pub fn clear_events(&mut self) {
         self.events.clear();
+        self.event_bytes = 0;
     }
 
-    fn keep(&mut self, event: Event) {
-        if self.events.len() >= MAX_EVENTS {
-            self.events.pop_front();
+    fn keep(&mut self, event: Event, length: usize) {
+        self.event_bytes += length;
+        self.events.push_back((event, length));
+        while self.events.len() > MAX_EVENTS
+            || self.event_bytes > MAX_EVENT_BYTES && self.events.len() > 1
+        {
+            self.drop_oldest();
         }
-        self.events.push_back(event);
+    }
+
+    fn drop_oldest(&mut self) -> Option<Event> {
+        let (event, length) = self.events.pop_front()?;
+        self.event_bytes -= length;
+        Some(event)
     }
 }
 

@@ -3,19 +3,25 @@
 //! JSON values over a stream socket, one per line. Each wait has a timeout, and each line has a maximum length.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::Serialize;
 use thiserror::Error;
 
+use crate::deadline::Deadline;
+
 /// Maximum length of a line in bytes, unless [`JsonLines::with_max_line`] sets another. The longest answer of the
 /// daemon, with 65536 ranges, is less than half as long.
 pub const MAX_LINE: usize = 8 << 20;
 
-/// Timeout of a write if the peer does not read.
+/// Timeout of a write, for all of its bytes together.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Capacity that the receive buffer keeps between two lines.
+const KEPT_CAPACITY: usize = 256 << 10;
 
 /// Maximum number of bytes of an invalid line in an error.
 const SHOWN: usize = 200;
@@ -72,7 +78,12 @@ pub enum LineError {
 pub struct JsonLines {
     stream: UnixStream,
     received: Vec<u8>,
+    /// Start of the first line in `received` that was not returned yet.
+    start: usize,
+    /// Bytes of `received` before this index contain no end of that line.
+    scanned: usize,
     max_line: usize,
+    write_timeout: Duration,
     peer: String,
 }
 
@@ -83,7 +94,10 @@ impl JsonLines {
         Self {
             stream,
             received: Vec::new(),
+            start: 0,
+            scanned: 0,
             max_line: MAX_LINE,
+            write_timeout: WRITE_TIMEOUT,
             peer: peer.into(),
         }
     }
@@ -105,21 +119,40 @@ impl JsonLines {
     ///
     /// # Errors
     ///
-    /// If the value cannot be encoded, the connection is closed, or the peer does not read for 30 seconds.
+    /// If the value cannot be encoded, the connection is closed, or the peer does not read all of it within 30 seconds.
+    /// The connection is unusable then.
     pub fn send(&mut self, value: &impl Serialize) -> Result<(), LineError> {
         let mut line = serde_json::to_vec(value).map_err(|source| LineError::Encode {
             peer: self.peer.clone(),
             source,
         })?;
         line.push(b'\n');
-        let written = self
-            .stream
-            .set_write_timeout(Some(WRITE_TIMEOUT))
-            .and_then(|()| self.stream.write_all(&line));
-        written.map_err(|source| self.failed("write to", source))
+        self.write(&line)
+            .map_err(|source| self.failed("write to", source))
+    }
+
+    /// Writes all bytes. A peer that reads slowly does not extend the timeout.
+    fn write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        let deadline = Deadline::after(self.write_timeout);
+        while !bytes.is_empty() {
+            let left = deadline.left();
+            if left.is_zero() {
+                let text = format!("peer did not read within {:?}", self.write_timeout);
+                return Err(io::Error::new(ErrorKind::TimedOut, text));
+            }
+            self.stream.set_write_timeout(Some(left))?;
+            match self.stream.write(bytes) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(written) => bytes = bytes.get(written..).unwrap_or_default(),
+                Err(error) if is_retried(error.kind()) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Returns the next value, or `None` at the timeout. Keeps an unfinished line for the next call.
+    /// [`Duration::MAX`] means no timeout.
     ///
     /// # Errors
     ///
@@ -128,23 +161,23 @@ impl JsonLines {
         &mut self,
         timeout: Duration,
     ) -> Result<Option<T>, LineError> {
-        let deadline = Instant::now() + timeout;
-        let mut scanned = 0;
+        let received = self.receive_with_length(timeout)?;
+        Ok(received.map(|(value, _)| value))
+    }
+
+    /// Does the same as [`JsonLines::receive`], and returns the length of the line in bytes as well.
+    pub(crate) fn receive_with_length<T: DeserializeOwned>(
+        &mut self,
+        timeout: Duration,
+    ) -> Result<Option<(T, usize)>, LineError> {
+        let deadline = Deadline::after(timeout);
         loop {
-            let fresh = self.received.get(scanned..).unwrap_or_default();
-            if let Some(end) = fresh.iter().position(|&byte| byte == b'\n') {
-                let rest = self.received.split_off(scanned + end + 1);
-                let line = std::mem::replace(&mut self.received, rest);
-                return self.parse(&line).map(Some);
+            if let Some(line) = self.next_line()? {
+                let length = line.len();
+                let line = self.received.get(line).unwrap_or_default();
+                return self.parse(line).map(|value| Some((value, length)));
             }
-            scanned = self.received.len();
-            if scanned > self.max_line {
-                return Err(LineError::TooLong {
-                    peer: self.peer.clone(),
-                    limit: self.max_line,
-                });
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.left();
             if left.is_zero() {
                 return Ok(None);
             }
@@ -152,8 +185,37 @@ impl JsonLines {
         }
     }
 
+    /// Returns the next complete line in the buffer, without its end.
+    fn next_line(&mut self) -> Result<Option<Range<usize>>, LineError> {
+        let fresh = self.received.get(self.scanned..).unwrap_or_default();
+        let end = fresh.iter().position(|&byte| byte == b'\n');
+        let end = end.map(|at| self.scanned + at);
+        let length = end.unwrap_or(self.received.len()) - self.start;
+        if length > self.max_line {
+            return Err(LineError::TooLong {
+                peer: self.peer.clone(),
+                limit: self.max_line,
+            });
+        }
+        let Some(end) = end else {
+            self.scanned = self.received.len();
+            return Ok(None);
+        };
+        let line = self.start..end;
+        self.start = end + 1;
+        self.scanned = self.start;
+        Ok(Some(line))
+    }
+
     /// Reads once, and waits for at most `timeout`.
     fn read(&mut self, timeout: Duration) -> Result<(), LineError> {
+        // The buffer contains no complete line now, so this moves at most one unfinished line.
+        self.received.drain(..self.start);
+        self.scanned -= self.start;
+        self.start = 0;
+        if self.received.is_empty() {
+            self.received.shrink_to(KEPT_CAPACITY);
+        }
         let mut bytes = [0; 64 * 1024];
         let read = self
             .stream
@@ -169,7 +231,7 @@ impl JsonLines {
                 Ok(())
             }
             Err(error) => match error.kind() {
-                ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted => Ok(()),
+                kind if is_retried(kind) => Ok(()),
                 // The peer has exited without reading all of our data.
                 ErrorKind::ConnectionReset => Err(LineError::Closed {
                     peer: self.peer.clone(),
@@ -199,8 +261,18 @@ impl JsonLines {
     }
 }
 
+/// Returns whether a read or a write that failed is repeated until its deadline.
+fn is_retried(kind: ErrorKind) -> bool {
+    matches!(
+        kind,
+        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+    )
+}
+
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
 
     const LIMIT: Duration = Duration::from_secs(600);
@@ -236,6 +308,48 @@ mod tests {
             error.to_string(),
             "the test sent a line of more than 1000 bytes"
         );
+    }
+
+    #[test]
+    fn a_long_line_that_comes_in_one_read_is_given_up() {
+        for (length, is_valid) in [(998, true), (999, false)] {
+            let (lines, mut far) = ends();
+            let mut lines = lines.with_max_line(1000);
+            let line = format!("\"{}\"\n7\n", "x".repeat(length));
+            far.write_all(line.as_bytes()).unwrap();
+            match lines.receive::<String>(LIMIT) {
+                Ok(text) => assert!(is_valid && text.unwrap().len() == length),
+                Err(error) => assert!(!is_valid, "{length}: {error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_timeout_may_have_no_end() {
+        let (mut lines, mut far) = ends();
+        let writing = thread::spawn(move || {
+            far.write_all(b"[1]\n").unwrap();
+            far
+        });
+        let value = lines.receive::<Vec<u8>>(Duration::MAX).unwrap();
+        assert_eq!(value, Some(vec![1]));
+        drop(writing.join().unwrap());
+        assert!(lines.receive::<Vec<u8>>(Duration::MAX).is_err());
+    }
+
+    /// The peer reads all the time, so no single write waits for long.
+    #[test]
+    fn a_peer_that_reads_slowly_does_not_extend_the_timeout() {
+        let (mut lines, mut far) = ends();
+        lines.write_timeout = Duration::from_millis(50);
+        thread::spawn(move || {
+            while far.read(&mut [0; 8]).is_ok_and(|length| length > 0) {
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let error = lines.send(&"x".repeat(8 << 20)).unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert_eq!(cause, "peer did not read within 50ms");
     }
 
     #[test]

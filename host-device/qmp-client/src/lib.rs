@@ -18,6 +18,8 @@
 #![forbid(unsafe_code)]
 
 mod client;
+mod connect;
+mod deadline;
 mod error;
 mod json_lines;
 mod message;

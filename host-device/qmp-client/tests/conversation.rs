@@ -162,3 +162,19 @@ fn a_socket_is_named_in_errors() {
     );
     thread.join().unwrap();
 }
+
+/// The program behind the socket may be stopped. Its listener then has a full queue.
+#[test]
+fn a_listener_that_accepts_nothing_is_named_after_the_timeout() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qmp.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let _first = UnixStream::connect(&path).unwrap();
+    let error = Client::connect_timeout(&path, Duration::from_millis(20)).unwrap_err();
+    let cause = std::error::Error::source(&error).unwrap().to_string();
+    assert!(
+        cause.contains("did not accept the connection within 20ms"),
+        "{cause}"
+    );
+}
