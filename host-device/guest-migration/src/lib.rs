@@ -14,6 +14,8 @@
 //! - [`HintSource`] asks the guest for hints, [`dirty_tracking::DirtyTracker`] finds the pages that the guest has
 //!   written, and [`vm::Vm`] pauses the guest.
 //! - [`precopy::Precopy`] runs the migration, and [`stream`] carries pages to the destination.
+//! - [`guard`] starts a process that resumes the guest if this one is killed while the guest is paused. [`resume_service`]
+//!   is the work of that process.
 //!
 //! ```
 //! use guest_migration::{Layout, Region, SyncPhase, PAGE_SIZE};
@@ -42,6 +44,7 @@ mod bitmap;
 mod cancel;
 pub mod digest;
 pub mod dirty_tracking;
+pub mod guard;
 mod hint_source;
 mod hint_window;
 mod layout;
@@ -52,6 +55,8 @@ mod page_runs;
 pub mod precopy;
 mod processes;
 mod ram_block_bits;
+pub mod resume_service;
+pub mod signals;
 pub mod status;
 pub mod stream;
 mod sync;

@@ -153,6 +153,9 @@ pub struct MigrationInfo {
     /// How writes are tracked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tracking: Option<TrackingInfo>,
+    /// Whether the migration has paused the guest, has not completed, and could not resume the guest.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub guest_paused: bool,
     /// Why the migration failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,

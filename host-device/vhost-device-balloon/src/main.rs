@@ -8,7 +8,9 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use clap::Parser;
+use guest_migration::{guard, resume_service};
 use tracing::error;
+use tracing::level_filters::LevelFilter;
 use vhost_device_balloon::args::Args;
 use vhost_device_balloon::log::Log;
 use vhost_device_balloon::panics::end_server_on_panic;
@@ -16,12 +18,26 @@ use vhost_device_balloon::server::{Server, ServerOptions};
 use vhost_device_balloon::signals::handle_signals;
 
 fn main() -> ExitCode {
+    if guard::is_guard_process() {
+        return run_with_log(LevelFilter::INFO, || {
+            resume_service::run().map_err(Into::into)
+        });
+    }
+    guard::enable();
     let args = Args::parse();
+    run_with_log(args.log_level, || run(args))
+}
+
+/// Does `work` with a log, and logs its error.
+fn run_with_log(
+    level: LevelFilter,
+    work: impl FnOnce() -> Result<(), Box<dyn Error>>,
+) -> ExitCode {
     // Without a log the exit status is all that the program can tell.
-    let Ok(_log) = Log::start(args.log_level) else {
+    let Ok(_log) = Log::start(level) else {
         return ExitCode::FAILURE;
     };
-    match run(args) {
+    match work() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error}");

@@ -51,6 +51,7 @@ use super::process_snapshot::{process_error, take_snapshot, ProcessSnapshot};
 use super::reclaim::Reclaim;
 use super::{DirtyTracker, PunchedPages, Quiesce, Stage, SyncStats, TrackingError};
 use crate::atomic_bitmap::AtomicBitmap;
+use crate::guard::ResumeGuard;
 use crate::page_bitmaps::{page_bitmaps, set_runs};
 use crate::processes::{
     has_soft_dirty_mappings, Mapping, Process, RamFiles, StopError, StoppedProcesses,
@@ -66,6 +67,8 @@ const TMPFS: i64 = 0x0102_1994;
 /// A tracker that uses soft-dirty bits.
 pub struct SoftDirtyTracker {
     quiesce: Box<dyn Quiesce>,
+    /// Lets stopped processes continue if this process is killed.
+    guard: ResumeGuard,
     inner: Inner,
 }
 
@@ -125,6 +128,7 @@ impl SoftDirtyTracker {
         let reclaim = Reclaim { tmpfs, count: 0 };
         Ok(Self {
             quiesce,
+            guard: ResumeGuard::start(),
             inner: Inner {
                 memory,
                 files,
@@ -157,12 +161,16 @@ impl SoftDirtyTracker {
         &mut self,
         phase: Option<&SyncPhase>,
     ) -> Result<SyncStats, TrackingError> {
-        let Self { quiesce, inner } = self;
+        let Self {
+            quiesce,
+            guard,
+            inner,
+        } = self;
         let mut result = Err(TrackingError::Unavailable(
             "writes of this process to guest memory could not be stopped".into(),
         ));
         quiesce.with_quiesced(&mut || {
-            result = StoppedProcesses::stop(&inner.files, STOP_TIMEOUT)
+            result = StoppedProcesses::stop(&inner.files, STOP_TIMEOUT, guard)
                 .map_err(stop_error)
                 .and_then(|stopped| {
                     let marked = inner.read_and_clear(phase, &stopped)?;

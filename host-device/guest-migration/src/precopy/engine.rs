@@ -111,7 +111,7 @@ impl Precopy {
             parameters,
             tracker,
             hints,
-            vm: PauseGuard::new(vm),
+            vm: PauseGuard::new(vm, progress),
             progress: progress.clone(),
             cancel: cancel.clone(),
             bandwidth: None,

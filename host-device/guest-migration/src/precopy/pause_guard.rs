@@ -4,17 +4,24 @@
 
 use tracing::warn;
 
+use super::progress::Progress;
 use crate::vm::{Vm, VmError};
 
 /// A VM that resumes if it is dropped while it is paused.
 pub(super) struct PauseGuard {
     vm: Option<Box<dyn Vm>>,
     paused: bool,
+    /// Shows that the guest could not be resumed.
+    progress: Progress,
 }
 
 impl PauseGuard {
-    pub(super) fn new(vm: Option<Box<dyn Vm>>) -> Self {
-        Self { vm, paused: false }
+    pub(super) fn new(vm: Option<Box<dyn Vm>>, progress: &Progress) -> Self {
+        Self {
+            vm,
+            paused: false,
+            progress: progress.clone(),
+        }
     }
 
     pub(super) fn pause(&mut self) -> Result<(), VmError> {
@@ -28,7 +35,11 @@ impl PauseGuard {
 
     pub(super) fn keep_paused(&mut self) -> Option<Box<dyn Vm>> {
         self.paused = false;
-        self.vm.take()
+        let mut vm = self.vm.take();
+        if let Some(vm) = &mut vm {
+            vm.keep_paused();
+        }
+        vm
     }
 }
 
@@ -36,6 +47,7 @@ impl Drop for PauseGuard {
     fn drop(&mut self) {
         if let (true, Some(vm)) = (self.paused, &mut self.vm) {
             if let Err(error) = vm.resume() {
+                self.progress.update(|status| status.guest_paused = true);
                 warn!(
                     "guest is paused and cannot be resumed ({}): {error}; resume it manually",
                     vm.describe()

@@ -37,6 +37,7 @@ struct TestState {
     waited: Duration,
     lose_window: bool,
     pause_fails: bool,
+    resume_fails: bool,
     /// Whether the guest is paused. A paused guest does not write.
     paused: bool,
     bitmap: Option<Arc<DirtyBitmap>>,
@@ -262,6 +263,9 @@ impl Vm for TestVm {
 
     fn resume(&mut self) -> Result<(), VmError> {
         self.0.log("resume");
+        if self.0.state.lock().unwrap().resume_fails {
+            return Err(VmError("it cannot".into()));
+        }
         self.0.set(|state| state.paused = false);
         Ok(())
     }
@@ -484,6 +488,23 @@ fn r16_also_if_the_machine_the_tracker_or_the_device_fails() {
     let text = result.unwrap_err().to_string();
     assert!(text.contains("soft-dirty bits are not available"), "{text}");
     assert_eq!(test.count("pause"), 0);
+}
+
+#[test]
+fn a_guest_that_cannot_be_resumed_is_shown_as_paused() {
+    for resume_fails in [false, true] {
+        let mut test = filled();
+        test.set(|state| {
+            state.pause_fails = true;
+            state.resume_fails = resume_fails;
+        });
+        let (result, status) = test.migrate(Parameters::default(), false);
+        result.unwrap_err();
+        assert_eq!(test.count("resume"), 1);
+        assert_eq!(status.guest_paused, resume_fails);
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!(json.get("guest-paused").is_some(), resume_fails);
+    }
 }
 
 #[test]

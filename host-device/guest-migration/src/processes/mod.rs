@@ -10,6 +10,7 @@
 mod file_id;
 mod maps;
 mod process;
+mod process_handle;
 mod stop;
 
 use std::fs::{self, File};
@@ -19,6 +20,7 @@ use rustix::fs::fstat;
 
 pub(crate) use maps::Mapping;
 pub(crate) use process::{has_soft_dirty_mappings, none_if_exited, stat, Process, Stat};
+pub(crate) use process_handle::ProcessHandle;
 pub(crate) use stop::{StopError, StoppedProcesses};
 
 use crate::Memory;

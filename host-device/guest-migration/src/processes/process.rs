@@ -7,10 +7,11 @@ use std::io;
 use std::str::FromStr;
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 /// A process, identified by its pid and its start time. The start time distinguishes it from a later process with the
 /// same pid.
-#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 pub(crate) struct Process {
     /// The pid.
     pub(crate) pid: u32,

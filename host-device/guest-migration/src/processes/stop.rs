@@ -27,16 +27,17 @@
 //! stopped.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::slice;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
-use rustix::process::{pidfd_open, pidfd_send_signal, Pid, PidfdFlags, Signal};
+use rustix::process::Signal;
 use thiserror::Error;
 
-use super::process::{active_thread_state, executable, has_mapped_file, stat, status};
+use super::process::{active_thread_state, executable, has_mapped_file, status};
+use super::process_handle::ProcessHandle;
 use super::{MappingProcess, Process, RamFiles};
+use crate::guard::ResumeGuard;
 
 /// Part of the path of a stub's program, which is a memfd or a temporary file.
 const STUB_NAME: &str = "uml-userspace";
@@ -67,19 +68,20 @@ pub(crate) enum StopError {
     Search(io::Error),
 }
 
-/// All processes that map guest memory but our own, stopped. Dropping it lets them continue.
+/// All processes that map guest memory but our own, stopped. Dropping it lets them continue, and a guard lets them
+/// continue if this process is killed.
 #[derive(Debug)]
 pub(crate) struct StoppedProcesses {
     /// In the order in which they were stopped.
     targets: Vec<StopTarget>,
     since: Instant,
+    guard: ResumeGuard,
 }
 
 #[derive(Debug)]
 struct StopTarget {
-    process: Process,
+    handle: ProcessHandle,
     parent: u32,
-    handle: OwnedFd,
     /// Whether the process is a stub of user-mode Linux.
     is_stub: bool,
     /// Whether the process was sent a signal that makes it stop.
@@ -89,15 +91,20 @@ struct StopTarget {
 }
 
 impl StoppedProcesses {
-    /// Stops all processes that map `files`, but not our own.
+    /// Stops all processes that map `files`, but not our own. `guard` is told of each before it is stopped.
     ///
     /// # Errors
     ///
     /// If a process cannot be found, examined or stopped, or if new processes keep appearing for longer than `timeout`.
-    pub(crate) fn stop(files: &RamFiles, timeout: Duration) -> Result<Self, StopError> {
+    pub(crate) fn stop(
+        files: &RamFiles,
+        timeout: Duration,
+        guard: &ResumeGuard,
+    ) -> Result<Self, StopError> {
         let mut stopped = Self {
             targets: Vec::new(),
             since: Instant::now(),
+            guard: guard.clone(),
         };
         loop {
             let known: Vec<Process> = stopped.processes().collect();
@@ -115,18 +122,17 @@ impl StoppedProcesses {
                 stopped.targets.extend(StopTarget::new(mapping_process)?);
             }
             let deadline = stopped.since + timeout;
-            for target in stopped.targets.iter_mut().skip(before) {
-                target.send_stop()?;
-            }
-            for target in stopped.targets.iter_mut().skip(before) {
-                target.wait(deadline, timeout)?;
+            let fresh = stopped.targets.get_mut(before..).unwrap_or_default();
+            send_stops(fresh, guard)?;
+            for target in fresh {
+                target.wait(deadline, timeout, guard)?;
             }
         }
     }
 
     /// Iterates over the stopped processes.
     pub(crate) fn processes(&self) -> impl Iterator<Item = Process> + '_ {
-        self.targets.iter().map(|target| target.process)
+        self.targets.iter().map(|target| target.handle.process())
     }
 
     /// Lets the processes continue. Returns the time since the first one was stopped.
@@ -143,6 +149,7 @@ impl StoppedProcesses {
                 result = result.and(target.send(Signal::CONT));
             }
         }
+        self.guard.clear();
         result
     }
 }
@@ -169,77 +176,80 @@ fn stopped_first(found: &[MappingProcess]) -> Vec<&MappingProcess> {
     }
 }
 
+/// Sends each process the signal that makes it stop, unless it was sent already or must wait. `guard` is told of all
+/// of them at once, because its answer takes some time.
+fn send_stops(targets: &mut [StopTarget], guard: &ResumeGuard) -> Result<(), StopError> {
+    let mut signals = Vec::new();
+    for target in targets {
+        if let Some(signal) = target.stop_signal()? {
+            signals.push((target, signal));
+        }
+    }
+    let stopped = signals.iter().filter(|(_, signal)| *signal == Signal::STOP);
+    guard.watch_processes(stopped.map(|(target, _)| target.handle.process()).collect());
+    for (target, signal) in signals {
+        // Before the signal is sent: the process must continue even if stopping fails half-way.
+        target.is_signalled = true;
+        target.needs_sigcont = signal == Signal::STOP;
+        target.send(signal)?;
+    }
+    Ok(())
+}
+
 impl StopTarget {
     /// Returns the target for a process, or `None` if the process has exited.
     fn new(mapping_process: &MappingProcess) -> Result<Option<Self>, StopError> {
-        let (process, parent) = (mapping_process.process, mapping_process.parent);
+        let process = mapping_process.process;
         let pid = process.pid;
         let failed = |source| StopError::Process { pid, source };
-        let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
-        let number = number.ok_or_else(|| failed(Errno::SRCH.into()))?;
-        let handle = match pidfd_open(number, PidfdFlags::empty()) {
-            Ok(handle) => handle,
-            Err(Errno::SRCH) => return Ok(None),
-            Err(error) => return Err(failed(error.into())),
+        let Some(handle) = ProcessHandle::open(process).map_err(failed)? else {
+            return Ok(None);
         };
-        // The pidfd is that of the process that has the pid now. It may be a later process with the same pid.
-        match stat(pid).map_err(failed)? {
-            Some(now) if now.process == process => {}
-            _ => return Ok(None),
-        }
         let is_stub = executable(pid).map_err(failed)?.contains(STUB_NAME);
         Ok(Some(Self {
-            process,
-            parent,
             handle,
+            parent: mapping_process.parent,
             is_stub,
             is_signalled: false,
             needs_sigcont: false,
         }))
     }
 
+    fn pid(&self) -> u32 {
+        self.handle.process().pid
+    }
+
     fn failed(&self, source: io::Error) -> StopError {
-        let pid = self.process.pid;
+        let pid = self.pid();
         StopError::Process { pid, source }
     }
 
     /// Returns the state of a thread that is not stopped, or `None` if all threads are stopped.
     fn active_thread_state(&self) -> Result<Option<char>, StopError> {
-        active_thread_state(self.process.pid).map_err(|error| self.failed(error))
+        active_thread_state(self.pid()).map_err(|error| self.failed(error))
     }
 
     fn send(&self, signal: Signal) -> Result<(), StopError> {
-        match pidfd_send_signal(&self.handle, signal) {
-            // `SRCH`: the process has exited.
-            Ok(()) | Err(Errno::SRCH) => Ok(()),
-            Err(error) => Err(self.failed(error.into())),
-        }
+        let sent = self.handle.send(signal);
+        sent.map_err(|error| self.failed(error))
     }
 
-    /// Sends the signal that makes the process stop, unless it was sent already or must wait. Sends none to a process
-    /// that has stopped already: another process is then responsible for its continuation.
-    fn send_stop(&mut self) -> Result<(), StopError> {
+    /// Returns the signal that makes the process stop now, or `None` if it was sent already or must wait. Returns none
+    /// for a process that has stopped already: another process is then responsible for its continuation.
+    fn stop_signal(&self) -> Result<Option<Signal>, StopError> {
         if self.is_signalled || self.active_thread_state()?.is_none() {
-            return Ok(());
-        }
-        let signal = if self.is_stub {
-            self.stub_stop_signal()?
+            Ok(None)
+        } else if self.is_stub {
+            self.stub_stop_signal()
         } else {
-            Some(Signal::STOP)
-        };
-        if let Some(signal) = signal {
-            // Before the signal is sent: the process must continue even if stopping fails half-way.
-            self.is_signalled = true;
-            self.needs_sigcont = signal == Signal::STOP;
-            self.send(signal)?;
+            Ok(Some(Signal::STOP))
         }
-        Ok(())
     }
 
     /// Returns the signal that makes a stub stop now, or `None` if the stub is being set up. See the module
     /// documentation.
     fn stub_stop_signal(&self) -> Result<Option<Signal>, StopError> {
-        let pid = self.process.pid;
+        let pid = self.pid();
         let failed = |error| self.failed(error);
         let Some(now) = status(pid).map_err(failed)? else {
             return Ok(None);
@@ -254,11 +264,16 @@ impl StopTarget {
         Ok(own_filter.then_some(Signal::STOP))
     }
 
-    fn wait(&mut self, deadline: Instant, timeout: Duration) -> Result<(), StopError> {
+    fn wait(
+        &mut self,
+        deadline: Instant,
+        timeout: Duration,
+        guard: &ResumeGuard,
+    ) -> Result<(), StopError> {
         let mut pause = POLL_INTERVAL_MIN;
         while let Some(state) = self.active_thread_state()? {
             if Instant::now() > deadline {
-                let pid = self.process.pid;
+                let pid = self.pid();
                 return Err(StopError::StillRunning {
                     pid,
                     state,
@@ -267,7 +282,7 @@ impl StopTarget {
             }
             sleep(pause);
             pause = (pause * 2).min(POLL_INTERVAL_MAX);
-            self.send_stop()?;
+            send_stops(slice::from_mut(self), guard)?;
         }
         Ok(())
     }

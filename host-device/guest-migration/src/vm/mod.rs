@@ -33,4 +33,8 @@ pub trait Vm: Send {
     ///
     /// If the guest cannot be resumed.
     fn resume(&mut self) -> Result<(), VmError>;
+
+    /// Leaves the paused guest paused: the switchover is complete. From now on, only [`Vm::resume`] resumes it, and no
+    /// longer the end of this process.
+    fn keep_paused(&mut self) {}
 }

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use super::{Vm, VmError};
+use crate::guard::ResumeGuard;
 use crate::processes::{RamFiles, StopError, StoppedProcesses};
 use crate::Memory;
 
@@ -17,10 +18,11 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// for each address space of its guest, supports this. A stopped process does not answer its clients, so the VMM's own
 /// pause command is preferable if it has one.
 ///
-/// Dropping a paused VM lets its processes continue.
+/// Dropping a paused VM lets its processes continue. So does a [guard process](crate::guard) if this process is killed.
 #[derive(Debug)]
 pub struct ProcessVm {
     files: RamFiles,
+    guard: ResumeGuard,
     stopped: Option<StoppedProcesses>,
 }
 
@@ -35,6 +37,7 @@ impl ProcessVm {
             .map_err(|error| VmError(format!("guest memory files cannot be examined: {error}")))?;
         Ok(Self {
             files,
+            guard: ResumeGuard::start(),
             stopped: None,
         })
     }
@@ -58,7 +61,8 @@ impl Vm for ProcessVm {
         if self.stopped.is_some() {
             return Ok(());
         }
-        let stopped = StoppedProcesses::stop(&self.files, STOP_TIMEOUT).map_err(vm_error)?;
+        let stopped = StoppedProcesses::stop(&self.files, STOP_TIMEOUT, &self.guard);
+        let stopped = stopped.map_err(vm_error)?;
         if stopped.processes().next().is_none() {
             let text =
                 "no process maps guest memory, or this process may not read its /proc/PID/maps: run as the user of the VMM, or use its QMP socket";
@@ -73,6 +77,10 @@ impl Vm for ProcessVm {
             Some(stopped) => stopped.resume().map(drop).map_err(vm_error),
             None => Ok(()),
         }
+    }
+
+    fn keep_paused(&mut self) {
+        self.guard.dismiss();
     }
 }
 

@@ -11,11 +11,16 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::{Vm, VmError};
+use crate::guard::ResumeGuard;
 
 /// Timeout for the greeting, for each answer, and for pausing and resuming.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Interval between two queries of the run state.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
+/// How long a guard process tries to resume the guest. Another client may use the VMM's QMP socket meanwhile.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(300);
+/// Interval between two of these attempts.
+const RESUME_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The answer to `query-status`.
 #[derive(Deserialize)]
@@ -27,12 +32,13 @@ struct RunState {
 /// A VM whose VMM has a QMP socket.
 ///
 /// It connects only for the time of an operation. A QEMU monitor serves one client at a time, and other clients may
-/// need it.
+/// need it. A [guard process](crate::guard) resumes the guest if this process is killed while it has paused the guest.
 #[derive(Debug)]
 pub struct QmpVm {
     path: PathBuf,
     timeout: Duration,
     paused: bool,
+    guard: ResumeGuard,
 }
 
 impl QmpVm {
@@ -47,16 +53,42 @@ impl QmpVm {
     }
 
     fn with_timeout(path: &Path, timeout: Duration) -> Result<Self, VmError> {
-        let vm = Self {
+        let mut vm = Self {
             path: path.to_owned(),
             timeout,
             paused: false,
+            guard: ResumeGuard::default(),
         };
         let state = vm.state(&mut vm.connect()?)?;
-        if state.running {
-            Ok(vm)
-        } else {
-            Err(vm.error(&format!("guest is not running: {}", state.status)))
+        if !state.running {
+            return Err(vm.error(&format!(
+                "guest is not running: {}; resume it before the migration",
+                state.status
+            )));
+        }
+        vm.guard = ResumeGuard::start();
+        Ok(vm)
+    }
+
+    /// Resumes the guest of the VMM at `path` after the process that has paused it was killed. Repeats the attempt for
+    /// some minutes if the VMM does not answer.
+    ///
+    /// # Errors
+    ///
+    /// The error of the last attempt.
+    pub(crate) fn resume_of_ended_process(path: &Path) -> Result<(), VmError> {
+        let mut vm = Self {
+            path: path.to_owned(),
+            timeout: TIMEOUT,
+            paused: true,
+            guard: ResumeGuard::default(),
+        };
+        let begun = Instant::now();
+        loop {
+            match vm.resume() {
+                Err(_) if begun.elapsed() < RESUME_TIMEOUT => sleep(RESUME_INTERVAL),
+                result => return result,
+            }
         }
     }
 
@@ -73,13 +105,13 @@ impl QmpVm {
     fn command(&self, vmm: &mut Client, name: &str, running: bool) -> Result<(), VmError> {
         vmm.command(name, json!({}))
             .map_err(|error| self.failed(&error))?;
-        let deadline = Instant::now() + self.timeout;
+        let begun = Instant::now();
         loop {
             let state = self.state(vmm)?;
             if state.running == running {
                 return Ok(());
             }
-            if Instant::now() > deadline {
+            if begun.elapsed() > self.timeout {
                 let (status, timeout) = (state.status, self.timeout);
                 return Err(self.error(&format!(
                     "guest is still {status} {timeout:?} after '{name}'"
@@ -111,6 +143,7 @@ impl Vm for QmpVm {
             // Another client has paused the guest and is responsible for resuming it.
             return Ok(());
         }
+        self.guard.watch_vmm(&self.path);
         match self.command(&mut vmm, "stop", false) {
             Ok(()) => {
                 self.paused = true;
@@ -123,6 +156,7 @@ impl Vm for QmpVm {
                 let running = self
                     .connect()
                     .and_then(|mut vmm| self.command(&mut vmm, "cont", true));
+                self.guard.clear();
                 Err(match running {
                     Ok(()) => error,
                     Err(other) => VmError(format!(
@@ -138,8 +172,13 @@ impl Vm for QmpVm {
             let mut vmm = self.connect()?;
             self.command(&mut vmm, "cont", true)?;
             self.paused = false;
+            self.guard.clear();
         }
         Ok(())
+    }
+
+    fn keep_paused(&mut self) {
+        self.guard.dismiss();
     }
 }
 
@@ -242,7 +281,10 @@ mod tests {
         let error = QmpVm::with_timeout(&vmm.path, LONG)
             .unwrap_err()
             .to_string();
-        assert!(error.ends_with("guest is not running: paused"), "{error}");
+        assert!(
+            error.contains("guest is not running: paused; resume it"),
+            "{error}"
+        );
     }
 
     #[test]

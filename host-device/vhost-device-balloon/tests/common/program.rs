@@ -89,6 +89,11 @@ impl Program {
         kill_process(id, signal).unwrap();
     }
 
+    /// Closes the reading end of the log: the program cannot write to it any longer.
+    pub fn close_log(&mut self) {
+        self.child.as_mut().unwrap().stderr = None;
+    }
+
     pub fn finish(mut self) -> (Output, String) {
         let output = self.child.take().unwrap().wait_with_output().unwrap();
         let log = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Signals of this process.
+
+use std::fs;
+
+/// Returns whether this process ignores a signal. Under `nohup`, SIGHUP is ignored from the start of a program, and a
+/// program should leave it so.
+#[must_use]
+pub fn is_ignored(signal: i32) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let bit = signal
+        .checked_sub(1)
+        .and_then(|bit| u32::try_from(bit).ok());
+    let bit = bit.and_then(|bit| 1u64.checked_shl(bit));
+    matches!((mask, bit), (Some(mask), Some(bit)) if mask & bit != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use signal_hook::consts::{SIGHUP, SIGPIPE};
+
+    use super::is_ignored;
+
+    /// The runtime of Rust ignores SIGPIPE in each program.
+    #[test]
+    fn the_mask_of_the_kernel_is_read() {
+        assert!(is_ignored(SIGPIPE));
+        for signal in [SIGHUP, 0, -1, i32::MIN, 65] {
+            // SIGHUP is ignored if the tests run under nohup.
+            assert!(!is_ignored(signal) || signal == SIGHUP, "{signal}");
+        }
+    }
+}
