@@ -15,6 +15,7 @@ use vhost_user_backend::VringT;
 
 use super::connection::Connection;
 use super::hinting::{FreshBitmap, HintingChanges, HintingError, HintingStatus};
+use super::missing_memory::MissingMemory;
 use super::status::{QueueStatus, StatsReport, VirtioStatus};
 use super::Device;
 use crate::memory::Ram;
@@ -23,9 +24,9 @@ use crate::vring::Vring;
 /// Why a balloon command fails.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum BalloonError {
-    /// Guest memory is not known yet.
-    #[error("no front end has shared guest memory: start the VMM with this device's socket first")]
-    NoMemory,
+    /// Guest memory is not known.
+    #[error(transparent)]
+    NoMemory(#[from] MissingMemory),
     /// The target is 0.
     #[error("target must be a size in bytes greater than 0")]
     ZeroTarget,
@@ -77,13 +78,6 @@ impl Device {
         self.ram
             .size()
             .saturating_sub(u64::from(self.config.actual) << PFN_SHIFT)
-    }
-
-    fn ram_bytes(&self) -> Result<u64, BalloonError> {
-        match self.ram.size() {
-            0 => Err(BalloonError::NoMemory),
-            bytes => Ok(bytes),
-        }
     }
 
     /// Starts a hint round as [`DeviceLock::start_hinting`](crate::device_lock::DeviceLock::start_hinting), in one step.
@@ -191,6 +185,7 @@ impl Device {
         VirtioStatus {
             is_connected: self.connection.is_some(),
             is_running: self.is_running(),
+            is_memory_shared: self.ram.size() > 0,
             offered_features: self.offered_features,
             negotiated_features: self.negotiated_features,
             poison_val: self.poison_val(),

@@ -15,6 +15,7 @@
 //! - `driver`: detects whether a driver runs, and whether another one has taken over.
 //! - `notify`: notifications of the driver and of QMP clients.
 //! - `control`: operations of QMP clients.
+//! - `missing_memory`: why guest memory is not known.
 //! - [`migration_claim`]: operations of a migration.
 //! - [`saved_state`]: saving and restoring.
 
@@ -26,6 +27,7 @@ mod front_end;
 pub mod guest_errors;
 pub mod hinting;
 pub mod migration_claim;
+mod missing_memory;
 mod notify;
 mod pending_request;
 pub mod pfn;
@@ -41,6 +43,7 @@ mod tests;
 pub use connection::NotifyConfigChange;
 pub use control::BalloonError;
 pub use hinting::Retired;
+pub use missing_memory::MissingMemory;
 pub use request::MAX_QUEUE_SIZE;
 pub use status::{phase_name, QueueStatus, StatsReport, VirtioStatus};
 

@@ -34,6 +34,8 @@ pub struct VirtioStatus {
     pub is_connected: bool,
     /// Whether the driver's queues are running.
     pub is_running: bool,
+    /// Whether the front end has shared guest memory.
+    pub is_memory_shared: bool,
     /// The features that the device offers.
     pub offered_features: Features,
     /// The features that the driver accepted; `None` before it has accepted any.

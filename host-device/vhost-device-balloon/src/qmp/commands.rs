@@ -192,9 +192,17 @@ pub(super) fn query_virtio_status(
         (true, false) => "no-driver",
         (true, true) => "running",
     };
+    // A paused guest has a driver whose queues are stopped.
+    let driver = match (status.negotiated_features, status.is_running) {
+        (None, _) => "none",
+        (Some(_), false) => "stopped",
+        (Some(_), true) => "running",
+    };
     Ok(json!({
         "connected": status.is_connected,
         "status": state,
+        "driver": driver,
+        "memory-shared": status.is_memory_shared,
         "offered-features": names(status.offered_features),
         "negotiated-features": names(status.negotiated_features.unwrap_or_default()),
         "poison-val": status.poison_val,

@@ -12,6 +12,7 @@ use guest_migration::dirty_tracking::{PunchedPages, TrackingError};
 use guest_migration::Memory;
 
 use super::hinting::HintingError;
+use super::missing_memory::MissingMemory;
 use crate::memory::{Ram, RamLayoutError};
 
 /// An event that invalidates a migration's claim.
@@ -42,9 +43,9 @@ pub enum ClaimError {
     /// The front end shared different guest memory while the claim was prepared.
     #[error("front end changed guest memory while the migration started: try again")]
     MemoryChanged,
-    /// No front end has shared guest memory.
-    #[error("no front end has shared guest memory: start the VMM with this device's socket first")]
-    NoMemory,
+    /// Guest memory is not known.
+    #[error(transparent)]
+    NoMemory(#[from] MissingMemory),
     /// Guest memory cannot be migrated: for example, it is not in files.
     #[error("guest memory cannot be migrated: {0}")]
     Memory(#[from] RamLayoutError),

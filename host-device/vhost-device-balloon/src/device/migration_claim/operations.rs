@@ -44,9 +44,7 @@ impl Device {
         if self.claim.is_some() {
             return Err(ClaimError::AlreadyClaimed);
         }
-        if self.ram.size() == 0 {
-            return Err(ClaimError::NoMemory);
-        }
+        self.ram_bytes()?;
         Ok(self.ram())
     }
 

@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
 use super::{Guest, ALL, FREE, LENGTH, SECOND, SECOND_LENGTH, START};
 use crate::device::hinting::HintingError;
-use crate::device::{BalloonError, Device};
+use crate::device::{BalloonError, Device, MissingMemory};
 use crate::relay::ConfigNotifier;
 
 #[test]
@@ -294,5 +294,8 @@ fn hinting_needs_a_driver_that_accepted_it() {
         guest.device.start_hinting(),
         Err(HintingError::NoFrontEnd)
     ));
-    assert_eq!(guest.device.set_target(1), Err(BalloonError::NoMemory));
+    assert_eq!(
+        guest.device.set_target(1),
+        Err(BalloonError::NoMemory(MissingMemory::NoFrontEnd))
+    );
 }
