@@ -602,3 +602,109 @@ fn r16_a_daemon_that_is_told_to_end_gives_up_and_the_guest_has_its_pages() {
     assert_eq!(fixture.vmm_qmp.commands(), [""; 0]);
     assert!(here.path().read_dir().unwrap().next().is_none());
 }
+
+#[test]
+fn parameters_of_one_migration_are_not_those_of_the_next() {
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
+    let guest = Guest::start(vmm, false);
+    set(
+        &mut qmp,
+        &json!({ "free-page-hint-wait": 0, "max-rounds": 7 }),
+    );
+    let before = qmp.run("query-migrate-parameters");
+    let capabilities = qmp.run("query-migrate-capabilities");
+
+    // A file has one channel, so this migration fails.
+    let mut wrong = fixture.arguments();
+    wrong["uri"] = json!(format!("file:{}", fixture.memory_file().display()));
+    wrong["parameters"] = json!({ "multifd-channels": 4, "verify": true });
+    ok(&mut qmp, "migrate", &wrong);
+    until(&mut qmp, "failed");
+    assert_eq!(qmp.run("query-migrate-parameters"), before);
+    // The same command without the parameters succeeds.
+    wrong.as_object_mut().unwrap().remove("parameters");
+    ok(&mut qmp, "migrate", &wrong);
+    until(&mut qmp, "completed");
+    qmp.run("cont");
+
+    // A capability of one migration.
+    let receiving = fixture.receive();
+    let mut waits = fixture.arguments();
+    let states = json!([{ "capability": "pause-before-switchover", "state": true }]);
+    waits["capabilities"] = states;
+    ok(&mut qmp, "migrate", &waits);
+    until(&mut qmp, "pre-switchover");
+    assert_eq!(qmp.run("query-migrate-capabilities"), capabilities);
+    qmp.run("migrate-cancel");
+    until(&mut qmp, "cancelled");
+    assert!(receiving.join().unwrap().is_err());
+
+    for (key, value, word) in [
+        ("parameters", json!({ "wings": 2 }), "'wings' is unknown"),
+        (
+            "parameters",
+            json!({ "max-rounds": 0 }),
+            "'max-rounds' expects",
+        ),
+        (
+            "capabilities",
+            json!([{ "capability": "xbzrle", "state": true }]),
+            "'xbzrle' is unknown",
+        ),
+        (
+            "capabilities",
+            json!([{ "capability": "postcopy-ram", "state": true }]),
+            "postcopy-ram",
+        ),
+    ] {
+        let mut arguments = fixture.arguments();
+        arguments[key] = value;
+        let (_, why) = qmp.fail("migrate", &arguments);
+        assert!(why.contains(word), "{why}");
+    }
+    assert_eq!(qmp.run("query-migrate-parameters"), before);
+    let _vmm = guest.end();
+    server.stop();
+}
+
+/// Each state has its own message and its own cure.
+#[test]
+fn a_front_end_without_shared_memory_is_told_from_none() {
+    let fixture = Fixture::new();
+    let (server, mut qmp) = server(DISCARD);
+    let check = |qmp: &mut QmpClient, words: &str, driver: &str, shared: bool| {
+        for (command, arguments) in [
+            ("migrate", fixture.arguments()),
+            ("balloon", json!({ "value": 1 << 20 })),
+            ("query-balloon", json!({})),
+        ] {
+            let answer = qmp.execute(command, &arguments);
+            let why = answer["error"]["desc"].as_str().unwrap_or_default();
+            assert!(why.contains(words), "{command}: {answer}");
+        }
+        let status = qmp.run("query-virtio-status");
+        assert_eq!(status["driver"], driver, "{status}");
+        assert_eq!(status["memory-shared"], shared, "{status}");
+    };
+    check(&mut qmp, "none is connected", "none", false);
+    let mut vmm = Vmm::connect(&server.socket());
+    qmp.event("FRONTEND_CONNECTED", &json!({}));
+    check(&mut qmp, "no driver has started", "none", false);
+    vmm.accept_features(HINT);
+    check(&mut qmp, "share=on", "stopped", false);
+    vmm.start_driver(HINT);
+    qmp.until_running();
+    let status = qmp.run("query-virtio-status");
+    assert_eq!(status["driver"], "running", "{status}");
+    assert_eq!(status["memory-shared"], true, "{status}");
+    // A paused guest: the front end stops the queues.
+    vmm.stop_driver();
+    let status = qmp.run("query-virtio-status");
+    assert_eq!(
+        (&status["status"], &status["driver"]),
+        (&json!("no-driver"), &json!("stopped"))
+    );
+    server.stop();
+}

@@ -28,7 +28,7 @@ use guest_migration::status::{MigrationInfo, MigrationStatus};
 use guest_migration::stream::{Address, AddressError};
 use guest_migration::vm::VmError;
 use guest_migration::CancelToken;
-use serde_json::json;
+use serde_json::{json, Map, Value};
 use thiserror::Error;
 use tracing::info;
 
@@ -39,7 +39,7 @@ use crate::sync::lock;
 use failure::{effective_status, on_invalidated, FailureReason};
 use hint_source::ClaimGuard;
 use job::{Job, PausedVm};
-use parameters::{MigrationCapabilities, MigrationParameters};
+use parameters::{MigrationCapabilities, MigrationParameters, ParameterError};
 
 /// How long the program waits at its end for the driver to read that it may free its hinted blocks.
 const CMD_ID_READ_TIMEOUT: Duration = Duration::from_millis(500);
@@ -53,6 +53,9 @@ pub enum MigrateError {
     /// The address of the destination is invalid.
     #[error(transparent)]
     Address(#[from] AddressError),
+    /// A parameter or capability of this migration is invalid.
+    #[error(transparent)]
+    Parameter(#[from] ParameterError),
     /// See [`ClaimError`].
     #[error(transparent)]
     Claim(#[from] ClaimError),
@@ -79,13 +82,18 @@ pub enum MigrateError {
     NotWaiting(MigrationStatus),
 }
 
-/// Arguments of `migrate`: the destination, and how to pause the guest.
+/// Arguments of `migrate`: the destination, how to pause the guest, and what differs from the parameters and
+/// capabilities that QMP clients have set.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct MigrateRequest {
     /// Address of the destination, as QEMU writes it.
     pub uri: String,
     /// The VMM's QMP socket. Without it, the processes that map guest memory are stopped.
     pub vmm_qmp: Option<PathBuf>,
+    /// Parameters of this migration only.
+    pub parameters: Map<String, Value>,
+    /// Capabilities of this migration only.
+    pub capabilities: Vec<(String, bool)>,
 }
 
 /// Starts and controls the migrations of a device.
@@ -151,7 +159,7 @@ impl MigrationManager {
         lock(&self.state).capabilities
     }
 
-    /// Changes the parameters and capabilities of the next migration. A migration in progress keeps its own.
+    /// Changes the parameters and capabilities of the next migrations. A migration in progress keeps its own.
     pub fn set<T>(
         &self,
         change: impl FnOnce(&mut MigrationParameters, &mut MigrationCapabilities) -> T,
@@ -188,13 +196,15 @@ impl MigrationManager {
         }
         let by_vmm = request.vmm_qmp.is_some();
         let address: Address = request.uri.parse()?;
-        if state.capabilities.postcopy_ram {
-            return Err(MigrateError::Refused(
-                match state.parameters.free_page_hint {
-                    true => PrecopyError::PostcopyWithHints,
-                    false => PrecopyError::Postcopy,
-                },
-            ));
+        let (mut parameters, mut capabilities) = (state.parameters.clone(), state.capabilities);
+        parameters.set(&request.parameters)?;
+        let states = request.capabilities.iter();
+        capabilities.set(states.map(|(name, state)| (name.as_str(), *state)))?;
+        if capabilities.postcopy_ram {
+            return Err(MigrateError::Refused(match parameters.free_page_hint {
+                true => PrecopyError::PostcopyWithHints,
+                false => PrecopyError::Postcopy,
+            }));
         }
         let (cancel, failure) = (CancelToken::default(), FailureReason::default());
         let vm = PausedVm::default();
@@ -206,8 +216,8 @@ impl MigrationManager {
             config: setup::MigrationConfig {
                 address,
                 vmm_qmp: request.vmm_qmp,
-                parameters: state.parameters.clone(),
-                capabilities: state.capabilities,
+                parameters,
+                capabilities,
             },
             claimed_device: setup::ClaimedDevice {
                 claim,

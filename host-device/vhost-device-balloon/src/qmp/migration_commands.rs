@@ -25,6 +25,14 @@ pub const COMMANDS: [(&str, CommandHandler); 10] = [
     ("cont", cont),
 ];
 
+/// The state of a capability.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CapabilityState {
+    capability: String,
+    state: bool,
+}
+
 fn migrate(context: &CommandContext, arguments: Option<&Value>) -> Result<Value, CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -32,14 +40,23 @@ fn migrate(context: &CommandContext, arguments: Option<&Value>) -> Result<Value,
         uri: String,
         #[serde(default)]
         vmm_qmp: Option<PathBuf>,
+        /// For this migration only.
+        #[serde(default)]
+        parameters: Map<String, Value>,
+        /// For this migration only.
+        #[serde(default)]
+        capabilities: Vec<CapabilityState>,
         /// Ignored, as in QEMU.
         #[serde(default, rename = "detach")]
         _detach: bool,
     }
     let arguments: Arguments = parse(arguments)?;
+    let capabilities = arguments.capabilities.into_iter();
     context.migration_manager.start(MigrateRequest {
         uri: arguments.uri,
         vmm_qmp: arguments.vmm_qmp,
+        parameters: arguments.parameters,
+        capabilities: capabilities.map(|it| (it.capability, it.state)).collect(),
     })?;
     Ok(json!({}))
 }
@@ -97,14 +114,8 @@ fn set_capabilities(
 ) -> Result<Value, CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
-    struct State {
-        capability: String,
-        state: bool,
-    }
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
     struct Arguments {
-        capabilities: Vec<State>,
+        capabilities: Vec<CapabilityState>,
     }
     let Arguments { capabilities } = parse(arguments)?;
     let states = capabilities

@@ -400,6 +400,14 @@ impl Vmm {
             .unwrap();
     }
 
+    /// Accepts `features`, as a driver does before it starts. Shares no memory.
+    pub fn accept_features(&mut self, features: Features) {
+        let ring = VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.frontend.set_features(features.bits() | ring).unwrap();
+        // The device has seen the features once it answers.
+        self.cmd_id();
+    }
+
     /// Starts a driver that has accepted `features`.
     pub fn start_driver(&mut self, features: Features) {
         self.features = features;
