@@ -29,7 +29,7 @@ Exit status:
   2  The command line is wrong.
   3  The connection to a QMP socket failed or was lost.
   4  The command was cancelled by Ctrl-C (SIGINT), SIGTERM or SIGHUP.
-  5  The command exceeded its time limit.
+  5  The command exceeded its time limit, or a QMP server did not answer within --timeout.
   6  The received memory is incomplete. The incomplete marker remains beside the memory file.
   7  A step could not be undone, or the state of the destination is unknown. The message says what to check.";
 
@@ -37,6 +37,7 @@ const MIGRATE_EXAMPLES: &str = "\
 Start the receiver first (balloonctl receive), unless the address is a file.
 Without --vmm-qmp, the processes that map guest memory are stopped for the last iteration.
 Ctrl-C cancels the migration: the guest continues to run and gets its hinted pages back. A second Ctrl-C exits at once.
+Options of this command apply to this migration only. The daemon keeps what migrate-set-parameters has set over QMP.
 
 Examples:
   balloonctl migrate --to unix:/tmp/ram.sock --vmm-qmp /tmp/source.qmp
@@ -60,7 +61,7 @@ The daemon sends memory while the guest runs. When the rest fits the downtime, t
 paused, and the daemon sends the rest. QEMU migrates the state of its devices. The balloon is plugged in at the
 destination, and the guest resumes there. --dry-run prints every step with its command.
 If a step fails before the guest runs at the destination, or at Ctrl-C, the guest continues at the source with its
-balloon.
+balloon. A second process does the same if this one is killed.
 
 Both QEMUs need the same machine and memory in a shared file. The destination needs an empty slot for the balloon:
   -object memory-backend-file,id=mem,size=2G,mem-path=FILE,share=on -machine q35,memory-backend=mem
@@ -88,6 +89,11 @@ pub struct Args {
     /// Path of the QMP socket of the daemon (its --qmp-socket).
     #[arg(long, global = true, env = "BALLOONCTL_QMP", value_name = "PATH")]
     pub qmp: Option<PathBuf>,
+
+    /// Timeout for connecting to a QMP socket, and for each answer, in seconds.
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 30,
+        value_parser = clap::value_parser!(u64).range(1..))]
+    pub timeout: u64,
 
     /// Print the result as one JSON value, and a failure as {"error": {"exit-status": N, "desc": "..."}}.
     #[arg(long, global = true)]
@@ -125,7 +131,7 @@ pub enum Command {
 #[derive(Clone, Debug, ClapArgs)]
 #[command(after_help = "Examples:\n  balloonctl target 2G\n  balloonctl target 768M --wait 30")]
 pub struct Target {
-    /// Memory that the guest keeps: 2G, 1.5G, 512M, or a number of bytes.
+    /// Memory that the guest keeps: 2G, 1.5G, 512M, or a number of bytes from 1048576. Units are powers of 1024.
     #[arg(value_name = "SIZE", value_parser = size::parse)]
     pub memory: u64,
 
@@ -167,30 +173,31 @@ pub enum Compression {
     Zstd,
 }
 
-/// How memory is sent; a value that is not given stays as the daemon has it.
+/// How memory is sent by this migration; a value that is not given is that of the daemon.
 #[derive(Clone, Debug, Default, ClapArgs)]
 pub struct MigrationParameters {
-    /// Limit of the bandwidth, in bytes per second: 100M, 1G. 0 means no limit.
+    /// Limit of the bandwidth, in bytes per second: 100M, 1G. 0 means no limit, as the daemon has it by default.
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub max_bandwidth: Option<u64>,
 
-    /// How long the guest may be paused for the last iteration, in milliseconds.
+    /// How long the guest may be paused for the last iteration, in milliseconds. Default of the daemon: 300.
     #[arg(long, value_name = "MS")]
     pub downtime_limit: Option<u64>,
 
-    /// Number of connections to the receiver.
+    /// Number of connections to the receiver, from 1 to 64. Default of the daemon: 1.
     #[arg(long, value_name = "N")]
     pub channels: Option<u8>,
 
-    /// Compression of pages.
+    /// Compression of pages. Default of the daemon: none.
     #[arg(long, value_name = "HOW")]
     pub compress: Option<Compression>,
 
-    /// Compression level of zstd, from 1 to 20.
+    /// Compression level of zstd, from 1 to 20. Default of the daemon: 1.
     #[arg(long, value_name = "LEVEL")]
     pub zstd_level: Option<u8>,
 
-    /// Maximum number of iterations. The guest is then paused, however much memory remains.
+    /// Maximum number of iterations. The guest is then paused, however much memory remains. Default of the
+    /// daemon: 10.
     #[arg(long, value_name = "N")]
     pub max_rounds: Option<u32>,
 
@@ -198,11 +205,12 @@ pub struct MigrationParameters {
     #[arg(long)]
     pub no_hints: bool,
 
-    /// How long the migration waits for hints, in total over all iterations, in milliseconds.
+    /// How long the migration waits for hints, in total over all iterations, in milliseconds. Default of the daemon:
+    /// 2000.
     #[arg(long, value_name = "MS")]
     pub hint_wait: Option<u64>,
 
-    /// How writes of the guest are tracked.
+    /// How writes of the guest are tracked. Default of the daemon: auto.
     #[arg(long, value_name = "HOW")]
     pub tracking: Option<Tracking>,
 
@@ -279,6 +287,8 @@ pub struct MigrateVm {
     pub device_state: Option<PathBuf>,
 
     /// Shell command that starts the destination daemon, run after the device state is written. Default: none.
+    ///
+    /// If it fails, the end of its standard error is shown. Redirect the output of the daemon to a file to keep it.
     #[arg(long, value_name = "COMMAND")]
     pub device_command: Option<String>,
 

@@ -41,6 +41,7 @@ impl CommandError {
     #[must_use]
     pub fn exit_status(&self) -> u8 {
         match self {
+            Self::Qmp(qmp_client::Error::Timeout { .. }) => 5,
             Self::Qmp(error) if error.is_fatal() => 3,
             Self::Qmp(_) | Self::Failed(_) | Self::Io(..) => 1,
             Self::Usage(_) => 2,
@@ -60,6 +61,31 @@ impl CommandError {
             text = format!("{text}: {error}");
             cause = error.source();
         }
-        text
+        match self {
+            Self::Qmp(error) => format!("{text}{}", advice(error)),
+            _ => text,
+        }
+    }
+}
+
+/// Returns what to do about an error of a QMP connection, to be appended to its message.
+fn advice(error: &qmp_client::Error) -> &'static str {
+    use qmp_client::{Error, LineError};
+    match error {
+        Error::Connect { source, .. } => match source.kind() {
+            io::ErrorKind::NotFound => ": start its program, or correct the path",
+            io::ErrorKind::ConnectionRefused => ": its program has ended; start it again",
+            io::ErrorKind::PermissionDenied => ": run as the user of its program",
+            _ => "",
+        },
+        Error::NoGreeting { .. } => "; --timeout sets another limit",
+        Error::Timeout { .. } => {
+            ": check that its program is not stopped; --timeout sets another limit"
+        }
+        Error::Line(LineError::Closed { .. }) => ": its log says why",
+        Error::Line(_) | Error::NotQmp { .. } | Error::UnexpectedResponse { .. } => {
+            ": check that the path is that of the right program"
+        }
+        Error::Refused { .. } => "",
     }
 }

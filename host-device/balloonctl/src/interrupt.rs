@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::thread;
 
+use guest_migration::signals::is_ignored;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -15,7 +16,8 @@ use signal_hook::iterator::Signals;
 pub struct Interrupts(Arc<AtomicU32>);
 
 impl Interrupts {
-    /// Counts SIGINT, SIGTERM and SIGHUP from now on. These signals no longer end the process.
+    /// Counts SIGINT, SIGTERM and SIGHUP from now on. These signals no longer end the process. Under `nohup`, SIGHUP
+    /// remains ignored.
     ///
     /// # Errors
     ///
@@ -23,7 +25,8 @@ impl Interrupts {
     pub fn from_signals() -> io::Result<Self> {
         let interrupts = Self::default();
         let counter = interrupts.clone();
-        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);
+        let mut signals = Signals::new([SIGINT, SIGTERM].into_iter().chain(hangup))?;
         thread::spawn(move || {
             for _ in signals.forever() {
                 counter.add();

@@ -14,9 +14,13 @@ pub mod interrupt;
 pub mod migrate_vm;
 mod migration_parameters;
 pub mod output;
+mod paths;
 pub mod size;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use args::{Args, Command};
 use error::CommandError;
@@ -24,26 +28,53 @@ use interrupt::Interrupts;
 use output::Output;
 use qmp_client::Client;
 
+/// How long the user waits for a connection before a message says what this program waits for.
+const SILENCE: Duration = Duration::from_secs(2);
+
 /// Executes the command on the command line.
 ///
 /// # Errors
 ///
 /// See [`CommandError`].
 pub fn run(args: Args, output: &mut Output) -> Result<(), CommandError> {
-    let Args { qmp, command, .. } = args;
+    let Args {
+        qmp,
+        command,
+        timeout,
+        ..
+    } = args;
+    let timeout = Duration::from_secs(timeout);
+    // Signals are counted once the connection exists: before, they end this program.
     match command {
         Command::Receive(options) => commands::receive::run(&options, &handle_signals()?, output),
-        Command::Status => commands::status::run(&mut connect(qmp)?, output),
-        Command::Target(options) => commands::target::run(&mut connect(qmp)?, &options, output),
-        Command::Hint(what) => commands::hint::run(&mut connect(qmp)?, what, output),
-        Command::Migrate(options) => {
-            let interrupts = handle_signals()?;
-            commands::migrate::run(&mut connect(qmp)?, &options, &interrupts, output)
+        Command::Status => commands::status::run(&mut daemon(qmp, timeout)?, output),
+        Command::Target(options) => {
+            let mut daemon = daemon(qmp, timeout)?;
+            commands::target::run(&mut daemon, &options, &handle_signals()?, output)
         }
-        Command::MigrateCancel => commands::migrate::cancel(&mut connect(qmp)?, output),
+        Command::Hint(what) => commands::hint::run(&mut daemon(qmp, timeout)?, what, output),
+        Command::Migrate(options) => {
+            let mut daemon = daemon(qmp, timeout)?;
+            commands::migrate::run(&mut daemon, &options, &handle_signals()?, output)
+        }
+        Command::MigrateCancel => {
+            let mut daemon = daemon(qmp, timeout)?;
+            commands::migrate::cancel(&mut daemon, &handle_signals()?, output)
+        }
         Command::MigrateVm(options) => {
+            let sockets = migrate_vm::Sockets {
+                source: options.source_qmp.clone(),
+                destination: options.destination_qmp.clone(),
+                daemon: daemon_socket(qmp)?,
+                timeout,
+            };
+            let connections = migrate_vm::Connections {
+                source: connect(&sockets.source, timeout)?,
+                destination: connect(&sockets.destination, timeout)?,
+                daemon: connect(&sockets.daemon, timeout)?,
+            };
             let interrupts = handle_signals()?;
-            migrate_vm::run(connect(qmp)?, &options, &interrupts, output)
+            migrate_vm::run(connections, sockets, &options, &interrupts, output)
         }
     }
 }
@@ -53,11 +84,33 @@ fn handle_signals() -> Result<Interrupts, CommandError> {
         .map_err(|error| CommandError::Io("cannot install signal handlers".into(), error))
 }
 
-fn connect(qmp: Option<PathBuf>) -> Result<Client, CommandError> {
-    let path = qmp.ok_or_else(|| {
+fn daemon_socket(qmp: Option<PathBuf>) -> Result<PathBuf, CommandError> {
+    qmp.ok_or_else(|| {
         let text =
             "no QMP socket was given: set --qmp or BALLOONCTL_QMP to the path of the daemon's --qmp-socket";
         CommandError::Usage(text.into())
-    })?;
-    Ok(Client::connect(&path)?)
+    })
+}
+
+fn daemon(qmp: Option<PathBuf>, timeout: Duration) -> Result<Client, CommandError> {
+    connect(&daemon_socket(qmp)?, timeout)
+}
+
+/// Connects to a QMP server. Says so if the server is silent.
+fn connect(path: &Path, timeout: Duration) -> Result<Client, CommandError> {
+    let (connected, connecting) = channel::<()>();
+    let text = format!("waiting for {}, at most {timeout:?}", path.display());
+    let begun = Instant::now();
+    let waiting = thread::spawn(move || {
+        let end = connecting.recv_timeout(SILENCE);
+        // On a busy machine this thread may wake after the end of the wait.
+        if end == Err(RecvTimeoutError::Timeout) || begun.elapsed() >= SILENCE {
+            output::notice(&text);
+        }
+    });
+    let client = Client::connect_timeout(path, timeout);
+    drop(connected);
+    // It ends at once, and a panic of it is no reason to fail.
+    let _ = waiting.join();
+    Ok(client?)
 }

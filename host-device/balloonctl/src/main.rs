@@ -10,9 +10,14 @@ use std::process::ExitCode;
 use balloonctl::args::Args;
 use balloonctl::output::Output;
 use clap::Parser;
+use guest_migration::guard;
 use serde_json::json;
 
 fn main() -> ExitCode {
+    if guard::is_guard_process() {
+        return balloonctl::migrate_vm::rollback_service::run();
+    }
+    guard::enable();
     let args = Args::parse();
     let mut output = Output::new(args.json);
     match balloonctl::run(args, &mut output) {

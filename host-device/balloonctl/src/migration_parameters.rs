@@ -2,17 +2,35 @@
 
 //! The parameters and the capability of the daemon's migration.
 
-use serde_json::{Map, Value};
+use serde_json::{json, Map, Value};
 
 use crate::args::{Compression, MigrationParameters, Tracking};
 
 /// The capability of the daemon to wait before the last iteration.
 pub const PAUSE_BEFORE_SWITCHOVER: &str = "pause-before-switchover";
 
-/// Returns the arguments of `migrate-set-parameters`. The daemon keeps parameters from one migration to the next.
-/// Flags, which are options without a value, are therefore always included.
+/// Returns the arguments of `migrate`, which sends memory to `uri`. Options of the command line apply to this migration
+/// only, so they are a part of this command. `waits` states whether the migration waits before the last iteration.
 #[must_use]
-pub fn parameters(migration_parameters: &MigrationParameters) -> Map<String, Value> {
+pub fn migrate_arguments(
+    uri: &str,
+    migration_parameters: &MigrationParameters,
+    waits: bool,
+) -> Map<String, Value> {
+    let mut arguments = Map::new();
+    arguments.insert("uri".into(), uri.into());
+    let parameters = parameters(migration_parameters);
+    if !parameters.is_empty() {
+        arguments.insert("parameters".into(), parameters.into());
+    }
+    // Always given: a client may have set this capability, and `migrate` continues no migration that waits.
+    let waits = json!([{ "capability": PAUSE_BEFORE_SWITCHOVER, "state": waits }]);
+    arguments.insert("capabilities".into(), waits);
+    arguments
+}
+
+/// Returns the parameters that are given on the command line.
+fn parameters(migration_parameters: &MigrationParameters) -> Map<String, Value> {
     let compression = migration_parameters.compress.map(|how| match how {
         Compression::None => "none",
         Compression::Zstd => "zstd",
@@ -46,14 +64,14 @@ pub fn parameters(migration_parameters: &MigrationParameters) -> Map<String, Val
         ),
         (
             "free-page-hint",
-            Some((!migration_parameters.no_hints).into()),
+            migration_parameters.no_hints.then(|| false.into()),
         ),
         (
             "free-page-hint-wait",
             migration_parameters.hint_wait.map(Value::from),
         ),
         ("dirty-tracking", tracking.map(Value::from)),
-        ("verify", Some(migration_parameters.verify.into())),
+        ("verify", migration_parameters.verify.then(|| true.into())),
     ];
     let given = all
         .into_iter()
@@ -63,15 +81,19 @@ pub fn parameters(migration_parameters: &MigrationParameters) -> Map<String, Val
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
+    /// A migration starts from what a QMP client has set in the daemon, and only the options that are given differ.
     #[test]
-    fn what_is_given_is_set_and_what_is_not_is_as_at_first() {
+    fn only_what_is_given_is_passed() {
+        let waits = json!([{ "capability": "pause-before-switchover", "state": false }]);
         assert_eq!(
-            Value::from(parameters(&MigrationParameters::default())),
-            json!({ "free-page-hint": true, "verify": false })
+            Value::from(migrate_arguments(
+                "unix:/s",
+                &MigrationParameters::default(),
+                false
+            )),
+            json!({ "uri": "unix:/s", "capabilities": waits })
         );
         let migration_parameters = MigrationParameters {
             max_bandwidth: Some(1 << 20),
@@ -80,12 +102,14 @@ mod tests {
             no_hints: true,
             ..MigrationParameters::default()
         };
+        let arguments = migrate_arguments("unix:/s", &migration_parameters, true);
         assert_eq!(
-            Value::from(parameters(&migration_parameters)),
+            arguments["parameters"],
             json!({
                 "max-bandwidth": 1 << 20, "multifd-compression": "zstd", "dirty-tracking": "soft-dirty",
-                "free-page-hint": false, "verify": false,
+                "free-page-hint": false,
             })
         );
+        assert_eq!(arguments["capabilities"][0]["state"], true);
     }
 }

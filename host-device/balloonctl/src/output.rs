@@ -92,6 +92,11 @@ impl Output {
     }
 }
 
+/// Writes a line to standard error. For the few messages that come from another thread or another process.
+pub fn notice(line: &str) {
+    let _ = writeln!(stderr(), "balloonctl: {line}");
+}
+
 /// Returns a table. The first column is aligned to the left, the others to the right.
 #[must_use]
 pub fn table(rows: &[Vec<String>]) -> String {

@@ -11,16 +11,21 @@ const UNITS: [(&str, u64); 5] = [
     ("", 1),
 ];
 
-/// Returns the bytes of a size such as `2G`, `1.5G`, `512MiB` or `4096`. Suffixes are powers of 1024.
+/// The smallest number of bytes that needs no suffix. A smaller number may be meant in MiB, as in QEMU's `balloon 300`.
+const BARE_MIN: u64 = 1 << 20;
+
+/// Returns the bytes of a size such as `2G`, `1.5G`, `512MiB`, `300B` or `1073741824`. Suffixes are powers of 1024. A
+/// number without a suffix is a number of bytes: at least 1 MiB, or 0.
 ///
 /// # Errors
 ///
 /// A sentence that states the expected format.
 pub fn parse(text: &str) -> Result<u64, String> {
-    let wrong = || format!("'{text}' is not a size; examples: 2G, 1.5G, 512M, 4096");
+    let wrong = || format!("'{text}' is not a size; examples: 2G, 1.5G, 512M, 1073741824");
     let upper = text.trim().to_ascii_uppercase();
     let number = upper.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
     let suffix = upper.get(number.len()..).unwrap_or_default();
+    let is_bare = suffix.is_empty();
     let suffix = suffix.strip_suffix('B').unwrap_or(suffix);
     let suffix = suffix.strip_suffix('I').unwrap_or(suffix);
     let unit = UNITS.iter().find(|(name, _)| *name == suffix);
@@ -29,6 +34,11 @@ pub fn parse(text: &str) -> Result<u64, String> {
     let digits = |part: &str| part.bytes().all(|byte| byte.is_ascii_digit());
     if whole.is_empty() || !digits(whole) || !digits(fraction) || fraction.len() > 9 {
         return Err(wrong());
+    }
+    if *unit == 1 && !fraction.is_empty() {
+        return Err(format!(
+            "'{text}' has no unit: write {number}G or {number}M"
+        ));
     }
     let too_large = || format!("'{text}' exceeds 2^64 bytes");
     let whole: u64 = whole.parse().map_err(|_| too_large())?;
@@ -46,7 +56,13 @@ pub fn parse(text: &str) -> Result<u64, String> {
     let part = part
         .and_then(|bytes| u64::try_from(bytes).ok())
         .ok_or_else(wrong)?;
-    whole.checked_add(part).ok_or_else(too_large)
+    let bytes = whole.checked_add(part).ok_or_else(too_large)?;
+    if is_bare && (1..BARE_MIN).contains(&bytes) {
+        return Err(format!(
+            "'{text}' has no unit: write {text}M for MiB, or {text}B for bytes"
+        ));
+    }
+    Ok(bytes)
 }
 
 /// Returns a size with about three digits and a suffix: `1.50 GiB`.
@@ -75,7 +91,9 @@ mod tests {
     #[test]
     fn sizes_are_read() {
         for (text, bytes) in [
-            ("4096", 4096),
+            ("4096B", 4096),
+            ("1048576", 1 << 20),
+            ("1073741824", 1 << 30),
             ("2G", 2 << 30),
             ("2g", 2 << 30),
             ("1.5G", 3 << 29),
@@ -98,8 +116,21 @@ mod tests {
             ".5G",
             "99999999T",
             "1.0000000001G",
+            "1.5",
+            "1.5B",
         ] {
             assert!(parse(text).is_err(), "{text}");
+        }
+    }
+
+    /// QEMU's human monitor takes MiB, and QMP takes bytes.
+    #[test]
+    fn a_small_number_without_a_unit_is_refused_and_the_choice_is_named() {
+        for text in ["1", "300", "4096", "1048575"] {
+            let error = parse(text).unwrap_err();
+            let expected =
+                format!("'{text}' has no unit: write {text}M for MiB, or {text}B for bytes");
+            assert_eq!(error, expected);
         }
     }
 

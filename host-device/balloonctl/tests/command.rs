@@ -250,3 +250,173 @@ fn what_is_cut_short_keeps_its_mark() {
     assert_eq!(child.finish().status.code(), Some(4));
     assert!(Destination::marker(&folder.path().join("memory")).exists());
 }
+
+#[test]
+fn an_ambiguous_size_is_refused_before_anything_is_sent() {
+    for arguments in [
+        &["target", "300"][..],
+        &["migrate", "--to", "unix:/s", "--max-bandwidth", "100"],
+    ] {
+        let refused = run(&[&["--qmp", "/nonexistent"], arguments].concat());
+        assert_eq!(refused.status.code(), Some(2));
+        let text = text(&refused.stderr);
+        assert!(
+            text.contains("has no unit: write") && text.contains("M for MiB"),
+            "{text}"
+        );
+    }
+}
+
+/// Options of one `migrate` are not those of the next one: nothing is set in the daemon.
+#[test]
+fn options_of_a_migration_are_passed_with_it_and_paths_are_absolute() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("qmp");
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let arguments = seen.clone();
+    let journal = daemon(&socket, move |name, value| {
+        if name == "migrate" {
+            arguments.lock().unwrap().push(value.clone());
+        }
+        Ok(json!({ "status": "completed" }))
+    });
+    let qmp = socket.to_str().unwrap();
+    let migrate = |options: &[&str]| {
+        let arguments = [&["--qmp", qmp, "migrate"], options].concat();
+        let done = balloonctl(&arguments)
+            .current_dir(folder.path())
+            .output()
+            .unwrap();
+        assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
+    };
+    let first = [
+        "--to",
+        "file:ram",
+        "--vmm-qmp",
+        "vm/qmp",
+        "--channels",
+        "4",
+        "--no-hints",
+    ];
+    migrate(&first);
+    migrate(&["--to", "unix:sub/s"]);
+    let here = folder.path().canonicalize().unwrap();
+    let waits = json!([{ "capability": "pause-before-switchover", "state": false }]);
+    let expected = [
+        json!({
+            "uri": format!("file:{}", here.join("ram").display()), "vmm-qmp": here.join("vm/qmp"),
+            "parameters": { "multifd-channels": 4, "free-page-hint": false }, "capabilities": waits,
+        }),
+        json!({ "uri": format!("unix:{}", here.join("sub/s").display()), "capabilities": waits }),
+    ];
+    assert_eq!(*seen.lock().unwrap(), expected);
+    let journal = journal.lock().unwrap();
+    assert!(
+        journal.iter().all(|name| !name.starts_with("migrate-set")),
+        "{journal:?}"
+    );
+}
+
+#[test]
+fn hints_end_only_where_there_is_a_guest() {
+    for (status, exit, words) in [
+        ("no-front-end", 1, "no VMM is connected"),
+        ("no-driver", 0, "once its driver runs"),
+        ("running", 0, "hint round"),
+    ] {
+        for what in ["done", "stop"] {
+            let folder = tempfile::tempdir().unwrap();
+            let socket = folder.path().join("qmp");
+            let journal = daemon(&socket, move |_, _| Ok(json!({ "status": status })));
+            let done = run(&["--qmp", socket.to_str().unwrap(), "hint", what]);
+            let said = format!("{}{}", text(&done.stdout), text(&done.stderr));
+            assert_eq!(done.status.code(), Some(exit), "{said}");
+            assert!(said.contains(words), "{said}");
+            let sent = journal
+                .lock()
+                .unwrap()
+                .iter()
+                .any(|it| it.starts_with("free-page-hint"));
+            assert_eq!(sent, exit == 0, "{status}");
+        }
+    }
+}
+
+/// One server accepts and says nothing, one does not accept.
+#[test]
+fn a_silent_socket_is_waited_for_with_a_limit_and_a_message() {
+    for accepts in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("qmp");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let mut waiting = Vec::new();
+        if !accepts {
+            rustix::net::listen(&listener, 0).unwrap();
+            waiting.push(std::os::unix::net::UnixStream::connect(&socket).unwrap());
+        }
+        let qmp = socket.to_str().unwrap();
+        let silent = run(&["--qmp", qmp, "--timeout", "3", "status"]);
+        let said = text(&silent.stderr);
+        assert_eq!(silent.status.code(), Some(3), "{said}");
+        assert!(said.contains("within 3s"), "{said}");
+        assert!(
+            said.contains(&format!("waiting for {qmp}, at most 3s")),
+            "{said}"
+        );
+    }
+    assert_eq!(run(&["status", "--timeout", "0"]).status.code(), Some(2));
+}
+
+#[test]
+fn a_daemon_that_stops_answering_is_a_timeout() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("qmp");
+    let listener = UnixListener::bind(&socket).unwrap();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let _ = writeln!(stream, "{}", json!({ "QMP": {} }));
+        for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+            let command: Value = serde_json::from_str(&line.unwrap()).unwrap();
+            if command["execute"] == "qmp_capabilities" {
+                let _ = writeln!(stream, "{}", json!({ "return": {}, "id": command["id"] }));
+            }
+        }
+    });
+    let late = run(&[
+        "--qmp",
+        socket.to_str().unwrap(),
+        "--timeout",
+        "3",
+        "status",
+    ]);
+    let said = text(&late.stderr);
+    assert_eq!(late.status.code(), Some(5), "{said}");
+    assert!(
+        said.contains("did not answer query-balloon within 3s") && said.contains("--timeout"),
+        "{said}"
+    );
+}
+
+#[test]
+fn ctrl_c_ends_the_wait_for_a_target() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("qmp");
+    let journal = daemon(&socket, |_, _| Ok(json!({ "actual": 2u64 << 30 })));
+    let child = Running::start(&[
+        "--qmp",
+        socket.to_str().unwrap(),
+        "target",
+        "1G",
+        "--wait",
+        "600",
+    ]);
+    let asked = |count| {
+        let journal = journal.lock().unwrap();
+        journal.iter().filter(|it| *it == "query-balloon").count() >= count
+    };
+    wait_until("it never looked", || asked(2));
+    child.interrupt();
+    let ended = child.finish();
+    assert_eq!(ended.status.code(), Some(4), "{}", text(&ended.stderr));
+    assert!(text(&ended.stderr).contains("remains set"));
+}

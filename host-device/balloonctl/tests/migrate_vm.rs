@@ -5,9 +5,11 @@
 mod common;
 
 use balloonctl::error::CommandError;
-use balloonctl::migrate_vm::{execute, plan, preflight, MigrationSummary, Peer, Step};
+use balloonctl::migrate_vm::{
+    execute, plan, preflight, MigrationSummary, Peer, RollbackGuard, Step,
+};
 use balloonctl::output::Output;
-use common::{fake, Fake, Fault, SOURCE_SOCKET};
+use common::{check_source_is_whole, fake, Fake, Fault};
 use serde_json::{json, Value};
 
 const VM_STATE: &str = "file:/run/vm-state";
@@ -26,27 +28,10 @@ fn migrate(fake: &mut Fake, vm_state: &str) -> Result<MigrationSummary, CommandE
         &mut fake.connections,
         &seen,
         &steps,
+        RollbackGuard::default(),
         &interrupts,
         &mut output,
     )
-}
-
-/// Checks that the guest runs at the source with its balloon, as before.
-fn check_source_is_whole(fake: &Fake, what: &str) {
-    let state = fake.state();
-    let source = &state.source;
-    assert_eq!(source.status, "running", "{what}");
-    assert!(source.devices.contains("balloon0"), "{what}: {source:?}");
-    let chardev = ("balloon".to_owned(), format!("unix:{SOURCE_SOCKET}"));
-    assert_eq!(source.chardevs, [chardev], "{what}");
-    assert!(!source.ignores_shared && !state.waits, "{what}");
-    assert_ne!(state.destination.status, "running", "{what}");
-    let over = ["none", "failed", "cancelled", "completed"];
-    assert!(over.contains(&state.memory), "{what}: {}", state.memory);
-    assert_eq!(
-        state.count(Peer::Destination, "cont"),
-        usize::from(what.contains("Destination, \"cont\""))
-    );
 }
 
 #[test]
@@ -65,9 +50,12 @@ fn a_guest_is_migrated_by_exactly_the_commands_of_the_plan() {
     assert_eq!(state.source.status, "postmigrate");
     assert_eq!(state.destination.status, "running");
     assert!(state.destination.devices.contains("balloon0"));
+    let waits = json!([{ "capability": "pause-before-switchover", "state": true }]);
     assert_eq!(
-        planned[3].1.arguments,
-        json!({ "max-bandwidth": 100 << 20, "free-page-hint": true, "verify": false })
+        planned[2].1.arguments,
+        json!({
+            "uri": "unix:/run/ram", "parameters": { "max-bandwidth": 100 << 20 }, "capabilities": waits,
+        })
     );
     let plugged = planned
         .iter()
@@ -129,7 +117,7 @@ fn whatever_is_refused_the_guest_goes_on_at_the_source() {
         check_source_is_whole(&fake, &what);
         seen += 1;
     }
-    assert_eq!(seen, 13);
+    assert_eq!(seen, 11);
 }
 
 #[test]
@@ -156,6 +144,17 @@ fn whatever_fails_on_the_way_the_guest_goes_on_at_the_source() {
         assert!(error.full_message().contains(words), "{what}");
         check_source_is_whole(&fake, &what);
     }
+}
+
+/// What the operator has set in a QEMU stays set.
+#[test]
+fn a_capability_that_was_set_before_is_not_reset() {
+    let mut fake = fake(Some(Fault::VmState(Peer::Source)), &[]);
+    fake.state().source.ignores_shared = true;
+    migrate(&mut fake, VM_STATE).unwrap_err();
+    let state = fake.state();
+    assert!(state.source.ignores_shared);
+    assert!(!state.destination.ignores_shared);
 }
 
 #[test]

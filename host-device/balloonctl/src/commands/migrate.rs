@@ -10,9 +10,9 @@ use super::progress;
 use crate::args::Migrate;
 use crate::error::CommandError;
 use crate::interrupt::Interrupts;
-use crate::migrate_vm::set_capability;
-use crate::migration_parameters::{parameters, PAUSE_BEFORE_SWITCHOVER};
+use crate::migration_parameters::migrate_arguments;
 use crate::output::Output;
+use crate::paths::{absolute, absolute_uri};
 
 /// Migrates memory, and shows the progress.
 pub fn run(
@@ -21,18 +21,12 @@ pub fn run(
     interrupts: &Interrupts,
     output: &mut Output,
 ) -> Result<(), CommandError> {
-    daemon.command(
-        "migrate-set-parameters",
-        parameters(&options.migration_parameters).into(),
-    )?;
-    // An earlier `migrate-vm` may have set this capability. Nothing here would continue a migration that waits.
-    let pause = set_capability(PAUSE_BEFORE_SWITCHOVER, false);
-    daemon.command(&pause.execute, pause.arguments)?;
-    let mut arguments = json!({ "uri": options.to });
-    if let (Some(path), Some(all)) = (&options.vmm_qmp, arguments.as_object_mut()) {
-        all.insert("vmm-qmp".into(), json!(path));
+    let uri = absolute_uri(&options.to)?;
+    let mut arguments = migrate_arguments(&uri, &options.migration_parameters, false);
+    if let Some(path) = &options.vmm_qmp {
+        arguments.insert("vmm-qmp".into(), json!(absolute(path)?));
     }
-    daemon.command("migrate", arguments)?;
+    daemon.command("migrate", arguments.into())?;
     if options.detach {
         let status: MigrationInfo = daemon.query("query-migrate")?;
         return output.print_result(
@@ -51,8 +45,12 @@ pub fn run(
 }
 
 /// Cancels the current migration.
-pub fn cancel(daemon: &mut Client, output: &mut Output) -> Result<(), CommandError> {
+pub fn cancel(
+    daemon: &mut Client,
+    interrupts: &Interrupts,
+    output: &mut Output,
+) -> Result<(), CommandError> {
     daemon.command("migrate-cancel", json!({}))?;
-    let status = progress::wait_for_migration(daemon, None, &Interrupts::default(), output)?;
+    let status = progress::wait_for_migration(daemon, None, interrupts, output)?;
     output.print_result(&status, &progress::line(&status))
 }

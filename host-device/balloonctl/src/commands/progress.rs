@@ -68,13 +68,19 @@ pub fn wait_for_migration(
 pub fn outcome(status: &MigrationInfo) -> Result<(), CommandError> {
     let why = status.error_desc.as_deref();
     let why = why.unwrap_or("daemon gave no reason");
+    // The guest may have been paused before, so only this much is known.
+    let guest = match (status.guest_paused, status.downtime) {
+        (true, _) => "the guest is still paused, resume it with 'cont' at its VMM",
+        (false, Some(_)) => "the guest was paused for it and is resumed",
+        (false, None) => "it has not paused the guest",
+    };
     match status.status {
         MigrationStatus::Completed => Ok(()),
-        MigrationStatus::Cancelled => Err(CommandError::Cancelled(
-            "migration was cancelled; the guest continues to run".into(),
-        )),
+        MigrationStatus::Cancelled => Err(CommandError::Cancelled(format!(
+            "migration was cancelled; {guest}"
+        ))),
         MigrationStatus::Failed => Err(CommandError::Failed(format!(
-            "migration failed, the guest continues to run: {why}"
+            "migration failed: {why}; {guest}"
         ))),
         other => Err(CommandError::Failed(format!(
             "migration is {}: {why}",
@@ -252,6 +258,26 @@ mod tests {
         );
         let failed = end(MigrationStatus::Failed, Some("receiver has disconnected")).unwrap_err();
         assert_eq!(failed.exit_status(), 1);
-        assert!(failed.to_string().ends_with("receiver has disconnected"));
+        assert_eq!(
+            failed.to_string(),
+            "migration failed: receiver has disconnected; it has not paused the guest"
+        );
+    }
+
+    #[test]
+    fn a_guest_that_does_not_run_is_not_said_to_run() {
+        let message = |guest_paused, downtime| {
+            let status = MigrationInfo {
+                status: MigrationStatus::Failed,
+                error_desc: Some("no space left".into()),
+                guest_paused,
+                downtime,
+                ..MigrationInfo::default()
+            };
+            outcome(&status).unwrap_err().to_string()
+        };
+        assert!(message(true, Some(7)).ends_with("still paused, resume it with 'cont' at its VMM"));
+        assert!(message(false, Some(7)).ends_with("paused for it and is resumed"));
+        assert!(message(false, None).ends_with("has not paused the guest"));
     }
 }

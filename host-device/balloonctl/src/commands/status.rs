@@ -66,7 +66,7 @@ pub fn run(daemon: &mut Client, output: &mut Output) -> Result<(), CommandError>
 fn describe(overview: &Overview) -> String {
     let virtio = &overview.virtio;
     fields(&[
-        ("device", virtio.show(|it| text(it, "status").to_owned())),
+        ("device", virtio.show(device)),
         ("features", virtio.show(features)),
         (
             "guest memory",
@@ -76,6 +76,22 @@ fn describe(overview: &Overview) -> String {
         ("hinting", overview.hinting.show(hint::line)),
         ("migration", overview.migration.show(migration)),
     ])
+}
+
+/// Returns the state of the device. The first word is that of the daemon, unless there is a better one.
+fn device(virtio: &Value) -> String {
+    let (status, driver) = (text(virtio, "status"), text(virtio, "driver"));
+    let shared = virtio.get("memory-shared") != Some(&Value::Bool(false));
+    match (status, driver) {
+        ("no-front-end", _) => "no-front-end: start the VMM with the daemon's socket",
+        ("no-driver", "none") => "no-driver: load the driver in the guest",
+        ("no-driver", "stopped" | "running") if !shared => {
+            "no-shared-memory: start the VMM with shared memory (QEMU: share=on)"
+        }
+        ("no-driver", "stopped") => "stopped: the guest is paused, or its driver was unloaded",
+        _ => status,
+    }
+    .to_owned()
 }
 
 fn text<'a>(value: &'a Value, name: &str) -> &'a str {
@@ -145,6 +161,16 @@ mod tests {
             "migration     none",
         ] {
             assert!(text.lines().any(|got| got == line), "{text}");
+        }
+        for (status, driver, shared, expected) in [
+            ("no-front-end", "none", false, "no-front-end: "),
+            ("no-driver", "none", false, "no-driver: load the driver"),
+            ("no-driver", "stopped", false, "no-shared-memory: "),
+            ("no-driver", "stopped", true, "stopped: the guest is paused"),
+            ("running", "running", true, "running"),
+        ] {
+            let virtio = json!({ "status": status, "driver": driver, "memory-shared": shared });
+            assert!(device(&virtio).starts_with(expected), "{virtio}");
         }
         let value = serde_json::to_value(&overview).unwrap();
         assert_eq!(value["balloon"]["unavailable"], "no driver");

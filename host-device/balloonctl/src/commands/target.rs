@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::args::Target;
 use crate::error::CommandError;
+use crate::interrupt::Interrupts;
 use crate::output::Output;
 use crate::size;
 
@@ -22,7 +23,12 @@ struct Balloon {
 }
 
 /// Sets the target, and waits for the guest if `wait` is given.
-pub fn run(daemon: &mut Client, options: &Target, output: &mut Output) -> Result<(), CommandError> {
+pub fn run(
+    daemon: &mut Client,
+    options: &Target,
+    interrupts: &Interrupts,
+    output: &mut Output,
+) -> Result<(), CommandError> {
     let wanted = options.memory;
     daemon.command("balloon", json!({ "value": wanted }))?;
     let mut actual = daemon.query::<Balloon>("query-balloon")?.actual;
@@ -35,6 +41,11 @@ pub fn run(daemon: &mut Client, options: &Target, output: &mut Output) -> Result
             if left.is_zero() {
                 return Err(CommandError::TimedOut(format!(
                     "guest has {has} after {seconds} s, the target is {target}; the target remains set"
+                )));
+            }
+            if interrupts.count() > 0 {
+                return Err(CommandError::Cancelled(format!(
+                    "interrupted: guest has {has}, the target {target} remains set"
                 )));
             }
             output.show_progress(&format!("guest has {has}, target {target}"));

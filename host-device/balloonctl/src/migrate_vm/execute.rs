@@ -13,8 +13,10 @@ use super::execution::Execution;
 use super::peer::Peer;
 use super::plan::{Step, WaitCondition};
 use super::preflight::Preflight;
-use super::rollback;
+use super::rollback::{rollback, RollbackContext};
 use super::rollback_action::RollbackAction;
+use super::rollback_guard::RollbackGuard;
+use super::shell::Shell;
 use crate::error::CommandError;
 use crate::interrupt::Interrupts;
 use crate::output::Output;
@@ -44,7 +46,7 @@ pub struct MigrationSummary {
     pub downtime_ms: u64,
 }
 
-/// Executes a plan.
+/// Executes a plan. `guard` undoes the steps if this program is killed.
 ///
 /// # Errors
 ///
@@ -54,6 +56,7 @@ pub fn execute(
     connections: &mut Connections,
     preflight: &Preflight,
     steps: &[Step],
+    guard: RollbackGuard,
     interrupts: &Interrupts,
     output: &mut Output,
 ) -> Result<MigrationSummary, CommandError> {
@@ -64,53 +67,11 @@ pub fn execute(
         output,
         memory: MigrationInfo::default(),
         shell: None,
+        guard,
     };
-    let (mut rollback_actions, mut completed) = (Vec::new(), Vec::new());
-    let (mut stopped, mut downtime) = (None, Duration::ZERO);
-    let mut committed = false;
-    for (step, number) in steps.iter().zip(1usize..) {
-        let (peer, count) = (step.peer.name(), steps.len());
-        let name = format!("{number}/{count} {peer}: {}", step.what);
-        execution.output.say(&name);
-        rollback_actions.extend(step.rollback.clone());
-        let then = Instant::now();
-        if step.until == WaitCondition::Running(false) {
-            stopped = Some(then);
-        }
-        if let Err(error) = execution.step(step) {
-            if committed {
-                return Err(CommandError::RecoveryRequired(format!(
-                    "guest runs at the destination, but a later step failed: {name}: {}",
-                    error.full_message()
-                )));
-            }
-            if step.is_commit_point && !is_harmless(&error) {
-                return Err(CommandError::RecoveryRequired(format!(
-                    "{name}: {}; it is unknown whether the guest runs at the destination, and the source stays paused: if the \
-                     guest does not run at the destination, resume it at the source with 'cont'",
-                    error.full_message()
-                )));
-            }
-            execution
-                .output
-                .say(&format!("{}; rolling back", error.full_message()));
-            return Err(execution.roll_back(&name, error, &rollback_actions));
-        }
-        committed |= step.is_commit_point;
-        if step.is_commit_point {
-            downtime = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
-        }
-        completed.push(CompletedStep {
-            peer: step.peer,
-            what: step.what.clone(),
-            ms: millis(then.elapsed()),
-        });
-    }
-    Ok(MigrationSummary {
-        steps: completed,
-        memory: execution.memory,
-        downtime_ms: millis(downtime),
-    })
+    let result = execution.run(steps);
+    execution.guard.dismiss(execution.output);
+    result
 }
 
 fn millis(time: Duration) -> u64 {
@@ -127,13 +88,82 @@ fn is_harmless(error: &CommandError) -> bool {
 }
 
 impl Execution<'_> {
+    fn run(&mut self, steps: &[Step]) -> Result<MigrationSummary, CommandError> {
+        let (mut rollback_actions, mut completed) = (Vec::new(), Vec::new());
+        let (mut stopped, mut downtime) = (None, Duration::ZERO);
+        let mut committed = false;
+        for (step, number) in steps.iter().zip(1usize..) {
+            let (peer, count) = (step.peer.name(), steps.len());
+            let name = format!("{number}/{count} {peer}: {}", step.what);
+            self.output.say(&name);
+            if let Some(action) = &step.rollback {
+                self.guard.add(action, self.output);
+                rollback_actions.push(action.clone());
+            }
+            if step.is_commit_point {
+                self.guard.commit(self.output);
+            }
+            let then = Instant::now();
+            if step.until == WaitCondition::Running(false) {
+                stopped = Some(then);
+            }
+            if let Err(error) = self.step(step) {
+                if committed {
+                    return Err(CommandError::RecoveryRequired(format!(
+                        "guest runs at the destination, but a later step failed: {name}: {}",
+                        error.full_message()
+                    )));
+                }
+                if step.is_commit_point && !is_harmless(&error) {
+                    return Err(CommandError::RecoveryRequired(format!(
+                        "{name}: {}; it is unknown whether the guest runs at the destination, and the source stays paused: if the \
+                         guest does not run at the destination, resume it at the source with 'cont'",
+                        error.full_message()
+                    )));
+                }
+                self.output
+                    .say(&format!("{}; rolling back", error.full_message()));
+                return Err(self.roll_back(&name, error, &rollback_actions));
+            }
+            if step.is_commit_point {
+                committed = true;
+                self.guard.dismiss(self.output);
+                downtime = stopped.map_or(Duration::ZERO, |stopped| stopped.elapsed());
+            }
+            completed.push(CompletedStep {
+                peer: step.peer,
+                what: step.what.clone(),
+                ms: millis(then.elapsed()),
+            });
+        }
+        Ok(MigrationSummary {
+            steps: completed,
+            memory: self.memory.clone(),
+            downtime_ms: millis(downtime),
+        })
+    }
+
     fn roll_back(
         &mut self,
         name: &str,
         error: CommandError,
         rollback_actions: &[RollbackAction],
     ) -> CommandError {
-        let (done, failed) = rollback::rollback(self, rollback_actions);
+        let Connections {
+            source,
+            destination,
+            daemon,
+        } = &mut *self.connections;
+        let shell = &mut self.shell;
+        let mut terminate = || shell.take().and_then(Shell::terminate);
+        let mut context = RollbackContext {
+            source: Some(source),
+            destination: Some(destination),
+            daemon: Some(daemon),
+            preflight: self.preflight,
+            terminate_shell: &mut terminate,
+        };
+        let (done, failed) = rollback(&mut context, rollback_actions);
         let mut full_message = format!("{name}: {}", error.full_message());
         for what in done {
             full_message = format!("{full_message}; {what}");

@@ -4,19 +4,18 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use guest_migration::status::MigrationInfo;
-use rustix::process::{kill_process_group, Pid, Signal};
 use serde_json::Value;
 
 use super::connections::{wait, Connections, QemuMigrationInfo, RunState, POLL_INTERVAL};
 use super::peer::Peer;
 use super::plan::{Step, WaitCondition};
 use super::preflight::Preflight;
+use super::rollback_guard::RollbackGuard;
+use super::shell::Shell;
 use crate::commands::progress;
 use crate::error::CommandError;
 use crate::interrupt::Interrupts;
@@ -29,7 +28,8 @@ pub(super) struct Execution<'a> {
     pub interrupts: &'a Interrupts,
     pub output: &'a mut Output,
     pub memory: MigrationInfo,
-    pub shell: Option<Child>,
+    pub shell: Option<Shell>,
+    pub guard: RollbackGuard,
 }
 
 impl Execution<'_> {
@@ -128,41 +128,31 @@ impl Execution<'_> {
         timeout: Duration,
     ) -> Result<(), CommandError> {
         if let Some(command) = shell {
-            // A process group of its own, so that Ctrl-C reaches only this program.
-            let child = Command::new("/bin/sh")
-                .args(["-c", command])
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .process_group(0)
-                .spawn();
             let failed = |error| CommandError::Io(format!("cannot run '{command}'"), error);
-            self.shell = Some(child.map_err(failed)?);
+            let shell = Shell::start(command).map_err(failed)?;
+            if let Some(group) = shell.group() {
+                self.guard.shell(group, self.output);
+            }
+            self.shell = Some(shell);
         }
         let what = format!("destination daemon did not listen on {}", socket.display());
-        let mut child = self.shell.as_mut();
-        wait(&what, timeout, Some(self.interrupts), || {
+        let mut shell = self.shell.as_mut();
+        let result = wait(&what, timeout, Some(self.interrupts), || {
             if socket.exists() {
                 return Ok(Some(()));
             }
-            let ended = child.as_mut().and_then(|child| child.try_wait().ok());
-            match ended.flatten() {
-                // A command that has ended successfully may have started its daemon in the background.
-                Some(status) if !status.success() => Err(CommandError::Failed(format!(
-                    "--device-command failed: {status}"
-                ))),
-                _ => Ok(None),
+            match shell.as_mut().and_then(|shell| shell.failure()) {
+                Some(failure) => Err(CommandError::Failed(failure)),
+                None => Ok(None),
             }
-        })
-    }
-
-    /// Terminates the shell command, if one was started.
-    pub(super) fn terminate_shell(&mut self) -> Option<String> {
-        let mut child = self.shell.take()?;
-        let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw)?;
-        // The process group may have ended already.
-        let _ = kill_process_group(group, Signal::TERM);
-        let _ = child.wait();
-        Some("destination daemon is terminated".into())
+        });
+        match (result, shell) {
+            (Err(CommandError::TimedOut(what)), Some(shell)) => {
+                let last_words = shell.last_words();
+                Err(CommandError::TimedOut(format!("{what}{last_words}")))
+            }
+            (result, _) => result,
+        }
     }
 }
 

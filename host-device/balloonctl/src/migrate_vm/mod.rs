@@ -8,7 +8,8 @@
 //!
 //! [`preflight()`] checks that the migration is possible, and changes nothing. [`plan()`] returns all commands of the
 //! migration, which `--dry-run` prints. [`execute()`] executes them. If a command fails before the guest runs at the
-//! destination, `execute` undoes the previous ones.
+//! destination, `execute` undoes the previous ones. If this program is killed, [`rollback_service`] undoes them in a
+//! second process.
 
 mod connections;
 mod execute;
@@ -19,18 +20,21 @@ mod preflight;
 mod qmp_command;
 mod rollback;
 mod rollback_action;
+mod rollback_guard;
+pub mod rollback_service;
+mod shell;
+mod sockets;
 
 pub use connections::Connections;
 pub use execute::{execute, CompletedStep, MigrationSummary};
 pub use peer::Peer;
 pub use plan::{plan, Step, WaitCondition};
 pub use preflight::{preflight, Preflight};
-pub use qmp_command::{set_capability, QmpCommand};
+pub use qmp_command::QmpCommand;
 pub use rollback_action::RollbackAction;
+pub use rollback_guard::RollbackGuard;
+pub use sockets::Sockets;
 
-pub use crate::migration_parameters::PAUSE_BEFORE_SWITCHOVER;
-
-use qmp_client::Client;
 use serde_json::json;
 
 use crate::args::MigrateVm;
@@ -38,6 +42,7 @@ use crate::commands::progress;
 use crate::error::CommandError;
 use crate::interrupt::Interrupts;
 use crate::output::{table, Output};
+use crate::paths::{absolute, absolute_uri};
 
 /// Migrates a guest, or prints the plan with `--dry-run`.
 ///
@@ -45,16 +50,13 @@ use crate::output::{table, Output};
 ///
 /// See [`CommandError`].
 pub fn run(
-    daemon: Client,
+    mut connections: Connections,
+    sockets: Sockets,
     options: &MigrateVm,
     interrupts: &Interrupts,
     output: &mut Output,
 ) -> Result<(), CommandError> {
-    let mut connections = Connections {
-        source: Client::connect(&options.source_qmp)?,
-        destination: Client::connect(&options.destination_qmp)?,
-        daemon,
-    };
+    let options = &with_absolute_paths(options)?;
     let preflight = preflight(&mut connections, options)?;
     // Only this user can read the folder. It is removed on return.
     let folder = tempfile::Builder::new().prefix("balloonctl-").tempdir();
@@ -66,8 +68,27 @@ pub fn run(
     if options.dry_run {
         return output.print_result(&json!({ "steps": steps }), &plan::describe(&steps));
     }
-    let summary = execute(&mut connections, &preflight, &steps, interrupts, output)?;
+    let guard = RollbackGuard::start(sockets, &preflight, folder.path(), output);
+    let summary = execute(
+        &mut connections,
+        &preflight,
+        &steps,
+        guard,
+        interrupts,
+        output,
+    )?;
     output.print_result(&summary, &report(&summary))
+}
+
+/// Returns options whose paths are valid for the QEMUs and the daemon as well.
+fn with_absolute_paths(options: &MigrateVm) -> Result<MigrateVm, CommandError> {
+    let mut options = options.clone();
+    options.to = absolute_uri(&options.to)?;
+    options.device_socket = absolute(&options.device_socket)?;
+    let source = options.source_device_socket.as_deref().map(absolute);
+    options.source_device_socket = source.transpose()?;
+    options.vm_state = options.vm_state.as_deref().map(absolute_uri).transpose()?;
+    Ok(options)
 }
 
 fn report(summary: &MigrationSummary) -> String {

@@ -2,10 +2,10 @@
 
 //! The peers of a migration: who executes a command.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The peer that executes a command.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, Hash, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Peer {
     /// The QEMU that runs the guest.

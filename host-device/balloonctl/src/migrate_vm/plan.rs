@@ -11,11 +11,11 @@ use serde::Serialize;
 use serde_json::{json, Value};
 
 use super::peer::Peer;
-use super::preflight::Preflight;
+use super::preflight::{Preflight, IGNORE_SHARED};
 use super::qmp_command::{chardev_add, command, device_add, set_capability, QmpCommand};
 use super::rollback_action::RollbackAction;
 use crate::args::MigrateVm;
-use crate::migration_parameters::{parameters, PAUSE_BEFORE_SWITCHOVER};
+use crate::migration_parameters::migrate_arguments;
 
 /// The condition that ends a step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -70,9 +70,6 @@ pub struct Step {
     #[serde(skip)]
     pub is_commit_point: bool,
 }
-
-/// The capability of QEMU that leaves memory in shared files out of the migration.
-const IGNORE_SHARED: &str = "x-ignore-shared";
 
 /// Collects the steps of a plan.
 struct PlanBuilder {
@@ -132,23 +129,14 @@ pub fn plan(options: &MigrateVm, preflight: &Preflight, vm_state: &str) -> Vec<S
     for peer in [Destination, Source] {
         let what = "exclude guest memory from QEMU's migration";
         let set = set_capability(IGNORE_SHARED, true);
-        let back = RollbackAction::RestoreCapability(peer, set_capability(IGNORE_SHARED, false));
+        // A capability that was set before stays set.
+        let back = (!preflight.ignores_shared.contains(&peer))
+            .then(|| RollbackAction::RestoreCapability(peer, set_capability(IGNORE_SHARED, false)));
         plan.step(peer, what, Some(set), WaitCondition::Answered)
-            .rollback(back);
+            .change(|step| step.rollback = back);
     }
-    let back =
-        RollbackAction::RestoreCapability(Daemon, set_capability(PAUSE_BEFORE_SWITCHOVER, false));
-    let set = set_capability(PAUSE_BEFORE_SWITCHOVER, true);
-    let what = "pause the memory migration before the switchover";
-    plan.step(Daemon, what, Some(set), WaitCondition::Answered)
-        .rollback(back);
-    let set = command(
-        "migrate-set-parameters",
-        parameters(&options.migration_parameters).into(),
-    );
-    let what = "set the migration parameters";
-    plan.step(Daemon, what, Some(set), WaitCondition::Answered);
-    let send = command("migrate", json!({ "uri": options.to }));
+    let arguments = migrate_arguments(&options.to, &options.migration_parameters, true);
+    let send = command("migrate", arguments.into());
     let until = WaitCondition::Memory(MigrationStatus::PreSwitchover);
     plan.step(
         Daemon,

@@ -7,15 +7,16 @@ use std::path::{Path, PathBuf};
 
 use guest_migration::status::MigrationInfo;
 use qmp_client::Client;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{json, Map, Value};
 
 use super::connections::{peripheral, property, Connections, RunState};
+use super::peer::Peer;
 use crate::args::MigrateVm;
 use crate::error::CommandError;
 
 /// The result of the checks.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 pub struct Preflight {
     /// Arguments of `device_add` for the balloon, without bus and chardev.
     pub device: Map<String, Value>,
@@ -29,7 +30,12 @@ pub struct Preflight {
     pub destination_bus: String,
     /// The chardev for the balloon at the destination.
     pub destination_chardev: String,
+    /// The QEMUs that exclude guest memory from their own migration already.
+    pub ignores_shared: Vec<Peer>,
 }
+
+/// The capability of QEMU that leaves memory in shared files out of the migration.
+pub(super) const IGNORE_SHARED: &str = "x-ignore-shared";
 
 /// Runs all checks.
 ///
@@ -210,7 +216,16 @@ fn inspect_device(
             "destination already has a chardev '{chardev}': start it without this chardev"
         ));
     }
+    let mut ignores_shared = Vec::new();
+    for peer in [Peer::Source, Peer::Destination] {
+        if let Some(qemu) = connections.client_mut(peer) {
+            if has_capability(qemu, IGNORE_SHARED)? {
+                ignores_shared.push(peer);
+            }
+        }
+    }
     Ok(Some(Preflight {
+        ignores_shared,
         device,
         bus,
         destination_chardev: chardev.clone(),
@@ -218,6 +233,17 @@ fn inspect_device(
         socket,
         destination_bus,
     }))
+}
+
+/// Returns whether a capability of QEMU's migration is on.
+fn has_capability(qemu: &mut Client, name: &str) -> Result<bool, CommandError> {
+    #[derive(Deserialize)]
+    struct Capability {
+        capability: String,
+        state: bool,
+    }
+    let all: Vec<Capability> = qemu.query("query-migrate-capabilities")?;
+    Ok(all.iter().any(|it| it.capability == name && it.state))
 }
 
 /// Returns the chardevs, each with the path of its Unix socket if QEMU is the client of that socket.

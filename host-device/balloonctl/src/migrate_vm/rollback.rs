@@ -9,7 +9,7 @@ use qmp_client::{Client, Error};
 use serde_json::json;
 
 use super::connections::{peripheral, property, wait, QemuMigrationInfo, RunState};
-use super::execution::Execution;
+use super::peer::Peer;
 use super::preflight::Preflight;
 use super::qmp_command::{chardev_add, device_add};
 use super::rollback_action::RollbackAction;
@@ -20,16 +20,44 @@ const ROLLBACK_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long to wait for the guest to release a device.
 const UNPLUG_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// What a rollback works with. A peer without a connection fails its actions, and no others.
+pub(super) struct RollbackContext<'a> {
+    /// The QEMU that runs the guest.
+    pub source: Option<&'a mut Client>,
+    /// The QEMU that waits for the guest.
+    pub destination: Option<&'a mut Client>,
+    /// The daemon at the source.
+    pub daemon: Option<&'a mut Client>,
+    /// The result of the checks.
+    pub preflight: &'a Preflight,
+    /// Terminates the shell command, and returns what was done if there was one.
+    pub terminate_shell: &'a mut dyn FnMut() -> Option<String>,
+}
+
+impl RollbackContext<'_> {
+    fn client(&mut self, peer: Peer) -> Result<&mut Client, CommandError> {
+        let client = match peer {
+            Peer::Source => self.source.as_deref_mut(),
+            Peer::Destination => self.destination.as_deref_mut(),
+            Peer::Daemon => self.daemon.as_deref_mut(),
+            Peer::Here => None,
+        };
+        client.ok_or_else(|| {
+            CommandError::Failed(format!("{} has closed its QMP socket", peer.name()))
+        })
+    }
+}
+
 /// Runs all actions. If one fails, the others still run. Returns descriptions of the completed and the failed actions.
 pub(super) fn rollback(
-    execution: &mut Execution<'_>,
+    context: &mut RollbackContext<'_>,
     rollback_actions: &[RollbackAction],
 ) -> (Vec<String>, Vec<String>) {
     let mut all: Vec<&RollbackAction> = rollback_actions.iter().collect();
     all.sort_by_key(|rollback| rollback.rank());
     let (mut done, mut failed) = (Vec::new(), Vec::new());
     for rollback in all {
-        match one(execution, rollback) {
+        match one(context, rollback) {
             Ok(None) => {}
             Ok(Some(what)) => done.push(what),
             Err(error) => failed.push(format!("{}: {}", purpose(rollback), error.full_message())),
@@ -52,26 +80,25 @@ fn purpose(rollback: &RollbackAction) -> String {
 }
 
 fn one(
-    execution: &mut Execution<'_>,
+    context: &mut RollbackContext<'_>,
     rollback: &RollbackAction,
 ) -> Result<Option<String>, CommandError> {
     match rollback {
-        RollbackAction::CancelVmState => cancel_vm_state(execution),
-        RollbackAction::ResumeGuest => resume_guest(execution),
-        RollbackAction::CancelMemory => cancel_memory(execution),
-        RollbackAction::PlugBalloon => plug(execution),
-        RollbackAction::TerminateShell => Ok(execution.terminate_shell()),
+        RollbackAction::CancelVmState => cancel_vm_state(context),
+        RollbackAction::ResumeGuest => resume_guest(context),
+        RollbackAction::CancelMemory => cancel_memory(context),
+        RollbackAction::PlugBalloon => plug(context),
+        RollbackAction::TerminateShell => Ok((context.terminate_shell)()),
         RollbackAction::RestoreCapability(peer, command) => {
-            if let Some(client) = execution.connections.client_mut(*peer) {
-                client.command(&command.execute, command.arguments.clone())?;
-            }
+            let client = context.client(*peer)?;
+            client.command(&command.execute, command.arguments.clone())?;
             Ok(None)
         }
     }
 }
 
-fn cancel_vm_state(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
-    let source = &mut execution.connections.source;
+fn cancel_vm_state(context: &mut RollbackContext<'_>) -> Result<Option<String>, CommandError> {
+    let source = context.client(Peer::Source)?;
     if source
         .query::<QemuMigrationInfo>("query-migrate")?
         .is_over()
@@ -91,8 +118,8 @@ fn cancel_vm_state(execution: &mut Execution<'_>) -> Result<Option<String>, Comm
     Ok(Some("QEMU's migration is cancelled".into()))
 }
 
-fn resume_guest(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
-    let source = &mut execution.connections.source;
+fn resume_guest(context: &mut RollbackContext<'_>) -> Result<Option<String>, CommandError> {
+    let source = context.client(Peer::Source)?;
     source.command("cont", json!({}))?;
     wait(
         "guest did not resume at the source",
@@ -106,8 +133,8 @@ fn resume_guest(execution: &mut Execution<'_>) -> Result<Option<String>, Command
     Ok(Some("guest runs at the source again".into()))
 }
 
-fn cancel_memory(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
-    let daemon = &mut execution.connections.daemon;
+fn cancel_memory(context: &mut RollbackContext<'_>) -> Result<Option<String>, CommandError> {
+    let daemon = context.client(Peer::Daemon)?;
     let mut status: MigrationInfo = daemon.query("query-migrate")?;
     if !status.status.is_over() {
         match daemon.command("migrate-cancel", json!({})) {
@@ -133,9 +160,9 @@ fn cancel_memory(execution: &mut Execution<'_>) -> Result<Option<String>, Comman
 
 /// Plugs the balloon in at the source. Does nothing if the guest has not released the balloon. Adds a new chardev,
 /// because QEMU has closed the connection of the old one.
-fn plug(execution: &mut Execution<'_>) -> Result<Option<String>, CommandError> {
-    let preflight = execution.preflight;
-    let source = &mut execution.connections.source;
+fn plug(context: &mut RollbackContext<'_>) -> Result<Option<String>, CommandError> {
+    let preflight = context.preflight;
+    let source = context.client(Peer::Source)?;
     let id = preflight.device.get("id").and_then(|id| id.as_str());
     let path = peripheral(id.unwrap_or_default());
     let gone = wait("", UNPLUG_TIMEOUT, None, || {

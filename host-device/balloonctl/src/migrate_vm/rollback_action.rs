@@ -2,11 +2,14 @@
 
 //! The actions that undo the steps of a migration.
 
+use serde::{Deserialize, Serialize};
+
 use super::peer::Peer;
 use super::qmp_command::QmpCommand;
 
 /// The action that undoes a step.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum RollbackAction {
     /// Cancel QEMU's own migration.
     CancelVmState,

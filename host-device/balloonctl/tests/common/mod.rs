@@ -2,9 +2,11 @@
 
 //! Simulated peers: two QEMUs and a daemon, which keep their states as the real ones do.
 
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
@@ -14,6 +16,7 @@ use balloonctl::args::{Args, Command, MigrateVm};
 use balloonctl::migrate_vm::{Connections, Peer, QmpCommand};
 use clap::Parser;
 use qmp_client::Client;
+use rustix::process::{kill_process, Pid, Signal};
 use serde_json::{json, Value};
 
 /// The fault that is injected.
@@ -35,6 +38,10 @@ pub enum Fault {
     VmState(Peer),
     /// The user presses Ctrl-C when this peer receives this command.
     Interrupt(Peer, &'static str),
+    /// The program is killed when this peer receives this command. The peer executes it nevertheless.
+    Kill(Peer, &'static str),
+    /// The same, but the peer does not execute the command.
+    KillBefore(Peer, &'static str),
 }
 
 /// The state of a simulated QEMU.
@@ -62,6 +69,8 @@ pub struct State {
     pub destination_share: bool,
     /// How many attempts to plug the balloon in at the source fail because the daemon is busy.
     pub busy: u32,
+    /// The program, once it runs as a process.
+    pub program: Option<u32>,
 }
 
 /// The simulated peers, and the options of the command line for them.
@@ -143,6 +152,24 @@ impl Fake {
     }
 }
 
+/// Checks that the guest runs at the source with its balloon, as before.
+pub fn check_source_is_whole(fake: &Fake, what: &str) {
+    let state = fake.state();
+    let source = &state.source;
+    assert_eq!(source.status, "running", "{what}");
+    assert!(source.devices.contains("balloon0"), "{what}: {source:?}");
+    let chardev = ("balloon".to_owned(), format!("unix:{SOURCE_SOCKET}"));
+    assert_eq!(source.chardevs, [chardev], "{what}");
+    assert!(!source.ignores_shared, "{what}");
+    assert_ne!(state.destination.status, "running", "{what}");
+    let over = ["none", "failed", "cancelled", "completed"];
+    assert!(over.contains(&state.memory), "{what}: {}", state.memory);
+    assert_eq!(
+        state.count(Peer::Destination, "cont"),
+        usize::from(what.contains("Destination, \"cont\""))
+    );
+}
+
 impl State {
     /// Returns the commands of the journal, in the form that a plan has.
     pub fn commands(&self) -> Vec<(Peer, QmpCommand)> {
@@ -163,8 +190,25 @@ impl State {
     }
 }
 
+/// Serves a peer at the socket `path`, to any number of clients.
+pub fn listen(peer: Peer, state: &Arc<Mutex<State>>, path: &Path) {
+    let listener = UnixListener::bind(path).unwrap();
+    let state = state.clone();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            answer_all(peer, &state, stream.unwrap());
+        }
+    });
+}
+
 fn serve(peer: Peer, state: &Arc<Mutex<State>>) -> Client {
     let (near, far) = UnixStream::pair().unwrap();
+    answer_all(peer, state, far);
+    let peer = format!("the {}", peer.name());
+    Client::from_stream(near, &peer, Duration::from_secs(600)).unwrap()
+}
+
+fn answer_all(peer: Peer, state: &Arc<Mutex<State>>, far: UnixStream) {
     let state = state.clone();
     thread::spawn(move || {
         let mut output = far.try_clone().unwrap();
@@ -188,8 +232,6 @@ fn serve(peer: Peer, state: &Arc<Mutex<State>>) -> Client {
             }
         }
     });
-    let peer = format!("the {}", peer.name());
-    Client::from_stream(near, &peer, Duration::from_secs(600)).unwrap()
 }
 
 enum Answer {
@@ -219,6 +261,17 @@ fn answer(state: &Mutex<State>, peer: Peer, name: &str, arguments: &Value) -> (A
             state.fault = None;
             state.interrupts.add();
         }
+        Some(Fault::Kill(whom, what)) if (whom, what) == (peer, name) => {
+            state.fault = None;
+            let program = state.program.and_then(|it| i32::try_from(it).ok());
+            kill_process(program.and_then(Pid::from_raw).unwrap(), Signal::KILL).unwrap();
+        }
+        Some(Fault::KillBefore(whom, what)) if (whom, what) == (peer, name) => {
+            state.fault = None;
+            let program = state.program.and_then(|it| i32::try_from(it).ok());
+            kill_process(program.and_then(Pid::from_raw).unwrap(), Signal::KILL).unwrap();
+            return (Answer::HangUp, Vec::new());
+        }
         _ => {}
     }
     let mut events = Vec::new();
@@ -241,20 +294,18 @@ fn daemon(state: &mut State, name: &str, arguments: &Value) -> Result<Value, Str
     let ends_badly =
         |at: &str| state.fault == Some(Fault::Memory(if at == "first" { "first" } else { "last" }));
     match name {
-        "migrate" => state.memory = "active",
+        "migrate" => {
+            let waits = &arguments["capabilities"][0];
+            assert_eq!(waits["capability"], "pause-before-switchover");
+            state.waits = waits["state"] == true;
+            state.memory = "active";
+        }
         "migrate-continue" if state.memory == "pre-switchover" => {
             assert_eq!(arguments["state"], "pre-switchover");
             assert!(state.source.status != "running", "the guest is not paused");
             state.memory = "device";
         }
         "migrate-cancel" if state.memory != "completed" => state.memory = "cancelling",
-        "migrate-set-capabilities" => {
-            assert_eq!(
-                arguments["capabilities"][0]["capability"],
-                "pause-before-switchover"
-            );
-            state.waits = arguments["capabilities"][0]["state"] == true;
-        }
         "query-device-state" => return Ok(json!({ "device": "virtio-balloon", "poison-val": 7 })),
         "query-migrate" => {
             let now = state.memory;
@@ -274,7 +325,7 @@ fn daemon(state: &mut State, name: &str, arguments: &Value) -> Result<Value, Str
             }
             return Ok(answer);
         }
-        "qmp_capabilities" | "migrate-set-parameters" => {}
+        "qmp_capabilities" => {}
         other => return Err(format!("The command {other} has not been found")),
     }
     Ok(json!({}))
@@ -317,6 +368,12 @@ fn qemu(
                 { "name": "addr", "type": "str", "default-value": -1 },
                 { "name": "event_idx", "type": "bool", "default-value": true },
                 { "name": "packed", "type": "bool", "default-value": false },
+            ]))
+        }
+        "query-migrate-capabilities" => {
+            return Ok(json!([
+                { "capability": "xbzrle", "state": true },
+                { "capability": "x-ignore-shared", "state": here.ignores_shared },
             ]))
         }
         "query-chardev" => {
