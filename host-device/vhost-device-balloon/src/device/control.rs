@@ -80,6 +80,20 @@ impl Device {
             .saturating_sub(u64::from(self.config.actual) << PFN_SHIFT)
     }
 
+    /// Returns the size of guest memory in bytes.
+    ///
+    /// # Errors
+    ///
+    /// If guest memory is not known.
+    pub(super) fn ram_bytes(&self) -> Result<u64, MissingMemory> {
+        match (self.ram.size(), &self.connection, self.negotiated_features) {
+            (0, None, _) => Err(MissingMemory::NoFrontEnd),
+            (0, Some(_), None) => Err(MissingMemory::NoDriver),
+            (0, Some(_), Some(_)) => Err(MissingMemory::NotShared),
+            (bytes, ..) => Ok(bytes),
+        }
+    }
+
     /// Starts a hint round as [`DeviceLock::start_hinting`](crate::device_lock::DeviceLock::start_hinting), in one step.
     /// Takes time for each page of guest memory.
     ///
