@@ -618,7 +618,8 @@ fn parameters_of_one_migration_are_not_those_of_the_next() {
 
     // A file has one channel, so this migration fails.
     let mut wrong = fixture.arguments();
-    wrong["uri"] = json!(format!("file:{}", fixture.memory_file().display()));
+    let stream = fixture.directory.path().join("stream");
+    wrong["uri"] = json!(format!("file:{}", stream.display()));
     wrong["parameters"] = json!({ "multifd-channels": 4, "verify": true });
     ok(&mut qmp, "migrate", &wrong);
     until(&mut qmp, "failed");
