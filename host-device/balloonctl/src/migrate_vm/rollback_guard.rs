@@ -18,7 +18,7 @@ use crate::output::Output;
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Message {
     /// The migration begins.
-    Begin(Begin),
+    Begin(Box<Begin>),
     /// A step begins that this action undoes.
     Add(RollbackAction),
     /// The shell command runs in this process group.
@@ -63,7 +63,7 @@ impl RollbackGuard {
             preflight: preflight.clone(),
             folder: folder.to_owned(),
         };
-        guard.tell(&Message::Begin(begin), output);
+        guard.tell(&Message::Begin(Box::new(begin)), output);
         guard
     }
 

@@ -73,7 +73,7 @@ fn watch() -> std::io::Result<Progress> {
     // The connection ends with the parent. Messages before its end still arrive.
     while let Ok(message) = parent.receive::<Message>(Duration::MAX) {
         match message {
-            Some(Message::Begin(begin)) => progress.begin = Some(begin),
+            Some(Message::Begin(begin)) => progress.begin = Some(*begin),
             Some(Message::Add(action)) => progress.actions.push(action),
             Some(Message::Shell(group)) => progress.shell = Pid::from_raw(group),
             Some(Message::Commit) => progress.is_committing = true,
