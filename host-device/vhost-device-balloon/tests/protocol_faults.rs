@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 
 use common::raw::{self, RawFrontEnd};
 use common::{QmpClient, TestServer, Vmm, HANG_TIMEOUT, LENGTH, START};
-use rustix::event::{eventfd, EventfdFlags};
+use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::pipe::{pipe, pipe_with, PipeFlags};
 use serde_json::json;
 use shared_abi::features::Features;
@@ -213,6 +213,32 @@ fn interrupts_that_nobody_takes_do_not_stop_the_device() {
         front_end.start_ring(0, kick.as_fd(), call.as_fd());
         post(&memory, &kick);
         is_served(&mut qmp, &memory);
+        server.stop();
+    }
+}
+
+/// QEMU sends event descriptors. User-mode Linux sends the write end of a pipe, and reads the other end when it is ready.
+#[test]
+fn interrupts_arrive_through_event_descriptors_pipes_and_sockets() {
+    let event = eventfd(0, EventfdFlags::empty()).unwrap();
+    let copy = event.try_clone().unwrap();
+    let (reader, pipe) = pipe().unwrap();
+    let (other, socket) = UnixStream::pair().unwrap();
+    for (call, ours) in [(event, copy), (pipe, reader), (socket.into(), other.into())] {
+        let server = TestServer::start(Features::STATS_VQ, false);
+        let mut qmp = server.qmp();
+        let mut front_end = RawFrontEnd::connect(&server.socket());
+        let memory = front_end.share_memory(0);
+        let kick = eventfd(0, EventfdFlags::empty()).unwrap();
+        front_end.start_ring(0, kick.as_fd(), call.as_fd());
+        post(&memory, &kick);
+        is_served(&mut qmp, &memory);
+        let mut fds = [PollFd::new(&ours, PollFlags::IN)];
+        let limit = Timespec::try_from(HANG_TIMEOUT).unwrap();
+        assert_eq!(poll(&mut fds, Some(&limit)).unwrap(), 1);
+        let mut count = [0; 8];
+        assert_eq!(rustix::io::read(&ours, &mut count).unwrap(), 8);
+        assert_eq!(u64::from_ne_bytes(count), 1);
         server.stop();
     }
 }
