@@ -70,6 +70,7 @@ pub use layout::{Layout, LayoutError, RamBlock, Region, RAM_BLOCK_NAME_MAX};
 pub use memory::{Memory, MemoryError};
 pub use page_run::PageRun;
 pub use page_runs::PageRuns;
+pub use processes::{find_pinning, Pinning};
 
 /// Size of a page of guest memory in bytes. One dirty bit covers one page.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;

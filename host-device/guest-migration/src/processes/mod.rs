@@ -9,16 +9,19 @@
 
 mod file_id;
 mod maps;
+mod pinning;
 mod process;
 mod process_handle;
 mod stop;
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
+use std::path::Path;
 
 use rustix::fs::fstat;
 
 pub(crate) use maps::Mapping;
+pub use pinning::{find_pinning, Pinning};
 pub(crate) use process::{has_soft_dirty_mappings, none_if_exited, stat, Process, Stat};
 pub(crate) use process_handle::ProcessHandle;
 pub(crate) use stop::{StopError, StoppedProcesses};
@@ -165,7 +168,11 @@ impl RamFiles {
 
 /// Iterates over the pids of all processes.
 fn all_pids() -> io::Result<impl Iterator<Item = io::Result<u32>>> {
-    let entries = fs::read_dir("/proc")?;
+    pids_in(Path::new("/proc"))
+}
+
+fn pids_in(proc: &Path) -> io::Result<impl Iterator<Item = io::Result<u32>>> {
+    let entries = fs::read_dir(proc)?;
     Ok(entries.filter_map(|entry| {
         let name = entry.map(|entry| entry.file_name().to_str().and_then(|it| it.parse().ok()));
         name.transpose()
