@@ -107,6 +107,13 @@ pub struct Args {
     #[arg(long)]
     pub must_tell_host: bool,
 
+    /// Keep the host memory of balloon pages, reported pages and hinted pages allocated.
+    ///
+    /// For guests with assigned devices (VFIO, iommufd, vDPA) that the daemon cannot see. The balloon still answers all
+    /// requests. QMP: `inhibit-discard` and `allow-discard`.
+    #[arg(long)]
+    pub inhibit_discard: bool,
+
     /// Do not offer VIRTIO_RING_F_EVENT_IDX. For front ends or drivers that mishandle it.
     ///
     /// The device then suppresses notifications with the flag of the used ring.

@@ -19,7 +19,7 @@ use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     new_event_consumer_and_notifier, EventConsumer, EventFlag, EventNotifier,
@@ -27,6 +27,7 @@ use vmm_sys_util::event::{
 
 use crate::device::MAX_QUEUE_SIZE;
 use crate::device_lock::DeviceLock;
+use crate::memory::pin_scan::NewFiles;
 use crate::sync::lock;
 use crate::vring::{NotificationSuppression, Vring};
 
@@ -47,6 +48,7 @@ pub struct Backend {
     /// The connection. It is shut down when the queues can no longer be served.
     front_end: UnixStream,
     failure: Mutex<Option<String>>,
+    new_files: Mutex<NewFiles>,
     /// Whether the thread that watches the queues should end.
     has_ended: AtomicBool,
 }
@@ -65,6 +67,7 @@ impl Backend {
             reschedule: new_event_consumer_and_notifier(flags)?,
             front_end,
             failure: Mutex::default(),
+            new_files: Mutex::default(),
             has_ended: AtomicBool::new(false),
         })
     }
@@ -96,6 +99,13 @@ impl Backend {
         });
     }
 
+    /// Closes the connection if guest memory cannot be accessed. The handler of SIGBUS notifies `reschedule`.
+    fn check_memory(&self) {
+        if let Some(reason) = lock(&self.device).memory_fault() {
+            self.fail(|| reason);
+        }
+    }
+
     fn handle(&self, index: usize, vrings: &[Vring]) {
         if lock(&self.device).handle_queue(index, vrings) {
             self.pending_queues.fetch_or(1 << index, Ordering::AcqRel);
@@ -107,6 +117,7 @@ impl Backend {
     fn handle_any(&self, device_event: u16, vrings: &[Vring]) {
         if device_event == RESCHEDULE_EVENT {
             let _ = self.reschedule.0.consume();
+            self.check_memory();
             let pending_queues = self.pending_queues.swap(0, Ordering::AcqRel);
             (0..Queue::MAX_COUNT)
                 .filter(|index| pending_queues >> index & 1 == 1)
@@ -156,6 +167,7 @@ impl VhostUserBackend for Backend {
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
     fn reset_device(&self) {
@@ -185,7 +197,21 @@ impl VhostUserBackend for Backend {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        lock(&self.device).set_memory(memory);
+        // Not under the device's lock: this takes time for each process of the host.
+        let pinning = lock(&self.new_files).find_pins(&memory.memory());
+        let wake = self.reschedule.1.try_clone()?;
+        let mut device = lock(&self.device);
+        if let Some(pinning) = pinning {
+            device.set_pinning(pinning);
+        }
+        let queues = device.set_memory(memory, Some(wake));
+        drop(device);
+        let queues = queues.map_err(|error| {
+            self.fail(|| error.to_string());
+            io::Error::other(error)
+        })?;
+        self.pending_queues.fetch_or(queues, Ordering::AcqRel);
+        let _ = self.reschedule.1.notify();
         Ok(())
     }
 
@@ -256,7 +282,7 @@ mod tests {
         let vrings = vec![Vring::new(memory.clone(), 16).unwrap()];
         let mut device = Device::new(Default::default(), Arc::new(Events::default()));
         device.front_end_connected(Arc::new(Panics));
-        device.set_memory(memory);
+        device.set_memory(memory, None).unwrap();
         let device = Arc::new(DeviceLock::new(device));
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs

@@ -29,10 +29,7 @@ fn main() -> ExitCode {
 }
 
 /// Does `work` with a log, and logs its error.
-fn run_with_log(
-    level: LevelFilter,
-    work: impl FnOnce() -> Result<(), Box<dyn Error>>,
-) -> ExitCode {
+fn run_with_log(level: LevelFilter, work: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
     // Without a log the exit status is all that the program can tell.
     let Ok(_log) = Log::start(level) else {
         return ExitCode::FAILURE;
@@ -50,6 +47,7 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let options = ServerOptions {
         features: args.offered_features(),
         suppression: args.suppression(),
+        inhibit_discard: args.inhibit_discard,
         socket_path: args.socket_path,
         qmp_socket: args.qmp_socket,
         persistent: args.persistent,

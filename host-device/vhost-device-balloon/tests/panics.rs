@@ -44,6 +44,7 @@ fn the_process_that_panics() {
         qmp_socket: None,
         features: Features::NONE,
         suppression: NotificationSuppression::default(),
+        inhibit_discard: false,
         persistent: true,
         device_state: None,
     })

@@ -9,6 +9,7 @@ use shared_abi::queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::pending_request::PendingRequest;
+use crate::memory::sys::GuestMappings;
 use crate::vring::Vring;
 
 /// Notifies the front end of configuration changes.
@@ -33,7 +34,10 @@ pub(super) struct QueueCounters {
 pub(super) struct Connection {
     /// `None` only in the default value.
     pub(super) notifier: Option<Arc<dyn NotifyConfigChange>>,
-    pub(super) memory: Option<GuestMemoryAtomic<GuestMemoryMmap>>,
+    /// Guest memory, which the front end may replace at any time, and the guarded mappings of what it shared last.
+    pub(super) memory: Option<(GuestMemoryAtomic<GuestMemoryMmap>, GuestMappings)>,
+    /// The queues that wait for new guest memory, one bit for each.
+    pub(super) postponed_queues: u64,
     pub(super) vrings: Vec<Vring>,
     /// For each queue, the request that its next turn continues.
     pub(super) pending_requests: [Option<PendingRequest>; Queue::MAX_COUNT],

@@ -212,6 +212,7 @@ impl Device {
             pages_deflated: self.pages_deflated,
             bytes_released: self.bytes_released,
             bytes_reported: self.bytes_reported,
+            punches: self.ram.punches(),
             errors: self.guest_errors.total(),
             last_error: self.guest_errors.last().map(str::to_owned),
         }
@@ -232,19 +233,22 @@ impl Device {
         if !self.is_running() {
             return false;
         }
-        let vring = self
-            .index_of(Queue::Stats)
-            .and_then(|index| self.connection.as_ref()?.vrings.get(index));
-        let (Some(vring), Some(head)) = (vring, self.stats.take_buffer()) else {
-            return false;
-        };
-        let requested = vring.add_used(head, 0).is_ok();
-        if requested && vring.needs_notification().unwrap_or(true) {
-            if let Err(error) = vring.signal_used_queue() {
-                tracing::debug!("stats queue: interrupt to the driver failed: {error}");
+        let requested = self.with_stable_memory(|device, _| {
+            let vring = device
+                .index_of(Queue::Stats)
+                .and_then(|index| device.connection.as_ref()?.vrings.get(index));
+            let (Some(vring), Some(head)) = (vring, device.stats.take_buffer()) else {
+                return false;
+            };
+            let requested = vring.add_used(head, 0).is_ok();
+            if requested && vring.needs_notification().unwrap_or(true) {
+                if let Err(error) = vring.signal_used_queue() {
+                    tracing::debug!("stats queue: interrupt to the driver failed: {error}");
+                }
             }
-        }
-        requested
+            requested
+        });
+        requested.unwrap_or(false)
     }
 
     /// Checks that no migration has claimed hinting.

@@ -70,10 +70,10 @@ impl Device {
         if self.negotiated_features.is_none() || is_starting || !self.are_queues_stopped() {
             return;
         }
-        let connection = self.connection.iter();
-        let overwritten = connection
-            .flat_map(|it| it.counters.iter().zip(&it.vrings))
-            .any(|(counters, vring)| {
+        let overwritten = self.with_stable_memory(|device, _| {
+            let connection = device.connection.iter();
+            let mut queues = connection.flat_map(|it| it.counters.iter().zip(&it.vrings));
+            queues.any(|(counters, vring)| {
                 let (ready, next_used) = {
                     let state = vring.get_ref();
                     let queue = state.get_queue();
@@ -83,8 +83,10 @@ impl Device {
                 counters.last_avail_idx.is_some()
                     && !ready
                     && used_idx.is_ok_and(|used_idx| used_idx != next_used)
-            });
-        if overwritten {
+            })
+        });
+        // Zeros that replaced a page of a truncated file look like another ring. The session ends.
+        if overwritten == Some(true) && self.memory_fault().is_none() {
             if let Some(permit) = self.driver_log.permit() {
                 info!("driver is gone: the guest has overwritten the used ring of a stopped queue{permit}");
             }
@@ -133,6 +135,7 @@ impl Device {
         }
         let changes = self.hinting.reset();
         self.publish_changes(changes);
+        self.partial_pages.clear();
         self.stats.reset();
         self.config.poison_val = 0;
         if let Some(connection) = &mut self.connection {
@@ -144,6 +147,7 @@ impl Device {
     pub fn discards_hinted(&self) -> bool {
         self.negotiated_features
             .is_some_and(|features| features.contains(Features::KEEPS_HINTED_UNTIL_RETURNED))
+            && !self.is_discard_inhibited()
     }
 
     /// Logs, once for each connection, why hinted blocks are not discarded although that was requested.

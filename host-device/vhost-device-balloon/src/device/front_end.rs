@@ -2,18 +2,21 @@
 
 //! Requests of the front end: connection, guest memory, features, reset. The caller holds the device's lock.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use serde_json::json;
 use shared_abi::config::ConfigSpace;
 use shared_abi::features::Features;
+use shared_abi::page::BALLOON_PAGE_SIZE;
 use tracing::{info, warn};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::event::EventNotifier;
 
 use super::connection::{Connection, NotifyConfigChange};
 use super::migration_claim::Invalidated;
 use super::Device;
-use crate::memory::Ram;
+use crate::memory::sys::GuestMappings;
+use crate::memory::{BackingError, Ram};
 
 impl Device {
     /// Handles the connection of a front end. `notifier` reports configuration changes to it.
@@ -42,7 +45,10 @@ impl Device {
         self.emit_phase(changes);
         self.connection = None;
         self.negotiated_features = None;
-        self.ram = Ram::default();
+        let mut ram = Ram::default();
+        ram.continue_from(&self.ram);
+        self.ram = ram;
+        self.partial_pages.clear();
         self.stats.reset();
         self.config = ConfigSpace {
             num_pages: self.config.num_pages,
@@ -54,15 +60,36 @@ impl Device {
     }
 
     /// Handles the guest memory that the front end shares. A changed layout ends the hint round and
-    /// invalidates a migration's claim.
-    pub fn set_memory(&mut self, memory: GuestMemoryAtomic<GuestMemoryMmap>) {
-        let mut ram = Ram::new(&memory.memory());
+    /// invalidates a migration's claim. `wake` is notified when an access to the memory fails: see
+    /// [`Device::memory_fault`].
+    ///
+    /// Returns the queues that waited for this call and need a turn, one bit for each.
+    ///
+    /// # Errors
+    ///
+    /// If a region is not inside its file, or accesses cannot be guarded. The device then uses no guest memory.
+    pub fn set_memory(
+        &mut self,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        wake: Option<EventNotifier>,
+    ) -> Result<u64, BackingError> {
+        let current = memory.memory().into_inner();
+        let mut ram = Ram::new(&current);
+        let accepted = ram.check_backing().and_then(|()| {
+            GuestMappings::new(current, |address| ram.page_size_at(address), wake)
+                .map_err(BackingError::Guard)
+        });
+        let mappings = match accepted {
+            Ok(mappings) => mappings,
+            Err(error) => {
+                if let Some(connection) = &mut self.connection {
+                    connection.memory = None;
+                }
+                return Err(error);
+            }
+        };
         if !self.ram.has_same_layout(&ram) {
-            info!(
-                "guest memory: {} MiB in {} regions",
-                ram.size() >> 20,
-                ram.num_regions()
-            );
+            self.log_memory(&ram);
             if let Some(id) = self.hinting.phase().id() {
                 warn!(
                     "hint round {:#x} ended: guest memory regions changed",
@@ -73,13 +100,65 @@ impl Device {
             self.publish_changes(changes);
             let text = "front end changed the layout of guest memory or its files";
             self.invalidate_claim(Invalidated::MemoryChanged(text.into()));
+            self.partial_pages.clear();
         } else {
             ram.set_hole_recorder(self.ram.hole_recorder());
         }
+        ram.continue_from(&self.ram);
         self.ram = ram;
-        if let Some(connection) = &mut self.connection {
-            connection.memory = Some(memory);
+        let Some(connection) = &mut self.connection else {
+            return Ok(0);
+        };
+        connection.memory = Some((memory, mappings));
+        Ok(std::mem::take(&mut connection.postponed_queues))
+    }
+
+    fn log_memory(&self, ram: &Ram) {
+        let protection = match ram.is_truncatable() {
+            true => "memory files can be truncated",
+            false => "memory files are sealed",
+        };
+        info!(
+            "guest memory: {} MiB in {} regions; {protection}",
+            ram.size() >> 20,
+            ram.num_regions()
+        );
+        let granule = ram.largest_granule();
+        if granule > BALLOON_PAGE_SIZE {
+            info!(
+                "guest memory: pages of {} KiB, each of which is freed as a whole; with --must-tell-host, pages in the \
+                 balloon add up over requests",
+                granule >> 10
+            );
         }
+    }
+
+    /// Calls `access` while guest memory cannot change. `access` may use the queues. Returns `None` without a call if
+    /// there is no guest memory, if an access to it has failed, or if the front end is just replacing it;
+    /// [`Device::set_memory`] follows in the last case.
+    pub(super) fn with_stable_memory<R>(
+        &mut self,
+        access: impl FnOnce(&mut Self, &GuestMemoryAtomic<GuestMemoryMmap>) -> R,
+    ) -> Option<R> {
+        let (memory, _) = self.connection.as_ref()?.memory.as_ref()?;
+        let memory = memory.clone();
+        // The crate replaces guest memory under this lock, before it calls `set_memory`.
+        let guard = memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let (_, mappings) = self.connection.as_ref()?.memory.as_ref()?;
+        let is_usable = mappings.are_of(&memory.memory()) && mappings.fault().is_none();
+        let result = is_usable.then(|| access(self, &memory));
+        drop(guard);
+        result
+    }
+
+    /// Returns why guest memory cannot be used: its file was truncated after the front end had shared it. The session
+    /// must end then.
+    pub fn memory_fault(&self) -> Option<String> {
+        let (_, mappings) = self.connection.as_ref()?.memory.as_ref()?;
+        let address = mappings.fault()?;
+        Some(format!(
+            "guest memory at {address:#x} cannot be accessed: front end truncated the memory file"
+        ))
     }
 
     /// Handles the features that the driver accepted. Features that differ from the last ones are those
@@ -96,6 +175,8 @@ impl Device {
             self.reset_driver_state();
         }
         self.negotiated_features = Some(features);
+        // Another driver may have accepted the same features, with an empty balloon.
+        self.partial_pages.clear();
         if let Some(connection) = &mut self.connection {
             connection.driver_starting = true;
         }

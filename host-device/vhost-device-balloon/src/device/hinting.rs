@@ -167,6 +167,15 @@ pub struct HintingStatus {
     pub stale_commands: u64,
 }
 
+/// How hinted blocks are discarded.
+pub struct Discard<'a> {
+    /// The memory to discard.
+    pub ram: &'a mut Ram,
+    /// Whether a page that cannot be discarded is not sent either. This must be false while a migration finds written
+    /// pages by their content.
+    pub spares_rest: bool,
+}
+
 /// A dirty bitmap with all pages dirty, for [`Hinting::start`]. Making it takes time for each page of guest memory, and
 /// needs no lock.
 #[derive(Debug)]
@@ -482,7 +491,8 @@ impl Hinting {
     ///
     /// With `discard`, the memory is discarded: it reads as zeros before the driver gets the buffer back. Only a driver
     /// that keeps the block until then allows this (R17). Exactly the discarded pages are cleared in the dirty bitmap,
-    /// and a comparison of source and destination memory relies on that. Pages that the host cannot free stay dirty.
+    /// and a comparison of source and destination memory relies on that. With [`Discard::spares_rest`], pages that the
+    /// host cannot free are cleared as well: for example hints below the size of a huge page.
     ///
     /// A sender that took the dirty bit of a page earlier may read the page at the same time. It reads the old bytes,
     /// zeros, or a mix of both. All of these are correct: the content of a free page is irrelevant, and the next user
@@ -493,19 +503,20 @@ impl Hinting {
     /// # Errors
     ///
     /// If the host cannot discard the memory, or the hint window does not cover it.
-    pub fn hint(&mut self, part: Range<u64>, discard: Option<&Ram>) -> Result<(), RequestError> {
+    pub fn hint(
+        &mut self,
+        part: Range<u64>,
+        discard: Option<Discard<'_>>,
+    ) -> Result<(), RequestError> {
         let window = self.bitmap_access.as_ref().and_then(BitmapAccess::window);
         let Some(window) = window else {
             return Ok(());
         };
         let hinted = match discard {
             None => window.hint(part.start, part.end.saturating_sub(part.start))?,
-            Some(ram) => discard_and_hint(window, ram, part)?,
+            Some(discard) => discard_and_hint(window, discard, part, &mut self.bytes_discarded)?,
         };
         let bytes = hinted.pages * guest_migration::PAGE_SIZE;
-        if discard.is_some() {
-            self.bytes_discarded = self.bytes_discarded.saturating_add(bytes);
-        }
         if let Some(hint_round) = &mut self.hint_round {
             hint_round.bytes = hint_round.bytes.saturating_add(bytes);
             hint_round.cleared = hint_round.cleared.saturating_add(hinted.cleared);
@@ -557,19 +568,30 @@ impl Hinting {
     }
 }
 
-/// Discards the whole pages of a range, and clears the dirty bits of the discarded pages.
+/// Discards the whole pages of a range, and clears the dirty bits of the discarded pages. Adds their bytes to `discarded`.
 ///
 /// The discard comes first, so that a page that the host did not free stays dirty.
 fn discard_and_hint(
     window: &HintWindow,
-    ram: &Ram,
+    discard: Discard<'_>,
     range: Range<u64>,
+    discarded: &mut u64,
 ) -> Result<Hinted, RequestError> {
+    let length = range.end.saturating_sub(range.start);
     let mut all = Hinted::default();
-    for part in ram.discard(range)? {
+    for part in discard.ram.discard(range.clone())? {
         let hinted = window.hint(part.start, part.end.saturating_sub(part.start))?;
+        let bytes = hinted.pages * guest_migration::PAGE_SIZE;
+        *discarded = discarded.saturating_add(bytes);
         all.pages += hinted.pages;
         all.cleared += hinted.cleared;
+    }
+    if discard.spares_rest {
+        let hinted = window.hint(range.start, length)?;
+        all = Hinted {
+            cleared: all.cleared + hinted.cleared,
+            ..hinted
+        };
     }
     Ok(all)
 }

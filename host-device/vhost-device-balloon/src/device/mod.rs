@@ -12,6 +12,8 @@
 //! - `config_space`: accesses to configuration space.
 //! - `queues`: requests of the driver, in turns of limited work. `pending_request`: a request that takes several turns.
 //!   `queue_numbers`: which queue an index means.
+//! - `releases`: the memory that one turn of a queue releases.
+//! - `discard`: inhibits that memory is released or discarded.
 //! - `driver`: detects whether a driver runs, and whether another one has taken over.
 //! - `notify`: notifications of the driver and of QMP clients.
 //! - `control`: operations of QMP clients.
@@ -22,6 +24,8 @@
 mod config_space;
 mod connection;
 mod control;
+mod discard;
+mod discard_inhibition;
 mod driver;
 mod front_end;
 pub mod guest_errors;
@@ -33,6 +37,7 @@ mod pending_request;
 pub mod pfn;
 mod queue_numbers;
 mod queues;
+mod releases;
 pub mod request;
 pub mod saved_state;
 pub mod stats;
@@ -42,6 +47,7 @@ mod tests;
 
 pub use connection::NotifyConfigChange;
 pub use control::BalloonError;
+pub use discard_inhibition::DiscardStatus;
 pub use hinting::Retired;
 pub use missing_memory::MissingMemory;
 pub use request::MAX_QUEUE_SIZE;
@@ -55,9 +61,10 @@ use shared_abi::features::Features;
 use crate::event_count::EventCount;
 use crate::events::Events;
 use crate::log_limit::LogLimit;
-use crate::memory::Ram;
+use crate::memory::{PartialPages, Ram};
 use crate::vring::NotificationSuppression;
 use connection::Connection;
+use discard_inhibition::DiscardInhibition;
 use guest_errors::GuestErrors;
 use hinting::Hinting;
 use migration_claim::MigrationClaim;
@@ -70,6 +77,8 @@ pub struct Device {
     negotiated_features: Option<Features>,
     config: ConfigSpace,
     ram: Ram,
+    partial_pages: PartialPages,
+    discard_inhibition: DiscardInhibition,
     hinting: Hinting,
     /// The claim of a migration, while it lasts.
     claim: Option<MigrationClaim>,
@@ -108,6 +117,8 @@ impl Device {
             negotiated_features: None,
             config: ConfigSpace::default(),
             ram: Ram::default(),
+            partial_pages: PartialPages::default(),
+            discard_inhibition: DiscardInhibition::default(),
             hinting: Hinting::default(),
             claim: None,
             hinting_events: Arc::default(),

@@ -12,6 +12,8 @@ use super::request::RequestError;
 pub(super) enum Work {
     /// Inflation: the memory is released.
     Inflate,
+    /// Deflation: the pages no longer count as parts of huge pages in the balloon.
+    Deflate,
     /// A free page report: the memory is released.
     Report,
     /// A block of free pages: its pages are hinted.

@@ -12,8 +12,10 @@ use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::connection::QueueCounters;
+use super::hinting::Discard;
 use super::pending_request::{PendingRequest, Work};
 use super::queue_numbers::{meaning, Meaning};
+use super::releases::Releases;
 use super::request::{MemoryGuard, Request, RequestError, Segment, MAX_SEGMENTS};
 use super::{hinting, pfn, stats, Device};
 use crate::memory::{Part, ReleaseError};
@@ -37,7 +39,7 @@ const PFNS_PER_UNIT: usize = 256;
 
 /// What becomes of a chain.
 enum ChainOutcome {
-    /// The buffer with this head is returned to the driver. It is usually that of the chain.
+    /// The buffer with this head is returned to the driver at once. It is usually that of the chain.
     Return(u16),
     /// The device keeps the buffer.
     Keep,
@@ -65,9 +67,28 @@ struct QueueContext<'a> {
     budget: usize,
     /// Whether a buffer was returned to the driver.
     returned: bool,
+    /// The memory to release before the turn ends.
+    releases: Releases,
 }
 
-impl QueueContext<'_> {
+impl<'a> QueueContext<'a> {
+    fn new(
+        queue: Queue,
+        index: usize,
+        vring: &'a Vring,
+        memory: &GuestMemoryAtomic<GuestMemoryMmap>,
+    ) -> Self {
+        Self {
+            queue,
+            index,
+            vring,
+            memory: memory.memory(),
+            budget: DRAIN_BUDGET,
+            returned: false,
+            releases: Releases::default(),
+        }
+    }
+
     fn spend(&mut self, units: usize) {
         self.budget = self.budget.saturating_sub(units);
     }
@@ -111,10 +132,15 @@ impl Device {
             return false;
         };
         self.update_counters(index, |counters| counters.wakeups += 1);
-        let Some(memory) = self.connection.as_ref().and_then(|it| it.memory.clone()) else {
+        let more = self.with_stable_memory(|device, memory| {
+            device.drain(QueueContext::new(queue, index, vring, memory))
+        });
+        let Some(more) = more else {
+            if let Some(connection) = &mut self.connection {
+                connection.postponed_queues |= 1 << index;
+            }
             return false;
         };
-        let more = self.drain(queue, index, vring, &memory);
         let avail_idx = vring.get_ref().get_queue().next_avail();
         self.update_counters(index, |counters| counters.last_avail_idx = Some(avail_idx));
         more
@@ -180,28 +206,17 @@ impl Device {
     /// more may be available.
     ///
     /// The device never polls (R1): an empty queue ends the turn, and the driver's next notification starts another.
-    fn drain(
-        &mut self,
-        queue: Queue,
-        index: usize,
-        vring: &Vring,
-        memory: &GuestMemoryAtomic<GuestMemoryMmap>,
-    ) -> bool {
-        let mut context = QueueContext {
-            queue,
-            index,
-            vring,
-            memory: memory.memory(),
-            budget: DRAIN_BUDGET,
-            returned: false,
-        };
+    fn drain(&mut self, mut context: QueueContext<'_>) -> bool {
+        let vring = context.vring;
         let more = loop {
             // The driver need not notify while the device processes the queue. Errors are ignored here: if these words
             // cannot be written, the ring cannot be read either, and that error is recorded.
             if self.suppression != NotificationSuppression::Never {
                 let _ = vring.disable_notification();
             }
-            match self.drain_available(&mut context) {
+            let outcome = self.drain_available(&mut context);
+            self.release_and_return(&mut context);
+            match outcome {
                 DrainOutcome::BudgetExhausted => break true,
                 DrainOutcome::Broken => {
                     let _ = vring.enable_notification();
@@ -248,11 +263,23 @@ impl Device {
                 self.guest_errors.record(context.queue, &error);
                 ChainOutcome::Return(head)
             });
+            if self.memory_fault().is_some() {
+                // The session ends. What the rings and requests contain is not from the driver.
+                return DrainOutcome::Broken;
+            }
             match outcome {
                 ChainOutcome::Keep => {}
                 ChainOutcome::Return(head) => self.give_back(context, head),
                 ChainOutcome::Pending(request) => self.set_pending(context.index, Some(request)),
             }
+        }
+    }
+
+    /// Releases the memory that the turn has collected, and then returns the buffers of its requests.
+    fn release_and_return(&mut self, context: &mut QueueContext<'_>) {
+        self.release_collected(context.queue, &mut context.releases);
+        for head in context.releases.take_buffers() {
+            self.give_back(context, head);
         }
     }
 
@@ -277,29 +304,24 @@ impl Device {
     /// Continues the request of the queue `index` that its last turn has left, after the queue was stopped. Returns
     /// whether another call is needed. The guest may reuse the memory of the request when none is.
     pub fn finish_request(&mut self, index: usize) -> bool {
-        let features = self.negotiated_features.unwrap_or_default();
         let connection = self.connection.as_ref();
         let vring = connection.and_then(|it| it.vrings.get(index)).cloned();
-        let memory = connection.and_then(|it| it.memory.as_ref().map(|it| it.memory()));
-        let (Some(queue), Some(vring), Some(memory)) =
-            (Queue::from_index(index, features), vring, memory)
-        else {
+        let queue = connection.and_then(|it| it.queues.get(index).copied().flatten());
+        let (Some(queue), Some(vring)) = (queue, vring) else {
             return false;
         };
-        let mut context = QueueContext {
-            queue,
-            index,
-            vring: &vring,
-            memory,
-            budget: DRAIN_BUDGET,
-            returned: false,
-        };
-        let finished = self.continue_request(&mut context);
-        context.signal();
-        !finished
+        let finished = self.with_stable_memory(|device, memory| {
+            let mut context = QueueContext::new(queue, index, &vring, memory);
+            let finished = device.continue_request(&mut context);
+            device.release_and_return(&mut context);
+            context.signal();
+            finished
+        });
+        finished == Some(false)
     }
 
-    /// Continues the pending request of the queue, and returns its buffer at the end. Returns whether none is left.
+    /// Continues the pending request of the queue. Its buffer is returned at its end, or after the release of its memory
+    /// at the end of the turn. Returns whether no request is left.
     fn continue_request(&mut self, context: &mut QueueContext<'_>) -> bool {
         let Some(mut request) = self.take_pending(context.index) else {
             return true;
@@ -317,7 +339,10 @@ impl Device {
         if let Some(error) = &request.error {
             self.guest_errors.record(context.queue, error);
         }
-        self.give_back(context, request.head);
+        match request.work {
+            Work::Inflate | Work::Report => context.releases.add_buffer(request.head),
+            Work::Deflate | Work::Hint => self.give_back(context, request.head),
+        }
         true
     }
 
@@ -327,9 +352,12 @@ impl Device {
         context: &mut QueueContext<'_>,
         request: &mut PendingRequest,
     ) -> bool {
-        let discards = self.discards_hinted();
+        if request.work == Work::Hint {
+            self.poll_pinning();
+        }
+        let discard = self.hint_discard();
         let bytes_per_unit = match request.work {
-            Work::Hint if !discards => HINTED_BYTES_PER_UNIT,
+            Work::Hint if discard.is_none() => HINTED_BYTES_PER_UNIT,
             _ => RELEASED_BYTES_PER_UNIT,
         };
         while let Some(piece) = request.pieces.front_mut() {
@@ -346,7 +374,7 @@ impl Device {
                         Work::Hint if outside == length && length > 0 => {
                             request.fail(HintError::Outside { start, length });
                         }
-                        Work::Hint => {}
+                        Work::Hint | Work::Deflate => {}
                         _ if outside > 0 => request.fail(ReleaseError::Outside {
                             start,
                             bytes: outside,
@@ -369,20 +397,19 @@ impl Device {
                             .saturating_add(1),
                     );
                     piece.rest.start = part.end;
-                    let result: Result<(), RequestError> = match request.work {
+                    match request.work {
                         Work::Hint => {
-                            let discard = discards.then_some(&self.ram);
-                            self.hinting.hint(part, discard)
+                            let discard = discard.map(|spares_rest| Discard {
+                                ram: &mut self.ram,
+                                spares_rest,
+                            });
+                            if let Err(error) = self.hinting.hint(part, discard) {
+                                request.fail(error);
+                            }
                         }
-                        Work::Inflate => self.ram.release(part).map_err(Into::into).map(|bytes| {
-                            self.bytes_released = self.bytes_released.saturating_add(bytes);
-                        }),
-                        Work::Report => self.ram.release(part).map_err(Into::into).map(|bytes| {
-                            self.bytes_reported = self.bytes_reported.saturating_add(bytes);
-                        }),
-                    };
-                    if let Err(error) = result {
-                        request.fail(error);
+                        Work::Deflate => self.partial_pages.deflate(&self.ram, &part),
+                        Work::Inflate => context.releases.add_inflated(part),
+                        Work::Report => context.releases.add_reported(part),
                     }
                 }
             }
@@ -403,10 +430,7 @@ impl Device {
         let request = request?;
         match context.queue {
             Queue::Inflate => self.handle_inflate(context, &request, head),
-            Queue::Deflate => {
-                self.handle_deflate(context, &request)?;
-                Ok(ChainOutcome::Return(head))
-            }
+            Queue::Deflate => self.handle_deflate(context, &request, head),
             Queue::Stats => self.handle_stats(context, &request, head),
             Queue::FreePage => self.handle_free_page(context, &request, head),
             Queue::Reporting => self.handle_report(&request, head),
@@ -431,7 +455,7 @@ impl Device {
         Ok(count as u64)
     }
 
-    /// Handles an inflate request: the memory of the pages is released to the host.
+    /// Handles an inflate request: the memory of the pages is released to the host, at the end of the turn.
     fn handle_inflate(
         &mut self,
         context: &mut QueueContext<'_>,
@@ -450,10 +474,16 @@ impl Device {
         &mut self,
         context: &mut QueueContext<'_>,
         request: &Request,
-    ) -> Result<(), RequestError> {
+        head: u16,
+    ) -> Result<ChainOutcome, RequestError> {
         let count = self.read_pfns(context, request)?;
         self.pages_deflated = self.pages_deflated.saturating_add(count);
-        Ok(())
+        if self.partial_pages.is_empty() {
+            return Ok(ChainOutcome::Return(head));
+        }
+        let ranges = pfn::ranges(&self.buffer);
+        let pending = PendingRequest::new(head, Work::Deflate, ranges);
+        Ok(ChainOutcome::Pending(pending))
     }
 
     /// Handles new statistics, and keeps their buffer. The buffer that was kept before is returned, if there is one.
@@ -517,9 +547,9 @@ impl Device {
             self.hinting.ignore_free_block();
             return ChainOutcome::Return(head);
         }
-        let mut allowance = match self.discards_hinted() {
-            true => hinting::MAX_DISCARD,
-            false => u64::MAX,
+        let mut allowance = match self.hint_discard() {
+            Some(_) => hinting::MAX_DISCARD,
+            None => u64::MAX,
         };
         let (mut ranges, mut error) = (Vec::with_capacity(segments.len()), None);
         for segment in segments {
@@ -538,8 +568,17 @@ impl Device {
         ChainOutcome::Pending(pending)
     }
 
-    /// Handles a free page report: the memory of the blocks is released to the host. The guest may use the blocks again
-    /// once their buffer is returned.
+    /// Returns whether hinted blocks are discarded, and if so, whether pages that cannot be discarded are not sent either.
+    ///
+    /// A migration that finds written pages by their content relies on discarding from its start: if that is inhibited
+    /// later, hints do nothing. Any other migration sees the writes to a page, whether it was discarded or not.
+    fn hint_discard(&self) -> Option<bool> {
+        let needs_discard = self.claim.as_ref().is_some_and(|it| it.hints_need_discard);
+        (needs_discard || self.discards_hinted()).then_some(!needs_discard)
+    }
+
+    /// Handles a free page report: the memory of the blocks is released to the host, at the end of the turn. The guest
+    /// may use the blocks again once their buffer is returned.
     fn handle_report(
         &mut self,
         request: &Request,

@@ -60,6 +60,8 @@ pub struct VirtioStatus {
     pub bytes_released: u64,
     /// Bytes that free page reporting has released to the host.
     pub bytes_reported: u64,
+    /// System calls that punched holes in memory files.
+    pub punches: u64,
     /// Errors of the guest.
     pub errors: u64,
     /// The last error that was logged.

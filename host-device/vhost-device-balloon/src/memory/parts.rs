@@ -27,21 +27,68 @@ impl Ram {
         if start >= end {
             return None;
         }
-        let region = self.regions.iter().find(|region| region.end() > start);
+        let region = self.regions.get(self.first_overlapping(range));
         Some(match region {
             Some(region) if region.start <= start => {
-                let end = end.min(region.end()).min(region.split(start, most));
+                let end = end.min(region.range().end).min(region.split(start, most));
                 Part::Inside(start..end)
             }
             Some(region) => Part::Outside(start..end.min(region.start)),
             None => Part::Outside(start..end),
         })
     }
+
+    /// Returns the parts of `range` that are in guest memory, one for each region, in ascending order.
+    pub(super) fn parts_inside(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let mut rest = range;
+        std::iter::from_fn(move || loop {
+            match self.first_part(&rest, u64::MAX)? {
+                Part::Outside(part) => rest.start = part.end,
+                Part::Inside(part) => {
+                    rest.start = part.end;
+                    return Some(part);
+                }
+            }
+        })
+    }
+
+    fn region_at(&self, address: u64) -> Option<&RamRegion> {
+        let region = self
+            .regions
+            .get(self.first_overlapping(&(address..address)))?;
+        region.range().contains(&address).then_some(region)
+    }
+
+    /// Returns the smallest unit that the memory file at the guest physical address `address` can free.
+    pub(super) fn granule_at(&self, address: u64) -> u64 {
+        self.region_at(address).map_or(1, |region| region.granule)
+    }
+
+    /// Returns the granules that overlap `part`, in ascending order. `part` must be in one region. Leaves out those that
+    /// the region contains only in part: the rest of the file may be in use.
+    pub(super) fn granules<'a>(
+        &'a self,
+        part: &'a Range<u64>,
+    ) -> impl Iterator<Item = Range<u64>> + 'a {
+        self.region_at(part.start)
+            .into_iter()
+            .flat_map(|region| region.granules(part))
+    }
 }
 
 impl RamRegion {
-    fn end(&self) -> u64 {
-        self.start.saturating_add(self.length)
+    fn granules<'a>(&'a self, part: &'a Range<u64>) -> impl Iterator<Item = Range<u64>> + 'a {
+        // In the file, a granule starts at a multiple of its size.
+        let phase = self.file.as_ref().map_or(0, FileOffset::start) % self.granule;
+        let inside = part.start.saturating_sub(self.start);
+        let first = inside.saturating_add(phase) / self.granule;
+        let first = first.max(u64::from(phase > 0));
+        (first..u64::MAX).map_while(move |index| {
+            let offset = index.checked_mul(self.granule)?.checked_sub(phase)?;
+            let start = self.start.checked_add(offset)?;
+            let end = start.checked_add(self.granule)?;
+            (start < part.end && end <= self.range().end).then_some(start..end)
+        })
     }
 
     /// Returns the address at which a part that begins at `start` ends: the last page boundary of the file in the
@@ -114,9 +161,9 @@ mod tests {
             start in 0u64..0xe000, length in 0u64..0xe000, most in 0u64..0x4000,
         ) {
             let regions = [(0x1000, 0x4000, 0x4000), (0x8000, 0x4000, 0)];
-            let (whole, split) = (Ram::new(&guest(&regions)), Ram::new(&guest(&regions)));
+            let (mut whole, mut split) = (Ram::new(&guest(&regions)), Ram::new(&guest(&regions)));
             let range = start..start + length;
-            let _ = whole.release(range.clone());
+            whole.release(range.clone()).unwrap();
             for part in parts(&split, range, most) {
                 if let Part::Inside(part) = part {
                     split.release(part).unwrap();

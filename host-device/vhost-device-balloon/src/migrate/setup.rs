@@ -18,6 +18,7 @@ use super::hint_source::{ClaimGuard, DeviceHintSource};
 use super::parameters::{Compression, DirtyTracking, MigrationCapabilities, MigrationParameters};
 use crate::device::migration_claim::ClaimedResources;
 use crate::device_lock::{DeviceLock, QuiescedDevice};
+use crate::sync::lock;
 
 /// What a migration was requested with.
 pub struct MigrationConfig {
@@ -78,8 +79,10 @@ impl MigrationConfig {
         };
         let wanted = self.parameters.free_page_hint;
         // This program writes to guest memory only under the device's lock.
-        let quiesce = Box::new(QuiescedDevice(device));
+        let quiesce = Box::new(QuiescedDevice(device.clone()));
         let choice = choose_tracker(request, wanted, discards, &memory, &punched, quiesce)?;
+        let need_discard = discards && choice.tracker.hints_need_discard();
+        lock(&device).set_hints_need_discard(need_discard);
         let mut reason = choice.why;
         if let (true, Err(why)) = (choice.use_hints, &availability) {
             reason = format!("{reason}, but hints are not available: {why}");

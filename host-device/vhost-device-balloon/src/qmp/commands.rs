@@ -44,7 +44,31 @@ pub(super) fn query_balloon(
     expect_no_arguments(arguments)?;
     let mut device = lock(&context.device);
     device.detect_driver_gone();
-    Ok(json!({ "actual": device.actual_size()? }))
+    let actual = device.actual_size()?;
+    let discard = device.discard_status();
+    Ok(json!({
+        "actual": actual,
+        "discard-inhibited": discard.is_inhibited,
+        "discard-inhibited-by": discard.reasons,
+    }))
+}
+
+pub(super) fn inhibit_discard(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    lock(&context.device).inhibit_discard(true);
+    Ok(json!({}))
+}
+
+pub(super) fn allow_discard(
+    context: &CommandContext,
+    arguments: Option<&Value>,
+) -> Result<Value, CommandError> {
+    expect_no_arguments(arguments)?;
+    lock(&context.device).inhibit_discard(false);
+    Ok(json!({}))
 }
 
 pub(super) fn query_version(
@@ -215,6 +239,7 @@ pub(super) fn query_virtio_status(
         "pages-deflated": status.pages_deflated,
         "bytes-released": status.bytes_released,
         "bytes-reported": status.bytes_reported,
+        "punches": status.punches,
         "errors": status.errors,
         "last-error": status.last_error,
     }))

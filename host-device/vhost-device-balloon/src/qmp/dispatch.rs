@@ -9,9 +9,11 @@ use super::context::CommandContext;
 use super::{commands, migration_commands};
 
 /// The commands that `query-commands` lists, without those of migration and those of the protocol itself.
-const COMMANDS: [(&str, CommandHandler); 15] = [
+const COMMANDS: [(&str, CommandHandler); 17] = [
     ("balloon", commands::balloon),
     ("query-balloon", commands::query_balloon),
+    ("inhibit-discard", commands::inhibit_discard),
+    ("allow-discard", commands::allow_discard),
     ("query-commands", query_commands),
     ("free-page-hint-start", commands::hint_start),
     ("free-page-hint-stop", commands::hint_stop),

@@ -45,6 +45,8 @@ pub struct ServerOptions {
     pub features: Features,
     /// How drivers are asked to leave out notifications.
     pub suppression: NotificationSuppression,
+    /// Whether memory stays allocated until a QMP client allows to discard it.
+    pub inhibit_discard: bool,
     /// Whether to wait for another front end when one disconnects.
     pub persistent: bool,
     /// The file with the saved state to restore.
@@ -167,6 +169,7 @@ impl Server {
         let events = Arc::new(Events::default());
         let mut device =
             Device::new(options.features, events.clone()).with_suppression(options.suppression);
+        device.inhibit_discard(options.inhibit_discard);
         if let Some(path) = &options.device_state {
             device.restore(&SavedState::read(path)?)?;
         }
@@ -290,6 +293,7 @@ mod tests {
             qmp_socket: None,
             features: Features::NONE,
             suppression: NotificationSuppression::default(),
+            inhibit_discard: false,
             persistent: true,
             device_state: None,
         });

@@ -59,6 +59,7 @@ impl TestServer {
             qmp_socket: Some(directory.path().join("qmp")),
             features,
             suppression,
+            inhibit_discard: false,
             persistent,
             device_state: None,
         })
@@ -247,6 +248,8 @@ pub struct Vmm {
     frontend: Frontend,
     memory: GuestMemoryMmap,
     file: File,
+    start: u64,
+    length: u64,
     queues: Vec<DriverQueue>,
     features: Features,
     /// Whether event index was offered. The driver does not accept it.
@@ -277,6 +280,13 @@ impl Unplugged {
     }
 }
 
+/// Creates the memory file of a guest. The guest does not map its start.
+fn memfd() -> File {
+    let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
+    ftruncate(&file, START + LENGTH).unwrap();
+    file
+}
+
 /// The feature bit `VIRTIO_F_VERSION_1`.
 const VERSION_1: u64 = 1 << 32;
 
@@ -285,16 +295,36 @@ impl Vmm {
     pub fn connect(socket: &Path) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
-        Self::connect_with(socket, Box::new(ours), &OwnedFd::from(theirs))
+        Self::connect_with(
+            socket,
+            Box::new(ours),
+            &OwnedFd::from(theirs),
+            memfd(),
+            START,
+        )
+    }
+
+    /// As [`Vmm::connect`], with guest memory in `file` from `start` on, which is at most [`START`] and the same offset in
+    /// the file.
+    pub fn connect_with_file(socket: &Path, file: File, start: u64) -> Self {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(HANG_TIMEOUT)).unwrap();
+        Self::connect_with(socket, Box::new(ours), &OwnedFd::from(theirs), file, start)
     }
 
     /// As [`Vmm::connect`], but messages of the device come through a pipe, as in user-mode Linux.
     pub fn connect_with_pipe(socket: &Path) -> Self {
         let (ours, theirs) = rustix::pipe::pipe().unwrap();
-        Self::connect_with(socket, Box::new(File::from(ours)), &theirs)
+        Self::connect_with(socket, Box::new(File::from(ours)), &theirs, memfd(), START)
     }
 
-    fn connect_with(socket: &Path, channel: Box<dyn Read + Send>, theirs: &OwnedFd) -> Self {
+    fn connect_with(
+        socket: &Path,
+        channel: Box<dyn Read + Send>,
+        theirs: &OwnedFd,
+        file: File,
+        start: u64,
+    ) -> Self {
         let mut frontend = Frontend::connect(socket, Queue::MAX_COUNT as u64).unwrap();
         frontend.set_owner().unwrap();
         let features = frontend.get_features().unwrap();
@@ -306,22 +336,24 @@ impl Vmm {
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::REPLY_ACK;
         assert!(offered.contains(wanted));
-        frontend.set_protocol_features(wanted).unwrap();
+        let slots = offered & VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        frontend.set_protocol_features(wanted | slots).unwrap();
         assert_eq!(frontend.get_queue_num().unwrap(), Queue::MAX_COUNT as u64);
         frontend.set_backend_request_fd(theirs).unwrap();
 
-        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).unwrap());
-        ftruncate(&file, START + LENGTH).unwrap();
+        let length = file.metadata().unwrap().len() - start;
         let range = (
-            GuestAddress(START),
-            LENGTH as usize,
-            Some(FileOffset::new(file.try_clone().unwrap(), START)),
+            GuestAddress(start),
+            length as usize,
+            Some(FileOffset::new(file.try_clone().unwrap(), start)),
         );
         let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
         Self {
             frontend,
             memory,
             file,
+            start,
+            length,
             queues: Vec::new(),
             features: Features::from_bits(features),
             event_idx: features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
@@ -357,7 +389,7 @@ impl Vmm {
 
     /// Shares guest memory with the device.
     pub fn share_memory(&mut self) {
-        self.share(LENGTH);
+        self.share(self.length);
     }
 
     /// Address of the memory of [`Vmm::share_sparse`].
@@ -385,19 +417,39 @@ impl Vmm {
 
     /// Shares only half of guest memory.
     pub fn share_half_the_memory(&mut self) {
-        self.share(LENGTH / 2);
+        self.share(self.length / 2);
     }
 
     fn share(&mut self, length: u64) {
-        self.frontend
-            .set_mem_table(&[VhostUserMemoryRegionInfo {
-                guest_phys_addr: START,
-                memory_size: length,
-                userspace_addr: START,
-                mmap_offset: START,
-                mmap_handle: self.file.as_raw_fd(),
-            }])
-            .unwrap();
+        let region = self.region(self.start, length, self.start);
+        self.frontend.set_mem_table(&[region]).unwrap();
+    }
+
+    /// Returns the region at `start` whose memory is in the memory file at `offset`.
+    pub fn region(&self, start: u64, length: u64, offset: u64) -> VhostUserMemoryRegionInfo {
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: start,
+            memory_size: length,
+            userspace_addr: start,
+            mmap_offset: offset,
+            mmap_handle: self.file.as_raw_fd(),
+        }
+    }
+
+    /// The connection, for messages that no other function sends.
+    pub fn frontend(&mut self) -> &mut Frontend {
+        &mut self.frontend
+    }
+
+    /// The memory file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Notifies the device, without a new request.
+    pub fn kick(&mut self, queue: Queue) {
+        let index = queue.index(self.features).unwrap();
+        self.queues[index].kick.write(1).unwrap();
     }
 
     /// Accepts `features`, as a driver does before it starts. Shares no memory.

@@ -32,6 +32,8 @@ pub(super) struct MigrationClaim {
     on_invalidated: OnInvalidated,
     /// Whether guest memory is no longer the memory that the migration's window covers.
     is_invalidated: bool,
+    /// Whether a hint may only spare a page that is discarded.
+    pub(super) hints_need_discard: bool,
 }
 
 /// Why a migration cannot claim hinting.

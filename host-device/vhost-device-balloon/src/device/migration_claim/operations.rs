@@ -74,16 +74,26 @@ impl Device {
         self.detect_driver_restart();
         let changes = self.hinting.claim();
         self.publish_changes(changes);
+        let discards = self.discards_hinted();
         self.claim = Some(MigrationClaim {
             on_invalidated,
             is_invalidated: false,
+            hints_need_discard: discards,
         });
         Ok(ClaimedResources {
             memory,
             punched,
-            discards: self.discards_hinted(),
+            discards,
             hint_availability: self.check_hinting_available(),
         })
+    }
+
+    /// Sets whether a hint may only spare a page that is discarded: whether the migration finds written pages by their
+    /// content. True until this call, if hinted blocks are discarded.
+    pub fn set_hints_need_discard(&mut self, need: bool) {
+        if let Some(claim) = &mut self.claim {
+            claim.hints_need_discard = need;
+        }
     }
 
     /// Releases the claim at the end of the migration. The guest frees its hinted blocks (R16), and QMP clients

@@ -2,6 +2,7 @@
 
 //! Hints that discard (R17).
 
+use guest_migration::SyncPhase;
 use shared_abi::queue::Queue;
 
 use super::{Guest, ALL, DISCARD, FREE, LENGTH, SECOND, START};
@@ -105,4 +106,56 @@ fn r17_what_is_discarded_is_what_is_struck_out() {
         assert_eq!(guest.byte(SECOND + 0x8000), 0);
         assert_eq!(guest.byte(SECOND), byte);
     }
+}
+
+#[test]
+fn r17_hints_below_a_huge_page_spare_sending_only() {
+    let mut guest = Guest::new(DISCARD, DISCARD);
+    guest.device.ram.set_granule(0x1_0000);
+    guest.start_hint_round();
+    // A whole huge page and a half.
+    guest.hint(0x60_0000, 0x1_8000);
+    guest.hint(0x64_0000, 0x1000);
+    let status = guest.device.hinting_status();
+    assert_eq!(
+        (status.bytes_discarded, status.pages_cleared),
+        (0x1_0000, 25)
+    );
+    let bytes = [0x60_ffff, 0x61_0000, 0x64_0000].map(|it| guest.byte(it));
+    assert_eq!(bytes, [0, 0x5a, 0x5a]);
+}
+
+#[test]
+fn r17_a_migration_that_compares_content_gets_no_hint_that_discards_nothing() {
+    let mut guest = Guest::new(DISCARD, DISCARD);
+    guest.device.ram.set_granule(0x1_0000);
+    let claimed = guest.device.claim(Box::new(|_| {})).unwrap();
+    assert!(claimed.discards);
+    let window = || {
+        let sync = SyncPhase::new(claimed.memory.layout()).unwrap();
+        sync.set_all();
+        sync.finish()
+    };
+    for (inhibited, needs_discard, spared) in [
+        (false, true, 0x10),
+        (true, true, 0),
+        (false, false, 0x18),
+        (true, false, 0x18),
+    ] {
+        guest.device.inhibit_discard(inhibited);
+        guest.device.set_hints_need_discard(needs_discard);
+        let Ok(id) = guest.device.open_window(window()) else {
+            panic!("the window opens");
+        };
+        guest.send_cmd_id(id.number());
+        guest.hint(0x60_0000, 0x1_8000);
+        let window = guest.device.close_window().unwrap();
+        let bitmap = window.bitmap();
+        assert_eq!(
+            bitmap.pages() - bitmap.dirty_pages(),
+            spared,
+            "{inhibited} {needs_discard}"
+        );
+    }
+    guest.device.release_claim();
 }

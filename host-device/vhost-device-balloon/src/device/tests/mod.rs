@@ -112,7 +112,7 @@ impl Guest {
         device.front_end_connected(notifier);
 
         let memory = GuestMemoryAtomic::new(memory);
-        device.set_memory(memory.clone());
+        device.set_memory(memory.clone(), None).unwrap();
         let vrings = (0..Queue::MAX_COUNT)
             .map(|_| Vring::new(memory.clone(), MAX_QUEUE_SIZE).unwrap())
             .collect();
