@@ -105,7 +105,7 @@ fn nothing_is_undone_after_a_migration() {
     assert_eq!(state.source.status, "postmigrate");
 }
 
-/// The destination daemon outlives the program. Whoever reads the output of the program sees its end nevertheless.
+/// The destination daemon outlives the program. A reader of the output of the program sees its end nevertheless.
 #[test]
 fn the_destination_daemon_does_not_keep_the_output_of_the_program_open() {
     let mut fake = fake(None, &[]);

@@ -146,7 +146,7 @@ fn whatever_fails_on_the_way_the_guest_goes_on_at_the_source() {
     }
 }
 
-/// What the operator has set in a QEMU stays set.
+/// What the user has set in a QEMU stays set.
 #[test]
 fn a_capability_that_was_set_before_is_not_reset() {
     let mut fake = fake(Some(Fault::VmState(Peer::Source)), &[]);

@@ -25,7 +25,7 @@ pub(super) enum Message {
     Shell(i32),
     /// The command is about to be sent after which the guest may run at the destination.
     Commit,
-    /// Nothing is to be undone any longer.
+    /// The rollback has nothing left to undo.
     Clear,
 }
 

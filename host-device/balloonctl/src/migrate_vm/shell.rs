@@ -23,7 +23,7 @@ const LAST_WORDS: u64 = 1000;
 pub(super) struct Shell {
     child: Child,
     /// Standard error of the command. It is not that of this program: the daemon that the command starts outlives this
-    /// program, and whoever reads our standard error would wait for the end of the daemon.
+    /// program, and a reader of our standard error would wait for the end of the daemon.
     messages: File,
 }
 
