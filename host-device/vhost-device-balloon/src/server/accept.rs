@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::net::RecvFlags;
 use tracing::{debug, info, warn};
 
+use super::pending_connection::{PendingConnection, FIRST_BYTE_TIMEOUT};
 use super::{Server, SESSION_ENDED};
 use crate::session::{Session, SessionError};
 use crate::socket::SocketListener;
@@ -16,36 +17,11 @@ use crate::socket::SocketListener;
 /// The most connections that wait to become the front end.
 const MAX_PENDING_CONNECTIONS: usize = 8;
 
-/// How long a connection may send nothing. A VMM may connect minutes before it sets up its devices, while it
-/// allocates guest memory.
-const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(600);
-
 /// The most connections that are accepted before other work gets a turn.
 const MAX_ACCEPTS: usize = 64;
 
 /// How long the server accepts nothing after an error of the host, such as no free descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
-
-/// A connection that is not the front end yet.
-#[derive(Debug)]
-pub(super) struct PendingConnection {
-    stream: UnixStream,
-    since: Instant,
-    /// Whether it has sent something, and waits for the end of the last session or migration.
-    has_sent: bool,
-}
-
-impl PendingConnection {
-    /// Returns the stream to wait for, if the connection has sent nothing yet.
-    pub(super) fn silent_stream(&self) -> Option<&UnixStream> {
-        (!self.has_sent).then_some(&self.stream)
-    }
-
-    /// Returns the time by which it must have sent something.
-    pub(super) fn deadline(&self) -> Option<Instant> {
-        (!self.has_sent).then(|| self.since + FIRST_BYTE_TIMEOUT)
-    }
-}
 
 /// Whether a connection can become the front end.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -5,11 +5,12 @@
 //! One thread polls the two listeners, the connections that have sent nothing yet, and a socket pair that
 //! other threads write to. A front end that cannot be served, and an error of `accept`, do not end it.
 //!
-//! This file contains the server and its loop. `poll` waits for the sockets, `accept` decides which connection becomes
+//! This file contains the server and its loop. `poll` waits for the sockets, `accept` decides which `pending_connection` becomes
 //! the front end, and `exit` decides when the program ends.
 
 mod accept;
 mod exit;
+mod pending_connection;
 mod poll;
 
 use std::io::{self, Read, Write};
@@ -22,7 +23,7 @@ use shared_abi::features::Features;
 use thiserror::Error;
 use tracing::info;
 
-use accept::PendingConnection;
+use pending_connection::PendingConnection;
 
 use crate::device::saved_state::{SavedState, SavedStateError};
 use crate::device::Device;
