@@ -4,9 +4,14 @@
 
 use std::sync::Arc;
 
+use rustix::fs::ftruncate;
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vhost_user_backend::VringT;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion,
+};
 
 use super::{Device, Guest, ALL, DISCARD, FREE, LENGTH, START};
 use crate::device::hinting::MAX_DISCARD;
@@ -21,13 +26,30 @@ const LARGE_LENGTH: u64 = 64 << 30;
 const TURN_BYTES: u64 = (DRAIN_BUDGET as u64) << 16;
 
 fn large_guest(features: Features) -> Guest {
+    large_guest_with(features, features)
+}
+
+fn large_guest_with(offered: Features, accepted: Features) -> Guest {
     let regions = [(START, LENGTH), (LARGE, LARGE_LENGTH)].map(|(start, length)| {
         let file = FileOffset::new(memfd(length), 0);
         (GuestAddress(start), length as usize, Some(file))
     });
     let memory = GuestMemoryMmap::from_ranges_with_files(regions).unwrap();
-    let device = Device::new(features, Arc::default());
-    Guest::with_memory(device, features, memory)
+    let device = Device::new(offered, Arc::default());
+    Guest::with_memory(device, accepted, memory)
+}
+
+/// Makes a request available whose buffer is the descriptor `head`, with its page frame numbers at `at`.
+fn offer_pages(guest: &mut Guest, queue: Queue, head: u16, at: u64, pages: &[u64]) {
+    let bytes: Vec<u8> = pages
+        .iter()
+        .flat_map(|address| ((address >> 12) as u32).to_le_bytes())
+        .collect();
+    let memory = guest.memory.memory();
+    memory.write_slice(&bytes, GuestAddress(at)).unwrap();
+    let base = guest.queue(queue).0.base;
+    guest.write_descriptor(base, head, at, bytes.len() as u32, 0, 0);
+    guest.offer(queue, head);
 }
 
 /// Gives the queue turns until it is empty, and returns the difference of `count` in each turn.
@@ -66,17 +88,7 @@ fn a_turn_releases_a_limited_number_of_bytes() {
 fn a_turn_releases_a_limited_number_of_pages() {
     let mut guest = large_guest(ALL);
     let pages: Vec<_> = (0..10_000).map(|page| LARGE + page * 0x2000).collect();
-    let bytes: Vec<u8> = pages
-        .iter()
-        .flat_map(|address| ((address >> 12) as u32).to_le_bytes())
-        .collect();
-    vm_memory::Bytes::write_slice(
-        &*vm_memory::GuestAddressSpace::memory(&guest.memory),
-        &bytes,
-        GuestAddress(FREE),
-    )
-    .unwrap();
-    guest.add(Queue::Inflate, &[(FREE, bytes.len() as u32, false)]);
+    offer_pages(&mut guest, Queue::Inflate, 0, FREE, &pages);
     let turns = turns(&mut guest, Queue::Inflate, |guest| {
         guest.device.virtio_status().bytes_released >> 12
     });
@@ -187,6 +199,123 @@ fn r17_a_stopped_queue_finishes_its_request_and_a_reset_drops_it() {
     guest.device.set_features(ALL.bits());
     assert!(!guest.device.finish_request(index));
     assert!(!guest.kick_index(index));
+    assert_eq!(guest.device.virtio_status().bytes_reported, before);
+    assert_eq!(guest.returned(Queue::Reporting), 0);
+}
+
+#[test]
+fn r17_a_buffer_is_returned_after_the_pages_of_all_requests_of_its_turn() {
+    const PAGES: u64 = 100;
+    const REQUESTS: u64 = 16;
+    let mut guest = large_guest(ALL);
+    // Each second request has the pages between those of the request before it.
+    for request in 0..REQUESTS {
+        let first = LARGE + (request / 2 * 0x1000 + request % 2) * 0x1000;
+        let pages: Vec<u64> = (0..PAGES).map(|page| first + page * 0x2000).collect();
+        let at = FREE + request * 0x1000;
+        offer_pages(&mut guest, Queue::Inflate, request as u16, at, &pages);
+    }
+    let (_, index) = guest.queue(Queue::Inflate);
+    let (mut turns, mut returned, mut punches) = (0, 0, 0);
+    loop {
+        let more = guest.kick_index(index);
+        turns += 1;
+        returned += u64::from(guest.returned(Queue::Inflate));
+        let status = guest.device.virtio_status();
+        assert!(status.bytes_released >> 12 >= returned * PAGES);
+        assert!(status.punches - punches <= DRAIN_BUDGET as u64);
+        punches = status.punches;
+        if !more {
+            break;
+        }
+    }
+    assert_eq!(returned, REQUESTS);
+    assert!(turns > 1, "{turns}");
+    let status = guest.device.virtio_status();
+    assert_eq!(status.bytes_released >> 12, REQUESTS * PAGES);
+    // Two requests are one range. The end of a turn divides the pages of two requests at most.
+    let most = REQUESTS / 2 + 2 * PAGES * (turns - 1);
+    println!("{punches} system calls in {turns} turns");
+    assert!(punches <= most, "{punches} > {most}");
+}
+
+/// Pages of huge pages of 2 MiB: `number` modulo 2 of each of the first `count` huge pages.
+fn half_of_huge_pages(count: u64, number: u64) -> Vec<u64> {
+    let pages = (0..count * 256).map(|it| it * 2 + number);
+    pages.map(|it| LARGE + it * 0x1000).collect()
+}
+
+#[test]
+fn pages_of_requests_of_several_turns_add_up_to_huge_pages() {
+    const COUNT: u64 = 20;
+    let mut guest = large_guest(Features::MUST_TELL_HOST);
+    guest.device.ram.set_granule(2 << 20);
+    let released = |guest: &Guest| guest.device.virtio_status().bytes_released;
+    for (half, expected) in [(0, 0), (1, COUNT * (2 << 20))] {
+        let pages = half_of_huge_pages(COUNT, half);
+        offer_pages(&mut guest, Queue::Inflate, 0, FREE, &pages);
+        let turns = turns(&mut guest, Queue::Inflate, |guest| {
+            guest.device.virtio_status().bytes_released
+        });
+        assert!(turns.len() > 4, "{}", turns.len());
+        assert_eq!(guest.returned(Queue::Inflate), 1);
+        assert_eq!(released(&guest), expected);
+    }
+    // A deflation takes several turns as well, because each page of a huge page is work.
+    let pages = half_of_huge_pages(COUNT, 0);
+    offer_pages(&mut guest, Queue::Deflate, 0, FREE, &pages);
+    let (_, index) = guest.queue(Queue::Deflate);
+    let mut turns = 1;
+    while guest.kick_index(index) {
+        assert_eq!(
+            guest.returned(Queue::Deflate),
+            0,
+            "the device still owns it"
+        );
+        turns += 1;
+    }
+    assert!(turns > 4, "{turns}");
+    assert_eq!(guest.returned(Queue::Deflate), 1);
+    let status = guest.device.virtio_status();
+    assert_eq!(status.pages_deflated, COUNT * 256);
+    // The other half is still in the balloon, and alone it frees nothing.
+    guest.send_pfns(Queue::Inflate, &half_of_huge_pages(1, 1));
+    assert_eq!(released(&guest), COUNT * (2 << 20));
+    guest.send_pfns(Queue::Inflate, &half_of_huge_pages(1, 0));
+    assert_eq!(released(&guest), (COUNT + 1) * (2 << 20));
+    assert_eq!(guest.errors(), 0);
+}
+
+#[test]
+fn r17_a_stopped_queue_finishes_its_request_however_the_driver_numbers_the_queues() {
+    let mut guest = large_guest_with(ALL, Features::REPORTING);
+    // The rings 0, 1 and 4 are started, as in the list of the specification.
+    for index in [2, 3] {
+        guest.vrings[index].set_queue_ready(false);
+    }
+    guest.features = ALL;
+    guest.add(Queue::Reporting, &[(LARGE, 1 << 30, true)]);
+    assert!(guest.kick_index(4));
+    while guest.device.finish_request(4) {}
+    assert_eq!(guest.returned(Queue::Reporting), 1);
+    assert_eq!(guest.device.virtio_status().bytes_reported, 1 << 30);
+}
+
+#[test]
+fn r17_no_buffer_is_returned_and_nothing_released_after_a_truncation() {
+    let mut guest = large_guest(ALL);
+    guest.add(Queue::Reporting, &[(LARGE, 1 << 30, true)]);
+    let (_, index) = guest.queue(Queue::Reporting);
+    assert!(guest.kick_index(index));
+    let before = guest.device.virtio_status().bytes_reported;
+    // An access to the file that has the rings fails, and zeros replace its page.
+    let memory = guest.memory.memory();
+    let region = memory.find_region(GuestAddress(START)).unwrap();
+    ftruncate(region.file_offset().unwrap().file(), 0).unwrap();
+    assert_eq!(guest.byte(FREE), 0);
+    assert!(guest.device.memory_fault().is_some());
+    while guest.kick_index(index) {}
+    assert!(!guest.device.finish_request(index));
     assert_eq!(guest.device.virtio_status().bytes_reported, before);
     assert_eq!(guest.returned(Queue::Reporting), 0);
 }
