@@ -15,14 +15,13 @@
 //! - [`server`] owns the two sockets, accepts connections, and decides when the program ends.
 //! - [`session`] serves one connected front end.
 //! - [`relay`] relays vhost-user messages, in order to send the configuration change message.
-//! - [`log`] writes log lines without ever waiting for their reader.
+//! - [`log`] writes log lines without ever waiting for their reader, and limits their rate.
 //! - [`signals`] and [`panics`] end the program.
 //! - [`backend`] implements the interface of the crate `vhost-user-backend`. It holds no state of the balloon.
 //! - `descriptors` checks the descriptors that a front end sends, and `vhost_daemon` runs the threads of the crate.
 //! - [`vring`] is a virtqueue that counts notifications and interrupts.
 //! - [`device`] is the balloon: configuration space, queues, hint rounds, statistics.
 //! - [`device_lock`] is the lock of the device, a [`fair_mutex`].
-//! - [`log_limit`] limits the rate of log lines.
 //! - [`memory`] is guest memory as files that can be released to the host.
 //! - [`migrate`] starts, controls and ends migrations.
 //! - [`qmp`] serves QMP clients.
@@ -41,7 +40,6 @@ pub mod event_count;
 pub mod events;
 pub mod fair_mutex;
 pub mod log;
-pub mod log_limit;
 pub mod memory;
 pub mod migrate;
 pub mod panics;

@@ -50,13 +50,11 @@ impl Device {
         let pages = ram.saturating_sub(bytes) >> PFN_SHIFT;
         let pages = u32::try_from(pages).map_err(|_| BalloonError::TooLarge(pages))?;
         if pages != self.config.num_pages {
-            if let Some(permit) = self.target_log.permit() {
-                match bytes > ram {
-                    true => info!(
-                        "balloon target: {bytes} bytes are more than guest memory has ({ram}); the balloon is emptied{permit}"
-                    ),
-                    false => info!("balloon target: {pages} pages{permit}"),
-                }
+            match bytes > ram {
+                true => info!(
+                    "balloon target: {bytes} bytes are more than guest memory has ({ram}); the balloon is emptied"
+                ),
+                false => info!("balloon target: {pages} pages"),
             }
             self.config.num_pages = pages;
             self.notify_config_change();

@@ -53,9 +53,7 @@ impl Device {
             counters.last_avail_idx = counters.last_avail_idx.map(|_| avail_idx);
         }
         if restarted {
-            if let Some(permit) = self.driver_log.permit() {
-                info!("driver restarted{permit}");
-            }
+            info!("driver restarted");
             self.reset_driver_state();
         }
     }
@@ -87,9 +85,7 @@ impl Device {
         });
         // Zeros that replaced a page of a truncated file look like another ring. The session ends.
         if overwritten == Some(true) && self.memory_fault().is_none() {
-            if let Some(permit) = self.driver_log.permit() {
-                info!("driver is gone: the guest has overwritten the used ring of a stopped queue{permit}");
-            }
+            info!("driver is gone: the guest has overwritten the used ring of a stopped queue");
             self.reset();
         }
     }
@@ -120,12 +116,7 @@ impl Device {
     /// balloon and the requests that it has not got back. A reset gives the guest all its memory back.
     pub(super) fn reset_driver_state(&mut self) {
         if let Some(id) = self.hinting.phase().id() {
-            if let Some(permit) = self.driver_log.permit() {
-                warn!(
-                    "hint round {:#x} ended: driver was reset{permit}",
-                    id.number()
-                );
-            }
+            warn!("hint round {:#x} ended: driver was reset", id.number());
         }
         if let Some(connection) = &mut self.connection {
             connection.pending_requests = Default::default();

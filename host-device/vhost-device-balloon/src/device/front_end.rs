@@ -165,9 +165,7 @@ impl Device {
     /// of a new driver.
     pub fn set_features(&mut self, bits: u64) {
         let features = Features::from_bits(bits) & self.offered_features;
-        if let Some(permit) = self.driver_log.permit() {
-            info!("driver accepted features: {features}{permit}");
-        }
+        info!("driver accepted features: {features}");
         if self
             .negotiated_features
             .is_some_and(|before| before != features)

@@ -60,7 +60,6 @@ use shared_abi::features::Features;
 
 use crate::event_count::EventCount;
 use crate::events::Events;
-use crate::log_limit::LogLimit;
 use crate::memory::{PartialPages, Ram};
 use crate::vring::NotificationSuppression;
 use connection::Connection;
@@ -93,8 +92,6 @@ pub struct Device {
     bytes_reported: u64,
     /// Buffer that requests are read into. Kept to reuse its allocation.
     buffer: Vec<u8>,
-    target_log: LogLimit,
-    driver_log: LogLimit,
 }
 
 impl std::fmt::Debug for Device {
@@ -131,8 +128,6 @@ impl Device {
             bytes_released: 0,
             bytes_reported: 0,
             buffer: Vec::new(),
-            target_log: LogLimit::default(),
-            driver_log: LogLimit::default(),
         }
     }
 

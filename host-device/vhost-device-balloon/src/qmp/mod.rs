@@ -39,7 +39,6 @@ use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use shared_abi::hinting::device::Phase;
 use tracing::{info, warn};
 
-use crate::log_limit::LogLimit;
 use crate::sync::lock;
 use client::serve_client;
 use outbox::Outbox;
@@ -61,7 +60,6 @@ struct Shared {
     table: Mutex<Table>,
     /// Notified when a client leaves the table.
     left: Condvar,
-    log: LogLimit,
 }
 
 impl QmpClients {
@@ -77,7 +75,6 @@ impl QmpClients {
                 context,
                 table: Mutex::default(),
                 left: Condvar::new(),
-                log: LogLimit::default(),
             }),
             limits,
             next: 1,
@@ -93,12 +90,10 @@ impl QmpClients {
     pub fn serve(&mut self, stream: UnixStream) {
         let has_room = lock(&self.shared.table).make_room(Instant::now(), self.limits.idle);
         if !has_room {
-            if let Some(permit) = self.shared.log.permit() {
-                warn!(
-                    "QMP client refused: {} clients are connected{permit}",
-                    table::MAX_CLIENTS
-                );
-            }
+            warn!(
+                "QMP client refused: {} clients are connected",
+                table::MAX_CLIENTS
+            );
             let line = protocol::error(None, "GenericError", "too many QMP clients are connected");
             let _ = stream.set_nonblocking(true);
             let _ = (&stream).write_all(format!("{line}\r\n").as_bytes());
@@ -107,9 +102,7 @@ impl QmpClients {
         let number = self.next;
         self.next += 1;
         if let Err(error) = self.start(number, stream) {
-            if let Some(permit) = self.shared.log.permit() {
-                warn!("QMP client {number} cannot be served: {error}{permit}");
-            }
+            warn!("QMP client {number} cannot be served: {error}");
             lock(&self.shared.table).remove(number);
         }
     }
@@ -162,20 +155,15 @@ impl QmpClients {
 
 impl Shared {
     fn serve(&self, number: u64, stream: &UnixStream, entry: &Entry, limits: QmpLimits) {
-        if let Some(permit) = self.log.permit() {
-            info!("QMP client {number} connected{permit}");
-        }
+        info!("QMP client {number} connected");
         let why = serve_client(stream, entry, &self.context, limits);
         let phase = lock(&self.context.device).hinting_status().phase;
-        let Some(permit) = self.log.permit() else {
-            return;
-        };
         match phase {
             Phase::Requested(id) | Phase::Started(id) => info!(
-                "QMP client {number} disconnected: {why}; hint round {:#x} continues{permit}",
+                "QMP client {number} disconnected: {why}; hint round {:#x} continues",
                 id.number()
             ),
-            _ => info!("QMP client {number} disconnected: {why}{permit}"),
+            _ => info!("QMP client {number} disconnected: {why}"),
         }
     }
 }
