@@ -245,14 +245,7 @@ fn signals_end_it_cleanly_unless_they_were_ignored_at_the_start() {
     ];
     for (signal, name) in names {
         let directory = tempfile::tempdir().unwrap();
-        // The test itself may have been started by nohup.
-        let mut command = Command::new("env");
-        command
-            .arg("--default-signal=HUP,INT,QUIT,TERM")
-            .arg(PROGRAM);
-        let program =
-            Program::start_with(command, directory.path(), &["--persistent"], Stdio::piped())
-                .ready();
+        let program = Program::start(directory.path(), &["--persistent"]).ready();
         let mut vmm = Vmm::connect(&program.socket);
         vmm.start_driver(STATS);
         // These have no meaning, and end nothing.

@@ -19,8 +19,12 @@ pub struct Program {
 }
 
 impl Program {
+    /// Starts the program with the default actions of all signals: the test itself may have been started by `nohup`.
     pub fn start(directory: &Path, arguments: &[&str]) -> Self {
-        let command = Command::new(env!("CARGO_BIN_EXE_vhost-device-balloon"));
+        let mut command = Command::new("env");
+        command
+            .arg("--default-signal=HUP,INT,QUIT,TERM")
+            .arg(env!("CARGO_BIN_EXE_vhost-device-balloon"));
         Self::start_with(command, directory, arguments, Stdio::piped())
     }
 

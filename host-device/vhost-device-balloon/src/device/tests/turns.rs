@@ -319,3 +319,18 @@ fn r17_no_buffer_is_returned_and_nothing_released_after_a_truncation() {
     assert_eq!(guest.device.virtio_status().bytes_reported, before);
     assert_eq!(guest.returned(Queue::Reporting), 0);
 }
+
+#[test]
+fn r17_a_buffer_is_returned_after_its_own_page_was_released() {
+    let mut guest = Guest::new(ALL, ALL);
+    // The page contains the used ring. What the device wrote before the release would be gone.
+    let used_ring = guest.queue(Queue::Inflate).0.base + 0x2000;
+    guest.send_pfns(Queue::Inflate, &[used_ring]);
+    let used_ring = guest.queue(Queue::Reporting).0.base + 0x2000;
+    guest.send(Queue::Reporting, &[(used_ring, 0x1000, true)]);
+    let status = guest.device.virtio_status();
+    assert_eq!(
+        (status.bytes_released, status.bytes_reported),
+        (0x1000, 0x1000)
+    );
+}
