@@ -114,6 +114,9 @@ pub enum Command {
     /// Control hint rounds of free page hinting manually.
     #[command(subcommand)]
     Hint(Hint),
+    /// Stop or resume the release of guest memory to the host.
+    #[command(subcommand)]
+    Discard(Discard),
     /// Send guest memory to a receiver while the guest runs, and pause the guest for the last iteration.
     #[command(after_help = MIGRATE_EXAMPLES)]
     Migrate(Box<Migrate>),
@@ -150,6 +153,17 @@ pub enum Hint {
     /// Tell the guest to release its hinted blocks.
     Done,
     /// Show the state of the hint round.
+    Status,
+}
+
+/// What `discard` does.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum Discard {
+    /// Release no memory: before a snapshot or a post-copy migration by the VMM, or before a device is assigned.
+    Inhibit,
+    /// Release memory again. This does not overrule a device that pins memory.
+    Allow,
+    /// Show whether memory is released, and what inhibits it.
     Status,
 }
 

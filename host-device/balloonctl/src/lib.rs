@@ -53,6 +53,7 @@ pub fn run(args: Args, output: &mut Output) -> Result<(), CommandError> {
             commands::target::run(&mut daemon, &options, &handle_signals()?, output)
         }
         Command::Hint(what) => commands::hint::run(&mut daemon(qmp, timeout)?, what, output),
+        Command::Discard(what) => commands::discard::run(&mut daemon(qmp, timeout)?, what, output),
         Command::Migrate(options) => {
             let mut daemon = daemon(qmp, timeout)?;
             commands::migrate::run(&mut daemon, &options, &handle_signals()?, output)

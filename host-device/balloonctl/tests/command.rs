@@ -342,6 +342,30 @@ fn hints_end_only_where_there_is_a_guest() {
     }
 }
 
+#[test]
+fn discarding_is_inhibited_allowed_and_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("qmp");
+    let journal = daemon(&socket, |name, _| match name {
+        "query-balloon" => Ok(json!({
+            "actual": 1 << 30, "discard-inhibited": true, "discard-inhibited-by": ["process 7 has VFIO devices"],
+        })),
+        _ => Ok(json!({})),
+    });
+    for (what, words) in [
+        ("inhibit", "no memory is released"),
+        ("allow", "memory is released"),
+        ("status", "inhibited: process 7 has VFIO devices"),
+    ] {
+        let done = run(&["--qmp", socket.to_str().unwrap(), "discard", what]);
+        assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
+        assert!(text(&done.stdout).contains(words), "{}", text(&done.stdout));
+    }
+    let mut sent = journal.lock().unwrap().clone();
+    sent.retain(|name| name != "qmp_capabilities");
+    assert_eq!(sent, ["inhibit-discard", "allow-discard", "query-balloon"]);
+}
+
 /// One server accepts and says nothing, one does not accept.
 #[test]
 fn a_silent_socket_is_waited_for_with_a_limit_and_a_message() {

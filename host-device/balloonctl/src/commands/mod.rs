@@ -2,6 +2,7 @@
 
 //! The commands, one module each, and the display of progress.
 
+pub mod discard;
 pub mod hint;
 pub mod migrate;
 pub mod progress;

@@ -7,7 +7,7 @@ use qmp_client::{Client, Error};
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 
-use super::{hint, progress};
+use super::{discard, hint, progress};
 use crate::error::CommandError;
 use crate::output::{fields, Output};
 use crate::size;
@@ -73,6 +73,7 @@ fn describe(overview: &Overview) -> String {
             overview.balloon.show(|it| size::show(number(it, "actual"))),
         ),
         ("host memory", overview.memory.show(memory)),
+        ("discarding", overview.balloon.show(discard::line)),
         ("hinting", overview.hinting.show(hint::line)),
         ("migration", overview.migration.show(migration)),
     ])
@@ -157,6 +158,7 @@ mod tests {
             "device        no-driver",
             "features      stats, free-page-hint",
             "guest memory  unavailable: no driver",
+            "discarding    unavailable: no driver",
             "host memory   1.00 MiB of 4.00 MiB",
             "migration     none",
         ] {
