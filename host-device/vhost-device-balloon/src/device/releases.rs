@@ -64,17 +64,17 @@ impl Device {
     /// Releases the collected memory to the host, and records an error of the host. The buffers stay in `releases`, unless
     /// guest memory has failed: then no buffer may be returned.
     pub(super) fn release_collected(&mut self, queue: Queue, releases: &mut Releases) {
+        // Zeros that replaced a page of a truncated file look like requests for page 0, and like empty ones.
+        if self.memory_fault().is_some() {
+            *releases = Releases::default();
+            return;
+        }
         let inflated = merge(std::mem::take(&mut releases.inflated));
         let reported = merge(std::mem::take(&mut releases.reported));
         if inflated.is_empty() && reported.is_empty() {
             return;
         }
         self.poll_pinning();
-        // Zeros that replaced a page of a truncated file look like requests for page 0.
-        if self.memory_fault().is_some() {
-            releases.heads.clear();
-            return;
-        }
         let inflated = match self.remembers_partial_pages() {
             true => self.partial_pages.inflate(&self.ram, inflated),
             false => inflated,
