@@ -40,7 +40,7 @@ fn the_wait_of_commands() {
     qmp.until_running();
     let (mut other, busy) = (QmpClient::connect(&program.qmp), AtomicBool::new(true));
 
-    vmm.share_sparse(4 << 40);
+    vmm.share_sparse(16 << 40);
     thread::scope(|scope| {
         let querying = scope.spawn(|| longest_wait(&mut other, &busy));
         let start = Instant::now();
@@ -50,7 +50,7 @@ fn the_wait_of_commands() {
         busy.store(false, Ordering::Release);
         let (longest, count) = querying.join().unwrap();
         println!(
-            "free-page-hint-start of 4 TiB took {taken:?}; longest of {count} queries beside it: {longest:?}"
+            "free-page-hint-start of 16 TiB took {taken:?}; longest of {count} queries beside it: {longest:?}"
         );
     });
 
