@@ -111,12 +111,19 @@ impl ReceiveContext<'_> {
                 }
                 Record::IterationEnd(iteration) => {
                     // The next iteration may send a page again on another channel. That record must be applied last.
-                    self.control.wait_at_barrier(self.channels)?;
+                    if !self.control.wait_at_barrier(self.channels)? {
+                        return Err(decoder.fault(at, Fault::IterationsDiffer));
+                    }
                     self.progress.set_iterations(iteration);
                     iterations = iteration;
                     (0, 0)
                 }
-                Record::Final(last, chain) => break (last, chain, at),
+                Record::Final(last, chain) => {
+                    if !self.control.end_channel() {
+                        return Err(decoder.fault(at, Fault::IterationsDiffer));
+                    }
+                    break (last, chain, at);
+                }
             };
             self.progress.add(decoder.offset() - before, pages, zeros);
             before = decoder.offset();

@@ -36,6 +36,8 @@ struct State {
     waiting: u16,
     /// Number of iterations that all channels have ended.
     iterations: u64,
+    /// Whether a channel has ended.
+    ended: bool,
 }
 
 impl Control {
@@ -157,19 +159,23 @@ impl Control {
         self.check()
     }
 
-    /// Waits until all `channels` are at the end of the current iteration. Returns how many iterations have ended.
+    /// Waits until all `channels` are at the end of the current iteration. Returns false if a channel has ended, and so
+    /// never gets there.
     ///
     /// # Errors
     ///
     /// The reason, if the stream is stopped.
-    pub fn wait_at_barrier(&self, channels: u16) -> Result<u64, StreamError> {
+    pub fn wait_at_barrier(&self, channels: u16) -> Result<bool, StreamError> {
         let mut state = self.state();
+        if state.ended {
+            return Ok(false);
+        }
         state.waiting += 1;
         if state.waiting >= channels {
             state.waiting = 0;
             state.iterations += 1;
             self.changed.notify_all();
-            return Ok(state.iterations);
+            return Ok(true);
         }
         let iteration = state.iterations;
         while state.iterations == iteration {
@@ -181,7 +187,15 @@ impl Control {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        Ok(state.iterations)
+        Ok(true)
+    }
+
+    /// Records that a channel has ended. Returns false if others wait at the end of an iteration that the channel has
+    /// not: the caller must stop the stream, because they would wait forever.
+    pub fn end_channel(&self) -> bool {
+        let mut state = self.state();
+        state.ended = true;
+        state.waiting == 0
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -69,6 +69,8 @@ pub enum Fault {
     Compressed { pages: u64, why: String },
     #[error("iteration {0} ends, expected the end of iteration {1}")]
     IterationEnd(u64, u64),
+    #[error("channels end after different numbers of iterations")]
+    IterationsDiffer,
     #[error("final record has {said} {what}, the stream had {seen}")]
     Count {
         what: &'static str,

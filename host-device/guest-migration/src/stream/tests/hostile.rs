@@ -2,7 +2,8 @@
 
 //! Malformed streams: damaged, truncated or with forged fields.
 
-use std::io::IoSliceMut;
+use std::io::{IoSliceMut, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -544,6 +545,41 @@ fn iterations_end_in_order_and_once() {
             &[],
         );
         assert_eq!(refused_alone(&forge).1, Fault::IterationEnd(wrong, 2));
+    }
+}
+
+/// A receiver that waited for the other channel would wait forever.
+#[test]
+fn a_channel_that_ends_before_the_others_iteration_is_a_fault() {
+    for ended in 0..2 {
+        let dir = TestDir::new();
+        let (address, receiving) = dir.receive(&dir.address("unix"));
+        let Address::Unix(path) = &address else {
+            panic!("{address}")
+        };
+        let channels = [0, 1].map(|channel| {
+            let header = StreamHeader {
+                channel,
+                channels: 2,
+                ..Forge::new().header
+            };
+            let mut forge = Forge::with_header(header);
+            if usize::from(channel) != ended {
+                forge.iteration();
+            }
+            forge.finish(|_| {});
+            let mut stream = UnixStream::connect(path).unwrap();
+            stream.write_all(&forge.bytes()).unwrap();
+            stream
+        });
+        let error = receiving.end().unwrap_err();
+        let fault = Fault::IterationsDiffer;
+        assert!(
+            matches!(&error, StreamError::Malformed { fault: it, .. } if *it == fault),
+            "{error}"
+        );
+        assert!(dir.marked());
+        drop(channels);
     }
 }
 
