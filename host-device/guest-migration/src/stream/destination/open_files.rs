@@ -3,7 +3,8 @@
 //! The open memory files of a stream.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use super::digest_chunk::DigestChunk;
 use super::ram_block_file::{RamBlockFile, PAGE};
@@ -52,8 +53,9 @@ impl OpenFiles {
         hasher: &PageHasher,
         mut tick: impl FnMut() -> Result<(), E>,
     ) -> Result<ContentDigest, E> {
-        let parts: Vec<DigestChunk> = self.parts().collect();
-        let next = AtomicUsize::new(0);
+        // Taken one by one: the sender determines their number.
+        let parts = Mutex::new(self.parts());
+        let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
         let stopped = AtomicBool::new(false);
         let helpers = std::thread::available_parallelism()
             .map_or(1, |it| it.get().min(DIGEST_THREADS_MAX))
@@ -64,7 +66,7 @@ impl OpenFiles {
                 let mut digest = ContentDigest::new();
                 let mut buffer = vec![0; DIGEST_BUFFER_PAGES * PAGE];
                 let mut keep_going = || keep_going() && !stopped.load(Ordering::Relaxed);
-                while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+                while let Some(part) = next() {
                     let done = part.digest(hasher, &mut buffer, &mut digest, &mut keep_going);
                     if !matches!(done, Ok(true)) {
                         stopped.store(true, Ordering::Relaxed);
