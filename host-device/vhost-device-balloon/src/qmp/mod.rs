@@ -123,6 +123,8 @@ impl QmpClients {
                     shared: &shared,
                     number,
                 };
+                // Closed before the place becomes free.
+                let (stream, entry) = (stream, entry);
                 shared.serve(number, &stream, &entry, limits);
             })?;
         Ok(())

@@ -47,6 +47,19 @@ fn connect(clients: &mut QmpClients) -> UnixStream {
     theirs
 }
 
+#[test]
+fn a_client_that_has_no_place_any_more_has_no_descriptors_either() {
+    for _ in 0..500 {
+        let mut clients = clients(NEVER);
+        let mut client = connect(&mut clients);
+        clients.close();
+        // The greeting, and then the end.
+        client.set_nonblocking(true).unwrap();
+        let read = client.read_to_end(&mut Vec::new());
+        assert!(read.is_ok(), "the connection is open: {read:?}");
+    }
+}
+
 fn until_empty(clients: &QmpClients) {
     let limit = Instant::now() + HANG_TIMEOUT;
     while clients.count() > 0 {
