@@ -198,10 +198,11 @@ impl VhostUserBackend for Backend {
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
         // Not under the device's lock: this takes time for each process of the host.
-        let pinning = lock(&self.new_files).find_pins(&memory.memory());
+        let searches = lock(&self.device).searches_for_pins();
+        let pinning = searches.then(|| lock(&self.new_files).find_pins(&memory.memory()));
         let wake = self.reschedule.1.try_clone()?;
         let mut device = lock(&self.device);
-        if let Some(pinning) = pinning {
+        if let Some(pinning) = pinning.flatten() {
             device.set_pinning(pinning);
         }
         let queues = device.set_memory(memory, Some(wake));

@@ -38,6 +38,19 @@ impl Device {
         self.discard_inhibition.by_user || self.discard_inhibition.pinned_by.is_some()
     }
 
+    /// Never searches other processes for devices that pin guest memory. [`Device::set_pinning`] still sets what a program
+    /// knows that contains the device.
+    #[must_use]
+    pub fn without_pin_search(mut self) -> Self {
+        self.discard_inhibition.is_search_off = true;
+        self
+    }
+
+    /// Returns whether the device searches other processes for devices that pin guest memory.
+    pub fn searches_for_pins(&self) -> bool {
+        !self.discard_inhibition.is_search_off
+    }
+
     /// Sets what is known about pinned memory.
     pub fn set_pinning(&mut self, pinning: Pinning) {
         let is_blind = !pinning.is_examined && pinning.reason.is_none();
@@ -52,6 +65,9 @@ impl Device {
 
     /// Applies what the last search for pinned memory has found, and starts another one from time to time.
     pub(super) fn poll_pinning(&mut self) {
+        if !self.searches_for_pins() {
+            return;
+        }
         if let Some(pinning) = self.discard_inhibition.scan.poll(&self.ram) {
             self.set_pinning(pinning);
         }

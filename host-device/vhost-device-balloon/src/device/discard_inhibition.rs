@@ -14,6 +14,8 @@ pub(super) struct DiscardInhibition {
     /// Whether the log already says that no process can be examined.
     pub(super) is_blindness_logged: bool,
     pub(super) scan: PinScan,
+    /// Whether other processes are left alone.
+    pub(super) is_search_off: bool,
 }
 
 /// Whether memory is released, as QMP clients see it.

@@ -49,6 +49,13 @@ impl PinScan {
         found
     }
 
+    /// Returns whether a search has ever been started.
+    #[cfg(test)]
+    pub(crate) fn has_started(&self) -> bool {
+        let state = lock(&self.0);
+        state.is_running || state.finished.is_some()
+    }
+
     fn run(&self, files: &[FileOffset]) {
         let found = search(files.iter().map(FileOffset::file));
         let mut state = lock(&self.0);

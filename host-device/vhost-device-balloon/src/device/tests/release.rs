@@ -2,12 +2,15 @@
 
 //! Inflation and free page reporting: memory that is released to the host.
 
+use std::sync::Arc;
+
 use guest_migration::Pinning;
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::{Guest, ALL, DISCARD, FREE, LENGTH, SECOND, SECOND_LENGTH, START};
+use crate::device::Device;
 
 #[test]
 fn inflate_gives_memory_back_to_the_host() {
@@ -265,6 +268,21 @@ fn memory_whose_discarding_is_inhibited_keeps_its_content() {
     guest.hint(FREE + 0x2000, 0x1000);
     guest.send_pfns(Queue::Inflate, &[FREE]);
     assert_eq!((guest.byte(FREE), guest.byte(FREE + 0x2000)), (0, 0));
+}
+
+#[test]
+fn a_device_can_leave_other_processes_alone() {
+    for searches in [true, false] {
+        let device = Device::new(ALL, Arc::default());
+        let device = match searches {
+            true => device,
+            false => device.without_pin_search(),
+        };
+        let mut guest = Guest::with_device(device, ALL);
+        guest.send_pfns(Queue::Inflate, &[FREE]);
+        assert_eq!(guest.device.discard_inhibition.scan.has_started(), searches);
+        assert_eq!(guest.device.searches_for_pins(), searches);
+    }
 }
 
 #[test]
