@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-const ROOTS: [&str; 5] = [
+const ROOTS: [&str; 6] = [
+    "fuzz",
     "guest-driver",
     "host-device",
     "shared-abi",
