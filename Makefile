@@ -5,7 +5,7 @@
 CARGO ?= cargo
 XTASK := $(CARGO) xtask
 
-.PHONY: all daemon module modules_install demo test bench guest setup check book doc clean distclean help
+.PHONY: all daemon module modules_install demo test fuzz bench guest setup check book doc clean distclean help
 
 all: module daemon ## build the kernel module and the daemon
 
@@ -31,6 +31,9 @@ demo: ## boot a guest with driver and device, hint, inflate, deflate, migrate; e
 
 test: ## run all tests, from unit tests to guests in QEMU; with T=name those that have it in their names
 	$(XTASK) test $(if $(T),'$(T)') $(ARGS)
+
+fuzz: ## run the fuzz targets (choose with T=name, and the seconds for each with TIME=60)
+	$(XTASK) fuzz $(if $(T),'$(T)') $(if $(TIME),--time $(TIME)) $(ARGS)
 
 bench: ## measure against the peers, in one run
 	$(XTASK) bench

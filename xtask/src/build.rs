@@ -19,7 +19,7 @@ use crate::run;
 use crate::setup::{BuildEnv, Kernel};
 
 /// The target of guest programs. Guests are x86-64, as the host must be.
-const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
+pub const GUEST_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The profile of the host programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

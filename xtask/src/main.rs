@@ -11,6 +11,7 @@ mod commands;
 mod conformance;
 mod demo;
 mod extract_vmlinux;
+mod fuzz;
 mod guest;
 mod language;
 mod links;
@@ -51,6 +52,8 @@ enum Command {
     Demo(demo::Options),
     /// Run all tests: of the crates, then of guests.
     Test(test::Options),
+    /// Run the fuzz targets, on the stable toolchain.
+    Fuzz(fuzz::Options),
     /// Compare our driver's work with the C driver's, in one run.
     Bench(bench::Options),
     /// Open a shell in a guest.
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Command::Setup(options) => setup::command(&options),
         Command::Module(options) => module::command(&options),
         Command::Demo(options) => demo::command(&options),
+        Command::Fuzz(options) => fuzz::command(&options),
         Command::Bench(options) => bench::command(&options),
         Command::Guest(options) => guest::command(&options),
         Command::Check => check::command(&Arguments::command()),
