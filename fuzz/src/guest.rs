@@ -245,6 +245,18 @@ impl Guest {
         panic!("queue {index} never becomes empty");
     }
 
+    /// Waits until the device has served the request of a queue that has been stopped.
+    pub fn finish_request(&mut self, index: usize) {
+        for _ in 0..MAX_TURNS {
+            let more = self.device.finish_request(index);
+            self.free_retired();
+            if !more {
+                return;
+            }
+        }
+        panic!("the last request of queue {index} never ends");
+    }
+
     /// Frees the memory that the device has retired, as the end of each hold of its lock does.
     pub fn free_retired(&mut self) {
         drop(self.device.take_retired());

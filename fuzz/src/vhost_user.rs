@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use arbitrary::{Arbitrary, Unstructured};
 use rustix::event::{eventfd, poll, EventfdFlags, PollFd, PollFlags};
+use rustix::fs::ftruncate;
 use rustix::io::retry_on_intr;
 use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
@@ -69,8 +70,8 @@ const REQUESTS: u32 = 46;
 
 /// `VIRTIO_F_VERSION_1` and `VHOST_USER_F_PROTOCOL_FEATURES`.
 const TRANSPORT: u64 = 1 << 32 | 1 << 30;
-/// MQ, REPLY_ACK, BACKEND_REQ, CONFIG and RESET_DEVICE.
-const PROTOCOL: u64 = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13;
+/// MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE and CONFIGURE_MEM_SLOTS.
+const PROTOCOL: u64 = 1 << 0 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15;
 
 /// What a descriptor refers to.
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -253,6 +254,8 @@ enum Step {
     /// Bytes that are no message.
     Bytes(Vec<u8>),
     Qmp(u8),
+    /// Sets the length of the memory file, in pages.
+    Truncate(u8),
 }
 
 /// The front end's end of a connection.
@@ -369,11 +372,16 @@ impl FrontEnd {
         self.vring(SET_VRING_ENABLE, number, 1);
     }
 
+    /// Maps guest memory, as far as its file has it.
     fn guest_memory(&mut self) -> GuestMemoryMmap {
         let file = self.kept.memory().try_clone().expect("a descriptor");
+        let length = file.metadata().expect("a memory file").len().min(LENGTH);
+        if length == 0 {
+            return GuestMemoryMmap::new();
+        }
         let range = (
             GuestAddress(START),
-            LENGTH as usize,
+            length as usize,
             Some(FileOffset::new(file, 0)),
         );
         GuestMemoryMmap::from_ranges_with_files([range]).expect("guest memory")
@@ -552,6 +560,10 @@ impl Step {
                     4 => ignore(device.ram().allocated()),
                     _ => ignore(device.virtio_status()),
                 }
+            }
+            Self::Truncate(pages) => {
+                let length = PAGE * (u64::from(pages) % (LENGTH / PAGE + 1));
+                ftruncate(to.kept.memory(), length).expect("a memory file of this length");
             }
         }
     }
