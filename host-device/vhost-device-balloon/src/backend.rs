@@ -116,7 +116,6 @@ impl Backend {
 
     fn handle_any(&self, device_event: u16, vrings: &[Vring]) {
         if device_event == RESCHEDULE_EVENT {
-            let _ = self.reschedule.0.consume();
             self.check_memory();
             let pending_queues = self.pending_queues.swap(0, Ordering::AcqRel);
             (0..Queue::MAX_COUNT)
@@ -230,6 +229,10 @@ impl VhostUserBackend for Backend {
         vrings: &[Vring],
         _thread_id: usize,
     ) -> io::Result<()> {
+        if device_event == RESCHEDULE_EVENT {
+            // Before the reasons of the notification are read: whatever is added later has its own notification.
+            let _ = self.reschedule.0.consume();
+        }
         if self.has_ended.load(Ordering::Acquire) {
             return Err(io::Error::other(ORDERED_END));
         }
@@ -268,6 +271,34 @@ mod tests {
             served.store(true, Ordering::Release);
             drop(serving);
         });
+    }
+
+    #[test]
+    fn a_queue_thread_that_is_just_woken_learns_of_the_end() {
+        for _ in 0..100 {
+            let device = Device::new(Default::default(), Arc::new(Events::default()));
+            let (ours, _theirs) = UnixStream::pair().unwrap();
+            let backend = Backend::new(Arc::new(DeviceLock::new(device)), ours).unwrap();
+            let is_told = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    backend.end_queue_thread();
+                    is_told.store(true, Ordering::Release);
+                });
+                loop {
+                    let ends = backend.handle_event(RESCHEDULE_EVENT, EventSet::IN, &[], 0);
+                    if ends.is_err() {
+                        break;
+                    }
+                    if is_told.load(Ordering::Acquire) {
+                        // The crate calls again only if the descriptor is readable.
+                        let wakes = backend.reschedule.0.consume();
+                        wakes.expect("nothing wakes the thread again");
+                        break;
+                    }
+                }
+            });
+        }
     }
 
     #[test]
