@@ -298,6 +298,7 @@ impl Guest {
     /// Checks that the device serves a new and honest driver on all queues.
     pub fn check_honest_driver(&mut self) {
         self.device.stop_hinting();
+        self.device.inhibit_discard(false);
         self.device.reset();
         self.start_driver(ALL, 16);
         for index in 0..Queue::count(self.features) {
