@@ -47,6 +47,10 @@ const POLL_INTERVAL_MIN: Duration = Duration::from_micros(20);
 /// The longest interval between two polls of a process that has not stopped.
 const POLL_INTERVAL_MAX: Duration = Duration::from_millis(2);
 
+/// A search that finds new processes is an error only after this many searches. All processes that could create others
+/// are stopped after few of them, however long they take on a busy host.
+const MIN_SEARCHES: u32 = 8;
+
 /// Why the processes were not stopped. Those that were stopped continue.
 #[derive(Debug, Error)]
 pub(crate) enum StopError {
@@ -95,7 +99,8 @@ impl StoppedProcesses {
     ///
     /// # Errors
     ///
-    /// If a process cannot be found, examined or stopped, or if new processes keep appearing for longer than `timeout`.
+    /// If a process cannot be found or examined, or does not stop within `timeout`, or if new processes keep appearing
+    /// for longer than `timeout` after the first was stopped.
     pub(crate) fn stop(
         files: &RamFiles,
         timeout: Duration,
@@ -106,28 +111,32 @@ impl StoppedProcesses {
             since: Instant::now(),
             guard: guard.clone(),
         };
-        loop {
+        for search in 0u32.. {
             let known: Vec<Process> = stopped.processes().collect();
             let found = files
                 .mapping_processes_except(&known)
                 .map_err(StopError::Search)?;
             if found.is_empty() {
-                return Ok(stopped);
+                break;
             }
-            if stopped.since.elapsed() > timeout {
+            if search == 0 {
+                // Until now nothing was stopped.
+                stopped.since = Instant::now();
+            } else if search >= MIN_SEARCHES && stopped.since.elapsed() > timeout {
                 return Err(StopError::NewProcesses { timeout });
             }
             let before = stopped.targets.len();
             for mapping_process in stopped_first(&found) {
                 stopped.targets.extend(StopTarget::new(mapping_process)?);
             }
-            let deadline = stopped.since + timeout;
+            let deadline = Instant::now() + timeout;
             let fresh = stopped.targets.get_mut(before..).unwrap_or_default();
             send_stops(fresh, guard)?;
             for target in fresh {
                 target.wait(deadline, timeout, guard)?;
             }
         }
+        Ok(stopped)
     }
 
     /// Iterates over the stopped processes.
