@@ -8,6 +8,9 @@
 //! of a socket pair instead. (The crate would reject the channel of user-mode Linux anyway, which is a pipe.) Only the
 //! control path takes the extra hop.
 //!
+//! The relay also refuses the rings of a front end that shares no memory. The crate would end the connection, and QEMU
+//! (11.1) aborts when that happens while it starts a device.
+//!
 //! Once the crate can send the message, this module and its use in [`crate::session`] can be removed.
 
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
@@ -39,6 +42,12 @@ const MAX_PAYLOAD: usize = 4096;
 const MAX_FDS: usize = 32;
 /// How long a message may take from its first byte to its last. A front end writes it with one system call.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
+/// The front end's messages about the guest memory that it shares: all of it, one region more, one region less.
+const SET_MEM_TABLE: u32 = 5;
+const ADD_MEM_REG: u32 = 37;
+const REM_MEM_REG: u32 = 38;
+/// The front end's message with the addresses of a ring.
+const SET_VRING_ADDR: u32 = 9;
 /// The front end's messages with the kick and the call descriptor of a queue.
 const SET_VRING_KICK: u32 = 12;
 const SET_VRING_CALL: u32 = 13;
@@ -48,6 +57,10 @@ const SET_BACKEND_REQ_FD: u32 = 21;
 const CONFIG_CHANGE: u32 = 2;
 /// Version 1 of the protocol, without a reply.
 const FLAGS: u32 = 1;
+/// The flag of a message that is a reply.
+const IS_REPLY: u32 = 1 << 2;
+/// The flag of a message that wants a reply although its request has none.
+const NEEDS_REPLY: u32 = 1 << 3;
 
 /// Notifies the front end of configuration changes.
 #[derive(Debug, Default)]
@@ -203,6 +216,7 @@ fn pass_requests(
     last_request: &AtomicU32,
 ) -> io::Result<CloseReason> {
     let mut message = [0; HEADER + MAX_PAYLOAD];
+    let mut shared = SharedMemory::default();
     loop {
         let mut fds = Vec::new();
         let (header, payload) = message.split_at_mut(HEADER);
@@ -213,7 +227,7 @@ fn pass_requests(
             .chunks_exact(4)
             .filter_map(|bytes| bytes.try_into().ok())
             .map(u32::from_ne_bytes);
-        let (request, size) = (words.next(), words.nth(1));
+        let (request, flags, size) = (words.next(), words.next().unwrap_or(0), words.next());
         let size = size
             .and_then(|size| usize::try_from(size).ok())
             .unwrap_or(usize::MAX);
@@ -234,9 +248,17 @@ fn pass_requests(
                     fds = vec![UnixStream::pair()?.0.into()];
                 }
             }
+            Some(SET_VRING_ADDR) if shared.is_empty() => {
+                shared.warn_once();
+                if flags & NEEDS_REPLY != 0 {
+                    refuse(front_end, SET_VRING_ADDR)?;
+                }
+                continue;
+            }
             Some(SET_VRING_KICK) => check_queue_descriptors("kick", payload, &fds)?,
             Some(SET_VRING_CALL) => check_queue_descriptors("call", payload, &fds)?,
-            _ => {}
+            Some(request) => shared.follow(request, payload),
+            None => {}
         }
         last_request.store(request.unwrap_or(0), Ordering::Release);
         let length = HEADER + size;
@@ -247,6 +269,50 @@ fn pass_requests(
             other => other?,
         }
     }
+}
+
+/// The number of memory regions that the front end shares.
+#[derive(Debug, Default)]
+struct SharedMemory {
+    regions: u32,
+    is_warned: bool,
+}
+
+impl SharedMemory {
+    fn is_empty(&self) -> bool {
+        self.regions == 0
+    }
+
+    fn follow(&mut self, request: u32, payload: &[u8]) {
+        let number = payload
+            .first_chunk()
+            .map_or(0, |bytes| u32::from_ne_bytes(*bytes));
+        match request {
+            SET_MEM_TABLE => self.regions = number,
+            ADD_MEM_REG => self.regions = self.regions.saturating_add(1),
+            REM_MEM_REG => self.regions = self.regions.saturating_sub(1),
+            _ => {}
+        }
+    }
+
+    fn warn_once(&mut self) {
+        if !std::mem::replace(&mut self.is_warned, true) {
+            warn!(
+                "front end starts a queue and shares no guest memory, so the balloon does not work: start the VMM with \
+                 shared memory, such as QEMU's memory-backend-memfd with share=on"
+            );
+        }
+    }
+}
+
+/// Answers a request with an error in the device's place.
+fn refuse(mut front_end: &UnixStream, request: u32) -> io::Result<()> {
+    let mut reply = Vec::new();
+    for word in [request, FLAGS | IS_REPLY, 8] {
+        reply.extend_from_slice(&word.to_ne_bytes());
+    }
+    reply.extend_from_slice(&1u64.to_ne_bytes());
+    front_end.write_all(&reply)
 }
 
 /// Makes the descriptors of a queue non-blocking. The first byte of the payload is the index of the queue.

@@ -6,6 +6,7 @@ mod common;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 use common::program::Program;
 use common::raw::{self, RawFrontEnd};
 use common::{QmpClient, Vmm, HANG_TIMEOUT};
+use rustix::event::{eventfd, EventfdFlags};
 use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
 use rustix::process::Signal;
 use serde_json::json;
@@ -203,6 +205,38 @@ fn a_daemon_without_descriptors_sleeps_and_then_takes_the_connections() {
     assert!(output.status.success(), "{log}");
     let lines = log.lines().filter(|line| line.contains("accept")).count();
     assert!((1..100).contains(&lines), "{lines} lines");
+}
+
+/// QEMU aborts if the connection ends while it starts a device.
+#[test]
+fn a_front_end_without_shared_memory_keeps_its_session() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = Program::start(directory.path(), &[]).ready();
+    let mut front_end = RawFrontEnd::connect(&program.socket);
+    front_end.send(raw::SET_OWNER, &[], &[]);
+    front_end.ask(raw::GET_FEATURES);
+    front_end.send(raw::SET_FEATURES, &raw::words(&[raw::FEATURES]), &[]);
+    let [kick, call] = [(); 2].map(|()| eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+    for ring in 0..2 {
+        front_end.start_ring(ring, kick.as_fd(), call.as_fd());
+        rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+    }
+    assert_ne!(front_end.ask(raw::GET_FEATURES), 0);
+    // With VHOST_USER_NEED_REPLY the front end learns that the ring was refused.
+    let addresses = [raw::ring_state(0, 0), raw::words(&[0, 0x2000, 0x1000, 0])].concat();
+    let header = [raw::SET_VRING_ADDR, 1 << 3 | 1, 40].map(u32::to_ne_bytes);
+    front_end.send_bytes(&[header.concat(), addresses].concat());
+    let mut answer = [0; 20];
+    front_end.stream.read_exact(&mut answer).unwrap();
+    let expected = [raw::SET_VRING_ADDR, 1 << 2 | 1, 8, 1, 0].map(u32::to_ne_bytes);
+    assert_eq!(answer[..], expected.concat());
+    assert_ne!(front_end.ask(raw::GET_FEATURES), 0);
+    drop(front_end);
+    let (output, log) = program.finish();
+    assert!(output.status.success(), "{log}");
+    let warnings = log.matches("shares no guest memory").count();
+    assert_eq!(warnings, 1, "{log}");
+    assert!(log.contains("share=on"), "{log}");
 }
 
 #[test]

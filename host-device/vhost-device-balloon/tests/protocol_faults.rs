@@ -69,7 +69,8 @@ const FAULTS: &[Fault] = &[
         it.send(raw::SET_VRING_BASE, &raw::ring_state(u32::MAX, 0), &[]);
     }),
     ("its last request was SET_VRING_ADDR", |it| {
-        let addresses = raw::words(&[0, 0, 0x1000, 0x2000, 0]);
+        it.share_memory(0);
+        let addresses = raw::words(&[200, 0, 0x1000, 0x2000, 0]);
         it.send(raw::SET_VRING_ADDR, &addresses, &[]);
     }),
     ("its last request was SET_VRING_ADDR", |it| {

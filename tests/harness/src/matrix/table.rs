@@ -194,7 +194,7 @@ fn memory() -> Vec<Row> {
             .hardware(hardware(|hardware| hardware.mem_lock = true))
             .scenario(Scenario::Locked)
             .with(&[Ours, C]),
-        Row::new("memory that is private (`share=off`), which QEMU refuses to a vhost-user device")
+        Row::new("memory that is private (`share=off`), which QEMU does not share with a vhost-user device")
             .hardware(backing(MemoryBackend::Private))
             .scenario(Scenario::Private)
             .with(&[Ours, OursInQemu, CInQemu])

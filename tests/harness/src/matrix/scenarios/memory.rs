@@ -97,18 +97,22 @@ pub fn locked(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
     exercise(builder(artifacts, cell), cell)
 }
 
-/// Guest memory that QEMU does not share. When a driver is ready, QEMU reports the problem and does not start our
-/// device. The driver never gets an answer. It can be unloaded, and the guest has all its memory.
+/// Guest memory that QEMU does not share. When a driver is ready, our device reports the problem, and the driver never
+/// gets an answer. It can be unloaded, and the guest has all its memory.
 pub fn private(artifacts: &Artifacts, cell: &Cell) -> Result<()> {
-    const QEMU_SAYS: &str = "Failed initializing vhost-user memory map";
+    const DAEMON_SAYS: &str = "shares no guest memory";
     if cell.entry.pair.device() != Device::Ours {
         return exercise(builder(artifacts, cell), cell);
     }
     let driver = cell.entry.pair.driver();
     let (mut guest, before) = boot(builder(artifacts, cell))?;
     guest.load_module(driver.module_name())?;
-    let output = guest.vmm().output().clone();
-    output.wait_for(QEMU_SAYS, |line| line.contains(QEMU_SAYS), TIMEOUT)?;
+    let output = guest.daemon()?.process().output().clone();
+    output.wait_for(
+        DAEMON_SAYS,
+        |line| line.contains(DAEMON_SAYS) && line.contains("share=on"),
+        TIMEOUT,
+    )?;
     let status = guest.daemon()?.virtio_status()?;
     ensure!(status.status != "running", "{status:?}");
     guest.unload(driver)?;
