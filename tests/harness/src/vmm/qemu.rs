@@ -30,6 +30,8 @@ pub const SLOT: &str = "slot0";
 /// The processor that TCG emulates. TCG executes `rep movsb` byte by byte. Without these features
 /// Linux copies words.
 const TCG_CPU: &str = "max,-erms,-fsrm";
+/// The longest times of the kernel's watchdogs: for a locked-up processor (twice this), and for RCU.
+const WATCHDOGS: &str = "watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=300";
 
 /// Returns the frequency of the guest's time stamp counter if TCG passes the host's on.
 ///
@@ -94,11 +96,12 @@ pub fn start(rootfs: &Path, kernel: &Path, config: &VmConfig) -> Result<StartedV
         None => String::new(),
     };
     // no_timer_check: at boot, the kernel counts timer interrupts for a moment, and panics if the emulator is slow on a
-    // busy host. cryptomgr.notests: the crypto self-tests take a third of an emulated boot.
+    // busy host. cryptomgr.notests: the crypto self-tests take a third of an emulated boot. The watchdogs of the kernel
+    // are as patient as they can be: on a busy host an emulated processor may not run for half a minute.
     command.args([
         "-append",
         &format!(
-            "console=ttyS0 panic=-1 no_timer_check {clock}cryptomgr.notests loglevel=5{quiet}{port} {}",
+            "console=ttyS0 panic=-1 no_timer_check {clock}cryptomgr.notests {WATCHDOGS} loglevel=5{quiet}{port} {}",
             config.kernel_arguments
         ),
     ]);
