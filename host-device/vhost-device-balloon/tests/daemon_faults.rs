@@ -222,6 +222,9 @@ fn a_front_end_without_shared_memory_keeps_its_session() {
         rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
     }
     assert_ne!(front_end.ask(raw::GET_FEATURES), 0);
+    let status = QmpClient::connect(&program.qmp).run("query-virtio-status");
+    assert_eq!(status["status"], "no-driver", "{status}");
+    assert_eq!(status["memory-shared"], false, "{status}");
     // With VHOST_USER_NEED_REPLY the front end learns that the ring was refused.
     let addresses = [raw::ring_state(0, 0), raw::words(&[0, 0x2000, 0x1000, 0])].concat();
     let header = [raw::SET_VRING_ADDR, 1 << 3 | 1, 40].map(u32::to_ne_bytes);

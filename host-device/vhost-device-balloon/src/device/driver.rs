@@ -14,13 +14,15 @@ use virtio_queue::QueueT;
 use super::Device;
 
 impl Device {
-    /// Returns whether the driver's queues are running: a driver is started, and the guest is not paused.
+    /// Returns whether the driver's queues are running: a driver is started, the guest is not paused, and its memory is
+    /// shared.
     pub(super) fn is_running(&self) -> bool {
         let inflate = self
             .connection
             .as_ref()
             .and_then(|connection| connection.vrings.first());
         self.negotiated_features.is_some()
+            && self.ram.size() > 0
             && inflate.is_some_and(|vring| {
                 let vring = vring.get_ref();
                 vring.is_enabled() && vring.get_queue().ready()
