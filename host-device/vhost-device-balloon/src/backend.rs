@@ -13,6 +13,8 @@ use std::os::unix::net::UnixStream;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use shared_abi::queue::Queue;
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -35,6 +37,11 @@ use crate::vring::{NotificationSuppression, Vring};
 /// reserves the numbers from 0 to the number of queues, inclusive.
 pub const RESCHEDULE_EVENT: u16 = Queue::MAX_COUNT as u16 + 1;
 
+/// How often the thread of the queues is helped out of a write to a call descriptor.
+const UNBLOCK_ATTEMPTS: u32 = 1000;
+
+const UNBLOCK_INTERVAL: Duration = Duration::from_millis(1);
+
 /// The text of the error that ends the thread of the queues when its session has ended. The crate logs it.
 pub const ORDERED_END: &str = "session has ended, and with it the thread of its queues";
 
@@ -49,6 +56,8 @@ pub struct Backend {
     front_end: UnixStream,
     failure: Mutex<Option<String>>,
     new_files: Mutex<NewFiles>,
+    /// The queues, once one of them was used.
+    vrings: Mutex<Vec<Vring>>,
     /// Whether the thread that watches the queues should end.
     has_ended: AtomicBool,
 }
@@ -68,6 +77,7 @@ impl Backend {
             front_end,
             failure: Mutex::default(),
             new_files: Mutex::default(),
+            vrings: Mutex::default(),
             has_ended: AtomicBool::new(false),
         })
     }
@@ -77,11 +87,20 @@ impl Backend {
         self.reschedule.0.as_raw_fd()
     }
 
-    /// Tells the thread that watches the queues to end.
+    /// Tells the thread that watches the queues to end. If it waits in a write to a call descriptor, makes room there.
     pub fn end_queue_thread(&self) {
         self.has_ended.store(true, Ordering::Release);
         // Fails only if the counter of the event descriptor would overflow. Then the thread is woken already.
         let _ = self.reschedule.1.notify();
+        let vrings = lock(&self.vrings).clone();
+        // A front end that still runs may fill the descriptor again.
+        for _ in 0..UNBLOCK_ATTEMPTS {
+            let waiting = vrings.iter().filter(|it| it.unblock_interrupts());
+            if waiting.count() == 0 {
+                break;
+            }
+            thread::sleep(UNBLOCK_INTERVAL);
+        }
     }
 
     /// Returns why a queue failure closed the connection, if one did.
@@ -115,6 +134,12 @@ impl Backend {
     }
 
     fn handle_any(&self, device_event: u16, vrings: &[Vring]) {
+        {
+            let mut known = lock(&self.vrings);
+            if known.is_empty() {
+                *known = vrings.to_vec();
+            }
+        }
         if device_event == RESCHEDULE_EVENT {
             self.check_memory();
             let pending_queues = self.pending_queues.swap(0, Ordering::AcqRel);

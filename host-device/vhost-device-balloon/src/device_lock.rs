@@ -8,22 +8,26 @@ use std::sync::Arc;
 
 use guest_migration::dirty_tracking::Quiesce;
 use shared_abi::command::HintId;
+use tracing::debug;
 
 use crate::device::hinting::{FreshBitmap, HintingError};
 use crate::device::{Device, Retired};
 use crate::fair_mutex::{FairGuard, FairMutex};
 use crate::sync::Lock;
+use crate::vring::Interrupt;
 
 /// A device, and the lock that protects it.
 #[derive(Debug)]
 pub struct DeviceLock(FairMutex<Device>);
 
-/// Holds the device's lock. Dropping it gives the lock to the next thread, and then frees the memory that the device
-/// has retired.
+/// Holds the device's lock. Dropping it gives the lock to the next thread, then sends the interrupts of the driver, and
+/// frees the memory that the device has retired.
 #[derive(Debug)]
 #[must_use = "dropping it unlocks the device"]
 pub struct DeviceGuard<'a> {
     device: FairGuard<'a, Device>,
+    // Sent after the guard above has unlocked the device: a malicious front end can make this wait.
+    interrupts: Interrupts,
     // Freed after the guard above has unlocked the device: this takes time for each page of guest memory.
     retired: Vec<Retired>,
 }
@@ -38,6 +42,7 @@ impl DeviceLock {
     pub fn lock(&self) -> DeviceGuard<'_> {
         DeviceGuard {
             device: self.0.lock(),
+            interrupts: Interrupts::default(),
             retired: Vec::new(),
         }
     }
@@ -81,6 +86,21 @@ impl DerefMut for DeviceGuard<'_> {
 impl Drop for DeviceGuard<'_> {
     fn drop(&mut self) {
         self.retired = self.device.take_retired();
+        self.interrupts.0 = self.device.take_interrupts();
+    }
+}
+
+/// Interrupts of the driver. Dropping them sends them.
+#[derive(Debug, Default)]
+struct Interrupts(Vec<Interrupt>);
+
+impl Drop for Interrupts {
+    fn drop(&mut self) {
+        for interrupt in &self.0 {
+            if let Err(error) = interrupt.send() {
+                debug!("interrupt to the driver failed: {error}");
+            }
+        }
     }
 }
 

@@ -30,7 +30,7 @@ use rustix::net::{
 use tracing::{debug, warn};
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::descriptors::make_nonblocking;
+use crate::descriptors::{check_sockets, make_nonblocking, DescriptorError, SharedDescriptor};
 use crate::device::NotifyConfigChange;
 use crate::sync::lock;
 
@@ -65,7 +65,7 @@ const NEEDS_REPLY: u32 = 1 << 3;
 /// Notifies the front end of configuration changes.
 #[derive(Debug, Default)]
 pub struct ConfigNotifier {
-    channel: Mutex<Option<OwnedFd>>,
+    channel: Mutex<Option<SharedDescriptor>>,
 }
 
 impl ConfigNotifier {
@@ -75,12 +75,10 @@ impl ConfigNotifier {
     ///
     /// If the channel cannot be made non-blocking.
     pub fn connect(&self, channel: OwnedFd) -> io::Result<()> {
-        make_nonblocking(&channel).map_err(|error| {
-            let text =
-                format!("front end's channel for messages of the device is refused: {error}");
-            io::Error::new(ErrorKind::InvalidData, text)
-        })?;
-        *lock(&self.channel) = Some(channel);
+        make_nonblocking(&channel)
+            .map_err(|error| refused("channel for messages of the device", &error))?;
+        let before = lock(&self.channel).replace(SharedDescriptor::new(channel));
+        drop(before);
         Ok(())
     }
 }
@@ -98,10 +96,10 @@ impl NotifyConfigChange for ConfigNotifier {
         for (bytes, word) in message.chunks_exact_mut(4).zip(words) {
             bytes.copy_from_slice(&word.to_ne_bytes());
         }
-        match rustix::io::write(channel, &message) {
+        match channel.write(&message) {
             Ok(HEADER) => {}
             // Earlier messages are unread. The front end reads the current configuration once it reads them.
-            Err(rustix::io::Errno::AGAIN) => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Ok(_) => warn!("config change not sent to the front end: short write"),
             Err(error) => warn!("config change not sent to the front end: {error}"),
         }
@@ -240,6 +238,7 @@ fn pass_requests(
             )
         })?;
         receive(front_end, payload, &mut fds, Some(started))?;
+        check_sockets(&fds, front_end).map_err(|error| refused("descriptor", &error))?;
         match request {
             Some(SET_BACKEND_REQ_FD) => {
                 if let Some(channel) = fds.pop() {
@@ -319,12 +318,14 @@ fn refuse(mut front_end: &UnixStream, request: u32) -> io::Result<()> {
 fn check_queue_descriptors(name: &str, payload: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
     let index = payload.first().copied().unwrap_or(0);
     fds.iter().try_for_each(|fd| {
-        make_nonblocking(fd).map_err(|error| {
-            let text =
-                format!("front end's {name} descriptor of queue {index} is refused: {error}");
-            io::Error::new(ErrorKind::InvalidData, text)
-        })
+        make_nonblocking(fd)
+            .map_err(|error| refused(&format!("{name} descriptor of queue {index}"), &error))
     })
+}
+
+fn refused(what: &str, error: &DescriptorError) -> io::Error {
+    let text = format!("front end's {what} is refused: {error}");
+    io::Error::new(ErrorKind::InvalidData, text)
 }
 
 /// Fills `buffer`, and appends the received descriptors to `fds`. Returns the time of the first byte of the message,

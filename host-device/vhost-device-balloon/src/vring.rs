@@ -4,7 +4,7 @@
 //! interrupts, and without event index it sends no interrupt that the driver does not want.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -12,6 +12,7 @@ use vhost_user_backend::{VringRwLock, VringStateGuard, VringStateMutGuard, Vring
 use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
+use crate::descriptors::SharedDescriptor;
 use crate::sync::lock;
 
 type AtomicGuestMemory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -47,7 +48,11 @@ pub struct NotificationCounts {
 #[derive(Debug, Default)]
 struct Shared {
     /// The kick descriptor, to read its counter. The crate has another descriptor of the same file.
-    kick: Mutex<Option<File>>,
+    kick: Mutex<Option<SharedDescriptor>>,
+    /// The call descriptor. The crate has none: it would write to it under a lock.
+    call: Mutex<Option<Arc<SharedDescriptor>>>,
+    /// The number of threads that write to a call descriptor.
+    interrupting: AtomicU32,
     failure: Mutex<Option<String>>,
     /// Notifications in a row without a counter to read.
     empty_kicks: AtomicU32,
@@ -61,6 +66,13 @@ pub struct Vring {
     inner: VringRwLock,
     memory: AtomicGuestMemory,
     shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Vring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut vring = f.debug_struct("Vring");
+        vring.field("shared", &self.shared).finish_non_exhaustive()
+    }
 }
 
 impl Vring {
@@ -102,12 +114,68 @@ impl Vring {
     /// Returns the number of notifications since the last read. An event descriptor sums them up.
     fn read_notifications(&self) -> io::Result<u64> {
         let kick = lock(&self.shared.kick);
+        let Some(kick) = kick.as_ref() else {
+            return Ok(0);
+        };
         let mut count = [0; size_of::<u64>()];
-        match kick.as_ref().map(|mut kick| kick.read_exact(&mut count)) {
-            None => Ok(0),
-            Some(Ok(())) => Ok(u64::from_ne_bytes(count)),
-            Some(Err(error)) if error.kind() == ErrorKind::WouldBlock => Ok(0),
-            Some(Err(error)) => Err(error),
+        let mut filled = 0;
+        // A pipe or a socket may have a part of a counter.
+        while let Some(rest) = count.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            match kick.read(rest) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(length) => filled += length,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(0),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(u64::from_ne_bytes(count))
+    }
+
+    /// Returns an interrupt of the driver, to send it later.
+    pub(crate) fn interrupt(&self) -> Interrupt {
+        Interrupt(self.shared.clone())
+    }
+
+    /// Returns whether a thread writes to a call descriptor, and takes what the descriptor contains, so that the thread
+    /// does not wait for room: see [`SharedDescriptor::write`].
+    pub(crate) fn unblock_interrupts(&self) -> bool {
+        let is_interrupting = self.shared.interrupting.load(Ordering::Acquire) > 0;
+        let call = lock(&self.shared.call).clone();
+        if let Some(call) = call.filter(|_| is_interrupting) {
+            // Fails for the write end of a pipe, on which no write waits.
+            let _ = call.read(&mut [0; size_of::<u64>()]);
+        }
+        is_interrupting
+    }
+}
+
+/// An interrupt of the driver that has not been sent.
+#[derive(Debug)]
+#[must_use = "it is not sent yet"]
+pub struct Interrupt(Arc<Shared>);
+
+impl Interrupt {
+    /// Sends the interrupt. A malicious front end can make this wait, so the caller must hold no lock.
+    ///
+    /// # Errors
+    ///
+    /// The error of the host.
+    pub(crate) fn send(&self) -> io::Result<()> {
+        let Some(call) = lock(&self.0.call).clone() else {
+            return Ok(());
+        };
+        self.0.interrupting.fetch_add(1, Ordering::AcqRel);
+        let result = call.write(&1u64.to_ne_bytes());
+        self.0.interrupting.fetch_sub(1, Ordering::AcqRel);
+        match result {
+            Ok(_) => {
+                self.0.interrupts.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+            // The front end has not taken earlier interrupts. They tell the driver of these buffers as well.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(error),
         }
     }
 }
@@ -134,19 +202,7 @@ impl VringT<AtomicGuestMemory> for Vring {
     }
 
     fn signal_used_queue(&self) -> io::Result<()> {
-        let state = self.inner.get_ref();
-        if state.get_call().is_none() {
-            return Ok(());
-        }
-        match state.signal_used_queue() {
-            Ok(()) => {
-                self.shared.interrupts.fetch_add(1, Ordering::Relaxed);
-                Ok(())
-            }
-            // The front end has not taken earlier interrupts. They tell the driver of these buffers as well.
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
-            Err(error) => Err(error),
-        }
+        self.interrupt().send()
     }
 
     fn enable_notification(&self) -> Result<bool, QueueError> {
@@ -210,10 +266,11 @@ impl VringT<AtomicGuestMemory> for Vring {
         let mut kick = lock(&self.shared.kick);
         self.shared.empty_kicks.store(0, Ordering::Relaxed);
         *lock(&self.shared.failure) = None;
-        *kick = copy.unwrap_or_else(|error| {
+        let copy = copy.unwrap_or_else(|error| {
             *lock(&self.shared.failure) = Some(error.to_string());
             None
         });
+        *kick = copy.map(|file| SharedDescriptor::new(file.into()));
         self.inner.set_kick(file);
     }
 
@@ -239,7 +296,8 @@ impl VringT<AtomicGuestMemory> for Vring {
     }
 
     fn set_call(&self, file: Option<File>) {
-        self.inner.set_call(file);
+        let call = file.map(|file| Arc::new(SharedDescriptor::new(file.into())));
+        *lock(&self.shared.call) = call;
     }
 
     fn set_err(&self, file: Option<File>) {
@@ -253,4 +311,34 @@ impl<'a> VringStateGuard<'a, AtomicGuestMemory> for Vring {
 
 impl<'a> VringStateMutGuard<'a, AtomicGuestMemory> for Vring {
     type G = <VringRwLock as VringStateMutGuard<'a, AtomicGuestMemory>>::G;
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{eventfd, EventfdFlags};
+
+    use super::*;
+
+    #[test]
+    fn a_thread_that_waits_for_room_for_its_interrupt_gets_it() {
+        let vring = Vring::new(AtomicGuestMemory::new(GuestMemoryMmap::new()), 16).unwrap();
+        let call = File::from(eventfd(0, EventfdFlags::empty()).unwrap());
+        vring.set_call(Some(call.try_clone().unwrap()));
+        rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        // No thread waits yet, and what the driver has not taken stays.
+        assert!(!vring.unblock_interrupts());
+        let waiting = vring.clone();
+        let thread = std::thread::spawn(move || {
+            waiting.shared.interrupting.fetch_add(1, Ordering::AcqRel);
+            // As if the front end had filled the counter in the moment before this write.
+            rustix::io::write(&call, &1u64.to_ne_bytes()).unwrap();
+            waiting.shared.interrupting.fetch_sub(1, Ordering::AcqRel);
+        });
+        while !thread.is_finished() {
+            vring.unblock_interrupts();
+            std::thread::yield_now();
+        }
+        thread.join().unwrap();
+        assert!(!vring.unblock_interrupts());
+    }
 }

@@ -6,8 +6,10 @@ mod common;
 
 use std::fs::File;
 use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use common::raw::{self, RawFrontEnd};
 use common::{QmpClient, TestServer, Vmm, HANG_TIMEOUT, LENGTH, START};
@@ -28,6 +30,19 @@ fn send_regions(front_end: &RawFrontEnd, count: u64) {
         .collect();
     let files: Vec<_> = (0..count).map(|_| memory.as_fd()).collect();
     front_end.send(raw::SET_MEM_TABLE, &raw::memory_table(&regions), &files);
+}
+
+/// Returns a TCP socket whose last `close` waits for an hour.
+fn lingering_socket() -> TcpStream {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while socket.write(&[0; 4096]).is_ok() {}
+    let hour = Duration::from_secs(3600);
+    rustix::net::sockopt::set_socket_linger(&socket, Some(hour)).unwrap();
+    // The peer exists as long as the test program, and reads nothing.
+    std::mem::forget(listener.accept().unwrap());
+    socket
 }
 
 const FAULTS: &[Fault] = &[
@@ -95,6 +110,18 @@ const FAULTS: &[Fault] = &[
     ("regular file", |it| {
         let file = raw::memory();
         it.send(raw::SET_VRING_CALL, &raw::words(&[1]), &[file.as_fd()]);
+    }),
+    ("socket of another kind than a Unix socket", |it| {
+        let socket = lingering_socket();
+        it.send(raw::SET_VRING_CALL, &raw::words(&[0]), &[socket.as_fd()]);
+    }),
+    ("socket of another kind than a Unix socket", |it| {
+        // A message without a descriptor.
+        it.send(raw::SET_OWNER, &[], &[lingering_socket().as_fd()]);
+    }),
+    ("end of a connection to this daemon", |it| {
+        let own = it.stream.try_clone().unwrap();
+        it.send(raw::SET_BACKEND_REQ_FD, &[], &[own.as_fd()]);
     }),
     ("its last request was SET_FEATURES", |it| {
         it.send(raw::SET_FEATURES, &raw::words(&[u64::MAX]), &[]);
@@ -216,6 +243,36 @@ fn interrupts_that_nobody_takes_do_not_stop_the_device() {
         is_served(&mut qmp, &memory);
         server.stop();
     }
+}
+
+/// A front end shares the flags of its descriptors with the daemon, and can change them after the daemon has.
+#[test]
+fn descriptors_that_become_blocking_again_stop_nobody() {
+    let server = TestServer::start(Features::STATS_VQ, false);
+    let mut qmp = server.qmp();
+    let mut front_end = RawFrontEnd::connect(&server.socket());
+    let memory = front_end.share_memory(0);
+    let event = || eventfd(0, EventfdFlags::empty()).unwrap();
+    let (kick, call) = (event(), event());
+    let (_other, mut channel) = UnixStream::pair().unwrap();
+    let protocol = raw::words(&[raw::BACKEND_REQ]);
+    front_end.send(raw::SET_PROTOCOL_FEATURES, &protocol, &[]);
+    front_end.send(raw::SET_BACKEND_REQ_FD, &[], &[channel.as_fd()]);
+    front_end.start_ring(0, kick.as_fd(), call.as_fd());
+    // Answered after the requests before it.
+    front_end.ask(raw::GET_FEATURES);
+    rustix::io::write(&call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    while channel.write(&[0; 4096]).is_ok() {}
+    while channel.write(&[0]).is_ok() {}
+    for fd in [kick.as_fd(), call.as_fd(), channel.as_fd()] {
+        rustix::io::ioctl_fionbio(fd, false).unwrap();
+    }
+    post(&memory, &kick);
+    is_served(&mut qmp, &memory);
+    // Sends a message to the front end.
+    qmp.execute("balloon", &json!({ "value": LENGTH / 2 }));
+    assert_eq!(qmp.run("query-balloon")["actual"], LENGTH);
+    server.stop();
 }
 
 /// QEMU sends event descriptors. User-mode Linux sends the write end of a pipe, and reads the other end when it is ready.

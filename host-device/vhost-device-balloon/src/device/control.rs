@@ -240,9 +240,8 @@ impl Device {
             };
             let requested = vring.add_used(head, 0).is_ok();
             if requested && vring.needs_notification().unwrap_or(true) {
-                if let Err(error) = vring.signal_used_queue() {
-                    tracing::debug!("stats queue: interrupt to the driver failed: {error}");
-                }
+                let interrupt = vring.interrupt();
+                device.interrupts.push(interrupt);
             }
             requested
         });

@@ -61,7 +61,7 @@ use shared_abi::features::Features;
 use crate::event_count::EventCount;
 use crate::events::Events;
 use crate::memory::{PartialPages, Ram};
-use crate::vring::NotificationSuppression;
+use crate::vring::{Interrupt, NotificationSuppression};
 use connection::Connection;
 use discard_inhibition::DiscardInhibition;
 use guest_errors::GuestErrors;
@@ -92,6 +92,8 @@ pub struct Device {
     bytes_reported: u64,
     /// Buffer that requests are read into. Kept to reuse its allocation.
     buffer: Vec<u8>,
+    /// Interrupts of the driver, which are sent without the device's lock.
+    interrupts: Vec<Interrupt>,
 }
 
 impl std::fmt::Debug for Device {
@@ -128,6 +130,7 @@ impl Device {
             bytes_released: 0,
             bytes_reported: 0,
             buffer: Vec::new(),
+            interrupts: Vec::new(),
         }
     }
 
@@ -146,6 +149,12 @@ impl Device {
     /// Returns the memory to free after the device's lock is released.
     pub fn take_retired(&mut self) -> Vec<Retired> {
         self.hinting.take_retired()
+    }
+
+    /// Returns the interrupts of the driver to send after the device's lock is released: a malicious front end can make
+    /// the thread that sends one wait.
+    pub fn take_interrupts(&mut self) -> Vec<Interrupt> {
+        std::mem::take(&mut self.interrupts)
     }
 
     /// Returns how drivers are asked to leave out notifications.

@@ -6,7 +6,7 @@ use guest_migration::HintError;
 use shared_abi::command::CommandId;
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
-use tracing::{debug, warn};
+use tracing::warn;
 use vhost_user_backend::VringT;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
@@ -19,7 +19,7 @@ use super::releases::Releases;
 use super::request::{MemoryGuard, Request, RequestError, Segment, MAX_SEGMENTS};
 use super::{hinting, pfn, stats, Device};
 use crate::memory::{Part, ReleaseError};
-use crate::vring::{NotificationSuppression, Vring};
+use crate::vring::{Interrupt, NotificationSuppression, Vring};
 
 /// Work units per turn of a queue. A unit is the work of about one system call. Between two turns the device's lock is
 /// free, so this also limits how long QMP clients wait for it.
@@ -101,16 +101,10 @@ impl<'a> QueueContext<'a> {
         used.map_err(|source| RequestError::Return { head, source })
     }
 
-    /// Interrupts the driver, if buffers were returned and it wants to know.
-    fn signal(&self) {
-        if self.returned && self.vring.needs_notification().unwrap_or(true) {
-            if let Err(error) = self.vring.signal_used_queue() {
-                debug!(
-                    "{} queue: interrupt to the driver failed: {error}",
-                    self.queue.name()
-                );
-            }
-        }
+    /// Returns an interrupt of the driver, if buffers were returned and it wants to know.
+    fn interrupt(&self) -> Option<Interrupt> {
+        let is_wanted = self.returned && self.vring.needs_notification().unwrap_or(true);
+        is_wanted.then(|| self.vring.interrupt())
     }
 }
 
@@ -231,7 +225,7 @@ impl Device {
                 }
             }
         };
-        context.signal();
+        self.interrupts.extend(context.interrupt());
         more
     }
 
@@ -314,7 +308,7 @@ impl Device {
             let mut context = QueueContext::new(queue, index, &vring, memory);
             let finished = device.continue_request(&mut context);
             device.release_and_return(&mut context);
-            context.signal();
+            device.interrupts.extend(context.interrupt());
             finished
         });
         finished == Some(false)

@@ -23,12 +23,16 @@ pub const SET_VRING_ADDR: u32 = 9;
 pub const SET_VRING_BASE: u32 = 10;
 pub const SET_VRING_KICK: u32 = 12;
 pub const SET_VRING_CALL: u32 = 13;
+pub const SET_PROTOCOL_FEATURES: u32 = 16;
 pub const SET_VRING_ENABLE: u32 = 18;
 pub const SET_BACKEND_REQ_FD: u32 = 21;
 pub const GET_CONFIG: u32 = 24;
 
 /// `VIRTIO_F_VERSION_1` and `VHOST_USER_F_PROTOCOL_FEATURES`.
 pub const FEATURES: u64 = 1 << 32 | 1 << 30;
+
+/// `VHOST_USER_PROTOCOL_F_BACKEND_REQ`.
+pub const BACKEND_REQ: u64 = 1 << 5;
 
 /// A connected front end without any state of its own.
 pub struct RawFrontEnd {

@@ -206,7 +206,12 @@ impl Guest {
     }
 
     fn kick_index(&mut self, index: usize) -> bool {
-        self.device.handle_queue(index, &self.vrings)
+        let more = self.device.handle_queue(index, &self.vrings);
+        // The device's lock does this.
+        for interrupt in self.device.take_interrupts() {
+            interrupt.send().unwrap();
+        }
+        more
     }
 
     fn kick(&mut self, queue: Queue) {
