@@ -7,7 +7,7 @@
 
 mod restore;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -149,11 +149,12 @@ impl SavedState {
     }
 
     /// Writes the state to a file. Writes a temporary file in the same directory and renames it, so that the file
-    /// holds either the complete state or its old content.
+    /// holds either the complete state or its old content. A symbolic link is replaced.
     ///
     /// # Errors
     ///
-    /// If the host reports an error.
+    /// If the path is a socket, a FIFO, a device or a directory, which the rename would replace. If the host reports an
+    /// error.
     pub fn write(&self, path: &Path) -> Result<(), SavedStateError> {
         self.try_write(path)
             .map_err(|source| SavedStateError::Write {
@@ -163,6 +164,10 @@ impl SavedState {
     }
 
     fn try_write(&self, path: &Path) -> io::Result<()> {
+        let existing = fs::symlink_metadata(path).ok();
+        if existing.is_some_and(|it| !it.is_file() && !it.is_symlink()) {
+            return Err(io::Error::other("it exists and is not a regular file"));
+        }
         let directory = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),

@@ -86,3 +86,22 @@ fn a_file_that_is_not_regular_is_refused_without_waiting() {
         assert!(error.contains("not a regular file"), "{error}");
     }
 }
+
+#[test]
+fn saving_replaces_regular_files_only() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = Guest::new(ALL, ALL).device.saved_state();
+    let socket = directory.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for path in [socket.as_path(), directory.path(), "/dev/null".as_ref()] {
+        let error = state.write(path).unwrap_err().to_string();
+        assert!(error.contains("not a regular file"), "{error}");
+    }
+    assert!(std::os::unix::net::UnixStream::connect(&socket).is_ok());
+    let file = directory.path().join("file");
+    for _ in 0..2 {
+        state.write(&file).unwrap();
+        assert_eq!(saved_state::SavedState::read(&file).unwrap(), state);
+    }
+    assert_eq!(directory.path().read_dir().unwrap().count(), 2);
+}
