@@ -3,14 +3,16 @@
 //! Connects the channels of a stream, or opens the only one.
 
 use std::fs::OpenOptions;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::net::{
     connect, socket_with, sockopt, AddressFamily, SocketAddrUnix, SocketFlags, SocketType,
@@ -82,16 +84,46 @@ fn connect_once(
             }
             last
         }
-        Address::File(path) => OpenOptions::new()
+        Address::File(path) => open_file(path, control, timeout)?,
+        Address::Fd(number) => duplicate_fd(*number),
+    })
+}
+
+/// Opens a file for writing. Waits for at most `timeout` until a FIFO has a reader: opening it without
+/// [`OFlags::NONBLOCK`] would wait in the kernel, where nothing can stop it.
+fn open_file(
+    path: &Path,
+    control: &Control,
+    timeout: Duration,
+) -> Result<io::Result<OwnedFd>, StreamError> {
+    let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits();
+    let end = Instant::now().checked_add(timeout);
+    loop {
+        let file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             // Only the owner may read guest memory.
             .mode(0o600)
-            .open(path)
-            .map(OwnedFd::from),
-        Address::Fd(number) => duplicate_fd(*number),
-    })
+            .custom_flags(i32::from_ne_bytes(flags.to_ne_bytes()))
+            .open(path);
+        let has_no_reader = |error: &io::Error| {
+            error.raw_os_error() == Some(Errno::NXIO.raw_os_error())
+                && path.metadata().is_ok_and(|it| it.file_type().is_fifo())
+        };
+        match file {
+            Err(error) if has_no_reader(&error) => {
+                if end.is_none_or(|end| Instant::now() >= end) {
+                    return Ok(Err(io::Error::new(
+                        ErrorKind::TimedOut,
+                        "FIFO has no reader",
+                    )));
+                }
+                control.sleep(RETRY_INTERVAL)?;
+            }
+            other => return Ok(other.map(OwnedFd::from)),
+        }
+    }
 }
 
 fn connect_socket(

@@ -345,6 +345,33 @@ fn cancel_ends_a_start_that_nobody_answers_and_a_wait_for_the_verdict() {
 }
 
 #[test]
+fn a_writer_waits_for_the_reader_of_a_fifo_until_it_is_cancelled() {
+    let dir = TestDir::new();
+    let fifo = dir.path("stream");
+    let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU);
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, kind, mode, 0).unwrap();
+    let cancel = CancelToken::default();
+    let start = || {
+        let options = WriterOptions {
+            cancel: cancel.clone(),
+            ..WriterOptions::default()
+        };
+        let address = dir.address("file");
+        std::thread::spawn(move || Writer::start(address, &layout(PAGES), options))
+    };
+    let starting = start();
+    let mut reader = std::fs::File::open(&fifo).unwrap();
+    let writer = starting.join().unwrap().unwrap();
+    drop(writer);
+    reader.read_exact(&mut [0; 16]).unwrap();
+    drop(reader);
+    let starting = start();
+    cancel.cancel();
+    let error = starting.join().unwrap().map(drop).unwrap_err();
+    assert!(matches!(error, StreamError::Cancelled), "{error}");
+}
+
+#[test]
 fn cancel_ends_a_writer_into_a_full_pipe() {
     let (from, to) = rustix::pipe::pipe().unwrap();
     let target = Target::Connected(vec![to]);
