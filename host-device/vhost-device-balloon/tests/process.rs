@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::program::Program;
 use common::{QmpClient, Vmm, HANG_TIMEOUT};
-use rustix::process::Signal;
+use rustix::process::{Resource, Signal};
 use serde_json::json;
 use shared_abi::features::Features;
 use shared_abi::queue::Queue;
@@ -38,6 +38,22 @@ fn signals_end_it_and_take_its_sockets() {
         assert!(log.contains("shutdown requested"), "{log}");
         assert!(empty(directory.path()));
     }
+}
+
+#[test]
+fn a_limit_of_file_sizes_fails_the_command_and_not_the_program() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = Program::start(directory.path(), &[]).ready();
+    program.limit(Resource::Fsize, 10);
+    let mut qmp = QmpClient::connect(&program.qmp);
+    let file = directory.path().join("state");
+    let (_, why) = qmp.fail("save-device-state", &json!({ "filename": file }));
+    assert!(why.contains("File too large"), "{why}");
+    qmp.run("query-version");
+    program.signal(Signal::TERM);
+    let (output, log) = program.finish();
+    assert!(output.status.success(), "{log}");
+    assert!(empty(directory.path()));
 }
 
 #[test]

@@ -66,12 +66,17 @@ impl Program {
 
     /// Sets the most descriptors that the program may have.
     pub fn limit_descriptors(&self, limit: u64) {
+        self.limit(Resource::Nofile, limit);
+    }
+
+    /// Sets a resource limit of the program.
+    pub fn limit(&self, resource: Resource, limit: u64) {
         let id = Pid::from_raw(i32::try_from(self.id()).unwrap());
         let limit = Rlimit {
             current: Some(limit),
-            maximum: getrlimit(Resource::Nofile).maximum,
+            maximum: getrlimit(resource).maximum,
         };
-        prlimit(id, Resource::Nofile, limit).unwrap();
+        prlimit(id, resource, limit).unwrap();
     }
 
     /// Waits until the program listens.
