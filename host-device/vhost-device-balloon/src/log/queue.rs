@@ -16,6 +16,9 @@ use crate::sync::lock;
 /// The most bytes that wait to be written.
 const MAX_BYTES: usize = 256 << 10;
 
+/// The most bytes of a line. Names that a client or a process of the host has chosen can be longer.
+const MAX_LINE: usize = 4 << 10;
+
 /// How long the end of the program waits for a line to be written.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -54,13 +57,14 @@ impl LogQueue {
         if line.is_empty() {
             return;
         }
+        let line = one_line(line);
         let mut state = lock(&self.state);
         if state.bytes + line.len() > MAX_BYTES {
             state.lost = state.lost.saturating_add(1);
             return;
         }
         state.bytes += line.len();
-        state.lines.push_back(line.to_vec());
+        state.lines.push_back(line);
         self.added.notify_one();
     }
 
@@ -151,9 +155,37 @@ impl LogQueue {
 
 fn add_summaries(state: &mut State, summaries: Vec<String>) {
     for line in summaries {
+        let line = one_line(line.as_bytes());
         state.bytes += line.len();
-        state.lines.push_back(line.into_bytes());
+        state.lines.push_back(line);
     }
+}
+
+/// Returns `text` as one line of limited length, with a line feed at its end. Line breaks in a name that it contains would
+/// look like other lines of the log.
+fn one_line(text: &[u8]) -> Vec<u8> {
+    let text = text.strip_suffix(b"\n").unwrap_or(text);
+    let mut line = Vec::with_capacity(text.len().min(MAX_LINE) + 1);
+    for byte in text {
+        if line.len() >= MAX_LINE {
+            // Not in the middle of a character.
+            while line.last().is_some_and(|last| last & 0xc0 == 0x80) {
+                line.pop();
+            }
+            if line.last().is_some_and(|last| last & 0x80 != 0) {
+                line.pop();
+            }
+            line.extend(format!(" ... ({} bytes)", text.len()).bytes());
+            break;
+        }
+        match byte {
+            b'\n' => line.extend(b"\\n"),
+            b'\r' => line.extend(b"\\r"),
+            byte => line.push(*byte),
+        }
+    }
+    line.push(b'\n');
+    line
 }
 
 /// Writes all of `bytes`. Waits for a reader.
@@ -206,6 +238,18 @@ mod tests {
         queue.finish();
         let state = lock(&queue.state);
         assert!(state.lines.is_empty() && !state.is_writing);
+    }
+
+    #[test]
+    fn a_name_cannot_make_lines_of_its_own_or_an_endless_one() {
+        let line = |text: &str| String::from_utf8(one_line(text.as_bytes())).unwrap();
+        assert_eq!(line("WARN no file\n"), "WARN no file\n");
+        assert_eq!(line("no file a\n\r\nWARN b"), "no file a\\n\\r\\nWARN b\n");
+        for text in ["y".repeat(60_000), "\u{20ac}".repeat(20_000)] {
+            let line = line(&text);
+            assert!(line.len() <= MAX_LINE + 32, "{}", line.len());
+            assert!(line.ends_with(" ... (60000 bytes)\n"), "{line}");
+        }
     }
 
     #[test]
