@@ -32,6 +32,12 @@ pub enum SocketError {
         /// The path.
         path: PathBuf,
     },
+    /// The lock file has content, so it is a file of somebody else. It is not changed.
+    #[error("{path} exists and is not a lock file: remove it, or choose another path")]
+    NotALock {
+        /// The path.
+        path: PathBuf,
+    },
     /// The host reported an error.
     #[error("cannot listen on {path}: {source}")]
     Bind {
@@ -169,9 +175,15 @@ impl PathLock {
                 Err(error) => return Err(failed(error.into())),
             }
             // The process that held the lock before may have removed the file meanwhile. Then this lock is worthless.
-            if identity(&path) == Some(inode(&file.metadata().map_err(failed)?)) {
-                return Ok(Self { file, path });
+            let metadata = file.metadata().map_err(failed)?;
+            if identity(&path) != Some(inode(&metadata)) {
+                continue;
             }
+            // The lock file is removed at the end.
+            if metadata.len() > 0 {
+                return Err(SocketError::NotALock { path });
+            }
+            return Ok(Self { file, path });
         }
         Err(SocketError::InUse {
             path: socket.into(),
@@ -248,6 +260,20 @@ mod tests {
             Err(SocketError::NotASocket { .. })
         ));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn r13_a_file_with_the_name_of_the_lock_is_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let other = directory.path().join("s.lock");
+        fs::write(&other, "precious").unwrap();
+        assert!(matches!(
+            SocketListener::bind(&path),
+            Err(SocketError::NotALock { .. })
+        ));
+        assert_eq!(fs::read(&other).unwrap(), b"precious");
+        assert!(!path.exists());
     }
 
     #[test]
