@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
@@ -17,6 +18,9 @@ use crate::sync::lock;
 use crate::vhost_daemon::{Served, VhostDaemon};
 
 pub use crate::vhost_daemon::SessionError;
+
+/// Interval between two checks whether a session has ended. The standard library cannot join a thread with a time limit.
+const JOIN_POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// How a connection ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -117,6 +121,19 @@ impl Session {
         let _ = self.front_end.shutdown(Shutdown::Both);
     }
 
+    /// As [`Session::join`], but waits no longer than `limit`. Returns `None`, and reports nothing, if the session has not
+    /// ended by then: a thread waits in a system call on a file of the front end, such as a file on FUSE.
+    pub fn join_within(self, limit: Duration) -> Option<SessionEnd> {
+        let deadline = Instant::now() + limit;
+        while !self.thread.is_finished() {
+            if Instant::now() >= deadline {
+                return None;
+            }
+            thread::sleep(JOIN_POLL_INTERVAL);
+        }
+        Some(self.join())
+    }
+
     /// Waits for the end of the connection, and reports it to the device.
     ///
     /// The session's threads do not report it. The device emits an event, and a QMP client may then start the next VMM
@@ -156,5 +173,37 @@ fn classify_end(closed: &CloseReason, served: Served, last_request: &str) -> Ses
             reason: format!("connection to the front end failed: {error}"),
             is_error: true,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::device::Device;
+    use shared_abi::features::Features;
+
+    #[test]
+    fn a_session_that_does_not_end_is_left_behind() {
+        let (front_end, _other) = UnixStream::pair().unwrap();
+        let (end, ended) = mpsc::channel();
+        let session = |thread| Session {
+            front_end: front_end.try_clone().unwrap(),
+            device: Arc::new(DeviceLock::new(Device::new(Features::NONE, Arc::default()))),
+            closing: Arc::default(),
+            thread,
+        };
+        let stuck = session(thread::spawn(move || ended.recv().unwrap()));
+        assert_eq!(stuck.join_within(Duration::from_millis(20)), None);
+        let reason = SessionEnd {
+            reason: "front end closed the connection".into(),
+            is_error: false,
+        };
+        // The thread still runs.
+        end.send(reason.clone()).unwrap();
+        let same = reason.clone();
+        let ending = session(thread::spawn(move || same));
+        assert_eq!(ending.join_within(Duration::from_secs(600)), Some(reason));
     }
 }

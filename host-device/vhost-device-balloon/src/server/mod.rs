@@ -17,11 +17,11 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shared_abi::features::Features;
 use thiserror::Error;
-use tracing::info;
+use tracing::{info, warn};
 
 use pending_connection::PendingConnection;
 
@@ -34,6 +34,9 @@ use crate::qmp::{CommandContext, QmpClients};
 use crate::session::{Session, SessionEnd};
 use crate::socket::{SocketError, SocketListener};
 use crate::vring::NotificationSuppression;
+
+/// How long the end of the program waits for the end of a session.
+const SESSION_END_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// The options of a server.
 #[derive(Clone, Debug)]
@@ -243,7 +246,12 @@ impl Server {
         self.migration_manager.shut_down();
         if let Some(session) = self.session.take() {
             session.close();
-            session.join();
+            if session.join_within(SESSION_END_TIMEOUT).is_none() {
+                warn!(
+                    "front end session does not end: one of its threads waits for a file of the front end; exiting without \
+                     it"
+                );
+            }
         }
         self.qmp_clients.close();
         result
