@@ -259,6 +259,7 @@ fn pass_requests(
             Some(request) => shared.follow(request, payload),
             None => {}
         }
+        check_spare_descriptors(&fds)?;
         last_request.store(request.unwrap_or(0), Ordering::Release);
         let length = HEADER + size;
         match send(device, message.get(..length).unwrap_or_default(), &fds) {
@@ -320,6 +321,18 @@ fn check_queue_descriptors(name: &str, payload: &[u8], fds: &[OwnedFd]) -> io::R
     fds.iter().try_for_each(|fd| {
         make_nonblocking(fd)
             .map_err(|error| refused(&format!("{name} descriptor of queue {index}"), &error))
+    })
+}
+
+/// Checks that the process can have as many descriptors as the crate needs for a message with `fds`: a copy of each, and
+/// another one of a kick descriptor. The crate takes a message without its descriptors for an invalid one.
+fn check_spare_descriptors(fds: &[OwnedFd]) -> io::Result<()> {
+    let copies = fds.iter().chain(fds.first()).map(OwnedFd::try_clone);
+    let copies: io::Result<Vec<OwnedFd>> = copies.collect();
+    copies.map(drop).map_err(|error| {
+        let text =
+            format!("the daemon has no descriptors left to keep those of a message: {error}");
+        io::Error::new(error.kind(), text)
     })
 }
 

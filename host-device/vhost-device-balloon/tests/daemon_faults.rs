@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
@@ -161,6 +162,38 @@ fn a_front_end_that_cannot_be_served_is_refused_and_the_daemon_goes_on() {
     let (output, log) = program.finish();
     assert!(output.status.success(), "{log}");
     assert!(log.contains("front end refused"), "{log}");
+}
+
+/// Limits the descriptors of the program so that it can have `spare` more.
+fn leave_descriptors(program: &Program, spare: u64) {
+    let directory = fs::read_dir(format!("/proc/{}/fd", program.id())).unwrap();
+    let names = directory.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let used: BTreeSet<u64> = names.map(|name| name.parse().unwrap()).collect();
+    let free = (0..).filter(|number| !used.contains(number));
+    // The limit is above the last free number that may be used.
+    program.limit_descriptors(free.take(spare as usize).last().map_or(0, |last| last + 1));
+}
+
+#[test]
+fn a_front_end_is_not_blamed_for_the_descriptors_that_the_daemon_lacks() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = Program::start(directory.path(), &["--persistent"]).ready();
+    let mut qmp = QmpClient::connect(&program.qmp);
+    qmp.run("query-version");
+    for spare in 1..3 {
+        program.limit_descriptors(256);
+        let mut front_end = RawFrontEnd::connect(&program.socket);
+        front_end.ask(raw::GET_FEATURES);
+        leave_descriptors(&program, spare);
+        let kick = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        front_end.send(raw::SET_VRING_KICK, &raw::words(&[0]), &[kick.as_fd()]);
+        let ended = qmp.event("FRONTEND_DISCONNECTED", &json!({}));
+        let why = ended["data"]["reason"].as_str().unwrap();
+        assert!(why.contains("no descriptors left"), "{spare}: {why}");
+    }
+    program.signal(Signal::TERM);
+    let (output, log) = program.finish();
+    assert!(output.status.success(), "{log}");
 }
 
 /// Returns the CPU time of all threads in clock ticks.
