@@ -103,7 +103,7 @@ fn sessions_leave_no_descriptor_and_no_thread() {
         for _ in 0..count {
             let mut vmm = Vmm::connect(&program.socket);
             vmm.start_driver(STATS);
-            qmp.event("DRIVER_STARTED", &json!({}));
+            qmp.until_running();
             drop(vmm);
             qmp.event("FRONTEND_DISCONNECTED", &json!({}));
         }

@@ -137,7 +137,7 @@ fn a_persistent_server_takes_the_next_front_end() {
     for _ in 0..3 {
         let mut vmm = Vmm::connect(&server.socket());
         vmm.start_driver(HINT);
-        qmp.event("DRIVER_STARTED", &json!({}));
+        qmp.until_running();
         ids.push(qmp.run("free-page-hint-start")["id"].as_u64().unwrap());
         drop(vmm);
         qmp.event("FRONTEND_DISCONNECTED", &json!({}));

@@ -189,7 +189,7 @@ fn a_persistent_server_survives_every_fault_of_a_front_end() {
         drop(front_end);
         let mut vmm = Vmm::connect(&server.socket());
         vmm.start_driver(Features::STATS_VQ);
-        qmp.event("DRIVER_STARTED", &json!({}));
+        qmp.until_running();
         drop(vmm);
         qmp.event("FRONTEND_DISCONNECTED", &json!({}));
     }
