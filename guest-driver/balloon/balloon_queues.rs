@@ -37,6 +37,20 @@ pub(crate) const WAIT_POLL_INTERVAL: Msecs = 50;
 /// a small ring it leaves half.
 const RESERVED_ENTRIES: usize = RESERVED + MAX_PAGE_MIGRATIONS;
 
+/// The number of used buffers that a task has reaped, by what they were.
+#[derive(Clone, Copy, Default)]
+struct Reaped {
+    /// Requests of the resize worker and of OOM deflation.
+    requests: usize,
+    page_migrations: usize,
+}
+
+impl Reaped {
+    fn any(self) -> bool {
+        self.requests + self.page_migrations > 0
+    }
+}
+
 /// The reason why a request was not sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SendError {
@@ -70,6 +84,12 @@ pub(crate) enum Purpose<'a> {
     Oom(&'a NodesBelowWatermark),
 }
 
+/// The resize worker, as the queues see it.
+pub(crate) trait ResizeWorker: Send + Sync {
+    /// Queues the worker, because another task has reaped its requests. Any context but NMI.
+    fn requests_reaped(&self);
+}
+
 /// The pages in the balloon, and the queues of their requests.
 pub(crate) type Pages = BalloonPages<BalloonQueues>;
 
@@ -96,6 +116,9 @@ pub(crate) struct BalloonQueues {
     must_tell_host: bool,
     /// The host's target in balloon pages.
     target: Atomic<u64>,
+    /// `None` until the worker exists, and after it has ended.
+    #[pin]
+    worker: Mutex<Option<Arc<dyn ResizeWorker>>>,
     #[pin]
     in_flight: Mutex<InFlight>,
 }
@@ -133,8 +156,16 @@ impl BalloonQueues {
             closed: AtomicFlag::new(false),
             must_tell_host,
             target: Atomic::new(0),
+            worker <- new_mutex!(None, "BalloonQueues::worker"),
             in_flight <- new_mutex!(in_flight, "BalloonQueues::in_flight"),
         }))
+    }
+
+    /// Sets the resize worker. It usually has a reference to these queues, so `None` must follow.
+    /// May sleep.
+    pub(crate) fn set_worker(&self, worker: Option<Arc<dyn ResizeWorker>>) {
+        let last = core::mem::replace(&mut *self.worker.lock(), worker);
+        drop(last);
     }
 
     /// Returns the inflate queue.
@@ -252,20 +283,34 @@ impl BalloonQueues {
         self.in_flight.lock().put(request);
     }
 
-    /// Takes back the used buffers of both queues and completes their requests.
+    /// Takes back the used buffers of both queues, completes their requests, and wakes the tasks
+    /// that wait for them.
     pub(crate) fn reap_used(pages: &Pages) {
+        if Self::reap(pages).any() {
+            pages.migrator().wait_queue.wake_up_all();
+        }
+    }
+
+    /// Takes back the used buffers of both queues and completes their requests.
+    ///
+    /// The kernel does not call the interrupt handler for a used buffer that was reaped before. So
+    /// the caller wakes the tasks whose requests were among them.
+    fn reap(pages: &Pages) -> Reaped {
         let this = pages.migrator();
+        let mut reaped = Reaped::default();
         let mut in_flight = this.in_flight.lock();
         while let Some((buffer, _)) = this.inflate.get_buf() {
             in_flight.used_buffers = in_flight.used_buffers.wrapping_add(1);
             match AnyRequest::from(buffer) {
                 AnyRequest::Request(mut request) => {
+                    reaped.requests += 1;
                     this.counters.acknowledged(Queue::Inflate, request.pfns());
                     in_flight.page_counts.complete_inflate(request.pfns());
                     pages.enqueue(request.take());
                     in_flight.put(request);
                 }
                 AnyRequest::PageMigration(request) => {
+                    reaped.page_migrations += 1;
                     let place = &mut in_flight.page_migrations[request.slot()];
                     *place = match place {
                         // No task waits to put the page into the balloon, so the device has to
@@ -280,6 +325,7 @@ impl BalloonQueues {
             in_flight.used_buffers = in_flight.used_buffers.wrapping_add(1);
             match AnyRequest::from(buffer) {
                 AnyRequest::Request(mut request) => {
+                    reaped.requests += 1;
                     this.counters.acknowledged(Queue::Deflate, request.pfns());
                     in_flight.page_counts.complete_deflate(request.pfns());
                     // The device has used the request, so the guest may use the pages now.
@@ -293,6 +339,7 @@ impl BalloonQueues {
                     in_flight.put(request);
                 }
                 AnyRequest::PageMigration(mut request) => {
+                    reaped.page_migrations += 1;
                     let is_deflate = request.is_deflate();
                     let page = request.take();
                     if is_deflate {
@@ -317,6 +364,7 @@ impl BalloonQueues {
         this.send_pending_deflates(&mut in_flight);
         drop(in_flight);
         this.notify();
+        reaped
     }
 
     /// Sends the page migration requests that are
@@ -473,6 +521,20 @@ impl BalloonQueues {
         }
     }
 
+    /// Wakes the tasks whose requests a waiting task has reaped: other waiting tasks and the resize
+    /// worker.
+    fn wake_others(&self, reaped: Reaped) {
+        let has_others = reaped.requests > 0 || self.waiting.load(Relaxed) > 1;
+        if reaped.any() && has_others {
+            self.wait_queue.wake_up_all();
+        }
+        if reaped.requests > 0 {
+            if let Some(worker) = &*self.worker.lock() {
+                worker.requests_reaped();
+            }
+        }
+    }
+
     /// Waits until `done` returns `Some`, and reaps both virtqueues meanwhile.
     ///
     /// Returns `None` after `timeout`, or if a queue is broken or the balloon is
@@ -487,7 +549,7 @@ impl BalloonQueues {
         this.waiting.add(1, Relaxed);
         let result = loop {
             let seen = this.wait_queue.wakeups();
-            Self::reap_used(pages);
+            this.wake_others(Self::reap(pages));
             if let Some(result) = done(this) {
                 break Some(result);
             }
@@ -671,6 +733,50 @@ mod tests {
         bound.device.set_use_on_notify(true);
         let moved = migrate(&pages, &new, &old);
         assert_eq!(moved, Ok(Migrated::Replaced));
+        Ok(())
+    }
+
+    #[test]
+    fn whoever_reaps_a_request_wakes_the_tasks_that_wait() -> Result {
+        let (bound, pages) = balloon()?;
+        let queues = pages.migrator();
+        let before = queues.wait_queue.wakeups();
+        BalloonQueues::reap_used(&pages);
+        assert_eq!(queues.wait_queue.wakeups(), before);
+        inflate(&bound, &pages, 1)?;
+        assert_eq!(queues.wait_queue.wakeups(), before + 1);
+        Ok(())
+    }
+
+    struct CountingWorker(Atomic<i32>);
+
+    impl ResizeWorker for CountingWorker {
+        fn requests_reaped(&self) {
+            self.0.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// No interrupt follows for a request that was reaped before.
+    #[test]
+    fn a_waiting_task_that_reaps_requests_of_the_worker_wakes_it() -> Result {
+        let (bound, pages) = balloon()?;
+        let queues = pages.migrator();
+        let worker = Arc::new(CountingWorker(Atomic::new(0)), GFP_KERNEL)?;
+        queues.set_worker(Some(worker.clone()));
+        let (full, _) = request(queues, 1)?;
+        queues.send_inflate(full)?;
+        assert!(bound.device.use_buffer(INFLATE).is_some());
+        let waited = BalloonQueues::wait(&pages, Delta::from_secs(60), |this| {
+            (this.page_counts().inflated() > 0).then_some(())
+        });
+        assert_eq!(waited, Some(()));
+        assert_eq!(worker.0.load(Relaxed), 1);
+        // A page migration is of no interest to the worker.
+        bound.device.set_use_on_notify(true);
+        let (new, old) = two_pages()?;
+        assert_eq!(migrate(&pages, &new, &old), Ok(Migrated::Replaced));
+        assert_eq!(worker.0.load(Relaxed), 1);
+        queues.set_worker(None);
         Ok(())
     }
 

@@ -21,7 +21,7 @@ use kernel::time::{msecs_to_jiffies, Delta, Instant, Jiffies, Monotonic, Msecs};
 use kernel::{dev_info, dev_warn, device};
 
 use super::balloon_queues::{
-    BalloonQueues, Pages, Purpose, SendError, REQUESTS, WAIT_POLL_INTERVAL,
+    BalloonQueues, Pages, Purpose, ResizeWorker, SendError, REQUESTS, WAIT_POLL_INTERVAL,
 };
 use super::config::BalloonConfig;
 use super::counters::Counters;
@@ -201,7 +201,10 @@ impl Resizer {
             soon <- new_delayed_work!(work_queue.clone(), "Resizer::soon"),
             poll <- new_delayed_work!(work_queue, "Resizer::poll"),
         });
-        Arc::pin_init(resizer, GFP_KERNEL)
+        let resizer = Arc::pin_init(resizer, GFP_KERNEL)?;
+        let worker = Arc::new(Worker(resizer.clone()), GFP_KERNEL)?;
+        resizer.queues().set_worker(Some(worker));
+        Ok(resizer)
     }
 
     /// Returns the inflate queue.
@@ -292,6 +295,7 @@ impl Resizer {
     }
 
     fn end_work(self: &Arc<Self>) {
+        self.queues().set_worker(None);
         work::disable::<Self, RETRY>(self);
         work::disable::<Self, SOON>(self);
         work::disable::<Self, POLL>(self);
@@ -513,7 +517,7 @@ impl Resizer {
                 self.wakeup.relax();
             }
             Progress::Waiting | Progress::Blocked(SendError::RingFull) => {
-                // No interrupt arrives if another task has reaped the used buffers.
+                // In case an interrupt is lost.
                 let delay = msecs_to_jiffies(POLL_INTERVAL);
                 work::enqueue_delayed::<Self, POLL>(self, delay);
             }
@@ -532,6 +536,16 @@ impl Resizer {
             }
         }
         !self.queues().enable_callbacks()
+    }
+}
+
+/// Lets the queues wake the resize worker. Has a reference to the resizer until
+/// [`Resizer::disable`] takes it from the queues.
+struct Worker(Arc<Resizer>);
+
+impl ResizeWorker for Worker {
+    fn requests_reaped(&self) {
+        self.0.wake();
     }
 }
 
