@@ -21,6 +21,7 @@
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{SocketAddr, UnixStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
@@ -114,12 +115,19 @@ fn file_type(fd: BorrowedFd<'_>) -> io::Result<FileType> {
 pub(crate) struct SharedDescriptor {
     fd: OwnedFd,
     is_socket: bool,
+    /// Whether the kernel has refused writes with `RWF_NOWAIT`, as it does for event descriptors. Every interrupt would
+    /// cost one more system call.
+    no_nowait_write: AtomicBool,
 }
 
 impl SharedDescriptor {
     pub(crate) fn new(fd: OwnedFd) -> Self {
         let is_socket = file_type(fd.as_fd()).is_ok_and(|kind| kind == FileType::Socket);
-        Self { fd, is_socket }
+        Self {
+            fd,
+            is_socket,
+            no_nowait_write: AtomicBool::new(false),
+        }
     }
 
     /// Reads into `buffer`, and returns the number of bytes.
@@ -158,10 +166,12 @@ impl SharedDescriptor {
                 SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
             )?);
         }
-        let slices = &[IoSlice::new(bytes)];
-        match pwritev2(&self.fd, slices, NO_OFFSET, ReadWriteFlags::NOWAIT) {
-            Err(Errno::OPNOTSUPP) => {}
-            result => return Ok(result?),
+        if !self.no_nowait_write.load(Ordering::Relaxed) {
+            let slices = &[IoSlice::new(bytes)];
+            match pwritev2(&self.fd, slices, NO_OFFSET, ReadWriteFlags::NOWAIT) {
+                Err(Errno::OPNOTSUPP) => self.no_nowait_write.store(true, Ordering::Relaxed),
+                result => return Ok(result?),
+            }
         }
         self.check_ready(PollFlags::OUT)?;
         Ok(rustix::io::write(&self.fd, bytes)?)
