@@ -5,12 +5,14 @@
 mod paused_guest;
 mod process_vm;
 mod qmp_vm;
+mod resume;
 
 use thiserror::Error;
 
 pub use paused_guest::PausedGuest;
 pub use process_vm::ProcessVm;
 pub use qmp_vm::QmpVm;
+pub use resume::resume;
 
 /// Why a VM was not paused or not resumed.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]

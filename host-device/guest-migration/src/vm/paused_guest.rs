@@ -4,20 +4,19 @@
 
 use std::path::PathBuf;
 
-use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
-use super::{QmpVm, Vm, VmError};
-use crate::processes::{Process, ProcessHandle};
+use crate::processes::Process;
 
-/// How to resume a guest that another process has paused. Empty if that process has paused nothing.
+/// How to resume a guest that another process has paused, with [`resume`](super::resume). Empty if that process has paused
+/// nothing.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct PausedGuest {
     /// Stopped processes, in the order in which they were stopped.
-    processes: Vec<Process>,
+    pub(super) processes: Vec<Process>,
     /// QMP socket of the VMM.
-    vmm: Option<PathBuf>,
+    pub(super) vmm: Option<PathBuf>,
 }
 
 impl PausedGuest {
@@ -33,57 +32,5 @@ impl PausedGuest {
             processes: Vec::new(),
             vmm: Some(path),
         }
-    }
-
-    /// Resumes the guest. The process that was stopped last continues first. A process that has exited is left out.
-    ///
-    /// # Errors
-    ///
-    /// If the guest cannot be resumed.
-    pub fn resume(&self) -> Result<(), VmError> {
-        for process in self.processes.iter().rev() {
-            let sent = ProcessHandle::open(*process)
-                .and_then(|it| it.map_or(Ok(()), |it| it.send(Signal::CONT)));
-            sent.map_err(|error| {
-                let pid = process.pid;
-                VmError(format!("process {pid} cannot continue: {error}"))
-            })?;
-        }
-        match &self.vmm {
-            Some(path) => QmpVm::paused(path).resume(),
-            None => Ok(()),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::process::{Command, Stdio};
-
-    use super::*;
-    use crate::processes::stat;
-
-    #[test]
-    fn a_stopped_process_continues_and_one_that_has_exited_is_left_out() {
-        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
-        let process = stat(child.id()).unwrap().unwrap().process;
-        let handle = ProcessHandle::open(process).unwrap().unwrap();
-        handle.send(Signal::STOP).unwrap();
-        let is_stopped = || {
-            let state = stat(process.pid).unwrap().unwrap().state;
-            format!("{state:?}") == "Stopped"
-        };
-        while !is_stopped() {
-            std::thread::yield_now();
-        }
-        let text = serde_json::to_string(&PausedGuest::of_processes(vec![process])).unwrap();
-        let paused: PausedGuest = serde_json::from_str(&text).unwrap();
-        paused.resume().unwrap();
-        while is_stopped() {
-            std::thread::yield_now();
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
-        paused.resume().unwrap();
     }
 }
