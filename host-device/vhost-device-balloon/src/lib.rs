@@ -27,15 +27,17 @@
 //! - [`migrate`] starts, controls and ends migrations.
 //! - [`qmp`] serves QMP clients.
 //! - [`broker`] is the process that does what the process of the device has no rights for. `packets` is the socket to it.
+//! - [`confine`] gives up the rights of the process of the device.
 //!
 //! [`device::request`] validates each request of the guest once. Invalid input is a counted error that names the queue
-//! and the address. The only unsafe code is the handler of SIGBUS in `memory/sys.rs`.
+//! and the address. The only unsafe code is the handler of SIGBUS in `memory/sys.rs`, and that of SIGSYS in `confine/sys.rs`.
 
 #![deny(unsafe_code)]
 
 pub mod args;
 pub mod backend;
 pub mod broker;
+pub mod confine;
 mod descriptors;
 pub mod device;
 pub mod device_lock;

@@ -16,6 +16,7 @@ use tracing::error;
 use tracing::level_filters::LevelFilter;
 use vhost_device_balloon::args::Args;
 use vhost_device_balloon::broker::{self, Broker};
+use vhost_device_balloon::confine::Switch;
 use vhost_device_balloon::log::Log;
 use vhost_device_balloon::migrate::helper;
 use vhost_device_balloon::panics::end_server_on_panic;
@@ -72,8 +73,9 @@ fn run_with_log(level: LevelFilter, work: impl FnOnce(&mut Log) -> Result<()>) -
 }
 
 fn run(args: Args, log: &mut Log) -> Result<()> {
-    let broker = Broker::start(args.log_level, true)
+    let broker = Broker::start(args.log_level, args.migration == Switch::On)
         .map_err(|error| format!("broker process cannot be started: {error}"))?;
+    let confinement = args.confinement();
     let options = ServerOptions {
         features: args.offered_features(),
         suppression: args.suppression(),
@@ -84,6 +86,8 @@ fn run(args: Args, log: &mut Log) -> Result<()> {
         device_state: args.device_state,
     };
     let server = Server::bind_with_broker(options, Some(Arc::new(broker)), handle_signals)?;
+    // There is one thread so far, and others get its rights.
+    confinement.apply()?;
     log.start_thread()?;
     end_server_on_panic(server.shutdown_handle()?);
     server.run()?;
