@@ -20,6 +20,10 @@ use super::options::Seccomp;
 use super::sys;
 use super::system_calls::{CONDITIONAL, DENIED, PERMITTED, UNIMPLEMENTED};
 
+/// Requests of `ioctl`, on all processors that the filters know. The C libraries have them in different types.
+const FIONBIO: u64 = 0x5421;
+const FIOCLEX: u64 = 0x5451;
+
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// Installs the filters for the calling thread, and the threads that it starts later.
@@ -45,7 +49,7 @@ pub(super) fn install(mode: Seccomp) -> Result<(), String> {
     let errno = |number: i32| SeccompAction::Errno(number.unsigned_abs());
     let errors = |table: &[(i64, &str)], number| {
         let rules = all_arguments(table);
-        compile(rules, SeccompAction::Allow, errno(number), arch.clone())
+        compile(rules, SeccompAction::Allow, errno(number), arch)
     };
     let mut programs = Vec::new();
     // With the log, the filter shows what would be forbidden, and changes nothing.
@@ -53,12 +57,7 @@ pub(super) fn install(mode: Seccomp) -> Result<(), String> {
         programs.push(errors(UNIMPLEMENTED, libc::ENOSYS)?);
         programs.push(errors(DENIED, libc::EACCES)?);
     }
-    programs.push(compile(
-        permitted()?,
-        forbid,
-        SeccompAction::Allow,
-        arch.clone(),
-    )?);
+    programs.push(compile(permitted()?, forbid, SeccompAction::Allow, arch)?);
     // The last filter forbids to install another one.
     programs
         .iter()
@@ -112,7 +111,7 @@ fn conditions(call: i64) -> Result<Vec<SeccompRule>, String> {
             ]
             .map(bits),
         ),
-        libc::SYS_ioctl => one_of(1, || Dword, &[libc::FIONBIO as u64, libc::FIOCLEX as u64]),
+        libc::SYS_ioctl => one_of(1, || Dword, &[FIONBIO, FIOCLEX]),
         // No memory that can be executed.
         libc::SYS_mmap | libc::SYS_mprotect => {
             let execute = bits(libc::PROT_EXEC);
