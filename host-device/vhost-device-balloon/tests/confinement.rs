@@ -29,6 +29,8 @@ const EPERM: i32 = 1;
 const ENOENT: i32 = 2;
 const EACCES: i32 = 13;
 
+type Test = (&'static str, fn() -> Result<(), Failed>);
+
 type Attempt = fn(&Path, u16) -> io::Result<()>;
 
 /// What a device process that was taken over might try, in a directory of its own and with the port of a TCP server.
@@ -116,7 +118,7 @@ fn main() -> ExitCode {
     if arguments.get(1).is_some_and(|it| it == ATTEMPT) {
         return attempt(&arguments[2..]);
     }
-    let tests: [(&str, fn() -> Result<(), Failed>); 8] = [
+    let tests: [Test; 8] = [
         ("without_confinement_each_attempt_succeeds", || {
             for (name, _) in ATTEMPTS {
                 if !OF_ROOT.contains(&name) || is_root() {

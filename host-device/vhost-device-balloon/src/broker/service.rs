@@ -10,6 +10,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use guest_migration::find_pinning_of;
 use guest_migration::signals::outlive_parent;
@@ -28,6 +29,12 @@ pub(super) const ARGUMENT: &str = "broker-process";
 
 /// The most helper processes at a time: that of a migration, and those that are about to exit.
 const MAX_HELPERS: usize = 4;
+
+/// How long a new helper process waits for the exit of earlier ones, if there are too many.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Interval between two looks at their number.
+const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// The most sockets of the device process.
 const MAX_SOCKETS: usize = 2;
@@ -132,8 +139,13 @@ impl Service {
         let Ok([input, output]) = <[OwnedFd; 2]>::try_from(fds) else {
             return Err(io::Error::other("a helper process needs two descriptors"));
         };
-        if self.helpers.load(Ordering::Acquire) >= MAX_HELPERS {
-            return Err(io::Error::other("earlier helper processes have not exited"));
+        // Those of earlier migrations exit soon, unless the device process keeps them.
+        let deadline = Instant::now() + EXIT_TIMEOUT;
+        while self.helpers.load(Ordering::Acquire) >= MAX_HELPERS {
+            if Instant::now() >= deadline {
+                return Err(io::Error::other("earlier helper processes have not exited"));
+            }
+            thread::sleep(EXIT_POLL_INTERVAL);
         }
         let mut helper = Command::new("/proc/self/exe")
             .arg0(env::args_os().next().unwrap_or_default())
