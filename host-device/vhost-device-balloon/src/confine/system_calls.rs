@@ -36,8 +36,8 @@ system_calls! {
         SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sigaltstack,
         // Open files: guest memory, events, connections, the log.
         SYS_close, SYS_dup, SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait, SYS_eventfd2, SYS_fallocate, SYS_fstat,
-        SYS_fstatfs, SYS_lseek, SYS_newfstatat, SYS_pipe2, SYS_ppoll, SYS_pread64, SYS_preadv, SYS_pwrite64, SYS_pwritev,
-        SYS_read, SYS_readv, SYS_statx, SYS_write, SYS_writev,
+        SYS_fstatfs, SYS_lseek, SYS_newfstatat, SYS_pipe2, SYS_ppoll, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64,
+        SYS_pwritev, SYS_pwritev2, SYS_read, SYS_readv, SYS_statx, SYS_write, SYS_writev,
         #[cfg(target_arch = "x86_64")] SYS_epoll_wait,
         #[cfg(target_arch = "x86_64")] SYS_poll,
         SYS_accept4, SYS_getpeername, SYS_getsockname, SYS_getsockopt, SYS_recvfrom, SYS_recvmsg, SYS_sendmsg, SYS_sendto,

@@ -104,7 +104,7 @@ impl PinScan {
     /// Returns whether a search has ever been started.
     #[cfg(test)]
     pub(crate) fn has_started(&self) -> bool {
-        let state = lock(&self.0);
+        let state = lock(&self.state);
         state.is_running || state.finished.is_some()
     }
 
