@@ -372,7 +372,11 @@ fn stopped_processes_continue_when_their_daemon_is_killed() {
     program.signal(Signal::KILL);
     let (_, log) = program.finish();
     assert!(!vmm.is_stopped(), "{log}");
-    assert!(log.contains("guest runs again"), "{log}");
+    // Either the helper process resumes the guest, or the guard process does.
+    assert!(
+        log.contains("which is cancelled") || log.contains("guest runs again"),
+        "{log}"
+    );
 }
 
 #[test]

@@ -71,7 +71,19 @@ impl Program {
 
     /// Sets a resource limit of the program.
     pub fn limit(&self, resource: Resource, limit: u64) {
-        let id = Pid::from_raw(i32::try_from(self.id()).unwrap());
+        Self::limit_process(self.id(), resource, limit);
+    }
+
+    /// Sets a resource limit of the program and of the processes that it has started.
+    pub fn limit_all(&self, resource: Resource, limit: u64) {
+        self.limit(resource, limit);
+        for child in children(self.id()) {
+            Self::limit_process(child, resource, limit);
+        }
+    }
+
+    fn limit_process(id: u32, resource: Resource, limit: u64) {
+        let id = Pid::from_raw(i32::try_from(id).unwrap());
         let limit = Rlimit {
             current: Some(limit),
             maximum: getrlimit(resource).maximum,
