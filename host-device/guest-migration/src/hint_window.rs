@@ -202,6 +202,12 @@ impl HintWindow {
         Ok(hinted)
     }
 
+    /// Applies a hint about the pages `run`, as [`HintWindow::hint`]. Returns how many of them were dirty before. Ignores
+    /// pages that no RAM block has.
+    pub fn skip(&self, run: PageRun) -> u64 {
+        self.bitmap.skip(run.block, run.first..run.end())
+    }
+
     /// Closes the window: the next dirty sync starts.
     pub fn close(self) -> SyncPhase {
         SyncPhase {

@@ -45,6 +45,7 @@ mod cancel;
 pub mod digest;
 pub mod dirty_tracking;
 pub mod guard;
+mod hint_forwarder;
 mod hint_source;
 mod hint_window;
 mod layout;
@@ -64,13 +65,14 @@ pub mod vm;
 
 pub use bitmap::DirtyBitmap;
 pub use cancel::CancelToken;
+pub use hint_forwarder::HintForwarder;
 pub use hint_source::{HintSource, HintSourceError, WaitOutcome};
 pub use hint_window::{HintError, HintWindow, Hinted, SyncPhase};
 pub use layout::{Layout, LayoutError, RamBlock, Region, RAM_BLOCK_NAME_MAX};
 pub use memory::{Memory, MemoryError};
 pub use page_run::PageRun;
 pub use page_runs::PageRuns;
-pub use processes::{find_pinning, Pinning};
+pub use processes::{find_pinning, find_pinning_of, FileId, Pinning};
 
 /// Size of a page of guest memory in bytes. One dirty bit covers one page.
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;

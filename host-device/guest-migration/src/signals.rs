@@ -3,6 +3,26 @@
 //! Signals of this process.
 
 use std::fs;
+use std::io;
+use std::sync::Arc;
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXFSZ};
+use signal_hook::flag;
+
+/// Lets this process ignore SIGHUP, SIGINT, SIGTERM and SIGQUIT, and gives it a session of its own, so that whatever ends
+/// its parent does not end it. A write beyond the limit of file sizes then fails, and does not end it either (SIGXFSZ).
+///
+/// # Errors
+///
+/// If a signal cannot be ignored.
+pub fn outlive_parent() -> io::Result<()> {
+    for signal in [SIGHUP, SIGINT, SIGTERM, SIGQUIT, SIGXFSZ] {
+        flag::register(signal, Arc::default())?;
+    }
+    // Fails only for the leader of a process group, which is no child of our parent.
+    let _ = rustix::process::setsid();
+    Ok(())
+}
 
 /// Returns whether this process ignores a signal. Under `nohup`, SIGHUP is ignored from the start of a program, and a
 /// program should leave it so.

@@ -109,6 +109,13 @@ impl JsonLines {
         self
     }
 
+    /// Sets the timeout of a write, instead of 30 seconds.
+    #[must_use]
+    pub fn with_write_timeout(mut self, timeout: Duration) -> Self {
+        self.write_timeout = timeout;
+        self
+    }
+
     /// Returns the name of the peer.
     #[must_use]
     pub fn peer(&self) -> &str {
@@ -119,7 +126,7 @@ impl JsonLines {
     ///
     /// # Errors
     ///
-    /// If the value cannot be encoded, the connection is closed, or the peer does not read all of it within 30 seconds.
+    /// If the value cannot be encoded, the connection is closed, or the peer does not read all of it within the timeout.
     /// The connection is unusable then.
     pub fn send(&mut self, value: &impl Serialize) -> Result<(), LineError> {
         let mut line = serde_json::to_vec(value).map_err(|source| LineError::Encode {

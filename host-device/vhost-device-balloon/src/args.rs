@@ -8,6 +8,7 @@ use clap::Parser;
 use shared_abi::features::Features;
 use tracing::level_filters::LevelFilter;
 
+use crate::confine::{Confinement, Sandbox, Seccomp, Switch};
 use crate::vring::NotificationSuppression;
 
 const EXAMPLES: &str = "\
@@ -56,6 +57,9 @@ Examples:
 During a migration, the signals below and quit first cancel the migration, and the guest keeps running. If the front end
 disconnects in the state pre-switchover or device, the migration continues. The daemon exits after the migration, once
 all QMP clients have disconnected, or 30 seconds later.
+
+The daemon gives up its rights once its sockets exist: see --sandbox, --seccomp, --landlock and --drop-capabilities. A broker
+process keeps them, and starts a helper process while a migration runs. --migration off keeps no rights for migrations.
 
 The log goes to standard error. The daemon never waits for its reader: lines that are not read in time are lost and counted.
 
@@ -137,6 +141,69 @@ pub struct Args {
     #[arg(long)]
     pub persistent: bool,
 
+    /// The sandbox of the daemon: none, chroot or namespace. Default: namespace, with a warning if the host forbids it.
+    ///
+    /// namespace: an empty root directory, and mount, network, IPC and user namespaces. chroot: an empty root directory;
+    /// needs root. The sockets stay where they are, and files that QMP clients name are those of the host.
+    #[arg(long, value_name = "KIND", value_enum, hide_possible_values = true)]
+    pub sandbox: Option<Sandbox>,
+
+    /// What happens at a system call that the daemon does not need: none, log, trap or kill.
+    ///
+    /// trap: the daemon names it on standard error, and SIGSYS kills the daemon. kill: the kernel kills the daemon. log:
+    /// the kernel logs it and executes it.
+    #[arg(
+        long,
+        value_name = "ACTION",
+        value_enum,
+        default_value = "trap",
+        hide_possible_values = true
+    )]
+    pub seccomp: Seccomp,
+
+    /// Whether the daemon gives up access to files, TCP ports and other processes with Landlock: on or off.
+    #[arg(
+        long,
+        value_name = "SWITCH",
+        value_enum,
+        default_value = "on",
+        hide_possible_values = true
+    )]
+    pub landlock: Switch,
+
+    /// Whether the daemon drops all capabilities: on or off.
+    #[arg(
+        long,
+        value_name = "SWITCH",
+        value_enum,
+        default_value = "on",
+        hide_possible_values = true
+    )]
+    pub drop_capabilities: Switch,
+
+    /// Whether the daemon refuses new privileges: on or off. --seccomp and --landlock include it.
+    #[arg(
+        long,
+        value_name = "SWITCH",
+        value_enum,
+        default_value = "on",
+        hide_possible_values = true
+    )]
+    pub no_new_privs: Switch,
+
+    /// Whether the daemon migrates guests and saves states: on or off.
+    ///
+    /// off: migrate and save-device-state are refused, and no process of the daemon starts one that reads other processes,
+    /// connects to an address or writes files.
+    #[arg(
+        long,
+        value_name = "SWITCH",
+        value_enum,
+        default_value = "on",
+        hide_possible_values = true
+    )]
+    pub migration: Switch,
+
     /// Log level: off, error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: LevelFilter,
@@ -160,6 +227,17 @@ impl Args {
         .into_iter()
         .filter(|(wanted, _)| *wanted)
         .fold(listed, |all, (_, feature)| all | feature)
+    }
+
+    /// Returns the measures that confine the daemon.
+    pub fn confinement(&self) -> Confinement {
+        Confinement {
+            sandbox: self.sandbox,
+            seccomp: self.seccomp,
+            landlock: self.landlock,
+            drop_capabilities: self.drop_capabilities,
+            no_new_privs: self.no_new_privs,
+        }
     }
 
     /// Returns how drivers are asked to leave out notifications.

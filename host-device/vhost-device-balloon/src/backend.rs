@@ -70,13 +70,14 @@ impl Backend {
     /// If the host has no event descriptors left.
     pub fn new(device: Arc<DeviceLock>, front_end: UnixStream) -> io::Result<Self> {
         let flags = EventFlag::NONBLOCK | EventFlag::CLOEXEC;
+        let new_files = NewFiles::new(lock(&device).pin_finder());
         Ok(Self {
             device,
             pending_queues: AtomicU64::new(0),
             reschedule: new_event_consumer_and_notifier(flags)?,
             front_end,
             failure: Mutex::default(),
-            new_files: Mutex::default(),
+            new_files: Mutex::new(new_files),
             vrings: Mutex::default(),
             has_ended: AtomicBool::new(false),
         })

@@ -13,6 +13,7 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 
 use crate::backend::Backend;
 use crate::device_lock::DeviceLock;
+use crate::private_connection::PrivateConnection;
 use crate::relay::{CloseReason, ConfigNotifier, Relay};
 use crate::sync::lock;
 use crate::vhost_daemon::{Served, VhostDaemon};
@@ -52,8 +53,22 @@ impl Session {
         device: Arc<DeviceLock>,
         on_end: impl FnOnce() + Send + 'static,
     ) -> Result<Self, SessionError> {
+        Self::start_with(front_end, PrivateConnection::new()?, device, on_end)
+    }
+
+    /// As [`Session::start`], with a private connection that was created before.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn start_with(
+        front_end: UnixStream,
+        private_connection: PrivateConnection,
+        device: Arc<DeviceLock>,
+        on_end: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, SessionError> {
         let backend = Arc::new(Backend::new(device.clone(), front_end.try_clone()?)?);
-        let (mut daemon, inner) = VhostDaemon::start(backend.clone())?;
+        let (mut daemon, inner) = VhostDaemon::start(backend.clone(), private_connection)?;
         let (relayed, closer) = (front_end.try_clone()?, inner.try_clone()?);
         let notifier = Arc::new(ConfigNotifier::default());
         // Before the first message can arrive: without a connection, the device ignores messages.

@@ -6,6 +6,7 @@
 //! A lock on the file `PATH.lock` decides which of several starting processes may replace a stale socket. The listener
 //! holds it until it has removed both files. The kernel releases the lock of a killed process.
 
+use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -14,6 +15,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{flock, FlockOperation, OFlags};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tracing::{info, warn};
 
@@ -51,15 +53,57 @@ pub enum SocketError {
 /// How often the lock is tried again that another process has just released.
 const LOCK_ATTEMPTS: usize = 100;
 
+/// The files of a listening socket: the socket, and the lock of its path. Each is named with its device and inode, because
+/// another process may replace it.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SocketFiles {
+    // Unlike a path, this can be any bytes in JSON.
+    socket: OsString,
+    socket_inode: Option<(u64, u64)>,
+    lock: OsString,
+    lock_inode: Option<(u64, u64)>,
+}
+
+impl SocketFiles {
+    /// Removes the socket, and then the lock. Leaves files of other processes alone.
+    ///
+    /// # Errors
+    ///
+    /// If a file cannot be removed.
+    pub fn remove(&self) -> io::Result<()> {
+        let socket = remove_own(self.socket.as_ref(), self.socket_inode);
+        // Only the owner of the lock removes the file, so no other process can have locked another one at this path.
+        socket.and(remove_own(self.lock.as_ref(), self.lock_inode))
+    }
+}
+
+/// Removes the file at `path`, if it has this device and inode.
+fn remove_own(path: &Path, own: Option<(u64, u64)>) -> io::Result<()> {
+    if own.is_some() && own == identity(path) {
+        fs::remove_file(path).map_err(|error| {
+            io::Error::other(format!("{} cannot be removed: {error}", path.display()))
+        })?;
+    }
+    Ok(())
+}
+
+/// Removes the files of a socket.
+type Remove = Box<dyn Fn(&SocketFiles) -> io::Result<()> + Send>;
+
 /// A listening socket at a path. Dropping it removes the path.
-#[derive(Debug)]
 pub struct SocketListener {
     listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode of the socket file. Another process may have replaced the file since.
-    file: Option<(u64, u64)>,
-    /// Dropped after the socket file is removed.
-    _lock: PathLock,
+    files: SocketFiles,
+    remove: Remove,
+    /// Closed after the files are removed, which releases the lock.
+    _lock: File,
+}
+
+impl std::fmt::Debug for SocketListener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("SocketListener").field(&self.files).finish()
+    }
 }
 
 impl SocketListener {
@@ -73,26 +117,56 @@ impl SocketListener {
             path: path.into(),
             source,
         };
-        let lock = PathLock::take(path)?;
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == ErrorKind::AddrInUse => {
-                remove_stale(path)?;
-                UnixListener::bind(path).map_err(bind)?
-            }
-            other => other.map_err(bind)?,
+        let (lock, lock_path) = take_lock(path)?;
+        let mut files = SocketFiles {
+            socket: path.into(),
+            socket_inode: None,
+            lock_inode: identity(&lock_path),
+            lock: lock_path.into(),
         };
-        listener.set_nonblocking(true).map_err(bind)?;
-        Ok(Self {
-            listener,
-            path: path.into(),
-            file: identity(path),
-            _lock: lock,
-        })
+        let bound = match UnixListener::bind(path) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                remove_stale(path).and_then(|()| UnixListener::bind(path).map_err(bind))
+            }
+            other => other.map_err(bind),
+        };
+        let listener = bound.and_then(|listener| {
+            files.socket_inode = identity(path);
+            listener.set_nonblocking(true).map_err(bind)?;
+            Ok(listener)
+        });
+        match listener {
+            Ok(listener) => Ok(Self {
+                listener,
+                files,
+                remove: Box::new(SocketFiles::remove),
+                _lock: lock,
+            }),
+            Err(error) => {
+                log_error(files.remove());
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns the files of the socket.
+    pub fn files(&self) -> &SocketFiles {
+        &self.files
+    }
+
+    /// Lets `remove` remove the files at the end, instead of this process.
+    #[must_use]
+    pub fn removed_by(
+        mut self,
+        remove: impl Fn(&SocketFiles) -> io::Result<()> + Send + 'static,
+    ) -> Self {
+        self.remove = Box::new(remove);
+        self
     }
 
     /// Returns the path.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.files.socket.as_ref()
     }
 
     /// Returns the next connection in the backlog, if there is one.
@@ -122,11 +196,13 @@ impl AsFd for SocketListener {
 
 impl Drop for SocketListener {
     fn drop(&mut self) {
-        if self.file.is_some() && self.file == identity(&self.path) {
-            if let Err(error) = fs::remove_file(&self.path) {
-                warn!("{} cannot be removed: {error}", self.path.display());
-            }
-        }
+        log_error((self.remove)(&self.files));
+    }
+}
+
+fn log_error(result: io::Result<()>) {
+    if let Err(error) = result {
+        warn!("{error}");
     }
 }
 
@@ -138,69 +214,48 @@ fn inode(metadata: &Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// The exclusive right to bind a path. Dropping it removes the lock file, and releases the lock.
-#[derive(Debug)]
-struct PathLock {
-    file: File,
-    path: PathBuf,
-}
-
-impl PathLock {
-    /// Takes the lock for the socket at `socket`.
-    fn take(socket: &Path) -> Result<Self, SocketError> {
-        let mut path = socket.as_os_str().to_owned();
-        path.push(".lock");
-        let path = PathBuf::from(path);
-        let failed = |source| SocketError::Bind {
-            path: path.clone(),
-            source,
-        };
-        for _ in 0..LOCK_ATTEMPTS {
-            let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-            let file = File::options()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags(i32::from_ne_bytes(flags.bits().to_ne_bytes()))
-                .open(&path)
-                .map_err(failed)?;
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(SocketError::InUse {
-                        path: socket.into(),
-                    })
-                }
-                Err(error) => return Err(failed(error.into())),
+/// Takes the exclusive right to bind the path `socket`. Returns the file that holds the lock, and its path.
+fn take_lock(socket: &Path) -> Result<(File, PathBuf), SocketError> {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".lock");
+    let path = PathBuf::from(path);
+    let failed = |source| SocketError::Bind {
+        path: path.clone(),
+        source,
+    };
+    for _ in 0..LOCK_ATTEMPTS {
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(i32::from_ne_bytes(flags.bits().to_ne_bytes()))
+            .open(&path)
+            .map_err(failed)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(SocketError::InUse {
+                    path: socket.into(),
+                })
             }
-            // The process that held the lock before may have removed the file meanwhile. Then this lock is worthless.
-            let metadata = file.metadata().map_err(failed)?;
-            if identity(&path) != Some(inode(&metadata)) {
-                continue;
-            }
-            // The lock file is removed at the end.
-            if metadata.len() > 0 {
-                return Err(SocketError::NotALock { path });
-            }
-            return Ok(Self { file, path });
+            Err(error) => return Err(failed(error.into())),
         }
-        Err(SocketError::InUse {
-            path: socket.into(),
-        })
-    }
-}
-
-impl Drop for PathLock {
-    fn drop(&mut self) {
-        // Only the owner of the lock removes the file, so no other process can have locked another one at this path.
-        let is_own = self.file.metadata().ok().map(|it| inode(&it)) == identity(&self.path);
-        if is_own {
-            if let Err(error) = fs::remove_file(&self.path) {
-                warn!("{} cannot be removed: {error}", self.path.display());
-            }
+        // The process that held the lock before may have removed the file meanwhile. Then this lock is worthless.
+        let metadata = file.metadata().map_err(failed)?;
+        if identity(&path) != Some(inode(&metadata)) {
+            continue;
         }
+        // The lock file is removed at the end.
+        if metadata.len() > 0 {
+            return Err(SocketError::NotALock { path });
+        }
+        return Ok((file, path));
     }
+    Err(SocketError::InUse {
+        path: socket.into(),
+    })
 }
 
 fn remove_stale(path: &Path) -> Result<(), SocketError> {

@@ -149,10 +149,11 @@ fn a_guard_outlives_the_signals_that_end_its_parent() {
     let here = tempfile::tempdir().unwrap();
     let program = Program::start(here.path(), &[]).ready();
     let fixture = Fixture::start(&program);
-    let children = children(program.id());
-    assert!(!children.is_empty());
+    let kinds = ["broker-process", "guard-process", "migration-helper"];
+    assert_eq!(program.kinds_of_descendants(), kinds);
+    let descendants = program.descendants();
     for signal in [Signal::HUP, Signal::INT, Signal::TERM, Signal::QUIT] {
-        for pid in &children {
+        for (pid, _) in &descendants {
             let pid = Pid::from_raw(i32::try_from(*pid).unwrap()).unwrap();
             kill_process(pid, signal).unwrap();
         }
@@ -162,25 +163,111 @@ fn a_guard_outlives_the_signals_that_end_its_parent() {
     assert_eq!(fixture.vmm_qmp.commands(), ["stop", "cont"], "{log}");
 }
 
-/// Returns the processes whose parent is `parent`.
-fn children(parent: u32) -> Vec<u32> {
-    let mut children = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap() {
-        let Some(pid) = entry
-            .unwrap()
-            .file_name()
-            .to_str()
-            .and_then(|it| it.parse().ok())
-        else {
-            continue;
-        };
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let fields = stat.rsplit(')').next().unwrap_or_default();
-        if fields.split_whitespace().nth(1) == Some(parent.to_string().as_str()) {
-            children.push(pid);
+/// The helper process is killed together with the daemon: then the guard process resumes the guest.
+#[test]
+fn a_guard_resumes_the_guest_if_all_others_are_killed() {
+    let here = tempfile::tempdir().unwrap();
+    let program = Program::start(here.path(), &[]).ready();
+    let fixture = Fixture::start(&program);
+    let others = program.descendants();
+    let others = others.iter().filter(|(_, kind)| kind != "guard-process");
+    // The helper process last: it would resume the guest at the end of the daemon.
+    for pid in others.map(|(pid, _)| *pid).rev() {
+        let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+        kill_process(pid, Signal::KILL).unwrap();
+    }
+    program.signal(Signal::KILL);
+    let (_, log) = program.finish();
+    assert_eq!(fixture.vmm_qmp.commands(), ["stop", "cont"], "{log}");
+    assert!(log.contains("guest runs again"), "{log}");
+}
+
+#[test]
+fn a_migration_whose_helper_is_killed_fails_and_the_guest_is_resumed() {
+    let here = tempfile::tempdir().unwrap();
+    let program = Program::start(here.path(), &[]).ready();
+    let mut fixture = Fixture::start(&program);
+    for (pid, kind) in program.descendants() {
+        if kind == "migration-helper" {
+            let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+            kill_process(pid, Signal::KILL).unwrap();
         }
     }
-    children
+    let qmp = &mut fixture.qmp;
+    qmp.event("MIGRATION", &json!({ "status": "failed" }));
+    let status = qmp.run("query-migrate");
+    let why = status["error-desc"].as_str().unwrap();
+    assert!(why.contains("migration helper process failed"), "{why}");
+    wait_until("the guest is not resumed", || {
+        fixture.vmm_qmp.commands() == ["stop", "cont"]
+    });
+    wait_until("processes of the migration remain", || {
+        program.kinds_of_descendants() == ["broker-process"]
+    });
+    // The daemon serves on, and the next migration has a helper process of its own.
+    let nowhere = here.path().join("nowhere");
+    let uri = format!("unix:{}", nowhere.display());
+    migrate(&mut fixture.qmp, &uri, Some(&fixture.vmm_qmp.path));
+    fixture
+        .qmp
+        .event("MIGRATION", &json!({ "status": "failed" }));
+    let status = fixture.qmp.run("query-migrate");
+    let why = status["error-desc"].as_str().unwrap();
+    assert!(why.contains("nowhere"), "{why}");
+    program.signal(Signal::TERM);
+    assert!(program.finish().0.status.success());
+}
+
+/// A helper process has the rights to read and stop other processes. The daemon has them only while a migration runs.
+#[test]
+fn a_helper_exists_while_a_migration_runs() {
+    let here = tempfile::tempdir().unwrap();
+    let program = Program::start(here.path(), &[]).ready();
+    assert_eq!(program.kinds_of_descendants(), ["broker-process"]);
+    let mut fixture = Fixture::start(&program);
+    let kinds = ["broker-process", "guard-process", "migration-helper"];
+    assert_eq!(program.kinds_of_descendants(), kinds);
+    fixture.receiver.confirm();
+    fixture
+        .qmp
+        .event("MIGRATION", &json!({ "status": "completed" }));
+    wait_until("processes of the migration remain", || {
+        program.kinds_of_descendants() == ["broker-process"]
+    });
+    // Another helper process resumes the guest.
+    fixture.qmp.run("cont");
+    assert_eq!(fixture.vmm_qmp.commands(), ["stop", "cont"]);
+    wait_until("the helper process remains", || {
+        program.kinds_of_descendants() == ["broker-process"]
+    });
+    program.signal(Signal::TERM);
+    assert!(program.finish().0.status.success());
+}
+
+#[test]
+fn without_a_broker_there_is_no_migration_and_the_daemon_serves_on() {
+    let here = tempfile::tempdir().unwrap();
+    let program = Program::start(here.path(), &[]).ready();
+    let mut vmm = Vmm::connect(&program.socket);
+    vmm.start_driver(Features::STATS_VQ);
+    let mut qmp = QmpClient::connect(&program.qmp);
+    qmp.until_running();
+    for (pid, _) in program.descendants() {
+        let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+        kill_process(pid, Signal::KILL).unwrap();
+    }
+    wait_until("the broker process remains", || {
+        program.descendants().is_empty()
+    });
+    let (_, why) = qmp.fail("migrate", &json!({ "uri": "unix:/nonexistent" }));
+    assert!(
+        why.contains("migration helper process cannot be started"),
+        "{why}"
+    );
+    qmp.run("query-balloon");
+    program.signal(Signal::TERM);
+    let (output, log) = program.finish();
+    assert!(output.status.success(), "{log}");
 }
 
 #[test]
@@ -285,7 +372,11 @@ fn stopped_processes_continue_when_their_daemon_is_killed() {
     program.signal(Signal::KILL);
     let (_, log) = program.finish();
     assert!(!vmm.is_stopped(), "{log}");
-    assert!(log.contains("guest runs again"), "{log}");
+    // Either the helper process resumes the guest, or the guard process does.
+    assert!(
+        log.contains("which is cancelled") || log.contains("guest runs again"),
+        "{log}"
+    );
 }
 
 #[test]

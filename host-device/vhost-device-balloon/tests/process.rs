@@ -44,7 +44,7 @@ fn signals_end_it_and_take_its_sockets() {
 fn a_limit_of_file_sizes_fails_the_command_and_not_the_program() {
     let directory = tempfile::tempdir().unwrap();
     let program = Program::start(directory.path(), &[]).ready();
-    program.limit(Resource::Fsize, 10);
+    program.limit_all(Resource::Fsize, 10);
     let mut qmp = QmpClient::connect(&program.qmp);
     let file = directory.path().join("state");
     let (_, why) = qmp.fail("save-device-state", &json!({ "filename": file }));

@@ -19,15 +19,15 @@ pub(super) struct ProcessSnapshot {
     pub(super) has_transient_mappings: bool,
 }
 
-/// Returns the processes that may write to guest memory: the stopped ones, our own, and children that have a memory
+/// Returns the processes that may write to guest memory: the stopped ones, that of the device, and children that have a memory
 /// file open.
 pub(super) fn take_snapshot(
     files: &RamFiles,
     stopped: &StoppedProcesses,
 ) -> Result<BTreeMap<Process, ProcessSnapshot>, TrackingError> {
-    let own = std::process::id();
+    let device = files.device();
     let mut now = BTreeMap::new();
-    for pid in stopped.processes().map(|it| it.pid).chain([own]) {
+    for pid in stopped.processes().map(|it| it.pid).chain([device]) {
         let failed = |source| process_error(pid, "/proc/PID/stat and maps", source);
         let mappings = files.mappings(pid).map_err(failed)?;
         if let Some(stat) = stat(pid).map_err(failed)? {
@@ -44,7 +44,7 @@ pub(super) fn take_snapshot(
     let parents: Vec<u32> = now
         .keys()
         .map(|it| it.pid)
-        .filter(|it| *it != own)
+        .filter(|it| *it != device)
         .collect();
     let children_with_memory_open = files.children_with_memory_open(&parents);
     for stat in children_with_memory_open
@@ -63,7 +63,9 @@ pub(super) fn take_snapshot(
         .iter()
         .filter(|(_, snapshot)| {
             let parent = now.iter().find(|(it, _)| it.pid == snapshot.parent);
-            parent.is_some_and(|(it, parent)| it.pid != own && parent.mappings != snapshot.mappings)
+            parent.is_some_and(|(it, parent)| {
+                it.pid != device && parent.mappings != snapshot.mappings
+            })
         })
         .map(|(process, _)| *process)
         .collect();

@@ -34,7 +34,7 @@ impl PunchedPages {
     }
 
     /// Removes and returns the notes.
-    pub(super) fn drain(&self) -> Vec<PageRun> {
+    pub fn drain(&self) -> Vec<PageRun> {
         let mut runs = Vec::new();
         for (block, bits) in self.0.iter().enumerate() {
             for run in set_runs(block, bits, 0) {

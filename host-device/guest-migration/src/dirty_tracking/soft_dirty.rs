@@ -3,8 +3,8 @@
 //! Dirty tracking with the soft-dirty bits that the kernel keeps for each process.
 //!
 //! A dirty sync stops all processes that map guest memory, reads the bits of all of them, clears the bits, and lets the
-//! processes continue. No process writes between reading and clearing, so no write is lost. Our own process may map
-//! guest memory too; [`Quiesce`] keeps it from writing.
+//! processes continue. No process writes between reading and clearing, so no write is lost. The process of
+//! the device maps guest memory too; [`Quiesce`] keeps it from writing.
 //!
 //! # Writes that the bits do not show
 //!
@@ -85,7 +85,7 @@ struct Inner {
 }
 
 impl SoftDirtyTracker {
-    /// Returns a tracker for `memory`. `quiesce` keeps our own process from writing to the memory. Code that punches
+    /// Returns a tracker for `memory`. `quiesce` keeps the device's process from writing to the memory. Code that punches
     /// holes in the memory notes them in `punched`.
     ///
     /// # Errors
@@ -102,7 +102,7 @@ impl SoftDirtyTracker {
         let failed = |error| {
             TrackingError::Unavailable(format!("guest memory files cannot be examined: {error}"))
         };
-        let files = RamFiles::from_memory(&memory).map_err(failed)?;
+        let files = RamFiles::from_memory(&memory, quiesce.process()).map_err(failed)?;
         let mut tmpfs = true;
         for (block, file) in memory.blocks() {
             let kind = fstatfs(file).map_err(|error| failed(error.into()))?.f_type;
@@ -167,7 +167,7 @@ impl SoftDirtyTracker {
             inner,
         } = self;
         let mut result = Err(TrackingError::Unavailable(
-            "writes of this process to guest memory could not be stopped".into(),
+            "writes of the device to guest memory could not be stopped".into(),
         ));
         quiesce.with_quiesced(&mut || {
             result = StoppedProcesses::stop(&inner.files, STOP_TIMEOUT, guard)

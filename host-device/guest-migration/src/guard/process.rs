@@ -9,15 +9,14 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use qmp_client::{JsonLines, LineError};
 use serde::Serialize;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-use signal_hook::flag;
 use thiserror::Error;
+
+use crate::signals::outlive_parent;
 
 /// The argument with which a program is started as a guard process.
 pub const ARGUMENT: &str = "guard-process";
@@ -136,11 +135,7 @@ impl Drop for GuardProcess {
 ///
 /// If standard input is not the connection, or signals cannot be ignored.
 pub fn connect_to_parent() -> io::Result<JsonLines> {
-    for signal in [SIGHUP, SIGINT, SIGTERM, SIGQUIT] {
-        flag::register(signal, Arc::default())?;
-    }
-    // Fails only for the leader of a process group, which is no child of our parent.
-    let _ = rustix::process::setsid();
+    outlive_parent()?;
     let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut parent = JsonLines::new(stream, "parent of the guard process");
     parent.send(&true).map_err(io::Error::other)?;

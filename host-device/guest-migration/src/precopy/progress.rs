@@ -34,6 +34,8 @@ struct Inner {
 
 struct Shared {
     status: MigrationInfo,
+    /// Number of changes of the status.
+    changes: u64,
     begun: Instant,
     paused: Option<Instant>,
     is_continued: bool,
@@ -56,6 +58,7 @@ impl Progress {
         Self(Arc::new(Inner {
             shared: Mutex::new(Shared {
                 status,
+                changes: 0,
                 begun: Instant::now(),
                 paused: None,
                 is_continued: false,
@@ -108,9 +111,49 @@ impl Progress {
         shared.status.status.is_over()
     }
 
+    /// Waits until the status has changed since there were `seen` changes. Returns the number of changes now.
+    pub fn wait_for_change(&self, seen: u64) -> u64 {
+        let mut shared = self.shared();
+        while shared.changes == seen {
+            shared = self
+                .0
+                .changed
+                .wait(shared)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        shared.changes
+    }
+
+    /// Shows the status of a migration that runs in another process. The time of the migration in progress is measured
+    /// here.
+    ///
+    /// Emits an event if the state differs. A migration that is being cancelled keeps that state until it ends.
+    pub fn show(&self, status: MigrationInfo) {
+        let state = status.status;
+        {
+            let mut shared = self.shared();
+            if shared.status.status.is_over() {
+                return;
+            }
+            let status = MigrationInfo {
+                status: shared.status.status,
+                ..status
+            };
+            shared.status = status;
+        }
+        self.change_status(state, false);
+    }
+
+    /// Emits the event of a dirty sync in another process.
+    pub fn show_pass(&self, pass: u64) {
+        (self.0.on_event)(ProgressEvent::Pass(pass));
+    }
+
     /// Records how writes are tracked.
     pub fn set_tracking(&self, tracking: TrackingInfo) {
-        self.shared().status.tracking = Some(tracking);
+        let mut shared = self.shared();
+        shared.status.tracking = Some(tracking);
+        self.0.note_change(&mut shared);
     }
 
     /// Records the failure or cancellation of the migration, also of one that was not started.
@@ -131,6 +174,11 @@ impl Progress {
     }
 
     pub(super) fn set_status(&self, state: MigrationStatus) {
+        self.change_status(state, true);
+    }
+
+    /// Changes the state. Records the times if `with_times` is true.
+    fn change_status(&self, state: MigrationStatus, with_times: bool) {
         {
             let mut shared = self.shared();
             if shared.status.status == state {
@@ -143,10 +191,11 @@ impl Progress {
             shared.status.status = state;
             let elapsed = millis(shared.begun.elapsed());
             match state {
-                MigrationStatus::Active => shared.status.setup_time = elapsed,
                 MigrationStatus::Device => {
                     shared.paused.get_or_insert_with(Instant::now);
                 }
+                _ if !with_times => {}
+                MigrationStatus::Active => shared.status.setup_time = elapsed,
                 MigrationStatus::Completed => {
                     shared.status.total_time = elapsed;
                     shared.status.downtime = shared.paused.map(|paused| millis(paused.elapsed()));
@@ -154,8 +203,8 @@ impl Progress {
                 }
                 _ => {}
             }
+            self.0.note_change(&mut shared);
         }
-        self.0.changed.notify_all();
         (self.0.on_event)(ProgressEvent::State(state));
     }
 
@@ -193,6 +242,7 @@ impl Progress {
             let bits = ram.transferred as f64 * 8.0;
             ram.mbps = bits / elapsed / 1e6;
         }
+        self.0.note_change(&mut shared);
     }
 
     /// Records the end of an iteration, and of a dirty sync if `synced` is true.
@@ -215,6 +265,13 @@ impl Progress {
 
     fn shared(&self) -> MutexGuard<'_, Shared> {
         self.0.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn note_change(&self, shared: &mut Shared) {
+        shared.changes = shared.changes.wrapping_add(1);
+        self.changed.notify_all();
     }
 }
 

@@ -2,17 +2,31 @@
 
 //! The identity of a file in `/proc/PID/maps`.
 
-use rustix::fs::{major, minor};
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{fstat, major, minor};
+use serde::{Deserialize, Serialize};
 
 /// Identifies a file in `/proc/PID/maps`.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct FileId {
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileId {
     pub(super) major: u32,
     pub(super) minor: u32,
     pub(super) inode: u64,
 }
 
 impl FileId {
+    /// Returns the identity of `file`.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be examined.
+    pub fn of(file: &File) -> io::Result<Self> {
+        Ok(Self::from_stat(&fstat(file)?))
+    }
+
     pub(super) fn from_stat(stat: &rustix::fs::Stat) -> Self {
         Self {
             major: major(stat.st_dev),

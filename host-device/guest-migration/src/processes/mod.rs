@@ -18,20 +18,21 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 
-use rustix::fs::fstat;
-
+pub use file_id::FileId;
 pub(crate) use maps::Mapping;
-pub use pinning::{find_pinning, Pinning};
+pub use pinning::{find_pinning, find_pinning_of, Pinning};
 pub(crate) use process::{has_soft_dirty_mappings, none_if_exited, stat, Process, Stat};
 pub(crate) use process_handle::ProcessHandle;
 pub(crate) use stop::{StopError, StoppedProcesses};
 
 use crate::Memory;
-use file_id::FileId;
 
-/// The memory files of a guest, by RAM block index.
+/// The memory files of a guest, by RAM block index, and the process of the device, which is not searched for.
 #[derive(Clone, Debug)]
-pub(crate) struct RamFiles(Vec<FileId>);
+pub(crate) struct RamFiles {
+    ids: Vec<FileId>,
+    device: u32,
+}
 
 /// A process that maps guest memory.
 #[derive(Clone, Debug)]
@@ -42,16 +43,25 @@ pub(crate) struct MappingProcess {
 }
 
 impl RamFiles {
-    /// Returns the identities of the files of `memory`.
-    pub(crate) fn from_memory(memory: &Memory) -> io::Result<Self> {
-        let ids = memory
-            .blocks()
-            .map(|(_, file)| Ok(FileId::from_stat(&fstat(file)?)));
-        ids.collect::<io::Result<_>>().map(Self)
+    /// Returns the identities of the files of `memory`, which the process `device` serves.
+    pub(crate) fn from_memory(memory: &Memory, device: u32) -> io::Result<Self> {
+        let ids = memory.blocks().map(|(_, file)| FileId::of(file));
+        let ids = ids.collect::<io::Result<_>>()?;
+        Ok(Self { ids, device })
+    }
+
+    /// Returns the pid of the device's process.
+    pub(crate) fn device(&self) -> u32 {
+        self.device
     }
 
     fn block(&self, id: FileId) -> Option<usize> {
-        self.0.iter().position(|file| *file == id)
+        self.ids.iter().position(|file| *file == id)
+    }
+
+    /// Returns whether the process is our own or that of the device.
+    fn is_exempt(&self, pid: u32) -> bool {
+        pid == self.device || pid == std::process::id()
     }
 
     /// Returns the shared mappings of guest memory in a process, by ascending address. Returns none if the process has
@@ -63,18 +73,17 @@ impl RamFiles {
         }
     }
 
-    /// Returns every process that maps guest memory, by ascending pid, but not our own.
+    /// Returns every process that maps guest memory, by ascending pid, but not our own and not that of the device.
     pub(crate) fn mapping_processes(&self) -> io::Result<Vec<MappingProcess>> {
         self.mapping_processes_except(&[])
     }
 
-    /// Returns every process that maps guest memory, by ascending pid, but not our own and not those in `known`.
+    /// As [`RamFiles::mapping_processes`], without those in `known`.
     fn mapping_processes_except(&self, known: &[Process]) -> io::Result<Vec<MappingProcess>> {
-        let own = std::process::id();
         let mut mapping_processes = Vec::new();
         for pid in all_pids()? {
             let pid = pid?;
-            if pid == own {
+            if self.is_exempt(pid) {
                 continue;
             }
             // Another process may have the same pid by now.
@@ -101,7 +110,7 @@ impl RamFiles {
             let Some(stat) = stat(pid)? else {
                 continue;
             };
-            if !parents.contains(&stat.parent) || pid == std::process::id() {
+            if !parents.contains(&stat.parent) || self.is_exempt(pid) {
                 continue;
             }
             match self

@@ -10,7 +10,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
-use rustix::fs::fstat;
+use serde::{Deserialize, Serialize};
 
 use super::file_id::FileId;
 use super::maps::{self, Mapping};
@@ -21,11 +21,13 @@ use super::{pids_in, RamFiles};
 const PINNING_DEVICES: [&str; 3] = ["/dev/vfio/", "/dev/iommu", "/dev/vhost-vdpa-"];
 
 /// What is known about pinned guest memory.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
 pub struct Pinning {
     /// A process and the device with which it pins guest memory, for the user. `None` if no such process was found.
     pub reason: Option<String>,
-    /// Whether a process that maps guest memory could be examined, apart from this one. If none could, nothing is known.
+    /// Whether a process that maps guest memory could be examined, apart from that of the device. If none could, nothing is
+    /// known.
     pub is_examined: bool,
 }
 
@@ -37,15 +39,20 @@ pub struct Pinning {
 ///
 /// If `/proc` or a memory file cannot be read.
 pub fn find_pinning<'a>(files: impl IntoIterator<Item = &'a File>) -> io::Result<Pinning> {
-    let ids = files.into_iter().map(|file| {
-        let stat = fstat(file)?;
-        Ok(FileId::from_stat(&stat))
-    });
-    let files = RamFiles(ids.collect::<io::Result<_>>()?);
-    find_in(Path::new("/proc"), &files, std::process::id())
+    let ids = files.into_iter().map(FileId::of);
+    find_pinning_of(ids.collect::<io::Result<_>>()?, std::process::id())
 }
 
-fn find_in(proc: &Path, files: &RamFiles, own: u32) -> io::Result<Pinning> {
+/// Examines the processes that map a memory file, as [`find_pinning`], for the device in the process `device`.
+///
+/// # Errors
+///
+/// If `/proc` cannot be read.
+pub fn find_pinning_of(ids: Vec<FileId>, device: u32) -> io::Result<Pinning> {
+    find_in(Path::new("/proc"), &RamFiles { ids, device })
+}
+
+fn find_in(proc: &Path, files: &RamFiles) -> io::Result<Pinning> {
     let mut pinning = Pinning::default();
     for pid in pids_in(proc)? {
         let pid = pid?;
@@ -64,7 +71,7 @@ fn find_in(proc: &Path, files: &RamFiles, own: u32) -> io::Result<Pinning> {
         let Ok(device) = pinning_device(&process, &mappings) else {
             continue;
         };
-        pinning.is_examined |= pid != own;
+        pinning.is_examined |= pid != files.device;
         if let Some(device) = device {
             let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
             pinning.reason = Some(format!(
@@ -154,7 +161,11 @@ mod tests {
     fn find(make: impl Fn(&Path)) -> Pinning {
         let proc = tempfile::tempdir().unwrap();
         make(proc.path());
-        find_in(proc.path(), &RamFiles(vec![FILE]), 1).unwrap()
+        let files = RamFiles {
+            ids: vec![FILE],
+            device: 1,
+        };
+        find_in(proc.path(), &files).unwrap()
     }
 
     #[test]

@@ -95,7 +95,7 @@ struct StopTarget {
 }
 
 impl StoppedProcesses {
-    /// Stops all processes that map `files`, but not our own. `guard` is told of each before it is stopped.
+    /// Stops all processes that map `files`, but not our own and not that of the device. `guard` is told of each before it is stopped.
     ///
     /// # Errors
     ///
@@ -142,6 +142,12 @@ impl StoppedProcesses {
     /// Iterates over the stopped processes.
     pub(crate) fn processes(&self) -> impl Iterator<Item = Process> + '_ {
         self.targets.iter().map(|target| target.handle.process())
+    }
+
+    /// Returns the processes that need SIGCONT to continue, in the order in which they were stopped.
+    pub(crate) fn signalled(&self) -> Vec<Process> {
+        let signalled = self.targets.iter().filter(|target| target.needs_sigcont);
+        signalled.map(|target| target.handle.process()).collect()
     }
 
     /// Lets the processes continue. Returns the time since the first one was stopped.

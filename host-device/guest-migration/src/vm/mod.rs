@@ -2,13 +2,17 @@
 
 //! Pausing the virtual machine (VM) for the switchover.
 
+mod paused_guest;
 mod process_vm;
 mod qmp_vm;
+mod resume;
 
 use thiserror::Error;
 
+pub use paused_guest::PausedGuest;
 pub use process_vm::ProcessVm;
 pub use qmp_vm::QmpVm;
+pub use resume::resume;
 
 /// Why a VM was not paused or not resumed.
 #[derive(Clone, Debug, Eq, Error, PartialEq)]
@@ -37,4 +41,9 @@ pub trait Vm: Send {
     /// Leaves the paused guest paused: the switchover is complete. From now on, only [`Vm::resume`] resumes it, and no
     /// longer the end of this process.
     fn keep_paused(&mut self) {}
+
+    /// Returns what [`Vm::resume`] would resume now, for another process.
+    fn paused_guest(&self) -> PausedGuest {
+        PausedGuest::default()
+    }
 }

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::{Vm, VmError};
+use super::{PausedGuest, Vm, VmError};
 use crate::guard::ResumeGuard;
 use crate::processes::{RamFiles, StopError, StoppedProcesses};
 use crate::Memory;
@@ -12,7 +12,7 @@ use crate::Memory;
 /// Timeout for stopping all processes.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A VM that consists of all processes that map guest memory, but not our own.
+/// A VM that consists of all processes that map guest memory, but not our own and not that of the device.
 ///
 /// `SIGSTOP` stops these processes. The guest notices the pause only by its clock. User-mode Linux, which has a process
 /// for each address space of its guest, supports this. A stopped process does not answer its clients, so the VMM's own
@@ -27,13 +27,14 @@ pub struct ProcessVm {
 }
 
 impl ProcessVm {
-    /// Returns the VM whose processes map `memory`. [`Vm::pause`] searches for the processes.
+    /// Returns the VM whose processes map `memory`, which the process `device` serves. [`Vm::pause`] searches for the
+    /// processes.
     ///
     /// # Errors
     ///
     /// If the files of guest memory cannot be examined.
-    pub fn new(memory: &Memory) -> Result<Self, VmError> {
-        let files = RamFiles::from_memory(memory)
+    pub fn new(memory: &Memory, device: u32) -> Result<Self, VmError> {
+        let files = RamFiles::from_memory(memory, device)
             .map_err(|error| VmError(format!("guest memory files cannot be examined: {error}")))?;
         Ok(Self {
             files,
@@ -81,6 +82,11 @@ impl Vm for ProcessVm {
 
     fn keep_paused(&mut self) {
         self.guard.dismiss();
+    }
+
+    fn paused_guest(&self) -> PausedGuest {
+        let stopped = self.stopped.as_ref();
+        PausedGuest::of_processes(stopped.map_or_else(Vec::new, StoppedProcesses::signalled))
     }
 }
 

@@ -10,7 +10,7 @@ use qmp_client::Client;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{Vm, VmError};
+use super::{PausedGuest, Vm, VmError};
 use crate::guard::ResumeGuard;
 
 /// Timeout for the greeting, for each answer, and for pausing and resuming.
@@ -70,6 +70,16 @@ impl QmpVm {
         Ok(vm)
     }
 
+    /// Returns the VM behind the socket at `path`, which another process has paused.
+    pub(super) fn paused(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            timeout: TIMEOUT,
+            paused: true,
+            guard: ResumeGuard::default(),
+        }
+    }
+
     /// Resumes the guest of the VMM at `path` after the process that has paused it was killed. Repeats the attempt for
     /// some minutes if the VMM does not answer.
     ///
@@ -77,12 +87,7 @@ impl QmpVm {
     ///
     /// The error of the last attempt.
     pub(crate) fn resume_of_ended_process(path: &Path) -> Result<(), VmError> {
-        let mut vm = Self {
-            path: path.to_owned(),
-            timeout: TIMEOUT,
-            paused: true,
-            guard: ResumeGuard::default(),
-        };
+        let mut vm = Self::paused(path);
         let begun = Instant::now();
         loop {
             match vm.resume() {
@@ -179,6 +184,13 @@ impl Vm for QmpVm {
 
     fn keep_paused(&mut self) {
         self.guard.dismiss();
+    }
+
+    fn paused_guest(&self) -> PausedGuest {
+        match self.paused {
+            true => PausedGuest::of_vmm(self.path.clone()),
+            false => PausedGuest::default(),
+        }
     }
 }
 

@@ -60,6 +60,7 @@ use shared_abi::features::Features;
 
 use crate::event_count::EventCount;
 use crate::events::Events;
+use crate::memory::pin_scan::{PinFinder, PinScan};
 use crate::memory::{PartialPages, Ram};
 use crate::vring::{Interrupt, NotificationSuppression};
 use connection::Connection;
@@ -144,6 +145,18 @@ impl Device {
     pub fn with_suppression(mut self, suppression: NotificationSuppression) -> Self {
         self.suppression = suppression;
         self
+    }
+
+    /// Sets who searches for devices that pin guest memory.
+    #[must_use]
+    pub fn with_pin_finder(mut self, finder: PinFinder) -> Self {
+        self.discard_inhibition.scan = PinScan::new(finder);
+        self
+    }
+
+    /// Returns who searches for devices that pin guest memory.
+    pub fn pin_finder(&self) -> PinFinder {
+        self.discard_inhibition.scan.finder()
     }
 
     /// Returns the memory to free after the device's lock is released.

@@ -29,6 +29,7 @@ use rate_limit::RateLimit;
 #[must_use = "dropping it ends the log"]
 pub struct Log {
     queue: Arc<LogQueue>,
+    has_thread: bool,
 }
 
 impl Log {
@@ -38,12 +39,19 @@ impl Log {
     ///
     /// If the thread of the log cannot be started, or the process has a log already.
     pub fn start(level: LevelFilter) -> io::Result<Self> {
+        let mut log = Self::prepare(level)?;
+        log.start_thread()?;
+        Ok(log)
+    }
+
+    /// As [`Log::start`], but starts no thread: lines wait until [`Log::start_thread`], or until the log is dropped.
+    ///
+    /// # Errors
+    ///
+    /// If the process has a log already.
+    pub fn prepare(level: LevelFilter) -> io::Result<Self> {
         let limit = Arc::new(RateLimit::default());
         let queue = Arc::new(LogQueue::new(limit.clone()));
-        thread::Builder::new().name("log".into()).spawn({
-            let queue = queue.clone();
-            move || queue.write_lines(&io::stderr())
-        })?;
         let format = tracing_subscriber::fmt::format()
             .with_target(false)
             .with_ansi(false);
@@ -55,13 +63,35 @@ impl Log {
             .event_format(LimitedFormat::new(format, limit, queue.clone()))
             .try_init()
             .map_err(io::Error::other)?;
-        Ok(Self { queue })
+        Ok(Self {
+            queue,
+            has_thread: false,
+        })
+    }
+
+    /// Starts the thread that writes the lines, once.
+    ///
+    /// # Errors
+    ///
+    /// If the thread cannot be started.
+    pub fn start_thread(&mut self) -> io::Result<()> {
+        if !self.has_thread {
+            let queue = self.queue.clone();
+            thread::Builder::new()
+                .name("log".into())
+                .spawn(move || queue.write_lines(&io::stderr()))?;
+            self.has_thread = true;
+        }
+        Ok(())
     }
 }
 
 impl Drop for Log {
     fn drop(&mut self) {
-        self.queue.finish();
+        // Without a thread, the lines would not be written.
+        if self.start_thread().is_ok() {
+            self.queue.finish();
+        }
     }
 }
 

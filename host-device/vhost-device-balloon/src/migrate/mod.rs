@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Migrations of the guest: one at a time, each in a thread of its own.
+//! Migrations of the guest: one at a time.
 //!
 //! [`guest_migration::precopy`] runs the iterations. This module provides guest memory and its hints
 //! ([`hint_source`]), the parameters that QMP clients set ([`parameters`]), and the choice of tracker,
 //! VM and stream (`setup`).
 //!
-//! This file contains the manager. `job` is the work of a migration's thread. `failure` is why this program ended a
+//! This file contains the manager. `job` is the work of a migration's thread. A daemon runs its migrations in a process of
+//! their own, see [`helper`]. `device_access` is what a migration gets of the device. `failure` is why this program ended a
 //! migration.
 //!
 //! Locks are taken in the order manager, device, progress. The device reports an invalidated claim under its own lock,
 //! so the callback takes only locks after that one.
 
+mod device_access;
 mod failure;
+pub mod helper;
 pub mod hint_source;
 mod job;
 pub mod parameters;
@@ -32,14 +35,18 @@ use serde_json::{json, Map, Value};
 use thiserror::Error;
 use tracing::info;
 
+use crate::broker::Broker;
 use crate::device::migration_claim::ClaimError;
 use crate::device_lock::DeviceLock;
 use crate::events::Events;
 use crate::sync::lock;
+use device_access::DeviceAccess;
 use failure::{effective_status, on_invalidated, FailureReason};
+use helper::client::{Helper, RemoteConfig, RemoteJob};
 use hint_source::ClaimGuard;
-use job::{Job, PausedVm};
+use job::{Job, OnEnd, PausedVm};
 use parameters::{MigrationCapabilities, MigrationParameters, ParameterError};
+use setup::MigrationConfig;
 
 /// How long the program waits at its end for the driver to read that it may free its hinted blocks.
 const CMD_ID_READ_TIMEOUT: Duration = Duration::from_millis(500);
@@ -65,6 +72,9 @@ pub enum MigrateError {
     /// The host cannot start a thread.
     #[error("migration thread cannot be started: {0}")]
     Thread(std::io::Error),
+    /// The broker process cannot start a helper process.
+    #[error("migration helper process cannot be started: {0}")]
+    Helper(std::io::Error),
     /// `migrate-continue` names a state in which no migration waits.
     #[error("migrate-continue expects the state 'pre-switchover', not '{0}'")]
     NotAWaitState(String),
@@ -101,7 +111,9 @@ pub struct MigrationManager {
     device: Arc<DeviceLock>,
     events: Arc<Events>,
     /// Called at the end of each migration.
-    on_end: Arc<dyn Fn() + Send + Sync>,
+    on_end: OnEnd,
+    /// Starts a helper process for each migration. Without it, migrations run in this process.
+    broker: Option<Arc<Broker>>,
     state: Mutex<Shared>,
 }
 
@@ -118,6 +130,8 @@ struct CurrentMigration {
     progress: Progress,
     cancel: CancelToken,
     failure: FailureReason,
+    /// Tells the helper process that the guest is paused, if there is one.
+    tell_continued: Option<Box<dyn Fn() + Send>>,
     thread: Option<JoinHandle<()>>,
     vm: PausedVm,
     /// Whether the VMM pauses the guest through QMP. Otherwise the guest's processes are stopped.
@@ -145,8 +159,16 @@ impl MigrationManager {
             device,
             events,
             on_end: Arc::new(on_end),
+            broker: None,
             state: Mutex::default(),
         }
+    }
+
+    /// Lets `broker` start a process of its own for each migration.
+    #[must_use]
+    pub fn with_broker(mut self, broker: Option<Arc<Broker>>) -> Self {
+        self.broker = broker;
+        self
     }
 
     /// Returns the parameters of the next migration.
@@ -173,7 +195,7 @@ impl MigrationManager {
         change(parameters, capabilities)
     }
 
-    /// Starts a migration in a thread of its own. Returns the errors that are known at once. Later errors
+    /// Starts a migration in a thread, and a process, of its own. Returns the errors that are known at once. Later errors
     /// are in the status.
     ///
     /// # Errors
@@ -211,33 +233,63 @@ impl MigrationManager {
         let progress = self.progress(&failure);
         let on_invalidated = on_invalidated(progress.clone(), cancel.clone(), failure.clone());
         let (claim, claimed) = ClaimGuard::new(&self.device, on_invalidated)?;
+        let helper = self.broker.as_ref().map(|broker| {
+            let helper = Helper::start(broker).map_err(MigrateError::Helper)?;
+            Ok::<_, MigrateError>((helper, broker.clone()))
+        });
+        let helper = helper.transpose()?;
         info!("migration: starting, destination {address}");
-        let job = Job {
-            config: setup::MigrationConfig {
-                address,
-                vmm_qmp: request.vmm_qmp,
-                parameters,
-                capabilities,
-            },
-            claimed_device: setup::ClaimedDevice {
-                claim,
-                claimed,
-                device: self.device.clone(),
-            },
-            progress: progress.clone(),
-            cancel: cancel.clone(),
-            vm: vm.clone(),
-            on_end: self.on_end.clone(),
+        let tell_continued = helper.as_ref().map(|(helper, _)| helper.continuation());
+        let (device, on_end) = (self.device.clone(), self.on_end.clone());
+        let (shown, cancelled, paused_vm) = (progress.clone(), cancel.clone(), vm.clone());
+        let work: Box<dyn FnOnce() + Send> = match helper {
+            Some((helper, broker)) => {
+                let job = RemoteJob {
+                    helper,
+                    broker,
+                    config: RemoteConfig {
+                        uri: request.uri,
+                        vmm_qmp: request.vmm_qmp,
+                        parameters,
+                        capabilities,
+                    },
+                    device,
+                    claim,
+                    claimed,
+                    progress: shown,
+                    cancel: cancelled,
+                    vm: paused_vm,
+                    on_end,
+                };
+                Box::new(move || job.run())
+            }
+            None => {
+                let job = Job {
+                    config: MigrationConfig {
+                        address,
+                        vmm_qmp: request.vmm_qmp,
+                        parameters,
+                        capabilities,
+                    },
+                    access: DeviceAccess::local(&device, claim, claimed, &cancel),
+                    progress: shown,
+                    cancel: cancelled,
+                    vm: paused_vm,
+                    on_end,
+                };
+                Box::new(move || job.run())
+            }
         };
         self.emit(MigrationStatus::Setup);
         let thread = thread::Builder::new()
             .name("migration".into())
-            .spawn(move || job.run())
+            .spawn(work)
             .map_err(MigrateError::Thread)?;
         state.current = Some(CurrentMigration {
             progress,
             cancel,
             failure,
+            tell_continued,
             vm,
             by_vmm,
             thread: Some(thread),
@@ -290,7 +342,12 @@ impl MigrationManager {
         }
         let state = lock(&self.state);
         match &state.current {
-            Some(current) if current.progress.continue_migration() => Ok(()),
+            Some(current) if current.progress.continue_migration() => {
+                if let Some(tell_continued) = &current.tell_continued {
+                    tell_continued();
+                }
+                Ok(())
+            }
             current => Err(MigrateError::NotWaiting(
                 current
                     .as_ref()

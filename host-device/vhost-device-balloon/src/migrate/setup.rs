@@ -3,7 +3,6 @@
 //! Setup of a migration: chooses the tracker, the use of hints, the VM to pause, and the stream.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use guest_migration::digest::{ContentDigest, PageHasher};
 use guest_migration::dirty_tracking::{choose_tracker, SentTable, TrackingMode};
@@ -14,11 +13,8 @@ use guest_migration::vm::{ProcessVm, QmpVm, Vm};
 use guest_migration::{CancelToken, HintSource, Memory, PageRun};
 use tracing::info;
 
-use super::hint_source::{ClaimGuard, DeviceHintSource};
+use super::device_access::DeviceAccess;
 use super::parameters::{Compression, DirtyTracking, MigrationCapabilities, MigrationParameters};
-use crate::device::migration_claim::ClaimedResources;
-use crate::device_lock::{DeviceLock, QuiescedDevice};
-use crate::sync::lock;
 
 /// What a migration was requested with.
 pub struct MigrationConfig {
@@ -32,22 +28,12 @@ pub struct MigrationConfig {
     pub capabilities: MigrationCapabilities,
 }
 
-/// The device that a migration has claimed.
-pub struct ClaimedDevice {
-    /// The claim on the device.
-    pub claim: ClaimGuard,
-    /// The resources that came with the claim.
-    pub claimed: ClaimedResources,
-    /// The device.
-    pub device: Arc<DeviceLock>,
-}
-
 /// Configuration of the stream to the destination, before it is connected.
 pub struct StreamConfig {
     address: Address,
     parameters: MigrationParameters,
     /// The claim, if the hint source does not own it. The claim must last until the end of the migration.
-    claim: Option<ClaimGuard>,
+    claim: Option<Box<dyn HintSource>>,
 }
 
 impl MigrationConfig {
@@ -56,33 +42,28 @@ impl MigrationConfig {
     /// Takes as long as the VMM takes to answer.
     pub fn prepare(
         self,
-        claimed_device: ClaimedDevice,
+        access: DeviceAccess,
         progress: &Progress,
-        cancel: &CancelToken,
     ) -> Result<(Parts, StreamConfig), PrecopyError> {
-        let ClaimedDevice {
-            claim,
-            claimed,
-            device,
-        } = claimed_device;
-        let ClaimedResources {
+        let DeviceAccess {
             memory,
             punched,
             discards,
             hint_availability: availability,
-        } = claimed;
-        let vm = self.vm(&memory)?;
+            quiesce,
+            set_hints_need_discard,
+            hints,
+        } = access;
+        let vm = self.vm(&memory, quiesce.process())?;
         let request = match self.parameters.dirty_tracking {
             DirtyTracking::Auto => TrackingMode::Auto,
             DirtyTracking::SoftDirty => TrackingMode::SoftDirty,
             DirtyTracking::Content => TrackingMode::Content,
         };
         let wanted = self.parameters.free_page_hint;
-        // This program writes to guest memory only under the device's lock.
-        let quiesce = Box::new(QuiescedDevice(device.clone()));
         let choice = choose_tracker(request, wanted, discards, &memory, &punched, quiesce)?;
         let need_discard = discards && choice.tracker.hints_need_discard();
-        lock(&device).set_hints_need_discard(need_discard);
+        set_hints_need_discard(need_discard);
         let mut reason = choice.why;
         if let (true, Err(why)) = (choice.use_hints, &availability) {
             reason = format!("{reason}, but hints are not available: {why}");
@@ -99,12 +80,9 @@ impl MigrationConfig {
             true => Some(SentTable::new(memory.layout())?),
             false => None,
         };
-        let (hints, claim): (Option<Box<dyn HintSource>>, _) = match with_hints {
-            true => (
-                Some(Box::new(DeviceHintSource::new(claim, discards, cancel))),
-                None,
-            ),
-            false => (None, Some(claim)),
+        let (hints, claim) = match with_hints {
+            true => (Some(hints), None),
+            false => (None, Some(hints)),
         };
         let parts = Parts {
             memory,
@@ -121,14 +99,15 @@ impl MigrationConfig {
         Ok((parts, stream_config))
     }
 
-    /// Returns the VM that the migration pauses, or `None` if the QMP client pauses the guest.
-    fn vm(&self, memory: &Memory) -> Result<Option<Box<dyn Vm>>, PrecopyError> {
+    /// Returns the VM that the migration pauses, or `None` if the QMP client pauses the guest. `device` is the pid of the
+    /// device's process.
+    fn vm(&self, memory: &Memory, device: u32) -> Result<Option<Box<dyn Vm>>, PrecopyError> {
         if self.capabilities.pause_before_switchover {
             return Ok(None);
         }
         let vm: Box<dyn Vm> = match &self.vmm_qmp {
             Some(path) => Box::new(QmpVm::new(path)?),
-            None => Box::new(ProcessVm::new(memory)?),
+            None => Box::new(ProcessVm::new(memory, device)?),
         };
         info!(
             "migration: the switchover pauses the guest through {}",
@@ -175,7 +154,7 @@ struct StreamSink {
     writer: Option<Writer>,
     /// Bytes that were sent, once the stream has ended.
     bytes: u64,
-    _claim: Option<ClaimGuard>,
+    _claim: Option<Box<dyn HintSource>>,
 }
 
 impl StreamSink {

@@ -266,7 +266,7 @@ pub(super) fn save_device_state(
     let Arguments { filename } = parse(arguments)?;
     // Not under the device's lock: writing a file may take long.
     let state = lock(&context.device).saved_state();
-    state.write(&filename)?;
+    (context.save_state)(&state, &filename)?;
     Ok(json!({}))
 }
 

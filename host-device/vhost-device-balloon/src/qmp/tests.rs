@@ -34,6 +34,7 @@ fn clients(limits: QmpLimits) -> QmpClients {
         migration_manager: Arc::new(MigrationManager::new(device.clone(), events.clone(), || {})),
         device,
         events,
+        save_state: Box::new(|state, path| state.write(path)),
         quit: Box::new(|| {}),
     };
     QmpClients::with_limits(context, limits)

@@ -11,6 +11,7 @@ use tracing::{debug, info, warn};
 
 use super::pending_connection::{PendingConnection, FIRST_BYTE_TIMEOUT};
 use super::{Server, SESSION_ENDED};
+use crate::private_connection::PrivateConnection;
 use crate::session::{Session, SessionError};
 use crate::socket::SocketListener;
 
@@ -182,7 +183,12 @@ impl Server {
     fn start_session(&self, stream: UnixStream) -> Result<Session, SessionError> {
         stream.set_nonblocking(false)?;
         let wake = self.wake.1.try_clone()?;
-        Session::start(stream, self.device.clone(), move || {
+        let private_connection = match &self.broker {
+            Some(broker) => broker.private_connection()?,
+            None => PrivateConnection::new()?,
+        };
+        let device = self.device.clone();
+        Session::start_with(stream, private_connection, device, move || {
             let _ = (&wake).write(&[SESSION_ENDED]);
         })
     }

@@ -15,7 +15,7 @@ mod poll;
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,10 +25,12 @@ use tracing::{info, warn};
 
 use pending_connection::PendingConnection;
 
+use crate::broker::Broker;
 use crate::device::saved_state::{SavedState, SavedStateError};
 use crate::device::Device;
 use crate::device_lock::DeviceLock;
 use crate::events::Events;
+use crate::memory::pin_scan::PinFinder;
 use crate::migrate::MigrationManager;
 use crate::qmp::{CommandContext, QmpClients};
 use crate::session::{Session, SessionEnd};
@@ -131,6 +133,8 @@ pub struct Server {
     qmp_listener: Option<SocketListener>,
     qmp_clients: QmpClients,
     device: Arc<DeviceLock>,
+    /// Does what this process has no rights for. Without it, this process does all itself.
+    broker: Option<Arc<Broker>>,
     migration_manager: Arc<MigrationManager>,
     /// How the session ended, if the front end disconnected during a migration that continues.
     session_end: Option<SessionEnd>,
@@ -152,17 +156,19 @@ impl Server {
     ///
     /// If a socket is in use, the host reports an error, or the saved state cannot be restored.
     pub fn bind(options: ServerOptions) -> Result<Self, ServerError> {
-        Self::bind_with_shutdown_handle(options, |_| Ok(()))
+        Self::bind_with_broker(options, None, |_| Ok(()))
     }
 
     /// As [`Server::bind`], but first passes a shutdown handle to `on_handle`. The server can therefore be told to end
-    /// as soon as its sockets exist.
+    /// as soon as its sockets exist. `broker` then does all that needs rights, so that this process can give them up when
+    /// this function returns: it has started no thread.
     ///
     /// # Errors
     ///
-    /// As [`Server::bind`], and if `on_handle` fails.
-    pub fn bind_with_shutdown_handle(
+    /// As [`Server::bind`], and if `on_handle` fails or the broker process has ended.
+    pub fn bind_with_broker(
         options: ServerOptions,
+        broker: Option<Arc<Broker>>,
         on_handle: impl FnOnce(&ShutdownHandle) -> io::Result<()>,
     ) -> Result<Self, ServerError> {
         let wake = UnixStream::pair()?;
@@ -174,28 +180,33 @@ impl Server {
         let mut device =
             Device::new(options.features, events.clone()).with_suppression(options.suppression);
         device.inhibit_discard(options.inhibit_discard);
+        if let Some(broker) = broker.clone() {
+            device = device.with_pin_finder(PinFinder::new(move |ids| broker.find_pinning(ids)));
+        }
         if let Some(path) = &options.device_state {
             device.restore(&SavedState::read(path)?)?;
         }
         let device = Arc::new(DeviceLock::new(device));
-        let front_end_listener = SocketListener::bind(&options.socket_path)?;
+        let front_end_listener = bind_socket(&options.socket_path, 0, broker.as_ref())?;
         let qmp_listener = options
             .qmp_socket
             .as_deref()
-            .map(SocketListener::bind)
+            .map(|path| bind_socket(path, 1, broker.as_ref()))
             .transpose()?;
+        if let Some(broker) = &broker {
+            broker.confine()?;
+        }
         let waker = wake.1.try_clone()?;
-        let migration_manager = Arc::new(MigrationManager::new(
-            device.clone(),
-            events.clone(),
-            move || {
-                let _ = (&waker).write(&[MIGRATION_ENDED]);
-            },
-        ));
+        let migration_manager = MigrationManager::new(device.clone(), events.clone(), move || {
+            let _ = (&waker).write(&[MIGRATION_ENDED]);
+        });
+        let migration_manager = Arc::new(migration_manager.with_broker(broker.clone()));
+        let saver = broker.clone();
         let qmp_clients = QmpClients::new(CommandContext {
             device: device.clone(),
             migration_manager: migration_manager.clone(),
             events,
+            save_state: Box::new(move |state, path| save_state(saver.as_deref(), state, path)),
             quit: Box::new(move || shutdown_handle.stop()),
         });
         info!(
@@ -216,6 +227,7 @@ impl Server {
             qmp_listener,
             qmp_clients,
             device,
+            broker,
             migration_manager,
             session_end: None,
             exit_deadline: None,
@@ -287,6 +299,38 @@ impl Server {
             self.accept_connections(ready.front_end_listener, ready.qmp_listener);
             self.check_pending_connections();
         }
+    }
+}
+
+/// Listens at `path`. The broker process, if there is one, removes the socket at the end; it is its socket number `index`.
+fn bind_socket(
+    path: &Path,
+    index: usize,
+    broker: Option<&Arc<Broker>>,
+) -> Result<SocketListener, ServerError> {
+    let listener = SocketListener::bind(path)?;
+    let Some(broker) = broker.cloned() else {
+        return Ok(listener);
+    };
+    broker.keep_socket(listener.files())?;
+    Ok(listener.removed_by(move |_| broker.remove_socket(index)))
+}
+
+/// Writes a saved state to a file, in the broker process if there is one.
+fn save_state(
+    broker: Option<&Broker>,
+    state: &SavedState,
+    path: &Path,
+) -> Result<(), SavedStateError> {
+    match broker {
+        Some(broker) => {
+            let saved = broker.save_state(state, path);
+            saved.map_err(|source| SavedStateError::Write {
+                path: path.into(),
+                source,
+            })
+        }
+        None => state.write(path),
     }
 }
 

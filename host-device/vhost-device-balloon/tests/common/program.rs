@@ -71,7 +71,19 @@ impl Program {
 
     /// Sets a resource limit of the program.
     pub fn limit(&self, resource: Resource, limit: u64) {
-        let id = Pid::from_raw(i32::try_from(self.id()).unwrap());
+        Self::limit_process(self.id(), resource, limit);
+    }
+
+    /// Sets a resource limit of the program and of the processes that it has started.
+    pub fn limit_all(&self, resource: Resource, limit: u64) {
+        self.limit(resource, limit);
+        for child in children(self.id()) {
+            Self::limit_process(child, resource, limit);
+        }
+    }
+
+    fn limit_process(id: u32, resource: Resource, limit: u64) {
+        let id = Pid::from_raw(i32::try_from(id).unwrap());
         let limit = Rlimit {
             current: Some(limit),
             maximum: getrlimit(resource).maximum,
@@ -91,6 +103,30 @@ impl Program {
 
     pub fn id(&self) -> u32 {
         self.child.as_ref().unwrap().id()
+    }
+
+    /// Returns the processes that the program and its processes have started and that have not exited, with the first
+    /// argument of each.
+    pub fn descendants(&self) -> Vec<(u32, String)> {
+        let mut found = Vec::new();
+        let mut parents = vec![self.id()];
+        while let Some(parent) = parents.pop() {
+            for pid in children(parent) {
+                let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                let mut arguments = arguments.split(|byte| *byte == 0).skip(1);
+                let first = arguments.next().unwrap_or_default();
+                found.push((pid, String::from_utf8_lossy(first).into_owned()));
+                parents.push(pid);
+            }
+        }
+        found
+    }
+
+    /// Returns the names of [`Program::descendants`] in order.
+    pub fn kinds_of_descendants(&self) -> Vec<String> {
+        let mut kinds: Vec<String> = self.descendants().into_iter().map(|it| it.1).collect();
+        kinds.sort_unstable();
+        kinds
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -117,4 +153,30 @@ impl Drop for Program {
             let _ = child.wait();
         }
     }
+}
+
+/// Returns the processes whose parent is `parent` and that have not exited.
+pub fn children(parent: u32) -> Vec<u32> {
+    let mut children = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap() {
+        let Some(pid) = entry
+            .unwrap()
+            .file_name()
+            .to_str()
+            .and_then(|it| it.parse().ok())
+        else {
+            continue;
+        };
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let mut fields = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace();
+        let has_exited = fields.next().is_none_or(|state| state == "Z");
+        if !has_exited && fields.next() == Some(parent.to_string().as_str()) {
+            children.push(pid);
+        }
+    }
+    children
 }
