@@ -133,6 +133,7 @@ fn serve(stream: &[u8], lengths: &[u8]) -> Vec<Value> {
         device,
         migration_manager: Arc::new(manager),
         events,
+        save_state: Box::new(|state, path| state.write(path)),
         quit: Box::new(|| {}),
     };
     let mut clients = QmpClients::with_limits(context, LIMITS);
