@@ -51,7 +51,7 @@ fn paused_again_and_again(vmm: Vmm, arguments: &str, cycles: u32) -> Result<()> 
     let memory = memory_of(guest.vmm().id())?;
     let before = guest.settled_memory_usage()?;
     let stress = Stress::start(&mut guest, StressLoad::new(before.free / 2), 1)?;
-    let mut vm = ProcessVm::new(&memory)?;
+    let mut vm = ProcessVm::new(&memory, std::process::id())?;
     let mut detector = WriteDetector::new(&memory)?;
     let (mut longest, mut all, mut most) = (Duration::ZERO, Duration::ZERO, 0);
     let cycles = vmm.repeats(cycles);
