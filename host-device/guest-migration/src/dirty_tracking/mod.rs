@@ -5,6 +5,7 @@
 mod content;
 #[cfg(test)]
 mod mock_tracker;
+mod page_hashes;
 mod pagemap;
 mod process_snapshot;
 mod punched_pages;
