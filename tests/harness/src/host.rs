@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Information from the host's kernel about its processors and processes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -93,43 +94,76 @@ fn simultaneous_sample() -> Option<(Instant, u64)> {
     best.map(|(_, time, count)| (time, count))
 }
 
-/// The resources that a process has used so far.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Activity {
+/// What a process has done, by the ids of its threads.
+#[derive(Clone, Debug, Default)]
+pub struct Activity(BTreeMap<OsString, ThreadActivity>);
+
+/// What a thread or process has done.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ThreadActivity {
     /// The number of voluntary context switches. After each one, the thread was woken.
     pub voluntary_switches: u64,
     /// The processor time, in clock ticks.
     pub ticks: u64,
 }
 
-/// Returns the activity of a process, summed over its threads.
+impl Activity {
+    /// Returns what the process has done since `before`, summed over its threads. Returns `None` if a thread has ended:
+    /// what it has done is unknown.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Option<ThreadActivity> {
+        let has_ended = |thread: &OsString| !self.0.contains_key(thread);
+        if before.0.keys().any(has_ended) {
+            return None;
+        }
+        let mut total = ThreadActivity::default();
+        for (thread, now) in &self.0 {
+            let before = before.0.get(thread).copied().unwrap_or_default();
+            total.voluntary_switches += now
+                .voluntary_switches
+                .checked_sub(before.voluntary_switches)?;
+            total.ticks += now.ticks.checked_sub(before.ticks)?;
+        }
+        Some(total)
+    }
+}
+
+/// Returns the activity of a process so far.
 ///
 /// # Errors
 ///
 /// Fails if the process has ended.
 pub fn activity(process: u32) -> Result<Activity> {
-    let mut total = Activity::default();
     let tasks = fs::read_dir(format!("/proc/{process}/task"))
         .with_context(|| format!("no process {process}"))?;
+    let mut threads = BTreeMap::new();
     for task in tasks {
-        let task = task?.path();
-        let status = fs::read_to_string(task.join("status"))?;
+        let task = task?;
+        // A thread may end at any time.
+        let read = |name| fs::read_to_string(task.path().join(name)).ok();
+        let Some((status, stat)) = read("status").zip(read("stat")) else {
+            continue;
+        };
         let voluntary_switches = status
             .lines()
-            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-        total.voluntary_switches += voluntary_switches
-            .and_then(|number| number.trim().parse::<u64>().ok())
+            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))
+            .and_then(|number| number.trim().parse().ok())
             .context("no count of switches")?;
-        let stat = fs::read_to_string(task.join("stat"))?;
         let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
         let ticks = after_name
             .split_whitespace()
             .skip(11)
             .take(2)
-            .map(str::parse::<u64>);
-        total.ticks += ticks.sum::<Result<u64, _>>().context("no count of ticks")?;
+            .map(str::parse::<u64>)
+            .sum::<Result<_, _>>()
+            .context("no count of ticks")?;
+        let activity = ThreadActivity {
+            voluntary_switches,
+            ticks,
+        };
+        threads.insert(task.file_name(), activity);
     }
-    Ok(total)
+    Ok(Activity(threads))
 }
 
 /// Returns the size of the guest's memory file that is allocated on the host, in bytes. See [`guest_memory_file`].
