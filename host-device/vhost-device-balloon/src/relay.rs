@@ -214,7 +214,7 @@ fn pass_requests(
     last_request: &AtomicU32,
 ) -> io::Result<CloseReason> {
     let mut message = [0; HEADER + MAX_PAYLOAD];
-    let mut shared = SharedMemory::default();
+    let (mut shared, mut rings) = (SharedMemory::default(), RefusedRings::default());
     loop {
         let mut fds = Vec::new();
         let (header, payload) = message.split_at_mut(HEADER);
@@ -247,14 +247,22 @@ fn pass_requests(
                     fds = vec![UnixStream::pair()?.0.into()];
                 }
             }
-            Some(SET_VRING_ADDR) if shared.is_empty() => {
+            Some(SET_VRING_ADDR) if rings.refuse_address(payload, shared.is_empty()) => {
                 shared.warn_once();
                 if flags & NEEDS_REPLY != 0 {
-                    refuse(front_end, SET_VRING_ADDR)?;
+                    reply(front_end, SET_VRING_ADDR, 1)?;
                 }
                 continue;
             }
-            Some(SET_VRING_KICK) => check_queue_descriptors("kick", payload, &fds)?,
+            Some(SET_VRING_KICK) => {
+                check_queue_descriptors("kick", payload, &fds)?;
+                if rings.is_refused(payload) {
+                    if flags & NEEDS_REPLY != 0 {
+                        reply(front_end, SET_VRING_KICK, 0)?;
+                    }
+                    continue;
+                }
+            }
             Some(SET_VRING_CALL) => check_queue_descriptors("call", payload, &fds)?,
             Some(request) => shared.follow(request, payload),
             None => {}
@@ -305,13 +313,45 @@ impl SharedMemory {
     }
 }
 
-/// Answers a request with an error in the device's place.
-fn refuse(mut front_end: &UnixStream, request: u32) -> io::Result<()> {
+/// The rings that have no addresses, because the device would have refused them. They are not started: the device would
+/// look for them at address 0. A front end that shares memory later sends the addresses and the kick again.
+#[derive(Debug, Default)]
+struct RefusedRings {
+    /// Queues whose last addresses were refused, one bit for each.
+    queues: u32,
+}
+
+impl RefusedRings {
+    /// Remembers whether the addresses in `payload` are refused, and returns it.
+    fn refuse_address(&mut self, payload: &[u8], refuses: bool) -> bool {
+        let queue = Self::bit(payload);
+        if refuses {
+            self.queues |= queue;
+        } else {
+            self.queues &= !queue;
+        }
+        refuses
+    }
+
+    /// Returns whether the ring that `payload` names has no addresses.
+    fn is_refused(&self, payload: &[u8]) -> bool {
+        self.queues & Self::bit(payload) != 0
+    }
+
+    /// Returns the bit of the queue whose index is the first byte of `payload`. The device has no queue above 31.
+    fn bit(payload: &[u8]) -> u32 {
+        let index = payload.first().copied().unwrap_or(u8::MAX);
+        1u32.checked_shl(index.into()).unwrap_or(0)
+    }
+}
+
+/// Answers a request in the device's place. The value 0 is success.
+fn reply(mut front_end: &UnixStream, request: u32, value: u64) -> io::Result<()> {
     let mut reply = Vec::new();
     for word in [request, FLAGS | IS_REPLY, 8] {
         reply.extend_from_slice(&word.to_ne_bytes());
     }
-    reply.extend_from_slice(&1u64.to_ne_bytes());
+    reply.extend_from_slice(&value.to_ne_bytes());
     front_end.write_all(&reply)
 }
 

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use common::program::Program;
 use common::raw::{self, RawFrontEnd};
-use common::{QmpClient, Vmm, HANG_TIMEOUT};
+use common::{QmpClient, Vmm, HANG_TIMEOUT, LENGTH, START};
 use rustix::event::{eventfd, EventfdFlags};
 use rustix::pipe::{fcntl_setpipe_size, pipe_with, PipeFlags};
 use rustix::process::Signal;
@@ -273,6 +273,37 @@ fn a_front_end_without_shared_memory_keeps_its_session() {
     let warnings = log.matches("shares no guest memory").count();
     assert_eq!(warnings, 1, "{log}");
     assert!(log.contains("share=on"), "{log}");
+}
+
+/// As in a VM with private memory into which shared memory is plugged.
+#[test]
+fn a_ring_without_addresses_is_not_started_by_memory_that_is_shared_later() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = Program::start(directory.path(), &[]).ready();
+    let mut qmp = QmpClient::connect(&program.qmp);
+    let mut front_end = RawFrontEnd::connect(&program.socket);
+    front_end.send(raw::SET_OWNER, &[], &[]);
+    front_end.ask(raw::GET_FEATURES);
+    front_end.send(raw::SET_FEATURES, &raw::words(&[raw::FEATURES]), &[]);
+    let [kick, call] = [(); 2].map(|()| eventfd(0, EventfdFlags::NONBLOCK).unwrap());
+    let start_rings = |front_end: &RawFrontEnd| {
+        for ring in 0..2 {
+            front_end.start_ring(ring, kick.as_fd(), call.as_fd());
+        }
+    };
+    start_rings(&front_end);
+    let memory = raw::memory();
+    let table = raw::memory_table(&[raw::region(START, LENGTH, START, START)]);
+    front_end.send(raw::SET_MEM_TABLE, &table, &[memory.as_fd()]);
+    front_end.ask(raw::GET_FEATURES);
+    let status = qmp.run("query-virtio-status");
+    assert_eq!(status["memory-shared"], true, "{status}");
+    assert_eq!(status["status"], "no-driver", "{status}");
+    start_rings(&front_end);
+    qmp.until_running();
+    drop(front_end);
+    let (output, log) = program.finish();
+    assert!(output.status.success(), "{log}");
 }
 
 #[test]
