@@ -619,6 +619,30 @@ fn r16_a_destination_that_goes_leaves_the_guest_unharmed() {
 }
 
 #[test]
+fn a_descriptor_of_the_program_itself_is_no_destination() {
+    use std::os::fd::AsRawFd;
+    let (server, mut qmp) = server();
+    let vmm = filled(&server.socket(), DISCARD, &mut qmp);
+    let guest = Guest::start(vmm, true);
+    let own = tempfile::tempfile().unwrap();
+    // The helper process has its connections to the daemon at 0 and 1.
+    let numbers = match has_helper() {
+        true => vec![0, 1],
+        false => vec![own.as_raw_fd()],
+    };
+    for number in numbers {
+        let uri = format!("fd:{number}");
+        ok(&mut qmp, "migrate", &json!({ "uri": uri }));
+        let status = until(&mut qmp, "failed");
+        let why = status["error-desc"].as_str().unwrap();
+        assert!(why.contains("of this program itself"), "{why}");
+        assert!(why.contains(&uri), "{why}");
+    }
+    let _vmm = guest.end();
+    server.stop();
+}
+
+#[test]
 fn a_vmm_that_does_not_answer_is_an_error_before_anything_is_sent() {
     let fixture = Fixture::new();
     let (server, mut qmp) = server();

@@ -32,6 +32,8 @@ pub fn run(
         .listen
         .parse()
         .map_err(|error| CommandError::Usage(format!("--listen {}: {error}", options.listen)))?;
+    let inherited = address.check_inherited();
+    inherited.map_err(|error| CommandError::Usage(format!("--listen: {error}")))?;
     let destination = destination(&options.memory_file)?;
     let cancel = CancelToken::default();
     let failed = |error: StreamError| CommandError::Failed(error.to_string());

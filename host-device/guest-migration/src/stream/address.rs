@@ -3,6 +3,8 @@
 //! Addresses of streams, in the syntax of QEMU's migration addresses.
 
 use std::fmt;
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -31,6 +33,40 @@ pub enum Address {
 pub struct AddressError {
     text: String,
     why: &'static str,
+}
+
+/// The flag of a descriptor that ends with the program, in the numbers of `/proc/PID/fdinfo`.
+const O_CLOEXEC: u32 = 0o2_000_000;
+
+impl Address {
+    /// Checks that a descriptor is one that the program got from its caller. Its own ones, such as those of guest memory
+    /// and of other connections, are no place for a stream. They close when a program is executed, so none of them was
+    /// there at the start.
+    ///
+    /// # Errors
+    ///
+    /// If it is a descriptor of this program, or the host reports an error. A descriptor that does not exist is no error
+    /// here.
+    pub fn check_inherited(&self) -> io::Result<()> {
+        let Self::Fd(number) = self else {
+            return Ok(());
+        };
+        let info = match fs::read_to_string(format!("/proc/self/fdinfo/{number}")) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        };
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+        let flags = flags.and_then(|it| u32::from_str_radix(it.trim(), 8).ok());
+        match flags {
+            Some(flags) if flags & O_CLOEXEC == 0 => Ok(()),
+            _ => Err(io::Error::new(
+                ErrorKind::PermissionDenied,
+                format!(
+                    "'{self}' is a descriptor of this program itself; use one that its caller has opened for it"
+                ),
+            )),
+        }
+    }
 }
 
 impl FromStr for Address {
@@ -92,6 +128,21 @@ impl fmt::Display for Address {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_descriptor_of_the_program_itself_is_no_address() {
+        use std::os::fd::AsRawFd;
+        let file = tempfile::tempfile().unwrap();
+        let address = Address::Fd(file.as_raw_fd());
+        let error = address.check_inherited().unwrap_err().to_string();
+        assert!(error.contains("of this program itself"), "{error}");
+        // As the caller of a program opens it.
+        rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
+        address.check_inherited().unwrap();
+        for other in ["fd:1073741824", "file:/tmp/x"] {
+            other.parse::<Address>().unwrap().check_inherited().unwrap();
+        }
+    }
 
     #[test]
     fn addresses_read_back_as_written() {

@@ -54,6 +54,8 @@ impl MigrationConfig {
             set_hints_need_discard,
             hints,
         } = access;
+        let inherited = self.address.check_inherited();
+        inherited.map_err(|error| PrecopyError::Sink(error.into()))?;
         let vm = self.vm(&memory, quiesce.process())?;
         let request = match self.parameters.dirty_tracking {
             DirtyTracking::Auto => TrackingMode::Auto,

@@ -19,6 +19,7 @@ use guest_migration::status::MigrationInfo;
 use guest_migration::vm;
 use guest_migration::{CancelToken, Layout, Memory};
 use qmp_client::JsonLines;
+use rustix::io::{fcntl_setfd, FdFlags};
 use tracing::{info, warn};
 
 use super::messages::{Command, End, FromHelper, MigrationTask, Task};
@@ -48,6 +49,9 @@ pub fn is_helper_process() -> bool {
 /// If this process was not started as a helper process, or the device process sends an invalid message or ends.
 pub fn run(device: u32) -> Result<(), Box<dyn Error>> {
     outlive_parent()?;
+    // The connections to the device process are no place for a stream, and no process that this one starts gets them.
+    fcntl_setfd(io::stdin(), FdFlags::CLOEXEC)?;
+    fcntl_setfd(io::stdout(), FdFlags::CLOEXEC)?;
     let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let commands = PacketSocket::from(io::stdout().as_fd().try_clone_to_owned()?);
     let mut lines = JsonLines::new(stream.try_clone()?, "device process");
