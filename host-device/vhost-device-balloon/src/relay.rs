@@ -46,6 +46,8 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
 const SET_MEM_TABLE: u32 = 5;
 const ADD_MEM_REG: u32 = 37;
 const REM_MEM_REG: u32 = 38;
+/// The most memory regions. The crate answers VHOST_USER_GET_MAX_MEM_SLOTS with this number.
+const MAX_REGIONS: u32 = 509;
 /// The front end's message with the addresses of a ring.
 const SET_VRING_ADDR: u32 = 9;
 /// The front end's messages with the kick and the call descriptor of a queue.
@@ -264,7 +266,7 @@ fn pass_requests(
                 }
             }
             Some(SET_VRING_CALL) => check_queue_descriptors("call", payload, &fds)?,
-            Some(request) => shared.follow(request, payload),
+            Some(request) => shared.follow(request, payload)?,
             None => {}
         }
         check_spare_descriptors(&fds)?;
@@ -291,16 +293,26 @@ impl SharedMemory {
         self.regions == 0
     }
 
-    fn follow(&mut self, request: u32, payload: &[u8]) {
+    /// Counts the regions that a request adds or removes.
+    ///
+    /// # Errors
+    ///
+    /// If the front end adds more regions than the crate offers. The crate does not check that.
+    fn follow(&mut self, request: u32, payload: &[u8]) -> io::Result<()> {
         let number = payload
             .first_chunk()
             .map_or(0, |bytes| u32::from_ne_bytes(*bytes));
         match request {
             SET_MEM_TABLE => self.regions = number,
+            ADD_MEM_REG if self.regions >= MAX_REGIONS => {
+                let text = format!("front end adds more than {MAX_REGIONS} memory regions");
+                return Err(io::Error::new(ErrorKind::InvalidData, text));
+            }
             ADD_MEM_REG => self.regions = self.regions.saturating_add(1),
             REM_MEM_REG => self.regions = self.regions.saturating_sub(1),
             _ => {}
         }
+        Ok(())
     }
 
     fn warn_once(&mut self) {

@@ -153,6 +153,28 @@ fn regions_come_and_go_while_the_driver_runs() {
 }
 
 #[test]
+fn more_regions_than_are_offered_end_the_session() {
+    const REGION: u64 = 0x1000;
+    let server = TestServer::start(Features::NONE, true);
+    let mut qmp = server.qmp();
+    let mut vmm = Vmm::connect(&server.socket());
+    vmm.start_driver(Features::NONE);
+    vmm.share_half_the_memory();
+    let most = vmm.frontend().get_max_mem_slots().unwrap();
+    for index in 1..=most {
+        let (address, offset) = (0x1_0000_0000 + index * REGION, LENGTH / 2 + index * REGION);
+        let region = vmm.region(address, REGION, START + offset);
+        // The last one is one too many. Without an answer, the front end learns of it at its next request.
+        let added = vmm.frontend().add_mem_region(&region);
+        assert!(index == most || added.is_ok());
+    }
+    let why = reason(&mut qmp);
+    assert!(why.contains("more than 509 memory regions"), "{why}");
+    drop(vmm);
+    server.stop();
+}
+
+#[test]
 fn regions_that_overlap_in_guest_memory_are_refused() {
     for by_table in [true, false] {
         let server = TestServer::start(Features::NONE, true);
