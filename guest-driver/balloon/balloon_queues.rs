@@ -116,7 +116,8 @@ pub(crate) struct BalloonQueues {
     must_tell_host: bool,
     /// The host's target in balloon pages.
     target: Atomic<u64>,
-    /// `None` until the worker exists, and after it has ended.
+    /// `None` until the worker exists, and after it has ended. Taken within allocations, as
+    /// `in_flight`.
     #[pin]
     worker: Mutex<Option<Arc<dyn ResizeWorker>>>,
     #[pin]
@@ -524,6 +525,8 @@ impl BalloonQueues {
     /// Wakes the tasks whose requests a waiting task has reaped: other waiting tasks and the resize
     /// worker.
     fn wake_others(&self, reaped: Reaped) {
+        // A task that is missed here takes `in_flight` after `reap` has released it, and then finds
+        // its request complete.
         let has_others = reaped.requests > 0 || self.waiting.load(Relaxed) > 1;
         if reaped.any() && has_others {
             self.wait_queue.wake_up_all();
