@@ -177,7 +177,7 @@ fn r15_a_guest_in_qemu_goes_on_where_it_is_migrated_to() -> Result<()> {
     let target = balloon.balloon_actual()? - INFLATE_BY;
     balloon.set_balloon(target)?;
     balloon.wait_balloon(target, HANG_TIMEOUT)?;
-    let stress = Stress::start(&mut guest, StressLoad::new(LOAD), 4)?;
+    let stress = Stress::start(&mut guest, StressLoad::new(LOAD).with_rests(), 4)?;
     stress.wait_compared(&mut guest, PAGES, HANG_TIMEOUT)?;
     let mut memory = None;
     for time in 0..times()? {
@@ -254,7 +254,7 @@ fn a_guest_in_qemu_that_cannot_be_migrated_goes_on_where_it_is() -> Result<()> {
     let file = folder.path().join("memory");
     let mut guest = builder(&artifacts, &file).boot()?;
     guest.load(Driver::Ours)?;
-    let stress = Stress::start(&mut guest, StressLoad::new(LOAD), 5)?;
+    let stress = Stress::start(&mut guest, StressLoad::new(LOAD).with_rests(), 5)?;
     stress.wait_compared(&mut guest, PAGES, HANG_TIMEOUT)?;
 
     let destination_vm = DestinationVm::start(&artifacts)?;

@@ -132,7 +132,8 @@ fn migrates_while_it_works(vmm: Vmm, driver: Driver) -> Result<()> {
     } else {
         builder
     };
-    let mut stressed_guest = StressedGuest::start(builder, driver, StressLoad::new(LOAD), 15)?;
+    let mut stressed_guest =
+        StressedGuest::start(builder, driver, StressLoad::new(LOAD).with_rests(), 15)?;
     stressed_guest.guest.set_short_reporting_delay()?;
     for turn in 0..times()? {
         let before = stressed_guest.progress()?;
@@ -288,8 +289,12 @@ fn r15_pages_that_the_destination_lacks_are_missed() -> Result<()> {
     let builder = Builder::new(&artifacts, Vmm::Uml)
         .memory(160 * MIB)
         .device_options(&["--discard-hinted"]);
-    let mut stressed_guest =
-        StressedGuest::start(builder, Driver::Ours, StressLoad::new(32 * MIB), 17)?;
+    let mut stressed_guest = StressedGuest::start(
+        builder,
+        Driver::Ours,
+        StressLoad::new(32 * MIB).with_rests(),
+        17,
+    )?;
     // Pages of the other workloads may become free at any time. This workload keeps its pages.
     let kept = stressed_guest.guest.call(Fill {
         bytes: KEPT,

@@ -57,7 +57,11 @@ fn nothing_is_lost(vmm: Vmm, driver: Driver, hint_rounds: u32) -> Result<()> {
     guest.set_short_reporting_delay()?;
     let mut workloads = Vec::new();
     for seed in 1..=PROCESSES {
-        workloads.push(guest.call(ChurnMemory { bytes: EACH, seed })?);
+        workloads.push(guest.call(ChurnMemory {
+            bytes: EACH,
+            seed,
+            rest: 0,
+        })?);
     }
     let then = Instant::now();
     // Waits until the processes have mapped most of their memory.

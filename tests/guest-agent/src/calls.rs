@@ -147,6 +147,8 @@ calls! {
         bytes: u64,
         /// The seed of the order and the patterns.
         seed: u64,
+        /// After each step the process sleeps for so many times the duration of the step.
+        rest: u32,
     } -> u32;
 
     /// Starts a process that uses the page cache, until [`StopChurn`]. The process writes files in the guest's tmpfs,
@@ -158,6 +160,8 @@ calls! {
         bytes: u64,
         /// The seed of the order and the patterns.
         seed: u64,
+        /// After each step the process sleeps for so many times the duration of the step.
+        rest: u32,
     } -> u32;
 
     /// Starts a process that forks continuously, until [`StopChurn`]. Each child compares the memory that it shares
@@ -169,6 +173,8 @@ calls! {
         bytes: u64,
         /// The seed of the patterns and of the choice of pages to write.
         seed: u64,
+        /// After each step the process sleeps for so many times the duration of the step.
+        rest: u32,
     } -> u32;
 
     /// Returns the statistics of a churn workload so far. The workload continues.

@@ -196,6 +196,7 @@ mod tests {
         let churn = ChurnFiles {
             bytes: 8 << 20,
             seed: 3,
+            rest: 0,
         };
         let mut files = FileChurn::new(&churn).unwrap();
         for _ in 0..60 {

@@ -116,6 +116,7 @@ mod tests {
     const CHURN: ChurnForks = ChurnForks {
         bytes: 1 << 20,
         seed: 4,
+        rest: 0,
     };
 
     #[test]

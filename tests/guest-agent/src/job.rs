@@ -4,10 +4,14 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, Result};
 use guest_agent::calls::ChurnStats;
 use guest_agent::pattern;
+
+/// The longest sleep after a step: a stopped job ends soon.
+const MAX_REST: Duration = Duration::from_millis(200);
 
 /// A job that runs step by step until it is stopped.
 pub trait Job: Send + 'static {
@@ -29,15 +33,19 @@ pub struct JobThread {
 }
 
 impl JobThread {
-    /// Starts the job.
-    pub fn start(mut job: impl Job) -> Self {
+    /// Starts the job. After each step it sleeps for `rest` times the duration of the step, up to [`MAX_REST`].
+    pub fn start(mut job: impl Job, rest: u32) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let progress = Arc::new(Mutex::new(ChurnStats::default()));
         let (seen, told) = (stop.clone(), progress.clone());
         let thread = thread::spawn(move || {
             while !seen.load(Ordering::Relaxed) {
+                let begun = Instant::now();
                 job.step()?;
                 lock(&told).clone_from(job.stats());
+                if rest > 0 {
+                    thread::sleep(begun.elapsed().saturating_mul(rest).min(MAX_REST));
+                }
             }
             job.finish()?;
             lock(&told).clone_from(job.stats());

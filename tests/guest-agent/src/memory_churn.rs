@@ -99,6 +99,7 @@ mod tests {
         let churn = ChurnMemory {
             bytes: 16 << 20,
             seed: 1,
+            rest: 0,
         };
         let mut state = MemoryChurn::new(&churn).unwrap();
         for _ in 0..50 {
@@ -116,6 +117,7 @@ mod tests {
         let churn = ChurnMemory {
             bytes: 16 << 20,
             seed: 2,
+            rest: 0,
         };
         let mut state = MemoryChurn::new(&churn).unwrap();
         state.step().unwrap();

@@ -68,15 +68,15 @@ fn handle(state: &mut State, request: WorkerRequest) -> Result<Value> {
         WorkerRequest::Verify => serde_json::to_value(filled_memory(memory)?.verify()),
         WorkerRequest::KeptPages => serde_json::to_value(filled_memory(memory)?.physical_ranges()?),
         WorkerRequest::ChurnMemory(churn) => {
-            state.churn = Some(JobThread::start(MemoryChurn::new(&churn)?));
+            state.churn = Some(JobThread::start(MemoryChurn::new(&churn)?, churn.rest));
             serde_json::to_value(())
         }
         WorkerRequest::ChurnFiles(churn) => {
-            state.churn = Some(JobThread::start(FileChurn::new(&churn)?));
+            state.churn = Some(JobThread::start(FileChurn::new(&churn)?, churn.rest));
             serde_json::to_value(())
         }
         WorkerRequest::ChurnForks(churn) => {
-            state.churn = Some(JobThread::start(ForkChurn::new(&churn)?));
+            state.churn = Some(JobThread::start(ForkChurn::new(&churn)?, churn.rest));
             serde_json::to_value(())
         }
         WorkerRequest::ChurnProgress => {

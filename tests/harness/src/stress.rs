@@ -24,6 +24,8 @@ pub struct StressLoad {
     pub files: u64,
     /// The memory that the forking process shares with its children.
     pub forks: u64,
+    /// After each step of its work, a process sleeps for so many times the duration of the step.
+    pub rest: u32,
 }
 
 impl StressLoad {
@@ -37,7 +39,18 @@ impl StressLoad {
             each: bytes / 4 * 3 / PROCESSES,
             files: (bytes / 4).saturating_sub(FORKS).max(4 * MIB),
             forks: FORKS,
+            rest: 0,
         }
+    }
+
+    /// Returns the same load by processes that sleep most of the time, so that together they take about half of a
+    /// processor. Without rest, a guest takes all of a processor that the device and the test need as well. On a host
+    /// with few processors a migration then takes ten times as long.
+    #[must_use]
+    pub fn with_rests(self) -> Self {
+        /// The workloads are five.
+        const REST: u32 = 9;
+        Self { rest: REST, ..self }
     }
 }
 
@@ -56,19 +69,22 @@ impl Stress {
     /// Fails if the guest refuses.
     pub fn start(guest: &mut Guest, load: StressLoad, seed: u64) -> Result<Self> {
         let mut workloads = Vec::new();
+        let rest = load.rest;
         for process in 0..load.processes {
             let (bytes, seed) = (load.each, seed.wrapping_add(process));
-            workloads.push(guest.call(ChurnMemory { bytes, seed })?);
+            workloads.push(guest.call(ChurnMemory { bytes, seed, rest })?);
         }
         let (bytes, file_seed) = (load.files, seed.rotate_left(20));
         workloads.push(guest.call(ChurnFiles {
             bytes,
             seed: file_seed,
+            rest,
         })?);
         let (bytes, fork_seed) = (load.forks, seed.rotate_left(40));
         workloads.push(guest.call(ChurnForks {
             bytes,
             seed: fork_seed,
+            rest,
         })?);
         Ok(Self { workloads })
     }

@@ -62,7 +62,12 @@ impl StressedGuest {
         let builder = Builder::new(artifacts, Vmm::Uml)
             .memory(MEMORY)
             .device_options(&all);
-        Self::start(builder, Driver::Ours, StressLoad::new(LOAD), SEED)
+        Self::start(
+            builder,
+            Driver::Ours,
+            StressLoad::new(LOAD).with_rests(),
+            SEED,
+        )
     }
 
     /// Waits until each workload has made progress. Checks that none has found a wrong page.

@@ -22,7 +22,7 @@ pub fn check(driver: &str) -> Result<()> {
     let artifacts = Artifacts::load()?;
     let builder = Builder::new(&artifacts, Vmm::Uml).memory(MEMORY);
     let (mut guest, before) = builder.boot_filled(16 * MIB, driver)?;
-    let stress = Stress::start(&mut guest, StressLoad::new(LOAD), 15)?;
+    let stress = Stress::start(&mut guest, StressLoad::new(LOAD).with_rests(), 15)?;
     stress.wait_compared(&mut guest, 1, HANG_TIMEOUT)?;
     let parameters = json!({
         "dirty-tracking": "soft-dirty", "verify": true, "downtime-limit": 20, "max-rounds": 4,
