@@ -76,3 +76,30 @@ impl IncompleteMarker {
         })
     }
 }
+
+impl Drop for IncompleteMarker {
+    /// Unlocks the marker. Closing the file does not unlock it as long as a process that another thread is just
+    /// starting has a copy of the descriptor.
+    fn drop(&mut self) {
+        // On an error, the lock ends with the last copy.
+        let _ = flock(&self.file, FlockOperation::Unlock);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_of_the_descriptor_does_not_keep_the_marker_locked() {
+        let folder = tempfile::tempdir().unwrap();
+        let memory = folder.path().join("ram");
+        let marker = IncompleteMarker::create(&memory).unwrap();
+        let copy = marker.file.try_clone().unwrap();
+        let busy = IncompleteMarker::create(&memory);
+        assert!(matches!(busy, Err(DestinationError::Busy(_))), "{busy:?}");
+        drop(marker);
+        IncompleteMarker::create(&memory).unwrap();
+        drop(copy);
+    }
+}
