@@ -22,7 +22,11 @@ const WAIT_MAX: Duration = Duration::from_secs(3600);
 ///
 /// A connection waits as long as the queue of the listener is full: its program may be stopped, or may serve one client
 /// at a time.
-pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+///
+/// # Errors
+///
+/// The error of the host, or [`ErrorKind::TimedOut`].
+pub fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     let address = SocketAddrUnix::new(path)?;
     let deadline = Deadline::after(timeout);
     let flags = SocketFlags::CLOEXEC;

@@ -25,6 +25,7 @@ mod json_lines;
 mod message;
 
 pub use client::{Client, COMMAND_TIMEOUT};
+pub use connect::connect;
 pub use error::Error;
 pub use json_lines::{JsonLines, LineError, MAX_LINE};
 pub use message::{Event, QmpError};

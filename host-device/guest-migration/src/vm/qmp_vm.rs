@@ -2,7 +2,11 @@
 
 //! A VM that is paused through the QMP socket of its VMM, such as QEMU.
 
+use std::io::ErrorKind;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -12,9 +16,14 @@ use serde_json::json;
 
 use super::{PausedGuest, Vm, VmError};
 use crate::guard::ResumeGuard;
+use crate::CancelToken;
 
 /// Timeout for the greeting, for each answer, and for pausing and resuming.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// The same for resuming the guest of a cancelled migration. If the VMM takes longer, the guard process resumes the guest.
+const CANCELLED_TIMEOUT: Duration = Duration::from_secs(1);
+/// Interval at which a connection that is not accepted checks for a cancellation.
+const CANCEL_INTERVAL: Duration = Duration::from_millis(100);
 /// Interval between two queries of the run state.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 /// How long a guard process tries to resume the guest. Another client may use the VMM's QMP socket meanwhile.
@@ -32,34 +41,45 @@ struct RunState {
 /// A VM whose VMM has a QMP socket.
 ///
 /// It connects only for the time of an operation. A QEMU monitor serves one client at a time, and other clients may
-/// need it. A [guard process](crate::guard) resumes the guest if this process is killed while it has paused the guest.
+/// need it. A [guard process](crate::guard) resumes the guest if this process ends while it has paused the guest.
+///
+/// Cancelling the migration ends the wait for the VMM.
 #[derive(Debug)]
 pub struct QmpVm {
     path: PathBuf,
     timeout: Duration,
+    cancel: CancelToken,
     paused: bool,
     guard: ResumeGuard,
 }
 
+/// A connection to the VMM that a cancellation closes.
+struct Connection {
+    client: Client,
+    /// The same connection, which the cancellation reaches as long as this exists.
+    _stream: Arc<UnixStream>,
+}
+
 impl QmpVm {
-    /// Returns the VM behind the socket at `path`. Queries its state once, so that a wrong path is found now and not at
-    /// the switchover.
+    /// Returns the VM behind the socket at `path`, for a migration that `cancel` cancels. Queries its state once, so that
+    /// a wrong path is found now and not at the switchover.
     ///
     /// # Errors
     ///
-    /// If the socket does not answer as a VMM does, or if the guest does not run.
-    pub fn new(path: &Path) -> Result<Self, VmError> {
-        Self::with_timeout(path, TIMEOUT)
+    /// If the socket does not answer as a VMM does, if the guest does not run, or if the migration is cancelled.
+    pub fn new(path: &Path, cancel: &CancelToken) -> Result<Self, VmError> {
+        Self::with_timeout(path, TIMEOUT, cancel)
     }
 
-    fn with_timeout(path: &Path, timeout: Duration) -> Result<Self, VmError> {
+    fn with_timeout(path: &Path, timeout: Duration, cancel: &CancelToken) -> Result<Self, VmError> {
         let mut vm = Self {
             path: path.to_owned(),
             timeout,
+            cancel: cancel.clone(),
             paused: false,
             guard: ResumeGuard::default(),
         };
-        let state = vm.state(&mut vm.connect()?)?;
+        let state = vm.state(&mut vm.connect_until_cancelled()?.client)?;
         if !state.running {
             return Err(vm.error(&format!(
                 "guest is not running: {}; resume it before the migration",
@@ -75,6 +95,7 @@ impl QmpVm {
         Self {
             path: path.to_owned(),
             timeout: TIMEOUT,
+            cancel: CancelToken::default(),
             paused: true,
             guard: ResumeGuard::default(),
         }
@@ -97,8 +118,54 @@ impl QmpVm {
         }
     }
 
+    /// Connects, to resume the guest.
     fn connect(&self) -> Result<Client, VmError> {
-        Client::connect_timeout(&self.path, self.timeout).map_err(|error| self.failed(&error))
+        Client::connect_timeout(&self.path, self.resume_timeout())
+            .map_err(|error| self.failed(&error))
+    }
+
+    fn resume_timeout(&self) -> Duration {
+        match self.cancel.is_cancelled() {
+            true => self.timeout.min(CANCELLED_TIMEOUT),
+            false => self.timeout,
+        }
+    }
+
+    /// Connects. A cancellation closes the connection.
+    fn connect_until_cancelled(&self) -> Result<Connection, VmError> {
+        let begun = Instant::now();
+        let stream = loop {
+            if self.cancel.is_cancelled() {
+                return Err(self.error("migration was cancelled"));
+            }
+            let left = self.timeout.saturating_sub(begun.elapsed());
+            match qmp_client::connect(&self.path, left.min(CANCEL_INTERVAL)) {
+                Err(error) if error.kind() == ErrorKind::TimedOut && left > CANCEL_INTERVAL => {}
+                result => break result,
+            }
+        };
+        let stream = stream.map_err(|source| {
+            self.failed(&qmp_client::Error::Connect {
+                path: self.path.clone(),
+                source,
+            })
+        })?;
+        let peer = stream.try_clone();
+        let peer = peer.map_err(|error| self.error(&format!("connection failed: {error}")))?;
+        let peer = Arc::new(peer);
+        let weak = Arc::downgrade(&peer);
+        self.cancel.on_cancel(move || {
+            if let Some(stream) = weak.upgrade() {
+                // Fails if the VMM has closed the connection.
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        });
+        let name = format!("QMP server at {}", self.path.display());
+        let client = Client::from_stream(stream, &name, self.timeout);
+        Ok(Connection {
+            client: client.map_err(|error| self.failed(&error))?,
+            _stream: peer,
+        })
     }
 
     fn state(&self, vmm: &mut Client) -> Result<RunState, VmError> {
@@ -116,8 +183,12 @@ impl QmpVm {
             if state.running == running {
                 return Ok(());
             }
-            if begun.elapsed() > self.timeout {
-                let (status, timeout) = (state.status, self.timeout);
+            let timeout = match running {
+                true => self.resume_timeout(),
+                false => self.timeout,
+            };
+            if begun.elapsed() > timeout {
+                let status = state.status;
                 return Err(self.error(&format!(
                     "guest is still {status} {timeout:?} after '{name}'"
                 )));
@@ -143,13 +214,13 @@ impl Vm for QmpVm {
     }
 
     fn pause(&mut self) -> Result<(), VmError> {
-        let mut vmm = self.connect()?;
-        if !self.state(&mut vmm)?.running {
+        let mut vmm = self.connect_until_cancelled()?;
+        if !self.state(&mut vmm.client)?.running {
             // Another client has paused the guest and is responsible for resuming it.
             return Ok(());
         }
         self.guard.watch_vmm(&self.path);
-        match self.command(&mut vmm, "stop", false) {
+        match self.command(&mut vmm.client, "stop", false) {
             Ok(()) => {
                 self.paused = true;
                 Ok(())
@@ -161,9 +232,12 @@ impl Vm for QmpVm {
                 let running = self
                     .connect()
                     .and_then(|mut vmm| self.command(&mut vmm, "cont", true));
-                self.guard.clear();
                 Err(match running {
-                    Ok(()) => error,
+                    Ok(()) => {
+                        self.guard.clear();
+                        error
+                    }
+                    // The guard process tries again when this process ends.
                     Err(other) => VmError(format!(
                         "{error}; guest may still be paused: {other}; resume it with 'cont'"
                     )),
@@ -247,6 +321,10 @@ mod tests {
                             let status = if running { "running" } else { "paused" };
                             answer["return"] = json!({ "running": running, "status": status });
                         }
+                        "stop" if accepts.contains(&"silent") => {
+                            journal.lock().unwrap().push(name.to_owned());
+                            continue;
+                        }
                         "stop" | "cont" if accepts.contains(&name) => {
                             journal.lock().unwrap().push(name.to_owned());
                         }
@@ -273,7 +351,7 @@ mod tests {
     #[test]
     fn the_guest_is_paused_when_pause_returns() {
         let vmm = vmm(&["stop", "cont"]);
-        let mut vm = QmpVm::with_timeout(&vmm.path, LONG).unwrap();
+        let mut vm = QmpVm::with_timeout(&vmm.path, LONG, &CancelToken::default()).unwrap();
         vm.pause().unwrap();
         assert!(!vmm.running.load(Ordering::SeqCst));
         vm.resume().unwrap();
@@ -285,12 +363,12 @@ mod tests {
     #[test]
     fn what_somebody_else_has_paused_is_left_so() {
         let vmm = vmm(&["stop", "cont"]);
-        let mut vm = QmpVm::with_timeout(&vmm.path, LONG).unwrap();
+        let mut vm = QmpVm::with_timeout(&vmm.path, LONG, &CancelToken::default()).unwrap();
         vmm.running.store(false, Ordering::SeqCst);
         vm.pause().unwrap();
         vm.resume().unwrap();
         assert!(vmm.commands.lock().unwrap().is_empty());
-        let error = QmpVm::with_timeout(&vmm.path, LONG)
+        let error = QmpVm::with_timeout(&vmm.path, LONG, &CancelToken::default())
             .unwrap_err()
             .to_string();
         assert!(
@@ -302,7 +380,7 @@ mod tests {
     #[test]
     fn a_refusal_names_the_socket_and_the_guest_is_told_to_go_on() {
         let vmm = vmm(&["cont"]);
-        let mut vm = QmpVm::with_timeout(&vmm.path, LONG).unwrap();
+        let mut vm = QmpVm::with_timeout(&vmm.path, LONG, &CancelToken::default()).unwrap();
         let error = vm.pause().unwrap_err().to_string();
         let path = vmm.path.display().to_string();
         assert!(
@@ -315,7 +393,7 @@ mod tests {
     #[test]
     fn a_vmm_that_does_not_pause_is_an_error() {
         let vmm = vmm(&[]);
-        let mut vm = QmpVm::with_timeout(&vmm.path, LONG).unwrap();
+        let mut vm = QmpVm::with_timeout(&vmm.path, LONG, &CancelToken::default()).unwrap();
         let mut client = vm.connect().unwrap();
         // The connection has its own timeout. This one limits the wait for the pause.
         vm.timeout = Duration::from_millis(50);
@@ -325,7 +403,40 @@ mod tests {
             error.contains("guest is still running 50ms after"),
             "{error}"
         );
-        let missing = QmpVm::new(&vmm.path.with_extension("none")).unwrap_err();
+        let missing =
+            QmpVm::new(&vmm.path.with_extension("none"), &CancelToken::default()).unwrap_err();
         assert!(missing.to_string().contains("vmm.none"), "{missing}");
+    }
+
+    /// The kinds of silence: nobody accepts, no greeting, no answer to `stop`.
+    #[test]
+    fn a_cancelled_migration_does_not_wait_for_a_silent_vmm() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("silent.qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let cancel = CancelToken::default();
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| QmpVm::with_timeout(&path, LONG, &cancel));
+            // The connection is in the listener's queue, and nobody greets.
+            let _accepted = listener.accept().unwrap();
+            cancel.cancel();
+            waits.join().unwrap().unwrap_err();
+        });
+        let error = QmpVm::with_timeout(&path, LONG, &cancel).unwrap_err();
+        assert!(error.to_string().contains("was cancelled"), "{error}");
+
+        let vmm = vmm(&["silent", "cont"]);
+        let cancel = CancelToken::default();
+        let mut vm = QmpVm::with_timeout(&vmm.path, LONG, &cancel).unwrap();
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| vm.pause());
+            while !vmm.commands.lock().unwrap().contains(&"stop".to_owned()) {
+                thread::yield_now();
+            }
+            cancel.cancel();
+            waits.join().unwrap().unwrap_err();
+        });
+        // It may have received the command, so it is told to go on.
+        assert_eq!(*vmm.commands.lock().unwrap(), ["stop", "cont"]);
     }
 }

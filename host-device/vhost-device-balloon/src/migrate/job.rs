@@ -68,7 +68,7 @@ pub(super) fn migrate(
     cancel: &CancelToken,
 ) -> Option<Box<dyn Vm>> {
     let parameters = config.parameters.to_precopy(config.capabilities);
-    match config.prepare(access, progress) {
+    match config.prepare(access, progress, cancel) {
         Ok((parts, stream_config)) => {
             let connect = stream_config.connector(cancel);
             match Precopy::run(parameters, parts, connect, progress, cancel) {

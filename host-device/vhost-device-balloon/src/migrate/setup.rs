@@ -39,11 +39,12 @@ pub struct StreamConfig {
 impl MigrationConfig {
     /// Chooses the parts of the migration. Stores in `progress` how writes are tracked, and why.
     ///
-    /// Takes as long as the VMM takes to answer.
+    /// Takes as long as the VMM takes to answer. `cancel` ends this wait.
     pub fn prepare(
         self,
         access: DeviceAccess,
         progress: &Progress,
+        cancel: &CancelToken,
     ) -> Result<(Parts, StreamConfig), PrecopyError> {
         let DeviceAccess {
             memory,
@@ -56,7 +57,7 @@ impl MigrationConfig {
         } = access;
         let inherited = self.address.check_inherited();
         inherited.map_err(|error| PrecopyError::Sink(error.into()))?;
-        let vm = self.vm(&memory, quiesce.process())?;
+        let vm = self.vm(&memory, quiesce.process(), cancel)?;
         let request = match self.parameters.dirty_tracking {
             DirtyTracking::Auto => TrackingMode::Auto,
             DirtyTracking::SoftDirty => TrackingMode::SoftDirty,
@@ -103,12 +104,17 @@ impl MigrationConfig {
 
     /// Returns the VM that the migration pauses, or `None` if the QMP client pauses the guest. `device` is the pid of the
     /// device's process.
-    fn vm(&self, memory: &Memory, device: u32) -> Result<Option<Box<dyn Vm>>, PrecopyError> {
+    fn vm(
+        &self,
+        memory: &Memory,
+        device: u32,
+        cancel: &CancelToken,
+    ) -> Result<Option<Box<dyn Vm>>, PrecopyError> {
         if self.capabilities.pause_before_switchover {
             return Ok(None);
         }
         let vm: Box<dyn Vm> = match &self.vmm_qmp {
-            Some(path) => Box::new(QmpVm::new(path)?),
+            Some(path) => Box::new(QmpVm::new(path, cancel)?),
             None => Box::new(ProcessVm::new(memory, device)?),
         };
         info!(
