@@ -8,11 +8,12 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::program::Program;
 use common::{QmpClient, TestServer, Vmm, LENGTH, START};
-use rustix::fs::{fallocate, ftruncate, memfd_create, FallocateFlags, MemfdFlags};
+use rustix::fs::{
+    fallocate, flock, ftruncate, memfd_create, FallocateFlags, FlockOperation, MemfdFlags,
+};
 use rustix::process::Signal;
 use serde_json::{json, Value};
 use shared_abi::features::Features;
@@ -274,15 +275,16 @@ const HUGE: u64 = 2 << 20;
 /// Lets the host allocate some huge pages on demand. Puts the setting back at the end.
 struct HugePages {
     before: String,
-    _alone: MutexGuard<'static, ()>,
+    /// Locks the setting, which belongs to the host, against other runs of the tests as well. A closed file is unlocked.
+    _alone: File,
 }
 
 impl HugePages {
     const SETTING: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages";
 
     fn allow(pages: u64) -> io::Result<Self> {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let alone = File::open(Self::SETTING)?;
+        flock(&alone, FlockOperation::LockExclusive)?;
         let before = fs::read_to_string(Self::SETTING)?;
         let now = before.trim().parse::<u64>().unwrap_or(0) + pages;
         fs::write(Self::SETTING, now.to_string())?;

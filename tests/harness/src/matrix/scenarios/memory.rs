@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Machines with other backends of guest memory, and a guest that allocates a gigantic page.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{ensure, Context, Result};
 use guest_agent::calls::{ReadFile, WriteFile};
+use nix::fcntl::{Flock, FlockArg};
 
 use super::{boot, builder, exercise, TIMEOUT};
 use crate::artifacts::Artifacts;
@@ -18,21 +18,20 @@ use crate::MIB;
 /// Huge pages that the host has reserved. The previous number is restored on drop.
 struct HugePages {
     before: String,
-    // Only one at a time, because the number belongs to the host.
-    _alone: MutexGuard<'static, ()>,
+    // Only one at a time, also among several runs of the tests, because the number belongs to the host.
+    _alone: Flock<File>,
 }
 
 const HOST_HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-static HUGE_PAGES_LOCK: Mutex<()> = Mutex::new(());
 
 impl HugePages {
     /// Reserves huge pages for `bytes` bytes, in addition to those that the host already has.
     fn reserve(bytes: u64) -> Result<Self> {
-        let alone = HUGE_PAGES_LOCK
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
         let not_here =
             |what: &dyn std::fmt::Display| HostUnsupported(format!("{HOST_HUGE_PAGES}: {what}"));
+        let file = File::open(HOST_HUGE_PAGES).map_err(|error| not_here(&error))?;
+        let alone =
+            Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| not_here(&error))?;
         let before = fs::read_to_string(HOST_HUGE_PAGES).map_err(|error| not_here(&error))?;
         let had: u64 = before
             .trim()
