@@ -5,7 +5,8 @@
 //! A front end may truncate its memory file at any time. An access beyond the end of the file then raises SIGBUS, whose
 //! default action ends the program. [`GuestMappings`] lists the mappings of guest memory in a table. The handler of
 //! SIGBUS replaces the page of a fault in one of them by a page of zeros, records the fault, and wakes the owner of the
-//! mapping, who ends the session. A SIGBUS anywhere else keeps its previous action.
+//! mapping, who ends the session. A SIGBUS anywhere else keeps its previous action. A SIGBUS that a process sends ends
+//! this one.
 //!
 //! The handler runs in the middle of any statement of any thread. It takes no lock, allocates nothing, and uses only
 //! atomics and system calls.
@@ -230,9 +231,11 @@ extern "C" fn handle_sigbus(
     let before = unsafe { *errno };
     // SAFETY: The kernel passes a valid `info`. For a positive code, which only the kernel sends, it has an address.
     let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
-    let resolved = code > 0 && SLOTS.iter().any(|slot| resolve(slot, address));
-    if !resolved {
-        restore_previous_action(signal, code);
+    if code <= 0 {
+        // A process has sent the signal, so it has no address.
+        end_process(signal);
+    } else if !SLOTS.iter().any(|slot| resolve(slot, address)) {
+        restore_previous_action(signal);
     }
     // SAFETY: As above.
     unsafe { *errno = before };
@@ -272,16 +275,22 @@ fn resolve(slot: &Slot, address: usize) -> bool {
 }
 
 /// Restores the action of before [`install`]. A faulting instruction is executed again, and faults again.
-fn restore_previous_action(signal: libc::c_int, code: libc::c_int) {
+fn restore_previous_action(signal: libc::c_int) {
     let Some(previous) = PREVIOUS.get() else {
         return;
     };
     // SAFETY: `previous` is an action that the kernel reported for this signal.
     unsafe { libc::sigaction(signal, previous, std::ptr::null_mut()) };
-    if code <= 0 {
-        // Another process sent the signal, so no instruction raises it again.
-        // SAFETY: `raise` has no preconditions. The signal is delivered when this handler returns.
-        unsafe { libc::raise(signal) };
+}
+
+/// Ends this process by the signal. The previous action would not: that of the Rust library only removes itself, and
+/// this process would go on without a handler.
+fn end_process(signal: libc::c_int) {
+    // SAFETY: `signal` and `raise` have no preconditions, and no other code of this process depends on the action. The
+    // signal is blocked here, and is delivered when the handler returns.
+    unsafe {
+        libc::signal(signal, libc::SIG_DFL);
+        libc::raise(signal);
     }
 }
 
@@ -354,18 +363,40 @@ mod tests {
         assert_eq!(unsafe { libc::munmap(address.cast(), length) }, 0);
     }
 
-    /// Set for a process that runs [`faults_outside_guest_memory`].
+    /// Set for a process that [`ends_by_sigbus`] starts.
     const CHILD: &str = "VHOST_DEVICE_BALLOON_TEST_FAULT";
 
     #[test]
     fn a_fault_outside_guest_memory_keeps_its_action() {
+        ends_by_sigbus("memory::sys::tests::faults_outside_guest_memory");
+    }
+
+    #[test]
+    fn a_signal_that_is_sent_ends_the_process() {
+        ends_by_sigbus("memory::sys::tests::sends_itself_the_signal");
+    }
+
+    /// Runs a test in a process of its own, and checks that SIGBUS ends the process.
+    fn ends_by_sigbus(test: &str) {
         let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "memory::sys::tests::faults_outside_guest_memory"])
+            .args(["--exact", test])
             .env(CHILD, "1")
             .stdout(Stdio::null())
             .status()
             .unwrap();
         assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+    }
+
+    #[test]
+    fn sends_itself_the_signal() {
+        if std::env::var_os(CHILD).is_none() {
+            return;
+        }
+        const LENGTH: usize = 0x4000;
+        let guest = mapped(&memfd(LENGTH as u64), LENGTH);
+        let _mappings = GuestMappings::new(guest, |_| 0x1000, None).unwrap();
+        // SAFETY: `raise` has no preconditions. The signal ends this process.
+        unsafe { libc::raise(libc::SIGBUS) };
     }
 
     #[test]
