@@ -13,6 +13,7 @@ use shared_abi::queue::Queue;
 use vhost_device_balloon::device::hinting::hinted_ranges;
 use vhost_device_balloon::device::{Device, NotifyConfigChange, MAX_QUEUE_SIZE};
 use vhost_device_balloon::events::Events;
+use vhost_device_balloon::memory::Ram;
 use vhost_device_balloon::vring::Vring;
 use vhost_user_backend::VringT;
 use vm_memory::{
@@ -198,7 +199,7 @@ impl Guest {
         device.front_end_connected(Arc::new(Changes::default()));
         let memory = GuestMemoryAtomic::new(memory());
         device
-            .set_memory(memory.clone(), None)
+            .set_memory(memory.clone(), Ram::of_front_end(&memory.memory()), None)
             .expect("the memory file is as long as its regions");
         let vrings = (0..Queue::MAX_COUNT)
             .map(|_| Vring::new(memory.clone(), MAX_QUEUE_SIZE).expect("a queue"))

@@ -30,6 +30,7 @@ use vmm_sys_util::event::{
 use crate::device::MAX_QUEUE_SIZE;
 use crate::device_lock::DeviceLock;
 use crate::memory::pin_scan::NewFiles;
+use crate::memory::Ram;
 use crate::sync::lock;
 use crate::vring::{NotificationSuppression, Vring};
 
@@ -222,7 +223,9 @@ impl VhostUserBackend for Backend {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        // Not under the device's lock: this takes time for each process of the host.
+        // Not under the device's lock: the file systems of the front end's files may not answer.
+        let ram = Ram::of_front_end(&memory.memory());
+        // As well: this takes time for each process of the host.
         let searches = lock(&self.device).searches_for_pins();
         let pinning = searches.then(|| lock(&self.new_files).find_pins(&memory.memory()));
         let wake = self.reschedule.1.try_clone()?;
@@ -230,7 +233,7 @@ impl VhostUserBackend for Backend {
         if let Some(pinning) = pinning.flatten() {
             device.set_pinning(pinning);
         }
-        let queues = device.set_memory(memory, Some(wake));
+        let queues = device.set_memory(memory, ram, Some(wake));
         drop(device);
         let queues = queues.map_err(|error| {
             self.fail(|| error.to_string());
@@ -340,7 +343,8 @@ mod tests {
         let vrings = vec![Vring::new(memory.clone(), 16).unwrap()];
         let mut device = Device::new(Default::default(), Arc::new(Events::default()));
         device.front_end_connected(Arc::new(Panics));
-        device.set_memory(memory, None).unwrap();
+        let ram = Ram::of_front_end(&memory.memory());
+        device.set_memory(memory, ram, None).unwrap();
         let device = Arc::new(DeviceLock::new(device));
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs

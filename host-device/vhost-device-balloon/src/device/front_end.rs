@@ -59,28 +59,28 @@ impl Device {
             .emit("FRONTEND_DISCONNECTED", json!({ "reason": reason }));
     }
 
-    /// Handles the guest memory that the front end shares. A changed layout ends the hint round and
-    /// invalidates a migration's claim. `wake` is notified when an access to the memory fails: see
+    /// Handles the guest memory that the front end shares. `ram` is [`Ram::of_front_end`] of it. A changed layout ends
+    /// the hint round and invalidates a migration's claim. `wake` is notified when an access to the memory fails: see
     /// [`Device::memory_fault`].
     ///
     /// Returns the queues that waited for this call and need a turn, one bit for each.
     ///
     /// # Errors
     ///
-    /// If a region is not inside its file, or accesses cannot be guarded. The device then uses no guest memory.
+    /// The error in `ram`, or if accesses cannot be guarded. The device then uses no guest memory.
     pub fn set_memory(
         &mut self,
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        ram: Result<Ram, BackingError>,
         wake: Option<EventNotifier>,
     ) -> Result<u64, BackingError> {
         let current = memory.memory().into_inner();
-        let mut ram = Ram::new(&current);
-        let accepted = ram.check_backing().and_then(|()| {
-            GuestMappings::new(current, |address| ram.page_size_at(address), wake)
-                .map_err(BackingError::Guard)
+        let accepted = ram.and_then(|ram| {
+            let mappings = GuestMappings::new(current, |address| ram.page_size_at(address), wake);
+            Ok((mappings.map_err(BackingError::Guard)?, ram))
         });
-        let mappings = match accepted {
-            Ok(mappings) => mappings,
+        let (mappings, mut ram) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 if let Some(connection) = &mut self.connection {
                     connection.memory = None;

@@ -5,8 +5,9 @@
 use std::io;
 
 use super::{Ram, RamRegion};
-use rustix::fs::{fcntl_get_seals, fstat, FileType, SealFlags};
+use rustix::fs::{fcntl_get_seals, fstat, fstatfs, FileType, SealFlags};
 use thiserror::Error;
+use vm_memory::GuestMemoryMmap;
 
 /// Why the memory that a front end shares is refused.
 #[derive(Debug, Error)]
@@ -45,25 +46,66 @@ pub enum BackingError {
         /// The error of the host.
         source: io::Error,
     },
+    /// Another program serves the file system of a memory file.
+    #[error(
+        "guest memory at {start:#x} is refused: its memory file is on {file_system}, whose server can delay each access: \
+         use a memfd, or a file on tmpfs, on hugetlbfs or on a disk"
+    )]
+    Served {
+        /// Guest physical address.
+        start: u64,
+        /// Name of the file system.
+        file_system: &'static str,
+    },
     /// The process cannot guard against SIGBUS.
     #[error("guest memory is refused: accesses to it cannot be guarded: {0}")]
     Guard(io::Error),
 }
 
+/// `f_type` and name of the file systems that a program or another host serves (`linux/magic.h`, and the file systems'
+/// sources). An access there can take for ever, and this program would not serve its operators meanwhile.
+const SERVED_FILE_SYSTEMS: [(u64, &str); 6] = [
+    (0x6573_5546, "FUSE"),
+    (0x6969, "NFS"),
+    (0xff53_4d42, "CIFS"),
+    (0xfe53_4d42, "SMB"),
+    (0x0102_1997, "9p"),
+    (0x00c3_6400, "Ceph"),
+];
+
+/// Returns the name of the file system with this `f_type`, if another program serves it.
+fn served_file_system(f_type: u64) -> Option<&'static str> {
+    let mut found = SERVED_FILE_SYSTEMS.iter();
+    found.find_map(|(served, name)| (*served == f_type).then_some(*name))
+}
+
 impl Ram {
+    /// Creates the map of the memory that a front end has shared, and checks its files. May wait for the file systems
+    /// of these files, so no lock may be held that others need.
+    ///
+    /// # Errors
+    ///
+    /// As [`Ram::check_backing`].
+    pub fn of_front_end(memory: &GuestMemoryMmap) -> Result<Self, BackingError> {
+        let mut ram = Self::new(memory);
+        ram.check_backing()?;
+        ram.is_truncatable = ram.has_truncatable_file();
+        Ok(ram)
+    }
+
     /// Checks that each region is inside its file. Only regular files have a size to check; a region of a device, such as
     /// `/dev/dax`, is accepted.
     ///
     /// # Errors
     ///
-    /// The first region that is not inside its file.
-    pub fn check_backing(&self) -> Result<(), BackingError> {
+    /// The first region that is not inside its file, or whose file is on a file system that another program serves.
+    fn check_backing(&self) -> Result<(), BackingError> {
         self.regions.iter().try_for_each(RamRegion::check_backing)
     }
 
     /// Returns whether another process may truncate a memory file. A file without `F_SEAL_SHRINK` may be truncated by
     /// each process that has it open for writing.
-    pub fn is_truncatable(&self) -> bool {
+    fn has_truncatable_file(&self) -> bool {
         self.regions
             .iter()
             .filter_map(|region| region.file.as_ref())
@@ -82,10 +124,16 @@ impl RamRegion {
         let Some(file) = &self.file else {
             return Ok(());
         };
-        let stat = fstat(file.file()).map_err(|error| BackingError::Io {
+        let failed = |error: rustix::io::Errno| BackingError::Io {
             start,
             source: error.into(),
-        })?;
+        };
+        let f_type = fstatfs(file.file()).map_err(failed)?.f_type;
+        // The type has 32 bits, in a word that may be wider and signed.
+        if let Some(file_system) = served_file_system(f_type as u64 & 0xffff_ffff) {
+            return Err(BackingError::Served { start, file_system });
+        }
+        let stat = fstat(file.file()).map_err(failed)?;
         if !is_regular(&stat) {
             return Ok(());
         }
@@ -119,7 +167,7 @@ mod tests {
     use std::fs::File;
 
     use rustix::fs::{fcntl_add_seals, ftruncate, memfd_create, MemfdFlags};
-    use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+    use vm_memory::{FileOffset, GuestAddress};
 
     use super::*;
     use crate::memory::tests::memfd;
@@ -147,18 +195,35 @@ mod tests {
     }
 
     #[test]
+    fn file_systems_with_a_server_are_known() {
+        use std::os::fd::AsFd;
+        let of = |file: &dyn AsFd| fstatfs(file.as_fd()).unwrap().f_type as u64 & 0xffff_ffff;
+        assert_eq!(served_file_system(of(&memfd(0x1000))), None);
+        assert_eq!(
+            served_file_system(libc::FUSE_SUPER_MAGIC as u64),
+            Some("FUSE")
+        );
+        assert_eq!(
+            served_file_system(libc::NFS_SUPER_MAGIC as u64),
+            Some("NFS")
+        );
+        assert_eq!(served_file_system(libc::TMPFS_MAGIC as u64), None);
+        assert_eq!(served_file_system(libc::EXT4_SUPER_MAGIC as u64), None);
+    }
+
+    #[test]
     fn a_file_without_the_seal_can_be_truncated() {
         let file = memfd(0x1000);
-        assert!(ram(&file, 0, 0x1000).is_truncatable());
+        assert!(ram(&file, 0, 0x1000).has_truncatable_file());
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(memfd_create("sealed", flags).unwrap());
         ftruncate(&file, 0x1000).unwrap();
-        assert!(ram(&file, 0, 0x1000).is_truncatable());
+        assert!(ram(&file, 0, 0x1000).has_truncatable_file());
         fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
-        assert!(!ram(&file, 0, 0x1000).is_truncatable());
+        assert!(!ram(&file, 0, 0x1000).has_truncatable_file());
         // Disk files have no seals.
         let file = tempfile::tempfile().unwrap();
         ftruncate(&file, 0x1000).unwrap();
-        assert!(ram(&file, 0, 0x1000).is_truncatable());
+        assert!(ram(&file, 0, 0x1000).has_truncatable_file());
     }
 }

@@ -91,6 +91,8 @@ pub struct Ram {
     regions: Vec<RamRegion>,
     hole_recorder: Option<HoleRecorder>,
     is_discard_inhibited: bool,
+    /// Whether another process may truncate a memory file.
+    is_truncatable: bool,
     punches: u64,
 }
 
@@ -122,6 +124,11 @@ impl Ram {
     pub fn continue_from(&mut self, before: &Self) {
         self.is_discard_inhibited = before.is_discard_inhibited;
         self.punches = before.punches;
+    }
+
+    /// Returns whether another process may truncate a memory file, for memory from [`Ram::of_front_end`].
+    pub fn is_truncatable(&self) -> bool {
+        self.is_truncatable
     }
 
     /// Returns the number of system calls that punched holes, successfully or not.

@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 use super::{Guest, ALL, FREE, LENGTH, SECOND, SECOND_LENGTH, START};
 use crate::device::hinting::HintingError;
 use crate::device::{BalloonError, Device, MissingMemory};
+use crate::memory::Ram;
 use crate::relay::ConfigNotifier;
 
 #[test]
@@ -252,16 +253,17 @@ fn a_paused_guest_continues_its_hint_round() {
 fn another_memory_layout_ends_the_hint_round() {
     let mut guest = Guest::new(ALL, ALL);
     guest.start_hint_round();
-    guest.device.set_memory(guest.memory.clone(), None).unwrap();
+    let memory = guest.memory.clone();
+    let ram = Ram::of_front_end(&memory.memory());
+    guest.device.set_memory(memory, ram, None).unwrap();
     assert!(
         matches!(guest.device.hinting_status().phase, Phase::Started(_)),
         "the same layout ends nothing"
     );
     let other = crate::memory::tests::guest(&[(0, 0x10_0000, 0)]);
-    guest
-        .device
-        .set_memory(GuestMemoryAtomic::new(other), None)
-        .unwrap();
+    let ram = Ram::of_front_end(&other);
+    let memory = GuestMemoryAtomic::new(other);
+    guest.device.set_memory(memory, ram, None).unwrap();
     assert_eq!(guest.device.hinting_status().phase, Phase::Stopped);
     let status = guest.device.hinting_status();
     // The last hint round was about the old memory.

@@ -29,6 +29,7 @@ use super::{Device, MAX_QUEUE_SIZE};
 use crate::events::tests::Lines;
 use crate::events::Subscription;
 use crate::memory::tests::guest;
+use crate::memory::Ram;
 use crate::relay::ConfigNotifier;
 use crate::vring::Vring;
 
@@ -112,7 +113,8 @@ impl Guest {
         device.front_end_connected(notifier);
 
         let memory = GuestMemoryAtomic::new(memory);
-        device.set_memory(memory.clone(), None).unwrap();
+        let ram = Ram::of_front_end(&memory.memory());
+        device.set_memory(memory.clone(), ram, None).unwrap();
         let vrings = (0..Queue::MAX_COUNT)
             .map(|_| Vring::new(memory.clone(), MAX_QUEUE_SIZE).unwrap())
             .collect();
