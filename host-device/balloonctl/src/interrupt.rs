@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::thread;
 
-use guest_migration::signals::is_ignored;
+use guest_migration::signals::{is_ignored, unblock_all};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -24,6 +24,7 @@ impl Interrupts {
     /// If the signal handlers cannot be installed.
     pub fn from_signals() -> io::Result<Self> {
         let interrupts = Self::default();
+        unblock_all()?;
         let counter = interrupts.clone();
         let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);
         let mut signals = Signals::new([SIGINT, SIGTERM].into_iter().chain(hangup))?;

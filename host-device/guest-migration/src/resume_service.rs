@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The work of the guard process of a migration: it resumes a paused guest after the end of its parent.
+//! The work of the guard process of a migration: it resumes a paused guest when its parent has not.
 
 use std::io;
 use std::path::PathBuf;
@@ -44,7 +44,7 @@ pub fn run() -> io::Result<()> {
     if paused.processes.is_empty() && paused.vmm.is_none() {
         return Ok(());
     }
-    warn!("process {pid} ended while the guest was paused for its migration; the guest is resumed");
+    warn!("process {pid} ended, or gave up, while the guest was paused for its migration; the guest is resumed");
     paused.resume()
 }
 

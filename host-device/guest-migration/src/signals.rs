@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::sync::Arc;
 
+use nix::sys::signal::SigSet;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 
@@ -22,6 +23,16 @@ pub fn outlive_parent() -> io::Result<()> {
     // Fails only for the leader of a process group, which is no child of our parent.
     let _ = rustix::process::setsid();
     Ok(())
+}
+
+/// Unblocks all signals for the calling thread, and the threads that it starts later. The program that has started this one
+/// may have blocked them.
+///
+/// # Errors
+///
+/// If the kernel refuses.
+pub fn unblock_all() -> io::Result<()> {
+    Ok(SigSet::empty().thread_set_mask()?)
 }
 
 /// Returns whether this process ignores a signal. Under `nohup`, SIGHUP is ignored from the start of a program, and a

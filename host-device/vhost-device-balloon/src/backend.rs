@@ -223,10 +223,10 @@ impl VhostUserBackend for Backend {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        // Not under the device's lock: the file systems of the front end's files may not answer.
+        // Not under the device's lock: the file system of a memory file may have to read its disk.
         let ram = Ram::of_front_end(&memory.memory());
         // As well: this takes time for each process of the host.
-        let searches = lock(&self.device).searches_for_pins();
+        let searches = ram.is_ok() && lock(&self.device).searches_for_pins();
         let pinning = searches.then(|| lock(&self.new_files).find_pins(&memory.memory()));
         let wake = self.reschedule.1.try_clone()?;
         let mut device = lock(&self.device);

@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, FileType, OFlags};
+use rustix::fs::{fcntl_getfl, fcntl_setfl, statx, AtFlags, FileType, OFlags, Statx, StatxFlags};
 use rustix::io::{preadv2, pwritev2, Errno, ReadWriteFlags};
 use rustix::net::{recv, send, sockopt, AddressFamily, RecvFlags, SendFlags};
 use thiserror::Error;
@@ -106,7 +106,18 @@ pub(crate) fn check_sockets(
 }
 
 fn file_type(fd: BorrowedFd<'_>) -> io::Result<FileType> {
-    Ok(FileType::from_raw_mode(fstat(fd)?.st_mode))
+    Ok(FileType::from_raw_mode(known_of(fd)?.stx_mode.into()))
+}
+
+/// Returns what the kernel knows of a file, without a question to the server of its file system: that of FUSE may never
+/// answer, and no signal ends the wait for it.
+///
+/// # Errors
+///
+/// If the host reports an error.
+pub(crate) fn known_of(fd: impl AsFd) -> io::Result<Statx> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    Ok(statx(fd, c"", flags, StatxFlags::TYPE)?)
 }
 
 /// A descriptor that the front end has sent and may share. Reads and writes do not wait, whatever the front end does to

@@ -5,6 +5,8 @@
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::net::{
@@ -17,6 +19,12 @@ use serde::Serialize;
 
 /// The most bytes of a packet.
 const MAX_BYTES: usize = 64 << 10;
+
+/// How long sending is tried again if the user of this process has more descriptors in flight, in all its processes, than
+/// one process may have open. The kernel refuses further ones then (ETOOMANYREFS).
+pub const IN_FLIGHT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Interval between two attempts.
+pub const IN_FLIGHT_INTERVAL: Duration = Duration::from_millis(2);
 
 /// The most file descriptors of a packet.
 pub const MAX_FDS: usize = 64;
@@ -80,9 +88,13 @@ impl PacketSocket {
             let text = "packet has too many descriptors";
             return Err(io::Error::new(ErrorKind::InvalidInput, text));
         }
+        let begun = Instant::now();
         loop {
             match sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, flags) {
                 Err(Errno::INTR) => {}
+                Err(Errno::TOOMANYREFS) if begun.elapsed() < IN_FLIGHT_TIMEOUT => {
+                    thread::sleep(IN_FLIGHT_INTERVAL);
+                }
                 other => return Ok(other.map(drop)?),
             }
         }

@@ -32,6 +32,7 @@ use vhost::vhost_user::message::FrontendReq;
 
 use crate::descriptors::{check_sockets, make_nonblocking, DescriptorError, SharedDescriptor};
 use crate::device::NotifyConfigChange;
+use crate::packets::{IN_FLIGHT_INTERVAL, IN_FLIGHT_TIMEOUT};
 use crate::sync::lock;
 
 /// Bytes of a message header: request, flags and payload size, 32 bits each.
@@ -466,8 +467,10 @@ fn time_left(started: Instant) -> io::Result<Duration> {
     }
 }
 
-/// Sends all of `bytes`, and `fds` with the first of them.
+/// Sends all of `bytes`, and `fds` with the first of them. Tries again for [`IN_FLIGHT_TIMEOUT`] if the user of this process
+/// has too many descriptors in flight, which other processes may have sent.
 fn send(stream: &UnixStream, mut bytes: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
+    let begun = Instant::now();
     let mut borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
     while !bytes.is_empty() {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -489,6 +492,9 @@ fn send(stream: &UnixStream, mut bytes: &[u8], fds: &[OwnedFd]) -> io::Result<()
                 borrowed.clear();
             }
             Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::TOOMANYREFS) if begun.elapsed() < IN_FLIGHT_TIMEOUT => {
+                thread::sleep(IN_FLIGHT_INTERVAL);
+            }
             Err(error) => return Err(error.into()),
         }
     }

@@ -4,7 +4,8 @@
 //!
 //! SIGTERM, SIGINT, SIGHUP (the terminal was closed), SIGQUIT and SIGXCPU (the limit of processor time) end it cleanly: a
 //! migration is cancelled and rolled back, and the sockets are removed. A signal that was ignored when the program
-//! started stays ignored, as `nohup` and shells without job control want it. SIGUSR1 and SIGUSR2 have no meaning and do
+//! started stays ignored, as `nohup` and shells without job control want it. A signal that was blocked then is unblocked.
+//! SIGUSR1 and SIGUSR2 have no meaning and do
 //! nothing. SIGXFSZ does nothing: a write beyond the limit of file sizes fails. SIGPIPE is ignored, as in each Rust
 //! program.
 
@@ -12,7 +13,7 @@ use std::io;
 use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
-use guest_migration::signals::is_ignored;
+use guest_migration::signals::{is_ignored, unblock_all};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGXFSZ};
 use signal_hook::flag;
 use signal_hook::low_level::pipe;
@@ -25,6 +26,7 @@ use crate::server::ShutdownHandle;
 ///
 /// If the host has no descriptors left, or a signal cannot be handled.
 pub fn handle_signals(shutdown_handle: &ShutdownHandle) -> io::Result<()> {
+    unblock_all()?;
     for signal in [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGXCPU] {
         if !is_ignored(signal) {
             pipe::register(signal, shutdown_handle.stream()?)?;

@@ -164,6 +164,33 @@ fn a_front_end_that_cannot_be_served_is_refused_and_the_daemon_goes_on() {
     assert!(log.contains("front end refused"), "{log}");
 }
 
+/// The kernel counts the descriptors in flight of all processes of a user. Without privileges, a process with a lower limit
+/// than their number can send none.
+#[test]
+fn descriptors_that_others_have_in_flight_delay_a_front_end() {
+    const LIMIT: u64 = 256;
+    let directory = tempfile::tempdir().unwrap();
+    let program = Program::start(directory.path(), &[]).ready();
+    program.limit_descriptors(LIMIT);
+    let (near, far) = UnixStream::pair().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let fds = vec![file.as_fd(); 64];
+    for _ in 0..=LIMIT / 64 {
+        raw::send_with_descriptors(&near, &[1], &fds).unwrap();
+    }
+    let released = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(500));
+        drop((near, far));
+    });
+    let mut vmm = Vmm::connect(&program.socket);
+    vmm.start_driver(STATS);
+    QmpClient::connect(&program.qmp).until_running();
+    released.join().unwrap();
+    program.signal(Signal::TERM);
+    let (output, log) = program.finish();
+    assert!(output.status.success(), "{log}");
+}
+
 /// Limits the descriptors of the program so that it can have `spare` more.
 fn leave_descriptors(program: &Program, spare: u64) {
     let directory = fs::read_dir(format!("/proc/{}/fd", program.id())).unwrap();

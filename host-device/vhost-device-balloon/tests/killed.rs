@@ -145,6 +145,41 @@ fn a_daemon_that_is_killed_in_the_last_iteration_leaves_the_guest_running() {
 }
 
 #[test]
+fn a_vmm_that_answers_late_is_told_to_resume_the_guest_after_the_end_of_the_daemon() {
+    let here = tempfile::tempdir().unwrap();
+    let program = Program::start(here.path(), &[]).ready();
+    let fixture = Fixture::start(&program);
+    fixture.vmm_qmp.set_silent(true);
+    program.signal(Signal::TERM);
+    wait_until("the daemon does not end", || program.has_ended());
+    fixture.vmm_qmp.set_silent(false);
+    let (_, log) = program.finish();
+    assert_eq!(fixture.vmm_qmp.commands(), ["stop", "cont"], "{log}");
+    assert!(log.contains("guest runs again"), "{log}");
+}
+
+#[test]
+fn a_vmm_that_answers_late_is_told_to_resume_the_guest_of_a_cancelled_migration() {
+    let here = tempfile::tempdir().unwrap();
+    let program = Program::start(here.path(), &[]).ready();
+    let mut fixture = Fixture::start(&program);
+    fixture.vmm_qmp.set_silent(true);
+    fixture.qmp.run("migrate_cancel");
+    fixture
+        .qmp
+        .event("MIGRATION", &json!({ "status": "cancelled" }));
+    let status = fixture.qmp.run("query-migrate");
+    assert_eq!(status["guest-paused"], true, "{status}");
+    fixture.vmm_qmp.set_silent(false);
+    wait_until("the guest stays paused", || {
+        fixture.vmm_qmp.commands() == ["stop", "cont"]
+    });
+    program.signal(Signal::TERM);
+    let (_, log) = program.finish();
+    assert!(log.contains("a guard process tries again"), "{log}");
+}
+
+#[test]
 fn a_guard_outlives_the_signals_that_end_its_parent() {
     let here = tempfile::tempdir().unwrap();
     let program = Program::start(here.path(), &[]).ready();
@@ -252,13 +287,7 @@ fn without_a_broker_there_is_no_migration_and_the_daemon_serves_on() {
     vmm.start_driver(Features::STATS_VQ);
     let mut qmp = QmpClient::connect(&program.qmp);
     qmp.until_running();
-    for (pid, _) in program.descendants() {
-        let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
-        kill_process(pid, Signal::KILL).unwrap();
-    }
-    wait_until("the broker process remains", || {
-        program.descendants().is_empty()
-    });
+    kill_broker(&program);
     let (_, why) = qmp.fail("migrate", &json!({ "uri": "unix:/nonexistent" }));
     assert!(
         why.contains("migration helper process cannot be started"),
@@ -268,6 +297,56 @@ fn without_a_broker_there_is_no_migration_and_the_daemon_serves_on() {
     program.signal(Signal::TERM);
     let (output, log) = program.finish();
     assert!(output.status.success(), "{log}");
+    assert!(log.contains("ERROR broker process has ended"), "{log}");
+}
+
+#[test]
+fn without_a_broker_and_a_front_end_the_daemon_ends() {
+    for has_front_end in [false, true] {
+        let here = tempfile::tempdir().unwrap();
+        let program = Program::start(here.path(), &["--persistent"]).ready();
+        let vmm = has_front_end.then(|| {
+            let mut vmm = Vmm::connect(&program.socket);
+            vmm.start_driver(Features::STATS_VQ);
+            QmpClient::connect(&program.qmp).until_running();
+            vmm
+        });
+        kill_broker(&program);
+        if has_front_end {
+            QmpClient::connect(&program.qmp).run("query-balloon");
+        }
+        drop(vmm);
+        let (output, log) = program.finish();
+        assert_eq!(output.status.code(), Some(1), "{log}");
+        assert!(
+            log.contains("ends because its broker process has ended"),
+            "{log}"
+        );
+    }
+}
+
+#[test]
+fn a_broker_that_does_not_answer_does_not_keep_the_daemon() {
+    let here = tempfile::tempdir().unwrap();
+    let program = Program::start(here.path(), &[]).ready();
+    let broker = Pid::from_raw(i32::try_from(program.descendants()[0].0).unwrap()).unwrap();
+    kill_process(broker, Signal::STOP).unwrap();
+    program.signal(Signal::TERM);
+    wait_until("the daemon does not end", || program.has_ended());
+    kill_process(broker, Signal::CONT).unwrap();
+    let (_, log) = program.finish();
+    assert!(log.contains("did not answer within 10s"), "{log}");
+}
+
+/// Kills the broker process, the only other process of the program.
+fn kill_broker(program: &Program) {
+    for (pid, _) in program.descendants() {
+        let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+        kill_process(pid, Signal::KILL).unwrap();
+    }
+    wait_until("the broker process remains", || {
+        program.descendants().is_empty()
+    });
 }
 
 #[test]

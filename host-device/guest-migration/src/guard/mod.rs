@@ -5,7 +5,8 @@
 //! A destructor resumes the guest after an error or a panic, but not after `SIGKILL`. Before a guest is paused, this
 //! process therefore starts another one, and tells it what it is about to pause. The guard process sees the end of its
 //! parent as the end of their connection. It then resumes what it was told of, unless it was told that the guest has
-//! resumed or that the switchover is complete.
+//! resumed or that the switchover is complete. The parent also closes the connection if it could not resume the guest: a
+//! VMM may answer again later.
 //!
 //! A guard process is the program of its parent, started again with [`ARGUMENT`]. A program that can be one calls
 //! [`is_guard_process`] first, and [`enable`] otherwise. Without that, no guard process is started: a library cannot

@@ -23,10 +23,10 @@ pub(crate) enum Message {
     Clear,
 }
 
-/// Resumes a paused guest if this process is killed. Clones share the guard process.
+/// Resumes a paused guest if this process is killed, or cannot resume it. Clones share the guard process.
 ///
 /// It never fails: a migration without a guard process is as safe as before until this process is killed, so the log
-/// has a warning instead. Dropping the last clone resumes nothing.
+/// has a warning instead. When the last clone is dropped, the guard process resumes what it still guards.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ResumeGuard(Arc<Mutex<State>>);
 
@@ -59,6 +59,12 @@ impl ResumeGuard {
     /// Guards the guest of the VMM whose QMP socket is at `path`. Called before it is paused.
     pub(crate) fn watch_vmm(&self, path: &Path) {
         self.state().arm(&Message::Vmm(path.to_owned()));
+    }
+
+    /// Returns whether a guard process would resume something now.
+    pub(crate) fn is_armed(&self) -> bool {
+        let state = self.state();
+        state.is_armed && state.process.is_some()
     }
 
     /// Guards nothing any longer: the guest runs.
@@ -98,12 +104,6 @@ impl State {
                 self.process = None;
             }
         }
-    }
-}
-
-impl Drop for State {
-    fn drop(&mut self) {
-        self.clear();
     }
 }
 

@@ -49,7 +49,7 @@ impl Drop for PauseGuard {
             if let Err(error) = vm.resume() {
                 self.progress.update(|status| status.guest_paused = true);
                 warn!(
-                    "guest is paused and cannot be resumed ({}): {error}; resume it manually",
+                    "guest is paused and cannot be resumed ({}): {error}; resume it with 'cont' if it stays paused",
                     vm.describe()
                 );
             }

@@ -9,6 +9,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -26,10 +27,16 @@ const PINNING_DEVICES: [&str; 3] = ["/dev/vfio/", "/dev/iommu", "/dev/vhost-vdpa
 pub struct Pinning {
     /// A process and the device with which it pins guest memory, for the user. `None` if no such process was found.
     pub reason: Option<String>,
-    /// Whether a process that maps guest memory could be examined, apart from that of the device. If none could, nothing is
-    /// known.
-    pub is_examined: bool,
+    /// The pids of the processes that map guest memory and could be examined, apart from that of the device, up to
+    /// [`MAX_EXAMINED`]. The last one is that of the reason, if there is one. If none could be examined, nothing is known.
+    pub examined: Vec<u32>,
 }
+
+/// How long a search may take.
+pub const SEARCH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The most pids of examined processes that are kept. User-mode Linux has a process for each process of its guest.
+const MAX_EXAMINED: usize = 1024;
 
 /// Examines the processes that map a memory file.
 ///
@@ -47,14 +54,25 @@ pub fn find_pinning<'a>(files: impl IntoIterator<Item = &'a File>) -> io::Result
 ///
 /// # Errors
 ///
-/// If `/proc` cannot be read.
+/// If `/proc` cannot be read, or the search takes more than [`SEARCH_TIMEOUT`].
 pub fn find_pinning_of(ids: Vec<FileId>, device: u32) -> io::Result<Pinning> {
-    find_in(Path::new("/proc"), &RamFiles { ids, device })
+    find_in(
+        Path::new("/proc"),
+        &RamFiles { ids, device },
+        SEARCH_TIMEOUT,
+    )
 }
 
-fn find_in(proc: &Path, files: &RamFiles) -> io::Result<Pinning> {
+fn find_in(proc: &Path, files: &RamFiles, timeout: Duration) -> io::Result<Pinning> {
     let mut pinning = Pinning::default();
+    let begun = Instant::now();
     for pid in pids_in(proc)? {
+        // Any user can start processes whose maps are long.
+        if begun.elapsed() > timeout {
+            let text =
+                format!("the processes of the host could not be examined within {timeout:?}");
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        }
         let pid = pid?;
         let process = proc.join(pid.to_string());
         let mappings = match none_if_exited(fs::read(process.join("maps"))) {
@@ -71,7 +89,11 @@ fn find_in(proc: &Path, files: &RamFiles) -> io::Result<Pinning> {
         let Ok(device) = pinning_device(&process, &mappings) else {
             continue;
         };
-        pinning.is_examined |= pid != files.device;
+        if device.is_some() || pid != files.device {
+            // The pid of the reason must not be missing.
+            pinning.examined.truncate(MAX_EXAMINED - 1);
+            pinning.examined.push(pid);
+        }
         if let Some(device) = device {
             let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
             pinning.reason = Some(format!(
@@ -165,7 +187,7 @@ mod tests {
             ids: vec![FILE],
             device: 1,
         };
-        find_in(proc.path(), &files).unwrap()
+        find_in(proc.path(), &files, Duration::from_secs(600)).unwrap()
     }
 
     #[test]
@@ -179,7 +201,7 @@ mod tests {
             let fds = ["/dev/null", device];
             let found = find(|proc| process(proc, 77, MAPS, &fds, ""));
             let expected = format!("process 77 (a vmm) maps guest memory and has {device} open");
-            assert_eq!(found.reason, Some(expected));
+            assert_eq!((found.reason, found.examined), (Some(expected), vec![77]));
             // A process that does not map guest memory cannot pin it.
             let found = find(|proc| process(proc, 77, "", &fds, ""));
             assert_eq!(found, Pinning::default());
@@ -189,10 +211,10 @@ mod tests {
     #[test]
     fn it_is_told_apart_whether_somebody_else_could_be_examined() {
         let found = find(|proc| process(proc, 77, MAPS, &["/dev/kvm"], ""));
-        assert_eq!((found.reason, found.is_examined), (None, true));
+        assert_eq!((found.reason, found.examined), (None, vec![77]));
         // Our own process always maps guest memory.
         let found = find(|proc| process(proc, 1, MAPS, &["/dev/kvm"], ""));
-        assert!(!found.is_examined);
+        assert!(found.examined.is_empty());
     }
 
     #[test]
@@ -209,6 +231,18 @@ mod tests {
             let found = find(|proc| process(proc, 77, MAPS, &fds, &info(buffer)));
             assert_eq!(found.reason.is_some(), pins, "{buffer}");
         }
+    }
+
+    #[test]
+    fn a_search_that_takes_too_long_tells_nothing() {
+        let proc = tempfile::tempdir().unwrap();
+        process(proc.path(), 77, MAPS, &["/dev/vfio/12"], "");
+        let files = RamFiles {
+            ids: vec![FILE],
+            device: 1,
+        };
+        let error = find_in(proc.path(), &files, Duration::ZERO).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 
     #[test]

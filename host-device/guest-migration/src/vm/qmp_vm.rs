@@ -237,10 +237,11 @@ impl Vm for QmpVm {
                         self.guard.clear();
                         error
                     }
-                    // The guard process tries again when this process ends.
-                    Err(other) => VmError(format!(
-                        "{error}; guest may still be paused: {other}; resume it with 'cont'"
-                    )),
+                    Err(other) => {
+                        // Dropping the VM tries again, and says that the guest is paused.
+                        self.paused = true;
+                        VmError(format!("{error}; guest may still be paused: {other}"))
+                    }
                 })
             }
         }
@@ -248,8 +249,16 @@ impl Vm for QmpVm {
 
     fn resume(&mut self) -> Result<(), VmError> {
         if self.paused {
-            let mut vmm = self.connect()?;
-            self.command(&mut vmm, "cont", true)?;
+            let resumed = self
+                .connect()
+                .and_then(|mut vmm| self.command(&mut vmm, "cont", true));
+            resumed.map_err(|error| match self.guard.is_armed() {
+                true => VmError(format!(
+                    "{error}; a guard process tries again for {} s",
+                    RESUME_TIMEOUT.as_secs()
+                )),
+                false => error,
+            })?;
             self.paused = false;
             self.guard.clear();
         }

@@ -7,13 +7,18 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use guest_migration::{FileId, Pinning};
+use rustix::io::Errno;
+use rustix::net::sockopt::{set_socket_timeout, Timeout};
+use rustix::net::{shutdown, Shutdown};
+use serde::Serialize;
 use tracing::level_filters::LevelFilter;
 
-use super::messages::{Answer, Request};
+use super::messages::{Answer, Request, SlowRequest};
 use super::service::ARGUMENT;
 use crate::device::saved_state::SavedState;
 use crate::packets::PacketSocket;
@@ -21,11 +26,18 @@ use crate::private_connection::PrivateConnection;
 use crate::socket::SocketFiles;
 use crate::sync::lock;
 
+/// How long an answer may take. The broker process may get little time on a busy host.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the answer to a [`SlowRequest`] may take.
+const SLOW_TIMEOUT: Duration = Duration::from_secs(90);
+
 /// The broker process of this process. It ends when this value is dropped, or this process ends.
 #[derive(Debug)]
 pub struct Broker {
-    /// Held from a request to its answer.
-    socket: Mutex<PacketSocket>,
+    connection: Connection,
+    slow_connection: Connection,
+    /// The same as `connection`, to see its end.
+    end: OwnedFd,
     /// Not waited for: the broker process ends after this one.
     process: Child,
 }
@@ -38,20 +50,32 @@ impl Broker {
     ///
     /// If it cannot be started.
     pub fn start(log_level: LevelFilter, migration: bool) -> io::Result<Self> {
-        let (near, far) = PacketSocket::pair()?;
+        let (connection, far) = Connection::new(TIMEOUT)?;
+        let (slow_connection, slow_far) = Connection::new(SLOW_TIMEOUT)?;
         // The link leads to the running program, also after its file was replaced.
         let process = Command::new("/proc/self/exe")
             .arg0(env::args_os().next().unwrap_or_default())
             .args([ARGUMENT, &log_level.to_string(), &migration.to_string()])
             .stdin(OwnedFd::from(far))
-            .stdout(Stdio::null())
+            .stdout(OwnedFd::from(slow_far))
             .spawn()?;
         // It sends one answer before the first request.
-        done(receive(&near)?.0)?;
+        let end = {
+            let socket = lock(&connection.socket);
+            done(receive(&socket)?.0)?;
+            socket.as_fd().try_clone_to_owned()?
+        };
         Ok(Self {
-            socket: Mutex::new(near),
+            connection,
+            slow_connection,
+            end,
             process,
         })
+    }
+
+    /// Returns a descriptor that is closed by the other side when the broker process ends.
+    pub fn end(&self) -> BorrowedFd<'_> {
+        self.end.as_fd()
     }
 
     /// Returns the pid of the broker process.
@@ -65,7 +89,7 @@ impl Broker {
     ///
     /// If the broker process has ended.
     pub fn keep_socket(&self, files: &SocketFiles) -> io::Result<()> {
-        done(self.request(&Request::KeepSocket(files.clone()), &[])?)
+        self.request(&Request::KeepSocket(files.clone()))
     }
 
     /// Tells the broker process that this process gives up its rights: from now on it can name no file to remove.
@@ -74,7 +98,7 @@ impl Broker {
     ///
     /// If the broker process has ended.
     pub fn confine(&self) -> io::Result<()> {
-        done(self.request(&Request::Confined, &[])?)
+        self.request(&Request::Confined)
     }
 
     /// Removes the files of the socket with the number `index`.
@@ -83,7 +107,7 @@ impl Broker {
     ///
     /// If they cannot be removed, or the broker process has ended.
     pub fn remove_socket(&self, index: usize) -> io::Result<()> {
-        done(self.request(&Request::RemoveSocket(index), &[])?)
+        self.request(&Request::RemoveSocket(index))
     }
 
     /// Searches for devices that pin memory files. Takes time for each process of the host.
@@ -92,7 +116,8 @@ impl Broker {
     ///
     /// If the search fails, or the broker process has ended.
     pub fn find_pinning(&self, ids: Vec<FileId>) -> io::Result<Pinning> {
-        match self.request(&Request::FindPinning(ids), &[])? {
+        let request = SlowRequest::FindPinning(ids);
+        match self.slow_connection.exchange(&request, &[])?.0 {
             Answer::Pinning(pinning) => Ok(pinning),
             other => done(other).and_then(|()| Err(unexpected())),
         }
@@ -104,7 +129,7 @@ impl Broker {
     ///
     /// If the host has no descriptors left, or the broker process has ended.
     pub fn private_connection(&self) -> io::Result<PrivateConnection> {
-        let (answer, fds) = self.exchange(&Request::PrivateConnection, &[])?;
+        let (answer, fds) = self.connection.exchange(&Request::PrivateConnection, &[])?;
         done(answer)?;
         match <[OwnedFd; 2]>::try_from(fds) {
             Ok([listener, stream]) => Ok(PrivateConnection {
@@ -121,7 +146,12 @@ impl Broker {
     ///
     /// If it cannot be started, or the broker process has ended.
     pub fn start_helper(&self, input: &OwnedFd, output: &OwnedFd) -> io::Result<()> {
-        done(self.request(&Request::StartHelper, &[input.as_fd(), output.as_fd()])?)
+        let fds = [input.as_fd(), output.as_fd()];
+        done(
+            self.slow_connection
+                .exchange(&SlowRequest::StartHelper, &fds)?
+                .0,
+        )
     }
 
     /// Writes a saved state to a file.
@@ -130,32 +160,67 @@ impl Broker {
     ///
     /// If it cannot be written, or the broker process has ended.
     pub fn save_state(&self, state: &SavedState, filename: &Path) -> io::Result<()> {
-        let request = Request::SaveState {
+        let request = SlowRequest::SaveState {
             filename: filename.into(),
             state: Box::new(state.clone()),
         };
-        done(self.request(&request, &[])?)
+        done(self.slow_connection.exchange(&request, &[])?.0)
     }
 
-    fn request(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> io::Result<Answer> {
-        self.exchange(request, fds).map(|(answer, _)| answer)
+    fn request(&self, request: &Request) -> io::Result<()> {
+        done(self.connection.exchange(request, &[])?.0)
+    }
+}
+
+/// A connection to the broker process.
+#[derive(Debug)]
+struct Connection {
+    /// Held from a request to its answer.
+    socket: Mutex<PacketSocket>,
+    timeout: Duration,
+}
+
+impl Connection {
+    /// Returns the connection and the end of the broker process.
+    fn new(timeout: Duration) -> io::Result<(Self, PacketSocket)> {
+        let (near, far) = PacketSocket::pair()?;
+        for direction in [Timeout::Send, Timeout::Recv] {
+            set_socket_timeout(&near, direction, Some(timeout))?;
+        }
+        let socket = Mutex::new(near);
+        Ok((Self { socket, timeout }, far))
     }
 
+    /// Sends a request and waits for its answer. If the answer takes too long, the connection is closed, because a late
+    /// answer would be taken for that of the next request.
     fn exchange(
         &self,
-        request: &Request,
+        request: &impl Serialize,
         fds: &[BorrowedFd<'_>],
     ) -> io::Result<(Answer, Vec<OwnedFd>)> {
         let socket = lock(&self.socket);
-        socket.send(request, fds)?;
-        receive(&socket)
+        let answer = socket.send(request, fds).and_then(|()| receive(&socket));
+        answer.map_err(|error| {
+            let is = |errno: Errno| error.raw_os_error() == Some(errno.raw_os_error());
+            if is(Errno::PIPE) {
+                return ended();
+            }
+            if is(Errno::AGAIN) {
+                let _ = shutdown(&*socket, Shutdown::Both);
+                let text = format!("broker process did not answer within {:?}", self.timeout);
+                return io::Error::other(text);
+            }
+            error
+        })
     }
 }
 
 fn receive(socket: &PacketSocket) -> io::Result<(Answer, Vec<OwnedFd>)> {
-    socket
-        .receive()?
-        .ok_or_else(|| io::Error::other("broker process has ended"))
+    socket.receive()?.ok_or_else(ended)
+}
+
+fn ended() -> io::Error {
+    io::Error::other("broker process has ended")
 }
 
 fn done(answer: Answer) -> io::Result<()> {

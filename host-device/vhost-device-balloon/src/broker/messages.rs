@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The packets between the device process and the broker process.
+//! The packets between the device process and the broker process. There are two connections, so that no request that
+//! takes little time waits for one that takes long.
 
 use std::path::PathBuf;
 
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::saved_state::SavedState;
 use crate::socket::SocketFiles;
 
-/// A request of the device process.
+/// A request of the device process on the first connection. None of them takes long.
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) enum Request {
@@ -20,10 +21,16 @@ pub(super) enum Request {
     Confined,
     /// Removes the files of the socket with this index, in the order in which they were kept.
     RemoveSocket(usize),
-    /// Searches for devices that pin these memory files.
-    FindPinning(Vec<FileId>),
     /// Creates a connection for the crate `vhost-user-backend`. The answer carries the listener and the other end.
     PrivateConnection,
+}
+
+/// A request of the device process on the second connection.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) enum SlowRequest {
+    /// Searches for devices that pin these memory files.
+    FindPinning(Vec<FileId>),
     /// Starts the helper process of a migration. Carries its standard input and output.
     StartHelper,
     /// Writes a saved state to a file.

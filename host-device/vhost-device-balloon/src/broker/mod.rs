@@ -11,7 +11,8 @@
 //! - It creates the connection between the two halves of the device process that a front end is served with.
 //! - It removes the sockets of the device process at its end.
 //!
-//! Each is one packet and one answer. The broker process trusts no packet: it checks each, and ends at one that it does
+//! Each is one packet and one answer, on one of two connections: one for what takes little time, one for what may take
+//! long. Each answer has a time limit, because a stopped broker process must not stop the daemon. The broker process trusts no packet: it checks each, and ends at one that it does
 //! not understand. It ends with the device process.
 //!
 //! `messages` are the packets, `client` is the end of the device process, and `service` is the work of the broker process.

@@ -8,7 +8,7 @@
 use guest_migration::Pinning;
 use tracing::{info, warn};
 
-use super::discard_inhibition::{DiscardInhibition, DiscardStatus};
+use super::discard_inhibition::{DiscardInhibition, DiscardStatus, PinnedBy};
 use super::Device;
 
 impl Device {
@@ -26,7 +26,7 @@ impl Device {
             .then(|| "inhibited by --inhibit-discard or inhibit-discard".to_owned());
         let reasons: Vec<_> = by_user
             .into_iter()
-            .chain(inhibition.pinned_by.clone())
+            .chain(inhibition.pinned_by.iter().map(|it| it.reason.clone()))
             .collect();
         DiscardStatus {
             is_inhibited: !reasons.is_empty(),
@@ -51,16 +51,28 @@ impl Device {
         !self.discard_inhibition.is_search_off
     }
 
-    /// Sets what is known about pinned memory.
+    /// Sets what is known about the memory files that a front end has just shared.
     pub fn set_pinning(&mut self, pinning: Pinning) {
-        let is_blind = !pinning.is_examined && pinning.reason.is_none();
+        let is_blind = pinning.examined.is_empty();
         if is_blind && !std::mem::replace(&mut self.discard_inhibition.is_blindness_logged, true) {
             info!(
                 "no other process that maps guest memory can be examined: use --inhibit-discard if a device is assigned to \
                  the guest (VFIO, iommufd, vDPA)"
             );
         }
-        self.change_inhibition(|inhibition| inhibition.pinned_by = pinning.reason);
+        let pid = pinning.examined.last().copied().unwrap_or_default();
+        let pinned_by = pinning.reason.map(|reason| PinnedBy { pid, reason });
+        self.change_inhibition(|inhibition| inhibition.pinned_by = pinned_by);
+    }
+
+    /// As [`Device::set_pinning`], for memory files that were examined before. A process that pinned memory still does so
+    /// if it could not be examined again: it may have become one of another user.
+    pub(super) fn update_pinning(&mut self, pinning: Pinning) {
+        let pinned_by = self.discard_inhibition.pinned_by.as_ref();
+        let is_known = pinned_by.is_none_or(|it| pinning.examined.contains(&it.pid));
+        if is_known || pinning.reason.is_some() {
+            self.set_pinning(pinning);
+        }
     }
 
     /// Applies what the last search for pinned memory has found, and starts another one from time to time.
@@ -69,7 +81,7 @@ impl Device {
             return;
         }
         if let Some(pinning) = self.discard_inhibition.scan.poll(&self.ram) {
-            self.set_pinning(pinning);
+            self.update_pinning(pinning);
         }
     }
 

@@ -10,12 +10,20 @@ pub(super) struct DiscardInhibition {
     /// The option of the command line, or a QMP client.
     pub(super) by_user: bool,
     /// A process that pins guest memory, and how.
-    pub(super) pinned_by: Option<String>,
+    pub(super) pinned_by: Option<PinnedBy>,
     /// Whether the log already says that no process can be examined.
     pub(super) is_blindness_logged: bool,
     pub(super) scan: PinScan,
     /// Whether other processes are left alone.
     pub(super) is_search_off: bool,
+}
+
+/// A process that pins guest memory.
+#[derive(Debug)]
+pub(super) struct PinnedBy {
+    pub(super) pid: u32,
+    /// The process and how it pins memory, for the user.
+    pub(super) reason: String,
 }
 
 /// Whether memory is released, as QMP clients see it.

@@ -2,12 +2,15 @@
 
 //! Checks of the memory files that a front end shares.
 
+use std::fs::File;
 use std::io;
 
 use super::{Ram, RamRegion};
-use rustix::fs::{fcntl_get_seals, fstat, fstatfs, FileType, SealFlags};
+use rustix::fs::{fcntl_get_seals, fstat, FileType, SealFlags, StatxAttributes};
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use crate::descriptors::known_of;
 
 /// Why the memory that a front end shares is refused.
 #[derive(Debug, Error)]
@@ -46,47 +49,54 @@ pub enum BackingError {
         /// The error of the host.
         source: io::Error,
     },
-    /// Another program serves the file system of a memory file.
+    /// Another program may serve the file system of a memory file.
     #[error(
-        "guest memory at {start:#x} is refused: its memory file is on {file_system}, whose server can delay each access: \
-         use a memfd, or a file on tmpfs, on hugetlbfs or on a disk"
+        "guest memory at {start:#x} is refused: a program or another host may serve the file system of its memory file, as \
+         with FUSE and NFS, and can delay each access: use a memfd, or a file on tmpfs, on hugetlbfs or on a disk"
     )]
     Served {
         /// Guest physical address.
         start: u64,
-        /// Name of the file system.
-        file_system: &'static str,
     },
     /// The process cannot guard against SIGBUS.
     #[error("guest memory is refused: accesses to it cannot be guarded: {0}")]
     Guard(io::Error),
 }
 
-/// `f_type` and name of the file systems that a program or another host serves (`linux/magic.h`, and the file systems'
-/// sources). An access there can take for ever, and this program would not serve its operators meanwhile.
-const SERVED_FILE_SYSTEMS: [(u64, &str); 6] = [
-    (0x6573_5546, "FUSE"),
-    (0x6969, "NFS"),
-    (0xff53_4d42, "CIFS"),
-    (0xfe53_4d42, "SMB"),
-    (0x0102_1997, "9p"),
-    (0x00c3_6400, "Ceph"),
-];
-
-/// Returns the name of the file system with this `f_type`, if another program serves it.
-fn served_file_system(f_type: u64) -> Option<&'static str> {
-    let mut found = SERVED_FILE_SYSTEMS.iter();
-    found.find_map(|(served, name)| (*served == f_type).then_some(*name))
+/// Returns whether another program may serve the file system of `file`. An access can take for ever then, and so can a
+/// question about the file; this one is answered by the kernel.
+fn may_be_served(file: &File) -> io::Result<bool> {
+    // Only memory has seals: a memfd, and files on tmpfs and hugetlbfs.
+    if fcntl_get_seals(file).is_ok() {
+        return Ok(false);
+    }
+    let known = known_of(file)?;
+    let is_file = FileType::from_raw_mode(known.stx_mode.into()) == FileType::RegularFile;
+    // The file systems of disks know whether a file is immutable, and say so. FUSE, NFS, 9p and CIFS do not.
+    let has_attributes = known
+        .stx_attributes_mask
+        .contains(StatxAttributes::IMMUTABLE);
+    Ok(is_file && !has_attributes)
 }
 
 impl Ram {
-    /// Creates the map of the memory that a front end has shared, and checks its files. May wait for the file systems
-    /// of these files, so no lock may be held that others need.
+    /// Creates the map of the memory that a front end has shared, and checks its files. May wait for a disk, so no lock may
+    /// be held that others need.
     ///
     /// # Errors
     ///
-    /// As [`Ram::check_backing`].
+    /// If a region is not inside its file, or a file is on a file system that another program may serve.
     pub fn of_front_end(memory: &GuestMemoryMmap) -> Result<Self, BackingError> {
+        // Before any question about a file that its file system answers.
+        for region in memory.iter() {
+            let start = region.start_addr().raw_value();
+            let served = region.file_offset().map(|it| may_be_served(it.file()));
+            let served = served.transpose();
+            let served = served.map_err(|source| BackingError::Io { start, source })?;
+            if served.unwrap_or(false) {
+                return Err(BackingError::Served { start });
+            }
+        }
         let mut ram = Self::new(memory);
         ram.check_backing()?;
         ram.is_truncatable = ram.has_truncatable_file();
@@ -98,7 +108,7 @@ impl Ram {
     ///
     /// # Errors
     ///
-    /// The first region that is not inside its file, or whose file is on a file system that another program serves.
+    /// The first region that is not inside its file.
     fn check_backing(&self) -> Result<(), BackingError> {
         self.regions.iter().try_for_each(RamRegion::check_backing)
     }
@@ -128,11 +138,6 @@ impl RamRegion {
             start,
             source: error.into(),
         };
-        let f_type = fstatfs(file.file()).map_err(failed)?.f_type;
-        // The type has 32 bits, in a word that may be wider and signed.
-        if let Some(file_system) = served_file_system(f_type as u64 & 0xffff_ffff) {
-            return Err(BackingError::Served { start, file_system });
-        }
         let stat = fstat(file.file()).map_err(failed)?;
         if !is_regular(&stat) {
             return Ok(());
@@ -164,8 +169,6 @@ fn is_regular(stat: &rustix::fs::Stat) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-
     use rustix::fs::{fcntl_add_seals, ftruncate, memfd_create, MemfdFlags};
     use vm_memory::{FileOffset, GuestAddress};
 
@@ -194,21 +197,18 @@ mod tests {
         }
     }
 
+    /// `/proc` is served by the kernel, but as FUSE and NFS, it does not tell whether a file is immutable.
     #[test]
-    fn file_systems_with_a_server_are_known() {
-        use std::os::fd::AsFd;
-        let of = |file: &dyn AsFd| fstatfs(file.as_fd()).unwrap().f_type as u64 & 0xffff_ffff;
-        assert_eq!(served_file_system(of(&memfd(0x1000))), None);
-        assert_eq!(
-            served_file_system(libc::FUSE_SUPER_MAGIC as u64),
-            Some("FUSE")
-        );
-        assert_eq!(
-            served_file_system(libc::NFS_SUPER_MAGIC as u64),
-            Some("NFS")
-        );
-        assert_eq!(served_file_system(libc::TMPFS_MAGIC as u64), None);
-        assert_eq!(served_file_system(libc::EXT4_SUPER_MAGIC as u64), None);
+    fn files_of_memory_and_disks_are_told_from_those_that_may_be_served() {
+        assert!(!may_be_served(&memfd(0x1000)).unwrap());
+        let files = [tempfile::tempfile(), tempfile::tempfile_in("/dev/shm")];
+        for file in files {
+            assert!(!may_be_served(&file.unwrap()).unwrap());
+        }
+        let executable = File::open(std::env::current_exe().unwrap()).unwrap();
+        assert!(!may_be_served(&executable).unwrap());
+        assert!(may_be_served(&File::open("/proc/self/maps").unwrap()).unwrap());
+        assert!(!may_be_served(&File::open("/dev/null").unwrap()).unwrap());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use guest_migration::{find_pinning_of, FileId, Pinning};
 use rustix::fs::fstat;
-use tracing::debug;
+use tracing::warn;
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::Ram;
@@ -19,6 +19,9 @@ use crate::sync::lock;
 
 /// The least time between two searches. A search takes time for each process of the host.
 const INTERVAL: Duration = Duration::from_secs(1);
+
+/// A search of some duration is not repeated for so many times this duration, because others can make it take long.
+const REST: u32 = 20;
 
 /// Searches for devices that pin the memory files with these identities.
 type Search = dyn Fn(Vec<FileId>) -> io::Result<Pinning> + Send + Sync;
@@ -36,16 +39,16 @@ impl PinFinder {
         Self(Some(Arc::new(search)))
     }
 
-    fn find<'a>(&self, files: impl IntoIterator<Item = &'a File>) -> Pinning {
+    /// Returns `None` if the search failed, so that it tells nothing.
+    fn find<'a>(&self, files: impl IntoIterator<Item = &'a File>) -> Option<Pinning> {
         let ids: io::Result<Vec<_>> = files.into_iter().map(FileId::of).collect();
         let found = ids.and_then(|ids| match &self.0 {
             Some(search) => search(ids),
             None => find_pinning_of(ids, std::process::id()),
         });
-        found.unwrap_or_else(|error| {
-            debug!("search for devices that pin guest memory failed: {error}");
-            Pinning::default()
-        })
+        found
+            .inspect_err(|error| warn!("search for devices that pin guest memory failed: {error}"))
+            .ok()
     }
 }
 
@@ -59,6 +62,8 @@ impl std::fmt::Debug for PinFinder {
 struct State {
     is_running: bool,
     finished: Option<Instant>,
+    /// How long the last search took.
+    took: Duration,
     /// What the last search found, until it is taken.
     found: Option<Pinning>,
 }
@@ -89,7 +94,8 @@ impl PinScan {
     pub fn poll(&self, ram: &Ram) -> Option<Pinning> {
         let mut state = lock(&self.state);
         let found = state.found.take();
-        let is_due = state.finished.is_none_or(|it| it.elapsed() >= INTERVAL);
+        let interval = INTERVAL.max(state.took.saturating_mul(REST));
+        let is_due = state.finished.is_none_or(|it| it.elapsed() >= interval);
         if is_due && !state.is_running {
             let files = ram.regions.iter().filter_map(|it| it.file.as_ref());
             let files: Vec<FileOffset> = files.cloned().collect();
@@ -109,11 +115,13 @@ impl PinScan {
     }
 
     fn run(&self, files: &[FileOffset]) {
+        let begun = Instant::now();
         let found = self.finder.find(files.iter().map(FileOffset::file));
         let mut state = lock(&self.state);
         state.is_running = false;
+        state.took = begun.elapsed();
         state.finished = Some(Instant::now());
-        state.found = Some(found);
+        state.found = found;
     }
 }
 
@@ -134,7 +142,7 @@ impl NewFiles {
     }
 
     /// Searches for devices that pin `memory`. Takes time for each process of the host. Returns `None`, without a search,
-    /// if all files are known.
+    /// if all files are known, and if the search failed.
     pub fn find_pins(&mut self, memory: &GuestMemoryMmap) -> Option<Pinning> {
         let files = || {
             let files = memory.iter().filter_map(GuestMemoryRegion::file_offset);
@@ -145,6 +153,6 @@ impl NewFiles {
         let inodes: BTreeSet<_> = inodes.map(|it| (it.st_dev, it.st_ino)).collect();
         let is_new = !inodes.is_subset(&self.known);
         self.known = inodes;
-        is_new.then(|| self.finder.find(files()))
+        is_new.then(|| self.finder.find(files())).flatten()
     }
 }

@@ -33,7 +33,7 @@ use guest_migration::vm::VmError;
 use guest_migration::CancelToken;
 use serde_json::{json, Map, Value};
 use thiserror::Error;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::broker::Broker;
 use crate::device::migration_claim::ClaimError;
@@ -47,6 +47,11 @@ use hint_source::ClaimGuard;
 use job::{Job, OnEnd, PausedVm};
 use parameters::{MigrationCapabilities, MigrationParameters, ParameterError};
 use setup::MigrationConfig;
+
+/// How long the program waits at its end for a migration in a helper process.
+const END_TIMEOUT: Duration = Duration::from_secs(3);
+/// Interval between two checks whether it has ended.
+const END_INTERVAL: Duration = Duration::from_millis(5);
 
 /// How long the program waits at its end for the driver to read that it may free its hinted blocks.
 const CMD_ID_READ_TIMEOUT: Duration = Duration::from_millis(500);
@@ -393,7 +398,8 @@ impl MigrationManager {
     }
 
     /// Cancels the migration in progress, and waits for its end. Unless it completed, the guest runs then and has been
-    /// notified that it may free its hinted blocks.
+    /// notified that it may free its hinted blocks. A helper process that waits for its VMM is left behind: it resumes the
+    /// guest without this program.
     pub fn shut_down(&self) {
         let given_up = self.is_in_progress();
         self.cancel();
@@ -401,7 +407,19 @@ impl MigrationManager {
             .current
             .as_mut()
             .and_then(|current| current.thread.take());
-        thread.map(JoinHandle::join);
+        if let Some(thread) = thread {
+            let deadline = self.broker.as_ref().map(|_| Instant::now() + END_TIMEOUT);
+            while !thread.is_finished() {
+                if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                    warn!(
+                        "migration does not end: its helper process goes on, and resumes the guest"
+                    );
+                    return;
+                }
+                thread::sleep(END_INTERVAL);
+            }
+            let _ = thread.join();
+        }
         if given_up {
             self.wait_for_cmd_id_read();
         }

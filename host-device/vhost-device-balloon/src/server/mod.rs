@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use shared_abi::features::Features;
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use pending_connection::PendingConnection;
 
@@ -71,6 +71,9 @@ pub enum ServerError {
     /// The connection to the front end failed, or the front end violated the protocol.
     #[error("{0}")]
     FrontEnd(String),
+    /// The broker process has ended, and no front end is connected.
+    #[error("daemon ends because its broker process has ended; its sockets stay, and the next daemon replaces them")]
+    BrokerEnded,
     /// A thread panicked. The log has its message.
     #[error("daemon ended because one of its threads panicked")]
     ThreadPanicked,
@@ -135,6 +138,7 @@ pub struct Server {
     device: Arc<DeviceLock>,
     /// Does what this process has no rights for. Without it, this process does all itself.
     broker: Option<Arc<Broker>>,
+    has_broker_ended: bool,
     migration_manager: Arc<MigrationManager>,
     /// How the session ended, if the front end disconnected during a migration that continues.
     session_end: Option<SessionEnd>,
@@ -228,6 +232,7 @@ impl Server {
             qmp_clients,
             device,
             broker,
+            has_broker_ended: false,
             migration_manager,
             session_end: None,
             exit_deadline: None,
@@ -293,8 +298,18 @@ impl Server {
                     }
                 }
             }
+            if ready.broker_end {
+                self.has_broker_ended = true;
+                error!(
+                    "broker process has ended: without it, the daemon serves no further front end, no migration and no \
+                     saved state; restart it when the guest has ended"
+                );
+            }
             if let Some(exit) = self.exit_after_migration()? {
                 return Ok(exit);
+            }
+            if self.has_broker_ended && self.session.is_none() {
+                return Err(ServerError::BrokerEnded);
             }
             self.accept_connections(ready.front_end_listener, ready.qmp_listener);
             self.check_pending_connections();

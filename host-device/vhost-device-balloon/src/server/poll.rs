@@ -16,6 +16,8 @@ pub(super) struct Ready {
     pub(super) wake: bool,
     pub(super) front_end_listener: bool,
     pub(super) qmp_listener: bool,
+    /// The broker process has ended.
+    pub(super) broker_end: bool,
 }
 
 impl Server {
@@ -33,6 +35,12 @@ impl Server {
             fds.extend(qmp_listener.map(|socket| PollFd::new(socket, PollFlags::IN)));
             listeners = fds.len() - 1;
         }
+        let broker = self.broker.as_ref().filter(|_| !self.has_broker_ended);
+        let broker_index = fds.len();
+        // The host reports a closed connection whatever is asked for.
+        let broker_end = broker.map(|it| PollFd::from_borrowed_fd(it.end(), PollFlags::RDHUP));
+        let is_watching_broker = broker_end.is_some();
+        fds.extend(broker_end);
         let silent = self.pending_connections.iter();
         fds.extend(
             silent
@@ -50,6 +58,7 @@ impl Server {
             wake: is_ready(0),
             front_end_listener: listeners > 0 && is_ready(1),
             qmp_listener: listeners > 1 && is_ready(2),
+            broker_end: is_watching_broker && is_ready(broker_index),
         })
     }
 

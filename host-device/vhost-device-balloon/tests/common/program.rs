@@ -11,7 +11,8 @@ use rustix::process::{getrlimit, kill_process, prlimit, Pid, Resource, Rlimit, S
 
 use super::HANG_TIMEOUT;
 
-/// A running program, with its sockets in a given directory. Dropping it kills the program.
+/// A running program, with its sockets in a given directory. Dropping it kills the program. A test that fails prints its
+/// log.
 pub struct Program {
     child: Option<Child>,
     pub socket: PathBuf,
@@ -129,6 +130,14 @@ impl Program {
         kinds
     }
 
+    /// Returns whether the program has exited.
+    pub fn has_ended(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id())).unwrap_or_default();
+        stat.rsplit(')')
+            .next()
+            .is_none_or(|rest| rest.trim_start().starts_with('Z'))
+    }
+
     pub fn signal(&self, signal: Signal) {
         let id = Pid::from_raw(i32::try_from(self.id()).unwrap()).unwrap();
         kill_process(id, signal).unwrap();
@@ -148,9 +157,18 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            let _ = child.kill();
-            let _ = child.wait();
+        let Some(mut child) = self.child.take() else {
+            return;
+        };
+        let _ = child.kill();
+        match child.wait_with_output() {
+            Ok(output) if thread::panicking() => {
+                eprintln!(
+                    "the daemon's log:\n{}",
+                    String::from_utf8_lossy(&output.stderr)
+                );
+            }
+            _ => {}
         }
     }
 }

@@ -72,15 +72,7 @@ impl RawFrontEnd {
         let size = u32::try_from(payload.len()).unwrap();
         let header = [request, 1, size].map(u32::to_ne_bytes).concat();
         let message = [&header[..], payload].concat();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !fds.is_empty() {
-            assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
-        }
-        let bytes = [IoSlice::new(&message)];
-        let sent = sendmsg(&self.stream, &bytes, &mut control, SendFlags::NOSIGNAL)?;
-        assert_eq!(sent, message.len());
-        Ok(())
+        send_with_descriptors(&self.stream, &message, fds)
     }
 
     pub fn send(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
@@ -136,4 +128,25 @@ pub fn memory() -> File {
     let file: OwnedFd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&file, START + LENGTH).unwrap();
     file.into()
+}
+
+/// Sends bytes and up to 64 descriptors with one system call.
+pub fn send_with_descriptors(
+    stream: &UnixStream,
+    message: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() {
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+    }
+    let sent = sendmsg(
+        stream,
+        &[IoSlice::new(message)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
+    assert_eq!(sent, message.len());
+    Ok(())
 }

@@ -5,8 +5,10 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use serde_json::{json, Value};
 
@@ -15,6 +17,7 @@ use serde_json::{json, Value};
 pub struct FakeVmmQmp {
     pub path: PathBuf,
     commands: Arc<Mutex<Vec<String>>>,
+    is_silent: Arc<AtomicBool>,
 }
 
 impl FakeVmmQmp {
@@ -22,13 +25,18 @@ impl FakeVmmQmp {
         let path = directory.join("vmm.qmp");
         let listener = UnixListener::bind(&path).unwrap();
         let commands = Arc::default();
+        let is_silent = Arc::new(AtomicBool::new(false));
         let vmm_qmp = Self {
             path,
             commands: Arc::clone(&commands),
+            is_silent: Arc::clone(&is_silent),
         };
         // The thread ends with the test program.
         thread::spawn(move || {
             for stream in listener.incoming() {
+                while is_silent.load(Ordering::Acquire) {
+                    thread::sleep(Duration::from_millis(2));
+                }
                 serve(&stream.unwrap(), &commands);
             }
         });
@@ -38,6 +46,11 @@ impl FakeVmmQmp {
     /// Resumes the guest, as another QMP client would.
     pub fn cont(&self) {
         self.commands.lock().unwrap().push("cont".into());
+    }
+
+    /// Sets whether new connections get no greeting, as those of a VMM whose main loop is busy.
+    pub fn set_silent(&self, is_silent: bool) {
+        self.is_silent.store(is_silent, Ordering::Release);
     }
 
     /// Returns the recorded commands in order.

@@ -291,16 +291,22 @@ fn a_device_that_pins_memory_inhibits_discarding() {
     let reason = "process 7 (vmm) maps guest memory and has /dev/vfio/1 open".to_owned();
     guest.device.set_pinning(Pinning {
         reason: Some(reason.clone()),
-        is_examined: true,
+        examined: vec![5, 7],
     });
     assert_eq!(guest.device.discard_status().reasons, [reason]);
     assert!(guest.device.discard_status().is_inhibited);
     // A client cannot allow what would corrupt the guest.
     guest.device.inhibit_discard(false);
     assert!(guest.device.discard_status().is_inhibited);
-    guest.device.set_pinning(Pinning {
+    // It cannot be examined again, and others can. That tells nothing of it.
+    for examined in [vec![], vec![5]] {
+        let reason = None;
+        guest.device.update_pinning(Pinning { reason, examined });
+        assert!(guest.device.discard_status().is_inhibited);
+    }
+    guest.device.update_pinning(Pinning {
         reason: None,
-        is_examined: true,
+        examined: vec![5, 7],
     });
     assert!(!guest.device.discard_status().is_inhibited);
 }

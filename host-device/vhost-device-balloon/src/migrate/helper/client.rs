@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use guest_migration::precopy::{PrecopyError, Progress};
 use guest_migration::vm::{PausedGuest, Vm, VmError};
@@ -36,6 +36,13 @@ pub(crate) struct Helper {
     lines: JsonLines,
     commands: Arc<PacketSocket>,
 }
+
+/// How often a cancellation is looked for while a helper process sends nothing.
+const CANCEL_INTERVAL: Duration = Duration::from_millis(500);
+/// How long a helper process may take to end after a cancellation.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a helper process may take to resume a guest.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(60);
 
 impl Helper {
     /// Starts a helper process.
@@ -67,10 +74,12 @@ fn resume(broker: &Broker, guest: &PausedGuest) -> Result<(), VmError> {
     let mut helper = Helper::start(broker).map_err(|error| failed(&error))?;
     let task = Task::Resume(guest.clone());
     helper.lines.send(&task).map_err(|error| failed(&error))?;
-    let answer = helper.lines.receive::<Result<(), String>>(Duration::MAX);
+    let answer = helper.lines.receive::<Result<(), String>>(RESUME_TIMEOUT);
     match answer.map_err(|error| failed(&error))? {
         Some(result) => result.map_err(VmError),
-        None => Err(VmError("migration helper process did not answer".into())),
+        None => Err(VmError(format!(
+            "migration helper process did not answer within {RESUME_TIMEOUT:?}"
+        ))),
     }
 }
 
@@ -144,6 +153,7 @@ impl RemoteJob {
             progress: &progress,
             cancel: &cancel,
             window: None,
+            cancelled: None,
         };
         // The claim ends with this call, before the migration does.
         match relay.run(config, &helper.commands) {
@@ -187,6 +197,8 @@ enum RelayError {
     Unexpected,
     #[error("it kept the device from writing for more than {TIMEOUT:?}")]
     Quiesced,
+    #[error("it has not ended {CANCEL_TIMEOUT:?} after the migration was cancelled; it is left behind, and resumes the guest")]
+    NotCancelled,
 }
 
 /// Serves the requests of a helper process.
@@ -198,6 +210,8 @@ struct Relay<'a> {
     progress: &'a Progress,
     cancel: &'a CancelToken,
     window: Option<Window>,
+    /// When the cancellation was first seen.
+    cancelled: Option<Instant>,
 }
 
 impl Relay<'_> {
@@ -265,11 +279,24 @@ impl Relay<'_> {
                     }
                     Duration::from_millis(1)
                 }
-                _ => Duration::MAX,
+                _ => CANCEL_INTERVAL,
             };
             if let Some(message) = self.lines.receive(timeout)? {
                 return Ok(message);
             }
+            self.check_cancelled()?;
+        }
+    }
+
+    /// Fails if the helper process has not ended long after the migration was cancelled.
+    fn check_cancelled(&mut self) -> Result<(), RelayError> {
+        if !self.cancel.is_cancelled() {
+            return Ok(());
+        }
+        let since = self.cancelled.get_or_insert_with(Instant::now);
+        match since.elapsed() >= CANCEL_TIMEOUT {
+            true => Err(RelayError::NotCancelled),
+            false => Ok(()),
         }
     }
 
@@ -327,12 +354,14 @@ impl Relay<'_> {
         }
         runs.finish()?;
         self.lines.send(&ToHelper::Answer(Ok(())))?;
+        let begun = Instant::now();
         loop {
-            match self.lines.receive(TIMEOUT)? {
+            match self.lines.receive(CANCEL_INTERVAL)? {
                 Some(FromHelper::Request(Request::Release)) => return Ok(Ok(())),
                 Some(other) => self.show(other)?,
                 // The connection ends, and the migration with it: from now on the device may write.
-                None => return Err(RelayError::Quiesced),
+                None if begun.elapsed() >= TIMEOUT => return Err(RelayError::Quiesced),
+                None => self.check_cancelled()?,
             }
         }
     }
