@@ -374,12 +374,13 @@ impl MigrationManager {
             }
             current.vm.clone()
         });
-        // Not under the manager's lock: resuming takes as long as the VMM takes to answer.
+        // Under no lock, which the end of the program needs: resuming takes as long as the VMM takes to answer.
         let paused_vm = paused_vm.ok_or(MigrateError::NotPaused)?;
-        let mut vm = lock(&paused_vm);
-        vm.as_mut().ok_or(MigrateError::NotPaused)?.resume()?;
-        *vm = None;
-        Ok(())
+        let mut vm = lock(&paused_vm).take().ok_or(MigrateError::NotPaused)?;
+        vm.resume().map_err(|error| {
+            *lock(&paused_vm) = Some(vm);
+            error.into()
+        })
     }
 
     /// Returns the status of the migration in progress, or of the last one.
@@ -412,7 +413,7 @@ impl MigrationManager {
             while !thread.is_finished() {
                 if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                     warn!(
-                        "migration does not end: its helper process goes on, and resumes the guest"
+                        "migration does not end: its helper process remains, and resumes the guest"
                     );
                     return;
                 }
