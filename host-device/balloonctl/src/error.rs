@@ -3,7 +3,10 @@
 //! Errors of a command, and their exit statuses.
 
 use std::error::Error as _;
+use std::fs;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 
 use thiserror::Error;
 
@@ -68,12 +71,19 @@ impl CommandError {
     }
 }
 
+fn is_socket(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|it| it.file_type().is_socket())
+}
+
 /// Returns what to do about an error of a QMP connection, to be appended to its message.
 fn advice(error: &qmp_client::Error) -> &'static str {
     use qmp_client::{Error, LineError};
     match error {
-        Error::Connect { source, .. } => match source.kind() {
+        Error::Connect { path, source } => match source.kind() {
             io::ErrorKind::NotFound => ": start its program, or correct the path",
+            io::ErrorKind::ConnectionRefused if !is_socket(path) => {
+                ": it is not a socket; correct the path"
+            }
             io::ErrorKind::ConnectionRefused => ": its program has ended; start it again",
             io::ErrorKind::PermissionDenied => ": run as the user of its program",
             _ => "",
@@ -87,5 +97,33 @@ fn advice(error: &qmp_client::Error) -> &'static str {
             ": check that the path is that of the right program"
         }
         Error::Refused { .. } => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use qmp_client::Client;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_without_a_listener_is_told_from_another_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let [socket, file] = ["socket", "file"].map(|name| folder.path().join(name));
+        drop(UnixListener::bind(&socket).unwrap());
+        fs::write(&file, "").unwrap();
+        for (path, text) in [
+            (socket, "its program has ended"),
+            (file, "it is not a socket"),
+        ] {
+            let error = CommandError::from(Client::connect(&path).unwrap_err());
+            assert!(
+                error.full_message().contains(text),
+                "{}",
+                error.full_message()
+            );
+        }
     }
 }

@@ -417,7 +417,7 @@ mod tests {
         assert!(missing.to_string().contains("vmm.none"), "{missing}");
     }
 
-    /// The kinds of silence: nobody accepts, no greeting, no answer to `stop`.
+    /// The kinds of silence: no accepted connection, no greeting, no answer to `stop`.
     #[test]
     fn a_cancelled_migration_does_not_wait_for_a_silent_vmm() {
         let folder = tempfile::tempdir().unwrap();
@@ -426,7 +426,7 @@ mod tests {
         let cancel = CancelToken::default();
         thread::scope(|scope| {
             let waits = scope.spawn(|| QmpVm::with_timeout(&path, LONG, &cancel));
-            // The connection is in the listener's queue, and nobody greets.
+            // The connection is in the queue of the listener, which sends no greeting.
             let _accepted = listener.accept().unwrap();
             cancel.cancel();
             waits.join().unwrap().unwrap_err();
@@ -445,7 +445,7 @@ mod tests {
             cancel.cancel();
             waits.join().unwrap().unwrap_err();
         });
-        // It may have received the command, so it is told to go on.
+        // It may have received the command, so it is told to continue.
         assert_eq!(*vmm.commands.lock().unwrap(), ["stop", "cont"]);
     }
 }

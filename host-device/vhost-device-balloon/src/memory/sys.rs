@@ -284,7 +284,7 @@ fn restore_previous_action(signal: libc::c_int) {
 }
 
 /// Ends this process by the signal. The previous action would not: that of the Rust library only removes itself, and
-/// this process would go on without a handler.
+/// this process would continue without a handler.
 fn end_process(signal: libc::c_int) {
     // SAFETY: `signal` and `raise` have no preconditions, and no other code of this process depends on the action. The
     // signal is blocked here, and is delivered when the handler returns.
