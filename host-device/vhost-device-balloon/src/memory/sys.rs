@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fault_in_a_truncated_file_reads_zeros_andwake_owners_the_owner() {
+    fn a_fault_in_a_truncated_file_reads_zeros_and_wakes_the_owner() {
         let file = memfd(0x4000);
         let memory = mapped(&file, 0x4000);
         memory
